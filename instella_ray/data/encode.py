@@ -1,0 +1,140 @@
+"""Encoding job: curated shards in, packed BIT codes out; decoding on CPUs, the tokenizer on an actor pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import Field
+from ray.data import ActorPoolStrategy
+
+from .. import storage
+from ..accelerator import pick_device
+from ..config import Config
+from ..errors import UserError
+from ..models.bit import BIT
+from ..models.checkpoint import load_expected, weight_hash
+from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
+from .decode import to_tensor
+from .parts import Mode, PartFolder
+from .pipeline import init_ray, write_parts
+from .shards import find_shards
+from .tar_source import read_shards
+from .views import Decoder
+
+
+class EncodeConfig(Config):
+    """Which pictures become codes, by which tokenizer, in how many views."""
+
+    input: str
+    """Curated WebDataset tars (a path, a glob, a folder, commas between several)."""
+    output: str
+    """Folder for the parquet files, ``manifest.json`` and ``ledger.json``."""
+    tokenizer: str
+    """Model folder of the BIT."""
+    mode: Mode = "new"
+    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    size: int | None = Field(None, ge=1)
+    """Size the encoder reads (px); none means the tokenizer's own."""
+    crops: int = Field(1, ge=1)
+    """Square crops a picture, spread along its longer side; one is the centre."""
+    flips: bool = False
+    """Also encode each crop mirrored. Off by default: captions may say left and right."""
+    source: str = "laion"
+    """Name of this set, for mixtures and lineage."""
+    rows_per_file: int = Field(1000, ge=1)
+    """Pictures looked at for one parquet file."""
+    batch_size: int = Field(64, ge=1)
+    """Views an encoder call."""
+    actors: int | None = Field(None, ge=1)
+    """Encoder actors; none means one a GPU, or one for every two CPUs."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """GPU share of each encoder actor; 0 encodes on the CPU."""
+
+
+class Encoder:
+    """Actor that holds the tokenizer and puts ``codes``, a list of packed codes, in place of a picture's views."""
+
+    def __init__(self, cfg: EncodeConfig, size: int) -> None:
+        self.size, self.batch_size = size, cfg.batch_size
+        self.device = pick_device("auto" if cfg.gpus_per_actor else "cpu")
+        self.bit = load_expected(cfg.tokenizer, BIT, device=self.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        columns = table["views"].to_pylist()
+        pixels = np.frombuffer(b"".join(views or b"" for views in columns), np.uint8)
+        packed = self.encode(pixels.reshape(-1, self.size, self.size, 3))
+        per_view = 3 * self.size**2
+        counts = [len(views or b"") // per_view for views in columns]
+        ends = np.cumsum(counts).tolist()
+        codes = [packed[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        return table.drop_columns("views").append_column("codes", pa.array(codes, pa.list_(pa.binary())))
+
+    def encode(self, pixels: np.ndarray) -> list[bytes]:
+        """Packed codes of uint8 ``[N, size, size, 3]``."""
+        packed: list[bytes] = []
+        for start in range(0, len(pixels), self.batch_size):
+            images = to_tensor(pixels[start : start + self.batch_size].copy()).to(self.device)
+            packed += pack_codes(self.bit.encode(images).cpu().numpy())
+        return packed
+
+
+def run_encode(cfg: EncodeConfig) -> CodesManifest:
+    """Encode ``cfg.input`` into ``cfg.output``; returns the manifest that is also written there.
+
+    UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
+    """
+    shards = find_shards(cfg.input)
+    bit = load_expected(cfg.tokenizer, BIT)
+    size = cfg.size or bit.cfg.image_size
+    if size % bit.cfg.size_multiple:
+        raise UserError(f"size {size}: not a multiple of {bit.cfg.size_multiple}, as tokenizer {cfg.tokenizer} needs")
+    tokenizer_hash = weight_hash(bit)
+    folder = PartFolder(cfg.output)
+    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor"}
+    settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
+    done = folder.open(cfg.mode, settings)
+    if todo := {url: label for url, label in shards.items() if label not in done}:
+        init_ray()
+        samples = read_shards(todo, rows_per_block=cfg.rows_per_file)
+        decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=64)
+        encoded = decoded.map_batches(
+            Encoder,
+            fn_constructor_args=(cfg, size),
+            batch_format="pyarrow",
+            batch_size=4 * cfg.batch_size,
+            **_actor_pool(cfg),
+        )
+        writer = CodesWriter(cfg.source)
+        write_parts(
+            encoded, cfg.output, ".parquet", cfg.rows_per_file, writer, shards=shards, done=done, title="encode"
+        )
+    ledger = folder.close(shards.values())
+    if not ledger.kept:
+        raise UserError(f"input {cfg.input}: nothing to encode ({ledger.summary()})")
+    files = [CodesFile(name=part.file, rows=part.records) for part in folder.parts() if part.file]
+    manifest = CodesManifest(
+        tokenizer_hash=tokenizer_hash,
+        num_tokens=bit.cfg.num_tokens,
+        bits_per_token=bit.cfg.bits_per_token,
+        rows=sum(file.rows for file in files),
+        files=tuple(files),
+    )
+    # Last, so that a folder with a manifest is a complete one.
+    storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _actor_pool(cfg: EncodeConfig) -> dict[str, Any]:
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    if cfg.gpus_per_actor:
+        actors = cfg.actors or max(1, int(gpus / cfg.gpus_per_actor))
+        if actors * cfg.gpus_per_actor > gpus:
+            raise UserError(f"actors {actors} x gpus_per_actor {cfg.gpus_per_actor:g}: the cluster has {gpus} GPUs")
+        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": cfg.gpus_per_actor, "num_cpus": 0}
+    actors = cfg.actors or max(1, cpus // 2)
+    # Actors must leave a CPU to the readers, or the job would wait for ever.
+    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}

@@ -1,0 +1,49 @@
+"""The account of a data job: every sample that went in is kept, dropped for a reason, or quarantined for one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KEPT = "kept"
+
+
+@dataclass
+class Ledger:
+    """``in = kept + dropped(reason) + quarantined(reason)``, by construction."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+
+    def count(self, verdicts: Iterable[str]) -> Ledger:
+        """Add verdicts: ``kept``, ``dropped:REASON`` or ``quarantined:REASON``."""
+        for verdict, number in Counter(verdicts).items():
+            kind, _, reason = verdict.partition(":")
+            if kind == KEPT:
+                self.kept += number
+            else:
+                (self.dropped if kind == "dropped" else self.quarantined)[reason] += number
+        return self
+
+    def add(self, other: Mapping[str, Any]) -> Ledger:
+        """Add another ledger's :meth:`to_json`."""
+        self.kept += other["kept"]
+        self.dropped.update(other["dropped"])
+        self.quarantined.update(other["quarantined"])
+        return self
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.dropped.total() + self.quarantined.total()
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"dropped": dict(sorted(self.dropped.items())), "quarantined": dict(sorted(self.quarantined.items()))}
+        return {"in": self.total, "kept": self.kept, **parts}
+
+    def summary(self) -> str:
+        """One line for people."""
+        reasons = [f"{n} {r}" for r, n in (self.dropped + self.quarantined).most_common()]
+        return f"{self.kept} of {self.total} kept" + (f" ({', '.join(reasons)})" if reasons else "")

@@ -1,0 +1,181 @@
+"""Output folders of data jobs: complete or absent part by part, resumable, never overwritten unasked.
+
+A part is what became of consecutive rows of one input shard: at most one data file, at most one file of quarantined
+rows, and last of all ``parts/NAME.json``, which says that both are whole. A shard is done when its parts reach from row
+0 to the row marked ``last``; the job is done when all are, and only then is there a ``ledger.json``. So whatever was
+killed at whatever point, running again makes the same set of files.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .. import storage
+from ..config import Config
+from ..errors import UserError
+from .ledger import KEPT, Ledger
+
+Mode = Literal["new", "resume", "fresh"]
+"""What to do about an output that exists: refuse, go on with it, or start over."""
+
+LEDGER, SETTINGS, PARTS, QUARANTINE = "ledger.json", "settings.json", "parts", "quarantine"
+
+
+class Part(Config):
+    """One entry of ``parts/``."""
+
+    shard: str
+    first_row: int
+    rows: int
+    last: bool
+    """The shard ends with this part."""
+    file: str | None
+    """Name of the data file; none when no row was kept."""
+    records: int
+    """Records in that file (a picture may give several)."""
+    ledger: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard}-{self.first_row:07d}"
+
+
+class PartFolder:
+    """The output folder of one job."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
+        """Get the folder ready and return the labels of the shards that are done already.
+
+        UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job
+        with other settings is to be resumed.
+        """
+        if not storage.is_empty(self.url):
+            if mode == "new":
+                hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
+                raise UserError(f"output {self.url}: exists already; {hint}")
+            if not storage.exists(self._path(SETTINGS)):
+                raise UserError(f"output {self.url}: not made by this job (no {SETTINGS}); choose another folder")
+            if mode == "resume":
+                self._check_settings(settings)
+                return self._drop_unfinished_shards()
+            storage.remove_tree(self.url)
+        storage.write_json(self._path(SETTINGS), settings)
+        return set()
+
+    def parts(self) -> list[Part]:
+        """All finished parts, by shard and row."""
+        names = storage.glob(self._path(PARTS, "*.json"))
+        return sorted((Part(**storage.read_json(n)) for n in names), key=lambda part: (part.shard, part.first_row))
+
+    def close(self, shards: Iterable[str]) -> Ledger:
+        """Check that every one of ``shards`` is accounted for from end to end, and write the ledger."""
+        parts = self.parts()
+        missing = set(shards) - _done(parts)
+        if missing:
+            raise RuntimeError(f"{self.url}: shards not finished: {', '.join(sorted(missing)[:5])}")
+        ledger = Ledger()
+        for part in parts:
+            ledger.add(part.ledger)
+        if ledger.total != sum(part.rows for part in parts):
+            raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
+        storage.write_json(self._path(LEDGER), ledger.to_json())
+        return ledger
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        before = storage.read_json(self._path(SETTINGS))
+        for key in sorted({*before, *settings}):
+            if before.get(key) != settings.get(key):
+                was, now = before.get(key), settings.get(key)
+                raise UserError(
+                    f"output {self.url}: made with {key}={was}, now {now}; use mode=fresh or another folder"
+                )
+
+    def _drop_unfinished_shards(self) -> set[str]:
+        """Delete what belongs to no finished shard; the rest stays."""
+        parts = self.parts()
+        done = _done(parts)
+        keep = {part.name for part in parts if part.shard in done}
+        fs, root = storage.filesystem(self.url)
+        for path in fs.find(root):
+            name = path.rsplit("/", 1)[-1]
+            if name != SETTINGS and name.rpartition(".")[0] not in keep:
+                fs.rm(path)
+        return done
+
+    def _path(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+
+class PartWriter:
+    """Ray Data's last stage: writes a block's rows as parts, and passes on one small row a part.
+
+    A block is an Arrow table with ``key, shard, row, last, caption, meta, image`` and ``verdict`` (see
+    :class:`.ledger.Ledger`), consecutive rows of a shard next to each other. ``write_file(url, kept rows)`` writes the
+    data file and returns the number of records in it.
+    """
+
+    def __init__(
+        self, folder: str, suffix: str, rows_per_file: int, write_file: Callable[[str, list[dict[str, Any]]], int]
+    ) -> None:
+        self.folder, self.suffix, self.rows_per_file, self.write_file = folder, suffix, rows_per_file, write_file
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        # Ray joins and cuts blocks by their bytes; files are cut at fixed rows of the shard.
+        runs = groupby(table.to_pylist(), key=lambda row: (row["shard"], row["row"] // self.rows_per_file))
+        parts = [self._write(shard, list(rows)) for (shard, _), rows in runs]
+        return pa.Table.from_pylist([{"shard": p.shard, "rows": p.rows, "last": p.last} for p in parts])
+
+    def _write(self, shard: str, rows: list[dict[str, Any]]) -> Part:
+        kept = [row for row in rows if row["verdict"] == KEPT]
+        bad = [row for row in rows if row["verdict"].startswith("quarantined:")]
+        facts = {"shard": shard, "first_row": rows[0]["row"], "rows": len(rows), "last": rows[-1]["last"]}
+        ledger = Ledger().count(row["verdict"] for row in rows).to_json()
+        part = Part(**facts, file=None, records=0, ledger=ledger)
+        if kept:
+            name = part.name + self.suffix
+            records = self.write_file(storage.join(self.folder, name), kept)
+            part = part.model_copy(update={"file": name, "records": records})
+        if bad:
+            with storage.open_file(storage.join(self.folder, QUARANTINE, f"{part.name}.parquet"), "wb") as stream:
+                pq.write_table(_quarantine_table(bad), stream)
+        storage.write_json(storage.join(self.folder, PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
+        return part
+
+
+def refuse_unfinished(folder: str) -> None:
+    """UserError for a job's output folder whose job has not come to its end."""
+    if storage.exists(storage.join(folder, SETTINGS)) and not storage.exists(storage.join(folder, LEDGER)):
+        raise UserError(f"{folder}: unfinished output of a data job; run that job again with mode=resume")
+
+
+def _done(parts: Iterable[Part]) -> set[str]:
+    shards: dict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        shards[part.shard].append(part)
+    return {shard for shard, found in shards.items() if _reaches_the_end(found)}
+
+
+def _reaches_the_end(parts: list[Part]) -> bool:
+    row = 0
+    for part in sorted(parts, key=lambda part: part.first_row):
+        if part.first_row != row:
+            return False
+        row += part.rows
+    return parts != [] and max(parts, key=lambda part: part.first_row).last
+
+
+def _quarantine_table(rows: list[dict[str, Any]]) -> pa.Table:
+    columns = ("key", "shard", "row", "caption", "meta", "image")
+    kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string(), pa.large_binary())
+    schema = pa.schema([*zip(columns, kinds, strict=True), ("reason", pa.string())])
+    reasons = [{"reason": row["verdict"].partition(":")[2]} for row in rows]
+    return pa.Table.from_pylist([{**row, **why} for row, why in zip(rows, reasons, strict=True)], schema)

@@ -1,0 +1,55 @@
+"""How data jobs run on Ray Data: where Ray comes from, a progress bar, and one way to write the output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import ray
+from ray.data import Dataset
+from tqdm import tqdm
+
+from .parts import PartWriter
+
+
+def init_ray() -> None:
+    """Connect to the cluster a job was submitted to, or start a local one on loopback."""
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+    else:
+        ray.init(include_dashboard=False, logging_level=logging.ERROR)
+
+
+def write_parts(
+    dataset: Dataset,
+    folder: str,
+    suffix: str,
+    rows_per_file: int,
+    write_file: Callable[[str, list[dict[str, Any]]], int],
+    *,
+    shards: Collection[str],
+    done: Collection[str],
+    title: str,
+) -> None:
+    """Run ``dataset`` to its end and write its rows with :class:`.parts.PartWriter`.
+
+    A file holds up to ``rows_per_file`` consecutive rows of one shard.
+    """
+    writer = PartWriter(folder, suffix, rows_per_file, write_file)
+    reports = dataset.map_batches(writer, batch_format="pyarrow", batch_size=None)
+    # One bar of our own, in finished shards, instead of a line for every operator and second.
+    reports.context.enable_progress_bars = False
+    reports.context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    rows, began = 0, time.perf_counter()
+    with tqdm(total=len(shards), initial=len(done), desc=title, unit="shard") as bar:
+        for report in reports.iter_rows():
+            rows += report["rows"]
+            bar.set_postfix_str(f"{rows} rows, {rows / (time.perf_counter() - began):.0f}/s", refresh=False)
+            bar.update(int(report["last"]))

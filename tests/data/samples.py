@@ -1,0 +1,74 @@
+"""Small shards, good and hostile, written by the tests themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Members = list[tuple[str, bytes]]
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (64, 48), kind: str = "JPEG", **save: Any) -> bytes:
+    """A smooth random picture, encoded."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **save)
+    return buffer.getvalue()
+
+
+def sample(key: str, seed: int = 0, caption: str = "a smooth picture", **meta: Any) -> Members:
+    return [
+        (f"{key}.jpg", picture(seed)),
+        (f"{key}.txt", caption.encode()),
+        (f"{key}.json", json.dumps(meta).encode()),
+    ]
+
+
+def tar_bytes(members: Members) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
+    """A PNG of a few bytes that claims ``width x height`` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+HOSTILE: dict[str, tuple[Members, str]] = {
+    "good": (sample("good", 1), "kept"),
+    "html": ([("html.jpg", b"<html>gone</html>"), ("html.txt", b"a picture")], "quarantined:undecodable"),
+    "cut": ([("cut.jpg", picture(2)[:-300]), ("cut.txt", b"a picture")], "quarantined:undecodable"),
+    "empty": ([("empty.jpg", b""), ("empty.txt", b"a picture")], "quarantined:undecodable"),
+    "bomb": ([("bomb.png", bomb()), ("bomb.txt", b"a picture")], "quarantined:too_many_pixels"),
+    "nocaption": ([("nocaption.jpg", picture(3))], "quarantined:no_caption"),
+    "nopicture": ([("nopicture.txt", b"a picture")], "quarantined:no_image"),
+    "badjson": ([*sample("badjson", 4)[:2], ("badjson.json", b"{not json")], "quarantined:bad_metadata"),
+    "again": (sample("good", 5), "quarantined:duplicate_key"),
+    "escape": ([("../../escape.jpg", picture(6)), ("../../escape.txt", b"a picture")], "quarantined:unsafe_name"),
+    "watermark": (sample("watermark", 7, pwatermark=0.99), "dropped:watermark"),
+    "unsafe": (sample("unsafe", 8, punsafe=0.99), "dropped:unsafe"),
+    "long": (sample("long", 9, caption="word " * 20_000), "dropped:caption_length"),
+    "narrow": ([("narrow.jpg", picture(10, (400, 40))), ("narrow.txt", b"a picture")], "dropped:aspect_ratio"),
+    "small": ([("small.jpg", picture(11, (20, 20))), ("small.txt", b"a picture")], "dropped:small"),
+    "nul": (sample("nul", 12, caption="a picture\0 with\nNUL"), "kept"),
+    "cmyk": ([("cmyk.jpg", picture(13)), ("cmyk.txt", b"in print colours")], "kept"),
+    "last": (sample("last", 14), "kept"),
+}
+"""Samples of one shard by name, with the verdict that each must get."""

@@ -28,8 +28,7 @@ def find_shards(pattern: str) -> dict[str, str]:
     for part in (text.strip() for text in pattern.split(",")):
         fs, path = storage.filesystem(part)
         folder = fs.isdir(path)
-        if folder:
-            refuse_unfinished(part)
+        refuse_unfinished(part if folder else os.path.dirname(part))
         urls = [url for url in storage.glob(storage.join(part, "*.tar") if folder else part) if url.endswith(".tar")]
         if not urls:
             raise UserError(f"{part}: no shard found; expected WebDataset tars, for example 'data/*.tar'")

@@ -82,8 +82,9 @@ def test_a_second_run_refuses_resumes_or_starts_over(ray_session: None, hostile_
     (out / "parts" / "00004-0000005.json").unlink()
     (out / "00004-0000005.tar").unlink()
     (out / "00004-0000005.tar.1234.tmp").write_bytes(b"half")
-    with pytest.raises(UserError, match="unfinished output"):
-        find_shards(str(out))
+    for pattern in (out, out / "*.tar"):
+        with pytest.raises(UserError, match="unfinished output"):
+            find_shards(str(pattern))
     run_curate(config(hostile_shards, out, mode="resume"))
     assert contents(out) == before
 

@@ -1,0 +1,70 @@
+"""What this machine computes with: CUDA, ROCm (which PyTorch calls cuda too) or CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any, Literal
+
+import torch
+
+from .errors import UserError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or with ``auto`` the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}': expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{name}': PyTorch sees no GPU here")
+    return device
+
+
+def device_label(device: torch.device) -> str:
+    """A name for reports: the GPU's, or the processor's."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({'ROCm' if torch.version.hip else 'CUDA'})"
+    return _processor()
+
+
+def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
+    """bfloat16 where matrix products are fast in it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    fast = device.type == "cuda" or any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def hardware_summary() -> dict[str, Any]:
+    """Processor, cores, memory and GPUs, for run cards."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_info(key: str) -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next((line.partition(":")[2].strip() for line in stream if line.startswith(key)), "")
+    except OSError:
+        return ""
+
+
+def _cpu_flags() -> list[str]:
+    return _cpu_info("flags").split()
+
+
+def _processor() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()

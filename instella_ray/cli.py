@@ -1,0 +1,56 @@
+"""``instella-ray``: the commands that people type; jobs for clusters are in ``jobs/``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .config import add_config_arguments, describe, load_config
+from .errors import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="instella-ray", description="Instella-T2I on Ray.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    args = parser.parse_args(argv)
+    return run_main(lambda: args.run(args))
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .demo.recipe import DemoConfig
+
+    demo = commands.add_parser(
+        "demo",
+        help="captioned pictures in, pictures out: the whole loop on this machine",
+        description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
+        "HTTP, score, and write report.html. About a quarter of an hour on two CPU cores.",
+        epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument("--folder", help="where everything goes (default: demo)")
+    demo.add_argument("--size", type=int, help="edge of the pictures in pixels (default: 64)")
+    demo.add_argument("--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob)")
+    demo.add_argument("--seed", type=int, help="seed of everything (default: 0)")
+    demo.add_argument("--tiny", action="store_true", help="the same stages in about a minute; pictures mean nothing")
+    again = demo.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an interrupted demo in the folder")
+    again.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")
+    add_config_arguments(demo)
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo.recipe import TINY, DemoConfig
+    from .demo.run import run_demo
+
+    flags = {name: value for name in ("folder", "size", "shards", "seed") if (value := getattr(args, name)) is not None}
+    overrides = [f"{name}={value}" for name, value in {**(TINY if args.tiny else {}), **flags}.items()]
+    config = load_config(DemoConfig, args.config, [*overrides, *args.overrides])
+    run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Scene score: read a picture of :mod:`.scenes` back and say whether its caption holds.
+
+Like GenEval it detects objects and checks the claim against them; unlike GenEval its detector knows these shapes and
+colours only. It carries its own name so that the two are never mistaken for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from .scenes import CATEGORIES, COLORS, RADII, SHAPES, Expectation, coverage
+
+MIN_CONTRAST = 40.0
+"""Grey levels by which an object differs from the background at least."""
+MIN_AREA = 0.35 * np.pi * RADII[0] ** 2 * 0.5
+"""Smaller spots are specks (share of the picture)."""
+MIN_FIT = 0.6
+"""Overlap (intersection over union) with the best shape's template under which nothing is recognised."""
+MARGIN = 0.1
+"""Distance between centres that makes a spatial relation clear (picture = 1)."""
+
+_EXTENT = {  # of a shape with radius 1: left, right, top, bottom
+    "circle": (-0.88, 0.88, -0.88, 0.88),
+    "square": (-0.97, 0.97, -0.97, 0.97),
+    "triangle": (-1.05, 1.05, -1.05, 0.75),
+    "cross": (-1.0, 1.0, -1.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A recognised object; centre in units of the picture's side."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    fit: float
+    """Overlap with the shape's template, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the caption holds, why not, and what was seen."""
+
+    correct: bool
+    reason: str
+    detected: tuple[Detected, ...]
+
+
+def detect(image: np.ndarray) -> list[Detected]:
+    """Objects in a picture, uint8 ``[H, W, 3]``. Tolerates the blur and noise of a lossy reconstruction."""
+    pixels = image.astype(np.float32)
+    background = np.median(pixels.reshape(-1, 3), axis=0)
+    contrast = np.abs(pixels - background).max(-1)
+    height, width = contrast.shape
+    labels, _ = ndimage.label(contrast > MIN_CONTRAST)
+    found = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        own = np.where(labels[box] == number, contrast[box], 0)
+        # Relative to the object's own peak, soft edges of strong and weak colours are cut at the same place.
+        alpha = np.clip(own / max(np.percentile(own[own > 0], 85), 1), 0, 1)
+        parts, _ = ndimage.label(alpha > 0.5)
+        for part, inner in enumerate(ndimage.find_objects(parts), start=1):
+            mask = parts[inner] == part
+            if mask.sum() < MIN_AREA * height * width:
+                continue
+            shape, fit = _best_shape(np.where(mask, alpha[inner], 0))
+            if fit < MIN_FIT:
+                continue
+            core = mask & (alpha[inner] > 0.85)
+            color = _nearest_color(np.median(pixels[box][inner][core if core.any() else mask], axis=0))
+            y = (box[0].start + (inner[0].start + inner[0].stop) / 2) / height
+            x = (box[1].start + (inner[1].start + inner[1].stop) / 2) / width
+            found.append(Detected(shape, color, x, y, fit))
+    return found
+
+
+def score(image: np.ndarray, expect: Expectation) -> Verdict:
+    """Check a picture, uint8 ``[H, W, 3]``, against a claim, with GenEval's semantics: everything named must be
+    there; only counting asks for an exact number."""
+    seen = detect(image)
+
+    def matching(shape: str, color: str | None) -> list[Detected]:
+        return [d for d in seen if d.shape == shape and color in (None, d.color)]
+
+    groups = [matching(shape, color) for shape, color in expect.objects]
+    reason = ""
+    if expect.category == "counting":
+        if len(groups[0]) != expect.count:
+            reason = f"{len(groups[0])} of {expect.objects[0][0]}, expected {expect.count}"
+    elif not all(groups):
+        missing = next(named for named, group in zip(expect.objects, groups, strict=True) if not group)
+        reason = f"no {' '.join(filter(None, missing[::-1]))}"
+    elif expect.relation and not any(_holds(expect.relation, a, b) for a in groups[0] for b in groups[1]):
+        reason = f"not {expect.relation}"
+    return Verdict(not reason, reason, tuple(seen))
+
+
+def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """Share of correct pictures in each category, and ``overall``, the mean over categories, from
+    (category, correct) pairs."""
+    by_category: dict[str, list[bool]] = {}
+    for category, correct in results:
+        by_category.setdefault(category, []).append(correct)
+    table = {name: float(np.mean(by_category[name])) for name in CATEGORIES if name in by_category}
+    return {**table, "overall": float(np.mean(list(table.values()))) if table else 0.0}
+
+
+def _best_shape(alpha: np.ndarray) -> tuple[str, float]:
+    height, width = alpha.shape
+    fits = {}
+    for shape in SHAPES:
+        left, right, top, bottom = _EXTENT[shape]
+        radius = (width / (right - left) + height / (bottom - top)) / 2
+        x = np.arange(width) + 0.5 - width / 2 + radius * (left + right) / 2
+        y = np.arange(height) + 0.5 - height / 2 + radius * (top + bottom) / 2
+        template = coverage(shape, x[None], y[:, None], radius, 1.0)
+        fits[shape] = float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
+    best = max(fits, key=fits.__getitem__)
+    return best, fits[best]
+
+
+def _nearest_color(rgb: np.ndarray) -> str:
+    return min(COLORS, key=lambda name: float(((rgb - np.array(COLORS[name])) ** 2).sum()))
+
+
+def _holds(relation: str, a: Detected, b: Detected) -> bool:
+    dx, dy = b.x - a.x, b.y - a.y
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    if relation in ("right of", "below"):
+        along = -along
+    return along > MARGIN and along > abs(across)

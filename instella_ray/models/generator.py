@@ -1,0 +1,214 @@
+"""The generators of sections 2.2 and 2.3: transformers over the bits of a picture, as deep as the text encoder.
+
+Block i reads the text encoder's layer i through its own projection, and image tokens alone are queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import UserError
+from .joint_attention import JointAttention, TextKV
+from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_norm
+
+
+class GeneratorConfig(Config):
+    """Sizes of a generator. The defaults are the paper's, which mirror AMD-OLMo-1B."""
+
+    kind: Literal["diffusion", "ar"] = "diffusion"
+    num_tokens: int = 128
+    bits_per_token: int = 64
+    width: int = 2048
+    layers: int = 16
+    """Must equal the number of text feature layers."""
+    heads: int = 16
+    text_width: int = 2048
+    position_std: float = 0.02
+    """Scale of the initial position embeddings (the published weights started from 0)."""
+    zero_init: bool = True
+    """adaLN-Zero: modulation and output start at zero (diffusion). False: Xavier everywhere, as published."""
+    unused_time_embed: bool = False
+    """Carry the timestep embedding that the published AR checkpoint holds and never uses."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> GeneratorConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
+
+class GeneratorBlock(nn.Module):
+    """What both kinds of block share: positions, text projection, joint attention."""
+
+    def __init__(self, cfg: GeneratorConfig, positions: int) -> None:
+        super().__init__()
+        self.pos_emb = nn.Parameter(torch.randn(1, positions, cfg.width) * cfg.position_std)
+        self.proj_cond = nn.Linear(cfg.text_width, cfg.width)
+        self.attn = JointAttention(cfg.width, cfg.heads)
+
+    def text_kv(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, heads, T, D]`` of this depth's text features ``[B, T, text_width]``."""
+        return self.attn.key_value(self.proj_cond(features))
+
+
+class DiffusionBlock(GeneratorBlock):
+    """adaLN modulation by the timestep around attention and feed-forward."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__(cfg, cfg.num_tokens)
+        self.norm1 = Modulation(cfg.width, 6)
+        self.ff = FeedForward(cfg.width)
+
+    def forward(self, x: Tensor, embedding: Tensor, text: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.norm1(embedding)
+        # Positions join after the modulation and never enter the residual stream.
+        y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
+        x = x + gate_1 * self.attn(y, text, mask)
+        return x + gate_2 * self.ff(layer_norm(x) * (1 + scale_2) + shift_2)
+
+
+class ARBlock(GeneratorBlock):
+    """RMSNorm in place of adaLN, causal attention."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__(cfg, cfg.num_tokens + 1)
+        self.input_layernorm = RMSNorm(cfg.width)
+        self.post_attention_layernorm = RMSNorm(cfg.width)
+        self.mlp = FeedForward(cfg.width)
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Generator(nn.Module):
+    """Common to both kinds: the bit embedding in, the text projections, the logits out."""
+
+    transformer_blocks: nn.ModuleList
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.x_embedder = nn.Linear(cfg.bits_per_token, cfg.width)
+        self.proj_out = nn.Linear(cfg.width, cfg.bits_per_token)
+
+    def text_kv(self, features: Tensor, mask: Tensor) -> TextKV:
+        """Project text once for all steps.
+
+        ``features [layers, B, T, text_width]``, ``mask`` bool ``[B, T]``, true at real tokens. Whatever stands at
+        padded positions, NaN included, has no influence.
+        """
+        cfg = self.cfg
+        if len(features) != cfg.layers or features.shape[-1] != cfg.text_width:
+            raise UserError(
+                f"text features have {len(features)} layers of width {features.shape[-1]}, "
+                f"this generator reads {cfg.layers} layers of width {cfg.text_width}"
+            )
+        # A masked softmax weight is 0, but 0 * NaN is NaN: so padded features are cleared first.
+        features = features.masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
+        pairs = [block.text_kv(f) for block, f in zip(self.transformer_blocks, features, strict=True)]
+        return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
+
+
+class DiffusionGenerator(Generator):
+    """Bernoulli diffusion network: reads noisy bits and t, predicts for each bit the logit that it was flipped."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__(cfg)
+        self.time_embed = TimestepEmbedding(cfg.width)
+        self.transformer_blocks = nn.ModuleList([DiffusionBlock(cfg) for _ in range(cfg.layers)])
+        self.norm_out = Modulation(cfg.width, 2)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias) if module.bias is not None else None
+                if cfg.zero_init and ("norm1" in name or name in ("norm_out.linear", "proj_out")):
+                    nn.init.zeros_(module.weight)
+
+    def forward(self, z: Tensor, t: Tensor, text: TextKV) -> Tensor:
+        """Logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at times ``t [B]`` in [0, 1] (1 is pure noise)."""
+        x = self.x_embedder(z)
+        embedding = self.time_embed(t)
+        image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
+        mask = torch.cat((text.mask, image), dim=1)[:, None, None]
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, embedding, (text.keys[i], text.values[i]), mask)
+        scale, shift = self.norm_out(embedding)
+        return self.proj_out(layer_norm(x) * (1 + scale) + shift)
+
+
+@dataclass
+class KVCache:
+    """Image keys and values of an AR batch, of fixed shape, so that rows may sit at different positions."""
+
+    keys: list[Tensor]
+    """For each block ``[B, heads, L, D]``."""
+    values: list[Tensor]
+
+
+class ARGenerator(Generator):
+    """Token-by-token network: position i predicts the bits of token i from the text and the tokens before it."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__(cfg)
+        self.split_token = nn.Parameter(torch.randn(1, 1, cfg.width) * 0.02)
+        if cfg.unused_time_embed:
+            self.time_embed = TimestepEmbedding(cfg.width)
+        self.transformer_blocks = nn.ModuleList([ARBlock(cfg) for _ in range(cfg.layers)])
+        self.norm_out = RMSNorm(cfg.width)
+
+    def forward(self, z: Tensor | None, text: TextKV) -> Tensor:
+        """Logits ``[B, n + 1, K]`` given the first ``n`` tokens' bits ``z [B, n, K]`` (None: n = 0), all at once."""
+        x = self.split_token.expand(len(text), -1, -1)
+        if z is not None:
+            x = torch.cat((x, self.x_embedder(z)), dim=1)
+        count = x.shape[1]
+        # Every real text token and the image positions up to the query's own.
+        causal = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
+        seen_text = text.mask[:, None, None].expand(-1, -1, count, -1)
+        mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, (text.keys[i], text.values[i]), mask)
+        return self.proj_out(self.norm_out(x))
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for ``batch`` rows."""
+        cfg, weight = self.cfg, self.x_embedder.weight
+        shape = (batch, cfg.heads, cfg.num_tokens, cfg.width // cfg.heads)
+        layers = range(cfg.layers)
+        return KVCache([weight.new_zeros(shape) for _ in layers], [weight.new_zeros(shape) for _ in layers])
+
+    def step(self, previous: Tensor, position: Tensor, text: TextKV, cache: KVCache) -> Tensor:
+        """Logits ``[B, K]`` of token ``position [B]``, given the bits ``previous [B, K]`` of the token before it.
+
+        Updates ``cache`` in place. Rows may be at different positions; at position 0 the split token stands in for
+        ``previous``. Equals :meth:`forward` on the whole prefix.
+        """
+        cfg = self.cfg
+        first = (position == 0)[:, None, None]
+        x = torch.where(first, self.split_token, self.x_embedder(previous)[:, None])
+        row = torch.arange(len(x), device=x.device)
+        seen = torch.arange(cfg.num_tokens, device=x.device) <= position[:, None]
+        mask = torch.cat((text.mask, seen), dim=1)[:, None, None]
+        for i, module in enumerate(self.transformer_blocks):
+            assert isinstance(module, ARBlock)
+            y = module.input_layernorm(x) + module.pos_emb[0, position][:, None]
+            k, v = module.attn.key_value(y)
+            cache.keys[i][row, :, position] = k[:, :, 0]
+            cache.values[i][row, :, position] = v[:, :, 0]
+            keys = torch.cat((text.keys[i], cache.keys[i]), dim=2)
+            values = torch.cat((text.values[i], cache.values[i]), dim=2)
+            x = x + module.attn.attend(module.attn.query(y), keys, values, mask)
+            x = x + module.mlp(module.post_attention_layernorm(x))
+        return self.proj_out(self.norm_out(x))[:, 0]
+
+
+def build_generator(cfg: GeneratorConfig) -> DiffusionGenerator | ARGenerator:
+    """The network that ``cfg.kind`` names."""
+    return DiffusionGenerator(cfg) if cfg.kind == "diffusion" else ARGenerator(cfg)

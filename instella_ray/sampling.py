@@ -1,0 +1,233 @@
+"""Samplers as pure functions of tensors: one step in, one step out.
+
+Everything a request may choose is a tensor with one value a row, so rows of different requests, at different points
+of different schedules, share a batch. The server's engine, the bulk job and the training previews all call these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rng
+from .diffusion import noise_probability, per_row
+from .models.generator import ARGenerator, DiffusionGenerator
+from .models.joint_attention import TextKV
+
+SAMPLERS = {"posterior": 0, "simplified": 1}
+"""``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+
+Uniforms = Callable[[int], Tensor] | Tensor | None
+OnStep = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What each row of a batch asked for; every field is a tensor ``[B]``."""
+
+    seed: Tensor
+    num_inference_steps: Tensor
+    guidance_scale: Tensor
+    """The paper's alpha: ``(1 + alpha) conditional - alpha unconditional``; 0 is conditional only."""
+    temperature: Tensor
+    """The paper's tau. 0 is greedy: predictions become hard decisions, without a division."""
+    rho: Tensor
+    """Exponent of the time grid ``t_i = (1 - i / S)^rho``."""
+    sampler: Tensor
+    """A value of :data:`SAMPLERS`."""
+    final_draw: Tensor
+    """True: the last step draws bits (the paper); false: it thresholds at 0.5 (the published sampler)."""
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        *,
+        seed: int | Sequence[int] | Tensor = 0,
+        num_inference_steps: int | Sequence[int] | Tensor = 20,
+        guidance_scale: float | Sequence[float] | Tensor = 7.5,
+        temperature: float | Sequence[float] | Tensor = 1.0,
+        rho: float | Sequence[float] | Tensor = 1.0,
+        sampler: str | Sequence[str] | Tensor = "simplified",
+        final_draw: bool | Sequence[bool] | Tensor = False,
+    ) -> SamplingParams:
+        """Parameters of ``batch`` rows from single values (shared) or one value a row."""
+
+        def rows(value: Any, dtype: torch.dtype) -> Tensor:
+            tensor = torch.as_tensor(value, dtype=dtype)
+            return tensor.expand(batch).clone() if tensor.ndim == 0 else tensor
+
+        if isinstance(sampler, str):
+            sampler = [sampler] * batch
+        if not isinstance(sampler, Tensor):
+            sampler = torch.tensor([SAMPLERS[name] for name in sampler])
+        return cls(
+            rows(seed, torch.int64),
+            rows(num_inference_steps, torch.int64),
+            rows(guidance_scale, torch.float32),
+            rows(temperature, torch.float32),
+            rows(rho, torch.float32),
+            rows(sampler, torch.int64),
+            rows(final_draw, torch.bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SamplingParams:
+        """Every field through ``function``: indexing rows, moving to a device."""
+        return SamplingParams(*[function(getattr(self, field.name)) for field in fields(self)])
+
+
+def timestep(step: Tensor, params: SamplingParams) -> Tensor:
+    """Time ``[B]`` at which each row's network call ``step [B]`` happens: 1 at step 0, 0 after the last."""
+    left = 1 - step / params.num_inference_steps
+    return left.clamp(min=0) ** params.rho
+
+
+def guided_probability(cond: Tensor, uncond: Tensor, params: SamplingParams) -> Tensor:
+    """Eq. 6 and 8: ``sigma(((1 + alpha) cond - alpha uncond) / tau)``, for logits ``[B, ...]``.
+
+    At temperature 0 it is the hard decision ``logit > 0``, exactly.
+    """
+    scale, temperature = per_row(params.guidance_scale, cond), per_row(params.temperature, cond)
+    logits = (1 + scale) * cond - scale * uncond
+    greedy = temperature == 0
+    soft = (logits / torch.where(greedy, torch.ones_like(temperature), temperature)).sigmoid()
+    return torch.where(greedy, (logits > 0).to(soft.dtype), soft)
+
+
+def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor) -> Tensor:
+    """``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1)``, both ``[B, L, K]``; s < t.
+
+    ``simplified`` (Alg. 2) noises the prediction to time s. ``posterior`` (Alg. 1) also weighs in where the bit is
+    now, with the chance ``(t - s) / 2`` that it flipped on the way from s to t.
+    """
+    forward_1 = noise_probability(x0_prob, s)
+    forward_0 = noise_probability(1 - x0_prob, s)
+    gap = per_row(t - s, z)
+    backward_1 = z - gap * (z - 0.5)
+    backward_0 = (1 - z) - gap * ((1 - z) - 0.5)
+    joint_1, joint_0 = forward_1 * backward_1, forward_0 * backward_0
+    return torch.where(per_row(sampler, z) == SAMPLERS["posterior"], joint_1 / (joint_1 + joint_0), forward_1)
+
+
+def diffusion_step(
+    z: Tensor, cond: Tensor, uncond: Tensor, step: Tensor, params: SamplingParams, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One denoising step of every row: the next bits and the current estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
+
+    ``z`` float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``; ``u`` are
+    the uniforms of draw ``step + 1``. A row's last step (``step = num_inference_steps - 1``) gives its final bits.
+    """
+    flip = guided_probability(cond, uncond, params)
+    x0_prob = z * (1 - flip) + (1 - z) * flip
+    drawn = u < transition_probability(
+        z, x0_prob, timestep(step, params), timestep(step + 1, params), params.sampler
+    )
+    final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
+    last = per_row(step + 1 >= params.num_inference_steps, z)
+    return torch.where(last, final, drawn).to(z.dtype), x0_prob
+
+
+def ar_step(cond: Tensor, uncond: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    """Eq. 8: bits ``[B, K]``, float 0/1, of the next token of every row from logits and uniforms ``[B, K]``."""
+    return (u < guided_probability(cond, uncond, params)).to(cond.dtype)
+
+
+@torch.no_grad()
+def generate_diffusion(
+    model: DiffusionGenerator,
+    cond: TextKV,
+    uncond: TextKV,
+    params: SamplingParams,
+    *,
+    uniforms: Uniforms = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Codes, uint8 ``[B, L, K]``, for ``B = len(params)`` prompts; ``uncond`` may be a single row.
+
+    ``uniforms`` replays draws (0 is the initial noise, k the draw after step k - 1) in place of the counter-based
+    ones. ``on_step(step, z, x0_prob)`` is called after every step.
+    """
+    batch, cfg = len(params), model.cfg
+    draw = _drawer(uniforms, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
+    text = _with_unconditional(cond, uncond, batch)
+    z = (draw(0) < 0.5).to(model.x_embedder.weight.dtype)
+    for index in range(int(params.num_inference_steps.max())):
+        step = torch.full((batch,), index, device=z.device)
+        t = timestep(step, params).to(z.dtype)
+        out = model(torch.cat((z, z)), torch.cat((t, t)), text)
+        after, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1))
+        # A row whose schedule is over keeps its bits while longer ones go on.
+        z = torch.where(per_row(index < params.num_inference_steps, z), after, z)
+        if on_step is not None:
+            on_step(index, z, x0_prob)
+    return z.to(torch.uint8)
+
+
+@torch.no_grad()
+def generate_ar(
+    model: ARGenerator,
+    cond: TextKV,
+    uncond: TextKV,
+    params: SamplingParams,
+    *,
+    uniforms: Uniforms = None,
+    on_step: OnStep | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Codes, uint8 ``[B, L, K]``, token by token; arguments as in :func:`generate_diffusion`.
+
+    Step counts, rho, sampler and final_draw have no meaning here. ``use_cache=False`` recomputes the whole prefix
+    for every token, with the same result.
+    """
+    batch, cfg = len(params), model.cfg
+    draw = _drawer(uniforms, params, 1, cfg.bits_per_token, rng.AR)
+    text = _with_unconditional(cond, uncond, batch)
+    z = model.x_embedder.weight.new_zeros(batch, cfg.num_tokens, cfg.bits_per_token)
+    cache = model.new_cache(2 * batch) if use_cache else None
+    for index in range(cfg.num_tokens):
+        doubled = torch.cat((z, z))
+        if cache is not None:
+            position = torch.full((2 * batch,), index, device=z.device)
+            out = model.step(doubled[:, max(index - 1, 0)], position, text, cache)
+        else:
+            out = model(doubled[:, :index] if index else None, text)[:, -1]
+        z[:, index] = ar_step(out[:batch], out[batch:], params, draw(index).reshape(batch, -1))
+        if on_step is not None:
+            on_step(index, z, z)
+    return z.to(torch.uint8)
+
+
+def generate(
+    model: DiffusionGenerator | ARGenerator,
+    cond: TextKV,
+    uncond: TextKV,
+    params: SamplingParams,
+    *,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Codes, uint8 ``[B, L, K]``, with the sampler of the model's kind."""
+    if isinstance(model, ARGenerator):
+        return generate_ar(model, cond, uncond, params, on_step=on_step)
+    return generate_diffusion(model, cond, uncond, params, on_step=on_step)
+
+
+def _drawer(given: Uniforms, params: SamplingParams, tokens: int, bits: int, stream: int) -> Callable[[int], Tensor]:
+    if isinstance(given, Tensor):
+        # The draw after a last step that thresholds is never looked at, and recordings don't hold it.
+        return lambda index: given[min(index, len(given) - 1)]
+    if given is not None:
+        return given
+    return lambda index: rng.uniforms(
+        params.seed, torch.full_like(params.seed, index), tokens, bits, stream=stream
+    )
+
+
+def _with_unconditional(cond: TextKV, uncond: TextKV, batch: int) -> TextKV:
+    return TextKV.cat([cond, uncond if len(uncond) == batch else uncond.expand(batch)])

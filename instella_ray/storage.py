@@ -1,0 +1,146 @@
+"""Files anywhere fsspec reaches: local paths, ``gs://``, ``s3://``, ``memory://``. Writes are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import fsspec
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+TRANSIENT = ("429", "500", "502", "503", "504", "rateLimitExceeded", "Connection reset", "timed out", "Timeout")
+"""Words in an error that mean: the same call may go through a moment later."""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of ``url`` and the path within it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def retry(call: Callable[[], T], *, attempts: int = 5, first_wait: float = 0.5) -> T:
+    """``call()``, repeated with doubling waits on transient errors."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+            if missing or attempt == attempts - 1 or not any(word in str(error) for word in TRANSIENT):
+                raise
+            time.sleep(first_wait * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def is_local(url: str) -> bool:
+    """True for a path on this machine."""
+    return "local" in getattr(filesystem(url)[0], "protocol", ()) or "://" not in url
+
+
+def join(url: str, *parts: str) -> str:
+    """``url`` with further path parts."""
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def exists(url: str) -> bool:
+    fs, path = filesystem(url)
+    return bool(retry(lambda: fs.exists(path)))
+
+
+def is_empty(url: str) -> bool:
+    """True for a folder that is not there or holds nothing."""
+    fs, path = filesystem(url)
+    return not fs.exists(path) or not retry(lambda: fs.ls(path, detail=False))
+
+
+def glob(pattern: str) -> list[str]:
+    """The files that match, sorted, in the form the pattern has; a plain name matches itself where it exists."""
+    fs, path = filesystem(pattern)
+    found = sorted(retry(lambda: fs.glob(path)))
+    return [fs.unstrip_protocol(p) if "://" in pattern else p for p in found]
+
+
+def remove_tree(url: str) -> None:
+    """Delete a folder with all it holds; nothing where there is none."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+@contextmanager
+def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
+    """Open for reading, or for an atomic write: the file appears under its name when the block ends well."""
+    fs, path = filesystem(url)
+    if "r" in mode:
+        try:
+            stream = retry(lambda: fs.open(path, mode))
+        except FileNotFoundError:
+            raise UserError(f"{url}: no such file") from None
+        with stream:
+            yield stream
+        return
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with fs.open(temporary, mode) as stream:
+            yield stream
+        retry(lambda: fs.mv(temporary, path))
+    except BaseException:
+        if fs.exists(temporary):
+            fs.rm(temporary)
+        raise
+
+
+def read_bytes(url: str) -> bytes:
+    with open_file(url) as stream:
+        return stream.read()
+
+
+def read_text(url: str) -> str:
+    return read_bytes(url).decode()
+
+
+def read_json(url: str) -> Any:
+    """Parsed JSON; UserError naming the file where it is none."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url}: not valid JSON ({error})") from None
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    with open_file(url, "wb") as stream:
+        stream.write(data)
+
+
+def write_text(url: str, text: str) -> None:
+    write_bytes(url, text.encode())
+
+
+def write_json(url: str, value: Any) -> None:
+    write_text(url, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """A local folder that appears under ``path`` complete when the block ends well, and leaves no trace otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

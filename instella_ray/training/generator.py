@@ -1,0 +1,191 @@
+"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes and a frozen text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..data.codes import CodesReader
+from ..data.decode import to_pixels
+from ..data.loader import CodesBatch, CodesData
+from ..diffusion import (
+    Target,
+    TimeDistribution,
+    ar_loss,
+    bit_accuracy,
+    diffusion_loss,
+    flip_noise,
+    sample_timesteps,
+    x0_logits,
+)
+from ..errors import UserError
+from ..models.bit import BIT
+from ..models.checkpoint import Model, build_model, load_expected, weight_hash
+from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
+from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..sampling import SamplingParams, generate
+from .launch import launch
+from .settings import TrainConfig
+
+
+class PreviewConfig(Config):
+    """Pictures made while training, from fixed prompts and seeds."""
+
+    prompts: tuple[str, ...] = ()
+    num_inference_steps: int = 20
+    guidance_scale: float = 4.0
+    temperature: float = 0.6
+
+
+class GeneratorRunConfig(Config):
+    """A generator run. Code sizes and the text encoder's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
+
+    model: GeneratorConfig
+    codes: str
+    """Folder of packed codes, made by ``tokenizer``."""
+    tokenizer: str
+    """Model folder of the BIT that made the codes; decodes the previews."""
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    short_caption_probability: float = 0.5
+    caption_drop_probability: float = 0.1
+    """Share of samples trained without their caption, for guidance."""
+    target: Target = "flip"
+    """What the diffusion network predicts: whether a bit was flipped (the paper's), or the clean bit."""
+    timesteps: TimeDistribution = "logit_normal"
+    preview: PreviewConfig = PreviewConfig()
+    train: TrainConfig
+
+
+class DiffusionLoss(nn.Module):
+    """Eq. 5 on one micro-batch."""
+
+    def __init__(self, model: DiffusionGenerator, target: Target) -> None:
+        super().__init__()
+        self.model, self.target = model, target
+
+    def forward(
+        self, codes: Tensor, features: Tensor, mask: Tensor, t: Tensor, u: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``codes [B, L, K]`` 0/1, text ``features [layers, B, T, W]``, times ``t [B]``, uniforms ``u`` like codes."""
+        z_t = flip_noise(codes, t, u)
+        out = self.model(z_t, t, self.model.text_kv(features, mask))
+        accuracy = bit_accuracy(x0_logits(out, z_t, self.target), codes)
+        early = (t > 0.5).float()
+        noisy = (accuracy * early).sum() / early.sum().clamp(min=1)
+        return diffusion_loss(out, z_t, codes, self.target), {
+            "bit_accuracy": accuracy.mean(),
+            "bit_accuracy_noisy": noisy,
+        }
+
+
+class ARLoss(nn.Module):
+    """Eq. 7 on one micro-batch: all tokens at once under the causal mask."""
+
+    def __init__(self, model: ARGenerator) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self.model(codes[:, :-1], self.model.text_kv(features, mask))
+        return ar_loss(out, codes), {"bit_accuracy": bit_accuracy(out, codes).mean()}
+
+
+class GeneratorTask:
+    """Trains a generator; satisfies :class:`.loop.Task`."""
+
+    def __init__(self, cfg: GeneratorRunConfig) -> None:
+        torch.manual_seed(cfg.train.seed)
+        self.cfg = cfg
+        self.tokenizer_hash = weight_hash(cfg.tokenizer)
+        reader = CodesReader(cfg.codes, tokenizer_hash=self.tokenizer_hash)
+        drop = cfg.caption_drop_probability
+        self.data = CodesData(
+            reader, cfg.train.seed, short_probability=cfg.short_caption_probability, drop_probability=drop
+        )
+        self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder))
+        model = build_model(generator_config(cfg.model, reader, self.text.encoder).model_dump())
+        assert not isinstance(model, BIT)
+        self.model: Model = model
+        self.step_module: nn.Module
+        if isinstance(model, ARGenerator):
+            self.step_module = ARLoss(model)
+        else:
+            self.step_module = DiffusionLoss(model, cfg.target)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def load(self, epoch: int, samples: Any) -> CodesBatch:
+        return self.data.batch(epoch, samples)
+
+    def micro_batches(self, batch: CodesBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        parts = []
+        for start in range(0, len(batch.captions), size):
+            codes = batch.codes[start : start + size]
+            features, mask = self.text.encode(batch.captions[start : start + size])
+            inputs = {"codes": codes, "features": features, "mask": mask}
+            if isinstance(self.step_module, DiffusionLoss):
+                inputs["t"] = sample_timesteps(len(codes), generator, self.cfg.timesteps)
+                inputs["u"] = torch.rand(codes.shape, generator=generator)
+            parts.append(inputs)
+        return parts
+
+    def begin(self, batch: CodesBatch) -> None:
+        pass
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def preview(self, ema_model: Model) -> np.ndarray | None:
+        """One picture a prompt, side by side."""
+        prompts, preview = list(self.cfg.preview.prompts), self.cfg.preview
+        if not prompts or isinstance(ema_model, BIT):
+            return None
+        device = next(ema_model.parameters()).device
+        bit = load_expected(self.cfg.tokenizer, BIT, device=device)
+        features, mask = self.text.encode([*prompts, ""])
+        text = ema_model.text_kv(features.to(device), mask.to(device))
+        params = SamplingParams.of(
+            len(prompts),
+            seed=range(len(prompts)),
+            num_inference_steps=preview.num_inference_steps,
+            guidance_scale=preview.guidance_scale,
+            temperature=preview.temperature,
+        ).map(lambda value: value.to(device))
+        codes = generate(ema_model, text.rows(slice(0, -1)), text.rows(slice(-1, None)), params)
+        size = bit.cfg.image_size
+        return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)
+
+    def keys(self, batch: CodesBatch) -> list[str]:
+        return batch.keys
+
+    def extra(self) -> Mapping[str, Any]:
+        encoder = self.cfg.text_encoder.model_dump(mode="json")
+        return {"text_encoder": encoder, "tokenizer_hash": self.tokenizer_hash}
+
+
+def generator_config(model: GeneratorConfig, reader: CodesReader, text: TextEncoder) -> GeneratorConfig:
+    """``model`` with the sizes that the codes and the text encoder dictate; UserError if the file says otherwise."""
+    facts = {
+        "num_tokens": reader.manifest.num_tokens,
+        "bits_per_token": reader.manifest.bits_per_token,
+        "layers": text.num_layers,
+        "text_width": text.width,
+    }
+    for name, value in facts.items():
+        if name in model.model_fields_set and getattr(model, name) != value:
+            raise UserError(f"model.{name} = {getattr(model, name)}: codes and text encoder need {value}")
+    return model.model_copy(update=facts)
+
+
+def run_generator(cfg: GeneratorRunConfig) -> Path:
+    """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
+    # Refused here, before any worker starts, with one clear line.
+    CodesReader(cfg.codes, tokenizer_hash=weight_hash(cfg.tokenizer))
+    return launch(cfg.train, lambda: GeneratorTask(cfg), description=f"{cfg.model.kind} generator")

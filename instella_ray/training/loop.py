@@ -1,0 +1,195 @@
+"""The training loop that runs on every worker. What is trained is a :class:`Task`; how is the same for all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import storage
+from ..accelerator import compute_dtype
+from ..data.decode import encode_png
+from ..data.loader import BatchPlan, Prefetcher
+from ..models.checkpoint import Model
+from .checkpoint import restore_checkpoint, save_checkpoint
+from .optim import EMA, build_optimizer, learning_rate
+from .settings import TrainConfig
+
+
+class Task(Protocol):
+    """What a run trains: data, a model, and a module whose forward is the loss of one micro-batch."""
+
+    model: Model
+    step_module: nn.Module
+    """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+
+    def load(self, epoch: int, samples: Any) -> Any:
+        """One worker's share of a global batch, on the CPU; runs in a thread."""
+
+    def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        """Keyword arguments for the step module, cut into micro-batches; draws the step's noise."""
+
+    def begin(self, batch: Any) -> None:
+        """Called once with the first batch, before the first step of a new run."""
+
+    def before_step(self, step: int) -> None:
+        """Called before every step (model in training mode)."""
+
+    def preview(self, ema_model: Model) -> Any:
+        """A picture, uint8 ``[H, W, 3]``, of what the model can do, or None."""
+
+    def keys(self, batch: Any) -> list[str]:
+        """The samples' keys, to name them when a loss is not finite."""
+
+    def extra(self) -> Mapping[str, Any]:
+        """Further sections of the checkpoint's config.yaml."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; nothing of that step was saved."""
+
+
+def train_worker(task: Task, cfg: TrainConfig) -> None:
+    """Run ``task`` to ``cfg.steps`` on this rank, from the run's last checkpoint where there is one."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(cfg.workers.threads)
+    plan = BatchPlan(len(task), cfg.global_batch, cfg.seed, rank, world)
+    model = task.model.to(device).train()
+    task.step_module.to(device)
+    optimizer, ema = build_optimizer(model, cfg.optimizer), EMA(model, cfg.ema_decay)
+    start = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            start = restore_checkpoint(Path(folder), model, ema, optimizer)["step"]
+    else:
+        torch.manual_seed(cfg.seed)
+        task.begin(task.load(0, plan.samples(0)))
+        ema = EMA(model, cfg.ema_decay)
+    step_module: nn.Module = task.step_module
+    if world > 1:
+        step_module = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None)
+    share = cfg.global_batch // world
+    size = cfg.micro_batch_size or share
+    dtype = compute_dtype(device, cfg.precision)
+    log = _MetricsLog(cfg, rank)
+    batches = Prefetcher(lambda step: task.load(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
+    waited = time.perf_counter()
+    for step, batch in enumerate(batches, start):
+        data_wait = time.perf_counter() - waited
+        # The step's randomness is a function of (seed, step, rank): a resumed run draws the same numbers.
+        noise = _step_seed(cfg.seed, step, rank)
+        torch.manual_seed(noise)
+        rate = learning_rate(step, cfg.steps, cfg.optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train()
+        task.before_step(step)
+        parts = task.micro_batches(batch, size, torch.Generator().manual_seed(noise))
+        totals: dict[str, Tensor] = {}
+        for number, inputs in enumerate(parts, start=1):
+            inputs = {name: _to(value, device) for name, value in inputs.items()}
+            last = number == len(parts)
+            if isinstance(step_module, DistributedDataParallel):
+                step_module.require_backward_grad_sync = last
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, facts = step_module(**inputs)
+            (loss / len(parts)).backward()
+            for name, value in {"loss": loss, **facts}.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip)
+        if not torch.isfinite(norm):
+            path = storage.join(cfg.run_dir, f"nonfinite-step{step}-rank{rank}.json")
+            storage.write_json(path, {"step": step, "keys": task.keys(batch)})
+            raise NonFiniteLoss(f"step {step}: loss or gradient is not finite; the batch's keys are in {path}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model, step)
+        log.step(step, totals, rate, norm, data_wait)
+        done = step + 1
+        final = done == cfg.steps
+        if rank == 0 and (final or done % cfg.preview_every == 0):
+            log.preview(done, _preview(task, model, ema))
+        if final or done % cfg.checkpoint_every == 0:
+            _report(task, model, ema, optimizer, done, rank, log.last)
+        waited = time.perf_counter()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return ((seed * 1_000_003 + step) * 1009 + rank) % (2**63)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _preview(task: Task, model: Model, ema: EMA) -> Any:
+    """The task's preview with averaged weights in place of the current ones, which are put back."""
+    current = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(ema.state)
+    model.eval()
+    try:
+        return task.preview(model)
+    finally:
+        model.load_state_dict(current)
+        model.train()
+
+
+def _report(
+    task: Task, model: Model, ema: EMA, optimizer: torch.optim.Optimizer, step: int, rank: int, metrics: dict[str, Any]
+) -> None:
+    """Hand a checkpoint to Ray Train. A barrier: every rank calls it equally, rank 0 brings the folder."""
+    if rank != 0:
+        ray.train.report(metrics, checkpoint_dir_name=f"step-{step:07d}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), model, ema, optimizer, {"step": step}, task.extra())
+        checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:07d}")
+
+
+class _MetricsLog:
+    """Rank 0 appends one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
+
+    def __init__(self, cfg: TrainConfig, rank: int) -> None:
+        self.cfg, self.rank = cfg, rank
+        self.last: dict[str, Any] = {}
+        self.seen = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def step(self, step: int, totals: dict[str, Tensor], rate: float, norm: Tensor, data_wait: float) -> None:
+        self.seen += self.cfg.global_batch
+        self.waited += data_wait
+        if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
+            return
+        values = torch.stack(list(totals.values()))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        elapsed = time.perf_counter() - self.since
+        facts = dict(zip(totals, [round(v, 6) for v in values.tolist()], strict=True))
+        speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
+        self.last = {"step": step + 1, **facts, "lr": rate, "gradient_norm": round(float(norm), 5), **speed}
+        self.seen, self.waited, self.since = 0, 0.0, time.perf_counter()
+        if self.rank == 0:
+            path = Path(self.cfg.run_dir) / "metrics.jsonl"
+            with path.open("a") as stream:
+                stream.write(json.dumps(self.last) + "\n")
+
+    def preview(self, step: int, picture: Any) -> None:
+        if picture is not None:
+            storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(picture))

@@ -1,0 +1,72 @@
+"""Configuration that every training run shares."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ..accelerator import Precision
+from ..config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up; the defaults are the paper's."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = Field(1000, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(0.0, ge=0, le=1)
+    """Last share of the run over which the rate falls linearly to nearly zero; 0 keeps it constant."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+
+
+class WorkersConfig(Config):
+    """How the run is spread."""
+
+    count: int = Field(1, ge=1)
+    """Training workers (ranks)."""
+    cpus: float = 1.0
+    """Logical CPUs a worker reserves."""
+    threads: int = 1
+    """Threads a worker computes with on the CPU."""
+    gpu: bool = False
+    """One GPU a worker."""
+    max_failures: int = 2
+    """Restarts from the last checkpoint after a worker is lost."""
+
+
+class TrainConfig(Config):
+    """Steps, batches, intervals. A run directory belongs to one run; going on with it is asked for."""
+
+    run_dir: str
+    """Receives config.yaml, metrics.jsonl, checkpoints/ and previews/."""
+    resume: bool = False
+    """Go on with an interrupted run in ``run_dir``."""
+    seed: int = 0
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(64, ge=1)
+    """Samples a step = micro-batch x accumulation x workers."""
+    micro_batch_size: int | None = None
+    """Samples a forward pass on one worker; none means its whole share of the global batch."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Decay of the weights' moving average, reached gradually."""
+    precision: Precision = "auto"
+    workers: WorkersConfig = WorkersConfig()
+    log_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    preview_every: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> TrainConfig:
+        share, rest = divmod(self.global_batch, self.workers.count)
+        if rest:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of {self.workers.count} workers")
+        if self.micro_batch_size is not None and share % self.micro_batch_size:
+            raise ValueError(f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self

@@ -13,12 +13,15 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
-DIFFUSION, AR, TRAINING = 0, 1, 2
-"""Streams: draws for different purposes never share a number."""
+DIFFUSION, AR = 0, 1
+"""Streams: draws for different purposes never share a number. Within one, a draw is told by its count."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four random 32-bit words for each 128-bit counter and 64-bit key, all held in int64 tensors."""
+    """Philox-4x32-10: four random 32-bit words for each 128-bit ``counter`` and 64-bit ``key``.
+
+    Every word is an int64 tensor with values in [0, 2^32); shapes broadcast against each other.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -37,12 +40,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int = DIFFUSION) -> Tensor:
     """Float32 ``[B, tokens, bits]`` in [0, 1), a function of (seed, draw, stream, token, bit) alone.
 
-    ``seed [B]`` is any int64, ``draw [B]`` a count from 0 within the stream.
+    ``seed [B]`` is any int64 (the key), ``draw [B]`` a count in [0, 2^32) within the stream. In the diffusion
+    stream draw 0 is the initial noise and draw k comes after step k - 1; in the AR stream draw i is token i.
     """
     count = tokens * bits
-    block = torch.arange((count + 3) // 4, device=seed.device)[None]
+    block = torch.arange((count + 3) // 4, device=seed.device)
     seed, draw = seed.long()[:, None], draw.long()[:, None]
-    zero = torch.zeros_like(block)
-    counter = (block + zero * draw, (draw & _MASK) + zero, zero + stream + 0 * draw, zero + 0 * draw)
-    words = torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1).flatten(1)[:, :count]
-    return ((words >> 8).float() * 2.0**-24).unflatten(1, (tokens, bits))
+    words = philox(
+        (block, draw & _MASK, torch.full_like(block, stream), torch.zeros_like(block)),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+    # 24 bits are what a float32 in [0, 1) holds evenly, so no value rounds up to 1.
+    values = torch.stack(words, dim=-1).flatten(1)[:, :count] >> 8
+    return (values.float() * 2.0**-24).unflatten(1, (tokens, bits))

@@ -2,6 +2,10 @@
 
 Everything a request may choose is a tensor with one value a row, so rows of different requests, at different points
 of different schedules, share a batch. The server's engine, the bulk job and the training previews all call these.
+
+Exponentials are taken in float64 and rounded once: vectorised float32 ones give another last digit where a row falls
+into the remainder of a vector, so that its bits could depend on its place in the batch. All else here is exact
+elementwise arithmetic.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from . import rng
 from .diffusion import noise_probability, per_row
+from .errors import UserError
 from .models.generator import ARGenerator, DiffusionGenerator
 from .models.joint_attention import TextKV
 
@@ -55,24 +60,37 @@ class SamplingParams:
         sampler: str | Sequence[str] | Tensor = "simplified",
         final_draw: bool | Sequence[bool] | Tensor = False,
     ) -> SamplingParams:
-        """Parameters of ``batch`` rows from single values (shared) or one value a row."""
+        """Parameters of ``batch`` rows from single values (shared) or one value a row.
 
-        def rows(value: Any, dtype: torch.dtype) -> Tensor:
-            tensor = torch.as_tensor(value, dtype=dtype)
-            return tensor.expand(batch).clone() if tensor.ndim == 0 else tensor
+        UserError names the field whose values are out of range, or not one a row.
+        """
 
-        if isinstance(sampler, str):
-            sampler = [sampler] * batch
+        def rows(name: str, value: Any, dtype: torch.dtype, expected: str, valid: Callable[[Tensor], Tensor]) -> Tensor:
+            try:
+                tensor = torch.as_tensor(value, dtype=dtype)
+                tensor = tensor.expand(batch).clone() if tensor.ndim == 0 else tensor
+            except (RuntimeError, OverflowError, TypeError, ValueError):
+                raise UserError(f"{name} = {value}: expected {expected}") from None
+            if tensor.shape != (batch,):
+                raise UserError(f"{name}: expected one value or {batch}, got {len(tensor)}")
+            if not valid(tensor).all():
+                raise UserError(f"{name} = {value}: expected {expected}")
+            return tensor
+
         if not isinstance(sampler, Tensor):
-            sampler = torch.tensor([SAMPLERS[name] for name in sampler])
+            names = [sampler] if isinstance(sampler, str) else list(sampler)
+            if unknown := [name for name in names if name not in SAMPLERS]:
+                raise UserError(f"sampler = {unknown[0]}: expected one of {', '.join(SAMPLERS)}")
+            numbers = [SAMPLERS[name] for name in names]
+            sampler = torch.tensor(numbers[0] if isinstance(sampler, str) else numbers)
         return cls(
-            rows(seed, torch.int64),
-            rows(num_inference_steps, torch.int64),
-            rows(guidance_scale, torch.float32),
-            rows(temperature, torch.float32),
-            rows(rho, torch.float32),
-            rows(sampler, torch.int64),
-            rows(final_draw, torch.bool),
+            rows("seed", seed, torch.int64, "integers of 64 bits", torch.ones_like),
+            rows("num_inference_steps", num_inference_steps, torch.int64, "at least 1", lambda v: v >= 1),
+            rows("guidance_scale", guidance_scale, torch.float32, "finite numbers", torch.isfinite),
+            rows("temperature", temperature, torch.float32, "at least 0", lambda v: (v >= 0) & v.isfinite()),
+            rows("rho", rho, torch.float32, "more than 0", lambda v: (v > 0) & v.isfinite()),
+            rows("sampler", sampler, torch.int64, "a value of SAMPLERS", lambda v: (v >= 0) & (v < len(SAMPLERS))),
+            rows("final_draw", final_draw, torch.bool, "true or false", torch.ones_like),
         )
 
     def __len__(self) -> int:
@@ -85,20 +103,20 @@ class SamplingParams:
 
 def timestep(step: Tensor, params: SamplingParams) -> Tensor:
     """Time ``[B]`` at which each row's network call ``step [B]`` happens: 1 at step 0, 0 after the last."""
-    left = 1 - step / params.num_inference_steps
-    return left.clamp(min=0) ** params.rho
+    left = (1 - step.double() / params.num_inference_steps).clamp(min=0)
+    return (left**params.rho).float()
 
 
 def guided_probability(cond: Tensor, uncond: Tensor, params: SamplingParams) -> Tensor:
     """Eq. 6 and 8: ``sigma(((1 + alpha) cond - alpha uncond) / tau)``, for logits ``[B, ...]``.
 
-    At temperature 0 it is the hard decision ``logit > 0``, exactly.
+    At temperature 0 it is the hard decision ``logit > 0``, exactly; a logit of exactly 0 decides for 0.
     """
     scale, temperature = per_row(params.guidance_scale, cond), per_row(params.temperature, cond)
     logits = (1 + scale) * cond - scale * uncond
     greedy = temperature == 0
-    soft = (logits / torch.where(greedy, torch.ones_like(temperature), temperature)).sigmoid()
-    return torch.where(greedy, (logits > 0).to(soft.dtype), soft)
+    soft = (logits / torch.where(greedy, torch.ones_like(temperature), temperature)).double().sigmoid().float()
+    return torch.where(greedy, (logits > 0).float(), soft)
 
 
 def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor) -> Tensor:
@@ -106,6 +124,9 @@ def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sam
 
     ``simplified`` (Alg. 2) noises the prediction to time s. ``posterior`` (Alg. 1) also weighs in where the bit is
     now, with the chance ``(t - s) / 2`` that it flipped on the way from s to t.
+
+    That chance is the published sampler's plain difference. Under the process's own noise schedule it would be
+    ``(t - s) / (2 (1 - s))``, so Alg. 1 is Bayes' rule for a chain that flips a little less than the forward one.
     """
     forward_1 = noise_probability(x0_prob, s)
     forward_0 = noise_probability(1 - x0_prob, s)
@@ -113,7 +134,10 @@ def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sam
     backward_1 = z - gap * (z - 0.5)
     backward_0 = (1 - z) - gap * ((1 - z) - 0.5)
     joint_1, joint_0 = forward_1 * backward_1, forward_0 * backward_0
-    return torch.where(per_row(sampler, z) == SAMPLERS["posterior"], joint_1 / (joint_1 + joint_0), forward_1)
+    total = joint_1 + joint_0
+    # Both joints vanish when s and t underflow to 0 (a large rho) and the prediction contradicts z: believe it then.
+    weighs = (per_row(sampler, z) == SAMPLERS["posterior"]) & (total > 0)
+    return torch.where(weighs, joint_1 / total, forward_1)
 
 
 def diffusion_step(
@@ -123,12 +147,11 @@ def diffusion_step(
 
     ``z`` float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``; ``u`` are
     the uniforms of draw ``step + 1``. A row's last step (``step = num_inference_steps - 1``) gives its final bits.
+    Rows beyond their last step are the caller's to leave alone.
     """
     flip = guided_probability(cond, uncond, params)
     x0_prob = z * (1 - flip) + (1 - z) * flip
-    drawn = u < transition_probability(
-        z, x0_prob, timestep(step, params), timestep(step + 1, params), params.sampler
-    )
+    drawn = u < transition_probability(z, x0_prob, timestep(step, params), timestep(step + 1, params), params.sampler)
     final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
     last = per_row(step + 1 >= params.num_inference_steps, z)
     return torch.where(last, final, drawn).to(z.dtype), x0_prob
@@ -152,19 +175,24 @@ def generate_diffusion(
     """Codes, uint8 ``[B, L, K]``, for ``B = len(params)`` prompts; ``uncond`` may be a single row.
 
     ``uniforms`` replays draws (0 is the initial noise, k the draw after step k - 1) in place of the counter-based
-    ones. ``on_step(step, z, x0_prob)`` is called after every step.
+    ones, as a function of the draw or a tensor ``[draws, B, L, K]``; the last one, of the final draw, may be missing
+    where no row asks for it. ``on_step(step, z, x0_prob)`` is called after every step. Rows may differ in their
+    number of steps: one that is done keeps its bits (and has them as its x0_prob) while the others go on.
     """
     batch, cfg = len(params), model.cfg
-    draw = _drawer(uniforms, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
+    params = params.map(lambda value: value.to(model.x_embedder.weight.device))
+    steps = int(params.num_inference_steps.max())
+    needed = steps + int(params.final_draw.any())
+    draw = _drawer(uniforms, needed, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
     text = _with_unconditional(cond, uncond, batch)
     z = (draw(0) < 0.5).to(model.x_embedder.weight.dtype)
-    for index in range(int(params.num_inference_steps.max())):
+    for index in range(steps):
         step = torch.full((batch,), index, device=z.device)
         t = timestep(step, params).to(z.dtype)
         out = model(torch.cat((z, z)), torch.cat((t, t)), text)
         after, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1))
-        # A row whose schedule is over keeps its bits while longer ones go on.
-        z = torch.where(per_row(index < params.num_inference_steps, z), after, z)
+        goes_on = per_row(index < params.num_inference_steps, z)
+        z, x0_prob = torch.where(goes_on, after, z), torch.where(goes_on, x0_prob, z)
         if on_step is not None:
             on_step(index, z, x0_prob)
     return z.to(torch.uint8)
@@ -181,13 +209,16 @@ def generate_ar(
     on_step: OnStep | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Codes, uint8 ``[B, L, K]``, token by token; arguments as in :func:`generate_diffusion`.
+    """Codes, uint8 ``[B, L, K]``, token by token.
 
-    Step counts, rho, sampler and final_draw have no meaning here. ``use_cache=False`` recomputes the whole prefix
-    for every token, with the same result.
+    Arguments as in :func:`generate_diffusion`, but draw i is that of token i: a tensor is ``[L, B, K]``. Step
+    counts, rho, sampler and final_draw have no meaning here. ``on_step(token, z, p)`` sees all bits so far and the
+    probabilities ``[B, K]`` that the token's were drawn from. ``use_cache=False`` recomputes the whole prefix for
+    every token, with the same result.
     """
     batch, cfg = len(params), model.cfg
-    draw = _drawer(uniforms, params, 1, cfg.bits_per_token, rng.AR)
+    params = params.map(lambda value: value.to(model.x_embedder.weight.device))
+    draw = _drawer(uniforms, cfg.num_tokens, params, 1, cfg.bits_per_token, rng.AR)
     text = _with_unconditional(cond, uncond, batch)
     z = model.x_embedder.weight.new_zeros(batch, cfg.num_tokens, cfg.bits_per_token)
     cache = model.new_cache(2 * batch) if use_cache else None
@@ -200,7 +231,7 @@ def generate_ar(
             out = model(doubled[:, :index] if index else None, text)[:, -1]
         z[:, index] = ar_step(out[:batch], out[batch:], params, draw(index).reshape(batch, -1))
         if on_step is not None:
-            on_step(index, z, z)
+            on_step(index, z, guided_probability(out[:batch], out[batch:], params))
     return z.to(torch.uint8)
 
 
@@ -210,23 +241,26 @@ def generate(
     uncond: TextKV,
     params: SamplingParams,
     *,
+    uniforms: Uniforms = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Codes, uint8 ``[B, L, K]``, with the sampler of the model's kind."""
     if isinstance(model, ARGenerator):
-        return generate_ar(model, cond, uncond, params, on_step=on_step)
-    return generate_diffusion(model, cond, uncond, params, on_step=on_step)
+        return generate_ar(model, cond, uncond, params, uniforms=uniforms, on_step=on_step)
+    return generate_diffusion(model, cond, uncond, params, uniforms=uniforms, on_step=on_step)
 
 
-def _drawer(given: Uniforms, params: SamplingParams, tokens: int, bits: int, stream: int) -> Callable[[int], Tensor]:
+def _drawer(
+    given: Uniforms, needed: int, params: SamplingParams, tokens: int, bits: int, stream: int
+) -> Callable[[int], Tensor]:
     if isinstance(given, Tensor):
+        if len(given) < needed:
+            raise UserError(f"uniforms for replay: expected {needed} draws, got {len(given)}")
         # The draw after a last step that thresholds is never looked at, and recordings don't hold it.
         return lambda index: given[min(index, len(given) - 1)]
     if given is not None:
         return given
-    return lambda index: rng.uniforms(
-        params.seed, torch.full_like(params.seed, index), tokens, bits, stream=stream
-    )
+    return lambda index: rng.uniforms(params.seed, torch.full_like(params.seed, index), tokens, bits, stream=stream)
 
 
 def _with_unconditional(cond: TextKV, uncond: TextKV, batch: int) -> TextKV:

@@ -31,7 +31,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
-GRID, JITTER, RADII = 3, 0.006, (0.128, 0.134)
+GRID, JITTER, RADII = 2, 0.01, (0.185, 0.2)
 """Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (picture = 1)."""
 
 

@@ -116,9 +116,7 @@ def encode_config(demo: DemoConfig, data: str, tokenizer: str) -> EncodeConfig:
 def generator_config(
     demo: DemoConfig, kind: Literal["diffusion", "ar"], tokenizer: str, prompts: tuple[str, ...]
 ) -> GeneratorRunConfig:
-    model = GeneratorConfig(
-        kind=kind, width=demo.generator_width, heads=demo.generator_width // 32, position_std=0.3
-    )
+    model = GeneratorConfig(kind=kind, width=demo.generator_width, heads=demo.generator_width // 32, position_std=0.3)
     steps = demo.steps.diffusion if kind == "diffusion" else demo.steps.ar
     defaults = sampling_defaults(kind)
     return GeneratorRunConfig(
@@ -144,12 +142,10 @@ def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:
-    models = {
+    models: dict[str, ModelArgs] = {
         kind: ModelArgs(path=generators[kind], defaults=sampling_defaults(kind)) for kind in KINDS
     }
-    return ServeArgs(
-        tokenizer=tokenizer, models=models, text_length=48, sizes=(demo.size,), num_cpus=0.1, threads=1
-    )
+    return ServeArgs(tokenizer=tokenizer, models=models, text_length=48, sizes=(demo.size,), num_cpus=0.1, threads=1)
 
 
 def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: float, warmup: int) -> TrainConfig:

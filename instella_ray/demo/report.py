@@ -37,7 +37,10 @@ def write_report(demo: DemoConfig, results: dict[str, dict[str, Any]]) -> Path:
         scores=_score_rows(quality, results["score"]),
         categories=[*CATEGORIES, "overall"],
         curves=[
-            ("Tokenizer: PSNR of training batches (dB)", svg_curves({"tokenizer": _series(metrics, "tokenizer", "psnr")})),
+            (
+                "Tokenizer: PSNR of training batches (dB)",
+                svg_curves({"tokenizer": _series(metrics, "tokenizer", "psnr")}),
+            ),
             ("Tokenizer: loss", svg_curves({"tokenizer": _series(metrics, "tokenizer", "loss")}, log=True)),
             ("Generators: loss (nats a bit)", svg_curves({k: _series(metrics, k, "loss") for k in KINDS})),
             ("Generators: bit accuracy", svg_curves({k: _series(metrics, k, "bit_accuracy") for k in KINDS})),

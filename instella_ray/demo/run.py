@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import signal
 import types
@@ -35,12 +37,10 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
         tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
         state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, tokenizer))
         state.run("encode", lambda: stages.encode(demo, tokenizer, again))
-        generators = {
-            kind: state.run(f"{kind} generator", lambda k=kind: stages.train_generator(demo, k, tokenizer, resume))[
-                "checkpoint"
-            ]
-            for kind in KINDS
-        }
+        generators: dict[str, str] = {}
+        for kind in KINDS:
+            train = functools.partial(stages.train_generator, demo, kind, tokenizer, resume)
+            generators[kind] = state.run(f"{kind} generator", train)["checkpoint"]
         state.run("endpoint", lambda: stages.sample_over_http(demo, tokenizer, generators))
         state.run("score", lambda: stages.score_samples(demo))
     finally:
@@ -64,7 +64,7 @@ def _start_ray() -> None:
         raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
     # More logical CPUs than cores: a worker group, its controller and a data task are up at the same time.
     cpus = max(4, os.cpu_count() or 1)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def _end_on_sigterm() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import socket
 import time
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from .. import storage
 from ..data.curate import run_curate
 from ..data.decode import decode_rgb, encode_png, fit_square, to_pixels, to_tensor
 from ..data.encode import run_encode
+from ..data.parts import Mode
 from ..data.scene_score import score, score_table
 from ..data.scenes import Expectation, parse_caption, scene_prompts, scene_rows
 from ..data.shards import find_shards, write_webdataset
@@ -69,7 +69,7 @@ def input_shards(demo: DemoConfig) -> tuple[str, str]:
     return ",".join(found[:-1]), found[-1]
 
 
-def curate(demo: DemoConfig, mode: Literal["new", "resume"]) -> Facts:
+def curate(demo: DemoConfig, mode: Mode) -> Facts:
     cfg = curate_config(demo, input_shards(demo)[0]).model_copy(update={"mode": mode})
     ledger = run_curate(cfg)
     print(ledger.summary())
@@ -89,9 +89,9 @@ def measure_tokenizer(demo: DemoConfig, checkpoint: str) -> Facts:
     untrained = build_model(bit.cfg.model_dump()).eval()
     assert isinstance(untrained, BIT)
     before, after = evaluate_tokenizer(untrained, images), evaluate_tokenizer(bit, images)
-    facts = {"psnr_before": before.psnr, "psnr_after": after.psnr, "dead_bits": after.dead_bits}
+    facts: Facts = {"psnr_before": before.psnr, "psnr_after": after.psnr, "dead_bits": after.dead_bits}
     if demo.shards is None:
-        captions = [row["caption"] for row in held_out_rows(demo)]
+        captions = [row["caption"] for row in held_out_rows(demo)[: len(images)]]
         restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in images.split(64)])
         facts["score_true"] = _scores(captions, to_pixels(images))
         facts["score_restored"] = _scores(captions, restored)
@@ -102,7 +102,7 @@ def measure_tokenizer(demo: DemoConfig, checkpoint: str) -> Facts:
     return facts
 
 
-def encode(demo: DemoConfig, tokenizer: str, mode: Literal["new", "resume"]) -> Facts:
+def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
     cfg = encode_config(demo, demo.path("curated", "*.tar"), tokenizer).model_copy(update={"mode": mode})
     manifest = run_encode(cfg)
     code_bytes = (manifest.num_tokens * manifest.bits_per_token + 7) // 8
@@ -196,7 +196,9 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
 
 def _scores(captions: Iterable[str], pictures: Iterable[np.ndarray]) -> dict[str, float]:
     claims: list[Expectation] = [parse_caption(caption) for caption in captions]
-    verdicts = [(claim.category, score(picture, claim).correct) for claim, picture in zip(claims, pictures, strict=False)]
+    verdicts = [
+        (claim.category, score(picture, claim).correct) for claim, picture in zip(claims, pictures, strict=True)
+    ]
     return score_table(verdicts)
 
 

@@ -50,4 +50,3 @@ class DemoState:
 
     def _save(self) -> None:
         storage.write_json(self.path, {"settings": self.settings, "stages": self.stages})
-

@@ -156,7 +156,8 @@ class Decoder(nn.Module):
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
         extent = cfg.position_extent and cfg.position_extent // factor
-        masks, tokens = self.mask_tokens, self.input_layer(latents)
+        masks: Tensor = self.mask_tokens
+        tokens = self.input_layer(latents)
         if cfg.token_positions:
             tokens = tokens + self.latent_positions
             masks = masks + POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
@@ -238,7 +239,9 @@ class BIT(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         multiple = self.cfg.size_multiple
         if height % multiple or width % multiple or not height or not width:
-            raise UserError(f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer")
+            raise UserError(
+                f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer"
+            )
 
 
 def _as_grid(tokens: Tensor, height: int, width: int) -> Tensor:

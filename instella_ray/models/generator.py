@@ -6,7 +6,7 @@ Block i reads the text encoder's layer i through its own projection, and image t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import model_validator
@@ -112,7 +112,8 @@ class Generator(nn.Module):
             )
         # A masked softmax weight is 0, but 0 * NaN is NaN: so padded features are cleared first.
         features = features.masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
-        pairs = [block.text_kv(f) for block, f in zip(self.transformer_blocks, features, strict=True)]
+        blocks = cast(list[GeneratorBlock], list(self.transformer_blocks))
+        pairs = [block.text_kv(f) for block, f in zip(blocks, features, strict=True)]
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
 
 

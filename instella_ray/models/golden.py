@@ -20,9 +20,15 @@ from torch import Tensor
 
 from ..diffusion import ar_loss, bit_accuracy, diffusion_loss, flip_noise, noise_probability, x0_logits
 from ..errors import UserError, run_main
-from ..sampling import SamplingParams, diffusion_step, generate_ar, generate_diffusion, guided_probability
+from ..sampling import (
+    SamplingParams,
+    diffusion_step,
+    generate_ar,
+    generate_diffusion,
+    guided_probability,
+    transition_probability,
+)
 from ..sampling import timestep as timestep_of
-from ..sampling import transition_probability
 from .bit import BIT
 from .checkpoint import build_model
 from .generator import ARGenerator, DiffusionGenerator
@@ -167,9 +173,7 @@ class Golden:
             yield from self._diffusion_trajectory(f"samp.{name}", params, mask)
         yield from self._ar_trajectory(mask, batch)
 
-    def _diffusion_trajectory(
-        self, name: str, params: SamplingParams, mask: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _diffusion_trajectory(self, name: str, params: SamplingParams, mask: Tensor) -> Iterator[tuple[str, Tensor]]:
         model, batch, u = self.generator("diffusion"), len(params), self.io[f"{name}.u"]
         assert isinstance(model, DiffusionGenerator)
         text = model.text_kv(self._features("samp.feat", model.cfg.layers), mask)
@@ -190,7 +194,9 @@ class Golden:
             outs.append(out)
         yield f"{name}.out", torch.stack(outs)
         yield f"{name}.p", torch.stack(probabilities[: len(u)])
-        looped = generate_diffusion(model, text.rows(slice(0, batch)), text.rows(slice(batch, None)), params, uniforms=u)
+        looped = generate_diffusion(
+            model, text.rows(slice(0, batch)), text.rows(slice(batch, None)), params, uniforms=u
+        )
         yield f"{name}.z", torch.stack([*states[:-1], looped.float()])
         yield f"{name}.x0_prob_last", x0_prob
 

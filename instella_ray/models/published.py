@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m instella_ray.models.published", description="Convert the released Instella-T2I checkpoints."
     )
-    parser.add_argument("source", type=Path, help="folder of the release, with bae/model.safetensors, diffusion.pt, ar.pt")
+    parser.add_argument(
+        "source", type=Path, help="folder of the release, with bae/model.safetensors, diffusion.pt, ar.pt"
+    )
     parser.add_argument("output", type=Path, help="new folder for bit/, diffusion/ and ar/")
     args = parser.parse_args(argv)
 

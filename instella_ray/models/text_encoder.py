@@ -5,22 +5,27 @@ The generator's block i reads layer i, so a prompt becomes ``[layers, T, width]`
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
+from .checkpoint import weight_hash
 
 log = logging.getLogger(__name__)
+
+FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+"""What the norm after the last layer is called, over the architectures of Transformers."""
 
 
 class TextEncoderConfig(Config):
@@ -48,25 +53,25 @@ class TextFeatures(NamedTuple):
 class TextEncoder:
     """A frozen language model and its tokenizer. Not a module: nothing here is ever trained or saved."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, cfg: TextEncoderConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, cfg: TextEncoderConfig) -> None:
         self.cfg = cfg
         self.tokenizer = tokenizer
-        self.tokenizer.padding_side = "left"
-        self.tokenizer.truncation_side = "right"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.model = model.eval().requires_grad_(False)
+        # A pooler reads the last layer for classification: nothing here wants it, and its weights may be made up.
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
         self.num_layers = _keep_layers(self.model, cfg.layers)
         self.width: int = self.model.config.hidden_size
-        accepted = inspect.signature(self.model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._takes_cache = "use_cache" in accepted
+        self._takes_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     @classmethod
     def from_config(
         cls, cfg: TextEncoderConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> TextEncoder:
-        """Load by hub name or path; code from the hub is never run. UserError where there is no such model."""
+        """Load by hub name or path; code from the hub is never run. UserError where that gives no model.
+
+        ``dtype`` is that of the weights and of the features.
+        """
         from transformers import AutoModel, AutoTokenizer
 
         name = resolve_name(cfg.name)
@@ -74,40 +79,40 @@ class TextEncoder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **extra)
             model = AutoModel.from_pretrained(name, dtype=dtype, **extra)
-        except (OSError, ValueError) as error:
-            raise UserError(f"text encoder '{cfg.name}': cannot be loaded ({str(error).splitlines()[0]})") from None
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"text encoder '{cfg.name}': cannot be loaded ({reason})") from None
         return cls(model.to(device), tokenizer, cfg)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of ``prompts``, padded on the left to the longest of them (at least one position)."""
+        if not prompts:
+            raise UserError("prompts: the list is empty, expected at least one")
         rows = [self._tokens(prompt) for prompt in prompts]
+        # The model itself runs padded on the right. There positions count from the first real token by default,
+        # whether they are rotary, learned or biases, and causal attention never meets the padding.
         length = max([1, *map(len, rows)])
         device = next(self.model.parameters()).device
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0, device=device)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
+        visible = torch.zeros(len(rows), length, dtype=torch.long)
+        # A row without any token would attend to nothing and give NaN: it sees one padding, and is dropped below.
+        visible[:, 0] = 1
         for i, row in enumerate(rows):
-            if row:
-                ids[i, length - len(row) :] = torch.tensor(row, device=device)
-                mask[i, length - len(row) :] = True
-        # A row without any token would attend to nothing and give NaN: it sees its padding, and is cleared below.
-        visible = mask | ~mask.any(1, keepdim=True)
-        options: dict[str, Any] = {"use_cache": False} if self._takes_cache else {}
-        if self._takes_positions:
-            # Absolute positions count real tokens only, so that padding changes nothing.
-            options["position_ids"] = (visible.long().cumsum(1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=visible.long(), output_hidden_states=True, **options)
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            visible[i, : len(row)] = 1
+        options = {"use_cache": False} if self._takes_cache else {}
+        out = self.model(
+            input_ids=ids.to(device), attention_mask=visible.to(device), output_hidden_states=True, **options
+        )
         # The first entry is the embedding. The last one is after the final norm, where the model has one.
         features = torch.stack(out.hidden_states[1:])
-        return TextFeatures(features.masked_fill(~mask[None, :, :, None], 0), mask)
+        return pad_features([features[:, i, : len(row)] for i, row in enumerate(rows)])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Short identity of the frozen weights in use, for lineage."""
-        digest = hashlib.sha256(f"{self.cfg.name}:{self.num_layers}:{self.width}".encode())
-        for name, parameter in sorted(self.model.named_parameters()):
-            digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.double().sum().item():.6e}".encode())
-        return digest.hexdigest()[:16]
+        """Sha256 of the frozen weights in use, for lineage: the same wherever their files lie."""
+        return weight_hash(self.model)
 
     def _tokens(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, truncation=False)["input_ids"]
@@ -119,7 +124,11 @@ class TextEncoder:
 
 
 class TextFeatureCache:
-    """Features by prompt, encoded once; the least recently used go when ``max_bytes`` are exceeded."""
+    """Features by prompt, encoded once; the least recently used go when ``max_bytes`` are exceeded.
+
+    Kept without padding, in the encoder's dtype and on its device. A prompt encoded beside others differs from one
+    encoded alone by the rounding that comes with the batch's shape.
+    """
 
     def __init__(self, encoder: TextEncoder, max_bytes: int = 1 << 30) -> None:
         self.encoder = encoder
@@ -142,7 +151,7 @@ class TextFeatureCache:
                 self._rows[prompt] = fresh[prompt]
                 self.bytes += fresh[prompt].nbytes
             self._rows.move_to_end(prompt)
-        while self.bytes > self.max_bytes and len(self._rows) > 1:
+        while self.bytes > self.max_bytes and self._rows:
             self.bytes -= self._rows.popitem(last=False)[1].nbytes
         return pad_features(rows)
 
@@ -165,7 +174,10 @@ def resolve_name(name: str) -> str:
     if not name.startswith("package:"):
         return name
     module, _, folder = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # no such parent package, no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"text encoder '{name}': package {module} is not installed (pip install {module.replace('_', '-')})"
@@ -176,26 +188,24 @@ def resolve_name(name: str) -> str:
     return str(path)
 
 
-def _keep_layers(model: nn.Module, wanted: int | None) -> int:
-    """Drop the layers after the first ``wanted``; returns how many there are then."""
-    holder, attribute = _layer_list(model)
-    layers: nn.ModuleList = getattr(holder, attribute)
-    if wanted is None or wanted == len(layers):
-        return len(layers)
-    if not 0 < wanted < len(layers):
-        raise UserError(f"text encoder layers = {wanted}: the model has {len(layers)}")
-    setattr(holder, attribute, layers[:wanted])
-    model.config.num_hidden_layers = wanted
-    # Without its later layers the model would put the final norm on a middle layer's output.
-    for name in ("norm", "final_layernorm", "ln_f"):
-        if hasattr(holder, name):
-            setattr(holder, name, nn.Identity())
-    return wanted
+def _keep_layers(model: Any, wanted: int | None) -> int:
+    """Drop the layers after the first ``wanted``; returns how many there are then.
 
-
-def _layer_list(model: nn.Module) -> tuple[nn.Module, str]:
-    for holder in (model, getattr(model, "encoder", None), getattr(model, "decoder", None)):
-        for attribute in ("layers", "layer", "h"):
-            if holder is not None and isinstance(getattr(holder, attribute, None), nn.ModuleList):
-                return holder, attribute
-    raise UserError(f"text encoder: a {type(model).__name__} has no list of layers that this program knows")
+    What is left gives the features that the whole model has at these depths: a middle layer's output is without the
+    final norm, so that goes too.
+    """
+    count: int = model.config.num_hidden_layers
+    if wanted is None or wanted == count:
+        return count
+    if not 0 < wanted < count:
+        raise UserError(f"text encoder layers = {wanted}: expected 1 to {count}, as many as the model has")
+    for holder in model.modules():
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                setattr(holder, name, child[:wanted])
+                model.config.num_hidden_layers = wanted
+                for norm in FINAL_NORMS:
+                    if getattr(holder, norm, None) is not None:
+                        setattr(holder, norm, nn.Identity())
+                return wanted
+    raise UserError(f"text encoder layers = {wanted}: a {type(model).__name__} can only be used whole")

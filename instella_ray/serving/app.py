@@ -1,39 +1,30 @@
-"""The sampling graph on Ray Serve: text encoder -> generator -> decoder behind one HTTP API.
+"""The endpoint: text encoder -> generator -> decoder behind one HTTP API, as ``serve run`` builds it.
 
 Features and codes go from replica to replica through Ray's object store; only the encoded picture passes the ingress.
 """
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: the ingress class travels to its replica without the names that only
+# its annotations mention, and FastAPI must still know that a request is a body.
 
 import base64
-import io
 import secrets
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from ..accelerator import pick_device
 from ..config import Config
-from ..data.decode import to_pixels
 from ..errors import UserError
 from ..models.bit import BIT
-from ..models.checkpoint import load_expected, load_model, read_checkpoint_config, weight_hash
-from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
-from ..sampling import SamplingParams
-from .batching import MicroBatcher
-from .engine import build_engine
-from .runner import EngineRunner
+from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .schema import ImageData, ImageRequest, ImageResponse, error_body
 
 
@@ -77,68 +68,6 @@ class ServeArgs(Config):
     """GPU share of each replica."""
 
 
-@serve.deployment
-class TextEncoderDeployment:
-    """Prompts to features of every layer, micro-batched and cached."""
-
-    def __init__(self, cfg: TextEncoderConfig, threads: int, device: str) -> None:
-        torch.set_num_threads(threads)
-        self.cache = TextFeatureCache(TextEncoder.from_config(cfg, device=pick_device(device)), 256 << 20)
-        self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=32)
-
-    async def encode(self, prompt: str) -> np.ndarray:
-        """Float32 ``[layers, T, width]``, without padding."""
-        return await self.batcher(prompt)
-
-    def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        features, mask = self.cache.encode(prompts)
-        return [features[:, i, mask[i]].cpu().numpy() for i in range(len(prompts))]
-
-
-@serve.deployment
-class GeneratorDeployment:
-    """Features to codes, in the step engine."""
-
-    def __init__(self, path: str, empty_prompt: np.ndarray, slots: int, text_length: int, threads: int, device: str):
-        torch.set_num_threads(threads)
-        model = load_model(path, device=pick_device(device))
-        assert not isinstance(model, BIT)
-        engine = build_engine(model, torch.tensor(empty_prompt), slots=slots, text_length=text_length)
-        self.runner = EngineRunner(engine)
-
-    async def generate(self, features: np.ndarray, sampling: dict[str, Any]) -> np.ndarray:
-        """Codes, uint8 0/1 ``[L, K]``; ``sampling`` holds the fields of :class:`SamplingParams`."""
-        # A copy: arrays from the object store are read-only.
-        codes = await self.runner.generate(torch.tensor(features), SamplingParams.of(1, **sampling))
-        return codes.numpy()
-
-    def check_health(self) -> None:
-        if not self.runner.alive:
-            raise RuntimeError("the step engine's thread has died")
-
-
-@serve.deployment
-class DecoderDeployment:
-    """Codes to encoded pictures, micro-batched by size."""
-
-    def __init__(self, path: str, threads: int, device: str) -> None:
-        torch.set_num_threads(threads)
-        self.device = pick_device(device)
-        self.bit = load_expected(path, BIT, device=self.device)
-        self.batchers: dict[tuple[int, int, str], MicroBatcher[np.ndarray, bytes]] = {}
-
-    async def decode(self, codes: np.ndarray, height: int, width: int, output_format: str) -> bytes:
-        """The encoded file of a picture of ``height x width`` pixels."""
-        key = (height, width, output_format)
-        if key not in self.batchers:
-            self.batchers[key] = MicroBatcher(lambda batch: self._decode(batch, *key), size=8)
-        return await self.batchers[key](codes)
-
-    def _decode(self, batch: Sequence[np.ndarray], height: int, width: int, output_format: str) -> list[bytes]:
-        codes = torch.from_numpy(np.stack(batch)).to(self.device)
-        return [encode_image(picture, output_format) for picture in to_pixels(self.bit.decode(codes, height, width))]
-
-
 api = FastAPI(title="instella-ray", description="Text to image over binary tokens.")
 
 
@@ -155,7 +84,6 @@ async def _refused(request: Request, error: UserError) -> JSONResponse:
     return JSONResponse(error_body(str(error)), 400)
 
 
-@serve.deployment
 @serve.ingress(api)
 class Ingress:
     """The HTTP API."""
@@ -216,27 +144,24 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     args = args if isinstance(args, ServeArgs) else ServeArgs.model_validate(args)
     text_config = _check(args)
     device = "auto" if args.num_gpus else "cpu"
-    options = {"ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}, "max_ongoing_requests": 64}
+    actor = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    stage = {"ray_actor_options": actor, "max_ongoing_requests": 64}
     empty = TextEncoder.from_config(text_config).encode([""])
     empty_prompt = empty.features[:, 0, empty.mask[0]].numpy()
     generators = {
-        name: GeneratorDeployment.options(name=f"Generator-{name}", num_replicas=model.replicas, **options).bind(
+        name: _deployment(GeneratorStage, f"Generator-{name}", num_replicas=model.replicas, **stage).bind(
             model.path, empty_prompt, model.slots, args.text_length, args.threads, device
         )
         for name, model in args.models.items()
     }
-    text = TextEncoderDeployment.options(name="TextEncoder", **options).bind(text_config, args.threads, device)
-    decoder = DecoderDeployment.options(name="Decoder", **options).bind(args.tokenizer, args.threads, device)
-    ingress = Ingress.options(name="Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
+    text = _deployment(TextEncoderStage, "TextEncoder", **stage).bind(text_config, args.threads, device)
+    decoder = _deployment(DecoderStage, "Decoder", **stage).bind(args.tokenizer, args.threads, device)
+    ingress = _deployment(Ingress, "Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
     return ingress.bind(args, text, decoder, generators)
 
 
-def encode_image(picture: np.ndarray, output_format: str) -> bytes:
-    """File bytes of uint8 ``[H, W, 3]``."""
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": 92}
-    Image.fromarray(picture).save(buffer, output_format.upper(), **options)
-    return buffer.getvalue()
+def _deployment(stage: type, name: str, **options: Any) -> serve.Deployment:
+    return serve.deployment(name=name, **options)(stage)
 
 
 def _check(args: ServeArgs) -> TextEncoderConfig:
@@ -251,7 +176,9 @@ def _check(args: ServeArgs) -> TextEncoderConfig:
     for name, model in args.models.items():
         config = read_checkpoint_config(model.path)
         if config.get("tokenizer_hash") != bit_hash:
-            raise UserError(f"models.{name}: {model.path} was trained on codes of another tokenizer than {args.tokenizer}")
+            raise UserError(
+                f"models.{name}: {model.path} was trained on codes of another tokenizer than {args.tokenizer}"
+            )
         encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
     if any(encoder != encoders[0] for encoder in encoders):
         raise UserError("models: all generators of one endpoint must read the same text encoder")

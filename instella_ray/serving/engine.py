@@ -156,9 +156,7 @@ class DiffusionEngine(StepEngine):
         t = timestep(self.position, self.params).to(self.z.dtype)
         out = self.model(torch.cat((self.z, self.z)), torch.cat((t, t)), self.text)
         u = self._uniforms(self.position + 1)
-        self.z, _ = diffusion_step(
-            self.z, out[: self.slots], out[self.slots :], self.position, self.params, u
-        )
+        self.z, _ = diffusion_step(self.z, out[: self.slots], out[self.slots :], self.position, self.params, u)
 
     def _length(self) -> Tensor:
         return self.params.num_inference_steps

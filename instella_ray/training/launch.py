@@ -36,7 +36,9 @@ def launch(cfg: TrainConfig, build_task: Callable[[], Task], *, description: str
     if cfg.resume and not config_file.exists():
         raise UserError(f"run_dir {run_dir}: nothing to resume (no config.yaml)")
     if not cfg.resume and not storage.is_empty(str(run_dir)):
-        raise UserError(f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder")
+        raise UserError(
+            f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
+        )
     _check_resources(cfg)
     run_dir.mkdir(parents=True, exist_ok=True)
     storage.write_text(str(config_file), dump_yaml(cfg))
@@ -98,7 +100,9 @@ def _check_resources(cfg: TrainConfig) -> None:
     need = {"CPU": cfg.workers.count * cfg.workers.cpus, "GPU": cfg.workers.count * float(cfg.workers.gpu)}
     for name, amount in need.items():
         if amount > have.get(name, 0):
-            raise UserError(f"{cfg.workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
+            raise UserError(
+                f"{cfg.workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}"
+            )
 
 
 class _Progress:

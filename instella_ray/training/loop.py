@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray.train
+import ray.train.torch
 import torch
 from ray.train import Checkpoint
 from torch import Tensor, nn

@@ -68,5 +68,7 @@ class TrainConfig(Config):
         if rest:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of {self.workers.count} workers")
         if self.micro_batch_size is not None and share % self.micro_batch_size:
-            raise ValueError(f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self

@@ -55,7 +55,9 @@ class Verdict:
 def detect(image: np.ndarray) -> list[Detected]:
     """Objects in a picture, uint8 ``[H, W, 3]``. Tolerates the blur and noise of a lossy reconstruction."""
     pixels = image.astype(np.float32)
-    background = np.median(pixels.reshape(-1, 3), axis=0)
+    # The picture's outermost ring: objects keep clear of it, while they may cover most of the rest.
+    ring = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    background = np.median(ring, axis=0)
     contrast = np.abs(pixels - background).max(-1)
     height, width = contrast.shape
     labels, _ = ndimage.label(contrast > MIN_CONTRAST)

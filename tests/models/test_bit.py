@@ -1,0 +1,141 @@
+"""BIT: sizes, both forms of its parts, gradients through the bits, and freedom of output size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from instella_ray.errors import UserError
+from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.bit_layers import DOWN, UP, BinaryQuantizer
+from instella_ray.models.rope import apply_rope, grid_positions, rope_table
+
+SMALL = BITConfig(
+    image_size=32,
+    patch_size=4,
+    num_tokens=6,
+    bits_per_token=5,
+    encoder_width=16,
+    encoder_layers=3,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_layers=3,
+    decoder_heads=2,
+    rope_axes=(2, 4, 2),
+    downsample_after=(1,),
+    upsample_after=(0,),
+)
+
+
+def small(**changes: object) -> BIT:
+    torch.manual_seed(0)
+    return BIT(BITConfig(**{**SMALL.model_dump(), **changes}))
+
+
+@pytest.mark.parametrize("resample", ["linear", "conv"])
+@pytest.mark.parametrize("pixel_head", ["linear", "conv"])
+def test_one_set_of_codes_decodes_to_any_size(resample: str, pixel_head: str) -> None:
+    bit = small(resample=resample, pixel_head=pixel_head).eval()
+    codes = bit.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert codes.shape == (2, 6, 5) and codes.dtype == torch.uint8 and set(codes.unique().tolist()) <= {0, 1}
+    for height, width in ((32, 32), (48, 64), (8, 8)):
+        picture = bit.decode(codes, height, width)
+        assert picture.shape == (2, 3, height, width) and picture.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
+    bit = small(token_positions=True, normalize_logits=True, repa_layer=0).train()
+    out = bit(torch.rand(4, 3, 32, 32) * 2 - 1, temperature=0.5)
+    assert out.repa is not None
+    (out.images.square().mean() + out.repa.square().mean()).backward()
+    missing = [name for name, p in bit.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+def test_temperature_zero_is_the_inference_threshold() -> None:
+    bit = small().eval()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    hard = bit(images, temperature=0.0).images
+    torch.testing.assert_close(hard, bit.decode(bit.encode(images), 32, 32), atol=1e-5, rtol=0)
+
+
+def test_quantizer_draws_bits_with_the_probability_of_eq_4() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([-1.0, 0.0, 0.3, 2.0]).expand(200_000, 4)
+    bits = BinaryQuantizer(4, 4).quantize(logits, temperature=0.5)
+    torch.testing.assert_close(bits.mean(0), (logits[0] / 0.5).sigmoid(), atol=5e-3, rtol=0)
+
+
+def test_straight_through_gradient_is_that_of_the_plain_sigmoid() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    BinaryQuantizer(4, 4).quantize(logits, temperature=0.1).sum().backward()
+    soft = logits.detach().sigmoid()
+    torch.testing.assert_close(logits.grad, soft * (1 - soft))
+
+
+def test_linear_merge_concatenates_exactly_the_2x2_cell() -> None:
+    down, up = DOWN["linear"](4), UP["linear"](4)
+    x = torch.randn(1, 4, 4, 6)
+    cell = x[0, :, 2:4, 4:6]
+    merged = down(x)[0, :, 1, 2]
+    expected = down.linear(torch.nn.functional.pixel_unshuffle(cell[None], 2)[0, :, 0, 0])
+    torch.testing.assert_close(merged, expected)
+    assert up(x).shape == (1, 4, 8, 12)
+
+
+def test_positions_span_the_same_extent_at_every_size() -> None:
+    for side in (2, 5, 32, 64):
+        places = grid_positions(side, 64.0)
+        assert places[0] == 0 and places[-1] == pytest.approx(63.0)
+    assert grid_positions(1, 64.0).tolist() == [0.0]
+    assert grid_positions(4, None).tolist() == [0, 1, 2, 3]
+
+
+def test_rotary_style_is_a_rotation_and_relative() -> None:
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    table = rope_table(8, 0, 0, (8, 0, 0), None)
+
+    def turned(x: torch.Tensor, place: int) -> torch.Tensor:
+        return apply_rope(x, (table[0][place], table[1][place]), "rotary")
+
+    torch.testing.assert_close(turned(q, 5).norm(), q.norm())
+    near = (turned(q, 2) * turned(k, 1)).sum()
+    far = (turned(q, 6) * turned(k, 5)).sum()
+    torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
+
+
+def test_calibration_centres_the_patch_embedding() -> None:
+    bit = small()
+    images = torch.rand(16, 3, 32, 32) * 0.2 + 0.7
+    bit.calibrate(images)
+    patches = bit.encoder.patch_embedder(images)
+    assert patches.mean((0, 2, 3)).abs().max() < 1e-4
+    assert patches.std((0, 2, 3)).mean().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_normalized_logits_are_balanced_on_every_bit() -> None:
+    bit = small(normalize_logits=True).train()
+    logits = bit.encode_logits(torch.rand(32, 3, 32, 32))
+    assert logits.mean(0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(32, 30), (31, 32), (0, 32), (36, 32)])
+def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="multiples of 8"):
+        small().decode(torch.zeros(1, 6, 5, dtype=torch.uint8), *size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_heads": 4}, "sum"),
+        ({"image_size": 36}, "multiple of 8"),
+        ({"downsample_after": (3,)}, "blocks 0..2"),
+        ({"patch_size": 12, "image_size": 48, "pixel_head": "conv"}, "power of two"),
+        ({"colour": 1}, "Extra inputs"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        BITConfig(**{**SMALL.model_dump(), **change})

@@ -134,9 +134,9 @@ def test_simplified_sampler_keeps_the_forward_marginals(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 5, 50])
 def test_posterior_sampler_stays_near_the_forward_marginals(steps: int) -> None:
-    """Its step size, a plain difference of times, makes it lag behind, the more the fewer the steps."""
+    """Its step size, a plain difference of times, makes it lag behind: 0.05 with 2 steps, 0.13 with 50."""
     pairs = expected_marginals("posterior", steps)
-    assert all(abs(reached - forward) < 0.2 for reached, forward in pairs)
+    assert all(abs(reached - forward) < 0.135 for reached, forward in pairs)
     assert all(a[0] < b[0] for a, b in pairwise(pairs))
 
 

@@ -67,7 +67,8 @@ def glob(pattern: str) -> list[str]:
     """The files that match, sorted, in the form the pattern has; a plain name matches itself where it exists."""
     fs, path = filesystem(pattern)
     found = sorted(retry(lambda: fs.glob(path)))
-    return [fs.unstrip_protocol(p) if "://" in pattern else p for p in found]
+    protocol, separator, _ = pattern.partition("://")
+    return [f"{protocol}://{p.lstrip('/') if protocol != 'file' else p}" if separator else p for p in found]
 
 
 def remove_tree(url: str) -> None:

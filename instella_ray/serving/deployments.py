@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from ray import serve
 
 from ..accelerator import pick_device
 from ..data.decode import to_pixels

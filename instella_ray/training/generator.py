@@ -15,7 +15,6 @@ from ..data.codes import CodesReader
 from ..data.decode import to_pixels
 from ..data.loader import CodesBatch, CodesData
 from ..diffusion import (
-    Target,
     TimeDistribution,
     ar_loss,
     bit_accuracy,
@@ -55,8 +54,6 @@ class GeneratorRunConfig(Config):
     short_caption_probability: float = 0.5
     caption_drop_probability: float = 0.1
     """Share of samples trained without their caption, for guidance."""
-    target: Target = "flip"
-    """What the diffusion network predicts: whether a bit was flipped (the paper's), or the clean bit."""
     timesteps: TimeDistribution = "logit_normal"
     preview: PreviewConfig = PreviewConfig()
     train: TrainConfig
@@ -65,9 +62,9 @@ class GeneratorRunConfig(Config):
 class DiffusionLoss(nn.Module):
     """Eq. 5 on one micro-batch."""
 
-    def __init__(self, model: DiffusionGenerator, target: Target) -> None:
+    def __init__(self, model: DiffusionGenerator) -> None:
         super().__init__()
-        self.model, self.target = model, target
+        self.model = model
 
     def forward(
         self, codes: Tensor, features: Tensor, mask: Tensor, t: Tensor, u: Tensor
@@ -75,10 +72,10 @@ class DiffusionLoss(nn.Module):
         """``codes [B, L, K]`` 0/1, text ``features [layers, B, T, W]``, times ``t [B]``, uniforms ``u`` like codes."""
         z_t = flip_noise(codes, t, u)
         out = self.model(z_t, t, self.model.text_kv(features, mask))
-        accuracy = bit_accuracy(x0_logits(out, z_t, self.target), codes)
+        accuracy = bit_accuracy(x0_logits(out, z_t), codes)
         early = (t > 0.5).float()
         noisy = (accuracy * early).sum() / early.sum().clamp(min=1)
-        return diffusion_loss(out, z_t, codes, self.target), {
+        return diffusion_loss(out, z_t, codes), {
             "bit_accuracy": accuracy.mean(),
             "bit_accuracy_noisy": noisy,
         }
@@ -116,7 +113,7 @@ class GeneratorTask:
         if isinstance(model, ARGenerator):
             self.step_module = ARLoss(model)
         else:
-            self.step_module = DiffusionLoss(model, cfg.target)
+            self.step_module = DiffusionLoss(model)
 
     def __len__(self) -> int:
         return len(self.data)

@@ -1,0 +1,120 @@
+"""Configuration: a wrong key or value is one line that names the file, the key and what was expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from instella_ray import cli
+from instella_ray.config import Config, describe, dump_yaml, load_config
+from instella_ray.errors import UserError, run_main
+
+ROOT = Path(__file__).parents[1]
+
+
+class Inner(Config):
+    width: int = Field(8, ge=1)
+    """Hidden width."""
+
+
+class Outer(Config):
+    name: str
+    """A name."""
+    inner: Inner = Inner()
+
+
+def write(tmp_path: Path, text: str) -> str:
+    (tmp_path / "c.yaml").write_text(text)
+    return str(tmp_path / "c.yaml")
+
+
+def test_files_and_overrides_meet(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner: {width: 3}\n")
+    assert load_config(Outer, path).inner.width == 3
+    cfg = load_config(Outer, path, ["inner.width=5", "name=b"])
+    assert (cfg.name, cfg.inner.width) == ("b", 5)
+    (tmp_path / "again.yaml").write_text(dump_yaml(cfg))
+    assert load_config(Outer, str(tmp_path / "again.yaml")) == cfg
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("name: a\ninner: {widht: 3}", [], r"c\.yaml: unknown key 'inner\.widht', did you mean 'width'"),
+        ("name: a\ninner: {width: x}", [], r"c\.yaml: 'inner\.width' = 'x': .*integer"),
+        ("name: a", ["inner.width=0"], r"--set inner\.width=0: .*greater than or equal to 1"),
+        ("inner: {}", [], r"c\.yaml: key 'name' is required"),
+        ("name: [", [], r"c\.yaml, line \d+: not valid YAML"),
+        ("- a", [], r"c\.yaml: expected keys and values"),
+        ("name: a", ["inner.width"], "expected key=value"),
+        ("name: a", ["name.first=1"], "'name' is a single value"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(Outer, write(tmp_path, text), overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read"):
+        load_config(Outer, "nowhere.yaml")
+
+
+def test_help_shows_every_key_with_its_default() -> None:
+    assert list(describe(Outer)) == ["  name (required)  A name.", "  inner.width (8)  Hidden width."]
+
+
+def test_commands_end_with_2_on_bad_input_and_130_on_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    def bad() -> None:
+        raise UserError("prompts: expected at least one")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_main(bad) == 2
+    assert capsys.readouterr().err == "error: prompts: expected at least one\n"
+    assert run_main(interrupted) == 130
+    assert run_main(lambda: None) == 0
+
+
+@pytest.mark.parametrize("flags", [["--set", "sice=3"], ["--size", "60"], ["--resume"]])
+def test_the_demo_refuses_bad_input_in_one_line(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--folder", str(tmp_path / "d"), *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "d").exists()
+
+
+def test_every_shipped_configuration_loads() -> None:
+    from instella_ray.data.curate import CurateConfig
+    from instella_ray.data.encode import EncodeConfig
+    from instella_ray.serving.app import ServeArgs
+    from instella_ray.training.generator import GeneratorRunConfig
+    from instella_ray.training.tokenizer import TokenizerConfig
+
+    rooms: dict[str, type[Config]] = {"tokenizer": TokenizerConfig, "generator": GeneratorRunConfig}
+    files = [path for room in rooms for path in (ROOT / "configs" / room).glob("*.yaml")]
+    assert len(files) >= 6
+    for path in files:
+        load_config(rooms[path.parent.name], str(path))
+    for path in (ROOT / "configs" / "serve").glob("*.yaml"):
+        load_config(ServeArgs, str(path), section="app")
+    given = ["input=a", "output=b"]
+    load_config(CurateConfig, str(ROOT / "configs/data/curate.yaml"), given)
+    load_config(EncodeConfig, str(ROOT / "configs/data/encode.yaml"), [*given, "tokenizer=c"])
+
+
+def test_the_demo_trains_what_its_configurations_say() -> None:
+    from instella_ray.demo.recipe import DemoConfig, generator_config, tokenizer_config
+    from instella_ray.training.generator import GeneratorRunConfig
+    from instella_ray.training.tokenizer import TokenizerConfig
+
+    demo = DemoConfig()
+    shipped = load_config(TokenizerConfig, str(ROOT / "configs/tokenizer/demo.yaml"))
+    assert shipped == tokenizer_config(demo, demo.path("curated", "*.tar"))
+    generator = load_config(GeneratorRunConfig, str(ROOT / "configs/generator/demo.yaml"))
+    assert generator == generator_config(demo, "diffusion", generator.tokenizer, ())

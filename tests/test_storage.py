@@ -1,0 +1,70 @@
+"""Storage: writes are whole or absent, folders complete or absent, transient errors are tried again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from instella_ray import storage
+from instella_ray.errors import UserError
+
+
+@pytest.mark.parametrize("root", ["local", "memory://box"])
+def test_what_is_written_is_read(root: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if root == "local" else root
+    storage.write_json(storage.join(base, "a", "b.json"), {"x": 1})
+    assert storage.read_json(storage.join(base, "a", "b.json")) == {"x": 1}
+    assert storage.glob(storage.join(base, "a", "*.json")) == [storage.join(base, "a", "b.json")]
+    assert storage.is_empty(storage.join(base, "none")) and not storage.is_empty(base)
+    storage.remove_tree(storage.join(base, "a"))
+    assert not storage.exists(storage.join(base, "a", "b.json"))
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    storage.write_bytes(path, b"old")
+    with pytest.raises(KeyboardInterrupt), storage.open_file(path, "wb") as stream:
+        stream.write(b"new")
+        raise KeyboardInterrupt
+    assert storage.read_bytes(path) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), storage.atomic_dir(tmp_path / "d") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with storage.atomic_dir(tmp_path / "d") as folder:
+        (folder / "whole").touch()
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["whole"]
+
+
+def test_transient_errors_are_tried_again_and_others_are_not() -> None:
+    calls = []
+
+    def flaky() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError("503 Service Unavailable")
+        return "done"
+
+    assert storage.retry(flaky, first_wait=0) == "done" and len(calls) == 3
+
+    def broken() -> None:
+        calls.append(1)
+        raise OSError("403 Forbidden")
+
+    calls.clear()
+    with pytest.raises(OSError, match="403"):
+        storage.retry(broken, first_wait=0)
+    assert len(calls) == 1
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        storage.read_bytes(str(tmp_path / "none"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
+        storage.read_json(str(tmp_path / "bad.json"))

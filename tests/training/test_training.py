@@ -1,0 +1,195 @@
+"""Training on real Ray Train workers: what is logged and saved, and that interrupted equals uninterrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from instella_ray.config import load_config
+from instella_ray.data.scenes import scene_rows
+from instella_ray.data.shards import write_webdataset
+from instella_ray.errors import UserError
+from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.checkpoint import load_expected, load_model
+from instella_ray.training.checkpoint import restore_checkpoint, save_checkpoint
+from instella_ray.training.launch import latest_checkpoint, read_metrics
+from instella_ray.training.optim import EMA, build_optimizer, learning_rate
+from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
+from instella_ray.training.tokenizer import (
+    TokenizerConfig,
+    TokenizerLoss,
+    TokenizerLossConfig,
+    bit_statistics,
+    psnr,
+    run_tokenizer,
+)
+
+MODEL = BITConfig(
+    image_size=32,
+    patch_size=8,
+    num_tokens=4,
+    bits_per_token=6,
+    encoder_width=32,
+    encoder_layers=2,
+    encoder_heads=1,
+    decoder_width=32,
+    decoder_layers=2,
+    decoder_heads=1,
+    rope_axes=(8, 12, 12),
+    downsample_after=(),
+    upsample_after=(),
+    token_positions=True,
+    normalize_logits=True,
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    list(write_webdataset(scene_rows(64, 0, 32), str(folder), 32))
+    return f"{folder}/*.tar"
+
+
+def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
+    settings = {
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "global_batch": 16,
+        "log_every": 1,
+        "checkpoint_every": 6,
+        "preview_every": 6,
+        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "workers": WorkersConfig(count=2, cpus=0.5),
+        **train,
+    }
+    return TokenizerConfig(model=MODEL, data=shards, train=TrainConfig(**settings))
+
+
+def test_the_schedule_warms_up_holds_and_decays() -> None:
+    cfg = OptimizerConfig(lr=1.0, warmup_steps=9, decay_fraction=0.5)
+    rates = [learning_rate(step, 100, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:50] == [1.0] * 41
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False)) and 0 < rates[-1] < 0.05
+    assert learning_rate(99, 100, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
+
+
+def test_the_average_forgets_the_start_and_copies_buffers() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(3)
+        model.running_mean.fill_(5)  # type: ignore[union-attr]
+    for step in range(200):
+        ema.update(model, step)
+    torch.testing.assert_close(ema.state["weight"], torch.full((2,), 3.0))
+    assert ema.state["running_mean"].tolist() == [5, 5]
+
+
+def test_psnr_and_bit_statistics_are_what_they_say() -> None:
+    reference = torch.zeros(1, 3, 4, 4)
+    assert psnr(reference + 0.2, reference).item() == pytest.approx(20.0, abs=1e-4)
+    logits = torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]])
+    facts = bit_statistics(logits)
+    assert facts["dead_bits"] == 0.5 and facts["bit_mean"] == 0.75 and facts["bit_entropy"] == pytest.approx(0.5)
+
+
+def test_loss_parts_add_up() -> None:
+    torch.manual_seed(0)
+    bit = BIT(MODEL).train()
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    cfg = TokenizerLossConfig(gradient_weight=0.5, code_weight=0.1)
+    loss, parts = TokenizerLoss(bit, cfg)(images, temperature=0.5)
+    torch.testing.assert_close(loss, parts["reconstruction"] + 0.5 * parts["edges"] + 0.1 * parts["code_loss"])
+
+
+def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bit = BIT(MODEL).train()
+    optimizer, ema = build_optimizer(bit, OptimizerConfig()), EMA(bit, 0.9)
+    images = torch.rand(4, 3, 32, 32)
+
+    def step(model: BIT, opt: torch.optim.Optimizer) -> None:
+        torch.manual_seed(1)
+        model(images, temperature=0.5).images.square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step(bit, optimizer)
+    ema.update(bit, 0)
+    save_checkpoint(tmp_path, bit, ema, optimizer, {"step": 1}, {})
+    other = BIT(MODEL).train()
+    other_optimizer, other_ema = build_optimizer(other, OptimizerConfig()), EMA(other, 0.9)
+    assert restore_checkpoint(tmp_path, other, other_ema, other_optimizer) == {"step": 1}
+    step(bit, optimizer)
+    step(other, other_optimizer)
+    for (name, a), b in zip(bit.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(value, other_ema.state[name]) for name, value in ema.state.items())
+
+
+@pytest.mark.ray
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, shards: str, tmp_path: Path) -> None:
+    whole = run_tokenizer(config(shards, tmp_path / "whole"))
+    # A worker that dies at step 9 goes on from the checkpoint of step 6, with nobody asking.
+    killed = tmp_path / "killed"
+    (tmp_path / "kill-at-9").touch()
+    cfg = config(shards, killed)
+    import instella_ray.training.tokenizer as module
+
+    class Mortal(module.TokenizerTask):
+        def before_step(self, step: int) -> None:
+            import os
+
+            super().before_step(step)
+            if step == 9:
+                try:
+                    os.remove(tmp_path / "kill-at-9")
+                except FileNotFoundError:
+                    return
+                os.kill(os.getpid(), 9)
+
+    module.launch(cfg.train, lambda: Mortal(cfg), description="killed")
+    losses = [{m["step"]: m["loss"] for m in read_metrics(tmp_path / name)} for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and set(losses[0]) == set(range(1, 13))
+    a, b = (load_model(folder).state_dict() for folder in (whole, latest_checkpoint(killed)))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    files = {p.name for p in whole.iterdir()}
+    assert {"model.safetensors", "ema.safetensors", "config.yaml", "state.json", "optimizer.safetensors"} <= files
+    assert sorted(p.name for p in (tmp_path / "whole" / "previews").iterdir()) == [
+        "step-0000006.png",
+        "step-0000012.png",
+    ]
+    assert {"reconstruction", "psnr", "dead_bits", "images_per_second"} <= set(read_metrics(tmp_path / "whole")[0])
+    assert load_config(TrainConfig, str(tmp_path / "whole" / "config.yaml")).steps == 12
+    # The same directory again is refused; nothing in it changes.
+    before = (killed / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        run_tokenizer(cfg)
+    assert (killed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.ray
+def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp_path: Path) -> None:
+    cfg = config(shards, tmp_path / "run", workers=WorkersConfig(count=2, cpus=50))
+    with pytest.raises(UserError, match="2 workers need 100 CPU, the cluster has 4"):
+        run_tokenizer(cfg)
+    with pytest.raises(UserError, match="nothing to resume"):
+        run_tokenizer(config(shards, tmp_path / "run", resume=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    ray_session: None, shards: str, tmp_path: Path
+) -> None:
+    cfg = config(shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"workers": WorkersConfig(max_failures=0)})})
+    with pytest.raises(Exception, match="NonFiniteLoss"):
+        run_tokenizer(cfg)
+    report = json.loads(next((tmp_path / "run").glob("nonfinite-*.json")).read_text())
+    assert len(report["keys"]) == 16
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        load_expected(latest_checkpoint(tmp_path / "run"), BIT)

@@ -62,6 +62,11 @@ def test_transient_errors_are_tried_again_and_others_are_not() -> None:
     assert len(calls) == 1
 
 
+def test_absolute_paths_mean_the_same_elsewhere() -> None:
+    here = Path.cwd()
+    assert storage.absolute("a/*.tar, gs://b/c.tar,/d") == f"{here}/a/*.tar,gs://b/c.tar,/d"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         storage.read_bytes(str(tmp_path / "none"))

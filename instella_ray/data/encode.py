@@ -86,6 +86,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
 
     UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
     """
+    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
     shards = find_shards(cfg.input)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size

@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from .. import storage
 from ..config import Config
 from ..errors import UserError
 from ..models.bit import BIT
@@ -143,6 +144,9 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     """
     args = args if isinstance(args, ServeArgs) else ServeArgs.model_validate(args)
     text_config = _check(args)
+    # A longer prompt is cut, with a warning, to what a slot has room for.
+    limit = min(text_config.max_length, args.text_length)
+    text_config = text_config.model_copy(update={"max_length": limit})
     device = "auto" if args.num_gpus else "cpu"
     actor = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
     stage = {"ray_actor_options": actor, "max_ongoing_requests": 64}
@@ -150,12 +154,12 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     empty_prompt = empty.features[:, 0, empty.mask[0]].numpy()
     generators = {
         name: _deployment(GeneratorStage, f"Generator-{name}", num_replicas=model.replicas, **stage).bind(
-            model.path, empty_prompt, model.slots, args.text_length, args.threads, device
+            storage.absolute(model.path), empty_prompt, model.slots, args.text_length, args.threads, device
         )
         for name, model in args.models.items()
     }
     text = _deployment(TextEncoderStage, "TextEncoder", **stage).bind(text_config, args.threads, device)
-    decoder = _deployment(DecoderStage, "Decoder", **stage).bind(args.tokenizer, args.threads, device)
+    decoder = _deployment(DecoderStage, "Decoder", **stage).bind(storage.absolute(args.tokenizer), args.threads, device)
     ingress = _deployment(Ingress, "Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
     return ingress.bind(args, text, decoder, generators)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import storage
 from ..config import Config
 from ..data.codes import CodesReader
 from ..data.decode import to_pixels
@@ -185,4 +186,6 @@ def run_generator(cfg: GeneratorRunConfig) -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     # Refused here, before any worker starts, with one clear line.
     CodesReader(cfg.codes, tokenizer_hash=weight_hash(cfg.tokenizer))
+    places = {"codes": storage.absolute(cfg.codes), "tokenizer": storage.absolute(cfg.tokenizer)}
+    cfg = cfg.model_copy(update=places)
     return launch(cfg.train, lambda: GeneratorTask(cfg), description=f"{cfg.model.kind} generator")

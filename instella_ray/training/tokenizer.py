@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import storage
 from ..config import Config
 from ..data.decode import to_pixels
 from ..data.loader import ImageBatch, ImageData
@@ -165,4 +166,5 @@ def run_tokenizer(cfg: TokenizerConfig) -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     if cfg.model.image_size % cfg.model.size_multiple:
         raise UserError(f"model.image_size {cfg.model.image_size}: not a multiple of {cfg.model.size_multiple}")
+    cfg = cfg.model_copy(update={"data": storage.absolute(cfg.data)})
     return launch(cfg.train, lambda: TokenizerTask(cfg), description="tokenizer")

@@ -72,7 +72,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (Path(tmp_path / "ran"),))  # type: ignore[return-value]
 
     torch.save({"module": Evil()}, tmp_path / "diffusion.pt")
-    with pytest.raises(Exception, match="weights_only|Unsupported"):
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         published.import_published(tmp_path, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_schedule_warms_up_holds_and_decays() -> None:
     cfg = OptimizerConfig(lr=1.0, warmup_steps=9, decay_fraction=0.5)
     rates = [learning_rate(step, 100, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:50] == [1.0] * 41
-    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False)) and 0 < rates[-1] < 0.05
+    assert all(a >= b for a, b in pairwise(rates[50:])) and 0 < rates[-1] < 0.05
     assert learning_rate(99, 100, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 

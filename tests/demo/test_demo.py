@@ -1,0 +1,112 @@
+"""The demo end to end at its smallest size: real Ray Data, Ray Train, Ray Serve and HTTP, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from instella_ray import storage
+from instella_ray.demo.recipe import DemoConfig
+from instella_ray.demo.report import svg_curves
+from instella_ray.demo.state import DemoState
+from instella_ray.errors import UserError
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "instella_ray.cli", "demo", "--tiny", "--folder", str(folder), *flags]
+    # A session of its own, so that Ctrl-C can be sent to it as a terminal does, and its processes be found.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def session_processes(session: int) -> list[str]:
+    """Command lines of the living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def wait_until(condition: object, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.5)
+    return False
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    first = start(folder)
+    # Ctrl-C in the middle of the tokenizer's training.
+    assert wait_until((folder / "runs" / "tokenizer" / "config.yaml").exists, 240), first.communicate(timeout=5)
+    time.sleep(3)
+    os.killpg(first.pid, signal.SIGINT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, output
+    assert wait_until(lambda: not session_processes(first.pid), 30), session_processes(first.pid)
+    done = set(storage.read_json(str(folder / "state.json"))["stages"])
+    assert done == {"scenes", "curate"}
+
+    refused = start(folder)
+    output, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2 and "--resume goes on, --fresh starts over" in output
+
+    second = start(folder, "--resume")
+    output, _ = second.communicate(timeout=900)
+    assert second.returncode == 0, output
+    assert wait_until(lambda: not session_processes(second.pid), 30), session_processes(second.pid)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
+    for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
+        assert words in page
+    state = storage.read_json(str(folder / "state.json"))["stages"]
+    assert set(state["score"]) >= {"diffusion", "ar"}
+    assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for mode in ("new", "resume", "fresh"):
+        with pytest.raises(UserError, match="no demo wrote it"):
+            DemoState(DemoConfig(folder=str(tmp_path)), mode)  # type: ignore[arg-type]
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_demo_is_gone_on_with_only_as_asked(tmp_path: Path) -> None:
+    demo = DemoConfig(folder=str(tmp_path / "d"))
+    calls: list[int] = []
+
+    def stage() -> dict[str, int]:
+        calls.append(1)
+        return {"answer": 42}
+
+    DemoState(demo, "new").run("one", stage)
+    with pytest.raises(UserError, match="--resume goes on, --fresh starts over"):
+        DemoState(demo, "new")
+    with pytest.raises(UserError, match="other settings"):
+        DemoState(demo.model_copy(update={"seed": 1}), "resume")
+    assert DemoState(demo, "resume").run("one", stage)["answer"] == 42 and len(calls) == 1
+    assert DemoState(demo, "fresh").stages == {}
+
+
+def test_curves_are_drawn_inside_their_frame() -> None:
+    chart = svg_curves({"a": [(1, 5.0), (10, 0.5)], "b": [(5, 2.0)]}, log=True)
+    assert chart.count("<polyline") == 2 and "nan" not in chart
+    assert "nothing was logged" in svg_curves({"a": []})

@@ -20,19 +20,22 @@ if [ ! -x "$uv" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --target .uv uv
 fi
 
-constraints=(--constraint constraints.txt)
+constraints=constraints.txt
 overrides=()
-venv_flags=()
-# An image that brings its own CUDA or ROCm torch keeps it: the venv sees the system's packages, and torch and
-# torchvision are left out of what is installed ("; false" switches a requirement off).
+"$uv" venv --quiet --allow-existing --python "$python" .venv
+
+# Python may bring its own CUDA or ROCm torch (an image's system Python, or its virtual environment). Then that one is
+# kept: .venv sees the packages beside it through a .pth file, and torch is switched off in what gets installed.
+kept=.venv/$("$python" -c 'import sys; print(f"lib/python{sys.version_info[0]}.{sys.version_info[1]}")')/site-packages/kept_torch.pth
 if "$python" -c 'import torch, torchvision' >/dev/null 2>&1; then
-    echo "using the torch that $python has already"
-    venv_flags=(--system-site-packages)
-    printf 'torch; python_version < "0"\ntorchvision; python_version < "0"\n' > .uv/keep-torch.txt
+    "$python" -c 'import torch; print(f"keeping torch {torch.__version__} of {torch.__path__[0]}")'
+    "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__path__[0]).parent)' > "$kept"
+    printf '%s ; python_version < "0"\n' torch torchvision triton > .uv/keep-torch.txt
     overrides=(--override .uv/keep-torch.txt)
-    grep -viE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+)(==| )' constraints.txt > .uv/constraints.txt
-    constraints=(--constraint .uv/constraints.txt)
+    grep -viE '^(torch|torchvision|triton|cuda-[a-z0-9-]+|nvidia-[a-z0-9-]+)==' constraints.txt > .uv/constraints.txt
+    constraints=.uv/constraints.txt
+else
+    rm -f "$kept"
 fi
 
-"$uv" venv --quiet --allow-existing --python "$python" "${venv_flags[@]}" .venv
-VIRTUAL_ENV=.venv "$uv" pip install "${constraints[@]}" "${overrides[@]}" --editable '.[demo,gcs,gguf,dev]'
+VIRTUAL_ENV=.venv "$uv" pip install --constraint "$constraints" "${overrides[@]}" --editable '.[demo,gcs,gguf,dev]'

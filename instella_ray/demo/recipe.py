@@ -138,7 +138,7 @@ def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
         return SamplingDefaults(guidance_scale=2.0, temperature=0.5)
-    return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
+    return SamplingDefaults(num_inference_steps=50, guidance_scale=2.0, temperature=0.5)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:
@@ -149,7 +149,7 @@ def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> 
 
 
 def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: float, warmup: int) -> TrainConfig:
-    interval = max(10, steps // 3)
+    interval = max(10, -(-steps // 3))
     return TrainConfig(
         run_dir=demo.path("runs", name),
         seed=demo.seed,

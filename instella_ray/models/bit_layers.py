@@ -136,7 +136,8 @@ class BinaryQuantizer(nn.Module):
         """Bits 0/1 of ``logits [B, L, K]``, with the straight-through gradient of ``sigmoid(logits)``."""
         soft = logits.sigmoid()
         if temperature > 0:
-            bits = torch.bernoulli((logits / temperature).sigmoid())
+            # Not torch.bernoulli, which raises on NaN: a loss that is not finite is the training loop's to report.
+            bits = (torch.rand_like(logits) < (logits / temperature).sigmoid()).to(logits.dtype)
         else:
             bits = (soft > 0.5).to(logits.dtype)
         return bits + soft - soft.detach()

@@ -64,7 +64,11 @@ def launch(cfg: TrainConfig, build_task: Callable[[], Task], *, description: str
         ),
     )
     with _Progress(run_dir / "metrics.jsonl", cfg.steps, description):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except SystemExit:
+            # Ray Train answers Ctrl-C by ending the process; what to end, and with which code, is the caller's.
+            raise KeyboardInterrupt from None
     if result.checkpoint is None:
         raise UserError(f"run_dir {run_dir}: the run ended without a checkpoint")
     return Path(result.checkpoint.path)

@@ -26,7 +26,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="captioned pictures in, pictures out: the whole loop on this machine",
         description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
-        "HTTP, score, and write report.html. About a quarter of an hour on two CPU cores.",
+        "HTTP, score, and write report.html. About 23 minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +34,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--size", type=int, help="edge of the pictures in pixels (default: 64)")
     demo.add_argument("--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob)")
     demo.add_argument("--seed", type=int, help="seed of everything (default: 0)")
-    demo.add_argument("--tiny", action="store_true", help="the same stages in about a minute; pictures mean nothing")
+    demo.add_argument("--tiny", action="store_true", help="the same stages in a few minutes; pictures mean nothing")
     again = demo.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted demo in the folder")
     again.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")

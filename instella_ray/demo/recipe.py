@@ -32,7 +32,7 @@ class StepsConfig(Config):
 
 
 class DemoConfig(Config):
-    """The demo: where, on what, how long. The defaults take a quarter of an hour on two CPU cores."""
+    """The demo: where, on what, how long. The defaults take about 23 minutes on two CPU cores."""
 
     folder: str = "demo"
     """Receives everything; ``report.html`` at the end."""
@@ -78,7 +78,7 @@ TINY: dict[str, int] = {
     "steps.diffusion": 20,
     "steps.ar": 20,
 }
-"""Overrides for the same stages in about a minute, to see them run: the pictures mean nothing."""
+"""Overrides for the same stages in a few minutes, to see them run: the pictures mean nothing."""
 
 
 def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:

@@ -1,6 +1,8 @@
 """What training reads: packed codes with captions, or pictures, as batches that depend on (seed, epoch, sample) alone.
 
-``batch(epoch, samples)`` of each class takes what :meth:`.order.BatchPlan.samples` gives.
+``batch(epoch, samples)`` of each class takes what :meth:`.order.BatchPlan.samples` gives. NumPy alone, no torch: batches
+are made in a thread, and a second thread with torch operations has a second OpenMP pool, which on a CPU halves the speed
+of training.
 """
 
 from __future__ import annotations
@@ -12,13 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .. import storage
 from ..errors import UserError
 from .codes import CodesReader, LRUCache
-from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge, to_tensor
+from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
 from .order import BatchPlan, Place, SampleOrder, sample_uniforms, split_epochs
 from .shards import find_shards
 from .tar_source import read_samples
@@ -41,8 +41,8 @@ T = TypeVar("T")
 class CodesBatch(NamedTuple):
     """A generator's training batch."""
 
-    codes: Tensor
-    """float32 0/1 ``[B, L, K]``."""
+    codes: np.ndarray
+    """uint8 0/1 ``[B, L, K]``."""
     captions: list[str]
     """Empty where the caption was dropped."""
     keys: list[str]
@@ -69,15 +69,14 @@ class CodesData:
             short, self.reader.column(index, "caption_short"), self.reader.column(index, "caption_long")
         )
         captions[dropped] = ""
-        codes = torch.from_numpy(self.reader.codes(index)).float()
-        return CodesBatch(codes, captions.tolist(), self.reader.column(index, "key"))
+        return CodesBatch(self.reader.codes(index), captions.tolist(), self.reader.column(index, "key"))
 
 
 class ImageBatch(NamedTuple):
     """A tokenizer's training batch."""
 
-    images: Tensor
-    """float32 ``[B, 3, size, size]`` in [-1, 1]."""
+    pixels: np.ndarray
+    """uint8 ``[B, size, size, 3]``."""
     keys: list[str]
 
 
@@ -106,7 +105,7 @@ class ImageData:
         offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
         items = [self._pixels[i] for i in index.tolist()]
         crops = [crop_square(item[1], self.size, (dx, dy)) for item, (dx, dy) in zip(items, offsets, strict=True)]
-        return ImageBatch(to_tensor(np.stack(crops)), [key for key, _ in items])
+        return ImageBatch(np.stack(crops), [key for key, _ in items])
 
     def _load(self, shard: int) -> list[tuple[str, bytes]]:
         with storage.open_file(self.urls[shard]) as stream:
@@ -213,8 +212,8 @@ def _joined(batches: Sequence[Any], order: list[int]) -> Any:
     """Batches of one NamedTuple type as one, rows rearranged by ``order``."""
     fields: list[Any] = []
     for values in zip(*batches, strict=True):
-        if isinstance(values[0], Tensor):
-            fields.append(torch.cat(values)[order])
+        if isinstance(values[0], np.ndarray):
+            fields.append(np.concatenate(values)[order])
         else:
             rows = [row for value in values for row in value]
             fields.append([rows[i] for i in order])

@@ -31,6 +31,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
+TURNS = {"color_attribution": 4, "position": 3}
+"""How often a category comes in one round of the set (others: once). These two have most of the captions and bind
+words to places, which takes a generator many more examples than naming a shape does."""
+
 GRID, JITTER, RADII = 2, 0.01, (0.185, 0.2)
 """Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (picture = 1)."""
 
@@ -161,8 +165,11 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def scene_at(seed: int, index: int) -> Scene:
-    """Scene ``index`` of the set ``seed``; categories take turns."""
-    return sample_scene(np.random.default_rng([seed, index]), CATEGORIES[index % len(CATEGORIES)])
+    """Scene ``index`` of the set ``seed``; categories take turns, some of them several in a round (TURNS)."""
+    return sample_scene(np.random.default_rng([seed, index]), _ROUND[index % len(_ROUND)])
+
+
+_ROUND = [category for category in CATEGORIES for _ in range(TURNS.get(category, 1))]
 
 
 def scene_rows(count: int, seed: int, size: int) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:

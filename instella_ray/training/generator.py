@@ -125,7 +125,7 @@ class GeneratorTask:
     def micro_batches(self, batch: CodesBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         parts = []
         for start in range(0, len(batch.captions), size):
-            codes = batch.codes[start : start + size]
+            codes = torch.from_numpy(batch.codes[start : start + size]).float()
             features, mask = self.text.encode(batch.captions[start : start + size])
             inputs = {"codes": codes, "features": features, "mask": mask}
             if isinstance(self.step_module, DiffusionLoss):

@@ -19,7 +19,7 @@ def learning_rate(step: int, steps: int, cfg: OptimizerConfig) -> float:
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, cfg.lr, betas=cfg.betas, eps=1e-8, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(parameters, cfg.lr, betas=cfg.betas, eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
 
 
 class EMA:

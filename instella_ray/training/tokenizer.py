@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..config import Config
-from ..data.decode import to_pixels
+from ..data.decode import to_pixels, to_tensor
 from ..data.loader import ImageBatch, ImageData
 from ..errors import UserError
 from ..models.bit import BIT, BITConfig
@@ -110,10 +110,11 @@ class TokenizerTask:
         return self.data.batch(epoch, samples)
 
     def micro_batches(self, batch: ImageBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        return [{"images": part, "temperature": self.temperature} for part in batch.images.split(size)]
+        parts = to_tensor(batch.pixels).split(size)
+        return [{"images": part, "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
-        self.bit.calibrate(batch.images.to(next(self.bit.parameters()).device))
+        self.bit.calibrate(to_tensor(batch.pixels).to(next(self.bit.parameters()).device))
 
     def before_step(self, step: int) -> None:
         done = step / self.cfg.train.steps
@@ -125,7 +126,7 @@ class TokenizerTask:
     def preview(self, ema_model: Model) -> np.ndarray:
         """Originals above their reconstructions."""
         assert isinstance(ema_model, BIT)
-        originals = self.data.batch(0, np.arange(min(8, len(self.data)))).images
+        originals = to_tensor(self.data.batch(0, np.arange(min(8, len(self.data)))).pixels)
         restored = reconstruct(ema_model, originals)
         rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (originals, restored)]
         return np.concatenate(rows, axis=0)

@@ -1,12 +1,15 @@
-# make demo | test | test-fast | lint | format | venv | clean
-# A fresh machine needs Linux, Python 3.11+ and make. Everything else goes into .venv (and uv into .uv).
+# make demo | test | test-fast | lint | format | venv | constraints | clean
+# A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FAST := not ray and not slow and not gpu
 DEMO ?=
+# Seen to work together; the other versions follow from pyproject.toml. UPGRADE=--upgrade lifts those to the newest.
+FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
+UPGRADE ?=
 
-.PHONY: demo test test-fast lint format venv clean
+.PHONY: demo test test-fast lint format venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +17,7 @@ help:
 	@echo "make test       all tests        make test-fast  those without Ray"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
+	@echo "make constraints   write constraints.txt anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
 
 venv: $(VENV)/.ready
 
@@ -39,6 +43,18 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.uv/bin/uv:
+	PYTHON="$(PYTHON)" bash .ci/setup.sh --uv
+
+# Versions already in the file stay unless upgraded; the header is the file's own first comment lines.
+constraints: .uv/bin/uv
+	@grep '^#' constraints.txt > .uv/header.txt
+	@grep -v '^#' constraints.txt > .uv/resolved.txt
+	@printf '%s\n' $(FIXED) > .uv/fixed.txt
+	.uv/bin/uv pip compile --quiet pyproject.toml --all-extras --constraint .uv/fixed.txt $(UPGRADE) --no-header \
+		--no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28 --output-file .uv/resolved.txt
+	@cat .uv/header.txt .uv/resolved.txt > constraints.txt
 
 clean:
 	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,13 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device '{name}': expected auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}': expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{name}': PyTorch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{name}': PyTorch sees {torch.cuda.device_count()} GPU(s) here, counted from 0")
     return device
 
 
@@ -35,10 +40,17 @@ def device_label(device: torch.device) -> str:
 
 def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
     """bfloat16 where matrix products are fast in it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    fast = device.type == "cuda" or any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" or fast_bf16(_cpu_flags()) else "fp32"
+    try:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    except KeyError:
+        raise UserError(f"precision '{precision}': expected auto, fp32 or bf16") from None
+
+
+def fast_bf16(flags: Collection[str]) -> bool:
+    """Whether a processor with these flags of /proc/cpuinfo multiplies bfloat16 matrices in hardware."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def hardware_summary() -> dict[str, Any]:

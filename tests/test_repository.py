@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
+
+from instella_ray import cli
+from instella_ray.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "instella_ray"
-FLOORS = {
-    "errors": 0,
-    "config": 1,
-    "storage": 1,
-    "accelerator": 1,
-    "models": 1,
-    "rng": 2,
-    "diffusion": 2,
-    "sampling": 2,
-    "data": 3,
-    "training": 4,
-    "serving": 5,
-    "demo": 6,
-    "cli": 6,
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+# From the ground up: a room imports from the floors below its own, and from nothing beside it.
+FLOORS = [
+    {"errors"},
+    {"config", "storage", "accelerator", "rng", "diffusion"},
+    {"models"},
+    {"sampling"},
+    {"data"},
+    {"training"},
+    {"serving", "evaluation"},
+    {"demo"},
+    {"cli"},
+]
+UPWARDS = {
+    # The check of recorded numbers runs the samplers on the models, and its command's name is fixed.
+    ("models/golden.py", "sampling"),
 }
 WITHOUT_RAY = (
     "models",
@@ -35,16 +50,47 @@ WITHOUT_RAY = (
     "serving/runner.py",
     "data/scenes.py",
 )
-# The check of recorded numbers runs the samplers too, and its command's name is fixed.
-UPWARDS = {"models/golden.py"}
+# Which job reads the files of a folder of configs/, and what it needs beside them.
+JOB_OF = {
+    "data/curate": ("curate", ["input=a", "output=b"]),
+    "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),
+    "tokenizer": ("train_tokenizer", []),
+    "generator": ("train_generator", []),
+    "serve": ("serve", []),
+}
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-def sources() -> list[Path]:
-    return [p for folder in ("instella_ray", "jobs", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Files under version control, or about to be; without git, those of the folders we know."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        known = [ROOT / name for name in (".ci", "configs", "docs", "instella_ray", "jobs", "tests")]
+        found = [p for folder in known for p in folder.rglob("*") if "__pycache__" not in p.parts]
+        found += [p for p in ROOT.iterdir() if p.suffix or p.name in ("Makefile", "LICENSE")]
+    else:
+        found = [ROOT / name for name in done.stdout.split("\0") if name]
+    return tuple(sorted(p for p in found if p.is_file()))
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Relative path and text of each tracked file that is text."""
+    for path in tracked():
+        try:
+            yield str(path.relative_to(ROOT)), path.read_text()
+        except UnicodeDecodeError:
+            continue
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".py"]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of the modules that a file of the package imports."""
+    """Absolute names of the modules that a file of the package imports, inside functions too."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,20 +101,39 @@ def imports(path: Path) -> Iterator[str]:
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def job(name: str) -> Callable[[Sequence[str]], int]:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic looks annotations up there
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main
+
+
+# --- code
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert rooms - set().union(*FLOORS) == set()
+
+
 def test_rooms_import_only_from_floors_below() -> None:
-    wrong = []
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    wrong = set()
     for path in PACKAGE.rglob("*.py"):
-        relative = path.relative_to(PACKAGE)
-        room = relative.parts[0].removesuffix(".py")
-        if room == "__init__" or str(relative) in UPWARDS:
-            continue
+        here = room_of(path)
         for name in imports(path):
-            parts = name.split(".")
-            if parts[0] != "instella_ray" or len(parts) < 2 or parts[1] not in FLOORS:
-                continue
-            if FLOORS[parts[1]] > FLOORS[room]:
-                wrong.append(f"{relative} imports {name}")
-    assert wrong == []
+            package, _, rest = name.partition(".")
+            room = rest.partition(".")[0]
+            if package == "instella_ray" and room in floor and room != here and floor[room] >= floor.get(here, -1):
+                wrong.add((str(path.relative_to(PACKAGE)), room))
+    assert wrong == UPWARDS
 
 
 @pytest.mark.parametrize("part", WITHOUT_RAY)
@@ -80,38 +145,168 @@ def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    long = {str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
-    assert long == {}
+    by_machine = ("LICENSE", "constraints.txt")
+    assert {p: n for p, text in texts() if (n := len(text.splitlines())) > 400 and p not in by_machine} == {}
+
+
+def test_nothing_is_left_to_do_or_hollow() -> None:
+    marks = re.compile(r"\b(TO" + "DO|FIX" + "ME|XX" + r"X)\b")
+    left = [f"{path}: {match[0]}" for path, text in texts() if (match := marks.search(text))]
+    for path in python_files():
+        tree = ast.parse(path.read_text())
+        interfaces = {
+            id(function)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in ("Protocol", "ABC") for base in node.bases)
+            for function in node.body
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and id(node) not in interfaces:
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                hollow = [isinstance(x, ast.Pass) or ast.unparse(x) == "..." for x in body]
+                if body and all(hollow):
+                    left.append(f"{path.relative_to(ROOT)}: {node.name} does nothing")
+    assert left == []
+
+
+# --- jobs, commands and configurations
 
 
 def test_jobs_do_no_work_at_import() -> None:
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Expr, ast.If)
-    for path in (ROOT / "jobs").glob("*.py"):
+    assert JOBS
+    for path in JOBS:
         tree = ast.parse(path.read_text())
         assert all(isinstance(node, allowed) for node in tree.body), path
         assert len(path.read_text().splitlines()) <= 60, path
 
 
-def test_no_package_index_is_named() -> None:
-    for name in ("constraints.txt", "pyproject.toml", "Makefile", ".ci/setup.sh"):
-        text = (ROOT / name).read_text()
-        assert (
-            "index-url" not in text
-            and "find-links" not in text
-            and "http"
-            not in text.replace("httpx", "")
-            .replace("httptools", "")
-            .replace("httpcore", "")
-            .replace("aiohttp", "")
-            .replace("openapi-http", "")
-        ), name
+@pytest.mark.parametrize("name", [path.stem for path in JOBS])
+def test_every_job_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        job(name)(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"usage: {name}.py" in out and "--config FILE" in out and "configuration keys:" in out
 
 
-def test_constraints_are_exact_versions() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert len(lines) > 50 and all("==" in line and "@" not in line for line in lines)
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M)
+    assert "demo" in commands
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0 and f"usage: instella-ray {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_configuration_loads_into_its_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    relative = path.relative_to(ROOT / "configs").with_suffix("")
+    name, given = JOB_OF.get(str(relative)) or JOB_OF[str(relative.parent)]
+
+    class Loaded(Exception):
+        pass
+
+    def parse_job(cls: type, argv: Sequence[str], **about: str) -> None:
+        load_config(cls, argv[1], argv[3::2])
+        raise Loaded
+
+    main = job(name)
+    monkeypatch.setitem(main.__globals__, "parse_job", parse_job)  # type: ignore[attr-defined]
+    with pytest.raises(Loaded):
+        main(["--config", str(path), *(word for item in given for word in ("--set", item))])
+
+
+def test_every_job_has_a_configuration_to_start_from() -> None:
+    assert {name for name, _ in JOB_OF.values()} == {path.stem for path in JOBS}
+    assert all(list((ROOT / "configs").glob(f"{key}*")) for key in JOB_OF)
+
+
+# --- the files around the code
+
+
+def test_no_package_index_and_no_machine_is_named() -> None:
+    address = re.compile(
+        r"https?://\S*(?:/simple\b|/whl\b|pypi|conda|artifactory|nexus)"
+        r"|\b[\w-]*pypi[\w-]*\.\w{2,}|pythonhosted\.\w|index[-]url|trusted[-]host"
+        r"|(?<![\w.~])/(?:work|root|home)/\w"
+    )
+    assert [f"{path}: {match[0]}" for path, text in texts() if (match := address.search(text))] == []
+
+
+def test_the_readme_names_every_folder_and_room() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("## The house")[1].split("```")[1]
+    folders = {p.relative_to(ROOT).parts[0] for p in tracked() if p.parent != ROOT}
+    rooms = {room_of(p) for p in tracked() if p.is_relative_to(PACKAGE) and p.parent != PACKAGE}
+    modules = {p.name for p in tracked() if p.parent == PACKAGE and p.suffix == ".py"} - {"__init__.py"}
+    named = set(re.findall(r"(?:^|\s)([\w.]+)/(?=\s|$)", tree, re.M))
+    assert named == folders | rooms
+    assert {name for name in modules if not re.search(rf"^  .*\b{re.escape(name)}(\s|$)", tree, re.M)} == set()
+
+
+def test_markers_are_declared_and_the_fast_tests_leave_out_all_but_one() -> None:
+    declared = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    of_pytest = {"parametrize", "skipif", "skip", "xfail", "usefixtures", "filterwarnings"}
+    used = {name for path in python_files() for name in re.findall(r"pytest\.mark\.(\w+)", path.read_text())}
+    assert declared == {"unit", "ray", "slow", "gpu"} and used - of_pytest <= declared
+    fast = re.search(r"^FAST := (.*)$", MAKEFILE, re.M)
+    assert fast and {f"not {name}" for name in declared - {"unit"}} == set(fast[1].split(" and "))
+
+
+def test_tests_that_start_ray_are_marked(request: pytest.FixtureRequest) -> None:
+    started = [item for item in request.session.items if "ray_session" in getattr(item, "fixturenames", ())]
+    assert [item.nodeid for item in started if not item.get_closest_marker("ray")] == []
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
+    assert recipe
+
+    def tool(command: str) -> str:
+        """Without what differs by purpose: make says what is wrong with all files, a hook mends those of a commit."""
+        return re.sub(r"^(\$\(BIN\)|\.venv/bin)/| (--fix|--check|\.)(?= |$)", "", command)
+
+    assert [tool(hook["entry"]) for hook in hooks] == [tool(line.strip()) for line in recipe[1].splitlines()]
+    assert all(hook["language"] == "system" for hook in hooks)
+    from pre_commit.clientlib import load_config as load_hooks
+
+    load_hooks(str(ROOT / ".pre-commit-config.yaml"))
 
 
 def test_make_explains_itself() -> None:
     out = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
-    assert "make demo" in out and "make test" in out
+    targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
+    assert targets
+    assert [name for name in targets[1].split() if not re.search(rf"\bmake {name}\b", out)] == []
+    assert all(re.search(rf"^{name}:", MAKEFILE, re.M) for name in targets[1].split())
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    found = ROOT / ".uv" / "bin" / "uv"
+    uv = str(found) if found.exists() else shutil.which("uv")
+    if not uv:
+        pytest.skip("no uv here: run make venv")
+    files = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(PACKAGE)}
+    source = tmp_path / "source"
+    for name in (*files, "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    # As the later rooms will have them: a page beside the code that serves it.
+    (source / "instella_ray" / "serving" / "page.html").write_text("<p>hello</p>")
+    command = [uv, "build", "--wheel", "--offline", "--no-build-isolation", "--python", sys.executable]
+    done = subprocess.run([*command, "-o", str(tmp_path), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == files | {"instella_ray/serving/page.html"}
+    assert any(name.endswith(".j2") for name in packed)

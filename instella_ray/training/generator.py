@@ -135,10 +135,10 @@ class GeneratorTask:
         return parts
 
     def begin(self, batch: CodesBatch) -> None:
-        pass
+        """Bits need no calibration."""
 
     def before_step(self, step: int) -> None:
-        pass
+        """Nothing is scheduled but the learning rate."""
 
     def preview(self, ema_model: Model) -> np.ndarray | None:
         """One picture a prompt, side by side."""

@@ -31,7 +31,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
-TURNS = {"color_attribution": 4, "position": 3}
+TURNS = {"color_attribution": 3, "position": 2}
 """How often a category comes in one round of the set (others: once). These two have most of the captions and bind
 words to places, which takes a generator many more examples than naming a shape does."""
 

@@ -26,9 +26,9 @@ PATCHES = 4
 class StepsConfig(Config):
     """How long each training stage runs."""
 
-    tokenizer: int = 900
-    diffusion: int = 3200
-    ar: int = 2100
+    tokenizer: int = 700
+    diffusion: int = 1700
+    ar: int = 1300
 
 
 class DemoConfig(Config):
@@ -130,7 +130,7 @@ def generator_config(
             guidance_scale=defaults.guidance_scale,
             temperature=defaults.temperature,
         ),
-        train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=100),
+        train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=50),
     )
 
 
@@ -138,7 +138,7 @@ def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
         return SamplingDefaults(guidance_scale=1.0, temperature=0.25)
-    return SamplingDefaults(num_inference_steps=50, guidance_scale=2.0, temperature=0.5)
+    return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:
@@ -155,7 +155,7 @@ def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: fl
         seed=demo.seed,
         steps=steps,
         global_batch=global_batch,
-        optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup, decay_fraction=0.3),
+        optimizer=OptimizerConfig(name="muon", lr=lr, warmup_steps=warmup, decay_fraction=0.3),
         ema_decay=0.99 if name == "tokenizer" else 0.995,
         workers=demo.workers,
         log_every=min(20, max(1, steps // 10)),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.checkpoint import EMA as EMA_FILE
 from ..models.checkpoint import WEIGHTS, Model, save_model
-from .optim import EMA
+from .optim import EMA, Optimizers
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
@@ -22,15 +22,16 @@ def save_checkpoint(
     folder: Path,
     model: Model,
     ema: EMA,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     state: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> None:
     """Write everything that :func:`restore_checkpoint` needs into ``folder``, which must exist."""
     save_model(folder, model, ema=ema.state, extra=extra)
     tensors = {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in optimizer.state_dict()["state"].items()
+        f"{number}.{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, member in enumerate(optimizers.members)
+        for index, values in member.state_dict()["state"].items()
         for name, value in values.items()
     }
     save_file(tensors, folder / OPTIMIZER)
@@ -38,15 +39,15 @@ def save_checkpoint(
     (folder / STATE).write_text(json.dumps(dict(state), indent=1))
 
 
-def restore_checkpoint(folder: Path, model: Model, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore_checkpoint(folder: Path, model: Model, ema: EMA, optimizers: Optimizers) -> dict[str, Any]:
     """Load weights, average and optimizer in place; returns the saved state."""
     model.load_state_dict(load_file(folder / WEIGHTS))
     for name, value in load_file(folder / EMA_FILE).items():
         ema.state[name].copy_(value)
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers.members]
     for key, value in load_file(folder / OPTIMIZER).items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        number, index, name = key.split(".")
+        moments[int(number)].setdefault(int(index), {})[name] = value
+    for member, state in zip(optimizers.members, moments, strict=True):
+        member.load_state_dict({"state": state, "param_groups": member.state_dict()["param_groups"]})
     return json.loads((folder / STATE).read_text())

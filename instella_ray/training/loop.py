@@ -22,7 +22,7 @@ from ..data.decode import encode_png
 from ..data.loader import BatchPlan, Prefetcher
 from ..models.checkpoint import Model
 from .checkpoint import restore_checkpoint, save_checkpoint
-from .optim import EMA, build_optimizer, learning_rate
+from .optim import EMA, Optimizers, build_optimizers, rate_share
 from .settings import TrainConfig
 
 
@@ -71,11 +71,11 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     plan = BatchPlan(len(task), cfg.global_batch, cfg.seed, rank, world)
     model = task.model.to(device).train()
     task.step_module.to(device)
-    optimizer, ema = build_optimizer(model, cfg.optimizer), EMA(model, cfg.ema_decay)
+    optimizers, ema = build_optimizers(model, cfg.optimizer), EMA(model, cfg.ema_decay)
     start = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            start = restore_checkpoint(Path(folder), model, ema, optimizer)["step"]
+            start = restore_checkpoint(Path(folder), model, ema, optimizers)["step"]
     else:
         torch.manual_seed(cfg.seed)
         task.begin(task.load(0, plan.samples(0)))
@@ -83,8 +83,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     step_module: nn.Module = task.step_module
     if world > 1:
         step_module = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None)
-    share = cfg.global_batch // world
-    size = cfg.micro_batch_size or share
+    size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
     log = _MetricsLog(cfg, rank)
     batches = Prefetcher(lambda step: task.load(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
@@ -94,9 +93,6 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         # The step's randomness is a function of (seed, step, rank): a resumed run draws the same numbers.
         noise = _step_seed(cfg.seed, step, rank)
         torch.manual_seed(noise)
-        rate = learning_rate(step, cfg.steps, cfg.optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         model.train()
         task.before_step(step)
         parts = task.micro_batches(batch, size, torch.Generator().manual_seed(noise))
@@ -116,16 +112,16 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
             path = storage.join(cfg.run_dir, f"nonfinite-step{step}-rank{rank}.json")
             storage.write_json(path, {"step": step, "keys": task.keys(batch)})
             raise NonFiniteLoss(f"step {step}: loss or gradient is not finite; the batch's keys are in {path}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        share = rate_share(step, cfg.steps, cfg.optimizer)
+        optimizers.step(share)
         ema.update(model, step)
-        log.step(step, totals, rate, norm, data_wait)
+        log.step(step, totals, share * cfg.optimizer.lr, norm, data_wait)
         done = step + 1
         final = done == cfg.steps
         if rank == 0 and (final or done % cfg.preview_every == 0):
             log.preview(done, _preview(task, model, ema))
         if final or done % cfg.checkpoint_every == 0:
-            _report(task, model, ema, optimizer, done, rank, log.last)
+            _report(task, model, ema, optimizers, done, rank, log.last)
         waited = time.perf_counter()
 
 
@@ -150,14 +146,14 @@ def _preview(task: Task, model: Model, ema: EMA) -> Any:
 
 
 def _report(
-    task: Task, model: Model, ema: EMA, optimizer: torch.optim.Optimizer, step: int, rank: int, metrics: dict[str, Any]
+    task: Task, model: Model, ema: EMA, optimizers: Optimizers, step: int, rank: int, metrics: dict[str, Any]
 ) -> None:
     """Hand a checkpoint to Ray Train. A barrier: every rank calls it equally, rank 0 brings the folder."""
     if rank != 0:
         ray.train.report(metrics, checkpoint_dir_name=f"step-{step:07d}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), model, ema, optimizer, {"step": step}, task.extra())
+        save_checkpoint(Path(folder), model, ema, optimizers, {"step": step}, task.extra())
         checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:07d}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from ..accelerator import Precision
@@ -11,8 +13,12 @@ from ..config import Config
 class OptimizerConfig(Config):
     """AdamW with warm-up; the defaults are the paper's."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """``muon``: the blocks' matrices learn by Muon, which needs fewer steps, all else by AdamW. Not for sharded runs."""
     lr: float = Field(1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    matrix_lr: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_steps: int = Field(1000, ge=0)

@@ -17,7 +17,8 @@ from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import load_expected, load_model
 from instella_ray.training.checkpoint import restore_checkpoint, save_checkpoint
 from instella_ray.training.launch import latest_checkpoint, read_metrics
-from instella_ray.training.optim import EMA, build_optimizer, learning_rate
+from instella_ray.training.muon import orthogonalize
+from instella_ray.training.optim import EMA, Optimizers, build_optimizers, rate_share
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import (
     TokenizerConfig,
@@ -70,11 +71,11 @@ def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> Toke
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
-    cfg = OptimizerConfig(lr=1.0, warmup_steps=9, decay_fraction=0.5)
-    rates = [learning_rate(step, 100, cfg) for step in range(100)]
+    cfg = OptimizerConfig(warmup_steps=9, decay_fraction=0.5)
+    rates = [rate_share(step, 100, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:50] == [1.0] * 41
     assert all(a >= b for a, b in pairwise(rates[50:])) and 0 < rates[-1] < 0.05
-    assert learning_rate(99, 100, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
+    assert rate_share(99, 100, OptimizerConfig(warmup_steps=0)) == 1.0
 
 
 def test_the_average_forgets_the_start_and_copies_buffers() -> None:
@@ -106,28 +107,58 @@ def test_loss_parts_add_up() -> None:
     torch.testing.assert_close(loss, parts["reconstruction"] + 0.5 * parts["edges"] + 0.1 * parts["code_loss"])
 
 
-def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
+def test_muons_updates_have_singular_values_near_one_and_the_same_singular_vectors(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonalize(matrices, 5)
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.3 and values.max() < 1.3
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ made @ vh.mT
+    torch.testing.assert_close(inner, torch.diag_embed(inner.diagonal(dim1=1, dim2=2)), atol=1e-4, rtol=0)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
+    bit = BIT(MODEL)
+    adamw, muon = build_optimizers(bit, OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.1)).members
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name for name, p in bit.named_parameters() if id(p) in taken}
+    inner = {name for name, p in bit.named_parameters() if p.ndim == 2 and (".attn." in name or ".mlp." in name)}
+    assert names == inner and len(inner) > 4
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(bit.parameters())) - len(inner)
+
+
+def test_every_group_follows_the_schedule_from_its_own_peak() -> None:
+    bit = BIT(MODEL)
+    optimizers = build_optimizers(bit, OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.1))
+    for share in (0.5, 0.25):
+        optimizers.step(share)
+        assert [group["lr"] for group in optimizers.groups] == pytest.approx([share * 1e-3, share * 0.1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     bit = BIT(MODEL).train()
-    optimizer, ema = build_optimizer(bit, OptimizerConfig()), EMA(bit, 0.9)
+    cfg = OptimizerConfig(name=name)
+    optimizers, ema = build_optimizers(bit, cfg), EMA(bit, 0.9)
     images = torch.rand(4, 3, 32, 32)
 
-    def step(model: BIT, opt: torch.optim.Optimizer) -> None:
+    def step(model: BIT, opt: Optimizers) -> None:
         torch.manual_seed(1)
         model(images, temperature=0.5).images.square().mean().backward()
-        opt.step()
-        opt.zero_grad()
+        opt.step(1.0)
 
-    step(bit, optimizer)
+    step(bit, optimizers)
     ema.update(bit, 0)
-    save_checkpoint(tmp_path, bit, ema, optimizer, {"step": 1}, {})
+    save_checkpoint(tmp_path, bit, ema, optimizers, {"step": 1}, {})
     other = BIT(MODEL).train()
-    other_optimizer, other_ema = build_optimizer(other, OptimizerConfig()), EMA(other, 0.9)
-    assert restore_checkpoint(tmp_path, other, other_ema, other_optimizer) == {"step": 1}
-    step(bit, optimizer)
-    step(other, other_optimizer)
-    for (name, a), b in zip(bit.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    other_optimizers, other_ema = build_optimizers(other, cfg), EMA(other, 0.9)
+    assert restore_checkpoint(tmp_path, other, other_ema, other_optimizers) == {"step": 1}
+    step(bit, optimizers)
+    step(other, other_optimizers)
+    for (key, a), b in zip(bit.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
     assert all(torch.equal(value, other_ema.state[name]) for name, value in ema.state.items())
 
 

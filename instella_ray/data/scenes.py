@@ -31,9 +31,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
-TURNS = {"color_attribution": 3, "position": 2}
-"""How often a category comes in one round of the set (others: once). These two have most of the captions and bind
-words to places, which takes a generator many more examples than naming a shape does."""
+TURNS = {"counting": 2, "color_attribution": 3, "position": 4}
+"""How often a category comes in one round of the set (others: once). They have most of the captions, or bind
+words to places and numbers, which takes a generator many more examples than naming a shape does."""
 
 GRID, JITTER, RADII = 2, 0.01, (0.185, 0.2)
 """Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (picture = 1)."""

@@ -28,7 +28,7 @@ class StepsConfig(Config):
 
     tokenizer: int = 700
     diffusion: int = 1700
-    ar: int = 1300
+    ar: int = 1500
 
 
 class DemoConfig(Config):
@@ -124,6 +124,7 @@ def generator_config(
         codes=demo.path("codes"),
         tokenizer=tokenizer,
         text_encoder=demo.text_encoder,
+        calibrate_text=True,
         preview=PreviewConfig(
             prompts=prompts,
             num_inference_steps=defaults.num_inference_steps,
@@ -137,7 +138,7 @@ def generator_config(
 def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
-        return SamplingDefaults(guidance_scale=1.0, temperature=0.25)
+        return SamplingDefaults(guidance_scale=1.0, temperature=0.1)
     return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
 
 
@@ -157,6 +158,8 @@ def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: fl
         global_batch=global_batch,
         optimizer=OptimizerConfig(name="muon", lr=lr, warmup_steps=warmup, decay_fraction=0.3),
         ema_decay=0.99 if name == "tokenizer" else 0.995,
+        # At these widths casting costs more than bf16 products save: 105 against 127 ms a diffusion step with AVX512-BF16.
+        precision="fp32",
         workers=demo.workers,
         log_every=min(20, max(1, steps // 10)),
         checkpoint_every=interval,

@@ -117,6 +117,30 @@ class Generator(nn.Module):
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
 
 
+    @torch.no_grad()
+    def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.1) -> None:
+        """Data-dependent start: text projections whose outputs are uncorrelated, with mean 0 and nearly equal variance.
+
+        ``features [layers, B, T, text_width]`` and ``mask [B, T]`` of some hundred prompts like those to come. Word
+        order makes up a small part of a language model's features; whitened, it is as large as the words themselves,
+        so that a generator learns to tell "a circle left of a square" from its reverse in far fewer steps. ``ridge``,
+        a share of the mean variance, keeps directions that are nearly empty from being blown up.
+        """
+        for block, layer in zip(self.transformer_blocks, features, strict=True):
+            project = cast(GeneratorBlock, block).proj_cond
+            tokens = layer[mask].double()
+            mean = tokens.mean(0)
+            _, scale, directions = torch.linalg.svd(tokens - mean, full_matrices=False)
+            variance = scale.square() / len(tokens)
+            count = min(len(variance), self.cfg.width)
+            whiten = directions[:count] / (variance[:count] + ridge * variance.mean()).sqrt()[:, None]
+            # Any rotation is as white as another; a random one shares the directions out among the heads.
+            rotation, _ = torch.linalg.qr(torch.randn(self.cfg.width, count, dtype=torch.float64))
+            weight = rotation.to(whiten.device) @ whiten
+            project.weight.copy_(weight)
+            project.bias.copy_(-weight @ mean)
+
+
 class DiffusionGenerator(Generator):
     """Bernoulli diffusion network: reads noisy bits and t, predicts for each bit the logit that it was flipped."""
 

@@ -34,6 +34,9 @@ from .launch import launch
 from .settings import TrainConfig
 
 
+CALIBRATION_CAPTIONS = 512
+
+
 class PreviewConfig(Config):
     """Pictures made while training, from fixed prompts and seeds."""
 
@@ -56,6 +59,8 @@ class GeneratorRunConfig(Config):
     caption_drop_probability: float = 0.1
     """Share of samples trained without their caption, for guidance."""
     timesteps: TimeDistribution = "logit_normal"
+    calibrate_text: bool = False
+    """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions of the set. Learns word order sooner."""
     preview: PreviewConfig = PreviewConfig()
     train: TrainConfig
 
@@ -135,7 +140,15 @@ class GeneratorTask:
         return parts
 
     def begin(self, batch: CodesBatch) -> None:
-        """Bits need no calibration."""
+        """Bits need no calibration; text projections get theirs from captions all over the set."""
+        if not self.cfg.calibrate_text:
+            return
+        reader = self.data.reader
+        rows = np.linspace(0, len(reader) - 1, min(CALIBRATION_CAPTIONS, len(reader))).astype(int)
+        features, mask = self.text.encode(sorted(set(reader.column(rows, "caption_long"))))
+        assert not isinstance(self.model, BIT)
+        device = next(self.model.parameters()).device
+        self.model.calibrate_text(features.to(device), mask.to(device))
 
     def before_step(self, step: int) -> None:
         """Nothing is scheduled but the learning rate."""

@@ -107,3 +107,22 @@ def _run(model: DiffusionGenerator | ARGenerator, kv: TextKV) -> Tensor:
         if isinstance(model, ARGenerator):
             return model(z[:, :-1], kv)
         return model(z, torch.tensor([0.9, 0.5, 0.1])[: len(kv)], kv)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_calibrated_text_projections_are_white_and_ignore_padding(width: int) -> None:
+    """Narrower and wider than the text's features."""
+    sizes = {"num_tokens": 6, "bits_per_token": 5, "layers": 2, "heads": 2, "text_width": 12}
+    model = build_generator(GeneratorConfig(kind="ar", width=width, **sizes))
+    # One direction dominates, as it does in language models, and the mean is far from 0.
+    scale = torch.tensor([30.0, *[1.0] * 11])
+    features = 7 + scale * torch.randn(2, 40, 9, 12)
+    mask = torch.arange(9) >= torch.arange(40)[:, None] % 5
+    features[:, ~mask] = float("nan")
+    model.calibrate_text(features, mask, ridge=0.0)
+    for block, layer in zip(model.transformer_blocks, features, strict=True):
+        out = block.proj_cond(layer[mask])
+        assert out.mean(0).abs().max() < 1e-4
+        spread = torch.linalg.eigvalsh(out.T @ out / len(out)).flip(0)[: min(width, 12)]
+        torch.testing.assert_close(spread, torch.ones_like(spread), atol=1e-3, rtol=1e-3)
+    assert model.text_kv(features, mask).keys[0].isfinite().all()

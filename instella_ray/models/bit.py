@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Config
@@ -18,25 +18,28 @@ POSITION_STD = 0.3
 """Scale of explicit positions at the start: large enough to tell places apart, small enough not to drown the codes."""
 
 
+AxisWidth = Annotated[int, Field(ge=0)]
+
+
 class BITConfig(Config):
     """Sizes and variants of a tokenizer. The defaults are the paper's; lengths in pixels unless said otherwise."""
 
     kind: Literal["bit"] = "bit"
-    image_size: int = 512
+    image_size: int = Field(512, ge=1)
     """Size the encoder was trained to read. Any other multiple of the patch works too."""
-    patch_size: int = 16
-    num_tokens: int = 128
-    bits_per_token: int = 64
-    encoder_width: int = 768
-    encoder_layers: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = 1024
-    decoder_layers: int = 16
-    decoder_heads: int = 16
-    rope_axes: tuple[int, int, int] = (8, 28, 28)
+    patch_size: int = Field(16, ge=1)
+    num_tokens: int = Field(128, ge=1)
+    bits_per_token: int = Field(64, ge=1)
+    encoder_width: int = Field(768, ge=1)
+    encoder_layers: int = Field(12, ge=1)
+    encoder_heads: int = Field(12, ge=1)
+    decoder_width: int = Field(1024, ge=1)
+    decoder_layers: int = Field(16, ge=1)
+    decoder_heads: int = Field(16, ge=1)
+    rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
     """Columns of a head given to (latent index, row, column); their sum is the head's width."""
     rope: RopeStyle = "rotary"
-    position_extent: float | None = 64.0
+    position_extent: float | None = Field(64.0, gt=0)
     """Every grid side spans [0, extent - 1]; none means integer positions, without interpolation."""
     downsample_after: tuple[int, ...] = (7,)
     """Encoder blocks after which image tokens are merged 2x2."""
@@ -44,7 +47,7 @@ class BITConfig(Config):
     """Decoder blocks after which image tokens are expanded 2x2."""
     resample: Literal["linear", "conv"] = "linear"
     pixel_head: Literal["linear", "conv"] = "linear"
-    init_std: float = 0.02
+    init_std: float = Field(0.02, ge=0)
     """Scale of the initial latent and mask tokens."""
     token_positions: bool = False
     """Add explicit positions to the decoder's input, beside RoPE: a learned vector for each latent token, sinusoids of
@@ -53,7 +56,7 @@ class BITConfig(Config):
     """Batch norm (without affine) on each quantizer logit, so that every bit starts balanced and none collapses."""
     repa_layer: int | None = None
     """Decoder block whose image tokens are projected to a foreign feature space (REPA), in training only."""
-    repa_width: int = 384
+    repa_width: int = Field(384, ge=1)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BITConfig:
@@ -70,6 +73,8 @@ class BITConfig(Config):
                 raise ValueError(f"{name} must name blocks 0..{layers - 1}, got {getattr(self, name)}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
+        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_layers:
+            raise ValueError(f"repa_layer must name a block 0..{self.decoder_layers - 1}, got {self.repa_layer}")
         if self.image_size % self.size_multiple:
             raise ValueError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
         return self

@@ -26,7 +26,7 @@ class BITConfig(Config):
 
     kind: Literal["bit"] = "bit"
     image_size: int = Field(512, ge=1)
-    """Size the encoder was trained to read. Any other multiple of the patch works too."""
+    """Size the encoder was trained to read. Any other multiple of :attr:`encode_multiple` works too."""
     patch_size: int = Field(16, ge=1)
     num_tokens: int = Field(128, ge=1)
     bits_per_token: int = Field(64, ge=1)
@@ -75,14 +75,24 @@ class BITConfig(Config):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
         if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_layers:
             raise ValueError(f"repa_layer must name a block 0..{self.decoder_layers - 1}, got {self.repa_layer}")
-        if self.image_size % self.size_multiple:
-            raise ValueError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        if self.image_size % self.encode_multiple:
+            raise ValueError(f"image_size must be a multiple of {self.encode_multiple}, got {self.image_size}")
         return self
 
     @property
+    def encode_multiple(self) -> int:
+        """Sides of a picture to encode are multiples of this: the grid of patches is even at each 2x2 merge."""
+        return self.patch_size * 2 ** len(self.downsample_after)
+
+    @property
+    def decode_multiple(self) -> int:
+        """Sides of a decoded picture are multiples of this: the first grid doubles at each 2x2 expansion."""
+        return self.patch_size * 2 ** len(self.upsample_after)
+
+    @property
     def size_multiple(self) -> int:
-        """Pictures' sides must be multiples of this: a patch times the 2x2 merges."""
-        return self.patch_size * 2 ** max(len(self.downsample_after), len(self.upsample_after))
+        """Sides of a picture that is encoded and decoded at the same size are multiples of this."""
+        return max(self.encode_multiple, self.decode_multiple)
 
     @property
     def code_bytes(self) -> int:
@@ -160,7 +170,8 @@ class Decoder(nn.Module):
         cfg, count, repa = self.cfg, self.cfg.num_tokens, None
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
-        extent = cfg.position_extent and cfg.position_extent // factor
+        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. Nothing to floor without a merge.
+        extent = cfg.position_extent // factor if cfg.position_extent and factor > 1 else cfg.position_extent
         masks: Tensor = self.mask_tokens
         tokens = self.input_layer(latents)
         if cfg.token_positions:
@@ -209,7 +220,7 @@ class BIT(nn.Module):
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Quantizer logits ``[B, L, K]`` of ``images [B, 3, H, W]`` in [-1, 1]."""
-        self._check_size(*images.shape[-2:])
+        _check_size("encode", self.cfg.encode_multiple, *images.shape[-2:])
         return self.quantizer.logits(self.encoder(images))
 
     @torch.no_grad()
@@ -236,17 +247,17 @@ class BIT(nn.Module):
         return BITOutput(output, logits, (soft * (1 - soft)).mean(), repa)
 
     def _decode(self, bits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
-        self._check_size(height, width)
+        _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
         features, repa = self.decoder(bits @ self.quantizer.embed, height // patch, width // patch)
         return self.to_pixel(features), repa
 
-    def _check_size(self, height: int, width: int) -> None:
-        multiple = self.cfg.size_multiple
-        if height % multiple or width % multiple or not height or not width:
-            raise UserError(
-                f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer"
-            )
+
+def _check_size(task: str, multiple: int, height: int, width: int) -> None:
+    if height % multiple or width % multiple or not height or not width:
+        raise UserError(
+            f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer to {task}"
+        )
 
 
 def _as_grid(tokens: Tensor, height: int, width: int) -> Tensor:

@@ -120,6 +120,29 @@ def test_normalized_logits_are_balanced_on_every_bit() -> None:
     assert logits.mean(0).abs().max() < 1e-4
 
 
+def test_encoding_and_decoding_have_multiples_of_their_own() -> None:
+    finer = small(downsample_after=(), image_size=20).eval()
+    assert (finer.cfg.encode_multiple, finer.cfg.decode_multiple, finer.cfg.size_multiple) == (4, 8, 8)
+    codes = finer.encode(torch.zeros(1, 3, 16, 20))
+    assert codes.shape == (1, 6, 5)
+    with pytest.raises(UserError, match=r"picture size 20x16: both sides must be multiples of 8 .* to decode"):
+        finer.decode(codes, 16, 20)
+    coarser = small(downsample_after=(0, 1), upsample_after=()).eval()
+    assert (coarser.cfg.encode_multiple, coarser.cfg.decode_multiple, coarser.cfg.size_multiple) == (16, 4, 16)
+    assert coarser.decode(codes, 12, 20).shape == (1, 3, 12, 20)
+    with pytest.raises(UserError, match=r"picture size 24x24: both sides must be multiples of 16 .* to encode"):
+        coarser.encode(torch.zeros(1, 3, 24, 24))
+    assert coarser(torch.zeros(1, 3, 16, 16), temperature=1.0, height=12, width=4).images.shape[-2:] == (12, 4)
+
+
+def test_without_expansion_the_extent_is_not_rounded() -> None:
+    tables = []
+    bit = small(upsample_after=(), position_extent=15.5).eval()
+    bit.decoder.transformer_blocks[0].register_forward_pre_hook(lambda _module, inputs: tables.append(inputs[1]))
+    bit.decode(torch.zeros(1, 6, 5), 16, 16)
+    torch.testing.assert_close(tables[0][0], rope_table(6, 4, 4, (2, 4, 2), 15.5)[0])
+
+
 @pytest.mark.parametrize("size", [(32, 30), (31, 32), (0, 32), (36, 32)])
 def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="multiples of 8"):

@@ -130,7 +130,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         cfg = self.cfg
-        grid = self.patch_embedder(images)
+        # Pictures come as float32 whatever the weights are.
+        grid = self.patch_embedder(images.to(self.patch_embedder.weight.dtype))
         (height, width), extent, latents = grid.shape[-2:], cfg.position_extent, cfg.num_tokens
         x = torch.cat((self.latent_tokens.expand(len(images), -1, -1), grid.flatten(2).transpose(1, 2)), dim=1)
         table = rope_table(latents, height, width, cfg.rope_axes, extent, images.device)
@@ -176,7 +177,8 @@ class Decoder(nn.Module):
         tokens = self.input_layer(latents)
         if cfg.token_positions:
             tokens = tokens + self.latent_positions
-            masks = masks + POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
+            places = POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
+            masks = masks + places.to(masks.dtype)
         x = torch.cat((tokens, masks.expand(len(latents), height * width, -1)), dim=1)
         table = rope_table(count, height, width, cfg.rope_axes, extent, latents.device)
         expansions = iter(self.up_layers)
@@ -219,7 +221,7 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Quantizer logits ``[B, L, K]`` of ``images [B, 3, H, W]`` in [-1, 1]."""
+        """Quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1]."""
         _check_size("encode", self.cfg.encode_multiple, *images.shape[-2:])
         return self.quantizer.logits(self.encoder(images))
 
@@ -230,8 +232,8 @@ class BIT(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Pictures ``[B, 3, height, width]`` (pixels), about [-1, 1] and not clamped, of 0/1 ``codes [B, L, K]``."""
-        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0]
+        """Pictures ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
+        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0].float()
 
     def forward(
         self, images: Tensor, *, temperature: float, height: int | None = None, width: int | None = None

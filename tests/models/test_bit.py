@@ -143,6 +143,21 @@ def test_without_expansion_the_extent_is_not_rounded() -> None:
     torch.testing.assert_close(tables[0][0], rope_table(6, 4, 4, (2, 4, 2), 15.5)[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"token_positions": True, "normalize_logits": True, "pixel_head": "conv"}])
+@pytest.mark.parametrize("rope", ["rotary", "published"])
+def test_weights_of_less_precision_read_and_give_float_pictures(options: dict[str, object], rope: str) -> None:
+    whole = small(rope=rope, **options).eval()
+    half = small(rope=rope, **options).eval().bfloat16()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    logits = half.encode_logits(images)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), whole.encode_logits(images), atol=0.05, rtol=0.05)
+    codes = half.encode(images)
+    pictures = half.decode(codes, 48, 16)
+    assert codes.dtype == torch.uint8 and pictures.dtype == torch.float32
+    torch.testing.assert_close(pictures, whole.decode(codes, 48, 16), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("size", [(32, 30), (31, 32), (0, 32), (36, 32)])
 def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="multiples of 8"):

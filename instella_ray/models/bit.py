@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         cfg, count, repa = self.cfg, self.cfg.num_tokens, None
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
-        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. Nothing to floor without a merge.
+        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. No expansion, no floor.
         extent = cfg.position_extent // factor if cfg.position_extent and factor > 1 else cfg.position_extent
         masks: Tensor = self.mask_tokens
         tokens = self.input_layer(latents)

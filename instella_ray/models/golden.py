@@ -32,7 +32,7 @@ from ..sampling import timestep as timestep_of
 from .bit import BIT
 from .checkpoint import build_model
 from .generator import ARGenerator, DiffusionGenerator
-from .published import bit_config_from_state, generator_config_from_state
+from .published import ReleaseSettings, bit_config_from_state, generator_config_from_state
 from .rope import rope_table
 
 TOLERANCE = 1e-5
@@ -76,14 +76,13 @@ class Golden:
     def bit(self, extent: float | None) -> BIT:
         """The recorded tokenizer with every grid side spanning ``extent`` positions (None: integer positions)."""
         facts = self.config["bit"]
-        config = bit_config_from_state(
-            self.weights["bit"],
+        settings = ReleaseSettings(
             rope_axes=tuple(facts["axes_dims_rope"]),
             downsample_after=tuple(facts["downsample_idx"]),
             upsample_after=tuple(facts["upsample_idx"]),
-            position_extent=extent,
-            image_size=self.config["sizes"]["dec_base"][0],
+            bae_scale=extent and extent * facts["patch_size"],
         )
+        config = bit_config_from_state(self.weights["bit"], settings)
         model = build_model(config.model_dump())
         model.load_state_dict(self.weights["bit"])
         assert isinstance(model, BIT)

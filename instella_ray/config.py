@@ -6,7 +6,7 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,16 +32,23 @@ def load_config(cls: type[C], path: str | None, overrides: Sequence[str] = (), *
     ``section`` reads one top-level key of the file. UserError names the file or the override, the dotted key, and
     what was expected there.
     """
-    data = _read_yaml(path, section) if path else {}
+    data = read_yaml(path, section) if path else {}
     overridden = {}
     for item in overrides:
         key, value = parse_override(item)
         overridden[key] = item
         _set(data, key, value, item)
+    return validate(cls, data, path, overridden)
+
+
+def validate(
+    cls: type[C], data: Mapping[str, Any], source: str | None = None, overridden: Mapping[str, str] | None = None
+) -> C:
+    """A ``cls`` of ``data``; UserError names ``source``, or the override that set the key, and what was expected."""
     try:
         return cls.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(_explain(cls, error, path, overridden)) from None
+        raise UserError(_explain(cls, error, source, overridden or {})) from None
 
 
 def parse_override(item: str) -> tuple[str, Any]:
@@ -100,7 +107,8 @@ def describe(cls: type[Config], prefix: str = "") -> Iterator[str]:
         yield f"  {prefix}{name} ({default})  {summary}".rstrip()
 
 
-def _read_yaml(path: str, section: str | None) -> dict[str, Any]:
+def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
+    """The keys and values of a YAML file, or of one section of it; UserError names the file where it holds none."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -131,7 +139,9 @@ def _set(data: dict[str, Any], dotted: str, value: Any, item: str) -> None:
     data[last] = value
 
 
-def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | None, overridden: dict[str, str]) -> str:
+def _explain(
+    cls: type[Config], error: pydantic.ValidationError, path: str | None, overridden: Mapping[str, str]
+) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)

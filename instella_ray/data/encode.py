@@ -90,8 +90,8 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     shards = find_shards(cfg.input)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
-    if size % bit.cfg.size_multiple:
-        raise UserError(f"size {size}: not a multiple of {bit.cfg.size_multiple}, as tokenizer {cfg.tokenizer} needs")
+    if size % (multiple := bit.cfg.encode_multiple):
+        raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
     folder = PartFolder(cfg.output)
     volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Config
@@ -18,25 +18,28 @@ POSITION_STD = 0.3
 """Scale of explicit positions at the start: large enough to tell places apart, small enough not to drown the codes."""
 
 
+AxisWidth = Annotated[int, Field(ge=0)]
+
+
 class BITConfig(Config):
     """Sizes and variants of a tokenizer. The defaults are the paper's; lengths in pixels unless said otherwise."""
 
     kind: Literal["bit"] = "bit"
-    image_size: int = 512
-    """Size the encoder was trained to read. Any other multiple of the patch works too."""
-    patch_size: int = 16
-    num_tokens: int = 128
-    bits_per_token: int = 64
-    encoder_width: int = 768
-    encoder_layers: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = 1024
-    decoder_layers: int = 16
-    decoder_heads: int = 16
-    rope_axes: tuple[int, int, int] = (8, 28, 28)
+    image_size: int = Field(512, ge=1)
+    """Size the encoder was trained to read. Any other multiple of :attr:`encode_multiple` works too."""
+    patch_size: int = Field(16, ge=1)
+    num_tokens: int = Field(128, ge=1)
+    bits_per_token: int = Field(64, ge=1)
+    encoder_width: int = Field(768, ge=1)
+    encoder_layers: int = Field(12, ge=1)
+    encoder_heads: int = Field(12, ge=1)
+    decoder_width: int = Field(1024, ge=1)
+    decoder_layers: int = Field(16, ge=1)
+    decoder_heads: int = Field(16, ge=1)
+    rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
     """Columns of a head given to (latent index, row, column); their sum is the head's width."""
     rope: RopeStyle = "rotary"
-    position_extent: float | None = 64.0
+    position_extent: float | None = Field(64.0, gt=0)
     """Every grid side spans [0, extent - 1]; none means integer positions, without interpolation."""
     downsample_after: tuple[int, ...] = (7,)
     """Encoder blocks after which image tokens are merged 2x2."""
@@ -44,7 +47,7 @@ class BITConfig(Config):
     """Decoder blocks after which image tokens are expanded 2x2."""
     resample: Literal["linear", "conv"] = "linear"
     pixel_head: Literal["linear", "conv"] = "linear"
-    init_std: float = 0.02
+    init_std: float = Field(0.02, ge=0)
     """Scale of the initial latent and mask tokens."""
     token_positions: bool = False
     """Add explicit positions to the decoder's input, beside RoPE: a learned vector for each latent token, sinusoids of
@@ -53,7 +56,7 @@ class BITConfig(Config):
     """Batch norm (without affine) on each quantizer logit, so that every bit starts balanced and none collapses."""
     repa_layer: int | None = None
     """Decoder block whose image tokens are projected to a foreign feature space (REPA), in training only."""
-    repa_width: int = 384
+    repa_width: int = Field(384, ge=1)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BITConfig:
@@ -70,14 +73,26 @@ class BITConfig(Config):
                 raise ValueError(f"{name} must name blocks 0..{layers - 1}, got {getattr(self, name)}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
-        if self.image_size % self.size_multiple:
-            raise ValueError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_layers:
+            raise ValueError(f"repa_layer must name a block 0..{self.decoder_layers - 1}, got {self.repa_layer}")
+        if self.image_size % self.encode_multiple:
+            raise ValueError(f"image_size must be a multiple of {self.encode_multiple}, got {self.image_size}")
         return self
 
     @property
+    def encode_multiple(self) -> int:
+        """Sides of a picture to encode are multiples of this: the grid of patches is even at each 2x2 merge."""
+        return self.patch_size * 2 ** len(self.downsample_after)
+
+    @property
+    def decode_multiple(self) -> int:
+        """Sides of a decoded picture are multiples of this: the first grid doubles at each 2x2 expansion."""
+        return self.patch_size * 2 ** len(self.upsample_after)
+
+    @property
     def size_multiple(self) -> int:
-        """Pictures' sides must be multiples of this: a patch times the 2x2 merges."""
-        return self.patch_size * 2 ** max(len(self.downsample_after), len(self.upsample_after))
+        """Sides of a picture that is encoded and decoded at the same size are multiples of this."""
+        return max(self.encode_multiple, self.decode_multiple)
 
     @property
     def code_bytes(self) -> int:
@@ -115,7 +130,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         cfg = self.cfg
-        grid = self.patch_embedder(images)
+        # Pictures come as float32 whatever the weights are.
+        grid = self.patch_embedder(images.to(self.patch_embedder.weight.dtype))
         (height, width), extent, latents = grid.shape[-2:], cfg.position_extent, cfg.num_tokens
         x = torch.cat((self.latent_tokens.expand(len(images), -1, -1), grid.flatten(2).transpose(1, 2)), dim=1)
         table = rope_table(latents, height, width, cfg.rope_axes, extent, images.device)
@@ -155,12 +171,14 @@ class Decoder(nn.Module):
         cfg, count, repa = self.cfg, self.cfg.num_tokens, None
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
-        extent = cfg.position_extent and cfg.position_extent // factor
+        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. No expansion, no floor.
+        extent = cfg.position_extent // factor if cfg.position_extent and factor > 1 else cfg.position_extent
         masks: Tensor = self.mask_tokens
         tokens = self.input_layer(latents)
         if cfg.token_positions:
             tokens = tokens + self.latent_positions
-            masks = masks + POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
+            places = POSITION_STD * sinusoidal_grid(height, width, masks.shape[-1], latents.device)
+            masks = masks + places.to(masks.dtype)
         x = torch.cat((tokens, masks.expand(len(latents), height * width, -1)), dim=1)
         table = rope_table(count, height, width, cfg.rope_axes, extent, latents.device)
         expansions = iter(self.up_layers)
@@ -203,8 +221,8 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Quantizer logits ``[B, L, K]`` of ``images [B, 3, H, W]`` in [-1, 1]."""
-        self._check_size(*images.shape[-2:])
+        """Quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1]."""
+        _check_size("encode", self.cfg.encode_multiple, *images.shape[-2:])
         return self.quantizer.logits(self.encoder(images))
 
     @torch.no_grad()
@@ -214,8 +232,8 @@ class BIT(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Pictures ``[B, 3, height, width]`` (pixels), about [-1, 1] and not clamped, of 0/1 ``codes [B, L, K]``."""
-        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0]
+        """Pictures ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
+        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0].float()
 
     def forward(
         self, images: Tensor, *, temperature: float, height: int | None = None, width: int | None = None
@@ -231,17 +249,17 @@ class BIT(nn.Module):
         return BITOutput(output, logits, (soft * (1 - soft)).mean(), repa)
 
     def _decode(self, bits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
-        self._check_size(height, width)
+        _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
         features, repa = self.decoder(bits @ self.quantizer.embed, height // patch, width // patch)
         return self.to_pixel(features), repa
 
-    def _check_size(self, height: int, width: int) -> None:
-        multiple = self.cfg.size_multiple
-        if height % multiple or width % multiple or not height or not width:
-            raise UserError(
-                f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer"
-            )
+
+def _check_size(task: str, multiple: int, height: int, width: int) -> None:
+    if height % multiple or width % multiple or not height or not width:
+        raise UserError(
+            f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer to {task}"
+        )
 
 
 def _as_grid(tokens: Tensor, height: int, width: int) -> Tensor:

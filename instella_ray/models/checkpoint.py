@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config import read_yaml, validate
 from ..errors import UserError
 from .bit import BIT, BITConfig
 from .generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 
+ModelConfig = BITConfig | GeneratorConfig
 Model = BIT | DiffusionGenerator | ARGenerator
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,25 +45,39 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: not a model folder (no {CONFIG}); expected {CONFIG} and {WEIGHTS}")
-    config = yaml.safe_load(path.read_text())
-    if not isinstance(config, dict) or "model" not in config:
-        raise UserError(f"{path}: expected a section 'model'")
+    config = read_yaml(str(path))
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path}: expected a section 'model' with the sizes of a model")
     return config
+
+
+def parse_model(section: Mapping[str, Any], source: str | None = None) -> ModelConfig:
+    """The ``model`` section of a ``config.yaml``; UserError names ``source`` and the key that is wrong."""
+    if section.get("kind") == "bit":
+        return validate(BITConfig, section, source)
+    return validate(GeneratorConfig, section, source)
 
 
 def build_model(section: Mapping[str, Any]) -> Model:
     """A new model from the ``model`` section of a ``config.yaml``."""
-    if section.get("kind") == "bit":
-        return BIT(BITConfig(**section))
-    return build_generator(GeneratorConfig(**section))
+    return _new(parse_model(section))
+
+
+def assemble(cfg: ModelConfig, state: Mapping[str, Tensor], source: str | Path) -> Model:
+    """A model in eval mode made of the tensors of ``state``; UserError names ``source`` where they do not fit."""
+    with torch.device("meta"):
+        model = _new(cfg)
+    if problem := _misfit(model.state_dict(), state):
+        raise UserError(f"{source}: {problem}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def load_model(folder: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> Model:
     """The model of a folder in eval mode, with its moving average where there is one and ``ema`` is true."""
-    with torch.device("meta"):
-        model = build_model(read_checkpoint_config(folder)["model"])
-    model.load_state_dict(load_file(_weights_file(folder, ema), device=str(device)), strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    cfg = parse_model(read_checkpoint_config(folder)["model"], str(Path(folder) / CONFIG))
+    path = _weights_file(folder, ema)
+    return assemble(cfg, read_tensors(path, device), path)
 
 
 def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device: str | torch.device = "cpu") -> M:
@@ -71,18 +88,46 @@ def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device
     return model
 
 
+def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError names a file that is none, or is cut short."""
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a whole safetensors file ({reason})") from None
+
+
 def weight_hash(source: str | Path | nn.Module, *, ema: bool = True) -> str:
     """Sha256 over names and bytes of the weights that :func:`load_model` would load: a model's identity."""
     if isinstance(source, nn.Module):
         state = source.state_dict()
     else:
-        state = load_file(_weights_file(source, ema))
+        state = read_tensors(_weights_file(source, ema))
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _new(cfg: ModelConfig) -> Model:
+    return BIT(cfg) if isinstance(cfg, BITConfig) else build_generator(cfg)
+
+
+def _misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names or shapes in one line; None where ``state`` fits."""
+    problems = [f"no tensor {name}" for name in expected if name not in state]
+    problems += [f"tensor {name} is not part of the model" for name in state if name not in expected]
+    problems += [
+        f"tensor {name} has shape {tuple(state[name].shape)}, the model needs {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if not problems:
+        return None
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"the weights do not fit the model: {problems[0]}{more}"
 
 
 def _weights_file(folder: str | Path, ema: bool) -> Path:

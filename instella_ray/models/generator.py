@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Config
@@ -22,14 +22,14 @@ class GeneratorConfig(Config):
     """Sizes of a generator. The defaults are the paper's, which mirror AMD-OLMo-1B."""
 
     kind: Literal["diffusion", "ar"] = "diffusion"
-    num_tokens: int = 128
-    bits_per_token: int = 64
-    width: int = 2048
-    layers: int = 16
+    num_tokens: int = Field(128, ge=1)
+    bits_per_token: int = Field(64, ge=1)
+    width: int = Field(2048, ge=1)
+    layers: int = Field(16, ge=1)
     """Must equal the number of text feature layers."""
-    heads: int = 16
-    text_width: int = 2048
-    position_std: float = 0.02
+    heads: int = Field(16, ge=1)
+    text_width: int = Field(2048, ge=1)
+    position_std: float = Field(0.02, ge=0)
     """Scale of the initial position embeddings (the published weights started from 0)."""
     zero_init: bool = True
     """adaLN-Zero: modulation and output start at zero (diffusion). False: Xavier everywhere, as published."""

@@ -4,7 +4,8 @@
 
 reads ``bae/model.safetensors``, ``diffusion.pt`` and ``ar.pt`` (those that are there) and writes ``OUTPUT/bit``,
 ``OUTPUT/diffusion`` and ``OUTPUT/ar`` as safetensors. Parameter names are the same on both sides; sizes are read off
-the shapes, and what shapes cannot tell (RoPE axes, resampling places, position extent) are the released settings.
+the shapes, and what shapes cannot tell (RoPE axes, resampling places, position extent) are the released settings unless
+options say otherwise. The output folder is absent or complete: a failed import leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from pydantic import Field
 from torch import Tensor
 
+from ..config import Config, validate
 from ..errors import UserError, run_main
-from ..storage import atomic_dir
-from .bit import BITConfig
-from .checkpoint import build_model, save_model, weight_hash
+from ..storage import atomic_dir, is_empty
+from .bit import BIT, AxisWidth, BITConfig
+from .checkpoint import Model, assemble, load_expected, read_tensors, save_model, weight_hash
 from .generator import GeneratorConfig
 
 LICENSE = (
@@ -36,96 +38,174 @@ FILES = {"bit": "bae/model.safetensors", "diffusion": "diffusion.pt", "ar": "ar.
 State = Mapping[str, Tensor]
 
 
-def bit_config_from_state(
-    state: State,
-    *,
-    rope_axes: tuple[int, int, int] = (8, 28, 28),
-    downsample_after: tuple[int, ...] = (7,),
-    upsample_after: tuple[int, ...] = (7,),
-    position_extent: float | None = 64.0,
-    image_size: int = 512,
-) -> BITConfig:
-    """The tokenizer's configuration from its tensors' shapes, with the released variants of every option."""
-    encoder_width, _, patch, _ = state["encoder.patch_embedder.weight"].shape
-    decoder_width = state["decoder.mask_tokens"].shape[-1]
-    head_width = len(state["encoder.transformer_blocks.0.attn.norm_q.weight"])
-    return BITConfig(
-        image_size=image_size,
-        patch_size=patch,
-        num_tokens=state["encoder.latent_tokens"].shape[1],
-        bits_per_token=len(state["quantizer.embed"]),
-        encoder_width=encoder_width,
-        encoder_layers=_depth(state, "encoder.transformer_blocks"),
-        encoder_heads=encoder_width // head_width,
-        decoder_width=decoder_width,
-        decoder_layers=_depth(state, "decoder.transformer_blocks"),
-        decoder_heads=decoder_width // head_width,
-        rope_axes=rope_axes,
-        rope="published",
-        position_extent=position_extent,
-        downsample_after=downsample_after,
-        upsample_after=upsample_after,
-        resample="conv",
-        pixel_head="linear",
-    )
+class ReleaseSettings(Config):
+    """What a tokenizer's shapes cannot tell; the defaults are the released settings."""
+
+    rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
+    downsample_after: tuple[int, ...] = (7,)
+    upsample_after: tuple[int, ...] = (7,)
+    bae_scale: float | None = Field(1024.0, gt=0)
+    """Pixels that every side of a picture is stretched to when positions are counted; none: no interpolation."""
 
 
-def generator_config_from_state(state: State) -> GeneratorConfig:
-    """A generator's configuration from its tensors' shapes: the split token tells AR from diffusion."""
+RELEASED = ReleaseSettings()
+
+
+def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, source: str = "tokenizer") -> BITConfig:
+    """The tokenizer's configuration from its tensors' shapes, with the released variants of every option.
+
+    UserError names ``source`` where the tensors are not those of a tokenizer, or the settings do not go with them.
+    """
+    encoder_width, _, patch, _ = _shape(state, "encoder.patch_embedder.weight", 4, source)
+    decoder_width = _shape(state, "decoder.mask_tokens", 3, source)[-1]
+    (head_width,) = _shape(state, "encoder.transformer_blocks.0.attn.norm_q.weight", 1, source)
+    multiple = patch * 2 ** len(settings.downsample_after)
+    sizes = {
+        "kind": "bit",
+        # The released tokenizers read 512 px; one with an odd patch reads the next size below that fits.
+        "image_size": multiple * max(512 // multiple, 1),
+        "patch_size": patch,
+        "num_tokens": _shape(state, "encoder.latent_tokens", 3, source)[1],
+        "bits_per_token": _shape(state, "quantizer.embed", 2, source)[0],
+        "encoder_width": encoder_width,
+        "encoder_layers": _depth(state, "encoder.transformer_blocks"),
+        "encoder_heads": encoder_width // head_width,
+        "decoder_width": decoder_width,
+        "decoder_layers": _depth(state, "decoder.transformer_blocks"),
+        "decoder_heads": decoder_width // head_width,
+        "rope": "published",
+        "position_extent": settings.bae_scale and settings.bae_scale / patch,
+        "resample": "conv",
+        "pixel_head": "linear",
+    }
+    return validate(BITConfig, sizes | settings.model_dump(exclude={"bae_scale"}), source)
+
+
+def generator_config_from_state(state: State, source: str = "generator") -> GeneratorConfig:
+    """A generator's configuration from its tensors' shapes: the split token tells AR from diffusion.
+
+    UserError names ``source`` where the tensors are not those of a generator.
+    """
     ar = "split_token" in state
-    width, bits = state["x_embedder.weight"].shape
-    positions = state["transformer_blocks.0.pos_emb"].shape[1]
-    return GeneratorConfig(
-        kind="ar" if ar else "diffusion",
-        num_tokens=positions - 1 if ar else positions,
-        bits_per_token=bits,
-        width=width,
-        layers=_depth(state, "transformer_blocks"),
-        heads=width // len(state["transformer_blocks.0.attn.norm_q.weight"]),
-        text_width=state["transformer_blocks.0.proj_cond.weight"].shape[1],
-        position_std=0.0,
-        zero_init=False,
-        unused_time_embed=ar and "time_embed.linear_1.weight" in state,
-    )
+    width, bits = _shape(state, "x_embedder.weight", 2, source)
+    positions = _shape(state, "transformer_blocks.0.pos_emb", 3, source)[1]
+    (head_width,) = _shape(state, "transformer_blocks.0.attn.norm_q.weight", 1, source)
+    sizes = {
+        "kind": "ar" if ar else "diffusion",
+        "num_tokens": positions - 1 if ar else positions,
+        "bits_per_token": bits,
+        "width": width,
+        "layers": _depth(state, "transformer_blocks"),
+        "heads": width // head_width,
+        "text_width": _shape(state, "transformer_blocks.0.proj_cond.weight", 2, source)[1],
+        "position_std": 0.0,
+        "zero_init": False,
+        "unused_time_embed": ar and "time_embed.linear_1.weight" in state,
+    }
+    return validate(GeneratorConfig, sizes, source)
+
+
+def model_from_state(kind: str, state: State, source: Path, settings: ReleaseSettings = RELEASED) -> Model:
+    """The model of ``kind``, one of :data:`FILES`, in eval mode; UserError names ``source`` where it holds no such one."""
+    if kind == "bit":
+        return assemble(bit_config_from_state(state, settings, str(source)), state, source)
+    config = generator_config_from_state(state, str(source))
+    if config.kind != kind:
+        raise UserError(f"{source}: holds the weights of a generator of kind {config.kind}, expected {kind}")
+    return assemble(config, state, source)
 
 
 def load_published(path: Path) -> dict[str, Tensor]:
     """The tensors of one released file. Pickles are read with ``weights_only=True``: no code in them runs."""
     if path.suffix == ".safetensors":
-        return load_file(path)
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        raise UserError(f"{path}: expected a DeepSpeed checkpoint with its weights under 'module'")
-    return content["module"]
+        return read_tensors(path)
+    expected = "expected a DeepSpeed checkpoint with its weights under 'module'"
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A damaged or hostile pickle can fail in any way.
+        raise UserError(f"{path}: refused, not a file of plain tensors ({type(error).__name__}); {expected}") from None
+    state = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: {expected}")
+    return state
 
 
-def import_published(source: Path, output: Path) -> list[Path]:
-    """Convert every released file found under ``source`` into a folder under ``output``; returns the folders."""
+def import_published(
+    source: Path, output: Path, settings: ReleaseSettings = RELEASED, tokenizer: Path | None = None
+) -> list[Path]:
+    """Convert every released file found under ``source`` into a folder under ``output``; returns the folders.
+
+    Generators are marked with the hash of the release's own tokenizer, or of the one in the model folder ``tokenizer``.
+    """
     found = {kind: source / file for kind, file in FILES.items() if (source / file).is_file()}
     if not found:
         raise UserError(f"{source}: none of the released files found; expected {', '.join(FILES.values())}")
-    for kind in found:
-        if (output / kind).exists():
-            raise UserError(f"{output / kind}: exists already; choose another output folder")
-    folders = []
-    extra: dict[str, Any] = {"license": LICENSE}
-    for kind, path in found.items():
-        state = load_published(path)
-        config = bit_config_from_state(state) if kind == "bit" else generator_config_from_state(state)
-        with torch.device("meta"):
-            model = build_model(config.model_dump())
-        model.load_state_dict(state, strict=True, assign=True)
-        with atomic_dir(str(output / kind)) as folder:
-            save_model(folder, model, extra=extra)
-        folders.append(output / kind)
-        if kind == "bit":
-            extra = {**extra, "text_encoder": TEXT_ENCODER, "tokenizer_hash": weight_hash(model)}
-    return folders
+    if not is_empty(str(output)):
+        raise UserError(f"{output}: exists already; choose another output folder")
+    if tokenizer is not None and "bit" in found:
+        raise UserError(f"--tokenizer {tokenizer}: the release has its own, {found['bit']}; expected one of the two")
+    bit = None if tokenizer is None else load_expected(tokenizer, BIT)
+    with atomic_dir(output) as folder:
+        for kind, path in found.items():
+            model = model_from_state(kind, load_published(path), path, settings)
+            extra: dict[str, Any] = {"license": LICENSE}
+            if isinstance(model, BIT):
+                bit = model
+            else:
+                extra |= _lineage(model, path, bit)
+            (folder / kind).mkdir()
+            save_model(folder / kind, model, extra=extra)
+    if bit is None:
+        print(
+            f"note: no {FILES['bit']} in {source}, so {' and '.join(found)} name no tokenizer, and whatever decodes "
+            "codes will refuse them; import again with --tokenizer FOLDER to name it",
+            file=sys.stderr,
+        )
+    return [output / kind for kind in found]
+
+
+def _lineage(model: Model, path: Path, bit: BIT | None) -> dict[str, Any]:
+    """What a generator's ``config.yaml`` says of its surroundings; the tokenizer's hash is left out without one.
+
+    UserError where the generator's codes are not of the tokenizer's size.
+    """
+    if bit is None:
+        return {"text_encoder": TEXT_ENCODER}
+    theirs, ours = ((m.cfg.num_tokens, m.cfg.bits_per_token) for m in (model, bit))
+    if theirs != ours:
+        raise UserError(
+            f"{path}: writes codes of {theirs[0]} tokens x {theirs[1]} bits, "
+            f"the tokenizer reads {ours[0]} tokens x {ours[1]} bits"
+        )
+    return {"text_encoder": TEXT_ENCODER, "tokenizer_hash": weight_hash(bit)}
+
+
+def _shape(state: State, name: str, axes: int, source: str) -> torch.Size:
+    shape = state[name].shape if name in state else None
+    if shape is None or len(shape) != axes or 0 in shape:
+        found = "there is none" if shape is None else f"it has shape {tuple(shape)}"
+        raise UserError(f"{source}: expected a tensor {name} with {axes} axes, {found}")
+    return shape
 
 
 def _depth(state: State, prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max(int(m[1]) for name in state if (m := pattern.match(name)))
+    return max((int(m[1]) + 1 for name in state if (m := pattern.match(name))), default=0)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """``"8,28,28"`` as integers; ``none`` is the empty list."""
+    try:
+        return () if text == "none" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers with commas between, or none") from None
+
+
+def _scale(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number, or none") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,11 +216,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source", type=Path, help="folder of the release, with bae/model.safetensors, diffusion.pt, ar.pt"
     )
     parser.add_argument("output", type=Path, help="new folder for bit/, diffusion/ and ar/")
+    for option, parse, metavar, meaning in (
+        ("rope-axes", _numbers, "A,B,C", "columns of a head given to latent index, row, column"),
+        ("downsample-after", _numbers, "I,..", "encoder blocks followed by a 2x2 merge"),
+        ("upsample-after", _numbers, "I,..", "decoder blocks followed by a 2x2 expansion"),
+        ("bae-scale", _scale, "PIXELS", "extent of positions, none: integer positions"),
+    ):
+        default = getattr(RELEASED, option.replace("-", "_"))
+        parser.add_argument(
+            f"--{option}", type=parse, default=default, metavar=metavar, help=f"{meaning} (as released: {default})"
+        )
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="model folder, for a release without bae/")
     args = parser.parse_args(argv)
 
     def convert() -> None:
+        values = {name: getattr(args, name) for name in ReleaseSettings.model_fields}
+        settings = validate(ReleaseSettings, values, "options")
+        folders = import_published(args.source, args.output, settings, args.tokenizer)
         print(LICENSE, file=sys.stderr)
-        for folder in import_published(args.source, args.output):
+        for folder in folders:
             print(f"wrote {folder}")
 
     return run_main(convert)

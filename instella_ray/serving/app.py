@@ -170,10 +170,10 @@ def _deployment(stage: type, name: str, **options: Any) -> serve.Deployment:
 
 def _check(args: ServeArgs) -> TextEncoderConfig:
     bit = load_expected(args.tokenizer, BIT)
-    bit_hash, multiple = weight_hash(bit), bit.cfg.size_multiple
+    bit_hash, multiple = weight_hash(bit), bit.cfg.decode_multiple
     wrong = next((size for size in args.sizes if size % multiple), None)
     if wrong is not None:
-        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} needs")
+        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} needs to decode")
     if not args.models:
         raise UserError("models: expected at least one generator")
     encoders = []

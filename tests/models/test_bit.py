@@ -120,6 +120,44 @@ def test_normalized_logits_are_balanced_on_every_bit() -> None:
     assert logits.mean(0).abs().max() < 1e-4
 
 
+def test_encoding_and_decoding_have_multiples_of_their_own() -> None:
+    finer = small(downsample_after=(), image_size=20).eval()
+    assert (finer.cfg.encode_multiple, finer.cfg.decode_multiple, finer.cfg.size_multiple) == (4, 8, 8)
+    codes = finer.encode(torch.zeros(1, 3, 16, 20))
+    assert codes.shape == (1, 6, 5)
+    with pytest.raises(UserError, match=r"picture size 20x16: both sides must be multiples of 8 .* to decode"):
+        finer.decode(codes, 16, 20)
+    coarser = small(downsample_after=(0, 1), upsample_after=()).eval()
+    assert (coarser.cfg.encode_multiple, coarser.cfg.decode_multiple, coarser.cfg.size_multiple) == (16, 4, 16)
+    assert coarser.decode(codes, 12, 20).shape == (1, 3, 12, 20)
+    with pytest.raises(UserError, match=r"picture size 24x24: both sides must be multiples of 16 .* to encode"):
+        coarser.encode(torch.zeros(1, 3, 24, 24))
+    assert coarser(torch.zeros(1, 3, 16, 16), temperature=1.0, height=12, width=4).images.shape[-2:] == (12, 4)
+
+
+def test_without_expansion_the_extent_is_not_rounded() -> None:
+    tables = []
+    bit = small(upsample_after=(), position_extent=15.5).eval()
+    bit.decoder.transformer_blocks[0].register_forward_pre_hook(lambda _module, inputs: tables.append(inputs[1]))
+    bit.decode(torch.zeros(1, 6, 5), 16, 16)
+    torch.testing.assert_close(tables[0][0], rope_table(6, 4, 4, (2, 4, 2), 15.5)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"token_positions": True, "normalize_logits": True, "pixel_head": "conv"}])
+@pytest.mark.parametrize("rope", ["rotary", "published"])
+def test_weights_of_less_precision_read_and_give_float_pictures(options: dict[str, object], rope: str) -> None:
+    whole = small(rope=rope, **options).eval()
+    half = small(rope=rope, **options).eval().bfloat16()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    logits = half.encode_logits(images)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), whole.encode_logits(images), atol=0.05, rtol=0.05)
+    codes = half.encode(images)
+    pictures = half.decode(codes, 48, 16)
+    assert codes.dtype == torch.uint8 and pictures.dtype == torch.float32
+    torch.testing.assert_close(pictures, whole.decode(codes, 48, 16), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("size", [(32, 30), (31, 32), (0, 32), (36, 32)])
 def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="multiples of 8"):
@@ -131,6 +169,14 @@ def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
     [
         ({"encoder_heads": 4}, "sum"),
         ({"image_size": 36}, "multiple of 8"),
+        ({"image_size": 0}, "image_size\n.*greater than or equal to 1"),
+        ({"patch_size": 0}, "patch_size\n.*greater than or equal to 1"),
+        ({"encoder_heads": 0}, "encoder_heads\n.*greater than or equal to 1"),
+        ({"decoder_heads": -1}, "decoder_heads\n.*greater than or equal to 1"),
+        ({"num_tokens": 0}, "num_tokens\n.*greater than or equal to 1"),
+        ({"rope_axes": (10, -4, 2)}, "rope_axes.1\n.*greater than or equal to 0"),
+        ({"position_extent": 0}, "position_extent\n.*greater than 0"),
+        ({"repa_layer": 3}, "repa_layer must name a block 0..2"),
         ({"downsample_after": (3,)}, "blocks 0..2"),
         ({"patch_size": 12, "image_size": 48, "pixel_head": "conv"}, "power of two"),
         ({"colour": 1}, "Extra inputs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from instella_ray.errors import UserError
@@ -93,6 +94,12 @@ def test_zero_init_starts_from_no_preference() -> None:
     model = build_generator(GeneratorConfig(kind="diffusion", **SIZES))
     features, mask = text()
     assert _run(model, model.text_kv(features, mask)).abs().max() == 0
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_size_below_one_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key}\n.*greater than or equal to 1"):
+        GeneratorConfig(**{**SIZES, key: 0})
 
 
 def test_text_of_another_encoder_is_named() -> None:

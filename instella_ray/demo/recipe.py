@@ -13,7 +13,8 @@ from ..data.filters import FilterConfig
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
-from ..serving.app import ModelArgs, SamplingDefaults, ServeArgs
+from ..sampling_config import SamplingConfig
+from ..serving.app import ModelArgs, ServeArgs
 from ..training.generator import GeneratorRunConfig, PreviewConfig
 from ..training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from ..training.tokenizer import TokenizerConfig, TokenizerLossConfig
@@ -118,27 +119,21 @@ def generator_config(
 ) -> GeneratorRunConfig:
     model = GeneratorConfig(kind=kind, width=demo.generator_width, heads=demo.generator_width // 32, position_std=0.3)
     steps = demo.steps.diffusion if kind == "diffusion" else demo.steps.ar
-    defaults = sampling_defaults(kind)
     return GeneratorRunConfig(
         model=model,
         codes=demo.path("codes"),
         tokenizer=tokenizer,
         text_encoder=demo.text_encoder,
-        preview=PreviewConfig(
-            prompts=prompts,
-            num_inference_steps=defaults.num_inference_steps,
-            guidance_scale=defaults.guidance_scale,
-            temperature=defaults.temperature,
-        ),
+        preview=PreviewConfig(prompts=prompts, **sampling_defaults(kind).model_dump()),
         train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=50),
     )
 
 
-def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
+def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingConfig:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
-        return SamplingDefaults(guidance_scale=1.0, temperature=0.25)
-    return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
+        return SamplingConfig(guidance_scale=1.0, temperature=0.25)
+    return SamplingConfig(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:

@@ -25,18 +25,9 @@ from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..sampling_config import SamplingConfig
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .schema import ImageData, ImageRequest, ImageResponse, error_body
-
-
-class SamplingDefaults(Config):
-    """What a request gets where it says nothing."""
-
-    num_inference_steps: int = 20
-    guidance_scale: float = 7.5
-    temperature: float = 1.0
-    rho: float = 1.0
-    sampler: str = "simplified"
 
 
 class ModelArgs(Config):
@@ -44,7 +35,8 @@ class ModelArgs(Config):
 
     path: str
     """Model folder of a diffusion or AR generator."""
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: SamplingConfig = SamplingConfig()
+    """What a request gets where it says nothing."""
     replicas: int = Field(1, ge=1)
     slots: int = Field(8, ge=1)
     """Pictures that share a forward pass."""

@@ -30,17 +30,17 @@ from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams, generate
+from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
 from .settings import TrainConfig
 
 
-class PreviewConfig(Config):
+class PreviewConfig(SamplingConfig):
     """Pictures made while training, from fixed prompts and seeds."""
 
     prompts: tuple[str, ...] = ()
-    num_inference_steps: int = 20
-    guidance_scale: float = 4.0
-    temperature: float = 0.6
+    guidance_scale: Guidance = 4.0
+    temperature: Temperature = 0.6
 
 
 class GeneratorRunConfig(Config):
@@ -149,13 +149,8 @@ class GeneratorTask:
         bit = load_expected(self.cfg.tokenizer, BIT, device=device)
         features, mask = self.text.encode([*prompts, ""])
         text = ema_model.text_kv(features.to(device), mask.to(device))
-        params = SamplingParams.of(
-            len(prompts),
-            seed=range(len(prompts)),
-            num_inference_steps=preview.num_inference_steps,
-            guidance_scale=preview.guidance_scale,
-            temperature=preview.temperature,
-        ).map(lambda value: value.to(device))
+        sampling = preview.model_dump(exclude={"prompts"})
+        params = SamplingParams.of(len(prompts), seed=range(len(prompts)), **sampling)
         codes = generate(ema_model, text.rows(slice(0, -1)), text.rows(slice(-1, None)), params)
         size = bit.cfg.image_size
         return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)

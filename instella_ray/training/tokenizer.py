@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .. import storage
 from ..config import Config
 from ..data.decode import to_pixels, to_tensor
-from ..data.loader import ImageBatch, ImageData
+from ..data.loader import ImageBatch, ImageData, require_pictures
 from ..errors import UserError
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model
 from .launch import launch
-from .settings import TrainConfig
+from .settings import TrainingRun
 
 
 class TokenizerLossConfig(Config):
@@ -33,7 +33,7 @@ class TokenizerLossConfig(Config):
     """Weight of ``mean(s (1 - s))``, which makes bits decided."""
 
 
-class TokenizerConfig(Config):
+class TokenizerConfig(TrainingRun):
     """A tokenizer run."""
 
     model: BITConfig
@@ -48,7 +48,6 @@ class TokenizerConfig(Config):
     freeze_norm_fraction: float = 0.5
     """Share of the run after which the logits' batch statistics stay as they are (with normalize_logits)."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
-    train: TrainConfig
 
 
 class TokenizerLoss(nn.Module):
@@ -170,5 +169,6 @@ def run_tokenizer(cfg: TokenizerConfig) -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     if cfg.model.image_size % cfg.model.size_multiple:
         raise UserError(f"model.image_size {cfg.model.image_size}: not a multiple of {cfg.model.size_multiple}")
+    require_pictures(cfg.data)  # here, before anything is written and any worker starts
     cfg = cfg.model_copy(update={"data": storage.absolute(cfg.data)})
-    return launch(cfg.train, lambda: TokenizerTask(cfg), description="tokenizer")
+    return launch(cfg, lambda device: TokenizerTask(cfg), description="tokenizer")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import storage
 from ..config import Config
@@ -153,11 +154,11 @@ class ReconstructionQuality(NamedTuple):
     """Share of bits that are the same in every picture."""
 
 
-def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64) -> ReconstructionQuality:
-    """Quality of ``bit`` on ``images [N, 3, H, W]`` in [-1, 1], with hard bits."""
+def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title: str) -> ReconstructionQuality:
+    """Quality of ``bit`` on ``images [N, 3, H, W]`` in [-1, 1], with hard bits, under a progress bar."""
     device = next(bit.parameters()).device
     values, codes = [], []
-    for part in images.split(batch_size):
+    for part in tqdm(images.split(batch_size), desc=title, unit="batch"):
         code = bit.encode(part.to(device))
         values.append(psnr(bit.decode(code, *part.shape[-2:]).cpu(), part))
         codes.append(code.cpu())

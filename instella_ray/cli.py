@@ -32,7 +32,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument("--folder", help="where everything goes (default: demo)")
     demo.add_argument("--size", type=int, help="edge of the pictures in pixels (default: 64)")
-    demo.add_argument("--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob)")
+    demo.add_argument(
+        "--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob); the last are held out"
+    )
     demo.add_argument("--seed", type=int, help="seed of everything (default: 0)")
     demo.add_argument("--tiny", action="store_true", help="the same stages in a few minutes; pictures mean nothing")
     again = demo.add_mutually_exclusive_group()
@@ -47,8 +49,7 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo.run import run_demo
 
     flags = {name: value for name in ("folder", "size", "shards", "seed") if (value := getattr(args, name)) is not None}
-    overrides = [f"{name}={value}" for name, value in {**(TINY if args.tiny else {}), **flags}.items()]
-    config = load_config(DemoConfig, args.config, [*overrides, *args.overrides])
+    config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
     run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
 
 

@@ -26,29 +26,36 @@ class Config(pydantic.BaseModel):
     )
 
 
-def load_config(cls: type[C], path: str | None, overrides: Sequence[str] = (), *, section: str | None = None) -> C:
-    """A ``cls`` from the YAML file ``path`` (None: all defaults), then ``a.b=c`` overrides with YAML values.
+def load_config(
+    cls: type[C],
+    path: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    section: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> C:
+    """A ``cls`` from the YAML file ``path`` (None: all defaults), then ``flags``, then ``a.b=c`` overrides.
 
-    ``section`` reads one top-level key of the file. UserError names the file or the override, the dotted key, and
-    what was expected there.
+    ``flags`` are values of a command's own flags by dotted key, taken as they are; an override's value is read as YAML.
+    ``section`` reads one top-level key of the file. UserError names the file, the flag or the override, the dotted key,
+    and what was expected there.
     """
     data = read_yaml(path, section) if path else {}
-    overridden = {}
-    for item in overrides:
-        key, value = parse_override(item)
-        overridden[key] = item
-        _set(data, key, value, item)
-    return validate(cls, data, path, overridden)
+    given = [(key, value, f"--{key} {value}") for key, value in (flags or {}).items()]
+    given += [(*parse_override(item), f"--set {item}") for item in overrides]
+    for key, value, source in given:
+        _set(data, key, value, source)
+    return validate(cls, data, path, {key: source for key, _, source in given})
 
 
 def validate(
-    cls: type[C], data: Mapping[str, Any], source: str | None = None, overridden: Mapping[str, str] | None = None
+    cls: type[C], data: Mapping[str, Any], source: str | None = None, given: Mapping[str, str] | None = None
 ) -> C:
-    """A ``cls`` of ``data``; UserError names ``source``, or the override that set the key, and what was expected."""
+    """A ``cls`` of ``data``; UserError names ``source``, or the flag or override that gave the key, and what was expected."""
     try:
         return cls.model_validate(data)
     except pydantic.ValidationError as error:
-        raise UserError(_explain(cls, error, source, overridden or {})) from None
+        raise UserError(_explain(cls, error, source, given or {})) from None
 
 
 def parse_override(item: str) -> tuple[str, Any]:
@@ -58,8 +65,9 @@ def parse_override(item: str) -> tuple[str, Any]:
         raise UserError(f"--set {item}: expected key=value, for example --set model.width=256")
     try:
         return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {item}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):
+        hint = "text that starts with * [ or { needs quotes within quotes"
+        raise UserError(f"--set {item}: the value is not valid YAML; {hint}: '{key.strip()}=\"...\"'") from None
 
 
 def dump_yaml(config: Config) -> str:
@@ -110,15 +118,18 @@ def describe(cls: type[Config], prefix: str = "") -> Iterator[str]:
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
     """The keys and values of a YAML file, or of one section of it; UserError names the file where it holds none."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot read the configuration (not UTF-8 text)") from None
     try:
         data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is in no calendar is a plain ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{path}{where}: not valid YAML ({reason})") from None
     if section is not None and isinstance(data, dict):
         if section not in data:
             raise UserError(f"{path}: no section '{section}', found {', '.join(map(str, data)) or 'none'}")
@@ -128,46 +139,48 @@ def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
     return data
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any, item: str) -> None:
+def _set(data: dict[str, Any], dotted: str, value: Any, source: str) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         if data.get(name) is None:
             data[name] = {}
         data = data[name]
         if not isinstance(data, dict):
-            raise UserError(f"--set {item}: '{name}' is a single value, it has no key '{last}'")
+            raise UserError(f"{source}: '{name}' is a single value, it has no key '{last}'")
     data[last] = value
 
 
-def _explain(
-    cls: type[Config], error: pydantic.ValidationError, path: str | None, overridden: Mapping[str, str]
-) -> str:
+def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | None, given: Mapping[str, str]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
-    source = next((f"--set {item}" for key, item in overridden.items() if dotted.startswith(key)), path)
+    to_blame = [key for key in given if f"{dotted}.".startswith(f"{key}.")]
+    source = given[max(to_blame, key=len)] if to_blame else path
     where = f"{source}: " if source else ""
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         names = _keys_at(cls, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(names)}"
-        return f"{where}unknown key '{dotted}', {hint}{more}"
+        hint = f", did you mean '{close[0]}'?" if close else f", expected one of {', '.join(names)}" if names else ""
+        return f"{where}unknown key '{dotted}'{hint}{more}"
     if first["type"] == "missing":
         return f"{where}key '{dotted}' is required{more}"
     message = first["msg"].removeprefix("Value error, ")
-    at = f"'{dotted}' = {first['input']!r}: " if dotted else ""
+    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    at = f"'{dotted}'{value}: " if dotted else ""
     return f"{where}{at}{message}{more}"
 
 
 def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:
+    """The keys that the configuration at ``location`` has; on the way lie configurations, and dicts or lists of them."""
+    here: Any = cls
     for name in location:
-        field = cls.model_fields.get(name)
-        inner = _config_class(field.annotation) if field else None
-        if inner is None:
-            return []
-        cls = inner
-    return list(cls.model_fields)
+        if inner := _config_class(here):
+            here = inner.model_fields[name].annotation
+        elif arguments := typing.get_args(here):
+            here = arguments[1] if typing.get_origin(here) is dict else arguments[0]
+    found = _config_class(here)
+    return list(found.model_fields) if found else []
 
 
 def _config_class(annotation: Any) -> type[Config] | None:

@@ -66,6 +66,12 @@ def exists(url: str) -> bool:
     return bool(retry(lambda: fs.exists(path)))
 
 
+def size(url: str) -> int:
+    """Bytes of a file."""
+    fs, path = filesystem(url)
+    return int(retry(lambda: fs.size(path)))
+
+
 def is_empty(url: str) -> bool:
     """True for a folder that is not there or holds nothing."""
     fs, path = filesystem(url)

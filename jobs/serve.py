@@ -11,7 +11,7 @@ from ray import serve
 from instella_ray.config import Config, parse_job
 from instella_ray.data.pipeline import init_ray
 from instella_ray.errors import run_main
-from instella_ray.serving.app import ServeArgs, build
+from instella_ray.serving.app import ServeArgs, build, require_free_port
 
 
 class ServeJobConfig(Config):
@@ -25,6 +25,7 @@ class ServeJobConfig(Config):
 
 def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse_job(ServeJobConfig, argv, prog="serve.py", description="Serve text to image over HTTP.")
+    require_free_port(cfg.host, cfg.port)
     app = build(cfg.app)
     init_ray()
     serve.start(http_options={"host": cfg.host, "port": cfg.port})

@@ -6,14 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from instella_ray.config import parse_job
-from instella_ray.data.pipeline import init_ray
 from instella_ray.errors import run_main
 from instella_ray.training.generator import GeneratorRunConfig, run_generator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse_job(GeneratorRunConfig, argv, prog="train_generator.py", description="Train a generator on Ray Train.")
-    init_ray()
     print(f"model: {run_generator(cfg)}")
     return 0
 

@@ -6,14 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from instella_ray.config import parse_job
-from instella_ray.data.pipeline import init_ray
 from instella_ray.errors import run_main
 from instella_ray.training.tokenizer import TokenizerConfig, run_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse_job(TokenizerConfig, argv, prog="train_tokenizer.py", description="Train a tokenizer on Ray Train.")
-    init_ray()
     print(f"model: {run_tokenizer(cfg)}")
     return 0
 

@@ -25,6 +25,11 @@ class Outer(Config):
     inner: Inner = Inner()
 
 
+class Named(Config):
+    by_name: dict[str, Inner]
+    in_order: tuple[Inner, ...]
+
+
 def write(tmp_path: Path, text: str) -> str:
     (tmp_path / "c.yaml").write_text(text)
     return str(tmp_path / "c.yaml")
@@ -50,12 +55,46 @@ def test_files_and_overrides_meet(tmp_path: Path) -> None:
         ("- a", [], r"c\.yaml: expected keys and values"),
         ("name: a", ["inner.width"], "expected key=value"),
         ("name: a", ["name.first=1"], "'name' is a single value"),
+        ("name: a", ["name=*.tar"], r"--set name=\*\.tar: the value is not valid YAML; text that starts with \*"),
+        ("name: a\x00", [], r"c\.yaml: not valid YAML"),
+        ("name: 2024-13-45", [], r"c\.yaml: not valid YAML"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(Outer, write(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["by_name: {d: {widht: 3}}\nin_order: []", "by_name: {}\nin_order: [{widht: 3}]"])
+def test_an_unknown_key_inside_a_dict_or_a_list_is_answered_with_the_known_ones(tmp_path: Path, where: str) -> None:
+    with pytest.raises(UserError, match=r"unknown key '.*widht', did you mean 'width'"):
+        load_config(Named, write(tmp_path, where))
+    with pytest.raises(UserError, match=r"unknown key '.*pth', expected one of width"):
+        load_config(Named, write(tmp_path, where.replace("widht", "pth")))
+
+
+def test_only_the_override_that_holds_the_key_is_blamed(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner: {width: x}")
+    with pytest.raises(UserError, match=r"c\.yaml: 'inner\.width'"):
+        load_config(Outer, path, ["inn=3", "name=b"])
+    with pytest.raises(UserError, match=r"--set inner=\{width: y\}: 'inner\.width'"):
+        load_config(Outer, path, ["inner={width: y}"])
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes("name: Müller".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.yaml: .*not UTF-8"):
+        load_config(Outer, str(tmp_path / "c.yaml"))
+
+
+def test_flags_are_taken_as_they_are_and_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner: {width: 3}")
+    for name in ("*.tar", "[0-9]*.tar", "{a,b}/*.tar", "2024"):
+        assert load_config(Outer, path, flags={"name": name}).name == name
+    assert load_config(Outer, path, ["inner.width=5"], flags={"inner.width": 4}).inner.width == 5
+    with pytest.raises(UserError, match=r"--inner\.width 0: 'inner\.width' = 0: .*greater than or equal to 1"):
+        load_config(Outer, path, flags={"inner.width": 0})
 
 
 def test_a_missing_file_is_named() -> None:
@@ -87,6 +126,17 @@ def test_the_demo_refuses_bad_input_in_one_line(
     assert cli.main(["demo", "--folder", str(tmp_path / "d"), *flags]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("shards", ["*.tar", "[0-9]*.tar", "{a,b}/*.tar"])
+def test_the_demos_flags_are_text_whatever_they_look_like(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--folder", "2024", "--shards", shards]) == 2
+    first = shards.split(",")[0]
+    assert capsys.readouterr().err.startswith(f"error: {first}: no shard found")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_shipped_configuration_loads() -> None:

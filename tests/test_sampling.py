@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from instella_ray.sampling import (
     timestep,
     transition_probability,
 )
+from instella_ray.sampling_config import Sampler, SamplingConfig
 
 ROWS = st.fixed_dictionaries(
     {
@@ -273,3 +276,10 @@ def test_recorded_ar_outputs_give_the_recorded_tokens(
             guided_probability(halves[0], halves[1], params), p[i].view(batch, -1), atol=1e-5, rtol=0
         )
         assert torch.equal(ar_step(halves[0], halves[1], params, u[i].view(batch, -1)), z[:, i].float())
+
+
+def test_the_configuration_has_the_parameters_of_the_sampler_with_the_same_defaults() -> None:
+    wanted = inspect.signature(SamplingParams.of).parameters
+    defaults = {name: wanted[name].default for name in wanted if name not in ("batch", "seed")}
+    assert SamplingConfig().model_dump() == defaults
+    assert set(get_args(Sampler)) == set(SAMPLERS)

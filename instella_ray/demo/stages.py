@@ -5,34 +5,33 @@ from __future__ import annotations
 import base64
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
 from ray import serve
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import storage
 from ..data.curate import run_curate
-from ..data.decode import decode_rgb, encode_png, fit_square, to_pixels, to_tensor
+from ..data.decode import encode_png, to_pixels, to_tensor
 from ..data.encode import run_encode
 from ..data.parts import Mode
 from ..data.scene_score import score, score_table
-from ..data.scenes import Expectation, parse_caption, scene_prompts, scene_rows
-from ..data.shards import find_shards, write_webdataset
-from ..data.tar_source import read_samples
-from ..errors import UserError
+from ..data.scenes import parse_caption, scene_rows
+from ..data.shards import write_webdataset
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..serving.app import build
 from ..training.generator import run_generator
 from ..training.launch import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
+from .pictures import Pictures
 from .recipe import (
     KINDS,
     DemoConfig,
@@ -44,7 +43,10 @@ from .recipe import (
 )
 
 SCENES_PER_SHARD = 2000
+PREVIEWS = 6
+"""Prompts of the pictures that are made while a generator trains: of scenes, one a category."""
 Facts = dict[str, Any]
+Prompts = list[tuple[str, str]]
 
 
 def write_scenes(demo: DemoConfig) -> Facts:
@@ -59,19 +61,8 @@ def write_scenes(demo: DemoConfig) -> Facts:
     return {"pictures": demo.scenes, "held_out": demo.held_out}
 
 
-def input_shards(demo: DemoConfig) -> tuple[str, str]:
-    """Patterns of the shards to train on and of those held out."""
-    if demo.shards is None:
-        return demo.path("shards", "*.tar"), demo.path("shards", "held_out", "*.tar")
-    found = list(find_shards(demo.shards))
-    if len(found) < 2:
-        raise UserError(f"shards {demo.shards}: expected at least two tars, one of them to measure on")
-    return ",".join(found[:-1]), found[-1]
-
-
-def curate(demo: DemoConfig, mode: Mode) -> Facts:
-    cfg = curate_config(demo, input_shards(demo)[0]).model_copy(update={"mode": mode})
-    ledger = run_curate(cfg)
+def curate(demo: DemoConfig, shards: str, mode: Mode) -> Facts:
+    ledger = run_curate(curate_config(demo, shards).model_copy(update={"mode": mode}))
     print(ledger.summary())
     return {"ledger": ledger.to_json()}
 
@@ -82,24 +73,26 @@ def train_tokenizer(demo: DemoConfig, resume: bool) -> Facts:
     return {"checkpoint": str(checkpoint)}
 
 
-def measure_tokenizer(demo: DemoConfig, checkpoint: str) -> Facts:
+def measure_tokenizer(demo: DemoConfig, pictures: Pictures, checkpoint: str) -> Facts:
     """PSNR on held-out pictures before and after training, and the scene score of true and restored pictures."""
-    images = held_out_images(demo)
+    images = to_tensor(pictures.pixels)
     bit = load_expected(checkpoint, BIT)
+    torch.manual_seed(demo.seed)  # the weights that training started from
     untrained = build_model(bit.cfg.model_dump()).eval()
     assert isinstance(untrained, BIT)
-    before, after = evaluate_tokenizer(untrained, images), evaluate_tokenizer(bit, images)
+    before = evaluate_tokenizer(untrained, images, title="before training")
+    after = evaluate_tokenizer(bit, images, title="after training")
     facts: Facts = {"psnr_before": before.psnr, "psnr_after": after.psnr, "dead_bits": after.dead_bits}
     if demo.shards is None:
-        captions = [row["caption"] for row in held_out_rows(demo)[: len(images)]]
-        restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in images.split(64)])
-        facts["score_true"] = _scores(captions, to_pixels(images))
-        facts["score_restored"] = _scores(captions, restored)
+        batches = tqdm(images.split(64), desc="reconstructions", unit="batch")
+        restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in batches])
+        facts["score_true"] = _scores(pictures.captions, pictures.pixels, "scoring true pictures")
+        facts["score_restored"] = _scores(pictures.captions, restored, "scoring reconstructions")
     shown = images[:16]
     rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (shown, reconstruct(bit, shown))]
     storage.write_bytes(demo.path("reconstructions.png"), encode_png(np.concatenate(rows, axis=0)))
-    print(f"held-out PSNR {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
-    return facts
+    print(f"PSNR of {len(images)} held-out pictures {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
+    return {**facts, "pictures": len(images)}
 
 
 def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
@@ -110,16 +103,17 @@ def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
     return {"rows": manifest.rows, "code_bytes": code_bytes}
 
 
-def train_generator(demo: DemoConfig, kind: Literal["diffusion", "ar"], tokenizer: str, resume: bool) -> Facts:
-    prompts = tuple(prompt for prompt, _ in demo_prompts(demo)[:: max(1, demo.prompts_per_category)])[:6]
-    cfg = generator_config(demo, kind, tokenizer, prompts)
+def train_generator(
+    demo: DemoConfig, kind: Literal["diffusion", "ar"], prompts: Prompts, tokenizer: str, resume: bool
+) -> Facts:
+    shown = prompts[:: -(-len(prompts) // PREVIEWS)]
+    cfg = generator_config(demo, kind, tokenizer, tuple(prompt for prompt, _ in shown))
     checkpoint = run_generator(cfg.model_copy(update={"train": _resuming(cfg.train, resume)}))
     return {"checkpoint": str(checkpoint)}
 
 
-def sample_over_http(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> Facts:
+def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generators: dict[str, str]) -> Facts:
     """Deploy the endpoint, ask it for every prompt with both generators, and keep the PNG files."""
-    prompts = demo_prompts(demo)
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     facts: Facts = {}
@@ -145,34 +139,12 @@ def sample_over_http(demo: DemoConfig, tokenizer: str, generators: dict[str, str
     return facts
 
 
-def score_samples(demo: DemoConfig) -> Facts:
+def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
     """The six-category table of both generators; nothing for pictures that are not scenes."""
     if demo.shards is not None:
         return {}
-    prompts = [prompt for prompt, _ in demo_prompts(demo)]
-    return {kind: _scores(prompts, sample_pictures(demo, kind)) for kind in KINDS}
-
-
-def demo_prompts(demo: DemoConfig) -> list[tuple[str, str]]:
-    """(prompt, category) of every picture to generate. With shards of one's own: captions of the held-out one."""
-    if demo.shards is None:
-        return [(e.caption, e.category) for e in scene_prompts(demo.prompts_per_category, demo.seed)]
-    captions = list(dict.fromkeys(row["caption"] for row in held_out_rows(demo)))
-    return [(caption, "captions") for caption in captions[: demo.prompts_per_category]]
-
-
-def held_out_rows(demo: DemoConfig) -> list[dict[str, Any]]:
-    rows = []
-    for path in find_shards(input_shards(demo)[1]):
-        with storage.open_file(path) as stream:
-            rows += [row for row in read_samples(stream, path) if not row["problem"]]
-    return rows
-
-
-def held_out_images(demo: DemoConfig) -> Tensor:
-    """Float ``[N, 3, size, size]`` of the held-out shards, centre crops."""
-    rows = held_out_rows(demo)[: demo.held_out]
-    return to_tensor(np.stack([fit_square(decode_rgb(row["image"]), demo.size) for row in rows]))
+    captions = [prompt for prompt, _ in prompts]
+    return {kind: _scores(captions, sample_pictures(demo, kind), f"scoring {kind}") for kind in KINDS}
 
 
 def sample_pictures(demo: DemoConfig, kind: str) -> list[np.ndarray]:
@@ -194,12 +166,10 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
     return base64.b64decode(response.json()["data"][0]["b64_json"])
 
 
-def _scores(captions: Iterable[str], pictures: Iterable[np.ndarray]) -> dict[str, float]:
-    claims: list[Expectation] = [parse_caption(caption) for caption in captions]
-    verdicts = [
-        (claim.category, score(picture, claim).correct) for claim, picture in zip(claims, pictures, strict=True)
-    ]
-    return score_table(verdicts)
+def _scores(captions: Sequence[str], pictures: Sequence[np.ndarray] | np.ndarray, title: str) -> dict[str, float]:
+    claims = [parse_caption(caption) for caption in captions]
+    pairs = tqdm(zip(claims, pictures, strict=True), desc=title, unit="picture", total=len(claims))
+    return score_table((claim.category, score(picture, claim).correct) for claim, picture in pairs)
 
 
 def _resuming(train: Any, resume: bool) -> Any:

@@ -15,27 +15,32 @@ STATE = "state.json"
 
 
 class DemoState:
-    """Finished stages with their results and times. The folder belongs to one configuration."""
+    """Finished stages with their results and times. The folder belongs to one configuration.
+
+    Made, it has only looked at the folder: UserError when that is not for this demo in this mode.
+    """
 
     def __init__(self, demo: DemoConfig, mode: Mode) -> None:
-        self.path = demo.path(STATE)
+        self.folder, self.path, self.mode = demo.folder, demo.path(STATE), mode
         self.stages: dict[str, dict[str, Any]] = {}
-        settings = demo.model_dump(mode="json", exclude={"folder"})
+        self.settings = demo.model_dump(mode="json", exclude={"folder"})
         if not storage.is_empty(demo.folder):
             if not storage.exists(self.path):
                 raise UserError(f"folder {demo.folder}: is not empty and no demo wrote it; choose another one")
             if mode == "new":
                 raise UserError(f"folder {demo.folder}: holds a demo already; --resume goes on, --fresh starts over")
-            if mode == "fresh":
-                storage.remove_tree(demo.folder)
-            else:
+            if mode == "resume":
                 saved = storage.read_json(self.path)
-                if saved["settings"] != settings:
+                if saved["settings"] != self.settings:
                     raise UserError(f"folder {demo.folder}: its demo has other settings; --fresh starts over")
                 self.stages = saved["stages"]
         elif mode == "resume":
             raise UserError(f"folder {demo.folder}: no demo to resume there")
-        self.settings = settings
+
+    def begin(self) -> None:
+        """Take the folder over, which deletes the demo in it where a fresh one was asked for."""
+        if self.mode == "fresh":
+            storage.remove_tree(self.folder)
         self._save()
 
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:

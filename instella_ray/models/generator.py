@@ -116,7 +116,6 @@ class Generator(nn.Module):
         pairs = [block.text_kv(f) for block, f in zip(blocks, features, strict=True)]
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
 
-
     @torch.no_grad()
     def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.1) -> None:
         """Data-dependent start: text projections whose outputs are uncorrelated, with mean 0 and nearly equal variance.

@@ -8,6 +8,7 @@ Features and codes go from replica to replica through Ray's object store; only t
 
 import base64
 import secrets
+import socket
 import time
 from typing import Any
 
@@ -25,18 +26,9 @@ from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..sampling_config import SamplingConfig
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .schema import ImageData, ImageRequest, ImageResponse, error_body
-
-
-class SamplingDefaults(Config):
-    """What a request gets where it says nothing."""
-
-    num_inference_steps: int = 20
-    guidance_scale: float = 7.5
-    temperature: float = 1.0
-    rho: float = 1.0
-    sampler: str = "simplified"
 
 
 class ModelArgs(Config):
@@ -44,7 +36,8 @@ class ModelArgs(Config):
 
     path: str
     """Model folder of a diffusion or AR generator."""
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: SamplingConfig = SamplingConfig()
+    """What a request gets where it says nothing."""
     replicas: int = Field(1, ge=1)
     slots: int = Field(8, ge=1)
     """Pictures that share a forward pass."""
@@ -162,6 +155,16 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     decoder = _deployment(DecoderStage, "Decoder", **stage).bind(storage.absolute(args.tokenizer), args.threads, device)
     ingress = _deployment(Ingress, "Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
     return ingress.bind(args, text, decoder, generators)
+
+
+def require_free_port(host: str, port: int) -> None:
+    """UserError when nothing can listen there. Serve itself would say so from an actor, after everything is loaded."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended a moment ago is no obstacle
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(f"port {port}: cannot listen on {host} ({error.strerror}); choose another port") from None
 
 
 def _deployment(stage: type, name: str, **options: Any) -> serve.Deployment:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ..sampling_config import Sampler, SamplingConfig
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -26,7 +28,8 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100, description="The paper's alpha; 0 is without guidance")
     temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy")
     rho: float | None = Field(None, gt=0, le=10)
-    sampler: Literal["posterior", "simplified"] | None = None
+    sampler: Sampler | None = None
+    final_draw: bool | None = Field(None, description="Draw the last step's bits; false is a threshold at 0.5")
     user: str | None = Field(None, description="Accepted for compatibility; not used")
 
     @field_validator("prompt")
@@ -54,8 +57,7 @@ class ImageRequest(BaseModel):
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the request sets."""
-        names = ("num_inference_steps", "guidance_scale", "temperature", "rho", "sampler")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in SamplingConfig.model_fields if (value := getattr(self, name)) is not None}
 
 
 class ImageData(BaseModel):

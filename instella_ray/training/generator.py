@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import storage
-from ..config import Config
+from ..accelerator import compute_dtype
 from ..data.codes import CodesReader
 from ..data.decode import to_pixels
 from ..data.loader import CodesBatch, CodesData
@@ -30,23 +30,23 @@ from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams, generate
+from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
-from .settings import TrainConfig
+from .settings import TrainingRun
 
 
 CALIBRATION_CAPTIONS = 512
 
 
-class PreviewConfig(Config):
+class PreviewConfig(SamplingConfig):
     """Pictures made while training, from fixed prompts and seeds."""
 
     prompts: tuple[str, ...] = ()
-    num_inference_steps: int = 20
-    guidance_scale: float = 4.0
-    temperature: float = 0.6
+    guidance_scale: Guidance = 4.0
+    temperature: Temperature = 0.6
 
 
-class GeneratorRunConfig(Config):
+class GeneratorRunConfig(TrainingRun):
     """A generator run. Code sizes and the text encoder's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
 
     model: GeneratorConfig
@@ -62,7 +62,6 @@ class GeneratorRunConfig(Config):
     calibrate_text: bool = False
     """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions of the set. Learns word order sooner."""
     preview: PreviewConfig = PreviewConfig()
-    train: TrainConfig
 
 
 class DiffusionLoss(nn.Module):
@@ -100,9 +99,9 @@ class ARLoss(nn.Module):
 
 
 class GeneratorTask:
-    """Trains a generator; satisfies :class:`.loop.Task`."""
+    """Trains a generator whose sizes are filled in, with the text encoder on ``device``; a :class:`.loop.Task`."""
 
-    def __init__(self, cfg: GeneratorRunConfig) -> None:
+    def __init__(self, cfg: GeneratorRunConfig, device: torch.device) -> None:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
@@ -111,8 +110,10 @@ class GeneratorTask:
         self.data = CodesData(
             reader, cfg.train.seed, short_probability=cfg.short_caption_probability, drop_probability=drop
         )
-        self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder))
-        model = build_model(generator_config(cfg.model, reader, self.text.encoder).model_dump())
+        # A CPU keeps to float32: the features of a run there do not depend on what its processor is fast at.
+        dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
+        self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
+        model = build_model(cfg.model.model_dump())
         assert not isinstance(model, BIT)
         self.model: Model = model
         self.step_module: nn.Module
@@ -162,13 +163,8 @@ class GeneratorTask:
         bit = load_expected(self.cfg.tokenizer, BIT, device=device)
         features, mask = self.text.encode([*prompts, ""])
         text = ema_model.text_kv(features.to(device), mask.to(device))
-        params = SamplingParams.of(
-            len(prompts),
-            seed=range(len(prompts)),
-            num_inference_steps=preview.num_inference_steps,
-            guidance_scale=preview.guidance_scale,
-            temperature=preview.temperature,
-        ).map(lambda value: value.to(device))
+        sampling = preview.model_dump(exclude={"prompts"})
+        params = SamplingParams.of(len(prompts), seed=range(len(prompts)), **sampling)
         codes = generate(ema_model, text.rows(slice(0, -1)), text.rows(slice(-1, None)), params)
         size = bit.cfg.image_size
         return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)
@@ -195,10 +191,38 @@ def generator_config(model: GeneratorConfig, reader: CodesReader, text: TextEnco
     return model.model_copy(update=facts)
 
 
+def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
+    """The text encoder, to be looked at only: half the memory will do, and no progress bar; UserError if it is none."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return TextEncoder.from_config(cfg, dtype=torch.bfloat16)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
+    """``cfg`` as workers need it: the model's sizes filled in, paths absolute.
+
+    UserError for codes of another tokenizer, a text encoder that cannot be loaded, sizes that do not fit them.
+    """
+    reader = CodesReader(cfg.codes, tokenizer_hash=weight_hash(cfg.tokenizer))
+    name = cfg.text_encoder.name
+    facts = {
+        "model": generator_config(cfg.model, reader, try_text_encoder(cfg.text_encoder)),
+        "codes": storage.absolute(cfg.codes),
+        "tokenizer": storage.absolute(cfg.tokenizer),
+        "text_encoder": cfg.text_encoder.model_copy(
+            update={"name": storage.absolute(name) if Path(name).is_dir() else name}
+        ),
+    }
+    return cfg.model_copy(update=facts)
+
+
 def run_generator(cfg: GeneratorRunConfig) -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
-    # Refused here, before any worker starts, with one clear line.
-    CodesReader(cfg.codes, tokenizer_hash=weight_hash(cfg.tokenizer))
-    places = {"codes": storage.absolute(cfg.codes), "tokenizer": storage.absolute(cfg.tokenizer)}
-    cfg = cfg.model_copy(update=places)
-    return launch(cfg.train, lambda: GeneratorTask(cfg), description=f"{cfg.model.kind} generator")
+    cfg = complete_config(cfg)  # here, before anything is written and any worker starts
+    return launch(cfg, lambda device: GeneratorTask(cfg, device), description=f"{cfg.model.kind} generator")

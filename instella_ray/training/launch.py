@@ -5,48 +5,48 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
 from .. import storage
-from ..config import dump_yaml
+from ..config import dump_yaml, load_config
+from ..data.pipeline import init_ray
 from ..errors import UserError
 from .loop import Task, train_worker
-from .settings import TrainConfig
+from .settings import TrainingRun, WorkersConfig, first_difference
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 log = logging.getLogger(__name__)
 
 
-def launch(cfg: TrainConfig, build_task: Callable[[], Task], *, description: str) -> Path:
-    """Train ``build_task()`` on ``cfg.workers`` and return the final checkpoint's folder.
+def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, description: str) -> Path:
+    """Train ``build_task(device)`` on ``run.train.workers`` and return the final checkpoint's folder.
 
-    ``build_task`` is called on every worker. UserError when the run directory belongs to another run already, when
-    there is nothing to resume, or when the cluster lacks the workers' resources.
+    ``build_task`` is called on every worker with what that computes on. The run directory's ``config.yaml`` holds all
+    of ``run``. UserError when the directory belongs to another run already, when there is nothing to resume or it was
+    begun with other settings, when the cluster lacks the workers' resources, and for bad input that only a worker met.
     """
-    run_dir = Path(cfg.run_dir).absolute()
-    cfg = cfg.model_copy(update={"run_dir": str(run_dir)})
-    config_file = run_dir / "config.yaml"
-    if cfg.resume and not config_file.exists():
-        raise UserError(f"run_dir {run_dir}: nothing to resume (no config.yaml)")
-    if not cfg.resume and not storage.is_empty(str(run_dir)):
-        raise UserError(
-            f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
-        )
-    _check_resources(cfg)
+    cfg = run.train.model_copy(update={"run_dir": str(Path(run.train.run_dir).absolute())})
+    run = run.model_copy(update={"train": cfg})
+    run_dir = Path(cfg.run_dir)
+    _check_run_dir(run, run_dir / CONFIG)
+    init_ray()
+    check_resources(cfg.workers, ray.cluster_resources())
     run_dir.mkdir(parents=True, exist_ok=True)
-    storage.write_text(str(config_file), dump_yaml(cfg))
+    storage.write_text(str(run_dir / CONFIG), dump_yaml(run))
     if cfg.resume:
         _forget_after_checkpoint(run_dir)
 
     def worker() -> None:
-        train_worker(build_task(), cfg)
+        train_worker(build_task(ray.train.torch.get_device()), cfg)
 
     resources: dict[str, float] = {"CPU": cfg.workers.cpus}
     if cfg.workers.gpu:
@@ -69,6 +69,12 @@ def launch(cfg: TrainConfig, build_task: Callable[[], Task], *, description: str
         except SystemExit:
             # Ray Train answers Ctrl-C by ending the process; what to end, and with which code, is the caller's.
             raise KeyboardInterrupt from None
+        except WorkerGroupError as error:
+            # Bad input that only a worker could meet, an undecodable picture say, is as much one line as any other.
+            mistakes = [failure for failure in error.worker_failures.values() if isinstance(failure, UserError)]
+            if mistakes:
+                raise mistakes[0] from None
+            raise
     if result.checkpoint is None:
         raise UserError(f"run_dir {run_dir}: the run ended without a checkpoint")
     return Path(result.checkpoint.path)
@@ -98,15 +104,27 @@ def _forget_after_checkpoint(run_dir: Path) -> None:
     storage.write_text(str(run_dir / "metrics.jsonl"), "".join(kept))
 
 
-def _check_resources(cfg: TrainConfig) -> None:
-    # A worker group that can never be placed would wait silently forever.
-    have = ray.cluster_resources()
-    need = {"CPU": cfg.workers.count * cfg.workers.cpus, "GPU": cfg.workers.count * float(cfg.workers.gpu)}
+def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
+    """UserError for workers that cannot be placed on what there is: the run would wait silently for ever."""
+    need = {"CPU": workers.count * workers.cpus, "GPU": workers.count * float(workers.gpu)}
     for name, amount in need.items():
         if amount > have.get(name, 0):
+            raise UserError(f"{workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
+
+
+def _check_run_dir(run: TrainingRun, config_file: Path) -> None:
+    run_dir = config_file.parent
+    if not run.train.resume:
+        if not storage.is_empty(str(run_dir)):
             raise UserError(
-                f"{cfg.workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}"
+                f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
             )
+        return
+    if not config_file.exists():
+        raise UserError(f"run_dir {run_dir}: nothing to resume (no {CONFIG})")
+    if different := first_difference(load_config(type(run), str(config_file)), run):
+        key, old, new = different
+        raise UserError(f"run_dir {run_dir}: cannot resume with {key} = {new!r}, the run began with {old!r}")
 
 
 class _Progress:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +26,7 @@ class OptimizerConfig(Config):
     """Steps of linear warm-up."""
     decay_fraction: float = Field(0.0, ge=0, le=1)
     """Last share of the run over which the rate falls linearly to nearly zero; 0 keeps it constant."""
-    clip: float = 1.0
+    clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
 
 
@@ -34,13 +35,13 @@ class WorkersConfig(Config):
 
     count: int = Field(1, ge=1)
     """Training workers (ranks)."""
-    cpus: float = 1.0
+    cpus: float = Field(1.0, ge=0)
     """Logical CPUs a worker reserves."""
-    threads: int = 1
+    threads: int = Field(1, ge=1)
     """Threads a worker computes with on the CPU."""
     gpu: bool = False
     """One GPU a worker."""
-    max_failures: int = 2
+    max_failures: int = Field(2, ge=0)
     """Restarts from the last checkpoint after a worker is lost."""
 
 
@@ -50,13 +51,13 @@ class TrainConfig(Config):
     run_dir: str
     """Receives config.yaml, metrics.jsonl, checkpoints/ and previews/."""
     resume: bool = False
-    """Go on with an interrupted run in ``run_dir``."""
+    """Go on with an interrupted run in ``run_dir``, under the settings that it began with."""
     seed: int = 0
     steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A resumed run cannot change them: rates and temperatures depend on them."""
     global_batch: int = Field(64, ge=1)
     """Samples a step = micro-batch x accumulation x workers."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = Field(None, ge=1)
     """Samples a forward pass on one worker; none means its whole share of the global batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -78,3 +79,33 @@ class TrainConfig(Config):
                 f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+
+class TrainingRun(Config):
+    """All that a run is made of; each kind of run adds its own."""
+
+    train: TrainConfig
+
+
+MAY_CHANGE: dict[str, Any] = {
+    "train": {
+        *("run_dir", "resume", "micro_batch_size", "workers"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "preview_every"),
+    },
+    "preview": True,
+}
+"""What a resumed run may set anew: where and how fast it is computed, and what is kept and shown of it."""
+
+
+def first_difference(old: TrainingRun, new: TrainingRun) -> tuple[str, Any, Any] | None:
+    """Dotted key, old and new value of the first setting that differs and decides what is learned."""
+    before, after = (_flat(run.model_dump(mode="json", exclude=MAY_CHANGE)) for run in (old, new))
+    keys = dict.fromkeys([*before, *after])
+    return next(((key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)), None)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import storage
 from ..config import Config
 from ..data.decode import to_pixels, to_tensor
-from ..data.loader import ImageBatch, ImageData
+from ..data.loader import ImageBatch, ImageData, require_pictures
 from ..errors import UserError
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model
 from .launch import launch
-from .settings import TrainConfig
+from .settings import TrainingRun
 
 
 class TokenizerLossConfig(Config):
@@ -33,7 +34,7 @@ class TokenizerLossConfig(Config):
     """Weight of ``mean(s (1 - s))``, which makes bits decided."""
 
 
-class TokenizerConfig(Config):
+class TokenizerConfig(TrainingRun):
     """A tokenizer run."""
 
     model: BITConfig
@@ -48,7 +49,6 @@ class TokenizerConfig(Config):
     freeze_norm_fraction: float = 0.5
     """Share of the run after which the logits' batch statistics stay as they are (with normalize_logits)."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
-    train: TrainConfig
 
 
 class TokenizerLoss(nn.Module):
@@ -98,6 +98,9 @@ class TokenizerTask:
         self.data = ImageData(cfg.data, cfg.model.image_size, cfg.train.seed)
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
+        if model.cfg.repa_layer is not None:
+            # No loss reads the projection, and DistributedDataParallel would wait for its gradients.
+            model.decoder.repa_proj.requires_grad_(False)
         self.model: Model = model
         self.bit = model
         self.step_module: nn.Module = TokenizerLoss(model, cfg.loss)
@@ -151,11 +154,11 @@ class ReconstructionQuality(NamedTuple):
     """Share of bits that are the same in every picture."""
 
 
-def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64) -> ReconstructionQuality:
-    """Quality of ``bit`` on ``images [N, 3, H, W]`` in [-1, 1], with hard bits."""
+def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title: str) -> ReconstructionQuality:
+    """Quality of ``bit`` on ``images [N, 3, H, W]`` in [-1, 1], with hard bits, under a progress bar."""
     device = next(bit.parameters()).device
     values, codes = [], []
-    for part in images.split(batch_size):
+    for part in tqdm(images.split(batch_size), desc=title, unit="batch"):
         code = bit.encode(part.to(device))
         values.append(psnr(bit.decode(code, *part.shape[-2:]).cpu(), part))
         codes.append(code.cpu())
@@ -167,5 +170,6 @@ def run_tokenizer(cfg: TokenizerConfig) -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     if cfg.model.image_size % cfg.model.size_multiple:
         raise UserError(f"model.image_size {cfg.model.image_size}: not a multiple of {cfg.model.size_multiple}")
+    require_pictures(cfg.data)  # here, before anything is written and any worker starts
     cfg = cfg.model_copy(update={"data": storage.absolute(cfg.data)})
-    return launch(cfg.train, lambda: TokenizerTask(cfg), description="tokenizer")
+    return launch(cfg, lambda device: TokenizerTask(cfg), description="tokenizer")

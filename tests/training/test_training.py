@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from instella_ray.config import load_config
-from instella_ray.data.scenes import scene_rows
-from instella_ray.data.shards import write_webdataset
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import load_expected, load_model
@@ -46,13 +44,6 @@ MODEL = BITConfig(
     token_positions=True,
     normalize_logits=True,
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("shards")
-    list(write_webdataset(scene_rows(64, 0, 32), str(folder), 32))
-    return f"{folder}/*.tar"
 
 
 def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
@@ -183,7 +174,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
                     return
                 os.kill(os.getpid(), 9)
 
-    module.launch(cfg.train, lambda: Mortal(cfg), description="killed")
+    module.launch(cfg, lambda device: Mortal(cfg), description="killed")
     losses = [{m["step"]: m["loss"] for m in read_metrics(tmp_path / name)} for name in ("whole", "killed")]
     assert losses[0] == losses[1] and set(losses[0]) == set(range(1, 13))
     a, b = (load_model(folder).state_dict() for folder in (whole, latest_checkpoint(killed)))
@@ -195,12 +186,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
         "step-0000012.png",
     ]
     assert {"reconstruction", "psnr", "dead_bits", "images_per_second"} <= set(read_metrics(tmp_path / "whole")[0])
-    assert load_config(TrainConfig, str(tmp_path / "whole" / "config.yaml")).steps == 12
+    written = load_config(TokenizerConfig, str(tmp_path / "whole" / "config.yaml"))
+    assert written == config(shards, tmp_path / "whole")
     # The same directory again is refused; nothing in it changes.
     before = (killed / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="holds a run already"):
         run_tokenizer(cfg)
     assert (killed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.ray
+def test_workers_do_not_wait_for_gradients_of_the_repa_projection(
+    ray_session: None, shards: str, tmp_path: Path
+) -> None:
+    cfg = config(shards, tmp_path / "run", steps=3)
+    run_tokenizer(cfg.model_copy(update={"model": MODEL.model_copy(update={"repa_layer": 1})}))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.ray

@@ -1,0 +1,144 @@
+"""What the demo holds out of shards of one's own, and that bad input is refused before anything is touched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from instella_ray import cli
+from instella_ray.demo import stages
+from instella_ray.demo.pictures import Pictures, demo_prompts, own_pictures
+from instella_ray.demo.recipe import DemoConfig, tokenizer_config
+from instella_ray.demo.state import DemoState
+from instella_ray.models.bit import BIT
+from instella_ray.models.checkpoint import save_model
+
+from ..data.samples import HOSTILE, Members, picture, sample, tar_bytes
+
+
+def write_tars(folder: Path, *contents: Members) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, members in enumerate(contents):
+        (folder / f"{number}.tar").write_bytes(tar_bytes(members))
+    return f"{folder}/*.tar"
+
+
+def samples(count: int, start: int = 0) -> Members:
+    return [member for i in range(start, start + count) for member in sample(f"{i:05d}", i, caption=f"picture {i}")]
+
+
+def without_captions(count: int) -> Members:
+    return [(f"{i:05d}.jpg", picture(i)) for i in range(count)]
+
+
+def trained_on(pictures: Pictures) -> str:
+    """The numbers of the tars."""
+    return "".join(re.findall(r"(\d)\.tar", pictures.train))
+
+
+def demo(shards: str, **changes: object) -> DemoConfig:
+    return DemoConfig(shards=shards, size=32, **changes)  # type: ignore[arg-type]
+
+
+def test_whole_tars_are_held_out_until_there_are_enough_pictures(tmp_path: Path) -> None:
+    shards = write_tars(tmp_path, *[samples(20, 20 * i) for i in range(5)], samples(1, 100))
+    pictures = own_pictures(demo(shards))
+    assert trained_on(pictures) == "0123"
+    assert pictures.captions == [f"picture {i}" for i in range(80, 101)]
+    assert pictures.pixels.shape == (21, 32, 32, 3) and pictures.pixels.dtype == np.uint8
+    # As many as are asked for, though the tar holds more.
+    few = own_pictures(demo(shards, held_out=3))
+    assert (trained_on(few), few.captions) == ("0123", ["picture 80", "picture 81", "picture 82"])
+
+
+def test_a_small_set_holds_out_a_share_and_a_large_one_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_tars(tmp_path, *[samples(17, 17 * i) for i in range(9)])
+    assert trained_on(own_pictures(demo(shards))) == "0123456"
+    monkeypatch.setattr("instella_ray.demo.pictures.ENOUGH", 17)
+    assert trained_on(own_pictures(demo(shards))) == "01234567"
+
+
+def test_held_out_pictures_are_those_that_curation_keeps(tmp_path: Path) -> None:
+    hostile = [member for members, _ in HOSTILE.values() for member in members]
+    shards = write_tars(tmp_path, samples(4), hostile + samples(16))
+    pictures = own_pictures(DemoConfig(shards=shards, size=64))
+    kept = sum(verdict == "kept" for _, verdict in HOSTILE.values())
+    assert len(pictures.captions) == len(pictures.pixels) == 16 + kept and trained_on(pictures) == "0"
+
+
+def test_prompts_are_captions_of_held_out_pictures(tmp_path: Path) -> None:
+    cfg = demo(write_tars(tmp_path, samples(16), samples(16, 16) + samples(4, 16)), prompts_per_category=12)
+    prompts = demo_prompts(cfg, own_pictures(cfg))
+    assert prompts == [(f"picture {i}", "captions") for i in range(16, 28)]
+
+
+def test_real_shards_hold_out_hundreds(shared_dir: Path) -> None:
+    pictures = own_pictures(demo(f"{shared_dir}/data/emoji3d/*.tar", held_out=220))
+    assert len(pictures.captions) == 220 and trained_on(pictures) == "012"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([samples(40)], "0 usable pictures in the tars after the first, expected at least 16"),
+        ([samples(40), samples(15)], "15 usable pictures in the tars after the first, expected at least 16"),
+        ([samples(40), without_captions(40)], "0 usable pictures in the tars after the first"),
+        ([without_captions(2), samples(40)], "shard without captions"),
+        ([without_captions(2), without_captions(40)], "shard without captions"),
+        ([[], samples(40)], "no usable picture"),
+    ],
+)
+def test_bad_shards_are_refused_and_an_old_demo_survives(
+    contents: list[Members], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = DemoState(DemoConfig(folder=str(tmp_path / "demo")), "new")
+    old.begin()
+    before = (tmp_path / "demo" / "state.json").read_bytes()
+    shards = write_tars(tmp_path / "shards", *contents)
+    assert cli.main(["demo", "--folder", old.folder, "--size", "32", "--shards", shards, "--fresh"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and str(tmp_path / "shards") in line
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / "demo").iterdir()] == [("state.json", before)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("width=16", "'width' = 16: Input should be a multiple of 32"),
+        ("width=0", "'width' = 0: Input should be greater than or equal to 32"),
+        ("generator_width=100", "'generator_width' = 100: Input should be a multiple of 32"),
+        ("steps.ar=0", "'steps.ar' = 0: Input should be greater than or equal to 1"),
+        ("prompts_per_category=0", "'prompts_per_category' = 0"),
+        ("workers.count=3", "global_batch 32 is not a multiple of 3 workers"),
+        ("workers.cpus=1000", "1 workers need 1000 CPU"),
+        ("text_encoder.name=package:no_such_package/x", "text encoder 'package:no_such_package/x'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_first(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--folder", str(tmp_path / "d"), "--set", override]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_tokenizer_is_measured_against_the_weights_it_started_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = DemoConfig(folder=str(tmp_path / "demo"), shards="own", size=32, width=32, seed=5)
+    torch.manual_seed(cfg.seed)
+    start = BIT(tokenizer_config(cfg, "").model)
+    save_model(tmp_path, start)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    torch.manual_seed(77)
+    facts = stages.measure_tokenizer(cfg, Pictures("", ["a picture"] * 16, pixels), str(tmp_path))
+    assert facts["psnr_before"] == facts["psnr_after"] and facts["pictures"] == 16
+    bars = capsys.readouterr().err
+    assert "before training: 100%" in bars and "after training: 100%" in bars

@@ -1,0 +1,130 @@
+"""What is wrong with a run is said in one line, with exit code 2, before its directory is touched or a worker starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from instella_ray.config import dump_yaml
+from instella_ray.errors import UserError, run_main
+from instella_ray.training.settings import TrainConfig, first_difference
+from instella_ray.training.tokenizer import run_tokenizer
+
+from ..data.samples import picture, tar_bytes
+from ..test_repository import ROOT, job
+from .test_training import MODEL, config
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init_ray(*args: object, **options: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("instella_ray.training.launch.init_ray", init_ray)
+
+
+def refused(capsys: pytest.CaptureFixture[str], name: str, config: Path, *overrides: str) -> str:
+    """The one line that the job prints on standard error."""
+    argv = ["--config", str(config), *(word for item in overrides for word in ("--set", item))]
+    assert run_main(lambda: job(name)(argv)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (None, "no shard found"),
+        ([("a.jpg", picture())], "shard without captions"),
+        ([("a.txt", b"a caption without a picture")], "no usable picture"),
+    ],
+)
+def test_a_tokenizer_without_pictures_is_refused(
+    members: list[tuple[str, bytes]] | None,
+    message: str,
+    no_ray: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shard = tmp_path / "shard.tar"
+    if members is not None:
+        shard.write_bytes(tar_bytes(members))
+    run_dir = tmp_path / "run"
+    file = ROOT / "configs/tokenizer/tiny.yaml"
+    line = refused(capsys, "train_tokenizer", file, f"data={shard}", f"train.run_dir={run_dir}")
+    assert line.startswith(f"error: {shard}") and message in line
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("text_encoder.name=package:no_such_package/model", "text encoder 'package:no_such_package/model'"),
+        ("text_encoder.layers=99", "text encoder layers = 99: expected 1 to 6"),
+        ("model.num_tokens=128", "model.num_tokens = 128: codes and text encoder need 4"),
+        ("model.text_width=64", "model.text_width = 64: codes and text encoder need 384"),
+        ("codes=nowhere", "nowhere: not a finished folder of codes"),
+        ("tokenizer=nowhere", "nowhere: no model.safetensors found"),
+        ("train.workers.threads=0", "'train.workers.threads' = 0"),
+        ("train.micro_batch_size=0", "'train.micro_batch_size' = 0"),
+        ("preview.temperature=-1", "'preview.temperature' = -1"),
+        ("preview.sampler=euler", "'preview.sampler' = 'euler'"),
+    ],
+)
+def test_a_generator_that_cannot_be_trained_is_refused(
+    override: str,
+    message: str,
+    no_ray: None,
+    codes: str,
+    tokenizer: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    given = [f"codes={codes}", f"tokenizer={tokenizer}", f"train.run_dir={run_dir}", override]
+    assert message in refused(capsys, "train_generator", ROOT / "configs/generator/tiny.yaml", *given)
+    assert not run_dir.exists()
+
+
+def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() -> None:
+    run = config("data", Path("run"))
+
+    def changed(**train: object) -> tuple[str, object, object] | None:
+        settings = TrainConfig.model_validate({**run.train.model_dump(), **train})
+        return first_difference(run, run.model_copy(update={"train": settings}))
+
+    assert changed(resume=True, log_every=7, checkpoint_every=7, preview_every=7, keep_checkpoints=7) is None
+    assert changed(workers={"count": 4}, micro_batch_size=2, run_dir="elsewhere") is None
+    assert changed(seed=3) == ("train.seed", 0, 3)
+    assert changed(optimizer={**run.train.optimizer.model_dump(), "lr": 0.5}) == ("train.optimizer.lr", 0.001, 0.5)
+    assert first_difference(run, run.model_copy(update={"data": "other"})) == ("data", "data", "other")
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("steps", 13), ("global_batch", 32)])
+def test_a_run_is_not_resumed_with_other_settings(
+    key: str, value: int, no_ray: None, shards: str, tmp_path: Path
+) -> None:
+    begun = config(shards, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
+    old = getattr(begun.train, key)
+    with pytest.raises(UserError, match=rf"cannot resume with train\.{key} = {value}, the run began with {old}"):
+        run_tokenizer(config(shards, tmp_path / "run", **{"resume": True, key: value}))
+    other = config(shards, tmp_path / "run", resume=True).model_copy(
+        update={"model": MODEL.model_copy(update={"encoder_layers": 3})}
+    )
+    with pytest.raises(UserError, match=r"cannot resume with model\.encoder_layers = 3"):
+        run_tokenizer(other)
+    assert (tmp_path / "run" / "config.yaml").read_text() == dump_yaml(begun)
+
+
+@pytest.mark.ray
+def test_bad_input_that_only_a_worker_meets_is_one_line_too(ray_session: None, tmp_path: Path) -> None:
+    members = [
+        (f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", picture()[:-300]), ("txt", b"cut off"))
+    ]
+    (tmp_path / "cut.tar").write_bytes(tar_bytes(members))
+    cfg = config(str(tmp_path / "cut.tar"), tmp_path / "run", workers={"cpus": 0.5, "max_failures": 0})
+    with pytest.raises(UserError, match=r"cut\.tar: sample \d: undecodable; curate the shards first"):
+        run_tokenizer(cfg)

@@ -34,7 +34,6 @@ from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
 from .settings import TrainingRun
 
-
 CALIBRATION_CAPTIONS = 512
 
 
@@ -60,7 +59,7 @@ class GeneratorRunConfig(TrainingRun):
     """Share of samples trained without their caption, for guidance."""
     timesteps: TimeDistribution = "logit_normal"
     calibrate_text: bool = False
-    """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions of the set. Learns word order sooner."""
+    """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions: word order is learned sooner."""
     preview: PreviewConfig = PreviewConfig()
 
 

@@ -315,7 +315,7 @@ class Golden:
             return
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        except (RuntimeError, IndexError, ValueError) as error:  # tensors whose shapes do not go together
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # tensors whose shapes do not go together
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.folder}: {name} cannot be computed from its inputs ({reason})") from None
         if ours.shape != recorded.shape:
@@ -353,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in golden.missing:
             print(f"no {name} in {args.folder}: what it gives is not compared")
         results = list(golden.compare())
-        print(*results, sep="\n")
+        for result in results:
+            print(result)
         compared = [result for result in results if not result.not_checked]
         failed = sum(not result.passed for result in compared)
         left_out = len(results) - len(compared)

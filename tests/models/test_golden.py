@@ -235,6 +235,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_io(f, lambda io: io.update({"samp.alg1.u": io["samp.alg1.u"][:2]})),
         "samp.alg1.out: uniforms for replay: expected 3 draws, got 2",
     ),
+    "uniforms_without_axes": (
+        lambda f: change_io(f, lambda io: io.update({"samp.ar.u": torch.zeros(())})),
+        "samp.ar.out_last cannot be computed from its inputs",
+    ),
     "no_such_block": (
         lambda f: change_io(f, lambda io: io.update({"debug.encoder.block7.x0_row0": torch.zeros(1)})),
         "debug.encoder.block7.x0_row0 cannot be computed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..models.checkpoint import load_expected, load_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams
 from .batching import MicroBatcher
-from .engine import build_engine
+from .engine import EngineOptions, Progress, build_engine
 from .runner import EngineRunner
 
 
@@ -33,6 +33,9 @@ class TextEncoderStage:
         """Float32 ``[layers, T, width]``, without padding."""
         return await self.batcher(prompt)
 
+    async def check_health(self) -> None:
+        """Answers while the event loop does."""
+
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
         features, mask = self.cache.encode(prompts)
         return [features[:, i, mask[i]].cpu().numpy() for i in range(len(prompts))]
@@ -41,22 +44,49 @@ class TextEncoderStage:
 class GeneratorStage:
     """Features to codes, in the step engine."""
 
-    def __init__(self, path: str, empty_prompt: np.ndarray, slots: int, text_length: int, threads: int, device: str):
+    def __init__(
+        self,
+        path: str,
+        empty_prompt: np.ndarray,
+        options: EngineOptions,
+        threads: int,
+        device: str,
+        longest_step_s: float = 60.0,
+    ) -> None:
         torch.set_num_threads(threads)
         model = load_model(path, device=pick_device(device))
         assert not isinstance(model, BIT)
-        engine = build_engine(model, torch.tensor(empty_prompt), slots=slots, text_length=text_length)
-        self.runner = EngineRunner(engine)
+        self.longest_step_s = longest_step_s
+        self.runner = EngineRunner(build_engine(model, torch.tensor(empty_prompt), options))
 
-    async def generate(self, features: np.ndarray, sampling: dict[str, Any]) -> np.ndarray:
+    async def generate(
+        self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
+    ) -> np.ndarray:
         """Codes, uint8 0/1 ``[L, K]``; ``sampling`` holds the fields of :class:`SamplingParams`."""
         # A copy: arrays from the object store are read-only.
-        codes = await self.runner.generate(torch.tensor(features), SamplingParams.of(1, **sampling))
-        return codes.numpy()
+        params = SamplingParams.of(1, **sampling)
+        return (await self.runner.generate(torch.tensor(features), params, timeout_s=timeout_s)).numpy()
 
-    def check_health(self) -> None:
-        if not self.runner.alive:
-            raise RuntimeError("the step engine's thread has died")
+    async def follow(
+        self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float, preview_every: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        """``{"step", "steps", "codes"}`` every ``preview_every`` steps, then ``{"codes", "done": True}``."""
+        params = SamplingParams.of(1, **sampling)
+        events = self.runner.follow(torch.tensor(features), params, timeout_s=timeout_s, preview_every=preview_every)
+        async for event in events:
+            if isinstance(event, Progress):
+                yield {"step": event.step, "steps": event.steps, "codes": event.estimate.numpy()}
+            else:
+                yield {"codes": event.codes.numpy(), "done": True}
+
+    async def check_health(self) -> None:
+        """Serve asks now and then."""
+        self.runner.check(self.longest_step_s)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Rows waiting and active."""
+        stats = self.runner.stats
+        return {"waiting_rows": stats.waiting, "active_rows": stats.active, "slots": stats.slots}
 
 
 class DecoderStage:
@@ -68,7 +98,17 @@ class DecoderStage:
         self.bit = load_expected(path, BIT, device=self.device)
         self.batchers: dict[tuple[int, int, str], MicroBatcher[np.ndarray, bytes]] = {}
 
-    async def decode(self, codes: np.ndarray, height: int, width: int, output_format: str) -> bytes:
+    async def check_health(self) -> None:
+        """Answers while the event loop does."""
+
+    async def decode(
+        self,
+        codes: np.ndarray,
+        height: int,
+        width: int,
+        output_format: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bytes:
         """The encoded file of a picture of ``height x width`` pixels."""
         key = (height, width, output_format)
         if key not in self.batchers:

@@ -1,12 +1,12 @@
 """The endpoint as ``serve run`` and ``serve deploy`` build it: text encoder -> generator -> decoder behind one HTTP API."""
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: Serve looks at what ``build`` is annotated with, and turns the arguments of
+# its file into a ServeArgs only where it finds the class itself.
 
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pydantic
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -51,12 +51,11 @@ class Ingress:
         return make_api(self.service, self.keys)
 
 
-def build(args: ServeArgs | dict[str, Any]) -> Application:
+def build(args: ServeArgs) -> Application:
     """The application, as ``serve run instella_ray.serving.app:build`` calls it with ``args`` from its file.
 
     UserError when a folder is missing or its model does not belong to the tokenizer, or settings contradict.
     """
-    args = _validated(args)
     args.check()
     keys = ApiKeys.load(args.api_keys_file)
     served, text_config = _look_into_folders(args)
@@ -139,16 +138,6 @@ def _ingress(args: ServeArgs) -> serve.Deployment:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
     )(Ingress)
-
-
-def _validated(args: ServeArgs | dict[str, Any]) -> ServeArgs:
-    if isinstance(args, ServeArgs):
-        return args
-    try:
-        return ServeArgs.model_validate(args)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _device(args: ServeArgs, stage: StageArgs) -> str:

@@ -26,6 +26,7 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
+from .engine import EngineOptions
 from .schema import ImageData, ImageRequest, ImageResponse, error_body
 
 
@@ -154,7 +155,11 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     empty_prompt = empty.features[:, 0, empty.mask[0]].numpy()
     generators = {
         name: _deployment(GeneratorStage, f"Generator-{name}", num_replicas=model.replicas, **stage).bind(
-            storage.absolute(model.path), empty_prompt, model.slots, args.text_length, args.threads, device
+            storage.absolute(model.path),
+            empty_prompt,
+            EngineOptions(slots=model.slots, text_length=args.text_length),
+            args.threads,
+            device,
         )
         for name, model in args.models.items()
     }

@@ -244,7 +244,8 @@ class DecoderStage:
         """A picture of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
         torch.set_num_threads(threads)
         self.device = pick_device(device)
-        self.bit = load_expected(path, BIT, device=self.device).to(serving_dtype(self.device, precision))
+        self.bit = load_expected(path, BIT, device=self.device)
+        self.dtype = serving_dtype(self.device, precision)
         self.batch = batch
         self.checker = load_checker(safety) if safety is not None else None
         self.times = StageTimes()
@@ -293,8 +294,10 @@ class DecoderStage:
         return self._batchers[key]
 
     def _decode(self, batch: Sequence[np.ndarray], height: int, width: int) -> list[np.ndarray]:
-        with self._turn:
-            codes = torch.from_numpy(np.stack(batch)).to(self.device)
+        codes = torch.from_numpy(np.stack(batch)).to(self.device)
+        # Positions and the quantizer's embedding stay exact: only matrix products are halved.
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with self._turn, half:
             return list(to_pixels(self.bit.decode(codes, height, width)))
 
     def _to_file(self, picture: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None) -> bytes:

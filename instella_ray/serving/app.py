@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from .. import storage
@@ -23,6 +23,7 @@ from .api import Served, Service, make_api
 from .config import ModelArgs, SamplingDefaults, ServeArgs, StageArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .graph import Graph
+from .scaling import generator_scaling, stage_scaling
 
 __all__ = ["ModelArgs", "SamplingDefaults", "ServeArgs", "build"]
 
@@ -64,16 +65,25 @@ def build(args: ServeArgs) -> Application:
     text_config = text_config.model_copy(update={"max_length": limit})
     empty = _empty_prompt(text_config)
     generators = {name: _generator(args, name, model, empty) for name, model in args.models.items()}
-    text = _stage(args, TextEncoderStage, "TextEncoder", args.text)
-    decoder = _stage(args, DecoderStage, "Decoder", args.decoder)
-    return _ingress(args).bind(
-        args,
-        served,
-        text_config,
-        keys,
-        text.bind(text_config, args.threads, _device(args, args.text)),
-        decoder.bind(storage.absolute(args.tokenizer), args.threads, _device(args, args.decoder)),
-        generators,
+    text, decoder = _text(args, text_config), _decoder(args)
+    return _ingress(args).bind(args, served, text_config, keys, text, decoder, generators)
+
+
+def _text(args: ServeArgs, cfg: TextEncoderConfig) -> Application:
+    # Prompts in a batch change each other's last digits, and with them a bit of a picture here and there.
+    invariant = all(model.batch_invariant for model in args.models.values())
+    return _stage(args, TextEncoderStage, "TextEncoder", args.text).bind(
+        cfg, args.threads, _device(args, args.text), precision=args.precision, batch_invariant=invariant
+    )
+
+
+def _decoder(args: ServeArgs) -> Application:
+    return _stage(args, DecoderStage, "Decoder", args.decoder).bind(
+        storage.absolute(args.tokenizer),
+        args.threads,
+        _device(args, args.decoder),
+        precision=args.precision,
+        safety=args.safety,
     )
 
 
@@ -94,6 +104,7 @@ def _generator(args: ServeArgs, name: str, model: ModelArgs, empty_prompt: np.nd
         args.threads,
         _device(args, model),
         model.longest_step_s,
+        precision=args.precision,
     )
 
 
@@ -106,24 +117,23 @@ def _stage(
         max_ongoing_requests=ongoing,
         # Scaling down never ends a request that may still meet its deadline.
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
-        **_size(settings, ongoing),
+        **_fixed_or_scaled(settings, ongoing),
         **options,
     )(stage)
 
 
-def _size(settings: StageArgs, ongoing: int) -> dict[str, Any]:
+def _fixed_or_scaled(settings: StageArgs, ongoing: int) -> dict[str, Any]:
     scaling = settings.autoscaling
     if scaling is None:
         return {"num_replicas": settings.replicas}
-    return {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
-            target_ongoing_requests=scaling.target_load * ongoing,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-        )
+    between = (scaling.min_replicas, scaling.max_replicas)
+    delays: dict[str, Any] = {
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
     }
+    if isinstance(settings, ModelArgs):
+        return {"autoscaling_config": generator_scaling(*between, utilisation=scaling.target_load, **delays)}
+    return {"autoscaling_config": stage_scaling(*between, ongoing=scaling.target_load * ongoing, **delays)}
 
 
 def _ingress(args: ServeArgs) -> serve.Deployment:

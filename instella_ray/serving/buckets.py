@@ -60,6 +60,7 @@ def _record(network: Forward, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
             network(rows)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another engine may be at work in its own thread, as when weights are swapped: its calls are not ours to forbid.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = network(rows)
     return graph, output

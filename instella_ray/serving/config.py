@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ..accelerator import Precision
 from ..config import Config
 from ..errors import UserError
 from .buckets import Compilation
 from .engine import EngineOptions
+from .safety import SafetyConfig
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -45,12 +47,12 @@ class Limits(Config):
 class Autoscaling(Config):
     """Between how many replicas a stage moves, and how fast."""
 
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(4, ge=1)
-    target_load: Finite = Field(0.7, gt=0)
+    target_load: Finite = Field(0.8, gt=0, le=1)
     """Share of a replica's places that should be taken: of its slots, or of the calls it works on at once."""
-    upscale_delay_s: Finite = Field(10.0, ge=0)
-    downscale_delay_s: Finite = Field(300.0, ge=0)
+    upscale_delay_s: Finite = Field(5.0, ge=0)
+    downscale_delay_s: Finite = Field(120.0, ge=0)
 
     @model_validator(mode="after")
     def _in_order(self) -> Autoscaling:
@@ -121,6 +123,8 @@ class ServeArgs(Config):
     """The text encoder's replicas."""
     decoder: StageArgs = StageArgs()
     """The decoder's replicas."""
+    safety: SafetyConfig | None = None
+    """Look at every picture before it leaves; needs the extra ``safety``."""
     api_keys_file: str | None = None
     """File with one key a line, beside those of the variable INSTELLA_API_KEYS. No keys: loopback only."""
     num_cpus: float = Field(1.0, ge=0)
@@ -129,6 +133,8 @@ class ServeArgs(Config):
     """Threads a replica computes with on the CPU."""
     num_gpus: float = Field(0.0, ge=0)
     """GPU share of each replica."""
+    precision: Precision = "auto"
+    """Of weights and arithmetic; auto is bf16 on GPUs."""
 
     def gpus(self, stage: StageArgs) -> float:
         return self.num_gpus if stage.num_gpus is None else stage.num_gpus

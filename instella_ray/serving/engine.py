@@ -135,7 +135,12 @@ class StepEngine(ABC):
         """Queue a request; slots are given in the order of submission."""
         if len(request.params) != 1:
             raise UserError(f"request {request.id}: expected parameters of one row, got {len(request.params)}")
-        length, limit = request.features.shape[1], self.options.text_length
+        cfg, shape = self.model.cfg, tuple(request.features.shape)
+        if len(shape) != 3 or (shape[0], shape[2]) != (cfg.layers, cfg.text_width):
+            # Found here, because an exception in a step would end everybody's pictures.
+            expected = f"[{cfg.layers}, tokens, {cfg.text_width}]"
+            raise UserError(f"request {request.id}: text features of shape {list(shape)}, expected {expected}")
+        length, limit = shape[1], self.options.text_length
         if length > limit:
             raise UserError(f"request {request.id}: prompt of {length} tokens, the limit is {limit}")
         self.waiting.append(request)

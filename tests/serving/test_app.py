@@ -327,7 +327,8 @@ def test_every_stage_has_its_own_size(folders: dict[str, str]) -> None:
     assert (small.num_replicas, small.max_ongoing_requests, small.max_queued_requests) == (1, 8, 68)
     assert small.ray_actor_options["num_cpus"] == 0.5 and large.ray_actor_options["num_cpus"] == 0.1
     config = large._deployment_config.autoscaling_config
-    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 3, 8)
+    assert (config.min_replicas, config.max_replicas) == (2, 3)
+    assert config.policy.policy_kwargs == {"utilisation": 0.5}
     assert large.init_args[2].batch_invariant is False and large.init_args[2].slots == 8
     # Nothing that may still meet its deadline is ended by a replica that leaves.
     assert large._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = build(cfg.app)
     # A supervisor says SIGTERM where a terminal says Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    init_ray()
     try:
-        init_ray()
         serve.start(http_options={"host": cfg.host, "port": cfg.port})
         serve.run(app, name="instella-ray", route_prefix="/")
         print(f"listening on http://{cfg.host}:{cfg.port} ({'with' if keys else 'without'} API keys)", flush=True)

@@ -92,7 +92,7 @@ class KeyCheck:
                 return None
             message = f"no API keys are set ({KEYS_VARIABLE}), so this endpoint answers on its own machine only"
             return ApiError(403, message, kind="authentication_error", code="no_api_keys")
-        if scope["path"] in self.open_paths:
+        if (scope["path"].removeprefix(scope.get("root_path", "")) or "/") in self.open_paths:
             return None
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer" and self.keys.accept(key.strip()):

@@ -64,7 +64,7 @@ class Service:
 
     async def generate(self, request: ImageRequest) -> ImageResponse:
         """All pictures, or the first failure."""
-        pictures, deadline = await self._pictures(request), self._deadline(request.timeout_s)
+        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
         as_codes = request.response_format == "codes"
 
         async def one(picture: Picture) -> ImageData:
@@ -76,12 +76,13 @@ class Service:
 
         model = pictures[0].model
         with self.gates[model].enter(len(pictures)):
+            await self._check_tokens(pictures)
             data = await self._by(deadline, all_or_none(one(picture) for picture in pictures))
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
     async def stream(self, request: ImageRequest) -> AsyncGenerator[bytes, None]:
         """Server-sent events, after one empty item that says that the request has been let in."""
-        pictures, deadline = await self._pictures(request), self._deadline(request.timeout_s)
+        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
         model = pictures[0].model
         stream = PictureStream(
             self.graph,
@@ -92,6 +93,7 @@ class Service:
             deadline=deadline,
         )
         with self.gates[model].enter(len(pictures)):
+            await self._check_tokens(pictures)
             yield b""
             async with aclosing(stream.events()) as events:
                 async for item in events:
@@ -112,24 +114,20 @@ class Service:
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
     def models(self) -> dict[str, Any]:
-        """OpenAI's list, with what each model takes under a key of our own."""
-        common = {
+        """OpenAI's list."""
+        return {"object": "list", "data": [self.model(name) for name in self.args.models]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """OpenAI's entry, with what the model takes under a key of our own."""
+        about = {
+            "kind": self.served.kinds[self._model(name)],
+            "defaults": self.args.models[name].defaults.model_dump(),
             "sizes": list(self.args.sizes),
             "limits": self.args.limits.model_dump(),
             "tokens": self.served.tokens,
             "bits": self.served.bits,
         }
-        entries = [
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "instella-ray",
-                "instella_ray": {"kind": self.served.kinds[name], "defaults": model.defaults.model_dump(), **common},
-            }
-            for name, model in self.args.models.items()
-        ]
-        return {"object": "list", "data": entries}
+        return {"id": name, "object": "model", "created": 0, "owned_by": "instella-ray", "instella_ray": about}
 
     async def ailing(self) -> list[str]:
         """Stages that do not answer, as of a second ago at most."""
@@ -142,17 +140,17 @@ class Service:
 
     # --- what a request asks for, checked
 
-    async def _pictures(self, request: ImageRequest) -> list[Picture]:
+    def _pictures(self, request: ImageRequest) -> list[Picture]:
         name, (width, height) = self._model(request.model), self._size(request.size)
         sampling = {**self.args.models[name].defaults.model_dump(), **request.sampling()}
-        await self._check(request, sampling)
+        self._check(request, sampling)
         seed = secrets.randbelow(2**62) if request.seed is None else request.seed
         return [
             Picture(i, name, prompt, {**sampling, "seed": (seed + i) % 2**63}, height, width, request.output_format)
             for i, prompt in enumerate(request.prompts)
         ]
 
-    async def _check(self, request: ImageRequest, sampling: dict[str, Any]) -> None:
+    def _check(self, request: ImageRequest, sampling: dict[str, Any]) -> None:
         limits = self.args.limits
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         if request.n > limits.n:
@@ -164,10 +162,16 @@ class Service:
             raise refused("prompt", f"{longest} characters, expected at most {limits.prompt_characters}")
         if (steps := sampling["num_inference_steps"]) > limits.steps:
             raise refused("num_inference_steps", f"{steps}, expected at most {limits.steps}")
-        if limits.prompt_tokens is not None and self.count_tokens is not None:
-            tokens = await asyncio.to_thread(lambda: max(map(self.count_tokens, dict.fromkeys(prompts))))  # type: ignore[arg-type]
-            if tokens > limits.prompt_tokens:
-                raise refused("prompt", f"{tokens} tokens, expected at most {limits.prompt_tokens}")
+
+    async def _check_tokens(self, pictures: list[Picture]) -> None:
+        # Within the gate and in a thread: it takes longer than all other checks together.
+        limit, count = self.args.limits.prompt_tokens, self.count_tokens
+        if limit is None or count is None:
+            return
+        prompts = {picture.prompt for picture in pictures}
+        tokens = await asyncio.to_thread(lambda: max(map(count, prompts)))
+        if tokens > limit:
+            raise refused("prompt", f"{tokens} tokens, expected at most {limit}")
 
     def _model(self, name: str | None) -> str:
         if name is None:
@@ -237,6 +241,10 @@ def make_api(service: Service, keys: ApiKeys) -> FastAPI:
     @api.get("/v1/models")
     def models() -> dict[str, Any]:
         return service.models()
+
+    @api.get("/v1/models/{name}")
+    def model(name: str) -> dict[str, Any]:
+        return service.model(name)
 
     @api.post("/v1/images/generations", response_model=ImageResponse, response_model_exclude_none=True)
     async def generations(request: ImageRequest) -> Any:

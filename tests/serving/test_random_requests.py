@@ -18,6 +18,7 @@ import pytest
 from .endpoint import KINDS, events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
 
 REQUESTS, IN_FLIGHT = 500, 16
+APP = "random-requests"
 GROWTH_MB = 60
 """What all replicas together may grow by over the second half of the requests; a leak of pictures would be more."""
 
@@ -53,7 +54,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def client(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     args = serve_args(make_folders(tmp_path_factory.mktemp("models")), model={"slots": 4, "queue": 64})
-    with serving(args) as url, httpx.Client(base_url=url, timeout=120) as client:
+    with serving(args, APP) as url, httpx.Client(base_url=url, timeout=120) as client:
         yield client
 
 
@@ -129,11 +130,11 @@ def leave(client: httpx.Client, body: dict[str, Any], after_s: float) -> None:
             return
 
 
-def memory_mb(app: str = "test") -> float:
+def memory_mb() -> float:
     """Resident memory of the endpoint's replicas."""
     listed = subprocess.run(["ps", "-eo", "rss,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.split(maxsplit=1) for line in listed.splitlines()]
-    found = [int(kib) / 1024 for kib, args in lines if args.startswith(f"ray::ServeReplica:{app}:")]
+    found = [int(kib) / 1024 for kib, args in lines if args.startswith(f"ray::ServeReplica:{APP}:")]
     assert len(found) == 5, listed
     return sum(found)
 
@@ -152,7 +153,7 @@ def test_five_hundred_random_requests(client: httpx.Client) -> None:
     print(json.dumps(kinds), "memory", [f"{mb:.0f} MB" for mb in memory])
     assert sum(kinds.values()) == REQUESTS and min(kinds.values()) > 10
     for kind in KINDS:
-        wait_for_rows(kind, 0)
+        wait_for_rows(kind, 0, APP)
     # Nothing was left in the gate either: it lets in as many pictures at once as it ever did.
     assert len(pictures(client, prompt=["x"] * 4, n=16, num_inference_steps=1)) == 64
     assert client.get("/healthz").status_code == 200

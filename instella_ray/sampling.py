@@ -21,7 +21,7 @@ from . import rng
 from .diffusion import noise_probability, per_row
 from .errors import UserError
 from .models.generator import ARGenerator, DiffusionGenerator
-from .models.joint_attention import TextKV
+from .models.joint_attention import JointCache, TextKV
 
 SAMPLERS = {"posterior": 0, "simplified": 1}
 """``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
@@ -221,12 +221,12 @@ def generate_ar(
     draw = _drawer(uniforms, cfg.num_tokens, params, 1, cfg.bits_per_token, rng.AR)
     text = _with_unconditional(cond, uncond, batch)
     z = model.x_embedder.weight.new_zeros(batch, cfg.num_tokens, cfg.bits_per_token)
-    cache = model.new_cache(2 * batch) if use_cache else None
+    cache = JointCache.of(text, cfg.num_tokens) if use_cache else None
     for index in range(cfg.num_tokens):
         doubled = torch.cat((z, z))
         if cache is not None:
             position = torch.full((2 * batch,), index, device=z.device)
-            out = model.step(doubled[:, max(index - 1, 0)], position, text, cache)
+            out = model.step(doubled[:, max(index - 1, 0)], position, cache)
         else:
             out = model(doubled[:, :index] if index else None, text)[:, -1]
         z[:, index] = ar_step(out[:batch], out[batch:], params, draw(index).reshape(batch, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ from ray import serve
 from instella_ray.config import Config, parse_job
 from instella_ray.data.pipeline import init_ray
 from instella_ray.errors import run_main
-from instella_ray.serving.app import ServeArgs, build, require_free_port
+from instella_ray.serving.access import ApiKeys, check_address, require_free_port
+from instella_ray.serving.app import ServeArgs, build
 
 
 class ServeJobConfig(Config):
@@ -19,18 +21,27 @@ class ServeJobConfig(Config):
 
     app: ServeArgs
     host: str = "127.0.0.1"
-    """Address to listen on. There are no API keys yet: leave it on loopback."""
+    """Address to listen on; one that other machines reach needs API keys (INSTELLA_API_KEYS or app.api_keys_file)."""
     port: int = Field(8000, ge=1, le=65535)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cfg = parse_job(ServeJobConfig, argv, prog="serve.py", description="Serve text to image over HTTP.")
+    keys = ApiKeys.load(cfg.app.api_keys_file)
+    check_address(cfg.host, keys)
     require_free_port(cfg.host, cfg.port)
     app = build(cfg.app)
+    # A supervisor says SIGTERM where a terminal says Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     init_ray()
-    serve.start(http_options={"host": cfg.host, "port": cfg.port})
     try:
-        serve.run(app, name="instella-ray", route_prefix="/", blocking=True)
+        serve.start(http_options={"host": cfg.host, "port": cfg.port})
+        serve.run(app, name="instella-ray", route_prefix="/")
+        print(f"listening on http://{cfg.host}:{cfg.port} ({'with' if keys else 'without'} API keys)", flush=True)
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
     finally:
         serve.shutdown()
     return 0

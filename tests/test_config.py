@@ -152,7 +152,8 @@ def test_every_shipped_configuration_loads() -> None:
     for path in files:
         load_config(rooms[path.parent.name], str(path))
     for path in (ROOT / "configs" / "serve").glob("*.yaml"):
-        load_config(ServeArgs, str(path), section="app")
+        if path.name != "deploy.yaml":  # Ray Serve's own form
+            load_config(ServeArgs, str(path), section="app").check()
     given = ["input=a", "output=b"]
     load_config(CurateConfig, str(ROOT / "configs/data/curate.yaml"), given)
     load_config(EncodeConfig, str(ROOT / "configs/data/encode.yaml"), [*given, "tokenizer=c"])

@@ -5,7 +5,6 @@ Block i reads the text encoder's layer i through its own projection, and image t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
-from .joint_attention import JointAttention, TextKV
+from .joint_attention import JointAttention, JointCache, TextKV
 from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_norm
 
 
@@ -65,11 +64,11 @@ class DiffusionBlock(GeneratorBlock):
         self.norm1 = Modulation(cfg.width, 6)
         self.ff = FeedForward(cfg.width)
 
-    def forward(self, x: Tensor, embedding: Tensor, text: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: TextKV | JointCache, block: int, mask: Tensor) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.norm1(embedding)
         # Positions join after the modulation and never enter the residual stream.
         y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
-        x = x + gate_1 * self.attn(y, text, mask)
+        x = x + gate_1 * self.attn(y, context, block, mask)
         return x + gate_2 * self.ff(layer_norm(x) * (1 + scale_2) + shift_2)
 
 
@@ -82,8 +81,8 @@ class ARBlock(GeneratorBlock):
         self.post_attention_layernorm = RMSNorm(cfg.width)
         self.mlp = FeedForward(cfg.width)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, mask)
+    def forward(self, x: Tensor, text: TextKV, block: int, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, block, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -155,25 +154,20 @@ class DiffusionGenerator(Generator):
                 if cfg.zero_init and ("norm1" in name or name in ("norm_out.linear", "proj_out")):
                     nn.init.zeros_(module.weight)
 
-    def forward(self, z: Tensor, t: Tensor, text: TextKV) -> Tensor:
-        """Logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at times ``t [B]`` in [0, 1] (1 is pure noise)."""
+    def forward(self, z: Tensor, t: Tensor, text: TextKV | JointCache) -> Tensor:
+        """Logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at times ``t [B]`` in [0, 1] (1 is pure noise).
+
+        With a :class:`JointCache` the image's keys and values are written beside the text's: the same result,
+        without a gradient.
+        """
         x = self.x_embedder(z)
         embedding = self.time_embed(t)
         image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
         mask = torch.cat((text.mask, image), dim=1)[:, None, None]
         for i, block in enumerate(self.transformer_blocks):
-            x = block(x, embedding, (text.keys[i], text.values[i]), mask)
+            x = block(x, embedding, text, i, mask)
         scale, shift = self.norm_out(embedding)
         return self.proj_out(layer_norm(x) * (1 + scale) + shift)
-
-
-@dataclass
-class KVCache:
-    """Image keys and values of an AR batch, of fixed shape, so that rows may sit at different positions."""
-
-    keys: list[Tensor]
-    """For each block ``[B, heads, L, D]``."""
-    values: list[Tensor]
 
 
 class ARGenerator(Generator):
@@ -198,36 +192,23 @@ class ARGenerator(Generator):
         seen_text = text.mask[:, None, None].expand(-1, -1, count, -1)
         mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
         for i, block in enumerate(self.transformer_blocks):
-            x = block(x, (text.keys[i], text.values[i]), mask)
+            x = block(x, text, i, mask)
         return self.proj_out(self.norm_out(x))
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for ``batch`` rows."""
-        cfg, weight = self.cfg, self.x_embedder.weight
-        shape = (batch, cfg.heads, cfg.num_tokens, cfg.width // cfg.heads)
-        layers = range(cfg.layers)
-        return KVCache([weight.new_zeros(shape) for _ in layers], [weight.new_zeros(shape) for _ in layers])
-
-    def step(self, previous: Tensor, position: Tensor, text: TextKV, cache: KVCache) -> Tensor:
+    def step(self, previous: Tensor, position: Tensor, cache: JointCache) -> Tensor:
         """Logits ``[B, K]`` of token ``position [B]``, given the bits ``previous [B, K]`` of the token before it.
 
-        Updates ``cache`` in place. Rows may be at different positions; at position 0 the split token stands in for
-        ``previous``. Equals :meth:`forward` on the whole prefix.
+        Updates ``cache``, which holds the text and the tokens so far. Rows may be at different positions; at position 0
+        the split token stands in for ``previous``. Equals :meth:`forward` on the whole prefix.
         """
-        cfg = self.cfg
         first = (position == 0)[:, None, None]
         x = torch.where(first, self.split_token, self.x_embedder(previous)[:, None])
-        row = torch.arange(len(x), device=x.device)
-        seen = torch.arange(cfg.num_tokens, device=x.device) <= position[:, None]
-        mask = torch.cat((text.mask, seen), dim=1)[:, None, None]
+        seen = torch.arange(self.cfg.num_tokens, device=x.device) <= position[:, None]
+        mask = torch.cat((cache.mask, seen), dim=1)[:, None, None]
         for i, module in enumerate(self.transformer_blocks):
             assert isinstance(module, ARBlock)
             y = module.input_layernorm(x) + module.pos_emb[0, position][:, None]
-            k, v = module.attn.key_value(y)
-            cache.keys[i][row, :, position] = k[:, :, 0]
-            cache.values[i][row, :, position] = v[:, :, 0]
-            keys = torch.cat((text.keys[i], cache.keys[i]), dim=2)
-            values = torch.cat((text.values[i], cache.values[i]), dim=2)
+            keys, values = cache.write(i, position, *module.attn.key_value(y))
             x = x + module.attn.attend(module.attn.query(y), keys, values, mask)
             x = x + module.mlp(module.post_attention_layernorm(x))
         return self.proj_out(self.norm_out(x))[:, 0]

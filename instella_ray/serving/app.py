@@ -1,192 +1,190 @@
-"""The endpoint: text encoder -> generator -> decoder behind one HTTP API, as ``serve run`` builds it.
+"""The endpoint as ``serve run`` and ``serve deploy`` build it: text encoder -> generator -> decoder behind one HTTP API."""
 
-Features and codes go from replica to replica through Ray's object store; only the encoded picture passes the ingress.
-"""
+# No ``from __future__ import annotations`` here: Serve looks at what ``build`` is annotated with, and turns the arguments of
+# its file into a ServeArgs only where it finds the class itself.
 
-# No ``from __future__ import annotations`` here: the ingress class travels to its replica without the names that only
-# its annotations mention, and FastAPI must still know that a request is a body.
-
-import base64
-import secrets
-import socket
-import time
+from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import Field
+import numpy as np
+from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from .. import storage
-from ..config import Config
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
-from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from ..sampling_config import SamplingConfig
+from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
+from .access import ApiKeys
+from .api import Served, Service, make_api
+from .config import ModelArgs, ServeArgs, StageArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
-from .schema import ImageData, ImageRequest, ImageResponse, error_body
+from .graph import Graph
+from .scaling import generator_scaling, stage_scaling
+
+__all__ = ["ModelArgs", "ServeArgs", "build"]
+
+CALLS = 64
+"""Calls that a text encoder's or a decoder's replica holds at once; they are batched there."""
 
 
-class ModelArgs(Config):
-    """One generator behind the endpoint."""
-
-    path: str
-    """Model folder of a diffusion or AR generator."""
-    defaults: SamplingConfig = SamplingConfig()
-    """What a request gets where it says nothing."""
-    replicas: int = Field(1, ge=1)
-    slots: int = Field(8, ge=1)
-    """Pictures that share a forward pass."""
-
-
-class ServeArgs(Config):
-    """An endpoint: one tokenizer, one text encoder, any number of generators over its codes."""
-
-    tokenizer: str
-    """Model folder of the BIT."""
-    models: dict[str, ModelArgs]
-    """Generators by the name that requests use; the first is the default."""
-    text_length: int = 128
-    """Prompt tokens that a slot has room for."""
-    sizes: tuple[int, ...] = (512, 768, 1024)
-    """Edges (px) that pictures may have; the first is the default."""
-    num_cpus: float = 1.0
-    """Logical CPUs a replica reserves."""
-    threads: int = 1
-    """Threads a replica computes with on the CPU."""
-    num_gpus: float = 0.0
-    """GPU share of each replica."""
-
-
-api = FastAPI(title="instella-ray", description="Text to image over binary tokens.")
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
-    return JSONResponse(error_body(f"{field or 'body'}: {message}", param=field or None), 400)
-
-
-@api.exception_handler(UserError)
-async def _refused(request: Request, error: UserError) -> JSONResponse:
-    return JSONResponse(error_body(str(error)), 400)
-
-
-@serve.ingress(api)
+@serve.ingress()
 class Ingress:
-    """The HTTP API."""
+    """The HTTP API's replica. Its routes are made where it runs, because they close over its handles."""
 
     def __init__(
         self,
         args: ServeArgs,
+        served: Served,
+        text_config: TextEncoderConfig,
+        keys: ApiKeys,
         text: DeploymentHandle,
         decoder: DeploymentHandle,
         generators: dict[str, DeploymentHandle],
     ) -> None:
-        self.args = args
-        self.text, self.decoder, self.generators = text, decoder, generators
+        count = None if args.limits.prompt_tokens is None else partial(_count_tokens, _tokenizer(text_config))
+        self.service, self.keys = Service(args, served, Graph(text, decoder, generators), count), keys
 
-    @api.get("/healthz")
-    def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/v1/models")
-    def models(self) -> dict[str, Any]:
-        entries = [{"id": name, "object": "model", "owned_by": "instella-ray"} for name in self.args.models]
-        return {"object": "list", "data": entries}
-
-    @api.post("/v1/images/generations")
-    async def generations(self, request: ImageRequest) -> ImageResponse:
-        name = request.model or next(iter(self.args.models))
-        if name not in self.args.models:
-            raise UserError(f"model '{name}': not served here, expected one of {', '.join(self.args.models)}")
-        width, height = self._size(request.size)
-        defaults = self.args.models[name].defaults.model_dump()
-        seed = secrets.randbelow(2**62) if request.seed is None else request.seed
-        answers, seeds = [], []
-        for i, prompt in enumerate(request.prompts):
-            seeds.append((seed + i) % 2**63)
-            features = self.text.encode.remote(prompt)
-            sampling = {**defaults, **request.sampling(), "seed": seeds[-1]}
-            codes = self.generators[name].generate.remote(features, sampling)
-            answers.append(self.decoder.decode.remote(codes, height, width, request.output_format))
-        pictures = [base64.b64encode(await answer).decode() for answer in answers]
-        rows = zip(pictures, seeds, request.prompts, strict=True)
-        data = [ImageData(b64_json=picture, seed=s, prompt=p) for picture, s, p in rows]
-        return ImageResponse(created=int(time.time()), model=name, data=data)
-
-    def _size(self, text: str | None) -> tuple[int, int]:
-        if text is None:
-            return self.args.sizes[0], self.args.sizes[0]
-        width, height = (int(side) for side in text.split("x"))
-        if width not in self.args.sizes or height not in self.args.sizes:
-            raise UserError(f"size {text}: expected sides of {', '.join(map(str, self.args.sizes))} pixels")
-        return width, height
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self.service, self.keys)
 
 
-def build(args: ServeArgs | dict[str, Any]) -> Application:
+def build(args: ServeArgs) -> Application:
     """The application, as ``serve run instella_ray.serving.app:build`` calls it with ``args`` from its file.
 
-    UserError when a folder is missing or its model does not belong to the tokenizer.
+    UserError when a folder is missing or its model does not belong to the tokenizer, or settings contradict.
     """
-    args = args if isinstance(args, ServeArgs) else ServeArgs.model_validate(args)
-    text_config = _check(args)
+    args.check()
+    keys = ApiKeys.load(args.api_keys_file)
+    served, text_config = _look_into_folders(args)
     # A longer prompt is cut, with a warning, to what a slot has room for.
     limit = min(text_config.max_length, args.text_length)
     text_config = text_config.model_copy(update={"max_length": limit})
-    device = "auto" if args.num_gpus else "cpu"
-    actor = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
-    stage = {"ray_actor_options": actor, "max_ongoing_requests": 64}
-    empty = TextEncoder.from_config(text_config).encode([""])
-    empty_prompt = empty.features[:, 0, empty.mask[0]].numpy()
-    generators = {
-        name: _deployment(GeneratorStage, f"Generator-{name}", num_replicas=model.replicas, **stage).bind(
-            storage.absolute(model.path), empty_prompt, model.slots, args.text_length, args.threads, device
-        )
-        for name, model in args.models.items()
+    empty = _empty_prompt(text_config)
+    generators = {name: _generator(args, name, model, empty) for name, model in args.models.items()}
+    text, decoder = _text(args, text_config), _decoder(args)
+    return _ingress(args).bind(args, served, text_config, keys, text, decoder, generators)
+
+
+def _text(args: ServeArgs, cfg: TextEncoderConfig) -> Application:
+    # Prompts in a batch change each other's last digits, and with them a bit of a picture here and there.
+    invariant = all(model.batch_invariant for model in args.models.values())
+    return _stage(args, TextEncoderStage, "TextEncoder", args.text).bind(
+        cfg, args.threads, _device(args, args.text), precision=args.precision, batch_invariant=invariant
+    )
+
+
+def _decoder(args: ServeArgs) -> Application:
+    return _stage(args, DecoderStage, "Decoder", args.decoder).bind(
+        storage.absolute(args.tokenizer),
+        args.threads,
+        _device(args, args.decoder),
+        precision=args.precision,
+        safety=args.safety,
+    )
+
+
+def _generator(args: ServeArgs, name: str, model: ModelArgs, empty_prompt: np.ndarray) -> Application:
+    stage = _stage(
+        args,
+        GeneratorStage,
+        f"Generator-{name}",
+        model,
+        ongoing=model.ongoing,
+        # A second bound behind the ingress's own gate, for the time when fewer replicas run than may.
+        max_queued_requests=model.capacity,
+    )
+    return stage.bind(
+        storage.absolute(model.path),
+        empty_prompt,
+        model.options(args.text_length),
+        args.threads,
+        _device(args, model),
+        model.longest_step_s,
+        precision=args.precision,
+    )
+
+
+def _stage(
+    args: ServeArgs, stage: type, name: str, settings: StageArgs, *, ongoing: int = CALLS, **options: Any
+) -> serve.Deployment:
+    return serve.deployment(
+        name=name,
+        ray_actor_options={"num_cpus": args.cpus(settings), "num_gpus": args.gpus(settings)},
+        max_ongoing_requests=ongoing,
+        # Scaling down never ends a request that may still meet its deadline.
+        graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
+        **_fixed_or_scaled(settings, ongoing),
+        **options,
+    )(stage)
+
+
+def _fixed_or_scaled(settings: StageArgs, ongoing: int) -> dict[str, Any]:
+    scaling = settings.autoscaling
+    if scaling is None:
+        return {"num_replicas": settings.replicas}
+    between = (scaling.min_replicas, scaling.max_replicas)
+    delays: dict[str, Any] = {
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
     }
-    text = _deployment(TextEncoderStage, "TextEncoder", **stage).bind(text_config, args.threads, device)
-    decoder = _deployment(DecoderStage, "Decoder", **stage).bind(storage.absolute(args.tokenizer), args.threads, device)
-    ingress = _deployment(Ingress, "Ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256)
-    return ingress.bind(args, text, decoder, generators)
+    if isinstance(settings, ModelArgs):
+        return {"autoscaling_config": generator_scaling(*between, utilisation=scaling.target_load, **delays)}
+    return {"autoscaling_config": stage_scaling(*between, ongoing=scaling.target_load * ongoing, **delays)}
 
 
-def require_free_port(host: str, port: int) -> None:
-    """UserError when nothing can listen there. Serve itself would say so from an actor, after everything is loaded."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended a moment ago is no obstacle
-            probe.bind((host, port))
-    except OSError as error:
-        raise UserError(f"port {port}: cannot listen on {host} ({error.strerror}); choose another port") from None
+def _ingress(args: ServeArgs) -> serve.Deployment:
+    # Room for every picture that may be under way as a request of its own, and for those that are turned away: a queue
+    # in Serve's proxy would keep them waiting for their 429.
+    pictures = sum(model.capacity for model in args.models.values()) + args.limits.pictures + args.decoder.queue
+    return serve.deployment(
+        name="Ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * pictures + 256,
+        max_queued_requests=256,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
+    )(Ingress)
 
 
-def _deployment(stage: type, name: str, **options: Any) -> serve.Deployment:
-    return serve.deployment(name=name, **options)(stage)
+def _device(args: ServeArgs, stage: StageArgs) -> str:
+    return "auto" if args.gpus(stage) else "cpu"
 
 
-def _check(args: ServeArgs) -> TextEncoderConfig:
+def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:
+    empty = TextEncoder.from_config(cfg).encode([""])
+    return empty.features[:, 0, empty.mask[0]].numpy()
+
+
+def _tokenizer(cfg: TextEncoderConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
+    return AutoTokenizer.from_pretrained(resolve_name(cfg.name), **extra)
+
+
+def _count_tokens(tokenizer: Any, prompt: str) -> int:
+    return len(tokenizer(prompt, truncation=False)["input_ids"])
+
+
+def _look_into_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
     bit = load_expected(args.tokenizer, BIT)
     bit_hash, multiple = weight_hash(bit), bit.cfg.decode_multiple
     wrong = next((size for size in args.sizes if size % multiple), None)
     if wrong is not None:
         raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} needs to decode")
-    if not args.models:
-        raise UserError("models: expected at least one generator")
-    encoders = []
+    encoders, kinds = [], {}
     for name, model in args.models.items():
         config = read_checkpoint_config(model.path)
         if config.get("tokenizer_hash") != bit_hash:
             raise UserError(
                 f"models.{name}: {model.path} was trained on codes of another tokenizer than {args.tokenizer}"
             )
+        kinds[name] = str(config["model"].get("kind"))
         encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
     if any(encoder != encoders[0] for encoder in encoders):
         raise UserError("models: all generators of one endpoint must read the same text encoder")
-    return encoders[0]
+    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds), encoders[0]

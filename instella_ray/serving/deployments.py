@@ -1,88 +1,323 @@
-"""The three stages of the sampling graph, each a Ray Serve deployment of its own."""
+"""The three stages of the sampling graph, each a Ray Serve deployment of its own.
+
+They import no Serve but for metrics: a stage is a plain class, and can be called without any deployment.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import asyncio
+import gc
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
-from PIL import Image
 
-from ..accelerator import pick_device
+from ..accelerator import Precision, pick_device
 from ..data.decode import to_pixels
+from ..errors import UserError
 from ..models.bit import BIT
-from ..models.checkpoint import load_expected, load_model
+from ..models.checkpoint import load_expected
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams
 from .batching import MicroBatcher
-from .engine import build_engine
+from .engine import EngineOptions, Progress
+from .images import OPTIONS, encode_image
+from .metrics import EngineMetrics, StageTimes
 from .runner import EngineRunner
+from .safety import SafetyConfig, load_checker
+from .scaling import ACTIVE, SLOTS, WAITING
+from .weights import Identity, Weights, load_engine, serving_dtype
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 1.0
+"""Between two updates of the engine's metrics."""
 
 
 class TextEncoderStage:
     """Prompts to features of every layer, micro-batched and cached."""
 
-    def __init__(self, cfg: TextEncoderConfig, threads: int, device: str) -> None:
+    def __init__(
+        self,
+        cfg: TextEncoderConfig,
+        threads: int = 1,
+        device: str = "auto",
+        *,
+        precision: Precision = "auto",
+        batch_invariant: bool = True,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        """``batch_invariant`` runs each prompt that is not in the cache by itself: padded beside others its features
+        differ in the last digits, and a picture would depend on who else was asking."""
         torch.set_num_threads(threads)
-        self.cache = TextFeatureCache(TextEncoder.from_config(cfg, device=pick_device(device)), 256 << 20)
-        self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=32)
+        where = pick_device(device)
+        encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
+        self.cache = TextFeatureCache(encoder, cache_bytes)
+        self.times = StageTimes()
+        self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=1 if batch_invariant else 32)
 
     async def encode(self, prompt: str) -> np.ndarray:
         """Float32 ``[layers, T, width]``, without padding."""
-        return await self.batcher(prompt)
+        with self.times.measure("text"):
+            return await self.batcher(prompt)
+
+    async def check_health(self) -> None:
+        """Answers while the event loop does."""
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
         features, mask = self.cache.encode(prompts)
-        return [features[:, i, mask[i]].cpu().numpy() for i in range(len(prompts))]
+        return [features[:, i, mask[i]].float().cpu().numpy() for i in range(len(prompts))]
 
 
 class GeneratorStage:
-    """Features to codes, in the step engine."""
+    """Features to codes, in the step engine.
 
-    def __init__(self, path: str, empty_prompt: np.ndarray, slots: int, text_length: int, threads: int, device: str):
+    ``generate`` and ``follow`` raise UserError, :class:`.runner.DeadlineExceeded` or :class:`.runner.EngineFailed`.
+    A call that is cancelled gives its slot back at the next step.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        empty_prompt: np.ndarray,
+        options: EngineOptions | None = None,
+        threads: int = 1,
+        device: str = "auto",
+        longest_step_s: float = 60.0,
+        *,
+        precision: Precision = "auto",
+    ) -> None:
+        """``empty_prompt [layers, T, width]``: features without a prompt. A step that takes ``longest_step_s`` counts as
+        hung: Serve then replaces the replica."""
         torch.set_num_threads(threads)
-        model = load_model(path, device=pick_device(device))
-        assert not isinstance(model, BIT)
-        engine = build_engine(model, torch.tensor(empty_prompt), slots=slots, text_length=text_length)
-        self.runner = EngineRunner(engine)
+        self.options = options or EngineOptions()
+        self.longest_step_s = longest_step_s
+        self._empty, self._device, self._precision = torch.tensor(empty_prompt), pick_device(device), precision
+        self.weights, self.identity = Weights(path=path), Identity.of(path)
+        self.refused: str | None = None
+        """Why the last swap of weights was refused; None when what is served is what was asked for."""
+        self.times, self.metrics = StageTimes(), EngineMetrics()
+        self._runners: dict[int, EngineRunner] = {0: EngineRunner(self._load(path))}
+        """By number; the last one takes new requests, those before it end what they have."""
+        self._swap, self._retiring = asyncio.Lock(), set[asyncio.Task[None]]()
+        self._reporter: asyncio.Task[None] | None = None
+        self._in_service = False
 
-    async def generate(self, features: np.ndarray, sampling: dict[str, Any]) -> np.ndarray:
-        """Codes, uint8 0/1 ``[L, K]``; ``sampling`` holds the fields of :class:`SamplingParams`."""
+    @property
+    def runner(self) -> EngineRunner:
+        """The one that takes new requests."""
+        return next(reversed(self._runners.values()))
+
+    async def generate(
+        self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
+    ) -> np.ndarray:
+        """Codes, uint8 0/1 ``[L, K]``, of ``features [layers, T, width]``.
+
+        ``sampling`` holds the fields of :class:`SamplingParams`.
+        """
         # A copy: arrays from the object store are read-only.
-        codes = await self.runner.generate(torch.tensor(features), SamplingParams.of(1, **sampling))
-        return codes.numpy()
+        prompt, params = torch.tensor(features), _params(sampling)
+        with self.times.measure("generate"):
+            return (await self.runner.generate(prompt, params, timeout_s=timeout_s)).numpy()
 
-    def check_health(self) -> None:
-        if not self.runner.alive:
-            raise RuntimeError("the step engine's thread has died")
+    async def follow(
+        self,
+        features: np.ndarray,
+        sampling: Mapping[str, Any],
+        timeout_s: float = float("inf"),
+        preview_every: int = 1,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """As :meth:`generate`, with ``{"step", "steps", "codes"}`` after every ``preview_every`` steps, where codes are
+        the most likely bits as of then, and ``{"codes", "done": True}`` at the end. 0 gives the end alone."""
+        prompt, params = torch.tensor(features), _params(sampling)
+        events = self.runner.follow(prompt, params, timeout_s=timeout_s, preview_every=preview_every)
+        with self.times.measure("generate"):
+            # Closed here and now when the caller leaves, not when the garbage is collected: the slot waits for it.
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Progress):
+                        yield {"step": event.step, "steps": event.steps, "codes": event.estimate.numpy()}
+                    else:
+                        yield {"codes": event.codes.numpy(), "done": True}
+
+    async def check_health(self) -> None:
+        """:class:`.runner.EngineFailed` when an engine has died or hangs. Serve asks now and then."""
+        for runner in self._runners.values():
+            runner.check(self.longest_step_s)
+        if self._reporter is None or self._reporter.done():
+            self._reporter = asyncio.create_task(self._keep_reporting())
+        # Serve asks for the first time when the replica has been made and configured.
+        self._in_service = True
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`.scaling.RowsPolicy` decides by."""
+        stats = [runner.stats for runner in self._runners.values()]
+        waiting, active = (float(sum(getattr(s, name) for s in stats)) for name in ("waiting", "active"))
+        return {WAITING: waiting, ACTIVE: active, SLOTS: float(self.options.slots)}
+
+    async def status(self) -> dict[str, Any]:
+        """Which process serves which weights, and what it has to do."""
+        stats = [runner.stats for runner in self._runners.values()]
+        return {
+            "pid": os.getpid(),
+            **self.weights.model_dump(),
+            "refused": self.refused,
+            "engines": len(stats),
+            "waiting": sum(s.waiting for s in stats),
+            "active": sum(s.active for s in stats),
+            "slots": self.options.slots,
+            "steps": stats[-1].steps,
+            "pictures": stats[-1].pictures,
+        }
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Swap weights (:class:`.weights.Weights`): new requests go to the new ones, old requests end with the old ones.
+
+        A swap that cannot be made is refused: a replica in service logs why, keeps it in :meth:`status` and goes on
+        with what it has, because Serve would stop it for an exception. A replica that is only starting raises: it must
+        not serve other weights than its siblings.
+        """
+        async with self._swap:
+            try:
+                weights = _weights(user_config)
+                if weights != self.weights:
+                    await self._swap_to(weights)
+                self.refused = None
+            except Exception as error:
+                if not self._in_service:
+                    raise
+                self.refused = str(error) or type(error).__name__
+                log.error("weights not swapped, %s goes on: %s", self.weights.path, self.refused)
+
+    async def _swap_to(self, weights: Weights) -> None:
+        self.identity.check(Identity.of(weights.path), weights.path)
+        # In a thread, because reading weights takes seconds in which the old engine's callers want their events.
+        engine = await asyncio.to_thread(self._load, weights.path)
+        old = next(reversed(self._runners))
+        self._runners[old + 1] = EngineRunner(engine)
+        self.weights = weights
+        task = asyncio.create_task(self._retire(old))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _load(self, path: str) -> Any:
+        return load_engine(path, self._empty, self.options, self._device, self._precision)
+
+    async def _retire(self, number: int) -> None:
+        await self._runners[number].drain()
+        self._report()
+        del self._runners[number]
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    async def _keep_reporting(self) -> None:
+        while True:
+            self._report()
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    def _report(self) -> None:
+        self.metrics.report({number: runner.stats for number, runner in self._runners.items()})
 
 
 class DecoderStage:
-    """Codes to encoded pictures, micro-batched by size."""
+    """Codes to picture files: micro-batched by size, checked and encoded in threads while the next batch decodes."""
 
-    def __init__(self, path: str, threads: int, device: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        threads: int = 1,
+        device: str = "auto",
+        *,
+        precision: Precision = "auto",
+        batch: int = 8,
+        file_threads: int = 2,
+        safety: SafetyConfig | None = None,
+    ) -> None:
+        """A picture of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
         torch.set_num_threads(threads)
         self.device = pick_device(device)
         self.bit = load_expected(path, BIT, device=self.device)
-        self.batchers: dict[tuple[int, int, str], MicroBatcher[np.ndarray, bytes]] = {}
+        self.dtype = serving_dtype(self.device, precision)
+        self.batch = batch
+        self.checker = load_checker(safety) if safety is not None else None
+        self.times = StageTimes()
+        self._batchers: dict[tuple[int, int], MicroBatcher[np.ndarray, np.ndarray]] = {}
+        # One size at a time, so that a replica keeps to its threads.
+        self._turn = threading.Lock()
+        self._files = ThreadPoolExecutor(file_threads, thread_name_prefix="picture-files")
 
-    async def decode(self, codes: np.ndarray, height: int, width: int, output_format: str) -> bytes:
-        """The encoded file of a picture of ``height x width`` pixels."""
-        key = (height, width, output_format)
-        if key not in self.batchers:
-            self.batchers[key] = MicroBatcher(lambda batch: self._decode(batch, *key), size=8)
-        return await self.batchers[key](codes)
+    async def decode(
+        self,
+        codes: np.ndarray,
+        height: int,
+        width: int,
+        output_format: str = "png",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """The file of a picture of ``height x width`` pixels from uint8 0/1 ``codes [L, K]``, with ``metadata`` in it.
 
-    def _decode(self, batch: Sequence[np.ndarray], height: int, width: int, output_format: str) -> list[bytes]:
+        UserError for codes, a size or a format that do not fit; :class:`.safety.Flagged` where a safety checker is
+        set and withholds the picture.
+        """
+        self._check(codes, output_format)
+        with self.times.measure("decode"):
+            picture = await self._batcher(height, width)(codes)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._files, self._to_file, picture, output_format, metadata)
+
+    async def check_health(self) -> None:
+        """Answers while the event loop does."""
+
+    def _check(self, codes: np.ndarray, output_format: str) -> None:
+        # Before batching: what one caller got wrong must not reach the others of its batch.
+        expected = (self.bit.cfg.num_tokens, self.bit.cfg.bits_per_token)
+        if codes.shape != expected or codes.dtype != np.uint8 or codes.max(initial=0) > 1:
+            raise UserError(
+                f"codes: expected uint8 0/1 of shape {expected}, got {codes.dtype} of shape {codes.shape}"
+                f" up to {codes.max(initial=0)}"
+            )
+        if output_format not in OPTIONS:
+            raise UserError(f"output_format '{output_format}': expected one of {', '.join(OPTIONS)}")
+
+    def _batcher(self, height: int, width: int) -> MicroBatcher[np.ndarray, np.ndarray]:
+        key = (height, width)
+        if key not in self._batchers:
+            self._batchers[key] = MicroBatcher(lambda batch: self._decode(batch, height, width), size=self.batch)
+        return self._batchers[key]
+
+    def _decode(self, batch: Sequence[np.ndarray], height: int, width: int) -> list[np.ndarray]:
         codes = torch.from_numpy(np.stack(batch)).to(self.device)
-        return [encode_image(picture, output_format) for picture in to_pixels(self.bit.decode(codes, height, width))]
+        # Positions and the quantizer's embedding stay exact: only matrix products are halved.
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with self._turn, half:
+            return list(to_pixels(self.bit.decode(codes, height, width)))
+
+    def _to_file(self, picture: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None) -> bytes:
+        with self.times.measure("encode_file"):
+            if self.checker is not None:
+                self.checker(picture)
+            return encode_image(picture, output_format, metadata)
 
 
-def encode_image(picture: np.ndarray, output_format: str) -> bytes:
-    """File bytes of uint8 ``[H, W, 3]``."""
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": 92}
-    Image.fromarray(picture).save(buffer, output_format.upper(), **options)
-    return buffer.getvalue()
+def _params(sampling: Mapping[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams.of(1, **sampling)
+    except TypeError as error:
+        raise UserError(f"sampling: {error}") from None
+
+
+def _weights(user_config: Mapping[str, Any]) -> Weights:
+    try:
+        return Weights.model_validate(user_config)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "user_config"
+        raise UserError(f"{where}: {first['msg']}, expected path and perhaps version") from None

@@ -3,50 +3,81 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from ..sampling_config import Sampler, SamplingConfig
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+ResponseFormat = Literal["b64_json", "codes"]
 
 
-class ImageRequest(BaseModel):
-    """Body of ``POST /v1/images/generations``. What is left out takes the server's default."""
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected Unicode text, got half of a surrogate pair") from None
+    return text
 
-    model_config = ConfigDict(extra="forbid")
 
-    prompt: str | list[str] = Field(description="One prompt, or several; the empty prompt is allowed")
+def _size(text: str | None) -> str | None:
+    if text in (None, "auto"):
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text):
+        raise ValueError("expected WIDTHxHEIGHT, for example 1024x1024")
+    return text
+
+
+Prompt = Annotated[str, AfterValidator(_encodable)]
+Size = Annotated[str | None, AfterValidator(_size)]
+
+
+class RequestBody(BaseModel):
+    """No unknown keys, no guessing: ``"20"`` is not a number. What is left out takes the server's default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ImageRequest(RequestBody):
+    """Body of ``POST /v1/images/generations``."""
+
+    prompt: Prompt | list[Prompt] = Field(description="One prompt, or several; the empty prompt is allowed")
     model: str | None = Field(None, description="A model of GET /v1/models; the first one by default")
-    n: int = Field(1, ge=1, le=16, description="Pictures a prompt")
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, for example 1024x1024")
-    response_format: Literal["b64_json"] = "b64_json"
+    n: int = Field(1, ge=1, description="Pictures a prompt")
+    size: Size = Field(None, description="WIDTHxHEIGHT in pixels, for example 1024x1024, or auto")
+    response_format: ResponseFormat = Field("b64_json", description="codes: the picture's bits, to be decoded later")
     output_format: ImageFormat = "png"
+    stream: bool = Field(False, description="Answer with server-sent events")
+    partial_images: int = Field(0, ge=0, le=8, description="Previews of each picture, where the answer is a stream")
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Picture i uses seed + i; drawn at random by default")
-    num_inference_steps: int | None = Field(None, ge=1, le=1000)
-    guidance_scale: float | None = Field(None, ge=0, le=100, description="The paper's alpha; 0 is without guidance")
-    temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy")
-    rho: float | None = Field(None, gt=0, le=10)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="The paper's alpha; 0 is without guidance"
+    )
+    temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False, description="0 is greedy")
+    rho: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
     sampler: Sampler | None = None
     final_draw: bool | None = Field(None, description="Draw the last step's bits; false is a threshold at 0.5")
     user: str | None = Field(None, description="Accepted for compatibility; not used")
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def _some_prompt(cls, value: str | list[str]) -> str | list[str]:
-        prompts = [value] if isinstance(value, str) else value
-        if not prompts:
-            raise ValueError("expected at least one prompt, got an empty list")
-        if any(len(prompt) > 4000 for prompt in prompts):
-            raise ValueError("expected at most 4000 characters a prompt")
+    def _text(cls, value: Any) -> Any:
+        """One message in place of one for each kind that a prompt may be."""
+        prompts = value if isinstance(value, list) else [value]
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("expected a text or a list of at least one")
+        for prompt in prompts:
+            _encodable(prompt)
         return value
 
-    @field_validator("size")
+    @field_validator("partial_images")
     @classmethod
-    def _size_is_two_numbers(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value):
-            raise ValueError("expected WIDTHxHEIGHT, for example 1024x1024")
+    def _only_in_streams(cls, value: int, info: Any) -> int:
+        if value and not info.data.get("stream"):
+            raise ValueError("expected stream: true for previews")
         return value
 
     @property
@@ -60,22 +91,41 @@ class ImageRequest(BaseModel):
         return {name: value for name in SamplingConfig.model_fields if (value := getattr(self, name)) is not None}
 
 
+class DecodeRequest(RequestBody):
+    """Body of ``POST /v1/codes/decode``."""
+
+    codes: str | list[str] = Field(description="What response_format codes gave, once or several times")
+    size: Size = Field(None, description="WIDTHxHEIGHT in pixels; any size of the server, whatever was asked for then")
+    output_format: ImageFormat = "png"
+    model: str | None = Field(None, description="Accepted for symmetry: all models write the same tokenizer's codes")
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request")
+
+    @field_validator("codes", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        given = value if isinstance(value, list) else [value]
+        if not given or not all(isinstance(item, str) for item in given):
+            raise ValueError("expected a base64 text or a list of at least one")
+        return value
+
+    @property
+    def all_codes(self) -> list[str]:
+        return [self.codes] if isinstance(self.codes, str) else self.codes
+
+
 class ImageData(BaseModel):
     """One picture of an answer."""
 
-    b64_json: str
-    seed: int
-    prompt: str
+    b64_json: str | None = None
+    codes: str | None = None
+    """Base64 of the bits, packed as ``numpy.packbits`` does it."""
+    seed: int | None = None
+    prompt: str | None = None
 
 
 class ImageResponse(BaseModel):
-    """Answer of ``POST /v1/images/generations``."""
+    """Answer of ``POST /v1/images/generations`` and ``POST /v1/codes/decode``."""
 
     created: int
     model: str
     data: list[ImageData]
-
-
-def error_body(message: str, *, param: str | None = None, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """OpenAI's error form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

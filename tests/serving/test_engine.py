@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -15,8 +16,17 @@ from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
 from instella_ray.sampling import SamplingParams, generate
 from instella_ray.serving.batching import MicroBatcher
-from instella_ray.serving.engine import Request, StepEngine, build_engine
-from instella_ray.serving.runner import EngineRunner
+from instella_ray.serving.buckets import bucket_sizes, usable_buckets
+from instella_ray.serving.engine import (
+    EngineOptions,
+    Expired,
+    Finished,
+    Progress,
+    Request,
+    StepEngine,
+    build_engine,
+)
+from instella_ray.serving.runner import DeadlineExceeded, EngineFailed, EngineRunner
 
 SIZES = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 8}
 SLOTS = 3
@@ -25,7 +35,7 @@ SLOTS = 3
 def engine(kind: str, slots: int = SLOTS) -> StepEngine:
     torch.manual_seed(0)
     model = build_generator(GeneratorConfig(kind=kind, zero_init=False, **SIZES)).eval()
-    return build_engine(model, torch.zeros(2, 0, 8), slots=slots, text_length=6)
+    return build_engine(model, torch.zeros(2, 0, 8), EngineOptions(slots=slots, text_length=6))
 
 
 def request(number: int) -> Request:
@@ -46,8 +56,12 @@ def request(number: int) -> Request:
 def drain(e: StepEngine) -> dict[str, Tensor]:
     done = {}
     while not e.idle:
-        done.update({item.id: item.codes for item in e.step()})
+        done.update(pictures(e))
     return done
+
+
+def pictures(e: StepEngine) -> dict[str, Tensor]:
+    return {event.id: event.codes for event in e.step() if isinstance(event, Finished)}
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
@@ -58,7 +72,7 @@ def test_a_request_gives_the_same_bits_alone_and_in_any_company(kind: str, numbe
     for number in numbers[late:]:
         together.submit(request(number))
     for number in numbers[:late]:  # these join between steps
-        done.update({item.id: item.codes for item in together.step()})
+        done.update(pictures(together))
         together.submit(request(number))
     done.update(drain(together))
     for number in numbers:
@@ -97,7 +111,7 @@ def test_a_cancelled_request_frees_its_slot_at_the_next_step(kind: str) -> None:
     e.cancel("9")
     e.cancel("unknown")
     e.step()
-    assert e.ids == ["3"] or e.idle
+    assert [r.id for r in e.requests] == ["3"] or e.idle
     assert set(drain(e)) <= {"3"}
 
 
@@ -134,7 +148,7 @@ def test_a_cancelled_caller_leaves_nothing_behind_and_a_bad_one_hears_why() -> N
             await asyncio.sleep(0.01)
         return runner
 
-    assert asyncio.run(run()).alive
+    asyncio.run(run()).check(60)
 
 
 def test_calls_that_arrive_together_share_a_batch_and_errors_reach_all() -> None:
@@ -155,3 +169,216 @@ def test_calls_that_arrive_together_share_a_batch_and_errors_reach_all() -> None
 
     asyncio.run(run())
     assert sizes[:2] == [4, 2]
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Model:
+    """What the scheduler promises, as simply as it can be said: first come, first served, one step for all at a time."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.waiting: list[tuple[str, int, float]] = []
+        self.running: dict[str, int] = {}
+        self.deadlines: dict[str, float] = {}
+
+    def step(self, now: float) -> tuple[set[str], set[str]]:
+        late = {name for name, _, deadline in self.waiting if deadline <= now}
+        late |= {name for name in self.running if self.deadlines[name] <= now}
+        self.waiting = [entry for entry in self.waiting if entry[0] not in late]
+        self.running = {name: left for name, left in self.running.items() if name not in late}
+        while self.waiting and len(self.running) < self.slots:
+            name, steps, deadline = self.waiting.pop(0)
+            self.running[name], self.deadlines[name] = steps, deadline
+        self.running = {name: left - 1 for name, left in self.running.items()}
+        done = {name for name, left in self.running.items() if left == 0}
+        self.running = {name: left for name, left in self.running.items() if left}
+        return done, late
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("submit"), st.integers(1, 6), st.sampled_from([3.0, 8.0, float("inf")])),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("step")),
+)
+
+
+@given(actions=st.lists(ACTIONS, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_the_scheduler_does_what_a_simple_model_says(actions: list[tuple[object, ...]]) -> None:
+    """Who is done, and who is too late, at every step; no slot is lost, whatever is submitted, cancelled or expires."""
+    clock = Clock()
+    torch.manual_seed(0)
+    network = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()
+    options = EngineOptions(slots=SLOTS, text_length=6, batch_invariant=False)
+    e, model, names = build_engine(network, torch.zeros(2, 0, 8), options, clock=clock), Model(SLOTS), []
+
+    def one_step() -> None:
+        clock.now += 1
+        events = e.step()
+        done = {event.id for event in events if isinstance(event, Finished)}
+        late = {event.id for event in events if isinstance(event, Expired)}
+        assert (done, late) == model.step(clock.now)
+        assert {r.id for r in e.requests} == set(model.running)
+
+    for action, *values in actions:
+        if action == "submit":
+            steps, patience = values
+            names.append(str(len(names)))
+            params = SamplingParams.of(1, num_inference_steps=steps)
+            e.submit(Request(names[-1], torch.zeros(2, 1, 8), params, clock.now + patience))  # type: ignore[operator]
+            model.waiting.append((names[-1], steps, clock.now + patience))  # type: ignore[arg-type, operator]
+        elif action == "cancel" and names:
+            name = names[values[0] % len(names)]  # type: ignore[operator]
+            e.cancel(name)
+            model.waiting = [entry for entry in model.waiting if entry[0] != name]
+            model.running.pop(name, None)
+        else:
+            one_step()
+    for _ in range(200):
+        one_step()
+    assert e.idle
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_bucket_in_use_gives_the_same_bits(kind: str, threads: int) -> None:
+    """One request alone takes the smallest bucket; among five others it passes through all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = engine(kind, slots=6)
+        assert alone.buckets[-1] == 6
+        alone.submit(request(4))
+        expected = drain(alone)["4"]
+        crowd, done = engine(kind, slots=6), {}
+        for number in (1, 2, 3, 4, 0, 5):
+            crowd.submit(request(number))
+            done.update(pictures(crowd))
+        done.update(drain(crowd))
+        assert torch.equal(done["4"], expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_bucket_whose_numbers_differ_is_not_used() -> None:
+    def network(rows: int) -> Tensor:
+        return torch.ones(2 * rows, 3) + (1e-7 if rows == 2 else 0)
+
+    assert usable_buckets(network, bucket_sizes(5)) == [1, 4, 5]
+    assert bucket_sizes(1) == [1] and bucket_sizes(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+def test_progress_comes_as_often_as_asked_and_ends_in_the_picture(kind: str) -> None:
+    e, length = engine(kind), {"diffusion": 5, "ar": 4}[kind]
+    params = SamplingParams.of(1, seed=3, num_inference_steps=5)
+    e.submit(Request("x", torch.zeros(2, 1, 8), params, preview_every=2))
+    e.submit(Request("quiet", torch.zeros(2, 1, 8), params))
+    events = []
+    while not e.idle:
+        events += [event for event in e.step() if event.id == "x"]
+    told = [event for event in events if isinstance(event, Progress)]
+    assert [(event.step, event.steps) for event in told] == [(s, length) for s in range(2, length, 2)]
+    assert all(event.estimate.shape == (4, 6) and event.estimate.max() <= 1 for event in told)
+    assert isinstance(events[-1], Finished)
+    if kind == "ar":  # what has been drawn stays
+        assert torch.equal(told[0].estimate[:2], events[-1].codes[:2]) and not told[0].estimate[2:].any()
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_gives_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()
+    options = EngineOptions(slots=1, text_length=6, compilation="compile")
+    compiled = build_engine(model, torch.zeros(2, 0, 8), options)
+    compiled.submit(request(4))
+    plain = engine("diffusion", slots=1)
+    plain.submit(request(4))
+    assert torch.equal(drain(compiled)["4"], drain(plain)["4"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU"):
+            build_engine(model, torch.zeros(2, 0, 8), EngineOptions(text_length=6, compilation="graphs"))
+
+
+def test_an_empty_prompt_longer_than_a_slot_is_refused() -> None:
+    model = build_generator(GeneratorConfig(kind="ar", **SIZES)).eval()
+    with pytest.raises(UserError, match="empty prompt alone has 9 tokens"):
+        build_engine(model, torch.zeros(2, 9, 8), EngineOptions(text_length=6))
+
+
+def test_a_deadline_ends_the_wait_and_frees_the_slot() -> None:
+    async def run() -> None:
+        runner = EngineRunner(engine("diffusion", slots=1))
+        long = SamplingParams.of(1, num_inference_steps=10_000_000)
+        with pytest.raises(DeadlineExceeded, match=r"0\.2 s"):
+            await runner.generate(torch.zeros(2, 1, 8), long, timeout_s=0.2)
+        codes = await runner.generate(request(4).features, request(4).params, timeout_s=60)
+        assert codes.shape == (4, 6)
+        assert runner.stats.active == 0 and runner.stats.pictures == 1
+
+    asyncio.run(run())
+
+
+def test_callers_follow_their_picture_step_by_step() -> None:
+    async def run() -> list[object]:
+        runner = EngineRunner(engine("diffusion"))
+        params = SamplingParams.of(1, num_inference_steps=4)
+        return [event async for event in runner.follow(torch.zeros(2, 1, 8), params, preview_every=1)]
+
+    events = asyncio.run(run())
+    assert [type(event) for event in events] == [Progress] * 3 + [Finished]
+
+
+def test_when_the_engine_breaks_everybody_hears_now_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        broken = engine("diffusion")
+        monkeypatch.setattr(broken, "step", lambda: 1 / 0)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        runner = EngineRunner(broken)
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="division by zero"):
+                await runner.generate(torch.zeros(2, 1, 8), SamplingParams.of(1))
+        with pytest.raises(EngineFailed):
+            runner.check(60)
+
+    asyncio.run(run())
+
+
+def test_a_stalled_engine_is_noticed() -> None:
+    async def run() -> None:
+        stalled, release = engine("diffusion"), threading.Event()
+        real = stalled.step
+        stalled.step = lambda: (release.wait(), real())[1]  # type: ignore[method-assign]
+        runner = EngineRunner(stalled)
+        runner.check(0.0)
+        task = asyncio.create_task(runner.generate(torch.zeros(2, 1, 8), SamplingParams.of(1)))
+        while runner.stats.silence_s < 0.05:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineFailed, match="not come round"):
+            runner.check(0.01)
+        release.set()
+        await task
+
+    asyncio.run(run())
+
+
+def test_a_drained_engine_finishes_what_it_has_and_takes_no_more() -> None:
+    async def run() -> None:
+        runner = EngineRunner(engine("diffusion"))
+        jobs = [asyncio.create_task(runner.generate(request(n).features, request(n).params)) for n in range(5)]
+        await asyncio.sleep(0)
+        await runner.drain()
+        assert len([await job for job in jobs]) == 5
+        with pytest.raises(EngineFailed, match="ended"):
+            await runner.generate(torch.zeros(2, 1, 8), SamplingParams.of(1))
+
+    asyncio.run(run())

@@ -1,0 +1,291 @@
+"""The HTTP API: what each route does. It knows the graph by its calls only, and nothing of how it is deployed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+
+from ..errors import UserError
+from .access import ApiKeys, BodyLimit, KeyCheck
+from .admission import Gate
+from .codes import pack, unpack
+from .config import ServeArgs
+from .failures import ApiError, answering, api_error, refused
+from .graph import Graph, Picture, all_or_none
+from .schema import DecodeRequest, ImageData, ImageRequest, ImageResponse
+from .stream import EventStream, PictureStream
+
+PAGE = Path(__file__).with_name("playground.html")
+PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEALTH_FOR_S = 1.0
+"""How long an answer about the stages' health stands, so that probes cost little."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the folders of an endpoint hold."""
+
+    tokens: int
+    bits: int
+    kinds: dict[str, str]
+    """``diffusion`` or ``ar``, by model."""
+
+
+class Service:
+    """Requests that have been parsed, to answers."""
+
+    def __init__(
+        self, args: ServeArgs, served: Served, graph: Graph, count_tokens: Callable[[str], int] | None = None
+    ) -> None:
+        """``count_tokens`` is needed where prompts are limited in tokens."""
+        self.args, self.served, self.graph, self.count_tokens = args, served, graph, count_tokens
+        self.gates = {name: Gate(model.capacity) for name, model in args.models.items()}
+        self.decoding = Gate(args.limits.pictures + args.decoder.queue)
+        self._health: tuple[float, list[str]] = (-HEALTH_FOR_S, [])
+        self._checking = asyncio.Lock()
+
+    # --- what the routes call
+
+    async def generate(self, request: ImageRequest) -> ImageResponse:
+        """All pictures, or the first failure."""
+        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
+        as_codes = request.response_format == "codes"
+
+        async def one(picture: Picture) -> ImageData:
+            codes = await self.graph.codes(picture, deadline)
+            seen = {"seed": picture.sampling["seed"], "prompt": picture.prompt}
+            if as_codes:
+                return ImageData(codes=pack(codes), **seen)
+            return ImageData(b64_json=_base64(await self.graph.file(picture, codes, deadline)), **seen)
+
+        model = pictures[0].model
+        with self.gates[model].enter(len(pictures)):
+            await self._check_tokens(pictures)
+            data = await self._by(deadline, all_or_none(one(picture) for picture in pictures))
+        return ImageResponse(created=int(time.time()), model=model, data=data)
+
+    async def stream(self, request: ImageRequest) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, after one empty item that says that the request has been let in."""
+        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
+        model = pictures[0].model
+        stream = PictureStream(
+            self.graph,
+            pictures,
+            steps=self._steps(pictures[0]),
+            partial_images=request.partial_images,
+            as_codes=request.response_format == "codes",
+            deadline=deadline,
+        )
+        with self.gates[model].enter(len(pictures)):
+            await self._check_tokens(pictures)
+            yield b""
+            async with aclosing(stream.events()) as events:
+                async for item in events:
+                    yield item
+
+    async def decode(self, request: DecodeRequest) -> ImageResponse:
+        """Pictures of codes that were asked for earlier."""
+        model, (width, height) = self._model(request.model), self._size(request.size)
+        codes = self._codes(request.all_codes)
+        deadline = self._deadline(request.timeout_s)
+
+        async def one(row: np.ndarray) -> ImageData:
+            file = await self.graph.decode(row, height, width, request.output_format, None, deadline)
+            return ImageData(b64_json=_base64(file))
+
+        with self.decoding.enter(len(codes)):
+            data = await self._by(deadline, all_or_none(one(row) for row in codes))
+        return ImageResponse(created=int(time.time()), model=model, data=data)
+
+    def models(self) -> dict[str, Any]:
+        """OpenAI's list."""
+        return {"object": "list", "data": [self.model(name) for name in self.args.models]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """OpenAI's entry, with what the model takes under a key of our own."""
+        about = {
+            "kind": self.served.kinds[self._model(name)],
+            "defaults": self.args.models[name].defaults.model_dump(),
+            "sizes": list(self.args.sizes),
+            "limits": self.args.limits.model_dump(),
+            "tokens": self.served.tokens,
+            "bits": self.served.bits,
+        }
+        return {"id": name, "object": "model", "created": 0, "owned_by": "instella-ray", "instella_ray": about}
+
+    async def ailing(self) -> list[str]:
+        """Stages that do not answer, as of a second ago at most."""
+        async with self._checking:
+            asked, answer = self._health
+            if time.monotonic() - asked > HEALTH_FOR_S:
+                answer = await self.graph.ailing()
+                self._health = time.monotonic(), answer
+        return answer
+
+    # --- what a request asks for, checked
+
+    def _pictures(self, request: ImageRequest) -> list[Picture]:
+        name, (width, height) = self._model(request.model), self._size(request.size)
+        sampling = {**self.args.models[name].defaults.model_dump(), **request.sampling()}
+        self._check(request, sampling)
+        seed = secrets.randbelow(2**62) if request.seed is None else request.seed
+        return [
+            Picture(i, name, prompt, {**sampling, "seed": (seed + i) % 2**63}, height, width, request.output_format)
+            for i, prompt in enumerate(request.prompts)
+        ]
+
+    def _check(self, request: ImageRequest, sampling: dict[str, Any]) -> None:
+        limits = self.args.limits
+        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        if request.n > limits.n:
+            raise refused("n", f"{request.n} pictures a prompt, expected at most {limits.n}")
+        if (pictures := request.n * len(prompts)) > limits.pictures:
+            param = "n" if len(prompts) == 1 else "prompt"
+            raise refused(param, f"{pictures} pictures in all (n times prompts), expected at most {limits.pictures}")
+        if (longest := max(map(len, prompts))) > limits.prompt_characters:
+            raise refused("prompt", f"{longest} characters, expected at most {limits.prompt_characters}")
+        if (steps := sampling["num_inference_steps"]) > limits.steps:
+            raise refused("num_inference_steps", f"{steps}, expected at most {limits.steps}")
+
+    async def _check_tokens(self, pictures: list[Picture]) -> None:
+        # Within the gate and in a thread: it takes longer than all other checks together.
+        limit, count = self.args.limits.prompt_tokens, self.count_tokens
+        if limit is None or count is None:
+            return
+        prompts = {picture.prompt for picture in pictures}
+        tokens = await asyncio.to_thread(lambda: max(map(count, prompts)))
+        if tokens > limit:
+            raise refused("prompt", f"{tokens} tokens, expected at most {limit}")
+
+    def _model(self, name: str | None) -> str:
+        if name is None:
+            return next(iter(self.args.models))
+        if name not in self.args.models:
+            served = ", ".join(self.args.models)
+            message = f"model: '{name[:100]}' is not served here, expected one of {served}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
+
+    def _size(self, text: str | None) -> tuple[int, int]:
+        sizes = self.args.sizes
+        if text is None:
+            return sizes[0], sizes[0]
+        width, height = (int(side) for side in text.split("x"))
+        if width not in sizes or height not in sizes:
+            raise refused("size", f"{text}, expected sides of {', '.join(map(str, sizes))} pixels")
+        return width, height
+
+    def _codes(self, texts: list[str]) -> list[np.ndarray]:
+        if len(texts) > self.args.limits.pictures:
+            raise refused("codes", f"{len(texts)} pictures, expected at most {self.args.limits.pictures}")
+        try:
+            return [unpack(text, self.served.tokens, self.served.bits) for text in texts]
+        except UserError as error:
+            raise refused("codes", str(error)) from None
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        longest = self.args.limits.timeout_s
+        if timeout_s is not None and timeout_s > longest:
+            raise refused("timeout_s", f"{timeout_s:g}, expected at most {longest:g}")
+        return time.monotonic() + (timeout_s or longest)
+
+    def _steps(self, picture: Picture) -> int:
+        ar = self.served.kinds[picture.model] == "ar"
+        return self.served.tokens if ar else int(picture.sampling["num_inference_steps"])
+
+    @staticmethod
+    async def _by(deadline: float, work: Coroutine[Any, Any, list[ImageData]]) -> list[ImageData]:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await work
+
+
+def make_api(service: Service, keys: ApiKeys) -> FastAPI:
+    """The routes over ``service``, behind ``keys``."""
+    # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
+    api = FastAPI(title="instella-ray", description="Text to image over binary tokens.", docs_url=None, redoc_url=None)
+    api.add_middleware(BodyLimit, max_bytes=service.args.limits.body_bytes)
+    # Added last, so it comes first: nobody without a key makes us read a body.
+    api.add_middleware(KeyCheck, keys=keys)
+    _add_error_answers(api)
+
+    @api.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        if not PAGE.is_file():
+            raise ApiError(404, "this server is without its page; the API is at /v1", code="not_found")
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @api.get("/healthz")
+    async def healthz() -> JSONResponse:
+        ailing = await service.ailing()
+        if ailing:
+            message = f"not answering: {', '.join(ailing)}"
+            raise ApiError(503, message, kind="server_error", code="unhealthy", retry_after_s=5)
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return service.models()
+
+    @api.get("/v1/models/{name}")
+    def model(name: str) -> dict[str, Any]:
+        return service.model(name)
+
+    @api.post("/v1/images/generations", response_model=ImageResponse, response_model_exclude_none=True)
+    async def generations(request: ImageRequest) -> Any:
+        with answering():
+            if not request.stream:
+                return await service.generate(request)
+            events = service.stream(request)
+            # The first item comes when the request has been let in: until then a failure has a status of its own.
+            await anext(events)
+        return EventStream(events)
+
+    @api.post("/v1/codes/decode", response_model=ImageResponse, response_model_exclude_none=True)
+    async def decode(request: DecodeRequest) -> Any:
+        with answering():
+            return await service.decode(request)
+
+    return api
+
+
+def _add_error_answers(api: FastAPI) -> None:
+    @api.exception_handler(ApiError)
+    async def _expected(request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @api.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        location = [] if first["type"] == "json_invalid" else [str(part) for part in first["loc"] if part != "body"]
+        param = ".".join(location)[:200] or "body"
+        message = first["msg"].removeprefix("Value error, ")
+        return JSONResponse(refused(param, message).body, 400)
+
+    @api.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code, error.headers)
+
+    @api.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        answer = api_error(error)
+        return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

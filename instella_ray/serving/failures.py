@@ -1,0 +1,98 @@
+"""Every failure of a request as an answer in OpenAI's error form."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.serve.exceptions import BackPressureError
+
+from ..errors import UserError
+from .retry import causes, replica_failed
+from .runner import DeadlineExceeded
+from .safety import Flagged
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error form."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+
+def refused(param: str, message: str, *, code: str | None = None) -> ApiError:
+    """400 for a field of the request; the message begins with its name."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def overloaded(retry_after_s: float) -> ApiError:
+    """429: everything is taken, and so is the queue."""
+    message = "every slot and every place in the queue is taken; try again later"
+    return ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The answer for an exception of ours, of a stage (where Ray wraps it) or of Serve."""
+    for cause in causes(error):
+        match cause:
+            case ApiError():
+                return cause
+            case UserError():
+                return ApiError(400, str(cause))
+            case Flagged():
+                return ApiError(400, str(cause), code="content_policy_violation")
+            case DeadlineExceeded() | TimeoutError():
+                message = "timeout_s: the deadline passed before the answer was ready"
+                return ApiError(504, message, kind="timeout_error", param="timeout_s", code="deadline_exceeded")
+            case BackPressureError():
+                return overloaded(cause.retry_after_s or 1)
+    if replica_failed(error):
+        message = "the replica that worked on this request failed, and so did those that took over; try again"
+        return ApiError(503, message, kind="server_error", code="replica_failed", retry_after_s=1)
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "internal error; the server's log has the details", kind="server_error")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Whatever goes wrong within leaves as an :class:`ApiError`.
+
+    Before FastAPI sees it, because Serve registers its own plain-text answer for an overloaded deployment there.
+    """
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise api_error(error) from error

@@ -1,0 +1,153 @@
+"""The sampling graph as the endpoint calls it: one picture's way through the stages, with second tries.
+
+Features go from replica to replica through Ray's object store. Codes pass here, because they are 1 KiB and make the
+generation and the decoding two calls that are repeated on their own; a picture passes here once, as a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from .retry import with_retries
+
+T = TypeVar("T")
+
+HEALTH_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to make."""
+
+    index: int
+    model: str
+    prompt: str
+    sampling: Mapping[str, Any]
+    """The fields of :class:`..sampling.SamplingParams`."""
+    height: int
+    width: int
+    output_format: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is written into the file."""
+        return {"model": self.model, "prompt": self.prompt, **self.sampling}
+
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes ``{"step", "steps", "codes"}``, once for every ``preview_every`` steps and in their order."""
+
+
+class Graph:
+    """Handles of the stages."""
+
+    def __init__(
+        self, text: DeploymentHandle, decoder: DeploymentHandle, generators: Mapping[str, DeploymentHandle]
+    ) -> None:
+        self.text, self.decoder, self.generators = text, decoder, generators
+
+    async def codes(self, picture: Picture, deadline: float) -> np.ndarray:
+        """Bits, uint8 0/1 ``[L, K]``; ``deadline`` in terms of ``time.monotonic()``."""
+
+        async def attempt() -> np.ndarray:
+            # The features are made anew for every try: those of the last one may have died with their replica.
+            async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
+                call = self.generators[picture.model].generate.remote(
+                    features, dict(picture.sampling), deadline - time.monotonic()
+                )
+                async with _cancelling(call) as answer:
+                    return await answer
+
+        return await with_retries(attempt, deadline=deadline)
+
+    async def follow(self, picture: Picture, deadline: float, preview_every: int, report: Report) -> np.ndarray:
+        """As :meth:`codes`, with a ``report`` on the way. A second try does not report again what the first one did."""
+        reported = 0
+
+        async def attempt() -> np.ndarray:
+            nonlocal reported
+            generator = self.generators[picture.model].options(stream=True)
+            async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
+                call = generator.follow.remote(
+                    features, dict(picture.sampling), deadline - time.monotonic(), preview_every
+                )
+                async with _cancelling(call) as updates:
+                    async for update in updates:
+                        if update.get("done"):
+                            return update["codes"]
+                        if update["step"] > reported:
+                            reported = update["step"]
+                            report(update)
+            raise RuntimeError("a followed picture ended without its codes")
+
+        return await with_retries(attempt, deadline=deadline)
+
+    async def decode(
+        self,
+        codes: np.ndarray,
+        height: int,
+        width: int,
+        output_format: str,
+        metadata: dict[str, Any] | None,
+        deadline: float,
+    ) -> bytes:
+        """The file of a picture."""
+
+        async def attempt() -> bytes:
+            call = self.decoder.decode.remote(codes, height, width, output_format, metadata)
+            async with _cancelling(call) as answer:
+                return await answer
+
+        return await with_retries(attempt, deadline=deadline)
+
+    async def file(self, picture: Picture, codes: np.ndarray, deadline: float) -> bytes:
+        """The file of ``picture``, which has the bits ``codes``."""
+        return await self.decode(
+            codes, picture.height, picture.width, picture.output_format, picture.metadata, deadline
+        )
+
+    async def ailing(self) -> list[str]:
+        """Names of the stages without a replica that answers, with why."""
+        stages = {"text": self.text, "decoder": self.decoder, **self.generators}
+        answers = await asyncio.gather(*[_answers(stage) for stage in stages.values()])
+        return [f"{name}: {answer}" for name, answer in zip(stages, answers, strict=True) if answer]
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order. The first exception is raised, and so is a cancellation, when all others have ended."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _cancelling(call: Any) -> AsyncIterator[Any]:
+    """A call that is cancelled with the block. Serve alone would let it run on, to occupy a slot for nobody."""
+    try:
+        yield call
+    except BaseException:
+        call.cancel()
+        raise
+
+
+async def _answers(stage: DeploymentHandle) -> str | None:
+    """None, or why no replica of a stage answers. All are asked at once and past the queue, which may well be full."""
+    try:
+        call = stage.broadcast("check_health").results_async(timeout_s=HEALTH_TIMEOUT_S, return_exceptions=True)
+        answers = await call
+    except Exception as error:
+        return type(error).__name__
+    failures = [type(answer).__name__ for answer in answers if isinstance(answer, BaseException)]
+    return failures[0] if len(failures) == len(answers) else None

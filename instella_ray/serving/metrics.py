@@ -1,0 +1,71 @@
+"""What the stages tell Ray's Prometheus endpoint, beside what Serve tells by itself.
+
+Ray prefixes each name with ``ray_``, gives counters the suffix ``_total``, and adds the tags deployment, replica and
+application.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from .runner import EngineStats
+
+BOUNDARIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
+"""Seconds, upper bounds of the histogram's bins."""
+
+
+class StageTimes:
+    """Histogram ``instella_stage_seconds`` by the tag ``stage``: text, generate, decode, encode_file."""
+
+    def __init__(self) -> None:
+        self._seconds = Histogram(
+            "instella_stage_seconds",
+            description="Time that a stage took for one call or batch, waiting within the stage included.",
+            boundaries=BOUNDARIES,
+            tag_keys=("stage",),
+        )
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Times the block; one that ends in an exception is not counted."""
+        began = time.perf_counter()
+        yield
+        self._seconds.observe(time.perf_counter() - began, tags={"stage": stage})
+
+
+class EngineMetrics:
+    """Gauges of rows and slots; counters of steps, pictures and busy seconds, whose rates are steps/s and load."""
+
+    def __init__(self) -> None:
+        self._waiting = Gauge("instella_waiting_rows", description="Pictures without a slot.")
+        self._active = Gauge("instella_active_rows", description="Pictures on their way.")
+        self._slots = Gauge("instella_slots", description="Pictures that can be on their way at once.")
+        self._steps = Counter("instella_steps", description="Forward passes of the step engine.")
+        self._pictures = Counter("instella_pictures", description="Pictures finished.")
+        self._busy = Counter("instella_busy_seconds", description="Seconds that the step engine was at work.")
+        self._last: dict[int, EngineStats] = {}
+
+    def report(self, engines: dict[int, EngineStats]) -> None:
+        """Tell the state of a replica's engines by number, the one that takes new requests last.
+
+        There is more than one only while weights are being swapped.
+        """
+        stats = list(engines.values())
+        self._waiting.set(sum(s.waiting for s in stats))
+        self._active.set(sum(s.active for s in stats))
+        self._slots.set(stats[-1].slots)
+        for number, now in engines.items():
+            before = self._last.get(number)
+            self._increase(self._steps, now.steps - (before.steps if before else 0))
+            self._increase(self._pictures, now.pictures - (before.pictures if before else 0))
+            self._increase(self._busy, now.busy_s - (before.busy_s if before else 0))
+        self._last = engines
+
+    @staticmethod
+    def _increase(counter: Counter, by: float) -> None:
+        if by > 0:  # Ray refuses 0
+            counter.inc(by)

@@ -1,0 +1,59 @@
+"""``jobs/serve.py`` as its user runs it: a process of its own, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from ..test_repository import ROOT
+from .endpoint import generate, make_folders, serve_args
+
+KEY = "correct-horse-battery"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path, how: signal.Signals) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    keys = tmp_path / "keys"
+    keys.write_text(KEY)
+    args = serve_args(make_folders(tmp_path), api_keys_file=str(keys))
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", str(config)]
+    # Not the tests' own Ray, and this package from wherever the job is started.
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("RAY_ADDRESS", None)
+    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    # Should nothing ever be printed, the loop below ends with the process.
+    watchdog = threading.Timer(180, job.kill)
+    watchdog.start()
+    try:
+        assert job.stdout is not None
+        said = next((line for line in job.stdout if line.startswith("listening on ")), "nothing")
+        assert said == f"listening on http://127.0.0.1:{port} (with API keys)\n"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert generate(client).status_code == 401
+            client.headers["authorization"] = f"Bearer {KEY}"
+            assert generate(client, size="32x32").status_code == 200
+        job.send_signal(how)
+        rest = job.stdout.read()
+        assert job.wait() == 0 and rest.splitlines()[-1] == "stopping"
+    finally:
+        watchdog.cancel()
+        job.kill()
+        job.wait()
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        raise AssertionError("something listens on")

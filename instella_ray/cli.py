@@ -26,7 +26,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="captioned pictures in, pictures out: the whole loop on this machine",
         description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
-        "HTTP, score, and write report.html. About 19 minutes on two CPU cores.",
+        "HTTP, score, and write report.html. About 13 minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

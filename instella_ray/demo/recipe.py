@@ -35,7 +35,7 @@ class StepsConfig(Config):
 
 
 class DemoConfig(Config):
-    """The demo: where, on what, how long. The defaults take about 19 minutes on two CPU cores."""
+    """The demo: where, on what, how long. The defaults take about 13 minutes on two CPU cores."""
 
     folder: str = "demo"
     """Receives everything; ``report.html`` at the end."""

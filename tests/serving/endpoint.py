@@ -96,10 +96,10 @@ def rows(model: str, app: str = "test") -> float:
     return sum(value for replica in stats for key, value in replica.items() if key != "slots")
 
 
-def wait_for_rows(model: str, expected: float, app: str = "test", seconds: float = 10) -> float:
-    """Wait until a generator has so many rows; returns how long it took."""
+def wait_for_rows(model: str, expected: float, app: str = "test", *, more: float = 0, seconds: float = 10) -> float:
+    """Wait until a generator has so many rows, or up to ``more`` beyond; returns how long it took."""
     began = time.monotonic()
-    while (found := rows(model, app)) != expected:
-        assert time.monotonic() - began < seconds, f"{found} rows after {seconds} s, expected {expected}"
+    while not expected <= (found := rows(model, app)) <= expected + more:
+        assert time.monotonic() - began < seconds, f"{found} rows after {seconds} s, expected {expected} (+{more})"
         time.sleep(0.02)
     return time.monotonic() - began

@@ -46,8 +46,13 @@ WITHOUT_RAY = (
     "rng.py",
     "diffusion.py",
     "sampling.py",
+    "serving/batching.py",
+    "serving/buckets.py",
     "serving/engine.py",
+    "serving/images.py",
     "serving/runner.py",
+    "serving/safety.py",
+    "serving/weights.py",
     "data/scenes.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.

@@ -47,8 +47,13 @@ WITHOUT_RAY = (
     "diffusion.py",
     "sampling.py",
     "sampling_config.py",
+    "serving/batching.py",
+    "serving/buckets.py",
     "serving/engine.py",
+    "serving/images.py",
     "serving/runner.py",
+    "serving/safety.py",
+    "serving/weights.py",
     "data/scenes.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.

@@ -41,6 +41,22 @@ def make_generator(folder: Path, tokenizer_hash: str, kind: str = "diffusion", s
     return str(folder)
 
 
+def deployment(name: str, **options: Any) -> Any:
+    """The generator stage as a Serve deployment whose code has not changed since it was last deployed.
+
+    That is what ``serve deploy`` finds where a file differs in ``user_config`` alone; ``serve.run`` by itself takes
+    everything for new code, and starts new replicas.
+    """
+    from ray import serve
+
+    from instella_ray.serving.deployments import GeneratorStage
+
+    stage = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64, **options}
+    made = serve.deployment(name=name, **stage)(GeneratorStage)
+    made._version = "1"
+    return made
+
+
 def features(number: int) -> np.ndarray:
     """Float32 ``[2, T, 384]``, T from 0 to 23."""
     return np.random.default_rng(number).standard_normal((2, number % 24, 384), dtype=np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .models import EMPTY, OPTIONS, codes_alone, features, make_generator, make_tokenizer, sampling
+from .models import EMPTY, OPTIONS, codes_alone, deployment, features, make_generator, make_tokenizer, sampling
 from .test_deployments import FOREVER, eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,15 +35,16 @@ def serving(ray_session: None) -> Iterator[None]:
     serve.shutdown()
 
 
-def run(path: str, name: str, *, longest_step_s: float = 60.0, **options: Any) -> Any:
+def run(
+    path: str, name: str, *, new_code: bool = False, longest_step_s: float = 60.0, options: dict[str, Any] | None = None
+) -> Any:
     from ray import serve
 
-    from instella_ray.serving.deployments import GeneratorStage
-
     health = {"health_check_period_s": 0.5, "health_check_timeout_s": 10}
-    stage = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64, **health, **options}
-    app = serve.deployment(name=name, **stage)(GeneratorStage).bind(path, EMPTY, OPTIONS, 1, "cpu", longest_step_s)
-    return serve.run(app, name=name, route_prefix=None)
+    made = deployment(name, **health, **(options or {}))
+    if new_code:
+        made._version = "2"
+    return serve.run(made.bind(path, EMPTY, OPTIONS, 1, "cpu", longest_step_s), name=name, route_prefix=None)
 
 
 def pids(handle: Any) -> set[int]:
@@ -87,7 +88,7 @@ def test_a_killed_generator_is_told_at_once_and_replaced(serving: None, folders:
     """Calls that were on it end in an actor error, within moments; all others, and those made again, are right."""
     from ray.exceptions import RayActorError
 
-    handle = run(folders["old"], "killed", num_replicas=2)
+    handle = run(folders["old"], "killed", options={"num_replicas": 2})
     before = pids(handle)
     assert len(before) == 2
     wanted = [codes_alone(folders["old"], n, num_inference_steps=STEPS) for n in range(8)]
@@ -113,7 +114,8 @@ def test_a_killed_generator_is_told_at_once_and_replaced(serving: None, folders:
 def test_weights_are_swapped_under_load_and_nobody_is_dropped(serving: None, folders: dict[str, str]) -> None:
     old, new = ([codes_alone(folders[w], n, num_inference_steps=STEPS) for n in range(8)] for w in ("old", "new"))
     assert not any(np.array_equal(*pair) for pair in zip(old, new, strict=True))
-    handle = run(folders["old"], "swapped", num_replicas=2, user_config={"path": folders["old"]})
+    options = {"num_replicas": 2, "user_config": {"path": folders["old"]}}
+    handle = run(folders["old"], "swapped", options=options)
     before = pids(handle)
 
     def call(number: int) -> np.ndarray:
@@ -123,7 +125,7 @@ def test_weights_are_swapped_under_load_and_nobody_is_dropped(serving: None, fol
 
     with Load(call, 8) as load:
         eventually(lambda: len(load.answers) >= 16)
-        run(folders["old"], "swapped", num_replicas=2, user_config={"path": folders["new"]})
+        run(folders["old"], "swapped", options={**options, "user_config": {"path": folders["new"]}})
         statuses = handle.broadcast("status").results()
         assert {status["path"] for status in statuses} == {folders["new"]}
         swapped = time.monotonic()
@@ -137,8 +139,9 @@ def test_weights_are_swapped_under_load_and_nobody_is_dropped(serving: None, fol
 
 
 def test_a_rolling_update_of_the_code_drops_nobody(serving: None, folders: dict[str, str]) -> None:
-    """Other arguments make another version: replicas are replaced one after the other, and end what they have."""
-    handle = run(folders["old"], "rolled", num_replicas=2, graceful_shutdown_timeout_s=120)
+    """Replicas are replaced one after the other, and end what they have."""
+    options = {"num_replicas": 2, "graceful_shutdown_timeout_s": 120}
+    handle = run(folders["old"], "rolled", options=options)
     before = pids(handle)
 
     def call(number: int) -> np.ndarray:
@@ -148,7 +151,7 @@ def test_a_rolling_update_of_the_code_drops_nobody(serving: None, folders: dict[
 
     with Load(call, 8) as load:
         eventually(lambda: len(load.answers) >= 16)
-        run(folders["old"], "rolled", num_replicas=2, graceful_shutdown_timeout_s=120, longest_step_s=61.0)
+        run(folders["old"], "rolled", options=options, new_code=True)
         eventually(lambda: len(found := pids(handle)) == 2 and not found & before)
     assert load.errors == []
     wanted = [codes_alone(folders["old"], n, num_inference_steps=STEPS) for n in range(8)]
@@ -157,7 +160,7 @@ def test_a_rolling_update_of_the_code_drops_nobody(serving: None, folders: dict[
 
 def test_a_generator_whose_steps_hang_is_replaced(serving: None, folders: dict[str, str]) -> None:
     """Its port answers all the while: a step that may take no time at all stands for one that takes too long."""
-    handle = run(folders["old"], "hung", longest_step_s=1e-6, graceful_shutdown_timeout_s=1)
+    handle = run(folders["old"], "hung", longest_step_s=1e-6, options={"graceful_shutdown_timeout_s": 1})
     (before,) = pids(handle)
     endless = handle.generate.remote(features(1), sampling(1, num_inference_steps=FOREVER))
     eventually(lambda: len(found := pids(handle)) == 1 and before not in found)

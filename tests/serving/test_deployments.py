@@ -15,7 +15,17 @@ from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded
 
-from .models import EMPTY, OPTIONS, TEXT, codes_alone, features, make_generator, make_tokenizer, sampling
+from .models import (
+    EMPTY,
+    OPTIONS,
+    TEXT,
+    codes_alone,
+    deployment,
+    features,
+    make_generator,
+    make_tokenizer,
+    sampling,
+)
 
 pytestmark = pytest.mark.ray
 FOREVER = 100_000_000
@@ -39,13 +49,7 @@ def serving(ray_session: None) -> Iterator[None]:
 
 
 def generator(path: str, name: str, **options: Any) -> Any:
-    from ray import serve
-
-    from instella_ray.serving.deployments import GeneratorStage
-
-    actor = {"num_cpus": 0.1}
-    made = serve.deployment(name=name, ray_actor_options=actor, max_ongoing_requests=64, **options)(GeneratorStage)
-    return made.bind(path, EMPTY, OPTIONS, 1, "cpu")
+    return deployment(name, **options).bind(path, EMPTY, OPTIONS, 1, "cpu")
 
 
 @pytest.fixture(scope="module")

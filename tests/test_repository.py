@@ -34,7 +34,7 @@ FLOORS = [
     {"data"},
     {"training"},
     {"serving", "evaluation"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli"},
 ]
 UPWARDS = {
@@ -57,6 +57,7 @@ JOB_OF = {
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),
     "serve": ("serve", []),
+    "bench": ("bench", []),
 }
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -48,6 +48,7 @@ WITHOUT_RAY = (
     "sampling.py",
     "serving/engine.py",
     "serving/runner.py",
+    "serving/draws.py",
     "data/scenes.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.

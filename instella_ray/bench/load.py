@@ -6,7 +6,7 @@ import asyncio
 import base64
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Load:
     """Pictures that came within the window."""
     latencies: list[float]
     """Seconds from question to answer, of every picture that was asked for within the window."""
+    short: list[float]
+    """Those among them of requests with few steps (:func:`few_steps`)."""
 
     @property
     def rate(self) -> float:
@@ -36,13 +38,24 @@ class Load:
 
     def percentile(self, share: float) -> float:
         """Seconds within which ``share`` per cent were answered."""
-        return float(np.percentile(self.latencies, share)) if self.latencies else float("inf")
+        return percentile(self.latencies, share)
 
     @staticmethod
     def joined(parts: Sequence[Load]) -> Load:
         """Several windows as one."""
-        latencies = [seconds for part in parts for seconds in part.latencies]
-        return Load(sum(part.window_s for part in parts), sum(part.answered for part in parts), latencies)
+        window, answered = sum(part.window_s for part in parts), sum(part.answered for part in parts)
+        latencies, short = ([s for part in parts for s in getattr(part, name)] for name in ("latencies", "short"))
+        return Load(window, answered, latencies, short)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Infinite where there is nothing."""
+    return float(np.percentile(values, share)) if values else float("inf")
+
+
+def few_steps(bodies: Sequence[dict[str, Any]]) -> int:
+    """The number of steps that a quarter of the requests does not exceed."""
+    return int(np.percentile([body["num_inference_steps"] for body in bodies], 25))
 
 
 def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
@@ -63,16 +76,16 @@ def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], see
     ]
 
 
-def closed_loop(url: str, bodies: Iterable[dict[str, Any]], in_flight: int, seconds: float) -> Load:
+def closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
     """Keep ``in_flight`` requests under way for ``seconds``; a refusal or an answer without a picture is an error.
 
     A quarter of that time goes before, uncounted, so that the window opens on a loop that is full.
     """
-    return asyncio.run(_closed_loop(url, itertools.cycle(bodies), in_flight, seconds))
+    return asyncio.run(_closed_loop(url, bodies, in_flight, seconds))
 
 
-async def _closed_loop(url: str, bodies: Iterable[dict[str, Any]], in_flight: int, seconds: float) -> Load:
-    source, answers = iter(bodies), []
+async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
+    source, answers = itertools.cycle(bodies), []
     limits = httpx.Limits(max_connections=in_flight)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         start = time.perf_counter() + seconds / 4
@@ -81,14 +94,15 @@ async def _closed_loop(url: str, bodies: Iterable[dict[str, Any]], in_flight: in
         async def one_client() -> None:
             while time.perf_counter() < end:
                 asked = time.perf_counter()
-                response = await client.post(PATH, json=next(source))
+                response = await client.post(PATH, json=(body := next(source)))
                 now = time.perf_counter()
                 if response.status_code != 200:
                     raise UserError(f"{url}{PATH}: status {response.status_code}: {response.text[:200]}")
                 if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
                     raise UserError(f"{url}{PATH}: the answer holds no PNG")
-                answers.append((asked, now))
+                answers.append((body["num_inference_steps"], asked, now))
 
         await asyncio.gather(*(one_client() for _ in range(in_flight)))
-    within = sum(start <= now <= end for _, now in answers)
-    return Load(end - start, within, [now - asked for asked, now in answers if asked >= start])
+    within, few = sum(start <= now <= end for _, _, now in answers), few_steps(bodies)
+    took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
+    return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])

@@ -45,7 +45,8 @@ class Result:
 
     def text(self) -> str:
         """Title, table and goals."""
-        lines = [f"## {self.subject}", ", ".join(f"{k} {v}" for k, v in self.setting.items()), ""]
+        plain = {name: value for name, value in self.setting.items() if not isinstance(value, dict)}
+        lines = [f"## {self.subject}", ", ".join(f"{name} {value}" for name, value in plain.items()), ""]
         return "\n".join([*lines, table(self.rows), "", *(goal.text() for goal in self.goals)])
 
 

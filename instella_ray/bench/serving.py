@@ -18,7 +18,7 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
-from .load import Load, closed_loop, mixed_requests
+from .load import Load, closed_loop, mixed_requests, percentile
 from .report import Cell, Goal, Result
 
 GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
@@ -92,6 +92,8 @@ def _rows(loads: dict[tuple[int, str], Load]) -> list[dict[str, Cell]]:
             "pictures/s": load.rate,
             "p50 ms": load.percentile(50) * 1000,
             "p99 ms": load.percentile(99) * 1000,
+            "p50 ms, few steps": percentile(load.short, 50) * 1000,
+            "p99 ms, few steps": percentile(load.short, 99) * 1000,
             "pictures": load.answered,
         }
         for (in_flight, name), load in sorted(loads.items(), key=lambda item: item[0][0])
@@ -113,7 +115,7 @@ def endpoints(cfg: ServingBench, folder: Path) -> Iterator[dict[str, str]]:
     """All three contestants, deployed side by side; idle ones compute nothing. Yields their addresses."""
     from ray import serve
 
-    from ..serving.app import build
+    from ..serving.app import ServeArgs, build
     from .rivals import one_at_a_time, static_batches
 
     models = save_models(cfg, folder)
@@ -127,11 +129,11 @@ def endpoints(cfg: ServingBench, folder: Path) -> Iterator[dict[str, str]]:
     }
     rival: dict[str, Any] = {**models, "text": cfg.text, "threads": cfg.rival_threads}
     apps = {
-        GRAPH: lambda: build(args),
+        GRAPH: lambda: build(ServeArgs.model_validate(args)),
         SINGLE: lambda: one_at_a_time(**rival),
         STATIC: lambda: static_batches(cfg.batch, cfg.batch_wait_s, **rival),
     }
-    init_ray()
+    init_ray(log_to_driver=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from instella_ray.bench.caching import CachingBench, run_caching
-from instella_ray.bench.load import Load, mixed_requests
+from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import Goal, Result, table
@@ -65,18 +65,20 @@ def test_requests_are_mixed_and_the_same_for_everybody() -> None:
     for name in ("guidance_scale", "temperature", "sampler", "prompt"):
         assert len({body[name] for body in bodies}) > 1
     json.dumps(bodies)
+    assert 45 <= sum(count <= few_steps(bodies) for count in steps) <= 65
 
 
 def test_loads_are_counted_and_compared_at_the_largest_number_in_flight() -> None:
     loads = {
-        (1, GRAPH): Load(10, 10, [0.1] * 10),
-        (16, GRAPH): Load.joined([Load(5, 100, [0.1] * 100), Load(5, 100, [0.2] * 100)]),
-        (16, SINGLE): Load(10, 50, [1.0] * 50),
-        (16, STATIC): Load(10, 100, [0.5] * 100),
+        (1, GRAPH): Load(10, 10, [0.1] * 10, [0.05]),
+        (16, GRAPH): Load.joined([Load(5, 100, [0.1] * 100, []), Load(5, 100, [0.2] * 100, [])]),
+        (16, SINGLE): Load(10, 50, [1.0] * 50, []),
+        (16, STATIC): Load(10, 100, [0.5] * 100, []),
     }
     assert loads[16, GRAPH].rate == 20 and loads[16, GRAPH].percentile(100) == 0.2
-    assert Load(1, 0, []).percentile(99) == float("inf")
+    assert Load(1, 0, [], []).percentile(99) == float("inf")
     assert [row["pictures"] for row in _rows(loads)] == [10, 200, 50, 100]
+    assert _rows(loads)[0]["p50 ms, few steps"] == pytest.approx(50)
     assert [goal.value for goal in _goals(loads)] == pytest.approx([4, 2, 0.4])
     assert all(goal.met for goal in _goals(loads))
 

@@ -1,20 +1,22 @@
-# make demo | test | test-fast | lint | format | venv | constraints | clean
+# make demo | test | test-fast | bench | lint | format | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FAST := not ray and not slow and not gpu
 DEMO ?=
+BENCH ?=
 # Seen to work together; the other versions follow from pyproject.toml. UPGRADE=--upgrade lifts those to the newest.
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast lint format venv constraints clean
+.PHONY: demo test test-fast bench lint format venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       captioned pictures in, pictures out, on this machine (DEMO='--fresh' passes flags on)"
 	@echo "make test       all tests        make test-fast  those without Ray"
+	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
 	@echo "make constraints   write constraints.txt anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
@@ -34,6 +36,9 @@ test: venv
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "$(FAST)"
+
+bench: venv
+	$(BIN)/python jobs/bench.py --config configs/bench/full.yaml $(BENCH)
 
 lint: venv
 	$(BIN)/ruff check .

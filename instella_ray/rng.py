@@ -6,6 +6,8 @@ and a row's numbers are the same alone, in any batch, after a retry, and in anot
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
     Every word is an int64 tensor with values in [0, 2^32); shapes broadcast against each other.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)
+    # Both halves of a round in one tensor, because small tensors cost by the operation. Only the factor of a product
+    # must be cut to 32 bits: what stands above them in the other words is cut with it, a round later.
+    factor, other, k = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((k0, k1))
+    multipliers, key_steps = _constants(factor.device)
+    multipliers, key_steps = (c.view(2, *[1] * (factor.ndim - 1)) for c in (multipliers, key_steps))
+    for number in range(10):
         # int64 products wrap modulo 2^64, which keeps both 32-bit halves of the unsigned product.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+        product = (factor * multipliers).flip(0)
+        factor = (product >> 32).bitwise_xor_(other).bitwise_xor_(k + number * key_steps).bitwise_and_(_MASK)
+        other = product
+    other = other & _MASK
+    return factor[0], other[0], factor[1], other[1]
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers and key steps, ``[2]`` each, copied to a device once."""
+    return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_KEY_STEPS, device=device)
 
 
 def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int = DIFFUSION) -> Tensor:

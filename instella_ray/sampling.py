@@ -184,7 +184,7 @@ def generate_diffusion(
     steps = int(params.num_inference_steps.max())
     needed = steps + int(params.final_draw.any())
     draw = _drawer(uniforms, needed, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
-    text = _with_unconditional(cond, uncond, batch)
+    text = JointCache.of(_with_unconditional(cond, uncond, batch), cfg.num_tokens)
     z = (draw(0) < 0.5).to(model.x_embedder.weight.dtype)
     for index in range(steps):
         step = torch.full((batch,), index, device=z.device)

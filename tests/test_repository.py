@@ -34,7 +34,7 @@ FLOORS = [
     {"data"},
     {"training"},
     {"serving", "evaluation"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli"},
 ]
 UPWARDS = {
@@ -52,6 +52,7 @@ WITHOUT_RAY = (
     "serving/engine.py",
     "serving/images.py",
     "serving/runner.py",
+    "serving/draws.py",
     "serving/safety.py",
     "serving/weights.py",
     "data/scenes.py",
@@ -63,6 +64,7 @@ JOB_OF = {
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),
     "serve": ("serve", []),
+    "bench": ("bench", []),
 }
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 # Ray Serve's own form; tests/serving/test_configs.py checks it.

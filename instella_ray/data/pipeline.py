@@ -15,14 +15,17 @@ from tqdm import tqdm
 from .parts import PartWriter
 
 
-def init_ray() -> None:
-    """Connect to the cluster a job was submitted to, or start a local one on loopback."""
+def init_ray(*, log_to_driver: bool = True) -> None:
+    """Connect to the cluster a job was submitted to, or start a local one on loopback.
+
+    ``log_to_driver`` shows here what other processes print.
+    """
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init()
+        ray.init(log_to_driver=log_to_driver)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=log_to_driver)
 
 
 def write_parts(

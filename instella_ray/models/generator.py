@@ -209,7 +209,7 @@ class ARGenerator(Generator):
             assert isinstance(module, ARBlock)
             y = module.input_layernorm(x) + module.pos_emb[0, position][:, None]
             keys, values = cache.write(i, position, *module.attn.key_value(y))
-            x = x + module.attn.attend(module.attn.query(y), keys, values, mask)
+            x = x + module.attn.attend_token(module.attn.query(y), keys, values, mask)
             x = x + module.mlp(module.post_attention_layernorm(x))
         return self.proj_out(self.norm_out(x))[:, 0]
 

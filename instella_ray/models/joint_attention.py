@@ -140,3 +140,15 @@ class JointAttention(Attention):
         """
         k, v = context.join(block, *self.key_value(y))
         return self.attend(self.query(y), k, v, mask)
+
+    def attend_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """As :meth:`attend`, for one query a row, ``[B, heads, 1, D]``, whose numbers don't depend on the batch.
+
+        The library's kernel shares a single query's keys among the processor's threads by the number of rows, and sums
+        in another order for another batch. Plain products do not, and are faster from some 16 rows on.
+        """
+        if q.device.type != "cpu" or q.dtype != torch.float32:
+            return self.attend(q, k, v, mask)
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+        return self.o_proj(out.transpose(1, 2).flatten(2))

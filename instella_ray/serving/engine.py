@@ -25,6 +25,7 @@ from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache, TextKV
 from ..sampling import SamplingParams, ar_step, diffusion_step, timestep
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
+from .draws import Draws
 
 
 @dataclass(frozen=True)
@@ -271,13 +272,13 @@ class DiffusionEngine(StepEngine):
         self.model: DiffusionGenerator = model
         super().__init__(model, empty_prompt, options, clock)
         self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
+        self.draws = Draws(self.params.seed, *self.z.shape[1:], rng.DIFFUSION)
 
     def _row_tables(self) -> list[Tensor]:
-        return [self.x0_prob]
+        return [self.x0_prob, *self.draws.row_tables]
 
     def _start(self, slot: int) -> None:
-        u = self._uniforms(slice(slot, slot + 1), torch.zeros_like(self.position[:1]))
-        self.z[slot] = u[0] < 0.5
+        self.z[slot] = self.draws.start(slot) < 0.5
 
     def _network(self, rows: int) -> Tensor:
         params = self.params.map(lambda value: value[:rows])
@@ -287,7 +288,7 @@ class DiffusionEngine(StepEngine):
     def _advance(self, rows: int) -> None:
         cond, uncond = self.forward(rows).unflatten(0, (rows, 2)).unbind(1)
         position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
-        u = self._uniforms(slice(rows), position + 1)
+        u = self.draws.take(position + 1)
         self.z[:rows], self.x0_prob[:rows] = diffusion_step(self.z[:rows], cond, uncond, position, params, u)
 
     def _estimate(self, slot: int) -> Tensor:
@@ -295,10 +296,6 @@ class DiffusionEngine(StepEngine):
 
     def _length(self) -> Tensor:
         return self.params.num_inference_steps
-
-    def _uniforms(self, rows: slice, draw: Tensor) -> Tensor:
-        _, tokens, bits = self.z.shape
-        return rng.uniforms(self.params.seed[rows], draw, tokens, bits, stream=rng.DIFFUSION)
 
 
 class AREngine(StepEngine):
@@ -310,8 +307,13 @@ class AREngine(StepEngine):
         self.model: ARGenerator = model
         self.index = torch.arange(options.slots, device=model.x_embedder.weight.device)
         super().__init__(model, empty_prompt, options, clock)
+        self.draws = Draws(self.params.seed, 1, self.z.shape[2], rng.AR)
+
+    def _row_tables(self) -> list[Tensor]:
+        return self.draws.row_tables
 
     def _start(self, slot: int) -> None:
+        self.draws.start(slot)
         # Positions after a row's own are masked, so what the slot held before needs no clearing.
         self.z[slot] = 0
 
@@ -329,7 +331,7 @@ class AREngine(StepEngine):
     def _advance(self, rows: int) -> None:
         cond, uncond = self.forward(rows).unflatten(0, (rows, 2)).unbind(1)
         position, params = self._token(rows), self.params.map(lambda value: value[:rows])
-        u = rng.uniforms(params.seed, position, 1, self.z.shape[2], stream=rng.AR)[:, 0]
+        u = self.draws.take(position)[:, 0]
         self.z[self.index[:rows], position] = ar_step(cond, uncond, params, u).to(self.z.dtype)
 
     def _estimate(self, slot: int) -> Tensor:

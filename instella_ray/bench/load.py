@@ -1,0 +1,108 @@
+"""A closed loop over HTTP: so many clients, each of which asks for the next picture as soon as it has one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from ..data.scenes import scene_prompts
+from ..errors import UserError
+
+PATH = "/v1/images/generations"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a closed loop saw."""
+
+    window_s: float
+    answered: int
+    """Pictures that came within the window."""
+    latencies: list[float]
+    """Seconds from question to answer, of every picture that was asked for within the window."""
+    short: list[float]
+    """Those among them of requests with few steps (:func:`few_steps`)."""
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.answered / self.window_s
+
+    def percentile(self, share: float) -> float:
+        """Seconds within which ``share`` per cent were answered."""
+        return percentile(self.latencies, share)
+
+    @staticmethod
+    def joined(parts: Sequence[Load]) -> Load:
+        """Several windows as one."""
+        window, answered = sum(part.window_s for part in parts), sum(part.answered for part in parts)
+        latencies, short = ([s for part in parts for s in getattr(part, name)] for name in ("latencies", "short"))
+        return Load(window, answered, latencies, short)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Infinite where there is nothing."""
+    return float(np.percentile(values, share)) if values else float("inf")
+
+
+def few_steps(bodies: Sequence[dict[str, Any]]) -> int:
+    """The number of steps that a quarter of the requests does not exceed."""
+    return int(np.percentile([body["num_inference_steps"] for body in bodies], 25))
+
+
+def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
+    """Bodies of requests that differ in everything a user may choose; the same ones for every contestant."""
+    rng = np.random.default_rng(seed)
+    prompts = [expectation.caption for expectation in scene_prompts(8, seed)]
+    return [
+        {
+            "prompt": str(rng.choice(prompts)),
+            "size": "x".join(map(str, rng.choice(sizes, 2))),
+            "seed": int(rng.integers(2**31)),
+            "num_inference_steps": int(rng.integers(steps[0], steps[1], endpoint=True)),
+            "guidance_scale": float(rng.choice([0, 1, 2, 4, 7.5])),
+            "temperature": float(rng.choice([0.5, 0.6, 1.0])),
+            "sampler": str(rng.choice(["posterior", "simplified"])),
+        }
+        for _ in range(count)
+    ]
+
+
+def closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
+    """Keep ``in_flight`` requests under way for ``seconds``; a refusal or an answer without a picture is an error.
+
+    A quarter of that time goes before, uncounted, so that the window opens on a loop that is full.
+    """
+    return asyncio.run(_closed_loop(url, bodies, in_flight, seconds))
+
+
+async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
+    source, answers = itertools.cycle(bodies), []
+    limits = httpx.Limits(max_connections=in_flight)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        start = time.perf_counter() + seconds / 4
+        end = start + seconds
+
+        async def one_client() -> None:
+            while time.perf_counter() < end:
+                asked = time.perf_counter()
+                response = await client.post(PATH, json=(body := next(source)))
+                now = time.perf_counter()
+                if response.status_code != 200:
+                    raise UserError(f"{url}{PATH}: status {response.status_code}: {response.text[:200]}")
+                if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
+                    raise UserError(f"{url}{PATH}: the answer holds no PNG")
+                answers.append((body["num_inference_steps"], asked, now))
+
+        await asyncio.gather(*(one_client() for _ in range(in_flight)))
+    within, few = sum(start <= now <= end for _, _, now in answers), few_steps(bodies)
+    took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
+    return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])

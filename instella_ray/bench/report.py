@@ -1,0 +1,77 @@
+"""What a suite hands back: rows of numbers and goals, as a table to read and as JSON to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..accelerator import hardware_summary
+from ..storage import write_json
+
+Cell = str | int | float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that was promised."""
+
+    name: str
+    value: float
+    target: float
+    kind: Literal[">=", "<="]
+
+    @property
+    def met(self) -> bool:
+        """Whether the promise holds in this run."""
+        return (operator.ge if self.kind == ">=" else operator.le)(self.value, self.target)
+
+    def text(self) -> str:
+        """One line."""
+        return f"{'met   ' if self.met else 'MISSED'} {self.name}: {self.value:.3g} (goal {self.kind} {self.target:g})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One suite's measurements."""
+
+    subject: str
+    setting: dict[str, Any]
+    """Sizes, threads, repeats: what a reader needs to repeat it."""
+    rows: list[dict[str, Cell]]
+    goals: list[Goal] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Title, table and goals."""
+        plain = {name: value for name, value in self.setting.items() if not isinstance(value, dict)}
+        lines = [f"## {self.subject}", ", ".join(f"{name} {value}" for name, value in plain.items()), ""]
+        return "\n".join([*lines, table(self.rows), "", *(goal.text() for goal in self.goals)])
+
+
+def table(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """A Markdown table with aligned columns; a row may lack columns that others have."""
+    if not rows:
+        return "(nothing measured)"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_results(path: str, results: Sequence[Result]) -> None:
+    """All results with the machine's description, as JSON."""
+    entries = [
+        {**dataclasses.asdict(result), "goals": [{**vars(goal), "met": goal.met} for goal in result.goals]}
+        for result in results
+    ]
+    write_json(path, {"hardware": hardware_summary(), "results": entries})
+
+
+def _cell(value: Cell) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,51 @@
+"""Runs the suites that a configuration names, prints each table as it is ready, and writes all of them as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ..accelerator import hardware_summary
+from ..config import Config
+from .caching import CachingBench, run_caching
+from .overhead import OverheadBench, run_overhead
+from .report import Result, write_results
+from .serving import ServingBench, run_serving
+
+
+class BenchConfig(Config):
+    """Which subjects to measure, and how thoroughly."""
+
+    suites: tuple[Literal["caching", "overhead", "serving"], ...] = ("caching", "overhead", "serving")
+    repeats: int = Field(5, ge=1)
+    """Rounds that count, in the suites without a server."""
+    threads: int = Field(1, ge=1)
+    """Threads to compute with, in the suites without a server."""
+    output: str = "runs/bench.json"
+    caching: CachingBench = CachingBench()
+    overhead: OverheadBench = OverheadBench()
+    serving: ServingBench = ServingBench()
+
+
+def run_bench(cfg: BenchConfig) -> list[Result]:
+    """Measure every suite in turn."""
+    suites: dict[str, Callable[[], Result]] = {
+        "caching": lambda: run_caching(cfg.caching, cfg.repeats),
+        "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
+        "serving": lambda: run_serving(cfg.serving),
+    }
+    print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cfg.threads)
+    results = []
+    try:
+        for name in cfg.suites:
+            results.append(suites[name]())
+            print(f"\n{results[-1].text()}", flush=True)
+            write_results(cfg.output, results)
+    finally:
+        torch.set_num_threads(before)
+    return results

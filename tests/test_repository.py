@@ -49,6 +49,8 @@ WITHOUT_RAY = (
     "serving/engine.py",
     "serving/runner.py",
     "data/scenes.py",
+    "evaluation/metrics",
+    "evaluation/statistics.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {

@@ -77,6 +77,10 @@ class Info:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Everything else that changes the number: image size, resize filter, image format, layers, thresholds."""
 
+    def __post_init__(self) -> None:
+        # As they come back from a file (lists for tuples), or a stored shard would differ from a fresh one.
+        object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings))))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 

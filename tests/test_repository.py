@@ -56,6 +56,8 @@ WITHOUT_RAY = (
     "serving/safety.py",
     "serving/weights.py",
     "data/scenes.py",
+    "evaluation/metrics",
+    "evaluation/statistics.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {

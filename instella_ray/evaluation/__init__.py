@@ -1,0 +1,1 @@
+"""Bulk sampling, metrics and reports."""

@@ -1,0 +1,110 @@
+"""GenEval's official detector as a Ray actor in a runtime environment of its own.
+
+Not runnable offline, and not run by the tests: the environment installs mmdet 2.27 and compiles or downloads mmcv-full 1.7,
+the weights come from their hosts, and the detector needs a GPU. What is tested is that Ray accepts the environment and that
+detections come back as the rules want them.
+
+Ray demands the cluster's own Python and Ray in every worker, so the official environment (Python 3.9, torch 1.12) cannot
+be used as it is: the packages below are the official ones with a torch that has wheels for Python 3.11. The worker reports
+the versions it ran with, and results carry them. mmcv-full has no wheel for that Python. Build one once, where the same
+torch and kind of GPU are (9.0 is Hopper), or name a container image or conda environment that has everything:
+
+    TORCH_CUDA_ARCH_LIST=9.0 MMCV_WITH_OPS=1 pip wheel --no-build-isolation --no-deps mmcv-full==1.7.2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from ..config import Config
+from ..errors import UserError
+from .metrics.geneval import Detector, DetectorInfo, colored_classes
+from .metrics.geneval_rules import COLORS, Detection
+from .metrics.geneval_worker import OfficialDetector
+
+PACKAGES = (
+    "torch==2.0.1",
+    "torchvision==0.15.2",
+    "numpy==1.23.5",
+    "mmdet==2.27.0",
+    "open-clip-torch==2.20.0",
+    "clip-benchmark==1.4.0",
+    "timm==0.9.2",
+    "transformers==4.36.1",
+    "pandas==1.5.3",
+    "pycocotools==2.0.6",
+    "opencv-python-headless==4.7.0.72",
+    "yapf==0.33.0",
+)
+"""Beside mmcv-full; the official versions but for torch, torchvision and numpy (1.12.1, 0.13.1, 1.23.1)."""
+
+
+class GenEvalConfig(Config):
+    """Where the official detector's parts are."""
+
+    weights: str
+    """``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``, at the same path on every node."""
+    color_weights: str = "openai"
+    """CLIP ViT-L-14 as a file or as open_clip's tag, which downloads."""
+    mmcv_wheel: str | None = None
+    """Path or URL of a wheel of mmcv-full 1.7: the environment is installed by Ray, with :data:`PACKAGES`."""
+    image_uri: str | None = None
+    """A container image that has everything, in place of the wheel."""
+    conda: str | None = None
+    """A conda environment on every node that has everything, in place of the wheel."""
+    gpus: float = pydantic.Field(default=1, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _one_environment(self) -> GenEvalConfig:
+        given = [name for name in ("mmcv_wheel", "image_uri", "conda") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"expected one of mmcv_wheel, image_uri, conda, got {', '.join(given) or 'none'}")
+        return self
+
+
+def runtime_env(cfg: GenEvalConfig) -> dict[str, Any]:
+    """Ray's description of the environment."""
+    if cfg.image_uri:
+        return {"image_uri": cfg.image_uri}
+    if cfg.conda:
+        return {"conda": cfg.conda}
+    return {"uv": {"packages": [f"mmcv-full @ {_address(str(cfg.mmcv_wheel))}", *PACKAGES], "uv_check": False}}
+
+
+def _address(wheel: str) -> str:
+    return wheel if "://" in wheel else f"file://{wheel}"
+
+
+class RemoteDetector:
+    """The detector of :mod:`.metrics.geneval`'s kind whose work is done by an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        import ray
+
+        self._ray, self._actor = ray, actor
+        self.info = DetectorInfo(**ray.get(actor.about.remote()))
+
+    def detect(self, images: np.ndarray, meta: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
+        calls = [self._actor.detect.remote(x, colored_classes(m)) for x, m in zip(images, meta, strict=True)]
+        return [[detection(found) for found in picture] for picture in self._ray.get(calls)]
+
+
+def detection(data: Mapping[str, Any]) -> Detection:
+    """A worker's plain data as the rules' type."""
+    return Detection(data["label"], float(data["score"]), tuple(data["box"]), data.get("color"))
+
+
+def start_detector(cfg: GenEvalConfig, worker: type = OfficialDetector) -> Detector:
+    """Start the actor and wait until it has loaded; UserError where its environment cannot be made."""
+    import ray
+
+    remote = ray.remote(worker).options(num_gpus=cfg.gpus, runtime_env=runtime_env(cfg))
+    actor = remote.remote(cfg.weights, list(COLORS), color_weights=cfg.color_weights)
+    try:
+        return RemoteDetector(actor)
+    except (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.RayActorError) as error:
+        raise UserError(f"geneval: the detector's environment did not come up: {error}") from None

@@ -1,0 +1,54 @@
+"""FID and rFID, and the same distance over other features under another name.
+
+FID (Heusel et al. 2017) is the Frechet distance over InceptionV3's 2048 pooled features, here torch-fidelity's with its
+TensorFlow 1 resize. The paper's evaluation code (Kang et al. 2023) cuts out the centre square, resizes to 256 px with
+Lanczos and uses clean-fid's antialiased resize to 299 px: the first two steps are the default here, the last differs.
+rFID compares reconstructions with their originals.
+"""
+
+from __future__ import annotations
+
+from .base import Info
+from .features import Features, inception
+from .frechet import GROUPS, Frechet, Gaussian
+from .images import ImageSettings
+
+PAPER_IMAGES = ImageSettings(size=256, filter="lanczos")
+
+
+def frechet(
+    features: Features,
+    *,
+    reference: Gaussian | None = None,
+    reconstruction: bool = False,
+    images: ImageSettings = PAPER_IMAGES,
+    groups: int = GROUPS,
+) -> Frechet:
+    """Frechet distance over ``features``: to ``reference``, or of reconstructions to their originals.
+
+    Called ``fid`` (``rfid``) for FID's own network with its published weights, else ``frechet_...`` (``rfrechet_...``).
+    """
+    name = "fid" if features.name == "inception" else f"frechet_{features.name}"
+    settings = {"features": features.name, **features.settings, "images": images.describe(), "groups": groups}
+    if reference is not None:
+        settings["reference"] = reference.describe()
+    info = Info(
+        f"r{name}" if reconstruction else name,
+        features.implementation,
+        features.weights,
+        features.weights_hash,
+        settings,
+    )
+    return Frechet(info, features, reference=reference, images=images)
+
+
+def fid(
+    weights: str, reference: Gaussian | None = None, *, device: str = "cpu", images: ImageSettings = PAPER_IMAGES
+) -> Frechet:
+    """FID with the Inception weights of a local file. Without a reference it gathers one (:meth:`.Frechet.gaussian`)."""
+    return frechet(inception(weights, device=device), reference=reference, images=images)
+
+
+def rfid(weights: str, *, device: str = "cpu", images: ImageSettings = ImageSettings()) -> Frechet:
+    """rFID of ``images`` against ``references``, at the size they have."""
+    return frechet(inception(weights, device=device), reconstruction=True, images=images)

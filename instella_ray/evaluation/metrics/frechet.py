@@ -1,0 +1,185 @@
+"""Frechet distance between two clouds of features, with sums that merge and a jackknife interval.
+
+``d = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` for means m and covariances C. Which features decides the name: see
+:mod:`.fid`.
+
+A bootstrap is of no use here: drawing samples again with replacement makes the covariance of fewer distinct pictures,
+and the distance falls with their number, so every replicate lies above the estimate. Leaving out one of ten groups in
+turn moves all replicates alike, and the jackknife measures how they differ. Groups are told by a hash of a sample's group
+name, so every shard splits in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+from ... import storage
+from ...errors import UserError
+from .. import statistics
+from .base import Batch, Info, Metric, Result, file_sha256, text_array
+from .features import Features
+from .images import ImageSettings
+from .moments import GroupMoments, Sums
+
+GROUPS = 10
+"""Groups of the jackknife; memory grows with them once each has more samples than features have dimensions."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean ``[D]`` and covariance ``[D, D]`` (divided by n - 1) of features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None = None
+    """Samples it was made from, where that is known."""
+    source: str = "computed"
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, sums: Sums) -> Gaussian:
+        mean = sums.total / sums.count
+        covariance = (sums.outer - sums.count * np.outer(mean, mean)) / (sums.count - 1)
+        return cls(mean, (covariance + covariance.T) / 2, sums.count)
+
+    def save(self, url: str) -> None:
+        """As ``.npz`` with pytorch-fid's names: ``mu``, ``sigma`` (and ``count``)."""
+        with storage.open_file(url, "wb") as stream:
+            np.savez(stream, mu=self.mean, sigma=self.covariance, count=np.array(self.count or 0))
+
+    @classmethod
+    def load(cls, url: str) -> Gaussian:
+        """Statistics from an ``.npz`` with ``mu`` and ``sigma``; UserError for any other file."""
+        with storage.open_file(url) as stream:
+            try:
+                with np.load(stream, allow_pickle=False) as archive:
+                    data = {name: archive[name] for name in archive.files}
+                mean, covariance = (data[name].astype(np.float64) for name in ("mu", "sigma"))
+            except (ValueError, OSError, KeyError, EOFError) as error:
+                raise UserError(f"{url}: no statistics with mu and sigma ({error})") from None
+        if covariance.shape != (*mean.shape, *mean.shape):
+            raise UserError(f"{url}: mu has shape {mean.shape}, sigma {covariance.shape}")
+        return cls(mean, covariance, int(data.get("count", 0)) or None, url, file_sha256(url))
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self.source, "sha256": self.sha256, "count": self.count}
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The distance, with ``tr (C1 C2)^(1/2)`` from the eigenvalues of the symmetric ``C1^(1/2) C2 C1^(1/2)``, which are
+    real and sound where the covariances are singular (fewer samples than dimensions)."""
+    return _distance(a, b, _root(b.covariance))
+
+
+def _distance(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
+    product = root_b @ a.covariance @ root_b
+    eigenvalues = linalg.eigvalsh((product + product.T) / 2, check_finite=False)
+    cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    shift = a.mean - b.mean
+    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semi-definite matrix."""
+    values, vectors = linalg.eigh(covariance, check_finite=False)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+class Frechet(Metric):
+    """Frechet distance of pictures to a fixed reference, or (without one) of pictures to their own originals.
+
+    With originals, a group leaves on both sides at once, as they were drawn together. Without originals and reference
+    it only gathers, for :meth:`gaussian`. A reference is not part of the state: give it to the merged metric again.
+    """
+
+    kind = "frechet"
+
+    def __init__(
+        self,
+        info: Info,
+        features: Features | None = None,
+        *,
+        reference: Gaussian | None = None,
+        images: ImageSettings | None = None,
+    ) -> None:
+        super().__init__(info)
+        self.features, self.images = features, images or ImageSettings()
+        self.reference: Gaussian | None = None
+        self._reference_root: np.ndarray | None = None
+        self.number = int(info.settings.get("groups", GROUPS))
+        self._samples, self._originals = (GroupMoments(self.number) for _ in range(2))
+        if reference is not None:
+            self.attach(reference)
+
+    def attach(self, reference: Gaussian) -> Frechet:
+        """Give a metric that came from a state its reference back; UserError for another one."""
+        told = self.info.settings.get("reference")
+        if told != reference.describe():
+            raise UserError(f"metric {self.info.name}: measured against {told}, given {reference.describe()}")
+        self.reference = reference
+        return self
+
+    def update(self, batch: Batch) -> None:
+        if self.features is None:
+            raise RuntimeError(f"metric {self.info.name}: made from a state, it has no network to update with")
+        groups = np.array([statistics.group_number(name, self.number) for name in batch.group_names], np.int64)
+        found = [(self._samples, self.features(self.images.prepare(batch.need("images"))))]
+        if batch.references is not None and "reference" not in self.info.settings:
+            originals = self.images.prepare_originals(batch.need("references"))
+            found.append((self._originals, self.features(originals)))
+        self.claim(batch.ids)
+        for moments, rows in found:
+            moments.add(rows, groups)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of the pictures' features: a reference for other metrics."""
+        sums = self._samples.all()
+        if sums is None or sums.count < 2:
+            raise UserError(f"metric {self.info.name}: at least two pictures needed")
+        return Gaussian.of(sums)
+
+    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+        """The distance; its interval says how it varies over samples of this size, with a fixed reference as it is.
+
+        Settings carry the jackknife's ``bias``: the distance falls by about that much as samples go to infinity.
+        """
+        whole = self._samples.all()
+        about = {"interval": statistics.JACKKNIFE, "confidence": confidence}
+        if whole is None or whole.count < 2:
+            return self.make_result(*(float("nan"),) * 3, 0 if whole is None else whole.count, **about)
+        value = self._against(whole, self._originals.all())
+        sizes, left_out = [], []
+        for group in self._samples.groups():
+            rest = self._samples.all(without=group)
+            if rest is not None and rest.count >= 2:
+                left_out.append(self._against(rest, self._originals.all(without=group)))
+                sizes.append(whole.count - rest.count)
+        found = statistics.jackknife(value, np.array(left_out), np.array(sizes), confidence=confidence)
+        about |= {"standard_error": found.standard_error, "bias": found.bias}
+        return self.make_result(value, max(found.low, 0.0), found.high, whole.count, **about)
+
+    def _against(self, samples: Sums, originals: Sums | None) -> float:
+        ours = Gaussian.of(samples)
+        if self.reference is not None:
+            if self._reference_root is None:
+                self._reference_root = _root(self.reference.covariance)
+            return _distance(ours, self.reference, self._reference_root)
+        if originals is None or originals.count != samples.count:
+            raise UserError(f"metric {self.info.name}: no reference; give originals with every picture, or attach one")
+        return frechet_distance(ours, Gaussian.of(originals))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        sides = (("samples", self._samples), ("originals", self._originals))
+        found = {f"{side}_{name}": array for side, moments in sides for name, array in moments.arrays().items()}
+        return {"ids": text_array(sorted(self.ids)), **found}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.claim(arrays["ids"].tolist())
+        for side, moments in (("samples", self._samples), ("originals", self._originals)):
+            prefix = f"{side}_"
+            moments.restore({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})

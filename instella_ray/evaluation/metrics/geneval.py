@@ -1,0 +1,88 @@
+"""GenEval: share of pictures that show what a prompt names, in six tasks; the score is the mean over tasks.
+
+The official prompts (553, four pictures each) carry their claims as metadata; a detector says what is in each picture;
+:mod:`.geneval_rules` decides. The metric is called ``geneval`` with the official detector only (Mask2Former with Swin-S
+for objects, CLIP ViT-L/14 for colours, see :mod:`.geneval_worker`). Any other detector's name becomes part of the metric's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...errors import UserError
+from .base import Batch, Info, version_of
+from .geneval_rules import OFFICIAL, TASKS, Detection, Rules, evaluate
+from .images import ImageSettings
+from .rates import Judged, RateMetric
+
+OFFICIAL_HASH = "c9d0c4f2"
+"""First digits of the sha256 of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``."""
+
+
+@dataclass(frozen=True)
+class DetectorInfo:
+    """Which detector made the detections."""
+
+    name: str
+    implementation: str
+    weights: str | None = None
+    weights_hash: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def official(self) -> bool:
+        return self.name == "mask2former_swin_s" and (self.weights_hash or "").startswith(OFFICIAL_HASH)
+
+
+class Detector(Protocol):
+    """Anything that finds objects in pictures."""
+
+    info: DetectorInfo
+
+    def detect(self, images: np.ndarray, meta: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
+        """Objects in uint8 ``[B, H, W, 3]``; with their colour for the classes whose colour ``meta`` asks for."""
+        ...
+
+
+def colored_classes(meta: Mapping[str, Any]) -> list[str]:
+    """Classes whose colour a prompt's metadata asks for."""
+    return sorted({clause["class"] for clause in meta.get("include", ()) if "color" in clause})
+
+
+def geneval(
+    detector: DetectorInfo | Detector, rules: Rules = OFFICIAL, images: ImageSettings = ImageSettings()
+) -> RateMetric:
+    """GenEval of ``images`` with their prompts' ``meta``, or of ``detections`` made before, by the detector named."""
+    about = detector if isinstance(detector, DetectorInfo) else detector.info
+
+    def judge(batch: Batch) -> list[Judged]:
+        meta = batch.need("meta")
+        if batch.detections is not None:
+            found: Sequence[Sequence[Detection]] = batch.need("detections")
+        elif isinstance(detector, DetectorInfo):
+            raise UserError(f"metric geneval: no detections, and no detector '{about.name}' to make them")
+        else:
+            found = detector.detect(images.prepare(batch.need("images")), meta)
+        return [judge_picture(f, m, rules) for f, m in zip(found, meta, strict=True)]
+
+    name = "geneval" if about.official and rules == OFFICIAL else f"geneval_rules_{about.name}"
+    settings = {
+        "detector": about.name,
+        "rules": rules.describe(),
+        "rules_implementation": version_of("instella-ray"),
+        "images": images.describe(),
+        **about.settings,
+    }
+    return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), judge)
+
+
+def judge_picture(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> Judged:
+    """One picture's verdict; UserError for metadata that is not GenEval's."""
+    tag = metadata.get("tag")
+    if tag not in TASKS:
+        raise UserError(f"metric geneval: metadata with tag {tag!r}, expected one of {', '.join(TASKS)}")
+    return Judged(tag, *evaluate(detections, metadata, rules))

@@ -1,0 +1,67 @@
+"""ImageReward (Xu et al. 2023): a score of people's liking for a picture given its prompt, standardised to about N(0, 1).
+
+The official package scores; it needs its checkpoint ``ImageReward.pt``, ``med_config.json`` and BERT's vocabulary, and a
+transformers of its time (4.x), so it is not among this project's requirements. Where it cannot be imported the message
+says so.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from ...errors import UserError
+from .base import Batch, Info, file_sha256, optional_import, version_of
+from .features import local_weights
+from .images import ImageSettings
+from .samples import SampleMetric
+
+Scorer = Callable[[str, bytes], float]
+"""Score of (prompt, PNG bytes)."""
+HINT = (
+    "pip install image-reward; its release of 2023 needs transformers 4, which has apply_chunking_to_forward: "
+    "give it an environment of its own, or install it from its repository"
+)
+
+
+def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> Scorer:
+    """The official network from local files, without its downloads."""
+    package = optional_import("ImageReward.ImageReward", "image_reward", HINT)
+    import torch
+
+    path = local_weights(weights, "image_reward", "ImageReward.pt")
+    config = local_weights(med_config, "image_reward", "med_config.json")
+    network = package.ImageReward(med_config=str(config), device=device).to(device)
+    loaded = network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
+    if loaded.missing_keys:
+        raise UserError(f"metric image_reward: {path}: no {loaded.missing_keys[0]}; expected ImageReward.pt")
+    network.eval()
+
+    def score(prompt: str, png: bytes) -> float:
+        with torch.no_grad():
+            return float(network.score(prompt, io.BytesIO(png)))
+
+    return score
+
+
+def image_reward(
+    scorer: Scorer, *, weights: str, images: ImageSettings = ImageSettings(), name: str = "image_reward"
+) -> SampleMetric:
+    """ImageReward of ``images`` with their ``prompts``; a scorer that is not the official network has another ``name``."""
+
+    def score(batch: Batch) -> np.ndarray:
+        pictures = images.prepare(batch.need("images"))
+        return np.array([scorer(p, _png(x)) for p, x in zip(batch.need("prompts"), pictures, strict=True)])
+
+    settings = {"images": images.describe(), "network_input": "224 px, bicubic, centre crop"}
+    info = Info(name, version_of("image-reward"), weights.rsplit("/", 1)[-1], file_sha256(weights), settings)
+    return SampleMetric(info, score)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

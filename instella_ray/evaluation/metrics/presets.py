@@ -1,0 +1,137 @@
+"""The paper's protocols and its published numbers, as data to put beside ours.
+
+From "Instella-T2I: Pushing the Limits of 1D Discrete Latent Space Image Generation": Tables 1 to 3, Appendix D.1 (sampling)
+and D.2 (metrics). Nothing here is measured by this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...errors import UserError
+
+Sampler = Literal["posterior", "simplified"]
+"""Alg. 1, Alg. 2."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number of the paper."""
+
+    metric: str
+    """Name of the :class:`.base.Result` that it belongs beside."""
+    value: float
+    source: str
+    """Table and row."""
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pictures were drawn (Appendix D.1)."""
+
+    sampler: Sampler
+    guidance: float
+    """alpha."""
+    temperature: float
+    """tau."""
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A table's protocol and numbers."""
+
+    name: str
+    sampling: Sampling | None
+    """None for a tokenizer."""
+    size: int
+    """Pixels a side of the pictures."""
+    prompts: Mapping[str, int] = field(default_factory=dict)
+    """Number of prompts by metric: a setting, these are the defaults."""
+    images_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _table1(row: str, geneval: tuple[float, ...], clip: float, reward: float) -> tuple[Published, ...]:
+    tasks = ("single_object", "two_object", "counting", "colors", "color_attr", "position")
+    names = [*(f"geneval/{task}" for task in tasks), "geneval", "clip_score", "image_reward"]
+    values = [*geneval, clip, reward]
+    return tuple(Published(n, v, f"Table 1, {row}", "higher") for n, v in zip(names, values, strict=True))
+
+
+def _table2(data: str, rfid: float, psnr: float, ssim: float) -> tuple[Published, ...]:
+    source = f"Table 2, BIT (397M, 128 tokens), {data}"
+    return (
+        Published("rfid", rfid, source, "lower"),
+        Published("psnr", psnr, source, "higher"),
+        Published("ssim", ssim, source, "higher"),
+    )
+
+
+DIFFUSION = _table1("Instella Diff (1.2B, 1024 px)", (0.99, 0.78, 0.66, 0.85, 0.45, 0.12, 0.64), 0.332, 0.900)
+AUTOREGRESSIVE = _table1("Instella AR (0.8B, 1024 px)", (0.96, 0.43, 0.40, 0.80, 0.14, 0.08, 0.46), 0.313, 0.538)
+
+CLIP_NOTE = (
+    "D.2 says 'ViT-G/14' at 256 px on 30K prompts of MSCOCO 2014. Here: open_clip ViT-bigG-14. The evaluation code cited for "
+    "FID (Kang et al. 2023) means open_clip's ViT-g-14 by that name and puts 'A photo depicts ' before each prompt"
+)
+FID_PROMPTS_NOTE = (
+    "the paper calls the column FID-30K (Table 3) but says 3K prompts in D.2, and 'val2024' for val2014: the number of "
+    "prompts is a setting, 30,000 by default"
+)
+FID_RESIZE_NOTE = (
+    "the cited evaluation code cuts the centre square, resizes to 256 px with Lanczos, and feeds Inception through "
+    "clean-fid's antialiased resize; here the same up to 256 px, then torch-fidelity's TensorFlow 1 resize"
+)
+
+TABLE1 = Preset(
+    "paper-table1",
+    Sampling("posterior", 7.5, 0.75, 100),
+    1024,
+    prompts={"geneval": 553, "clip_score": 30_000, "image_reward": 100},
+    images_per_prompt={"geneval": 4, "clip_score": 1, "image_reward": 1},
+    published=DIFFUSION,
+    notes=(CLIP_NOTE, "the paper does not say how Instella AR was sampled: its row is paper-table1-ar"),
+)
+TABLE1_AR = Preset(
+    "paper-table1-ar",
+    None,
+    1024,
+    prompts=TABLE1.prompts,
+    images_per_prompt=TABLE1.images_per_prompt,
+    published=AUTOREGRESSIVE,
+    notes=(CLIP_NOTE, "sampling settings of the autoregressive model are not given in the paper"),
+)
+TABLE2_IMAGENET = Preset("paper-table2-imagenet", None, 512, published=_table2("ImageNet 512x512", 1.32, 22.25, 0.704))
+TABLE2_COCO = Preset("paper-table2-coco", None, 512, published=_table2("MS-COCO 512x512", 7.14, 21.59, 0.69))
+TABLE3 = Preset(
+    "paper-table3",
+    Sampling("simplified", 4.0, 0.6, 20),
+    1024,
+    prompts={"fid": 30_000},
+    images_per_prompt={"fid": 1},
+    published=(
+        Published("fid", 16.33, "Table 3, Diffusion BIT (1B), 20 steps", "lower"),
+        Published("seconds_per_image", 0.38, "Table 3, Diffusion BIT (1B), 20 steps", "lower"),
+    ),
+    notes=(
+        FID_PROMPTS_NOTE,
+        FID_RESIZE_NOTE,
+        "with 50 steps the same table has FID 15.10 and 1.32 s an image (Diffusion BIT, 1B)",
+        "the picture size of Table 3 is not stated; 1024 px as in Table 1",
+    ),
+)
+PRESETS: dict[str, Preset] = {
+    preset.name: preset for preset in (TABLE1, TABLE1_AR, TABLE2_IMAGENET, TABLE2_COCO, TABLE3)
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called ``name``; UserError with those there are."""
+    if name not in PRESETS:
+        raise UserError(f"preset '{name}': expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,32 @@
+"""PSNR: mean over pictures of ``10 log10(255^2 / MSE)`` in dB, MSE over all pixels and channels of one picture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Batch, Info, version_of
+from .images import ImageSettings
+from .samples import SampleMetric
+
+CEILING = 100.0
+"""dB of a picture that came back unchanged, as in training's previews."""
+
+
+def picture_psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """dB ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape; at most :data:`CEILING`.
+
+    The squared error is summed in whole numbers, so it is exact.
+    """
+    difference = images.astype(np.int64) - references.astype(np.int64)
+    mse = np.square(difference).reshape(len(images), -1).mean(1) / 255.0**2
+    return -10 * np.log10(np.maximum(mse, 10 ** (-CEILING / 10)))
+
+
+def psnr(images: ImageSettings = ImageSettings()) -> SampleMetric:
+    """PSNR of ``images`` against ``references``."""
+
+    def score(batch: Batch) -> np.ndarray:
+        return picture_psnr(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
+
+    settings = {"images": images.describe(), "unit": "dB", "ceiling": CEILING, "average": "mean of pictures' dB"}
+    return SampleMetric(Info("psnr", version_of("instella-ray"), settings=settings), score)

@@ -1,0 +1,70 @@
+"""Metrics that are a mean over samples: PSNR, SSIM, LPIPS, CLIP score, ImageReward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ...errors import UserError
+from .. import statistics
+from .base import Batch, Info, Metric, Result, text_array
+
+Score = Callable[[Batch], np.ndarray]
+"""One finite number a sample, float64 ``[B]``."""
+
+
+class SampleMetric(Metric):
+    """Mean of one number a sample, with a cluster bootstrap over groups.
+
+    Samples are put in the order of their ids first, so the order in which shards came changes no digit.
+    """
+
+    kind = "sample"
+
+    def __init__(self, info: Info, score: Score | None = None) -> None:
+        super().__init__(info)
+        self.score = score
+        self._rows: dict[str, tuple[str, float]] = {}
+
+    def update(self, batch: Batch) -> None:
+        if self.score is None:
+            raise RuntimeError(f"metric {self.info.name}: made from a state, it has nothing to score with")
+        values = np.asarray(self.score(batch), np.float64)
+        if values.shape != (len(batch),):
+            raise RuntimeError(f"metric {self.info.name}: {values.shape} scores for {len(batch)} samples")
+        self._add(batch.ids, batch.group_names, values)
+
+    def scores(self) -> dict[str, float]:
+        """Each sample's number by id: best and worst pictures, paired comparisons."""
+        return {name: value for name, (_, value) in sorted(self._rows.items())}
+
+    def groups(self) -> dict[str, str]:
+        """Each sample's group by id."""
+        return {name: group for name, (group, _) in sorted(self._rows.items())}
+
+    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+        values = np.array(list(self.scores().values()))
+        groups = list(self.groups().values())
+        interval = statistics.bootstrap_mean(values, groups, confidence=confidence, seed=seed)
+        value = float(values.mean()) if len(values) else float("nan")
+        about = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(set(groups))}
+        return self.make_result(value, *interval, len(values), **about)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        rows = sorted(self._rows.items())
+        return {
+            "ids": text_array([name for name, _ in rows]),
+            "groups": text_array([group for _, (group, _) in rows]),
+            "values": np.array([value for _, (_, value) in rows], np.float64),
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._add(arrays["ids"].tolist(), arrays["groups"].tolist(), arrays["values"])
+
+    def _add(self, ids: Sequence[str], groups: Sequence[str], values: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise UserError(f"metric {self.info.name}: sample {ids[bad[0]]} scored {values[bad[0]]}")
+        self.claim(ids)
+        self._rows.update((name, (group, float(value))) for name, group, value in zip(ids, groups, values, strict=True))

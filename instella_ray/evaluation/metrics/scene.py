@@ -1,0 +1,33 @@
+"""Scene score: share of pictures of the ``scenes`` set whose caption holds (see :mod:`instella_ray.data.scene_score`).
+
+GenEval's categories with a detector that knows these shapes only; not GenEval.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...data.scene_score import MARGIN, MIN_AREA, MIN_CONTRAST, MIN_FIT, score
+from ...data.scenes import parse_caption
+from .base import Batch, Info, version_of
+from .images import ImageSettings
+from .rates import Judged, RateMetric
+
+
+def judge_scene(image: np.ndarray, caption: str) -> Judged:
+    """Verdict on a picture, uint8 ``[H, W, 3]``; UserError for a caption that is not of this set."""
+    expect = parse_caption(caption)
+    verdict = score(image, expect)
+    return Judged(expect.category, verdict.correct, verdict.reason)
+
+
+def scene_score(images: ImageSettings = ImageSettings()) -> RateMetric:
+    """Mean over categories of the share of ``images`` that show what their ``prompts`` say."""
+
+    def judge(batch: Batch) -> list[Judged]:
+        pictures = images.prepare(batch.need("images"))
+        return [judge_scene(x, caption) for x, caption in zip(pictures, batch.need("prompts"), strict=True)]
+
+    thresholds = {"contrast": MIN_CONTRAST, "area": MIN_AREA, "fit": MIN_FIT, "margin": MARGIN}
+    settings = {"images": images.describe(), "detector": "scenes", "thresholds": thresholds}
+    return RateMetric(Info("scene_score", version_of("instella-ray"), settings=settings), judge)

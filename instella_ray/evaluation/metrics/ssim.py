@@ -1,0 +1,55 @@
+"""SSIM of Wang et al. (2004): means of local structural similarity, on each colour channel.
+
+``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
+covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. Windows lie within
+the picture. Range -1 to 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import correlate1d
+
+from ...errors import UserError
+from .base import Batch, Info, version_of
+from .images import ImageSettings
+from .samples import SampleMetric
+
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+
+
+def picture_ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """SSIM ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape, at least 11 pixels a side."""
+    if min(images.shape[1:3]) < WINDOW:
+        raise UserError(
+            f"ssim: pictures of {images.shape[2]}x{images.shape[1]} pixels, at least {WINDOW} a side needed"
+        )
+    return np.array([_ssim(a / 255.0, b / 255.0) for a, b in zip(images, references, strict=True)])
+
+
+def _ssim(a: np.ndarray, b: np.ndarray) -> float:
+    mean_a, mean_b = _blur(a), _blur(b)
+    var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
+    cov = _blur(a * b) - mean_a * mean_b
+    c1, c2 = K1**2, K2**2
+    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
+def _blur(plane: np.ndarray) -> np.ndarray:
+    """``[H, W, C]`` under the window, where it lies within the picture: ``[H - 10, W - 10, C]``."""
+    offsets = np.arange(WINDOW) - WINDOW // 2
+    kernel = np.exp(-((offsets / SIGMA) ** 2) / 2)
+    kernel /= kernel.sum()
+    edge = slice(WINDOW // 2, -(WINDOW // 2))
+    return correlate1d(correlate1d(plane, kernel, axis=0), kernel, axis=1)[edge, edge]
+
+
+def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
+    """SSIM of ``images`` against ``references``."""
+
+    def score(batch: Batch) -> np.ndarray:
+        return picture_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
+
+    settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "channels": "rgb"}
+    return SampleMetric(Info("ssim", version_of("instella-ray"), settings=settings), score)

@@ -47,6 +47,15 @@ def run(
     return serve.run(made.bind(path, EMPTY, OPTIONS, 1, "cpu", longest_step_s), name=name, route_prefix=None)
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(serving: None) -> Iterator[None]:
+    from ray import serve
+
+    yield
+    for name in serve.status().applications:
+        serve.delete(name)
+
+
 def pids(handle: Any) -> set[int]:
     from ray.exceptions import RayActorError
 

@@ -230,7 +230,7 @@ def test_it_scales_with_the_rows_and_back_without_losing_one(serving: None, fold
     ]
     eventually(lambda: running("scaled") == 2)
     # Some that outlast the scale-down, on both replicas; the rows of all of them fit one.
-    steps = int(20 * per_second)
+    steps = int(12 * per_second)
     lasting = [
         handle.generate.remote(features(2), sampling(2, num_inference_steps=steps)) for _ in range(OPTIONS.slots - 1)
     ]

@@ -230,7 +230,7 @@ def test_it_scales_with_the_rows_and_back_without_losing_one(serving: None, fold
     crowd = ask(2 * OPTIONS.slots, 600)
     lasting: list[Any] = []
     try:
-        eventually(lambda: running("scaled") == 2)
+        eventually(lambda: running("scaled") == 2, 180)  # a replica imports torch first
         # These end by their deadline, if by nothing else. All of them fit one replica.
         lasting = ask(OPTIONS.slots - 1, 60)
         for answer in crowd:

@@ -102,7 +102,7 @@ def start_detector(cfg: GenEvalConfig, worker: type = OfficialDetector) -> Detec
     """Start the actor and wait until it has loaded; UserError where its environment cannot be made."""
     import ray
 
-    remote = ray.remote(worker).options(num_gpus=cfg.gpus, runtime_env=runtime_env(cfg))
+    remote: Any = ray.remote(worker).options(num_gpus=cfg.gpus, runtime_env=runtime_env(cfg))
     actor = remote.remote(cfg.weights, list(COLORS), color_weights=cfg.color_weights)
     try:
         return RemoteDetector(actor)

@@ -74,7 +74,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     p_value: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method has this name
 
 
 def paired_difference(

@@ -9,6 +9,7 @@ share of bits that are the same in every picture.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy.special import xlogy
@@ -32,7 +33,7 @@ class BitUsage(Metric):
     kind = "bits"
 
     def __init__(self, info: Info | None = None) -> None:
-        about = {"groups": GROUPS, "entropy": "plug-in, bits taken as independent"}
+        about: dict[str, Any] = {"groups": GROUPS, "entropy": "plug-in, bits taken as independent"}
         super().__init__(info or Info("bit_usage", version_of("instella-ray"), settings=about))
         self.counts = np.zeros(int(self.info.settings["groups"]), np.int64)
         self.ones: np.ndarray | None = None
@@ -57,7 +58,7 @@ class BitUsage(Metric):
         (a bit without a change in n pictures changes in fewer than 3/n of all, at 95 %) is in its settings.
         """
         count = int(self.counts.sum())
-        about = {"interval": statistics.JACKKNIFE, "confidence": confidence}
+        about: dict[str, Any] = {"interval": statistics.JACKKNIFE, "confidence": confidence}
         if not count or self.ones is None:
             return self.make_result(*(float("nan"),) * 3, 0, **about)
         ones = self.ones.sum(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Diversity(Metric):
         interval = statistics.bootstrap_mean(values, confidence=confidence, seed=seed)
         value = float(values.mean()) if len(values) else float("nan")
         count = sum(pictures for _, pictures in done.values())
-        about = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(done)}
+        about: dict[str, Any] = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(done)}
         return self.make_result(value, *interval, count, **about)
 
     def scores(self) -> dict[str, float]:

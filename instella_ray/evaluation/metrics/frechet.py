@@ -149,7 +149,7 @@ class Frechet(Metric):
         Settings carry the jackknife's ``bias``: the distance falls by about that much as samples go to infinity.
         """
         whole = self._samples.all()
-        about = {"interval": statistics.JACKKNIFE, "confidence": confidence}
+        about: dict[str, Any] = {"interval": statistics.JACKKNIFE, "confidence": confidence}
         if whole is None or whole.count < 2:
             return self.make_result(*(float("nan"),) * 3, 0 if whole is None else whole.count, **about)
         value = self._against(whole, self._originals.all())

@@ -106,7 +106,7 @@ class OfficialDetector:
             )
         picture = Image.fromarray(image)
         crops = [(self.transform(_crop(picture, box, mask)), 0) for box, mask in objects]
-        loader = torch.utils.data.DataLoader(crops, batch_size=16)
+        loader: Any = torch.utils.data.DataLoader(crops, batch_size=16)  # type: ignore[arg-type]  # a list will do
         with torch.no_grad():
             logits, _ = zeroshot.run_classification(self.clip, self.classifiers[label], loader, self.device)
         return [self.colors[int(i)] for i in logits.argmax(1)]

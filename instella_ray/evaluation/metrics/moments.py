@@ -11,7 +11,7 @@ import numpy as np
 class Sums(NamedTuple):
     """Over samples: their number, the sum of features ``[D]`` and of outer products ``[D, D]``, float64."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method has this name
     total: np.ndarray
     outer: np.ndarray
 

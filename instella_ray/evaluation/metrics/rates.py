@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class RateMetric(Metric):
         by_category: dict[str, list[tuple[str, bool]]] = {}
         for _, (group, judged) in sorted(self._rows.items()):
             by_category.setdefault(judged.category, []).append((group, judged.correct))
-        about = {"interval": statistics.WILSON, "confidence": confidence}
+        about: dict[str, Any] = {"interval": statistics.WILSON, "confidence": confidence}
         rates, parts = [], []
         for category, rows in sorted(by_category.items()):
             groups, correct = zip(*rows, strict=True)

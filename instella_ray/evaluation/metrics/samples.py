@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class SampleMetric(Metric):
         groups = list(self.groups().values())
         interval = statistics.bootstrap_mean(values, groups, confidence=confidence, seed=seed)
         value = float(values.mean()) if len(values) else float("nan")
-        about = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(set(groups))}
+        about: dict[str, Any] = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(set(groups))}
         return self.make_result(value, *interval, len(values), **about)
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """SSIM of Wang et al. (2004): means of local structural similarity, on each colour channel.
 
 ``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
-covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. Windows lie within
-the picture. Range -1 to 1.
+covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. There is a window
+around every pixel, and beyond the picture's edge its mirror image, as in torchmetrics. Range -1 to 1.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _blur(plane: np.ndarray) -> np.ndarray:
-    """``[H, W, C]`` under the window, where it lies within the picture: ``[H - 10, W - 10, C]``."""
+    """``[H, W, C]`` under the window around every pixel."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     kernel = np.exp(-((offsets / SIGMA) ** 2) / 2)
     kernel /= kernel.sum()
-    edge = slice(WINDOW // 2, -(WINDOW // 2))
-    return correlate1d(correlate1d(plane, kernel, axis=0), kernel, axis=1)[edge, edge]
+    return correlate1d(correlate1d(plane, kernel, axis=0, mode="mirror"), kernel, axis=1, mode="mirror")
 
 
 def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
@@ -51,5 +50,5 @@ def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
     def score(batch: Batch) -> np.ndarray:
         return picture_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
 
-    settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "channels": "rgb"}
+    settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "border": "mirrored", "channels": "rgb"}
     return SampleMetric(Info("ssim", version_of("instella-ray"), settings=settings), score)

@@ -55,15 +55,16 @@ def load_lpips(trunk: str | None, *, net: Net = "vgg", device: str = "cpu", seed
 
     Named ``lpips_vgg`` (``lpips_alex``) for torchvision's published weights only.
     """
+    expected = "torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth"
+    path = None if trunk is None else local_weights(trunk, "lpips", expected)
     import lpips
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    if trunk is None:
+    if path is None:
         return Lpips(f"lpips_{net}_random_trunk", None, weight_hash(network), network.to(device), device)
-    path = local_weights(trunk, "lpips", "torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth")
     _load_trunk(network, path)
     found = file_sha256(str(path))
     name = f"lpips_{net}" if found.startswith(TRUNKS[net]) else f"lpips_{net}_unverified"

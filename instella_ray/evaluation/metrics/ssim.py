@@ -50,5 +50,5 @@ def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
     def score(batch: Batch) -> np.ndarray:
         return picture_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
 
-    settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "channels": "rgb"}
+    settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "border": "mirrored", "channels": "rgb"}
     return SampleMetric(Info("ssim", version_of("instella-ray"), settings=settings), score)

@@ -75,7 +75,7 @@ def active(handle: Any) -> list[int]:
     return [status["active"] + status["waiting"] for status in handle.broadcast("status").results()]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds} s"
@@ -225,20 +225,23 @@ def test_it_scales_with_the_rows_and_back_without_losing_one(serving: None, fold
     handle.generate.remote(features(1), sampling(1, num_inference_steps=500)).result(timeout_s=120)
     per_second = 500 / (time.monotonic() - began)
     assert running("scaled") == 1
-    crowd = [
-        handle.generate.remote(features(1), sampling(1, num_inference_steps=FOREVER)) for _ in range(2 * OPTIONS.slots)
-    ]
-    eventually(lambda: running("scaled") == 2)
-    # Some that outlast the scale-down, on both replicas; the rows of all of them fit one.
-    steps = int(12 * per_second)
-    lasting = [
-        handle.generate.remote(features(2), sampling(2, num_inference_steps=steps)) for _ in range(OPTIONS.slots - 1)
-    ]
-    eventually(lambda: all(active(handle)))
-    for answer in crowd:
-        answer.cancel()
-    eventually(lambda: sum(active(handle)) == len(lasting) and all(active(handle)), 10)
-    eventually(lambda: running("scaled") == 1)
-    results = [answer.result(timeout_s=300) for answer in lasting]
-    assert len(results) == len(lasting) and all(np.array_equal(codes, results[0]) for codes in results)
-    serve.delete("scaled")
+    endless = sampling(1, num_inference_steps=FOREVER)
+    crowd = [handle.generate.remote(features(1), endless) for _ in range(2 * OPTIONS.slots)]
+    lasting: list[Any] = []
+    try:
+        eventually(lambda: running("scaled") == 2)
+        # Some that outlast the scale-down, on both replicas; the rows of all of them fit one.
+        asked = sampling(2, num_inference_steps=int(12 * per_second))
+        lasting += [handle.generate.remote(features(2), asked) for _ in range(OPTIONS.slots - 1)]
+        eventually(lambda: all(active(handle)))
+        for answer in crowd:
+            answer.cancel()
+        eventually(lambda: sum(active(handle)) == len(lasting) and all(active(handle)), 10)
+        eventually(lambda: running("scaled") == 1)
+        results = [answer.result(timeout_s=300) for answer in lasting]
+    finally:
+        # Or replicas would go on for nobody when something above has failed.
+        for answer in crowd + lasting:
+            answer.cancel()
+        serve.delete("scaled")
+    assert len(results) == OPTIONS.slots - 1 and all(np.array_equal(codes, results[0]) for codes in results)

@@ -75,7 +75,7 @@ def active(handle: Any) -> list[int]:
     return [status["active"] + status["waiting"] for status in handle.broadcast("status").results()]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds} s"

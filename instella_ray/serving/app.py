@@ -29,6 +29,8 @@ __all__ = ["ModelArgs", "ServeArgs", "build"]
 
 CALLS = 64
 """Calls that a text encoder's or a decoder's replica holds at once; they are batched there."""
+HEALTH_CHECK_PERIOD_S = 2.0
+"""Shorter than Serve's 10 s: /healthz knows what these checks found, and a broken replica draws calls until the third."""
 
 
 @serve.ingress()
@@ -115,6 +117,7 @@ def _stage(
         name=name,
         ray_actor_options={"num_cpus": args.cpus(settings), "num_gpus": args.gpus(settings)},
         max_ongoing_requests=ongoing,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # Scaling down never ends a request that may still meet its deadline.
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
         **_fixed_or_scaled(settings, ongoing),

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
 
 from .retry import with_retries
 
@@ -115,10 +117,20 @@ class Graph:
         )
 
     async def ailing(self) -> list[str]:
-        """Names of the stages without a replica that answers, with why."""
+        """Stages without a replica that passed its last health check, with what Serve says of them.
+
+        Serve is asked, not the replicas: a call to one that is full waits for its turn, and full is not ill.
+        """
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                deployments = await asyncio.to_thread(_deployments)
+        except Exception as error:
+            return [f"Serve: {type(error).__name__}"]
         stages = {"text": self.text, "decoder": self.decoder, **self.generators}
-        answers = await asyncio.gather(*[_answers(stage) for stage in stages.values()])
-        return [f"{name}: {answer}" for name, answer in zip(stages, answers, strict=True) if answer]
+        found = {name: deployments.get(stage.deployment_name) for name, stage in stages.items()}
+        return [
+            f"{name}: {about.status.value if about else 'gone'}" for name, about in found.items() if not _alive(about)
+        ]
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -142,12 +154,11 @@ async def _cancelling(call: Any) -> AsyncIterator[Any]:
         raise
 
 
-async def _answers(stage: DeploymentHandle) -> str | None:
-    """None, or why no replica of a stage answers. All are asked at once and past the queue, which may well be full."""
-    try:
-        call = stage.broadcast("check_health").results_async(timeout_s=HEALTH_TIMEOUT_S, return_exceptions=True)
-        answers = await call
-    except Exception as error:
-        return type(error).__name__
-    failures = [type(answer).__name__ for answer in answers if isinstance(answer, BaseException)]
-    return failures[0] if len(failures) == len(answers) else None
+def _deployments() -> dict[str, DeploymentStatusOverview]:
+    return serve.status().applications[serve.get_replica_context().app_name].deployments
+
+
+def _alive(about: DeploymentStatusOverview | None) -> bool:
+    # One that is being given new settings goes on with its requests.
+    states = about.replica_states.items() if about is not None else ()
+    return any(count and state in ("RUNNING", "UPDATING") for state, count in states)

@@ -25,11 +25,6 @@ LONG = 1_000_000
 LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, pictures=4, steps=LONG, body_bytes=20_000, timeout_s=120)
 
 
-UNDER_REPAIR = pytest.mark.skip(
-    reason="under repair: since the branches were merged, endless streams no longer fill a model's queue in this test"
-)
-
-
 @pytest.fixture(scope="module")
 def url(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     args = serve_args(make_folders(tmp_path_factory.mktemp("models")), limits=LIMITS, model={"slots": 2, "queue": 2})
@@ -99,7 +94,6 @@ def test_a_body_beyond_the_limit_is_413_whether_its_length_is_announced_or_not(c
         assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
 
 
-@UNDER_REPAIR
 @pytest.mark.ray
 def test_overload_is_429_within_100_ms_and_the_queue_does_not_grow(client: httpx.Client, url: str) -> None:
     with under_way(url, 6):  # two slots, two beside them in the replica, two in the queue
@@ -119,7 +113,6 @@ def test_overload_is_429_within_100_ms_and_the_queue_does_not_grow(client: httpx
     assert generate(client).status_code == 200
 
 
-@UNDER_REPAIR
 @pytest.mark.ray
 def test_a_request_gets_room_for_all_of_its_pictures_or_for_none(client: httpx.Client, url: str) -> None:
     with under_way(url, 4):
@@ -139,7 +132,6 @@ def test_a_deadline_gives_504_and_the_slots_back(client: httpx.Client) -> None:
     assert wait_for_rows("diffusion", 0) < 2
 
 
-@UNDER_REPAIR
 @pytest.mark.ray
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slots(client: httpx.Client, url: str, stream: bool) -> None:

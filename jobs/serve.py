@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_address(cfg.host, keys)
     require_free_port(cfg.host, cfg.port)
     app = build(cfg.app)
-    # A supervisor says SIGTERM where a terminal says Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     init_ray()
+    # A supervisor says SIGTERM where a terminal says Ctrl-C. After Ray's start: its own handler aborts a slow shutdown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.start(http_options={"host": cfg.host, "port": cfg.port})
         serve.run(app, name="instella-ray", route_prefix="/")

@@ -101,8 +101,9 @@ class PictureStream:
         finally:
             for preview in previews:
                 preview.cancel()
-        more = {"seed": picture.sampling["seed"], "prompt": picture.prompt, "model": picture.model}
-        self._tell("completed", picture, created_at=int(time.time()), **self._format(picture), **shown, **more)
+        # The codes stand beside the file: 1 KiB that can be decoded again at another size.
+        more = {"codes": pack(codes), "seed": picture.sampling["seed"], "prompt": picture.prompt, "model": picture.model}
+        self._tell("completed", picture, created_at=int(time.time()), **{**self._format(picture), **shown, **more})
 
     async def _preview(
         self, picture: Picture, update: dict[str, Any], number: int, before: asyncio.Task[None] | None

@@ -154,9 +154,6 @@ def test_a_seed_is_random_until_it_is_kept(page: Page, server: Contract) -> None
     assert len(set(seeds)) == 2 and seeds[1] == seeds[2] == seeds[3]
 
 
-@pytest.mark.skip(
-    reason="under repair: after a cancelled request the test waits for one picture where two were asked for"
-)
 @pytest.mark.slow
 def test_cancelling_leaves_the_server_and_the_page_free(page: Page, server: Contract) -> None:
     server.stop_at = 2
@@ -172,7 +169,7 @@ def test_cancelling_leaves_the_server_and_the_page_free(page: Page, server: Cont
         time.sleep(0.01)
     server.stop_at = None
     ask(page)
-    wait_for_pictures(page)
+    wait_for_pictures(page, 2)
 
 
 REFUSALS: list[tuple[Response, str, str | None]] = [
@@ -365,13 +362,10 @@ def test_it_fits_the_window_and_everything_has_a_name(page: Page, server: Contra
     assert (background == "rgb(20, 20, 22)") is (width == 390)
 
 
-@pytest.mark.skip(reason="not run yet since the page and the endpoint were merged")
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:  # noqa: F811
     url = str(client.base_url)
-    if client.get("/").status_code == 404:
-        pytest.skip("the endpoint does not serve the page yet")
     with browser.page() as page:
         page.goto(url)
         page.wait("document.querySelector('[name=size] option')")

@@ -139,7 +139,6 @@ def memory_mb() -> float:
     return sum(found)
 
 
-@pytest.mark.skip(reason="not run yet since the branches were merged")
 @pytest.mark.ray
 @pytest.mark.slow
 def test_five_hundred_random_requests(client: httpx.Client) -> None:

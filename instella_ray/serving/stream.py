@@ -102,7 +102,12 @@ class PictureStream:
             for preview in previews:
                 preview.cancel()
         # The codes stand beside the file: 1 KiB that can be decoded again at another size.
-        more = {"codes": pack(codes), "seed": picture.sampling["seed"], "prompt": picture.prompt, "model": picture.model}
+        more = {
+            "codes": pack(codes),
+            "seed": picture.sampling["seed"],
+            "prompt": picture.prompt,
+            "model": picture.model,
+        }
         self._tell("completed", picture, created_at=int(time.time()), **{**self._format(picture), **shown, **more})
 
     async def _preview(

@@ -33,7 +33,8 @@ FLOORS = [
     {"sampling", "sampling_config"},
     {"data"},
     {"training"},
-    {"serving", "evaluation"},
+    {"serving"},
+    {"evaluation"},
     {"demo", "bench"},
     {"cli"},
 ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..accelerator import hardware_summary
+from ..evaluation.rendering import Cell, table
 from ..storage import write_json
-
-Cell = str | int | float
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,6 @@ class Result:
         return "\n".join([*lines, table(self.rows), "", *(goal.text() for goal in self.goals)])
 
 
-def table(rows: Sequence[Mapping[str, Cell]]) -> str:
-    """A Markdown table with aligned columns; a row may lack columns that others have."""
-    if not rows:
-        return "(nothing measured)"
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
 def write_results(path: str, results: Sequence[Result]) -> None:
     """All results with the machine's description, as JSON."""
     entries = [
@@ -71,7 +56,3 @@ def write_results(path: str, results: Sequence[Result]) -> None:
         for result in results
     ]
     write_json(path, {"hardware": hardware_summary(), "results": entries})
-
-
-def _cell(value: Cell) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -58,18 +58,7 @@ class PartFolder:
         UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job
         with other settings is to be resumed.
         """
-        if not storage.is_empty(self.url):
-            if mode == "new":
-                hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
-                raise UserError(f"output {self.url}: exists already; {hint}")
-            if not storage.exists(self._path(SETTINGS)):
-                raise UserError(f"output {self.url}: not made by this job (no {SETTINGS}); choose another folder")
-            if mode == "resume":
-                self._check_settings(settings)
-                return self._drop_unfinished_shards()
-            storage.remove_tree(self.url)
-        storage.write_json(self._path(SETTINGS), settings)
-        return set()
+        return self._drop_unfinished_shards() if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
         """All finished parts, by shard and row."""
@@ -89,15 +78,6 @@ class PartFolder:
             raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        before = storage.read_json(self._path(SETTINGS))
-        for key in sorted({*before, *settings}):
-            if before.get(key) != settings.get(key):
-                was, now = before.get(key), settings.get(key)
-                raise UserError(
-                    f"output {self.url}: made with {key}={was}, now {now}; use mode=fresh or another folder"
-                )
 
     def _drop_unfinished_shards(self) -> set[str]:
         """Delete what belongs to no finished shard; the rest stays."""
@@ -149,6 +129,31 @@ class PartWriter:
                 pq.write_table(_quarantine_table(bad), stream)
         storage.write_json(storage.join(self.folder, PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
         return part
+
+
+def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
+    """Get a job's output folder ready; True where one of the same ``settings`` is gone on with.
+
+    UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job with
+    other settings is to be resumed.
+    """
+    path = storage.join(url, SETTINGS)
+    if not storage.is_empty(url):
+        if mode == "new":
+            hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
+            raise UserError(f"output {url}: exists already; {hint}")
+        if not storage.exists(path):
+            raise UserError(f"output {url}: not made by this job (no {SETTINGS}); choose another folder")
+        if mode == "resume":
+            before = storage.read_json(path)
+            for key in sorted({*before, *settings}):
+                if before.get(key) != settings.get(key):
+                    was, now = before.get(key), settings.get(key)
+                    raise UserError(f"output {url}: made with {key}={was}, now {now}; use mode=fresh or another folder")
+            return True
+        storage.remove_tree(url)
+    storage.write_json(path, settings)
+    return False
 
 
 def refuse_unfinished(folder: str) -> None:

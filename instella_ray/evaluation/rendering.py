@@ -1,0 +1,126 @@
+"""What reports share: pages of one file without outside assets, curves, pictures within a page, tables for a terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from PIL import Image
+
+from ..data.decode import encode_png
+
+HERE = Path(__file__).parent
+"""Where ``page.html.j2`` is, which other pages extend."""
+COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+PIXELATED = 128
+"""Pictures up to this size stay lossless: each of their pixels is seen."""
+FEW = 20
+"""Up to so many points of a curve are marked."""
+
+Cell = str | int | float
+
+
+def render(template: Path, **values: Any) -> str:
+    """The page of a template file; all text is escaped, and a name that is missing is an error."""
+    loader = jinja2.FileSystemLoader([template.parent, HERE])
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page.filters |= {"number": number, "uri": data_uri}
+    return page.get_template(template.name).render(**values)
+
+
+def number(value: float | None) -> str:
+    """Four digits; a dash for what is not known."""
+    return "–" if value is None or not np.isfinite(value) else f"{value:.4g}"
+
+
+def table(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """A Markdown table with aligned columns; a row may lack columns that others have."""
+    if not rows:
+        return "(nothing measured)"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def thumbnail(pixels: np.ndarray, size: int) -> bytes:
+    """File bytes of uint8 ``[H, W, 3]``, its longer side at most ``size``: PNG where it is small, else JPEG."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    if max(image.size) <= PIXELATED:
+        return encode_png(np.asarray(image))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def data_uri(picture: bytes) -> str:
+    """A picture's file within the page."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def svg_curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    log: bool = False,
+    axis: str = "step",
+    spans: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> Markup:
+    """Line charts of (x, value) points as inline SVG; ``log`` takes the value axis logarithmically.
+
+    ``spans`` are intervals (x, low, high) by the same names, drawn as upright bars.
+    """
+    width, height, left, bottom = 460, 200, 52, 24
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return Markup("<p>nothing was logged</p>")
+    bars = [bar for spanned in (spans or {}).values() for bar in spanned]
+    places = [x for x, _ in points]
+    values = [v for _, v in points] + [end for _, *ends in bars for end in ends]
+    scaled = np.log10(np.maximum(values, 1e-9)) if log else np.array(values)
+    low, high = float(scaled.min()), float(scaled.max())
+    first, last = min(places), max(places)
+
+    def at(x: float, value: float) -> tuple[float, float]:
+        level = float(np.log10(max(value, 1e-9))) if log else value
+        along = (x - first) / (last - first) if last > first else 0.5
+        up = (level - low) / ((high - low) or 1)
+        return left + 6 + (width - left - 18) * along, 8 + (height - bottom - 8) * (1 - up)
+
+    parts = []
+    for tick in np.linspace(low, high, 4):
+        value = 10**tick if log else tick
+        _, y = at(first, value)
+        parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    parts.append(f'<text x="{left + 6}" y="{height - 6}">{first:g}</text>')
+    parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{escape(axis)} {last:g}</text>')
+    for place, (name, line) in enumerate(series.items()):
+        color = COLORS[place % len(COLORS)]
+        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        marks = line if len(line) <= FEW else ()
+        parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*at(*point), color) for point in marks]
+        for x, *ends in (spans or {}).get(name, ()):
+            (x1, y1), (_, y2) = at(x, ends[0]), at(x, ends[1])
+            parts.append(f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}"/>')
+        if len(series) > 1:
+            x, y = left + 8 + 200 * (place % 2), height + 10 + 15 * (place // 2)
+            parts.append(f'<text x="{x}" y="{y}" style="fill: {color}">{escape(name)}</text>')
+    below = 15 * ((len(series) + 1) // 2) if len(series) > 1 else 0
+    return Markup(f'<svg viewBox="0 0 {width} {height + below}" role="img">{"".join(parts)}</svg>')
+
+
+def _cell(value: Cell) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

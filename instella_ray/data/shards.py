@@ -18,8 +18,8 @@ Sample = tuple[str, bytes, str, dict[str, Any]]
 """(key, encoded picture, caption, metadata)."""
 
 
-def find_shards(pattern: str) -> dict[str, str]:
-    """URL -> short unique name of the tars that ``pattern`` names, sorted; at least one.
+def find_shards(pattern: str, suffix: str = ".tar") -> dict[str, str]:
+    """URL -> short unique name of the tars that ``pattern`` names, sorted; at least one. Or of files that end otherwise.
 
     A pattern is a path, a glob, a folder (all its tars), or several of these with commas between. UserError for a part
     that names nothing, and for a folder whose curation is not finished.
@@ -29,17 +29,20 @@ def find_shards(pattern: str) -> dict[str, str]:
         fs, path = storage.filesystem(part)
         folder = fs.isdir(path)
         refuse_unfinished(part if folder else os.path.dirname(part))
-        urls = [url for url in storage.glob(storage.join(part, "*.tar") if folder else part) if url.endswith(".tar")]
+        urls = [
+            url for url in storage.glob(storage.join(part, f"*{suffix}") if folder else part) if url.endswith(suffix)
+        ]
         if not urls:
-            raise UserError(f"{part}: no shard found; expected WebDataset tars, for example 'data/*.tar'")
+            kind = "WebDataset tars" if suffix == ".tar" else f"{suffix} files"
+            raise UserError(f"{part}: no shard found; expected {kind}, for example 'data/*{suffix}'")
         found.update(urls)
-    return _named(sorted(found))
+    return _named(sorted(found), suffix)
 
 
-def _named(urls: list[str]) -> dict[str, str]:
+def _named(urls: list[str], suffix: str) -> dict[str, str]:
     """Names are paths below the folder that all share, with slashes replaced: they become file names."""
     shared = os.path.commonpath([os.path.dirname(url) for url in urls])
-    names = [url[len(shared) :].strip("/").removesuffix(".tar").replace("/", "__") for url in urls]
+    names = [url[len(shared) :].strip("/").removesuffix(suffix).replace("/", "__") for url in urls]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two shards would both be called '{twice}'; rename one of them")

@@ -1,0 +1,116 @@
+"""Units of work as batches for the metrics: codes are decoded, originals reconstructed, in the process that measures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..data.decode import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
+from ..models.bit import BIT
+from ..models.checkpoint import load_expected
+from .metrics.base import Batch
+from .metrics.images import ImageSettings
+from .subjects import Unit, label, read_pictures_unit, read_samples_unit
+
+T = TypeVar("T")
+HARMLESS = {"no_caption", "bad_metadata"}
+"""What may be wrong with a picture's row where captions play no part."""
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """How pictures come about."""
+
+    tokenizer: str | None
+    """None: samples stay codes, pictures are measured as they are."""
+    size: int
+    """Pixels a side of what is measured."""
+    batch_size: int
+    captions: bool = False
+    """A picture without a caption is of no use."""
+    images: ImageSettings | None = None
+    """Pictures are brought to this instead of ``size``: those of a reference."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """One batch with what reports say about its rows."""
+
+    batch: Batch
+    categories: list[str | None]
+
+
+@dataclass
+class Reader:
+    """Reads units; counts in ``quarantined`` the pictures that could not be read, by reason."""
+
+    options: ReaderOptions
+    device: torch.device
+    quarantined: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        folder = self.options.tokenizer
+        self.bit = load_expected(folder, BIT, device=self.device) if folder else None
+
+    def batches(self, unit: Unit, only: Collection[str] | None = None) -> Iterator[Batches]:
+        """The unit's rows in order, or those of the ids ``only``; cut in the same way each time."""
+        return self._samples(unit, only) if unit.kind == "samples" else self._pictures(unit, only)
+
+    def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
+        block = read_samples_unit(unit)
+        chosen = [row for row, name in enumerate(block.ids) if only is None or name in only]
+        for rows in _cut(chosen, self.options.batch_size):
+            codes = block.codes[rows]
+            columns = (block.ids, block.prompts, block.prompt_ids, block.meta, block.categories)
+            ids, prompts, groups, meta, categories = ([column[row] for row in rows] for column in columns)
+            images = self._decode(codes) if self.bit else None
+            yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories)
+
+    def _pictures(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
+        for rows in _cut(self._pixels(unit, only), self.options.batch_size):
+            ids, captions, pixels = zip(*rows, strict=True)
+            originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
+            batch = Batch(ids, originals, prompts=prompts)
+            if self.bit is not None:
+                codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
+                batch = Batch(ids, self._decode(codes), originals, prompts, codes)
+            yield Batches(batch, [None] * len(ids))
+
+    def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray]]:
+        for row in read_pictures_unit(unit):
+            name = f"{label(unit)}/{row['key']}"
+            if only is not None and name not in only:
+                continue
+            try:
+                yield name, row["caption"], self._original(row)
+            except UndecodableError as error:
+                self.quarantined[str(error)] += 1
+
+    def _original(self, row: dict[str, Any]) -> np.ndarray:
+        harmless = () if self.options.captions else HARMLESS
+        if row["image"] is None or (row["problem"] and row["problem"] not in harmless):
+            raise UndecodableError(row["problem"] or "no_image")
+        if self.options.captions and not row["caption"]:
+            raise UndecodableError("no_caption")
+        size, images = self.options.size, self.options.images
+        if images is not None:
+            pixels: np.ndarray = images.prepare_originals(np.asarray(decode_rgb(row["image"]))[None])[0]
+            return pixels
+        return fit_square(decode_rgb(row["image"], at_least=2 * size), size)
+
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        assert self.bit is not None
+        size = self.options.size
+        return to_pixels(self.bit.decode(torch.from_numpy(codes).to(self.device), size, size))
+
+
+def _cut(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(rows)
+    while part := list(islice(rest, size)):
+        yield part

@@ -1,0 +1,110 @@
+"""``report.html``: one file without outside assets, made of what an evaluation left in its output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from .. import storage
+from .gallery import read_gallery
+from .metrics.presets import Preset, preset
+from .rendering import number, render, svg_curves
+
+RESULTS, REPORT = "results.json", "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PROTOCOL = {
+    "sampler": "sampler",
+    "guidance": "guidance_scale",
+    "temperature": "temperature",
+    "steps": "num_inference_steps",
+}
+"""Names of a preset's sampling, and of ours."""
+
+Json = dict[str, Any]
+
+
+def write_report(output: str) -> str:
+    """Render the report of a finished evaluation; returns its path."""
+    results: Json = storage.read_json(storage.join(output, RESULTS))
+    settings, card = results["settings"], results["card"]
+    pictures = read_gallery(output) if card["size"] else {}
+    table = preset(card["preset"]) if card["preset"] else None
+    page = render(
+        TEMPLATE,
+        card=card,
+        settings=settings,
+        pictures=pictures,
+        rows={setting["name"]: metric_rows(setting, table) for setting in settings},
+        preset=table,
+        differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
+        curves=list(curves(settings)) if len(settings) > 1 else [],
+        names=list(dict.fromkeys(name for setting in settings for name in setting["metrics"])),
+        flat=flat,
+    )
+    path = storage.join(output, REPORT)
+    storage.write_text(path, page)
+    return path
+
+
+def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
+    """Every number of a setting, each beside the published one of the same name; then the published ones alone."""
+    found = [row for result in setting["metrics"].values() for row in (result, *result["parts"])]
+    if (each := setting["about"].get("seconds_per_image")) is not None:
+        about = f"one actor on {setting['about']['hardware']}, in bulk"
+        row = {"name": "seconds_per_image", "value": each, "low": None, "high": None, "count": setting["measured"]}
+        found.append({**row, "implementation": about, "weights": None})
+    published = {entry.metric: entry for entry in table.published} if table else {}
+    rows = [{**row, "published": published.pop(row["name"], None)} for row in found]
+    return rows + [{"name": name, "value": None, "published": entry} for name, entry in published.items()]
+
+
+def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
+    """In what a setting does not follow the published protocol."""
+    about, found = setting["about"], []
+    if table is None:
+        return found
+    if card["size"] not in (None, table.size):
+        found.append(f"pictures of {card['size']} px, the paper's {table.size}")
+    if table.sampling is not None and "sampling" in about:
+        for theirs, ours in PROTOCOL.items():
+            if about["sampling"][ours] != (expected := getattr(table.sampling, theirs)):
+                found.append(f"{theirs} {about['sampling'][ours]}, the paper's {expected}")
+    if each := about.get("images_per_prompt"):
+        names = {row["name"] for row in setting["metrics"].values()}
+        prompts = setting["measured"] // each
+        for name in sorted(names & set(table.prompts)):
+            if (prompts, each) != (expected := (table.prompts[name], table.images_per_prompt[name])):
+                found.append(f"{name} over {prompts} prompts x {each}, the paper's {expected[0]} x {expected[1]}")
+    return found
+
+
+def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
+    """A chart for each metric and each number that was swept, with a line for every value of the others."""
+    sampling = [setting["about"].get("sampling", {}) for setting in settings]
+    keys = [key for key in sampling[0] if len({str(s.get(key)) for s in sampling}) > 1]
+    for name in dict.fromkeys(name for setting in settings for name in setting["metrics"]):
+        for key in (key for key in keys if isinstance(sampling[0][key], int | float)):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            spans: dict[str, list[tuple[float, float, float]]] = {}
+            for setting, values in sorted(zip(settings, sampling, strict=True), key=lambda pair: pair[1][key]):
+                result = setting["metrics"].get(name)
+                if result is None or result["value"] is None:
+                    continue
+                line = ", ".join(f"{other} {values[other]}" for other in keys if other != key)
+                lines.setdefault(line, []).append((values[key], result["value"]))
+                if None not in (result["low"], result["high"]):
+                    spans.setdefault(line, []).append((values[key], result["low"], result["high"]))
+            yield f"{name} over {key}", svg_curves(lines, axis=key, spans=spans)
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as lines of a run card: dotted name and text."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{prefix}{key}", number(shown) if isinstance(shown, float) else "–" if shown is None else str(shown)

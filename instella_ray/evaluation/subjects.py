@@ -1,0 +1,171 @@
+"""What is measured, cut into units of work: files of samples, or consecutive pictures of shards, parquet or folders."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .. import storage
+from ..config import Config
+from ..data.scenes import parse_caption
+from ..data.shards import find_shards
+from ..data.tar_source import read_samples
+from ..errors import UserError
+from .prompts import TEXT_KEYS
+from .sample_set import SampleBlock, SampleSet
+
+PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")
+KEY_COLUMNS = ("key", "__key__", "id")
+
+
+class Unit(Config):
+    """What an actor measures in one go, and what is measured again where it was interrupted."""
+
+    setting: str
+    """Of a sweep; '' where there is one alone."""
+    name: str
+    """Unique in its setting; good for a file's name."""
+    kind: Literal["samples", "tar", "parquet", "files"]
+    source: str
+    """Folder of the samples, shard, or folder of the picture files."""
+    first: int = 0
+    """Number of the file of samples, or first row."""
+    rows: int | None
+    """None: to the end of the shard."""
+    files: tuple[str, ...] = ()
+    """Below the folder."""
+
+
+def sample_units(setting: str, samples: SampleSet) -> list[Unit]:
+    """A unit for each file of a set."""
+    files = enumerate(samples.manifest.files)
+    base: dict[str, Any] = {"setting": setting, "kind": "samples", "source": samples.folder}
+    return [Unit(**base, name=file.name.rsplit(".", 1)[0], first=i, rows=file.rows) for i, file in files]
+
+
+def picture_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Unit]:
+    """Units of the pictures of tars, parquet files or folders; UserError where there are none.
+
+    Tars are cut at rows whose number is estimated: the last unit goes to the end, wherever that is.
+    """
+    for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
+        if any(_holds(part, suffix) for part in pattern.split(",")):
+            shards = find_shards(pattern, suffix)
+            return [u for url, name in shards.items() for u in _cut(setting, kind, url, name, rows_per_unit)]
+    return [u for part in pattern.split(",") for u in _folder_units(setting, part.strip(), rows_per_unit)]
+
+
+def read_samples_unit(unit: Unit) -> SampleBlock:
+    """The rows of a file of samples; :class:`.sample_set.BadFile` where it is not whole."""
+    return SampleSet(unit.source).block(unit.first)
+
+
+def read_pictures_unit(unit: Unit) -> Iterator[dict[str, Any]]:
+    """Rows with ``key``, ``image`` (bytes), ``caption`` (or None) and ``problem`` (or None)."""
+    end = None if unit.rows is None else unit.first + unit.rows
+    if unit.kind == "files":
+        for name in unit.files:
+            image = storage.read_bytes(storage.join(unit.source, name))
+            yield {"key": name.rsplit(".", 1)[0], "image": image, "caption": None, "problem": None}
+    elif unit.kind == "tar":
+        with storage.open_file(unit.source) as stream:
+            yield from islice(read_samples(stream, unit.name), unit.first, end)
+    else:
+        yield from islice(_parquet_rows(unit.source), unit.first, end)
+
+
+def label(unit: Unit) -> str:
+    """The shard's name: what a picture's id begins with, however shards are cut."""
+    return unit.name if unit.kind == "samples" else unit.name.rpartition("-")[0]
+
+
+def has_scene_captions(units: Sequence[Unit]) -> bool:
+    """Whether the first unit's captions are all of the scenes."""
+    unit = units[0]
+    if unit.kind == "samples":
+        captions: list[str | None] = list(read_samples_unit(unit).prompts)
+    else:
+        captions = [row["caption"] for row in islice(read_pictures_unit(unit), 64) if not row["problem"]]
+    try:
+        return bool(captions) and all(caption and parse_caption(caption) for caption in captions)
+    except UserError:
+        return False
+
+
+def has_captions(units: Sequence[Unit]) -> bool:
+    """Whether pictures come with captions, judged by the first ones."""
+    return any(row["caption"] for row in islice(read_pictures_unit(units[0]), 16))
+
+
+def _holds(part: str, suffix: str) -> bool:
+    part = part.strip()
+    fs, path = storage.filesystem(part)
+    return bool(storage.glob(storage.join(part, f"*{suffix}"))) if fs.isdir(path) else part.endswith(suffix)
+
+
+def _cut(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
+    parts = max(1, -(-_rows(kind, url) // rows_per_unit))
+    starts = [rows_per_unit * part for part in range(parts)]
+    base: dict[str, Any] = {"setting": setting, "kind": kind, "source": url}
+    return [
+        Unit(**base, name=f"{name}-{first:07d}", first=first, rows=rows_per_unit if first < starts[-1] else None)
+        for first in starts
+    ]
+
+
+def _rows(kind: str, url: str) -> int:
+    with storage.open_file(url) as stream:
+        try:
+            if kind == "parquet":
+                return int(pq.ParquetFile(stream).metadata.num_rows)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:  # headers only: the contents are skipped
+                return len({member.name.removeprefix("./").partition(".")[0] for member in tar})
+        except tarfile.TarError:
+            return 0
+        except pa.ArrowException as error:
+            raise UserError(f"{url}: not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _folder_units(setting: str, folder: str, rows_per_unit: int) -> list[Unit]:
+    fs, root = storage.filesystem(folder)
+    found = fs.find(root) if fs.isdir(root) else []
+    files = sorted(path[len(root) :].strip("/") for path in found if path.lower().endswith(PICTURE_TYPES))
+    if not files:
+        raise UserError(f"{folder}: no pictures found; expected tars, parquet files, or a folder of jpg, png or webp")
+    base: dict[str, Any] = {"setting": setting, "kind": "files", "source": folder}
+    name = folder.rstrip("/").rsplit("/", 1)[-1]
+    return [
+        Unit(**base, name=f"{name}-{first:07d}", first=first, rows=len(part), files=tuple(part))
+        for first in range(0, len(files), rows_per_unit)
+        if (part := files[first : first + rows_per_unit])
+    ]
+
+
+def _parquet_rows(url: str) -> Iterator[dict[str, Any]]:
+    with storage.open_file(url) as stream:
+        try:
+            file = pq.ParquetFile(stream)
+            names = file.schema_arrow.names
+            image, key, caption = (
+                next((name for name in known if name in names), None)
+                for known in (IMAGE_COLUMNS, KEY_COLUMNS, TEXT_KEYS)
+            )
+            if image is None:
+                raise UserError(f"{url}: no column of pictures, expected one of {', '.join(IMAGE_COLUMNS)}")
+            columns = [name for name in (image, key, caption) if name]
+            number = 0
+            for batch in file.iter_batches(64, columns=columns):
+                for row in batch.to_pylist():
+                    data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
+                    text = str(row[caption]) if caption and row[caption] else None
+                    name = str(row[key]) if key else f"{number:07d}"
+                    yield {"key": name, "image": data, "caption": text, "problem": None if data else "no_image"}
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{url}: not a whole parquet file ({str(error).splitlines()[0]})") from None

@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="instella-ray", description="Instella-T2I on Ray.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_compare(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -51,6 +52,31 @@ def _demo(args: argparse.Namespace) -> None:
     flags = {name: value for name in ("folder", "size", "shards", "seed") if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
     run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="two evaluations side by side: differences with their significance",
+        description="Compare two outputs of jobs/evaluate.py: paired over the samples of the same prompts where a metric "
+        "scores samples, by intervals elsewhere. What was not measured in the same way is named and left out.",
+    )
+    command.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING names one setting of a sweep")
+    command.add_argument("b", metavar="B", help="another; differences are B minus A")
+    command.add_argument(
+        "--output", metavar="FILE", help="also write a page with the same prompts' pictures side by side"
+    )
+    command.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .evaluation.compare import NOTE, compare
+
+    for comparison in compare(args.a, args.b, args.output):
+        print(comparison.text() + "\n")
+    print(f"95 % intervals; {NOTE}")
+    if args.output:
+        print(f"page: {args.output}")
 
 
 if __name__ == "__main__":

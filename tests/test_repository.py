@@ -68,6 +68,8 @@ JOB_OF = {
     "generator": ("train_generator", []),
     "serve": ("serve", []),
     "bench": ("bench", []),
+    "evaluation": ("evaluate", ["samples=a", "output=b"]),
+    "evaluation/reconstruction": ("evaluate", ["pictures=a", "tokenizer=b", "output=c"]),
 }
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 # Ray Serve's own form; tests/serving/test_configs.py checks it.

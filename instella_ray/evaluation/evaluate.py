@@ -20,18 +20,20 @@ from ..data.pipeline import init_ray
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
-from .gallery import Choice, Order, ShowConfig, choose_pictures, paint
+from .choice import Choice, ShowConfig, choose_pictures
+from .gallery import Order, paint
 from .measure import Record, States, Task, load_reference, measure
 from .metric_settings import FID, LpipsDiversity, MetricsConfig, Reference, Section, absolute, choose
 from .metrics.base import Metric
 from .metrics.frechet import Frechet
 from .metrics.presets import preset
 from .reading import ReaderOptions
-from .report import RESULTS, write_report
+from .report import write_report
+from .results import RESULTS, STATES
 from .sample_set import SampleSet, find_sample_sets
 from .subjects import Unit, has_captions, has_scene_captions, picture_units, sample_units
 
-STATES, REFERENCE = "states", "reference"
+REFERENCE = "reference"
 PLAIN_SIZE = 256
 """Pixels a side of pictures that are measured as they are, where nothing else is asked for."""
 

@@ -9,11 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import storage
-from .gallery import read_gallery
+from .metrics.base import better
 from .metrics.presets import Preset, preset
 from .rendering import number, render, svg_curves
+from .results import Evaluation, Json
 
-RESULTS, REPORT = "results.json", "report.html"
+REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PROTOCOL = {
     "sampler": "sampler",
@@ -23,25 +24,23 @@ PROTOCOL = {
 }
 """Names of a preset's sampling, and of ours."""
 
-Json = dict[str, Any]
-
 
 def write_report(output: str) -> str:
     """Render the report of a finished evaluation; returns its path."""
-    results: Json = storage.read_json(storage.join(output, RESULTS))
-    settings, card = results["settings"], results["card"]
-    pictures = read_gallery(output) if card["size"] else {}
+    results = Evaluation(output)
+    settings, card = list(results.settings.values()), results.card
     table = preset(card["preset"]) if card["preset"] else None
     page = render(
         TEMPLATE,
         card=card,
         settings=settings,
-        pictures=pictures,
+        pictures={name: results.pictures(name) for name in results.settings} if card["size"] else {},
         rows={setting["name"]: metric_rows(setting, table) for setting in settings},
         preset=table,
         differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
         curves=list(curves(settings)) if len(settings) > 1 else [],
-        names=list(dict.fromkeys(name for setting in settings for name in setting["metrics"])),
+        names=_names(settings),
+        best=best(settings),
         flat=flat,
     )
     path = storage.join(output, REPORT)
@@ -81,11 +80,23 @@ def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
     return found
 
 
+def best(settings: Sequence[Json]) -> dict[str, list[str]]:
+    """The settings with the best value of each metric that has a better end."""
+    found: dict[str, list[str]] = {}
+    for name in _names(settings):
+        results = {s["name"]: s["metrics"][name] for s in settings if name in s["metrics"]}
+        values = {setting: r["value"] for setting, r in results.items() if r["value"] is not None}
+        if values and (way := better(next(iter(results.values()))["name"])):
+            goal = max(values.values()) if way == "higher" else min(values.values())
+            found[name] = [setting for setting, value in values.items() if value == goal]
+    return found
+
+
 def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
     """A chart for each metric and each number that was swept, with a line for every value of the others."""
     sampling = [setting["about"].get("sampling", {}) for setting in settings]
     keys = [key for key in sampling[0] if len({str(s.get(key)) for s in sampling}) > 1]
-    for name in dict.fromkeys(name for setting in settings for name in setting["metrics"]):
+    for name in _names(settings):
         for key in (key for key in keys if isinstance(sampling[0][key], int | float)):
             lines: dict[str, list[tuple[float, float]]] = {}
             spans: dict[str, list[tuple[float, float, float]]] = {}
@@ -108,3 +119,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             yield f"{prefix}{key}", number(shown) if isinstance(shown, float) else "–" if shown is None else str(shown)
+
+
+def _names(settings: Sequence[Json]) -> list[str]:
+    return list(dict.fromkeys(name for setting in settings for name in setting["metrics"]))

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from ... import storage
 from ...errors import UserError
 
 M = TypeVar("M", bound="Metric")
+HIGHER = ("scene_score", "geneval", "clip_score", "image_reward", "psnr", "ssim")
+LOWER = ("fid", "rfid", "frechet", "rfrechet", "lpips")
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,11 @@ def load_state(url: str) -> Metric:
     if kind not in KINDS:
         raise UserError(f"{url}: not the state of a metric (kind {kind}, expected one of {', '.join(KINDS)})")
     return KINDS[kind].from_state(state)
+
+
+def better(name: str) -> Literal["higher", "lower"] | None:
+    """Which way a metric is better; None where it is a matter of taste, as diversity is."""
+    return "lower" if name.startswith(LOWER) else "higher" if name.startswith(HIGHER) else None
 
 
 def version_of(package: str) -> str:

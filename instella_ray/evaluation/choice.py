@@ -1,0 +1,103 @@
+"""Which pictures a report shows: a fixed sample of prompts, the best and the worst by every score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from ..config import Config
+from .measure import Record
+from .metrics.base import Metric, better
+from .metrics.rates import RateMetric
+from .metrics.samples import SampleMetric
+
+
+class ShowConfig(Config):
+    """Pictures in the report."""
+
+    prompts: int = Field(24, ge=0)
+    """In the grid, spread over categories: a sample drawn by a hash of their ids, so that two runs show the same."""
+    extremes: int = Field(8, ge=0)
+    """Best and worst pictures by each score."""
+    size: int = Field(256, ge=16)
+    """Longer side in pixels at most."""
+    most: int = Field(600, ge=0)
+    """Pictures in the whole report: a sweep shows fewer of each setting."""
+
+
+class Shown(Config):
+    """A picture with its score."""
+
+    id: str
+    score: float
+    reason: str = ""
+
+
+class Choice(Config):
+    """What is shown of a setting."""
+
+    grid: tuple[str, ...]
+    verdicts: dict[str, str]
+    """Of the grid's pictures, by the metric that judges them: why they are wrong, '' where they are right."""
+    best: dict[str, tuple[Shown, ...]]
+    """By metric."""
+    worst: dict[str, tuple[Shown, ...]]
+
+    @property
+    def ids(self) -> set[str]:
+        shown = [s for part in (self.best, self.worst) for column in part.values() for s in column]
+        return {*self.grid, *(s.id for s in shown)}
+
+
+def choose_pictures(
+    records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int
+) -> Choice:
+    """A fixed sample of prompts, and the best and worst by every score, of one of ``settings``."""
+    scored = {name: m for name, m in metrics.items() if isinstance(m, SampleMetric | RateMetric)}
+    wanted = show.prompts + 2 * show.extremes * len(scored)
+    share = min(1.0, show.most / max(1, settings * wanted))
+    extremes, prompts = int(show.extremes * share), int(show.prompts * share)
+    ends = {name: _ends(metric, extremes) for name, metric in scored.items()}
+    best, worst = ({name: pair[side] for name, pair in ends.items()} for side in (0, 1))
+    grid = tuple(_grid(records, prompts))
+    judged = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
+    verdicts = {name: judged[name].reason for name in grid if name in judged}
+    return Choice(grid=grid, verdicts=verdicts, best=best, worst=worst)
+
+
+def _grid(records: Sequence[Record], count: int) -> list[str]:
+    """One picture of each prompt; categories take turns, prompts come by the hash of their name."""
+    first: dict[str, tuple[str, str]] = {}
+    for record in records:
+        for name, group, category in zip(record.ids, record.groups, record.categories, strict=True):
+            place = first.setdefault(group, (name, category or ""))
+            first[group] = min(place, (name, category or ""))
+    by_category: dict[str, list[str]] = {}
+    for group in sorted(first, key=_draw):
+        name, category = first[group]
+        by_category.setdefault(category, []).append(name)
+    each = -(-count // max(1, len(by_category)))
+    return [name for _, names in sorted(by_category.items()) for name in names[:each]]
+
+
+def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:
+    """Best first; those of one score by the hash of their name."""
+    reasons = {k: v.reason for k, v in metric.verdicts().items()} if isinstance(metric, RateMetric) else {}
+    sign = 1 if better(metric.info.name) == "lower" else -1
+    rows = sorted(metric.scores().items(), key=lambda row: (sign * row[1], _draw(row[0])))
+    return [Shown(id=name, score=value, reason=reasons.get(name, "")) for name, value in rows]
+
+
+def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
+    """Best and worst; where pictures are right or wrong, right ones and wrong ones."""
+    ranked = _ranked(metric)
+    if isinstance(metric, RateMetric):
+        right, wrong = ([s for s in ranked if s.score == score] for score in (1, 0))
+        return tuple(right[:count]), tuple(wrong[:count])
+    return tuple(ranked[:count]), tuple(ranked[::-1][:count])
+
+
+def _draw(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

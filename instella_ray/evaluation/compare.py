@@ -1,0 +1,242 @@
+"""Two evaluations side by side: differences with their significance, and the same prompts' pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import storage
+from ..errors import UserError
+from .metrics.base import Info, Metric, better
+from .metrics.diversity import Diversity
+from .metrics.rates import RateMetric
+from .metrics.samples import SampleMetric
+from .rendering import Cell, number, render, table
+from .results import Evaluation, Json
+from .statistics import paired_difference
+
+TEMPLATE = Path(__file__).with_name("compare.html.j2")
+LEVEL = 0.05
+NOTE = "p-values by flipping the signs of whole prompts' differences, not corrected for the number of metrics"
+PICTURES = 48
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of both."""
+
+    name: str
+    a: Json
+    b: Json
+    """``value``, ``low``, ``high``, ``count``."""
+    difference: float
+    """B minus A."""
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    """None: unpaired."""
+    how: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one setting with one other."""
+
+    a: str
+    b: str
+    """``FOLDER`` or ``FOLDER#SETTING``."""
+    rows: list[Row]
+    refused: dict[str, str]
+    """Metrics that are not comparable, and why."""
+    differs: list[tuple[str, str, str]]
+    """What differs in what was measured: name, in A, in B."""
+    pictures: list[tuple[Json, Json]]
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [f"A {self.a}", f"B {self.b}", "", table([_cells(row) for row in self.rows])]
+        return "\n".join([*lines, *(f"not compared: {name}: {why}" for name, why in self.refused.items())])
+
+
+def compare(a: str, b: str, output: str | None = None) -> list[Comparison]:
+    """Compare two outputs of evaluations, ``FOLDER`` or ``FOLDER#SETTING``; ``output`` gets a page.
+
+    Settings of one name are compared, or the only two there are. UserError where nothing is comparable.
+    """
+    first, second = _open(a), _open(b)
+    found = [
+        _compare(first[0], ours, second[0], theirs) for ours, theirs in _pairs(a, list(first[1]), b, list(second[1]))
+    ]
+    if not any(comparison.rows for comparison in found):
+        reasons = "; ".join(f"{name}: {why}" for name, why in found[0].refused.items())
+        raise UserError(f"{a} and {b}: nothing to compare ({reasons or 'no metric in both'})")
+    if output is not None:
+        storage.write_text(output, render(TEMPLATE, comparisons=found, note=NOTE, cells=_cells))
+    return found
+
+
+def _open(name: str) -> tuple[Evaluation, list[str]]:
+    folder, mark, setting = name.partition("#")
+    evaluation = Evaluation(folder)
+    if mark and setting not in evaluation.settings:
+        raise UserError(f"{name}: no such setting, expected one of {', '.join(evaluation.settings)}")
+    return evaluation, [setting] if mark else list(evaluation.settings)
+
+
+def _pairs(a: str, ours: list[str], b: str, theirs: list[str]) -> list[tuple[str, str]]:
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    shared = [(name, name) for name in ours if name in theirs]
+    if not shared:
+        raise UserError(f"{a} and {b}: no setting in both; name one of each as FOLDER#SETTING")
+    return shared
+
+
+def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> Comparison:
+    a, b = first.settings[ours], second.settings[theirs]
+    prompts = first.prompts(ours), second.prompts(theirs)
+    same = {name for name, text in prompts[0].items() if prompts[1].get(name) == text}
+    rows, refused = [], {}
+    for name in (name for name in a["metrics"] if name in b["metrics"]):
+        metrics = first.metric(ours, name), second.metric(theirs, name)
+        sizes = first.card["size"], second.card["size"]
+        if why := incomparable(metrics[0].info, metrics[1].info, sizes):
+            refused[name] = why
+        else:
+            rows += _rows(a["metrics"][name], b["metrics"][name], *metrics, same)
+    for name in set(a["metrics"]) ^ set(b["metrics"]):
+        refused[name] = f"measured in {'A' if name in a['metrics'] else 'B'} alone"
+    about = {name: (str(_leaf(a["about"], name)), str(_leaf(b["about"], name))) for name in _leaves(a["about"])}
+    differs = [(name, *values) for name, values in about.items() if values[0] != values[1]]
+    shown = first.pictures(ours), second.pictures(theirs)
+    both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
+    pictures = [(shown[0][name], shown[1][name]) for name in both[:PICTURES]]
+    titles = [f"{e.folder}#{s}" if s else e.folder for e, s in ((first, ours), (second, theirs))]
+    return Comparison(*titles, rows, dict(sorted(refused.items())), differs, pictures)
+
+
+def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:
+    """Why two metrics do not measure the same thing in the same way; None where they do."""
+    if a.name != b.name:
+        return f"A measured {a.name}, B {b.name}: other metrics"
+    ours, theirs = _facts(a), _facts(b)
+    for key in _leaves({**ours, **theirs}):
+        if _leaf(ours, key) != _leaf(theirs, key):
+            return f"{key} is {_leaf(ours, key)} in A, {_leaf(theirs, key)} in B"
+    images = a.settings.get("images")
+    if sizes[0] != sizes[1] and images and images["size"] is None:
+        return f"pictures of {sizes[0]} px in A, {sizes[1]} px in B"
+    return None
+
+
+def _facts(info: Info) -> Json:
+    facts = asdict(info)
+    reference = facts["settings"].get("reference")
+    if reference and reference["sha256"]:  # where its file lies makes no difference
+        facts["settings"]["reference"] = {**reference, "source": None}
+    return facts
+
+
+def _rows(a: Json, b: Json, ours: Metric, theirs: Metric, same: set[str]) -> Iterator[Row]:
+    """The metric's own number and those of its parts."""
+    parts = {part["name"]: part for part in b["parts"]}
+    whole, others = _row(a, b), [_row(p, parts[p["name"]]) for p in a["parts"] if p["name"] in parts]
+    if isinstance(ours, RateMetric) and isinstance(theirs, RateMetric):
+        verdicts = ours.verdicts()
+        names = sorted(same & set(verdicts) & set(theirs.verdicts()))
+        sizes = Counter(verdicts[name].category for name in names)
+        # The score is the mean over categories: a sample counts by the size of its own.
+        weights = {name: len(names) / len(sizes) / sizes[verdicts[name].category] for name in names}
+        yield _paired(whole, ours, theirs, weights)
+        for row in others:
+            category = row.name.rpartition("/")[2]
+            yield _paired(row, ours, theirs, {name: 1.0 for name in names if verdicts[name].category == category})
+    elif isinstance(ours, SampleMetric | Diversity) and isinstance(theirs, SampleMetric | Diversity):
+        shared = sorted(same & set(_scores(ours)) & set(_scores(theirs)))
+        yield _paired(whole, ours, theirs, dict.fromkeys(shared, 1.0))
+        yield from map(_unpaired, others)
+    else:
+        yield from map(_unpaired, (whole, *others))
+
+
+def _row(a: Json, b: Json) -> Row:
+    known = a["value"] is not None and b["value"] is not None
+    return Row(a["name"], a, b, b["value"] - a["value"] if known else float("nan"))
+
+
+def _scores(metric: SampleMetric | Diversity) -> dict[str, float]:
+    """None where they cannot be told without the network."""
+    try:
+        return metric.scores()
+    except UserError:
+        return {}
+
+
+def _paired(row: Row, ours: Any, theirs: Any, weights: Mapping[str, float]) -> Row:
+    """The difference over the samples that both have, each weighted."""
+    if len(weights) < 2:
+        return _unpaired(row)
+    a, b, names = ours.scores(), theirs.scores(), list(weights)
+    scale = np.array([weights[name] for name in names])
+    groups = None if isinstance(ours, Diversity) else [ours.groups()[name] for name in names]
+    found = paired_difference(scale * [b[name] for name in names], scale * [a[name] for name in names], groups)
+    most = max(row.a["count"], row.b["count"])
+    kind = "prompts" if isinstance(ours, Diversity) else "samples"
+    how = f"paired over {len(names)}{f' of {most}' if kind == 'samples' and len(names) < most else ''} {kind}"
+    values = {"difference": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    return replace(row, **values, how=how, verdict=_verdict(row.name, found.value, found.p_value))
+
+
+def _unpaired(row: Row) -> Row:
+    ends = [row.a["low"], row.a["high"], row.b["low"], row.b["high"]]
+    how = "unpaired, no interval"
+    if None not in ends:
+        apart = row.a["high"] < row.b["low"] or row.b["high"] < row.a["low"]
+        how = f"unpaired, intervals {'apart' if apart else 'overlap'}"
+    return replace(row, how=how, verdict="equal" if row.difference == 0 else "")
+
+
+def _verdict(name: str, difference: float, p_value: float) -> str:
+    if difference == 0 and p_value == 1:
+        return "equal"
+    if p_value >= LEVEL:
+        return "no difference seen"
+    way = better(name)
+    if way is None:
+        return "B higher" if difference > 0 else "A higher"
+    return "B better" if (difference > 0) == (way == "higher") else "A better"
+
+
+def _cells(row: Row) -> dict[str, Cell]:
+    def interval(low: float | None, high: float | None) -> str:
+        return f" [{number(low)}, {number(high)}]" if low is not None and high is not None else ""
+
+    return {
+        "metric": row.name,
+        "A": number(row.a["value"]) + interval(row.a["low"], row.a["high"]),
+        "B": number(row.b["value"]) + interval(row.b["low"], row.b["high"]),
+        "B - A": number(row.difference) + interval(row.low, row.high),
+        "p": "" if row.p_value is None else number(row.p_value),
+        "how": row.how,
+        "verdict": row.verdict,
+    }
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _leaf(data: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data

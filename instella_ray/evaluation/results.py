@@ -1,0 +1,52 @@
+"""What an evaluation leaves in its output folder, read back: numbers, gathered scores, prompts, pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import storage
+from ..data.parts import SETTINGS
+from ..errors import UserError
+from .gallery import GALLERY, read_gallery
+from .measure import ROWS, States
+from .metrics.base import Metric
+
+RESULTS, STATES = "results.json", "states"
+
+Json = dict[str, Any]
+
+
+class Evaluation:
+    """A finished evaluation."""
+
+    def __init__(self, folder: str) -> None:
+        """UserError where the folder is none, or not finished."""
+        path = storage.join(folder, RESULTS)
+        if not storage.exists(path):
+            hint = "; run its job again with mode=resume" if storage.exists(storage.join(folder, SETTINGS)) else ""
+            raise UserError(f"{folder}: not a finished evaluation (no {RESULTS}){hint}")
+        results = storage.read_json(path)
+        try:
+            self.card: Json = results["card"]
+            self.settings: dict[str, Json] = {setting["name"]: setting for setting in results["settings"]}
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: not the results of an evaluation") from None
+        self.folder, self.states = folder, States(storage.join(folder, STATES))
+
+    def metric(self, setting: str, name: str) -> Metric:
+        """What a metric gathered over all of a setting."""
+        return self.states.merged(setting, self.settings[setting]["units"], name)
+
+    def prompts(self, setting: str) -> dict[str, str]:
+        """The prompt of every sample, by its id and by that of its group."""
+        found: dict[str, str] = {}
+        for unit in self.settings[setting]["units"]:
+            record = storage.read_json(self.states.path(setting, unit, ROWS))
+            for names in (record["ids"], record["groups"]):
+                found.update(zip(names, record["prompts"], strict=True))
+        return found
+
+    def pictures(self, setting: str) -> dict[str, Json]:
+        """Rows of the gallery by id; empty where only codes were measured."""
+        there = storage.exists(storage.join(self.folder, GALLERY))
+        return read_gallery(self.folder).get(setting, {}) if there else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -52,6 +52,20 @@ def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:
     count = actors or max(1, cpus // 2)
     # Actors must leave a CPU to the readers, or the job would wait for ever.
     return {"compute": ActorPoolStrategy(size=count), "num_cpus": 1 if count < cpus else 0}
+
+
+def on_actors(
+    work: type, argument: Any, rows: Sequence[dict[str, Any]], *, actors: int | None, gpus_per_actor: float
+) -> Iterator[dict[str, Any]]:
+    """Rows that actors made by ``work(argument)`` give for ``rows``, of which they take one after another, in any order.
+
+    An actor that is lost is replaced, and its row done again.
+    """
+    given = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    pool = actor_pool(actors and min(actors, len(rows)), gpus_per_actor)
+    made = given.map_batches(work, fn_constructor_args=(argument,), batch_format="pyarrow", batch_size=1, **pool)
+    quiet(made)
+    yield from made.iter_rows()
 
 
 def write_parts(

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from .. import storage
 from ..accelerator import pick_device
-from ..data.pipeline import actor_pool, quiet
+from ..data.pipeline import on_actors
 from ..errors import UserError
 from .choice import Choice
 from .measure import Record
@@ -89,15 +88,8 @@ def paint(
         ]
     made: list[dict[str, Any]] = []
     if rows:
-        painted = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Painter,
-            fn_constructor_args=(order,),
-            batch_format="pyarrow",
-            batch_size=1,
-            **actor_pool(actors, gpus_per_actor),
-        )
-        quiet(painted)
-        made = sorted(painted.iter_rows(), key=lambda row: (row["setting"], row["id"]))
+        painted = on_actors(Painter, order, rows, actors=actors, gpus_per_actor=gpus_per_actor)
+        made = sorted(painted, key=lambda row: (row["setting"], row["id"]))
     with storage.open_file(storage.join(output, GALLERY), "wb") as stream:
         pq.write_table(pa.Table.from_pylist(made, SCHEMA), stream)
 

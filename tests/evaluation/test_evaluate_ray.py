@@ -1,0 +1,116 @@
+"""The evaluation job on real actors: a driver or an actor that is killed costs time and changes no number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from instella_ray.errors import UserError
+from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
+from instella_ray.evaluation.prompts import read_prompts
+
+from .samples import make_tokenizer, noise, write_samples
+from .test_evaluate import numbers
+
+pytestmark = pytest.mark.ray
+JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
+FILES = 60
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return condition()
+
+
+def finished(output: Path) -> set[str]:
+    """Units that are."""
+    return {path.parent.name for path in output.glob("states/single/*/rows.json")}
+
+
+def measuring_processes() -> list[int]:
+    """Processes below this one in which a Measurer lives."""
+    parents, found = {}, []
+    for entry in Path("/proc").iterdir():
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"Measurer" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except (OSError, ValueError):
+            continue
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [pid for pid in found if is_ours(pid)]
+
+
+@pytest.fixture
+def config(ray_session: None, tmp_path: Path) -> Callable[..., EvaluateConfig]:
+    tokenizer = make_tokenizer(tmp_path / "bit")
+    prompts = read_prompts("scenes", count=2 * FILES)
+    samples = write_samples(tmp_path / "s", prompts, noise(2 * FILES, 4), tokenizer, rows_per_file=8)
+
+    def make(output: str, **more: object) -> EvaluateConfig:
+        given = {"samples": samples, "tokenizer": tokenizer, "output": str(tmp_path / output), "actors": 2}
+        return EvaluateConfig.model_validate({**given, **more})
+
+    return make
+
+
+def test_killed_drivers_and_actors_change_no_number(config: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
+    import ray
+
+    run_evaluate(config("whole"))
+    expected = numbers(tmp_path / "whole")
+    assert len(finished(tmp_path / "whole")) == FILES and expected[""]["bit_usage"]["count"] == 8 * FILES
+
+    cfg = config("driver")
+    sets = [f"{name}={getattr(cfg, name)}" for name in ("samples", "tokenizer", "output", "actors")]
+    command = [sys.executable, str(JOB), *(word for item in sets for word in ("--set", item))]
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(JOB.parents[1])}
+    driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert wait_until(lambda: len(finished(tmp_path / "driver")) >= 3, 120), driver.communicate(timeout=10)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=30)
+    done = finished(tmp_path / "driver")
+    assert 3 <= len(done) < FILES and not (tmp_path / "driver" / "results.json").exists()
+    before = {path: path.stat().st_mtime_ns for unit in done for path in (tmp_path / "driver").rglob(f"{unit}/*")}
+    run_evaluate(config("driver", mode="resume"))
+    assert numbers(tmp_path / "driver") == expected
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        if wait_until(lambda: len(finished(tmp_path / "actor")) >= 3, 120):
+            killed.extend(measuring_processes()[:1])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill_one)
+    watcher.start()
+    run_evaluate(config("actor"))
+    watcher.join()
+    assert killed and killed[0] not in measuring_processes()
+    assert numbers(tmp_path / "actor") == expected
+
+
+def test_an_actors_bad_file_and_bad_weights_end_the_job_in_one_line(
+    config: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"metric fid: weights nothing\.pth: expected a local file"):
+        run_evaluate(config("o", metrics={"diversity_features": {"weights": "nothing.pth"}}))
+    (tmp_path / "s" / "00031.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"00031\.parquet: damaged"):
+        run_evaluate(config("p"))
+    assert not (tmp_path / "p" / "results.json").exists()

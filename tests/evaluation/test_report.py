@@ -1,0 +1,137 @@
+"""The report: every number, nothing from outside, text that stays text, and no stand-in beside a published number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instella_ray import storage
+from instella_ray.data.scenes import scene_rows
+from instella_ray.data.shards import write_tar
+from instella_ray.evaluation.choice import ShowConfig
+from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
+from instella_ray.evaluation.metrics.presets import TABLE3
+from instella_ray.evaluation.prompts import Prompt, read_prompts
+from instella_ray.evaluation.rendering import number, svg_curves, table, thumbnail
+from instella_ray.evaluation.report import best, metric_rows
+from instella_ray.sampling_config import SamplingConfig
+
+from .samples import make_tokenizer, noise, write_samples, write_sweep
+
+PROMPTS = read_prompts("scenes", count=12)
+SWEEP = {
+    f"guidance-{g}-{sampler}": SamplingConfig(guidance_scale=g, sampler=sampler)  # type: ignore[arg-type]
+    for g in (1.5, 3.0, 6.0)
+    for sampler in ("posterior", "simplified")
+}
+
+
+def figures(results: Any) -> Iterator[float]:
+    """Every value, end of an interval, count and score."""
+    for setting in results["settings"]:
+        yield setting["measured"]
+        for result in setting["metrics"].values():
+            for row in (result, *result["parts"]):
+                yield from (row[key] for key in ("value", "low", "high", "count") if row[key] is not None)
+        for side in ("best", "worst"):
+            yield from (s["score"] for column in setting["shown"][side].values() for s in column)
+
+
+def report(output: Path, **more: Any) -> tuple[str, Any]:
+    run_evaluate(EvaluateConfig(output=str(output), **more))
+    return (output / "report.html").read_text(), storage.read_json(str(output / "results.json"))
+
+
+def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(in_process: None, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "bit")
+    sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
+    page, results = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, preset="paper-table3")
+    text = set(re.findall(r"-?\d[\d.]*(?:e[+-]\d+)?", re.sub(r"data:image/[^\"]*", "", page)))
+    assert {number(x) for x in figures(results)} - text == set()
+    assert len(results["settings"]) == 6 and all(name in page for name in SWEEP)
+    assert re.search(r"https?://|<script|<link|@import|url\(", page) is None
+    assert set(re.findall(r'(?:src|href)="(.{10})', page)) == {"data:image"}
+    # A chart a metric over guidance, with a line a sampler; the published numbers stand apart, as none was measured.
+    assert page.count("<svg") == 3 and page.count("<polyline") == 6 and page.count("sampler posterior") >= 3
+    assert "Published numbers that were not measured here: fid 16.33." in " ".join(page.split())
+    assert "guidance 1.5, the paper&#39;s 4.0" in page and "pictures of 32 px, the paper&#39;s 1024" in page
+    assert all(note in unescape(page) for note in TABLE3.notes)
+    assert page.count("<b>") >= 1 and best(results["settings"])["scene_score"]
+
+
+def test_text_stays_text(in_process: None, tmp_path: Path) -> None:
+    nasty = [
+        "<script>alert(1)</script>",
+        '"><img src=http://evil.example/x.png>',
+        "{{ 7 * 7 }} {% raw %}",
+        "&lt;b&gt; '\"",
+    ]
+    prompts = [Prompt(f"<i>{i}</i>", text, category=f"<u>{i}</u>") for i, text in enumerate(nasty)]
+    tokenizer = make_tokenizer(tmp_path / "bit")
+    samples = write_samples(tmp_path / "s", prompts, noise(4, 2), tokenizer, model="<b>model</b>")
+    page, _ = report(tmp_path / "o", samples=samples, tokenizer=tokenizer)
+    assert not re.search(r"<script|<img src=http|<b>model|<i>|<u>", page) and "49" not in re.sub(
+        r"base64,[^\"]*", "", page
+    )
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
+    assert {unescape(caption) for caption in captions} == set(nasty)
+
+
+def test_reconstructions_stand_beside_their_originals_with_best_and_worst(in_process: None, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "bit")
+    write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(20, 1, 48))
+    show = ShowConfig(prompts=6, extremes=3)
+    given = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "preset": "paper-table2-coco", "show": show}
+    page, results = report(tmp_path / "o", **given)
+    (setting,) = results["settings"]
+    assert len(setting["shown"]["grid"]) == 6
+    assert page.count('alt="original"') == page.count("<figure") == 6 + 3 + 2 * 2 * 3  # no scene is right, 3 are wrong
+    worst = setting["shown"]["worst"]
+    assert [s["score"] for s in worst["psnr"]] == sorted(s["score"] for s in worst["psnr"])
+    assert all(s["reason"] for s in worst["scene_score"]) and worst["scene_score"][0]["reason"] in page
+    row = re.search(r"<td>psnr</td>.*?</tr>", page, re.S)
+    assert row and "21.59" in row[0]
+
+
+def test_a_sweep_of_many_settings_shows_no_more_pictures_than_asked_for(in_process: None, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "bit")
+    sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
+    page, _ = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, show=ShowConfig(most=60))
+    assert 0 < page.count("<figure") <= 60
+
+
+def test_a_stand_in_is_never_put_beside_a_published_number() -> None:
+    result = {"value": 12.0, "low": 11.0, "high": 13.0, "count": 9, "parts": [], "implementation": "x", "weights": None}
+    setting = {"about": {}, "measured": 9, "metrics": {"fid": {**result, "name": "frechet_efficientnet_lite0"}}}
+    rows = {row["name"]: row for row in metric_rows(setting, TABLE3)}
+    assert rows["frechet_efficientnet_lite0"]["published"] is None
+    assert rows["fid"]["value"] is None and rows["fid"]["published"].value == 16.33
+    setting["metrics"]["fid"]["name"] = "fid"  # type: ignore[index]
+    rows = {row["name"]: row for row in metric_rows(setting, TABLE3)}
+    assert rows["fid"]["value"] == 12.0 and rows["fid"]["published"].value == 16.33
+
+
+def test_curves_stay_in_their_frame_and_name_their_lines() -> None:
+    chart = svg_curves({"<a>": [(2.0, 1.0), (4.0, 3.0)], "b": [(3.0, 2.0)]}, spans={"b": [(3.0, 0.0, 5.0)]}, axis="<x>")
+    assert "<a>" not in chart and "&lt;a&gt;" in chart and "&lt;x&gt; 4" in chart and "nan" not in chart
+    places = [float(x) for pair in re.findall(r'points="([^"]*)"', chart) for x in re.split("[ ,]", pair)]
+    assert min(places) >= 0 and max(places) <= 460
+    assert "nothing was logged" in svg_curves({})
+
+
+def test_tables_and_thumbnails() -> None:
+    assert table([{"a": 1, "b": 0.123456}, {"a": 22}]).splitlines()[2] == "| 1  | 0.123 |"
+    assert [number(x) for x in (None, float("nan"), 0.123456, 3)] == ["–", "–", "0.1235", "3"]
+    pixels = np.zeros((300, 200, 3), np.uint8)
+    assert thumbnail(pixels, 256).startswith(b"\xff\xd8") and thumbnail(pixels, 64).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 123456.0])
+def test_numbers_have_four_digits(value: float) -> None:
+    assert float(number(value)) == pytest.approx(value, rel=1e-3)

@@ -33,7 +33,8 @@ FLOORS = [
     {"sampling", "sampling_config"},
     {"data"},
     {"training"},
-    {"serving", "evaluation"},
+    {"serving"},
+    {"evaluation"},
     {"demo", "bench"},
     {"cli"},
 ]
@@ -58,6 +59,9 @@ WITHOUT_RAY = (
     "data/scenes.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
+    "evaluation/prompts.py",
+    "evaluation/sampler.py",
+    "evaluation/sample_set.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
@@ -66,6 +70,7 @@ JOB_OF = {
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),
     "serve": ("serve", []),
+    "sample": ("sample", []),
     "bench": ("bench", []),
 }
 JOBS = sorted((ROOT / "jobs").glob("*.py"))

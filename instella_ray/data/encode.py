@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
-import ray
 from pydantic import Field
-from ray.data import ActorPoolStrategy
 
 from .. import storage
 from ..accelerator import pick_device
@@ -19,7 +15,7 @@ from ..models.checkpoint import load_expected, weight_hash
 from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
 from .parts import Mode, PartFolder
-from .pipeline import init_ray, write_parts
+from .pipeline import actor_pool, init_ray, write_parts
 from .shards import find_shards
 from .tar_source import read_shards
 from .views import Decoder
@@ -106,7 +102,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
             fn_constructor_args=(cfg, size),
             batch_format="pyarrow",
             batch_size=4 * cfg.batch_size,
-            **_actor_pool(cfg),
+            **actor_pool(cfg.actors, cfg.gpus_per_actor),
         )
         writer = CodesWriter(cfg.source)
         write_parts(
@@ -126,16 +122,3 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     # Last, so that a folder with a manifest is a complete one.
     storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
     return manifest
-
-
-def _actor_pool(cfg: EncodeConfig) -> dict[str, Any]:
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    if cfg.gpus_per_actor:
-        actors = cfg.actors or max(1, int(gpus / cfg.gpus_per_actor))
-        if actors * cfg.gpus_per_actor > gpus:
-            raise UserError(f"actors {actors} x gpus_per_actor {cfg.gpus_per_actor:g}: the cluster has {gpus} GPUs")
-        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": cfg.gpus_per_actor, "num_cpus": 0}
-    actors = cfg.actors or max(1, cpus // 2)
-    # Actors must leave a CPU to the readers, or the job would wait for ever.
-    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}

@@ -46,6 +46,30 @@ class Part(Config):
         return f"{self.shard}-{self.first_row:07d}"
 
 
+def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
+    """Get a job's output folder ready; true where there is something to go on with.
+
+    UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job with
+    other settings is to be resumed.
+    """
+    path = storage.join(url, SETTINGS)
+    if not storage.is_empty(url):
+        if mode == "new":
+            hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
+            raise UserError(f"output {url}: exists already; {hint}")
+        if not storage.exists(path):
+            raise UserError(f"output {url}: not made by this job (no {SETTINGS}); choose another folder")
+        if mode == "resume":
+            before = storage.read_json(path)
+            for key in sorted({*before, *settings}):
+                if (was := before.get(key)) != (now := settings.get(key)):
+                    raise UserError(f"output {url}: made with {key}={was}, now {now}; use mode=fresh or another folder")
+            return True
+        storage.remove_tree(url)
+    storage.write_json(path, settings)
+    return False
+
+
 class PartFolder:
     """The output folder of one job."""
 
@@ -53,23 +77,8 @@ class PartFolder:
         self.url = url
 
     def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
-        """Get the folder ready and return the labels of the shards that are done already.
-
-        UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job
-        with other settings is to be resumed.
-        """
-        if not storage.is_empty(self.url):
-            if mode == "new":
-                hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
-                raise UserError(f"output {self.url}: exists already; {hint}")
-            if not storage.exists(self._path(SETTINGS)):
-                raise UserError(f"output {self.url}: not made by this job (no {SETTINGS}); choose another folder")
-            if mode == "resume":
-                self._check_settings(settings)
-                return self._drop_unfinished_shards()
-            storage.remove_tree(self.url)
-        storage.write_json(self._path(SETTINGS), settings)
-        return set()
+        """Get the folder ready (:func:`open_output`) and return the labels of the shards that are done already."""
+        return self._drop_unfinished_shards() if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
         """All finished parts, by shard and row."""
@@ -89,15 +98,6 @@ class PartFolder:
             raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        before = storage.read_json(self._path(SETTINGS))
-        for key in sorted({*before, *settings}):
-            if before.get(key) != settings.get(key):
-                was, now = before.get(key), settings.get(key)
-                raise UserError(
-                    f"output {self.url}: made with {key}={was}, now {now}; use mode=fresh or another folder"
-                )
 
     def _drop_unfinished_shards(self) -> set[str]:
         """Delete what belongs to no finished shard; the rest stays."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
-from ray.data import Dataset
+from ray.data import ActorPoolStrategy, Dataset
 from tqdm import tqdm
 
+from ..errors import UserError
 from .parts import PartWriter
 
 
@@ -26,6 +27,32 @@ def init_ray(*, log_to_driver: bool = True) -> None:
         ray.init(log_to_driver=log_to_driver)
     else:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=log_to_driver)
+
+
+def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:
+    """Arguments of ``map_batches`` for so many actors; none means one a GPU, or one for every two CPUs.
+
+    UserError for more GPUs than the cluster has.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    if gpus_per_actor:
+        actors = actors or max(1, int(gpus / gpus_per_actor))
+        if actors * gpus_per_actor > gpus:
+            raise UserError(f"actors {actors} x gpus_per_actor {gpus_per_actor:g}: the cluster has {gpus} GPUs")
+        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": gpus_per_actor, "num_cpus": 0}
+    actors = actors or max(1, cpus // 2)
+    # Actors must leave a CPU to the readers, or the job would wait for ever.
+    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}
+
+
+def quiet(dataset: Dataset) -> Dataset:
+    """``dataset`` without Ray Data's own bars, a line for every operator and second: a job shows one of its own."""
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    return dataset
 
 
 def write_parts(
@@ -44,12 +71,7 @@ def write_parts(
     A file holds up to ``rows_per_file`` consecutive rows of one shard.
     """
     writer = PartWriter(folder, suffix, rows_per_file, write_file)
-    reports = dataset.map_batches(writer, batch_format="pyarrow", batch_size=None)
-    # One bar of our own, in finished shards, instead of a line for every operator and second.
-    reports.context.enable_progress_bars = False
-    reports.context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    reports = quiet(dataset.map_batches(writer, batch_format="pyarrow", batch_size=None))
     rows, began = 0, time.perf_counter()
     with tqdm(total=len(shards), initial=len(done), desc=title, unit="shard") as bar:
         for report in reports.iter_rows():

@@ -319,11 +319,18 @@ def wait_for(condition: Any, job: subprocess.Popen[str], seconds: float = 180) -
 
 
 def workers_of(driver: int) -> list[int]:
-    """Pids of the sampling actors of the Ray that a driver started, found by its process group's session."""
-    listed = subprocess.run(["ps", "-eo", "pid,sess,args"], capture_output=True, text=True, check=True).stdout
+    """Pids of the sampling actors of the Ray that a driver started."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def comes_from_driver(pid: int) -> bool:
+        while pid > 1 and pid != driver:
+            pid = parents.get(pid, 1)
+        return pid == driver
+
     return [
         int(pid)
-        for pid, session, args in rows
-        if args.startswith("ray::") and "Worker" in args and int(session) == driver
+        for pid, _, args in rows
+        if args.startswith("ray::") and "MapWorker" in args and comes_from_driver(int(pid))
     ]

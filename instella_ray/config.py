@@ -88,8 +88,19 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_job(cls: type[C], argv: Sequence[str] | None, *, prog: str, description: str) -> C:
-    """Parse a job's command line into its configuration, and print that."""
+def parse_job(
+    cls: type[C],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    flags: Mapping[str, str] | None = None,
+) -> C:
+    """Parse a job's command line into its configuration, and print that.
+
+    ``flags`` are keys that have a flag of their own beside ``--set``: flag name to dotted key.
+    """
+    flags = flags or {}
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -97,8 +108,11 @@ def parse_job(cls: type[C], argv: Sequence[str] | None, *, prog: str, descriptio
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
+    for flag, key in flags.items():
+        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
     args = parser.parse_args(argv)
-    config = load_config(cls, args.config, args.overrides)
+    given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
+    config = load_config(cls, args.config, [*args.overrides, *given])
     print(dump_yaml(config), end="", flush=True)
     return config
 

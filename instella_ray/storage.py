@@ -86,6 +86,14 @@ def glob(pattern: str) -> list[str]:
     return [f"{protocol}://{p.lstrip('/') if protocol != 'file' else p}" if separator else p for p in found]
 
 
+def move(url: str, to: str) -> None:
+    """Give a file another name, within one filesystem."""
+    fs, path = filesystem(url)
+    target = filesystem(to)[1]
+    fs.makedirs(fs._parent(target), exist_ok=True)
+    retry(lambda: fs.mv(path, target))
+
+
 def remove_tree(url: str) -> None:
     """Delete a folder with all it holds; nothing where there is none."""
     fs, path = filesystem(url)

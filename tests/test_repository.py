@@ -59,6 +59,9 @@ WITHOUT_RAY = (
     "data/scenes.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
+    "evaluation/prompts.py",
+    "evaluation/sampler.py",
+    "evaluation/sample_set.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
@@ -67,6 +70,7 @@ JOB_OF = {
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),
     "serve": ("serve", []),
+    "sample": ("sample", []),
     "bench": ("bench", []),
     "evaluation": ("evaluate", ["samples=a", "output=b"]),
     "evaluation/reconstruction": ("evaluate", ["pictures=a", "tokenizer=b", "output=c"]),

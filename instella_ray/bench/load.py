@@ -1,4 +1,5 @@
-"""A closed loop over HTTP: so many clients, each of which asks for the next picture as soon as it has one."""
+"""Load over HTTP. Closed: so many clients, each of which asks for the next picture as soon as it has one. Open: requests
+that come at random moments, whoever is still waiting."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ PATH = "/v1/images/generations"
 
 @dataclass(frozen=True)
 class Load:
-    """What a closed loop saw."""
+    """What the clients saw."""
 
     window_s: float
     answered: int
@@ -93,16 +94,49 @@ async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: in
 
         async def one_client() -> None:
             while time.perf_counter() < end:
-                asked = time.perf_counter()
-                response = await client.post(PATH, json=(body := next(source)))
-                now = time.perf_counter()
-                if response.status_code != 200:
-                    raise UserError(f"{url}{PATH}: status {response.status_code}: {response.text[:200]}")
-                if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
-                    raise UserError(f"{url}{PATH}: the answer holds no PNG")
-                answers.append((body["num_inference_steps"], asked, now))
+                answers.append(await _ask(client, next(source)))
 
         await asyncio.gather(*(one_client() for _ in range(in_flight)))
-    within, few = sum(start <= now <= end for _, _, now in answers), few_steps(bodies)
+    return _seen(answers, few_steps(bodies), start, end)
+
+
+def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, seed: int = 0) -> Load:
+    """Requests at random moments, ``rate`` a second on average, for ``seconds`` after a quarter of that time uncounted.
+
+    The moments are a function of ``seed``: every contestant meets the same. Returns when all are answered.
+    """
+    return asyncio.run(_open_loop(url, bodies, rate, seconds, seed))
+
+
+async def _open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, seed: int) -> Load:
+    rng, source, tasks = np.random.default_rng(seed), itertools.cycle(bodies), []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        began = time.perf_counter()
+        start, end, due = began + seconds / 4, began + seconds * 1.25, began
+        while (due := due + float(rng.exponential(1 / rate))) < end:
+            await asyncio.sleep(due - time.perf_counter())
+            tasks.append(asyncio.create_task(_ask(client, next(source))))
+        answers = await asyncio.gather(*tasks)
+    return _seen(answers, few_steps(bodies), start, end)
+
+
+Answer = tuple[int, float, float]
+"""Steps, and when it was asked and answered."""
+
+
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    asked = time.perf_counter()
+    response = await client.post(PATH, json=body)
+    now = time.perf_counter()
+    if response.status_code != 200:
+        raise UserError(f"{client.base_url}{PATH}: status {response.status_code}: {response.text[:200]}")
+    if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
+        raise UserError(f"{client.base_url}{PATH}: the answer holds no PNG")
+    return body["num_inference_steps"], asked, now
+
+
+def _seen(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
+    within = sum(start <= now <= end for _, _, now in answers)
     took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
     return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])

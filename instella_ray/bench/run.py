@@ -10,16 +10,19 @@ from pydantic import Field
 
 from ..accelerator import hardware_summary
 from ..config import Config
+from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
 from .overhead import OverheadBench, run_overhead
 from .report import Result, write_results
 from .serving import ServingBench, run_serving
 
+Suite = Literal["caching", "overhead", "serving", "bulk"]
+
 
 class BenchConfig(Config):
     """Which subjects to measure, and how thoroughly."""
 
-    suites: tuple[Literal["caching", "overhead", "serving"], ...] = ("caching", "overhead", "serving")
+    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk")
     repeats: int = Field(5, ge=1)
     """Rounds that count, in the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -28,6 +31,7 @@ class BenchConfig(Config):
     caching: CachingBench = CachingBench()
     overhead: OverheadBench = OverheadBench()
     serving: ServingBench = ServingBench()
+    bulk: BulkBench = BulkBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[Result]:
@@ -36,6 +40,7 @@ def run_bench(cfg: BenchConfig) -> list[Result]:
         "caching": lambda: run_caching(cfg.caching, cfg.repeats),
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
         "serving": lambda: run_serving(cfg.serving),
+        "bulk": lambda: run_bulk(cfg.bulk),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

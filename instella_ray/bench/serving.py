@@ -18,7 +18,7 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
-from .load import Load, closed_loop, mixed_requests, percentile
+from .load import Load, closed_loop, mixed_requests, open_loop, percentile
 from .report import Cell, Goal, Result
 
 GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
@@ -56,6 +56,8 @@ class ServingBench(Config):
     seconds: float = Field(8.0, gt=0)
     """Each contestant's window at each number in flight, in each round."""
     rounds: int = Field(3, ge=1)
+    open_share: float = Field(0.8, gt=0, lt=1)
+    """Of the pictures a second that static batches give at most: the rate of requests that come at random moments."""
     slots: int = 16
     threads: int = 1
     """Of each replica of the graph."""
@@ -69,8 +71,9 @@ class ServingBench(Config):
 
 
 def run_serving(cfg: ServingBench) -> Result:
-    """Rows for each number in flight and contestant; goals at the largest number in flight."""
+    """Rows for each load and contestant; goals at the largest number in flight, and for random arrivals."""
     loads: dict[tuple[int, str], list[Load]] = {}
+    arrivals: dict[str, list[Load]] = {}
     bodies = mixed_requests(512, cfg.sizes, cfg.steps)
     with tempfile.TemporaryDirectory() as folder, endpoints(cfg, Path(folder)) as urls:
         for url in urls.values():
@@ -80,24 +83,32 @@ def run_serving(cfg: ServingBench) -> Result:
                 for name, url in urls.items():
                     load = closed_loop(url, bodies, in_flight, cfg.seconds)
                     loads.setdefault((in_flight, name), []).append(load)
-    joined = {key: Load.joined(parts) for key, parts in loads.items()}
-    return Result("The graph over HTTP, closed loop", cfg.model_dump(mode="json"), _rows(joined), _goals(joined))
-
-
-def _rows(loads: dict[tuple[int, str], Load]) -> list[dict[str, Cell]]:
-    return [
-        {
-            "in flight": in_flight,
-            "contestant": name,
-            "pictures/s": load.rate,
-            "p50 ms": load.percentile(50) * 1000,
-            "p99 ms": load.percentile(99) * 1000,
-            "p50 ms, few steps": percentile(load.short, 50) * 1000,
-            "p99 ms, few steps": percentile(load.short, 99) * 1000,
-            "pictures": load.answered,
-        }
-        for (in_flight, name), load in sorted(loads.items(), key=lambda item: item[0][0])
+        rate = cfg.open_share * Load.joined(loads[max(cfg.in_flight), STATIC]).rate
+        for seed in range(cfg.rounds):
+            for name in (GRAPH, STATIC):
+                arrivals.setdefault(name, []).append(open_loop(urls[name], bodies, rate, cfg.seconds, seed))
+    closed = {key: Load.joined(parts) for key, parts in loads.items()}
+    opened = {name: Load.joined(parts) for name, parts in arrivals.items()}
+    rows = [
+        _row(f"{n} in flight", name, load) for (n, name), load in sorted(closed.items(), key=lambda item: item[0][0])
     ]
+    rows += [_row(f"{rate:.1f}/s at random", name, load) for name, load in opened.items()]
+    waits = opened[GRAPH].percentile(99) / opened[STATIC].percentile(99)
+    goals = [*_goals(closed), Goal(f"{rate:.1f} requests/s at random, p99 against {STATIC}", waits, 0.5, "<=")]
+    return Result("The graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
+
+
+def _row(load_name: str, contestant: str, load: Load) -> dict[str, Cell]:
+    return {
+        "load": load_name,
+        "contestant": contestant,
+        "pictures/s": load.rate,
+        "p50 ms": load.percentile(50) * 1000,
+        "p99 ms": load.percentile(99) * 1000,
+        "p50 ms, few steps": percentile(load.short, 50) * 1000,
+        "p99 ms, few steps": percentile(load.short, 99) * 1000,
+        "pictures": load.answered,
+    }
 
 
 def _goals(loads: dict[tuple[int, str], Load]) -> list[Goal]:

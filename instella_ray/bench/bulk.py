@@ -1,0 +1,166 @@
+"""Bulk sampling against the bare batched sampler: what Ray Data, files and the engine cost; and whether memory grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from ..config import Config
+from ..evaluation.plan import SampleConfig, plan_samples
+from ..evaluation.prompts import Prompt, read_prompts
+from ..evaluation.sample import run_sample
+from ..models.bit import BIT
+from ..models.checkpoint import load_model, read_checkpoint_config
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..sampling import SamplingParams, generate
+from ..sampling_config import SamplingConfig
+from .report import Cell, Goal, Result
+from .serving import ServingBench, save_models
+
+RATE_GOAL, MEMORY_GOAL = 0.9, 1.2
+
+
+class BulkBench(Config):
+    """The job that is measured, over demo-size models of random weights."""
+
+    models: ServingBench = ServingBench()
+    samples: int = Field(1536, ge=2)
+    images_per_prompt: int = Field(4, ge=1)
+    batch_size: int = 16
+    sampling: SamplingConfig = SamplingConfig(guidance_scale=2.0, temperature=0.5)
+    samples_per_file: int = 128
+    memory_samples: tuple[int, int] = (1000, 10_000)
+    """A small and a large job, whose peak memory is compared."""
+
+
+def run_bulk(cfg: BulkBench) -> Result:
+    """One row a contestant; threads and actors use two cores where they say two."""
+    rows: list[dict[str, Cell]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = save_models(cfg.models, folder)["generator"]
+        prompts = _prompts(folder, cfg.samples // cfg.images_per_prompt)
+        rates = {f"bare sampler, {n} threads": _bare(cfg, model, prompts, n) for n in (1, 2)}
+        rates |= {f"job, {n} actors of one thread": _job(cfg, model, prompts, folder / f"{n}", n) for n in (1, 2)}
+        peaks = [_peak(cfg, model, folder / f"memory-{count}", count) for count in cfg.memory_samples]
+    one, two, job_one, job_two = rates.values()
+    rows += [{"contestant": name, "pictures/s": rate} for name, rate in rates.items()]
+    for count, peak in zip(cfg.memory_samples, peaks, strict=True):
+        rows.append({"contestant": f"job of {count} samples", "peak MB, driver and actor": peak})
+    few, many = cfg.memory_samples
+    goals = [
+        Goal("one actor against the bare sampler", job_one / one, RATE_GOAL, ">="),
+        Goal("two actors against the bare sampler with two threads", job_two / two, RATE_GOAL, ">="),
+        Goal(f"peak memory, {many} samples against {few}", peaks[1] / peaks[0], MEMORY_GOAL, "<="),
+    ]
+    return Result("Bulk sampling", cfg.model_dump(mode="json"), rows, goals)
+
+
+def _prompts(folder: Path, count: int) -> list[Prompt]:
+    """``count`` different captions, also as the file that the job reads."""
+    captions = dict.fromkeys(p.text for p in read_prompts("scenes", count=3 * count))
+    texts = [f"{text}, number {i}" for i, text in enumerate(list(captions) * (1 + count // len(captions)))][:count]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    return read_prompts(str(folder / "prompts.jsonl"))
+
+
+@torch.no_grad()
+def _bare(cfg: BulkBench, path: str, prompts: list[Prompt], threads: int) -> float:
+    """Pictures a second of the sampler's loop, each batch's prompts encoded together."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    model = load_model(path)
+    assert not isinstance(model, BIT)
+    encoder = TextEncoder.from_config(TextEncoderConfig.model_validate(read_checkpoint_config(path)["text_encoder"]))
+    empty = model.text_kv(*encoder.encode([""]))
+    samples = plan_samples(prompts, cfg.images_per_prompt, 0)
+    began, done = time.perf_counter(), -cfg.batch_size
+    while batch := list(islice(samples, cfg.batch_size)):
+        unique = list(dict.fromkeys(s.prompt.text for s in batch))
+        features, mask = encoder.encode(unique)
+        rows = [unique.index(s.prompt.text) for s in batch]
+        params = SamplingParams.of(len(batch), seed=[s.seed for s in batch], **cfg.sampling.model_dump())
+        generate(model, model.text_kv(features[:, rows], mask[rows]), empty, params)
+        done += len(batch)
+        if done == 0:  # the first batch warms up
+            began = time.perf_counter()
+    torch.set_num_threads(before)
+    return done / (time.perf_counter() - began)
+
+
+def _job(cfg: BulkBench, model: str, prompts: list[Prompt], output: Path, actors: int) -> float:
+    """Pictures a second between a job's first file and its last: without the start of Ray and its actors."""
+    run_sample(_config(cfg, model, output, str(output.parent / "prompts.jsonl"), actors=actors, sampling=cfg.sampling))
+    made = sorted(path.stat().st_mtime for path in output.glob("samples-*.parquet"))
+    # So many files had been begun before the first was there.
+    return (len(made) - actors) * cfg.samples_per_file / (made[-1] - made[actors - 1])
+
+
+def _config(cfg: BulkBench, model: str, output: Path, prompts: str, **more: object) -> SampleConfig:
+    given = {
+        "model": model,
+        "prompts": prompts,
+        "output": str(output),
+        "images_per_prompt": cfg.images_per_prompt,
+        "batch_size": cfg.batch_size,
+        "samples_per_file": cfg.samples_per_file,
+        "text_length": cfg.models.text_length,
+    }
+    return SampleConfig.model_validate({**given, **more})
+
+
+def _peak(cfg: BulkBench, model: str, output: Path, count: int) -> float:
+    """Most memory (MB) that driver and actor had together while they made ``count`` samples of one step each."""
+    output.mkdir()
+    _prompts(output, count // cfg.images_per_prompt)
+    one_step = cfg.sampling.model_copy(update={"num_inference_steps": 1})
+    with peak_memory() as peak:
+        run_sample(_config(cfg, model, output / "out", str(output / "prompts.jsonl"), actors=1, sampling=one_step))
+    return max(peak)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Resident MB of this process and of Ray Data's actors, looked at all the time within the block."""
+    seen, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            seen.append(sum(_resident_mb(pid) for pid in ["self", *_actors()]))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _actors() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith((b"ray::MapWorker", b"ray::_MapWorker")):
+                found.append(path.parent.name)
+        except OSError:
+            continue  # it ended while we looked
+    return found
+
+
+def _resident_mb(pid: str) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

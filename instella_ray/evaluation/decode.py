@@ -1,0 +1,144 @@
+"""Sampled codes to pictures, at any size: files with their prompt and settings inside, or WebDataset tars."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from .. import storage
+from ..accelerator import pick_device
+from ..config import Config
+from ..data.decode import to_pixels
+from ..data.pipeline import actor_pool, init_ray, quiet
+from ..data.shards import write_tar
+from ..errors import UserError
+from ..models.bit import BIT
+from ..models.checkpoint import load_expected, weight_hash
+from ..serving.images import encode_image
+from .sample_set import SampleBlock, SampleSet, find_sample_sets
+
+
+class DecodeConfig(Config):
+    """Whether and how samples become pictures."""
+
+    format: Literal["png", "jpeg", "webp", "tar"] | None = None
+    """A file a picture, or a WebDataset tar of PNGs for each file of codes; none decodes nothing."""
+    tokenizer: str | None = None
+    """Model folder of the BIT whose codes they are."""
+    size: int | None = Field(None, ge=1)
+    """Edge (px); none means the tokenizer's own."""
+    batch_size: int = Field(16, ge=1)
+    """Pictures a decoder call."""
+    actors: int | None = Field(None, ge=1)
+    """None means one a GPU, or one for every two CPUs."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+
+
+class PictureDecoder:
+    """The tokenizer's decoder over blocks of samples."""
+
+    def __init__(self, tokenizer: str, size: int, *, batch_size: int = 16, device: str = "cpu") -> None:
+        self.device, self.size, self.batch_size = pick_device(device), size, batch_size
+        self.bit = load_expected(tokenizer, BIT, device=self.device)
+
+    def pictures(self, codes: np.ndarray) -> Iterator[np.ndarray]:
+        """uint8 ``[size, size, 3]`` of each of the codes, uint8 0/1 ``[N, L, K]``."""
+        for start in range(0, len(codes), self.batch_size):
+            batch = torch.from_numpy(codes[start : start + self.batch_size]).to(self.device)
+            with torch.no_grad():
+                yield from to_pixels(self.bit.decode(batch, self.size, self.size))
+
+
+def check_tokenizer(tokenizer: str, size: int | None, samples: SampleSet) -> int:
+    """The size to decode at; UserError for a tokenizer that did not make these codes, or cannot make that size."""
+    bit = load_expected(tokenizer, BIT)
+    if samples.run.tokenizer_hash != weight_hash(bit):
+        raise UserError(f"{samples.folder}: codes of another tokenizer than {tokenizer}")
+    size = size or bit.cfg.image_size
+    if size % (multiple := bit.cfg.decode_multiple):
+        raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {tokenizer} needs to decode")
+    return size
+
+
+class Worker:
+    """Ray Data's actor: writes the pictures of one file of samples."""
+
+    def __init__(self, cfg: DecodeConfig, folder: str, size: int) -> None:
+        assert cfg.tokenizer is not None and cfg.format is not None
+        self.format, self.sets = cfg.format, find_sample_sets(folder)
+        device = "auto" if cfg.gpus_per_actor else "cpu"
+        self.decoder = PictureDecoder(cfg.tokenizer, size, batch_size=cfg.batch_size, device=device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        (name,), (number,) = batch["setting"].tolist(), batch["number"].tolist()
+        samples = self.sets[name]
+        block, urls = samples.block(number), picture_urls(samples, number, self.decoder.size, self.format)
+        files = self._files(samples, block)
+        if self.format == "tar":
+            keys = [picture_name(block, i) for i in range(len(block))]
+            about = [
+                {"seed": seed, "prompt_id": name} for seed, name in zip(block.seeds, block.prompt_ids, strict=True)
+            ]
+            write_tar(urls[0], zip(keys, files, block.prompts, about, strict=True))
+        else:
+            for url, data in zip(urls, files, strict=True):
+                storage.write_bytes(url, data)
+        return {"pictures": [len(block)]}
+
+    def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
+        kind = "png" if self.format == "tar" else self.format
+        sampling = samples.run.sampling.model_dump(mode="json")
+        for i, picture in enumerate(self.decoder.pictures(block.codes)):
+            about = {"model": samples.run.model_hash, "prompt": block.prompts[i], **sampling, "seed": block.seeds[i]}
+            yield encode_image(picture, kind, about)
+
+
+def picture_name(block: SampleBlock, row: int) -> str:
+    """A file name that cannot leave its folder, whatever the prompt's id: its words, and a hash-like seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", block.prompts[row].lower()).strip("-")[:60]
+    return f"{block.seeds[row]:016x}-{words}".rstrip("-")
+
+
+def picture_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
+    """The files that file ``number`` of codes becomes."""
+    folder = storage.join(samples.folder, f"pictures-{size}")
+    if kind == "tar":
+        return [storage.join(folder, samples.manifest.files[number].name.replace(".parquet", ".tar"))]
+    block = samples.block(number)
+    return [storage.join(folder, f"{picture_name(block, row)}.{kind}") for row in range(len(block))]
+
+
+def run_decode(cfg: DecodeConfig, folder: str) -> int:
+    """Decode the finished samples of ``folder``; pictures that are there already stay. Returns how many there are.
+
+    UserError for samples that are not finished or damaged, or codes of another tokenizer.
+    """
+    if cfg.format is None or cfg.tokenizer is None:
+        raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that made the codes")
+    cfg = cfg.model_copy(update={"tokenizer": storage.absolute(cfg.tokenizer)})
+    folder = storage.absolute(folder)
+    sets, todo, total = find_sample_sets(folder), [], 0
+    size = check_tokenizer(str(cfg.tokenizer), cfg.size, next(iter(sets.values())))
+    for name, samples in sets.items():
+        there = set(storage.glob(storage.join(samples.folder, f"pictures-{size}", "*")))
+        for number, file in enumerate(samples.manifest.files):
+            total += file.rows
+            if not there.issuperset(picture_urls(samples, number, size, str(cfg.format))):
+                todo.append({"setting": name, "number": number, "rows": file.rows})
+    if todo:
+        init_ray()
+        units = ray.data.from_items(todo, override_num_blocks=len(todo))
+        pool = actor_pool(cfg.actors, cfg.gpus_per_actor)
+        reports = quiet(units.map_batches(Worker, fn_constructor_args=(cfg, folder, size), batch_size=1, **pool))
+        left = sum(int(unit["rows"]) for unit in todo)  # type: ignore[call-overload]
+        with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="picture") as bar:
+            for report in reports.iter_rows():
+                bar.update(report["pictures"])
+    return total

@@ -1,0 +1,231 @@
+"""The bulk sampling job: prompts in, packed codes out, on any number of actors; killed and resumed without a trace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from .. import storage
+from ..accelerator import hardware_summary
+from ..data.parts import open_output
+from ..data.pipeline import actor_pool, init_ray, quiet
+from ..errors import UserError
+from ..models.checkpoint import read_checkpoint_config, weight_hash
+from ..models.text_encoder import TextEncoderConfig
+from ..serving.engine import EngineOptions
+from ..serving.weights import Identity
+from .plan import Planned, SampleConfig, plan_samples, settings_of
+from .prompts import prompts_hash, read_prompts
+from .sample_set import (
+    MANIFEST,
+    QUARANTINE,
+    SWEEP,
+    BadFile,
+    SampleBlock,
+    SampleFile,
+    SampleManifest,
+    SampleRun,
+    check_file,
+    sample_id,
+    write_block,
+)
+from .sampler import Sampler, SamplerOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every actor knows."""
+
+    folder: str
+    samples: tuple[Planned, ...]
+    samples_per_file: int
+    runs: Mapping[str, SampleRun]
+    """By the name of their setting."""
+    sampler: SamplerOptions
+
+    @property
+    def units(self) -> int:
+        """Files of each setting."""
+        return -(-len(self.samples) // self.samples_per_file)
+
+    def unit(self, number: int) -> tuple[Planned, ...]:
+        """The samples of file ``number``."""
+        return self.samples[number * self.samples_per_file : (number + 1) * self.samples_per_file]
+
+    def setting_folder(self, name: str) -> str:
+        return storage.join(self.folder, name) if name else self.folder
+
+    def url(self, name: str, number: int) -> str:
+        """File ``number`` of a setting."""
+        return storage.join(self.setting_folder(name), f"samples-{number:05d}.parquet")
+
+    def ids(self, number: int) -> list[str]:
+        return [sample_id(s.prompt.id, s.index) for s in self.unit(number)]
+
+
+class Worker:
+    """Ray Data's actor: makes the files of a unit, all settings in one batch, and reports how many samples it made."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.sampler = job, Sampler(job.sampler)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        (number,), (names,) = batch["unit"].tolist(), batch["settings"].tolist()
+        samples, began = self.job.unit(number), time.perf_counter()
+        made = self.sampler.run(samples, {name: self.job.runs[name].sampling for name in names})
+        seconds = (time.perf_counter() - began) / len(made)
+        for name, codes in made.items():
+            write_block(self.job.url(name, number), _block(samples, codes), self.job.runs[name], seconds)
+        return {"samples": [len(samples) * len(made)]}
+
+
+def run_sample(cfg: SampleConfig) -> dict[str, SampleManifest]:
+    """Sample into ``cfg.output``; returns the manifests, by setting, that are also written there.
+
+    UserError for a model folder that is none, prompts that hold none, settings the model does not have, or an output
+    that exists unasked or was made with other settings.
+    """
+    job = plan_job(cfg)
+    resuming = open_output(job.folder, cfg.mode, _settings(cfg, job))
+    done = _look_through(job) if resuming else {}
+    if set(job.runs) != {""}:
+        storage.write_json(storage.join(job.folder, SWEEP), {"settings": list(job.runs)})
+    todo = [(n, [name for name in job.runs if (name, n) not in done]) for n in range(job.units)]
+    if todo := [(number, names) for number, names in todo if names]:
+        _sample(cfg, job, todo)
+    return {name: _close(cfg, job, name, done) for name in job.runs}
+
+
+def plan_job(cfg: SampleConfig) -> Job:
+    """The whole job, from the folders and files that ``cfg`` names."""
+    model = storage.absolute(cfg.model)
+    identity, section = Identity.of(model), read_checkpoint_config(model)["model"]
+    if identity.text_encoder is None:
+        raise UserError(f"{model}: names no text encoder in its config.yaml, expected the one it was trained with")
+    prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if cfg.gpus_per_actor else "fp32"
+    encoder = _cut(identity.text_encoder, cfg.text_length)
+    about: dict[str, Any] = {
+        "model": model,
+        "model_hash": weight_hash(model),
+        "kind": section["kind"],
+        "tokenizer_hash": identity.tokenizer_hash,
+        "text_encoder": identity.text_encoder.model_dump(mode="json"),
+        "text_length": encoder.max_length,
+        "precision": precision,
+        "num_tokens": identity.num_tokens,
+        "bits_per_token": identity.bits_per_token,
+        "seed": cfg.seed,
+        "prompts": cfg.prompts,
+        "prompts_hash": prompts_hash(prompts),
+        "images_per_prompt": cfg.images_per_prompt,
+    }
+    return Job(
+        folder=storage.absolute(cfg.output),
+        samples=tuple(plan_samples(prompts, cfg.images_per_prompt, cfg.seed)),
+        samples_per_file=cfg.samples_per_file,
+        runs={n: SampleRun(**about, sampling=s) for n, s in settings_of(cfg, section["kind"]).items()},
+        sampler=SamplerOptions(
+            model,
+            encoder,
+            EngineOptions(cfg.batch_size, encoder.max_length, cfg.compilation),
+            precision,
+            cfg.threads,
+            "auto" if cfg.gpus_per_actor else "cpu",
+        ),
+    )
+
+
+def _cut(encoder: TextEncoderConfig, text_length: int) -> TextEncoderConfig:
+    return encoder.model_copy(update={"max_length": min(encoder.max_length, text_length)})
+
+
+def _settings(cfg: SampleConfig, job: Job) -> dict[str, Any]:
+    """What must be equal for a job to be resumed."""
+    run = next(iter(job.runs.values()))
+    about = run.model_dump(mode="json", exclude={"model", "prompts", "sampling"})
+    sampling = {f"sampling.{k}": v for k, v in cfg.sampling.model_dump(mode="json").items()}
+    sweep = {f"sweep.{k}": v for k, v in cfg.sweep.model_dump(mode="json").items()}
+    return {**about, **sampling, **sweep, "samples_per_file": cfg.samples_per_file}
+
+
+def _look_through(job: Job) -> dict[tuple[str, int], SampleFile]:
+    """Files that are there and whole, by setting and number. All others are set aside, and named."""
+    done = {}
+    for name in job.runs:
+        folder = job.setting_folder(name)
+        for number in range(job.units):
+            url = job.url(name, number)
+            if storage.exists(url):
+                try:
+                    done[name, number] = check_file(url, job.runs[name], job.ids(number))
+                except BadFile as error:
+                    _set_aside(url, str(error))
+        expected = {job.url(name, number) for number in range(job.units)}
+        for url in storage.glob(storage.join(folder, "samples-*.parquet")):
+            if url not in expected:
+                _set_aside(url, f"{url}: no file of this job")
+    return done
+
+
+def _set_aside(url: str, why: str) -> None:
+    folder, _, name = url.rpartition("/")
+    to = storage.join(folder, QUARANTINE, name)
+    print(f"{why}: moved to {QUARANTINE}/, to be made anew", flush=True)
+    storage.move(url, to)
+
+
+def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) -> None:
+    init_ray()
+    rows = [{"unit": number, "settings": names} for number, names in todo]
+    pool = actor_pool(cfg.actors, cfg.gpus_per_actor)
+    units = ray.data.from_items(rows, override_num_blocks=len(rows))
+    reports = quiet(units.map_batches(Worker, fn_constructor_args=(job,), batch_size=1, **pool))
+    total = len(job.samples) * len(job.runs)
+    left = sum(len(job.unit(number)) * len(names) for number, names in todo)
+    with tqdm(total=total, initial=total - left, desc="sample", unit="picture", smoothing=0.1) as bar:
+        began = time.perf_counter()
+        for report in reports.iter_rows():
+            if cfg.price_per_hour is not None:
+                cost = (time.perf_counter() - began) / 3600 * pool["compute"].max_size * cfg.price_per_hour
+                bar.set_postfix_str(f"cost {cost:.4f}", refresh=False)
+            bar.update(report["samples"])
+
+
+def _close(cfg: SampleConfig, job: Job, name: str, done: Mapping[tuple[str, int], SampleFile]) -> SampleManifest:
+    run = job.runs[name]
+    files = [
+        done.get((name, number)) or check_file(job.url(name, number), run, job.ids(number))
+        for number in range(job.units)
+    ]
+    hardware = hardware_summary()
+    manifest = SampleManifest(
+        run_id=run.id,
+        run=run,
+        rows=sum(file.rows for file in files),
+        files=tuple(files),
+        hardware=f"{hardware['processor']}, {hardware['cores']} cores, GPUs: {', '.join(hardware['gpus']) or 'none'}",
+        price_per_hour=cfg.price_per_hour,
+    )
+    # Last, so that a folder with a manifest is a complete one.
+    storage.write_json(storage.join(job.setting_folder(name), MANIFEST), manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _block(samples: Sequence[Planned], codes: Any) -> SampleBlock:
+    prompts = [s.prompt for s in samples]
+    return SampleBlock(
+        ids=[sample_id(s.prompt.id, s.index) for s in samples],
+        prompt_ids=[p.id for p in prompts],
+        indices=[s.index for s in samples],
+        prompts=[p.text for p in prompts],
+        categories=[p.category for p in prompts],
+        meta=[dict(p.meta) for p in prompts],
+        seeds=[s.seed for s in samples],
+        codes=codes,
+    )

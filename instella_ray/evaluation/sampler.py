@@ -1,0 +1,76 @@
+"""The step engine as a bulk sampler: prompts in, codes out, any mixture of settings in one batch. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..accelerator import Precision, pick_device
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..sampling import SamplingParams
+from ..sampling_config import SamplingConfig
+from ..serving.engine import EngineOptions, Finished, Request
+from ..serving.weights import load_engine, serving_dtype
+from .plan import Planned
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What a sampler is made of."""
+
+    model: str
+    """Model folder."""
+    text_encoder: TextEncoderConfig
+    engine: EngineOptions
+    precision: Precision = "auto"
+    threads: int = 1
+    device: str = "auto"
+
+
+class Sampler:
+    """A text encoder and an engine over one model.
+
+    Bits are those that the endpoint gives for the same seed and settings: each prompt is encoded by itself, and the
+    engine's rows do not depend on their company.
+    """
+
+    def __init__(self, options: SamplerOptions) -> None:
+        torch.set_num_threads(options.threads)
+        device = pick_device(options.device)
+        dtype = serving_dtype(device, options.precision)
+        self.encoder = TextEncoder.from_config(options.text_encoder, device=device, dtype=dtype)
+        self.engine = load_engine(options.model, self._features(""), options.engine, device, options.precision)
+
+    def run(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> dict[str, np.ndarray]:
+        """Codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` under each of the ``settings``, by name."""
+        cfg = self.engine.model.cfg
+        codes = {name: np.zeros((len(samples), cfg.num_tokens, cfg.bits_per_token), np.uint8) for name in settings}
+        requests = self._requests(samples, settings)
+        upcoming = next(requests, None)
+        while upcoming is not None or not self.engine.idle:
+            # Just ahead of the engine: features of all prompts at once might not fit into memory.
+            while upcoming is not None and len(self.engine.waiting) < self.engine.options.slots:
+                self.engine.submit(upcoming)
+                upcoming = next(requests, None)
+            for event in self.engine.step():
+                if isinstance(event, Finished):
+                    number, _, name = event.id.partition(" ")
+                    codes[name][int(number)] = event.codes.numpy()
+        return codes
+
+    def _requests(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> Iterator[Request]:
+        text, features = None, torch.empty(0)
+        for number, sample in enumerate(samples):
+            if sample.prompt.text != text:
+                text = sample.prompt.text
+                features = self._features(text)
+            for name, sampling in settings.items():
+                params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
+                yield Request(f"{number} {name}", features, params)
+
+    def _features(self, prompt: str) -> torch.Tensor:
+        features, mask = self.encoder.encode([prompt])
+        return features[:, 0, mask[0]].float().cpu()

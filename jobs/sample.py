@@ -1,0 +1,37 @@
+"""Sample in bulk: `python jobs/sample.py --config configs/sample/scenes.yaml --set model=DIR --set output=DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from instella_ray.config import Config, parse_job
+from instella_ray.errors import run_main
+from instella_ray.evaluation.decode import DecodeConfig, run_decode
+from instella_ray.evaluation.plan import SampleConfig
+from instella_ray.evaluation.sample import run_sample
+
+
+class SampleJobConfig(Config):
+    """Codes to make, and pictures to make of them."""
+
+    sample: SampleConfig
+    decode: DecodeConfig = DecodeConfig()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    about = (
+        "Sample pictures in bulk, as codes; with --decode also as pictures. Run again with sample.mode=resume to go on."
+    )
+    cfg = parse_job(SampleJobConfig, argv, prog="sample.py", description=about, flags={"decode": "decode.format"})
+    for name, manifest in run_sample(cfg.sample).items():
+        cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
+        made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"
+        print(f"{cfg.sample.output}{f'/{name}' if name else ''}: {made}, {manifest.seconds:.0f} actor seconds{cost}")
+    if cfg.decode.format is not None:
+        print(f"{cfg.sample.output}: {run_decode(cfg.decode, cfg.sample.output)} pictures as {cfg.decode.format}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

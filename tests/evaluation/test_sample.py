@@ -1,0 +1,336 @@
+"""Bulk samples: the same bits whatever makes them, each exactly once, and nothing wrong goes unnamed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from instella_ray.errors import UserError
+from instella_ray.evaluation.decode import DecodeConfig, run_decode
+from instella_ray.evaluation.plan import SampleConfig, Sweep
+from instella_ray.evaluation.sample import plan_job, run_sample
+from instella_ray.evaluation.sample_set import BadFile, SampleSet, find_sample_sets
+from instella_ray.evaluation.sampler import Sampler
+from instella_ray.models.checkpoint import load_model, save_model
+from instella_ray.sampling import SamplingParams
+from instella_ray.sampling_config import SamplingConfig
+from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
+from instella_ray.serving.images import read_metadata
+
+from ..serving.models import make_generator, make_tokenizer
+from ..test_repository import ROOT
+
+PROMPTS = ["a cat", "", "two red squares", "a cat", "words " * 60, "été 猫"]
+SETTINGS = {
+    "quick": SamplingConfig(num_inference_steps=3, guidance_scale=2, temperature=0.5),
+    "slow": SamplingConfig(num_inference_steps=11, guidance_scale=0, sampler="posterior", final_draw=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A random tokenizer, a generator of each kind, and prompts in a file."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer(root / "bit")
+    prompts = root / "prompts.jsonl"
+    prompts.write_text(
+        "\n".join(json.dumps({"prompt": text or "x", "id": f"../{i}"}) for i, text in enumerate(PROMPTS))
+    )
+    made = {kind: make_generator(root / kind, tokenizer, kind) for kind in ("diffusion", "ar")}
+    return {"bit": str(root / "bit"), "prompts": str(prompts), **made}
+
+
+def config(folders: dict[str, str], output: Path, kind: str = "diffusion", **changes: Any) -> SampleConfig:
+    given = {
+        "model": folders[kind],
+        "prompts": folders["prompts"],
+        "output": str(output),
+        "images_per_prompt": 3,
+        "sampling": SETTINGS["quick"],
+        "samples_per_file": 4,
+        "text_length": 24,
+        "actors": 1,
+    }
+    return SampleConfig.model_validate({**given, **changes})
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int, bytes]]:
+    """Prompt, seed and bits by sample id; each must be there once."""
+    found = {}
+    for samples in find_sample_sets(str(folder)).values():
+        for block in samples.blocks():
+            for i, name in enumerate(block.ids):
+                key = f"{samples.folder.removeprefix(str(folder))}:{name}"
+                assert key not in found
+                found[key] = (block.prompts[i], block.seeds[i], block.codes[i].tobytes())
+    return found
+
+
+# --- without Ray
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+def test_bits_depend_on_no_batch_size_and_no_company(folders: dict[str, str], tmp_path: Path, kind: str) -> None:
+    made = {}
+    for batch_size in (1, 7, 16):
+        job = plan_job(config(folders, tmp_path, kind, batch_size=batch_size))
+        made[batch_size] = Sampler(job.sampler).run(job.samples, SETTINGS)
+    for name in SETTINGS:
+        assert np.array_equal(made[1][name], made[7][name]) and np.array_equal(made[1][name], made[16][name])
+        alone = Sampler(job.sampler).run(job.samples[5:6], {name: SETTINGS[name]})[name]
+        assert np.array_equal(alone[0], made[16][name][5])
+    # "a cat" comes twice among the prompts, and no picture does.
+    assert len({codes.tobytes() for codes in made[16]["slow"]}) == len(PROMPTS) * 3
+
+
+def test_bits_are_those_of_a_request_with_the_samples_seed(folders: dict[str, str], tmp_path: Path) -> None:
+    job = plan_job(config(folders, tmp_path))
+    sampler = Sampler(job.sampler)
+    made = sampler.run(job.samples, SETTINGS)["slow"]
+    model: Any = load_model(folders["diffusion"])
+    for number in (0, 7, 13):
+        sample = job.samples[number]
+        features, mask = sampler.encoder.encode([sample.prompt.text])
+        empty, none = sampler.encoder.encode([""])
+        engine = build_engine(model, empty[:, 0, none[0]], EngineOptions(slots=6, text_length=24))
+        params = SamplingParams.of(1, seed=sample.seed, **SETTINGS["slow"].model_dump())
+        engine.submit(Request("x", features[:, 0, mask[0]], params))
+        events = [event for _ in range(11) for event in engine.step()]
+        assert isinstance(events[0], Finished) and torch.equal(events[0].codes, torch.from_numpy(made[number]))
+
+
+def test_everything_that_counts_is_part_of_the_run(folders: dict[str, str], tmp_path: Path) -> None:
+    base = plan_job(config(folders, tmp_path)).runs[""]
+    changes: list[dict[str, Any]] = [
+        {"kind": "ar"},
+        {"seed": 1},
+        {"images_per_prompt": 2},
+        {"sampling": SETTINGS["slow"]},
+        {"text_length": 5},
+        {"precision": "bf16"},
+        {"prompts": "scenes"},
+    ]
+    others = [plan_job(config(folders, tmp_path, **change)).runs[""].id for change in changes]
+    assert len({base.id, *others}) == len(changes) + 1
+    same: list[dict[str, Any]] = [{"batch_size": 2}, {"samples_per_file": 9}, {"actors": 2}, {"price_per_hour": 3}]
+    assert {plan_job(config(folders, tmp_path, **change)).runs[""].id for change in same} == {base.id}
+
+
+# --- with Ray
+
+
+@pytest.mark.ray
+def test_two_actors_a_sweep_and_other_files_change_no_bit(
+    ray_session: None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    sweep = Sweep(num_inference_steps=(2, 9), guidance_scale=(0, 3))
+    manifests = run_sample(config(folders, tmp_path / "sweep", sweep=sweep, actors=2, samples_per_file=5))
+    assert len(manifests) == 4 and all(m.rows == 18 and len(m.files) == 4 for m in manifests.values())
+    for name, manifest in manifests.items():
+        alone = run_sample(config(folders, tmp_path / name, sampling=manifest.run.sampling, batch_size=5))
+        assert alone[""].run_id == manifest.run_id
+        swept = {
+            k.removeprefix(f"/{name}"): v for k, v in contents(tmp_path / "sweep").items() if k.startswith(f"/{name}:")
+        }
+        assert swept == contents(tmp_path / name)
+
+
+@pytest.mark.ray
+def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
+    ray_session: None, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    cfg = config(folders, first)
+    run_sample(cfg)
+    run_sample(config(folders, other, seed=1))
+    whole = contents(first)
+    files = sorted(first.glob("samples-*.parquet"))
+    assert len(files) == 5 and len(whole) == 18
+    data = bytearray(files[0].read_bytes())
+    data[len(data) // 3] ^= 1
+    files[0].write_bytes(data)
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    files[2].unlink()
+    files[3].write_bytes((other / files[3].name).read_bytes())
+    (first / "samples-00099.parquet").write_bytes(b"?")
+    samples = SampleSet(str(first))
+    for number, problem in enumerate(["damaged", "damaged", "missing", "of another run"]):
+        with pytest.raises(BadFile, match=f"{files[number].name}: {problem}.* mode=resume"):
+            samples.block(number)
+    kept = files[4].stat().st_mtime_ns
+    capsys.readouterr()
+    run_sample(cfg.model_copy(update={"mode": "resume"}))
+    out = capsys.readouterr().out
+    assert contents(first) == whole and files[4].stat().st_mtime_ns == kept
+    assert all(f"{name}: " in out for name in (files[0], files[1], files[3], first / "samples-00099.parquet"))
+    aside = {path.name for path in (first / "quarantine").iterdir()}
+    assert aside == {files[0].name, files[1].name, files[3].name, "samples-00099.parquet"}
+
+
+@pytest.mark.ray
+def test_an_output_is_never_overwritten_or_mixed(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
+    cfg = config(folders, tmp_path / "out")
+    run_sample(cfg)
+    with pytest.raises(UserError, match="exists already"):
+        run_sample(cfg)
+    with pytest.raises(UserError, match="made with seed=0, now 1"):
+        run_sample(cfg.model_copy(update={"mode": "resume", "seed": 1}))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not made by this job"):
+        run_sample(config(folders, tmp_path / "foreign", mode="fresh"))
+    with pytest.raises(UserError, match="autoregressive model has none"):
+        run_sample(config(folders, tmp_path / "x", "ar", sweep=Sweep(num_inference_steps=(1, 2))))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tar"])
+def test_codes_become_pictures_of_any_size(
+    ray_session: None, folders: dict[str, str], tmp_path: Path, kind: Any
+) -> None:
+    out = tmp_path / "out"
+    run_sample(config(folders, out, images_per_prompt=1))
+    cfg = DecodeConfig(format=kind, tokenizer=folders["bit"], size=64, batch_size=4, actors=1)
+    assert run_decode(cfg, str(out)) == len(PROMPTS)
+    if kind == "tar":
+        tars = sorted((out / "pictures-64").glob("*.tar"))
+        files = {name: data for path in tars for name, data in members(path)}
+        assert len(tars) == 2 and len(files) == 3 * len(PROMPTS)
+        assert sorted(data.decode() for name, data in files.items() if name.endswith(".txt")) == sorted(
+            text.strip() or "x" for text in PROMPTS
+        )
+        pictures = [data for name, data in files.items() if name.endswith(".png")]
+    else:
+        pictures = [path.read_bytes() for path in (out / "pictures-64").glob(f"*.{kind}")]
+    assert len(pictures) == len(PROMPTS)
+    for data in pictures:
+        assert Image.open(io.BytesIO(data)).size == (64, 64)
+        about = read_metadata(data)
+        assert about is not None and about["num_inference_steps"] == 3 and about["seed"] >= 0
+    # Ids of the prompts led out of the folder, file names do not.
+    assert {path.parent.name for path in tmp_path.rglob(f"*.{kind}")} == {"pictures-64"}
+    made = {path: path.stat().st_mtime_ns for path in (out / "pictures-64").iterdir()}
+    victim = sorted(made)[0]
+    victim.unlink()
+    assert run_decode(cfg, str(out)) == len(PROMPTS)
+    assert {path for path in made} == set((out / "pictures-64").iterdir())
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+
+
+@pytest.mark.ray
+def test_codes_of_another_tokenizer_are_not_decoded(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
+    run_sample(config(folders, tmp_path / "out", images_per_prompt=1))
+    torch.manual_seed(5)
+    bit = load_model(folders["bit"])
+    for parameter in bit.parameters():
+        parameter.add_(1)
+    (tmp_path / "bit").mkdir()
+    save_model(tmp_path / "bit", bit)
+    with pytest.raises(UserError, match="codes of another tokenizer"):
+        run_decode(DecodeConfig(format="png", tokenizer=str(tmp_path / "bit")), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="size 33: not a multiple"):
+        run_decode(DecodeConfig(format="png", tokenizer=folders["bit"], size=33), str(tmp_path / "out"))
+
+
+# --- and with kill -9
+
+SLOW = {"sampling": {"num_inference_steps": 1500, "guidance_scale": 2.0}, "samples_per_file": 2, "batch_size": 2}
+
+
+def command(cfg: SampleConfig, tmp_path: Path) -> subprocess.Popen[str]:
+    file = tmp_path / "sample.yaml"
+    file.write_text(yaml.safe_dump({"sample": cfg.model_dump(mode="json")}))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "sample.py"), "--config", str(file)],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_job_goes_on_as_if_it_had_never_been(
+    ray_session: None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config(folders, tmp_path / "out", **SLOW)
+    job = command(cfg, tmp_path)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out").glob("samples-*.parquet"))) >= 2, job)
+    finally:
+        job.kill()
+        job.communicate()
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("samples-*.parquet")}
+    assert not (tmp_path / "out" / "manifest.json").exists() and len(there) < 9
+    with pytest.raises(UserError, match=r"not a finished folder of samples.*mode=resume"):
+        SampleSet(str(tmp_path / "out"))
+    run_sample(cfg.model_copy(update={"mode": "resume"}))
+    assert all(path.stat().st_mtime_ns == made for path, made in there.items())
+    run_sample(config(folders, tmp_path / "whole", **SLOW))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and len(contents(tmp_path / "out")) == 18
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_actor_costs_time_and_nothing_else(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
+    cfg = config(folders, tmp_path / "out", **SLOW)
+    job = command(cfg, tmp_path)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out").glob("samples-*.parquet"))) >= 2, job)
+        (victim,) = workers_of(job.pid)
+        os.kill(victim, signal.SIGKILL)
+        output, _ = job.communicate(timeout=300)
+    finally:
+        job.kill()
+    assert job.returncode == 0, output
+    run_sample(config(folders, tmp_path / "whole", **SLOW))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def wait_for(condition: Any, job: subprocess.Popen[str], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < end, job.communicate()[0] if job.poll() is not None else "slow"
+        time.sleep(0.05)
+
+
+def workers_of(driver: int) -> list[int]:
+    """Pids of the sampling actors of the Ray that a driver started."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def comes_from_driver(pid: int) -> bool:
+        while pid > 1 and pid != driver:
+            pid = parents.get(pid, 1)
+        return pid == driver
+
+    return [
+        int(pid)
+        for pid, _, args in rows
+        if args.startswith("ray::") and "MapWorker" in args and comes_from_driver(int(pid))
+    ]

@@ -86,7 +86,7 @@ def best(settings: Sequence[Json]) -> dict[str, list[str]]:
     for name in _names(settings):
         results = {s["name"]: s["metrics"][name] for s in settings if name in s["metrics"]}
         values = {setting: r["value"] for setting, r in results.items() if r["value"] is not None}
-        if values and (way := better(next(iter(results.values()))["name"])):
+        if len(set(values.values())) > 1 and (way := better(next(iter(results.values()))["name"])):
             goal = max(values.values()) if way == "higher" else min(values.values())
             found[name] = [setting for setting, value in values.items() if value == goal]
     return found

@@ -82,10 +82,15 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
 
 def latest_checkpoint(run_dir: str | Path) -> Path:
     """The newest complete checkpoint folder of a run; UserError where there is none."""
-    folders = sorted(path.parent for path in Path(run_dir, CHECKPOINTS).glob("step-*/state.json"))
+    folders = finished_checkpoints(run_dir)
     if not folders:
         raise UserError(f"run_dir {run_dir}: no finished checkpoint")
     return folders[-1]
+
+
+def finished_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoint folders that a run has kept, oldest first."""
+    return sorted(path.parent for path in Path(run_dir, CHECKPOINTS).glob("step-*/state.json"))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ MAY_CHANGE: dict[str, Any] = {
         *("log_every", "checkpoint_every", "keep_checkpoints", "preview_every"),
     },
     "preview": True,
+    "validation": True,
 }
 """What a resumed run may set anew: where and how fast it is computed, and what is kept and shown of it."""
 

@@ -1,0 +1,81 @@
+"""Validation beside training: which checkpoints are measured, which is the best, and that a real run's are."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from instella_ray import storage
+from instella_ray.data.scenes import scene_prompts
+from instella_ray.evaluation.validation import ValidatedRun, ValidationConfig, Validator, validating
+from instella_ray.models.checkpoint import load_model
+from instella_ray.training.generator import run_generator
+
+from .test_generator_run import config
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    folder = run_dir / "checkpoints" / f"step-{step:07d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    long_ago = time.time() - 60
+    os.utime(folder / "state.json", (long_ago, long_ago))
+    return folder
+
+
+def row(step: int, value: float | None) -> dict[str, object]:
+    return {"step": step, "metrics": {"scene_score": {"name": "scene_score", "value": value, "low": 0, "high": 1}}}
+
+
+def test_checkpoints_are_due_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    validator = Validator(ValidationConfig(every_steps=100), str(tmp_path), "bit")
+    assert validator.due(False) == []
+    folders = {step: checkpoint(tmp_path, step) for step in (50, 100, 150, 200, 210)}
+    (tmp_path / "checkpoints" / "step-0000300").mkdir()  # not finished
+    assert validator.due(False) == [folders[100], folders[200]]
+    assert validator.due(True) == [folders[100], folders[200], folders[210]]
+    for step in (200, 210):
+        os.utime(folders[step] / "state.json")  # perhaps not all of it is there yet
+    assert validator.due(False) == [folders[100]]
+    validator.add(row(200, 0.5))
+    assert validator.due(False) == [] and validator.due(True) == [folders[210]]
+
+
+def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
+    validator = Validator(ValidationConfig(), str(tmp_path), "bit")
+    for step, value, best in ((1, None, 1), (2, 0.4, 2), (3, 0.7, 3), (4, 0.7, 3), (5, 0.2, 3)):
+        (validator.folder / f"step-{step:07d}" / "model").mkdir(parents=True)
+        validator.add(row(step, value))
+        marked = storage.read_json(str(validator.folder / "best.json"))
+        assert marked["step"] == best
+        assert [str(path) for path in validator.folder.glob("step-*/model")] == [marked["model"]]
+    assert [r["step"] for r in validator.rows()] == [1, 2, 3, 4, 5]
+
+
+def test_a_best_that_cannot_be_told_is_refused() -> None:
+    with pytest.raises(ValueError, match="best_by scene_score: expected a metric that is measured"):
+        ValidationConfig(prompts="own.txt")
+    with pytest.raises(ValueError, match=r"best_by bit_usage: expected a metric .* a better end: scene_score"):
+        ValidationConfig.model_validate({"metrics": {"bit_usage": {}, "scene_score": {}}, "best_by": "bit_usage"})
+
+
+@pytest.mark.ray
+def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
+    ray_session: None, codes: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = config("diffusion", codes, tokenizer, tmp_path / "run")
+    asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
+    run = ValidatedRun.model_validate({**plain.model_dump(), "validation": asked})
+    with validating(run):
+        run_generator(run)
+    folder = tmp_path / "run" / "validation"
+    rows = storage.read_json(str(folder / "validation.json"))
+    assert [r["step"] for r in rows] == [3, 6] and set(rows[0]["metrics"]) == {"scene_score", "bit_usage"}
+    assert all((folder / f"step-{r['step']:07d}" / "evaluation" / "report.html").exists() for r in rows)
+    best = storage.read_json(str(folder / "best.json"))
+    assert load_model(best["model"]).cfg.kind == "diffusion"
+    assert f"best by scene_score: step {best['step']}" in capsys.readouterr().out
+    assert scene_prompts(2, 0)[0].caption in (folder / "step-0000003" / "evaluation" / "report.html").read_text()

@@ -117,16 +117,17 @@ def parse_job(
     return config
 
 
-def describe(cls: type[Config], prefix: str = "") -> Iterator[str]:
-    """One line a key: dotted name, default, and the first line of its docstring."""
+def describe(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[str]:
+    """One line a key: dotted name, its value in ``default`` (or else its own), and the first line of its docstring."""
     for name, field in cls.model_fields.items():
         inner = _config_class(field.annotation)
-        if inner is not None:
-            yield from describe(inner, f"{prefix}{name}.")
+        required = default is None and field.is_required()
+        value = getattr(default, name) if default else field.get_default(call_default_factory=True)
+        if inner is not None and inner.model_fields:
+            yield from describe(inner, f"{prefix}{name}.", value if isinstance(value, inner) else None)
             continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         summary = (field.description or "").split("\n")[0]
-        yield f"  {prefix}{name} ({default})  {summary}".rstrip()
+        yield f"  {prefix}{name} ({'required' if required else repr(value)})  {summary}".rstrip()
 
 
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:

@@ -229,7 +229,9 @@ class MetricsConfig(Config):
 
     scene_score: SceneScore | None = None
     bit_usage: Bits | None = None
+    """Usage of the bits, entropy of the codes, dead bits."""
     diversity_bits: BitDiversity | None = None
+    """Share of bits in which two codes of a prompt differ."""
     psnr: PSNR | None = None
     ssim: SSIM | None = None
     lpips: LPIPS | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from .. import storage
@@ -48,5 +49,8 @@ class Evaluation:
 
     def pictures(self, setting: str) -> dict[str, Json]:
         """Rows of the gallery by id; empty where only codes were measured."""
-        there = storage.exists(storage.join(self.folder, GALLERY))
-        return read_gallery(self.folder).get(setting, {}) if there else {}
+        return self._gallery.get(setting, {})
+
+    @cached_property
+    def _gallery(self) -> dict[str, dict[str, Json]]:
+        return read_gallery(self.folder) if storage.exists(storage.join(self.folder, GALLERY)) else {}

@@ -100,8 +100,8 @@ def _pairs(a: str, ours: list[str], b: str, theirs: list[str]) -> list[tuple[str
 
 def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> Comparison:
     a, b = first.settings[ours], second.settings[theirs]
-    prompts = first.prompts(ours), second.prompts(theirs)
-    same = {name for name, text in prompts[0].items() if prompts[1].get(name) == text}
+    asked = first.asked(ours), second.asked(theirs)
+    same = {name for name, of in asked[0].items() if asked[1].get(name) == of}
     rows, refused = [], {}
     for name in (name for name in a["metrics"] if name in b["metrics"]):
         metrics = first.metric(ours, name), second.metric(theirs, name)

@@ -39,6 +39,8 @@ class Record(Config):
     """A sample's prompt by its id; a picture is its own group."""
     prompts: tuple[str, ...]
     categories: tuple[str | None, ...]
+    originals: tuple[str, ...]
+    """Hash of each picture's file, to know it again; of samples ''."""
     quarantined: dict[str, int]
     """Pictures that could not be read, by reason."""
     seconds: float
@@ -140,13 +142,13 @@ class Measurer:
         reader, makers = self.ready
         reader.quarantined.clear()
         metrics, began = {name: make() for name, make in makers.items()}, time.perf_counter()
-        rows: dict[str, list[Any]] = {"ids": [], "groups": [], "prompts": [], "categories": []}
+        rows: dict[str, list[Any]] = {"ids": [], "groups": [], "prompts": [], "categories": [], "originals": []}
         for found_rows in reader.batches(unit):
             batch = found_rows.batch
             for metric in metrics.values():
                 metric.update(batch)
             prompts = list(batch.prompts or [""] * len(batch))
-            columns = (list(batch.ids), batch.group_names, prompts, found_rows.categories)
+            columns = (list(batch.ids), batch.group_names, prompts, found_rows.categories, found_rows.originals)
             for name, column in zip(rows, columns, strict=True):
                 rows[name] += column
         about = {"quarantined": dict(sorted(reader.quarantined.items())), "device": device_label(self.device)}

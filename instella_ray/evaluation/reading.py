@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Batches:
 
     batch: Batch
     categories: list[str | None]
+    originals: list[str]
+    """Hash of each picture's file; of samples ''."""
 
 
 @dataclass
@@ -70,27 +73,29 @@ class Reader:
             columns = (block.ids, block.prompts, block.prompt_ids, block.meta, block.categories)
             ids, prompts, groups, meta, categories = ([column[row] for row in rows] for column in columns)
             images = self._decode(codes) if self.bit else None
-            yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories)
+            yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
     def _pictures(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
         for rows in _cut(self._pixels(unit, only), self.options.batch_size):
-            ids, captions, pixels = zip(*rows, strict=True)
+            ids, captions, pixels, hashes = zip(*rows, strict=True)
             originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
             batch = Batch(ids, originals, prompts=prompts)
             if self.bit is not None:
                 codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
                 batch = Batch(ids, self._decode(codes), originals, prompts, codes)
-            yield Batches(batch, [None] * len(ids))
+            yield Batches(batch, [None] * len(ids), list(hashes))
 
-    def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray]]:
+    def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray, str]]:
         for row in read_pictures_unit(unit):
             name = f"{label(unit)}/{row['key']}"
             if only is not None and name not in only:
                 continue
             try:
-                yield name, row["caption"], self._original(row)
+                pixels = self._original(row)
             except UndecodableError as error:
                 self.quarantined[str(error)] += 1
+                continue
+            yield name, row["caption"], pixels, hashlib.sha256(row["image"]).hexdigest()[:16]
 
     def _original(self, row: dict[str, Any]) -> np.ndarray:
         harmless = () if self.options.captions else HARMLESS

@@ -38,13 +38,14 @@ class Evaluation:
         """What a metric gathered over all of a setting."""
         return self.states.merged(setting, self.settings[setting]["units"], name)
 
-    def prompts(self, setting: str) -> dict[str, str]:
-        """The prompt of every sample, by its id and by that of its group."""
-        found: dict[str, str] = {}
+    def asked(self, setting: str) -> dict[str, tuple[str, str]]:
+        """What every sample is of, by its id and by that of its group: its prompt, and the hash of its original."""
+        found: dict[str, tuple[str, str]] = {}
         for unit in self.settings[setting]["units"]:
             record = storage.read_json(self.states.path(setting, unit, ROWS))
+            asked = list(zip(record["prompts"], record["originals"], strict=True))
             for names in (record["ids"], record["groups"]):
-                found.update(zip(names, record["prompts"], strict=True))
+                found.update(zip(names, asked, strict=True))
         return found
 
     def pictures(self, setting: str) -> dict[str, Json]:

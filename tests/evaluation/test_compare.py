@@ -117,6 +117,16 @@ def test_samples_of_other_prompts_are_not_paired(in_process: None, tmp_path: Pat
     assert row.p_value is None and row.how.startswith("unpaired")
 
 
+def test_other_pictures_of_the_same_names_are_not_paired(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    outputs = []
+    for seed, name in ((1, "a"), (2, "b")):
+        rows = [(f"{i}", image, "a picture", {}) for i, (_, image, _, _) in enumerate(scene_rows(8, seed, 32))]
+        write_tar(str(tmp_path / f"t{name}" / "0.tar"), rows)
+        outputs.append(evaluated(tmp_path / name, pictures=str(tmp_path / f"t{name}"), tokenizer=tokenizer))
+    row = rows_of(*outputs)["psnr"]
+    assert row.p_value is None and row.how.startswith("unpaired")
+
+
 def test_settings_of_sweeps_are_compared_by_name(in_process: None, tmp_path: Path) -> None:
     settings = {f"g{g}": SamplingConfig(guidance_scale=g) for g in (1.0, 2.0)}
     outputs = []

@@ -15,8 +15,12 @@ import pytest
 
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
+from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.prompts import read_prompts
+from instella_ray.evaluation.sample import run_sample
 
+from ..serving.models import make_generator
+from ..serving.models import make_tokenizer as make_serving_tokenizer
 from .samples import make_tokenizer, noise, write_samples
 from .test_evaluate import numbers
 
@@ -114,3 +118,16 @@ def test_an_actors_bad_file_and_bad_weights_end_the_job_in_one_line(
     with pytest.raises(UserError, match=r"00031\.parquet: damaged"):
         run_evaluate(config("p"))
     assert not (tmp_path / "p" / "results.json").exists()
+
+
+def test_a_sweep_of_the_sampling_job_becomes_a_report(ray_session: None, tmp_path: Path) -> None:
+    tokenizer = make_serving_tokenizer(tmp_path / "bit")
+    model = make_generator(tmp_path / "model", tokenizer)
+    sampling = {"num_inference_steps": 2, "temperature": 0.5}
+    sampled = {"model": model, "output": str(tmp_path / "s"), "count": 12, "images_per_prompt": 2, "text_length": 24}
+    run_sample(SampleConfig.model_validate({**sampled, "sampling": sampling, "sweep": {"guidance_scale": [0, 2.5]}}))
+    cfg = EvaluateConfig(samples=str(tmp_path / "s"), tokenizer=str(tmp_path / "bit"), output=str(tmp_path / "o"))
+    page = Path(run_evaluate(cfg)).read_text()
+    found = numbers(tmp_path / "o")
+    assert len(found) == 2 and all(m["diversity_bits"]["count"] == 24 for m in found.values())
+    assert all(name in page for name in found) and "diversity_bits over guidance_scale" in page

@@ -12,17 +12,18 @@ from ..accelerator import hardware_summary
 from ..config import Config
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
+from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import Result, write_results
 from .serving import ServingBench, run_serving
 
-Suite = Literal["caching", "overhead", "serving", "bulk"]
+Suite = Literal["caching", "overhead", "serving", "bulk", "metrics"]
 
 
 class BenchConfig(Config):
     """Which subjects to measure, and how thoroughly."""
 
-    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk")
+    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics")
     repeats: int = Field(5, ge=1)
     """Rounds that count, in the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -32,6 +33,7 @@ class BenchConfig(Config):
     overhead: OverheadBench = OverheadBench()
     serving: ServingBench = ServingBench()
     bulk: BulkBench = BulkBench()
+    metrics: MetricsBench = MetricsBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[Result]:
@@ -41,6 +43,7 @@ def run_bench(cfg: BenchConfig) -> list[Result]:
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
         "serving": lambda: run_serving(cfg.serving),
         "bulk": lambda: run_bulk(cfg.bulk),
+        "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

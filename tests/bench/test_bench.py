@@ -13,10 +13,12 @@ from instella_ray.bench.bulk import BulkBench, run_bulk
 from instella_ray.bench.caching import CachingBench, run_caching
 from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
+from instella_ray.bench.metrics import MetricsBench, run_metrics
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import Goal, Result, table
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
+from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.sampling_config import SamplingConfig
 
@@ -105,6 +107,13 @@ def test_a_run_prints_its_tables_and_writes_them(tmp_path: Path, capsys: pytest.
     (result,) = written["results"]
     assert result["setting"]["width"] == 16 and len(result["rows"]) == 6
     assert all(isinstance(goal["met"], bool) for goal in result["goals"])
+
+
+def test_every_metric_has_a_rate_and_says_who_measured() -> None:
+    metrics = MetricsConfig.model_validate({"psnr": {}, "scene_score": {}, "diversity_bits": {}})
+    result = run_metrics(MetricsBench(pictures=4, size=32, metrics=metrics), 1)
+    assert [row["metric"] for row in result.rows] == ["scene_score", "diversity_bits", "psnr"]
+    assert all(float(str(row["pictures/s"]).split()[0]) > 0 and row["by"] for row in result.rows)
 
 
 @pytest.mark.ray

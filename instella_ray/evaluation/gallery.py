@@ -18,7 +18,7 @@ from .choice import Choice
 from .measure import Record
 from .reading import Reader, ReaderOptions
 from .rendering import thumbnail
-from .subjects import Unit
+from .units import Unit
 
 GALLERY = "gallery.parquet"
 SCHEMA = pa.schema(

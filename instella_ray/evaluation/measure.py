@@ -23,7 +23,7 @@ from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric, load_state, save_state
 from .metrics.frechet import Gaussian
 from .reading import Reader, ReaderOptions
-from .subjects import Unit
+from .units import Unit
 
 SINGLE = "single"
 """Folder of what is not part of a sweep."""

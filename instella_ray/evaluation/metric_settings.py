@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import pydantic
 
+from .. import storage
 from ..config import Config
 from ..errors import UserError
 from .geneval_actor import GenEvalConfig, start_detector
@@ -285,7 +286,8 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
 
 def absolute(section: S) -> S:
     """The section with local files by their full path: actors work in directories of their own."""
-    names = ("weights", "med_config", "color_weights", "mmcv_wheel", "reference")
-    given = {name: getattr(section, name, None) for name in names}
-    local = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
-    return section.model_copy(update=local)
+    given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
+    places = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
+    if isinstance(section, FID):
+        places["reference"] = storage.absolute(section.reference)
+    return section.model_copy(update=places)

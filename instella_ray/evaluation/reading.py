@@ -17,7 +17,7 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from .metrics.base import Batch
 from .metrics.images import ImageSettings
-from .subjects import Unit, label, read_pictures_unit, read_samples_unit
+from .units import Unit, label, read_pictures_unit, read_samples_unit
 
 T = TypeVar("T")
 HARMLESS = {"no_caption", "bad_metadata"}

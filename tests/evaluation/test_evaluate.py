@@ -25,7 +25,7 @@ from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
 from instella_ray.evaluation.prompts import Prompt, read_prompts
-from instella_ray.evaluation.subjects import picture_units, read_pictures_unit
+from instella_ray.evaluation.units import picture_units, read_pictures_unit
 
 from .samples import SIZE, make_tokenizer, noise, write_samples
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from pydantic import Field
 
 from ..config import Config
 from ..data.scenes import render, scene_at
-from ..evaluation.metric_settings import LPIPS, PSNR, SSIM, BitDiversity, Bits, MetricsConfig, SceneScore, Tools
+from ..evaluation.metric_settings import LPIPS, PSNR, SSIM, BitDiversity, Bits, Maker, MetricsConfig, SceneScore, Tools
 from ..evaluation.metrics.base import Batch
 from .measure import Spread, race
-from .report import Result
+from .report import Cell, Result
 
 FREE = MetricsConfig(
     scene_score=SceneScore(), psnr=PSNR(), ssim=SSIM(), lpips=LPIPS(), bit_usage=Bits(), diversity_bits=BitDiversity()
@@ -44,11 +46,15 @@ def run_metrics(cfg: MetricsBench, repeats: int) -> Result:
         groups=[f"{i // 4}" for i in range(count)],
     )
     makers = {name: section.load(Tools()) for name, section in cfg.metrics.sections().items()}
-    timings = race({name: lambda make=make: make().update(batch) for name, make in makers.items()}, repeats=repeats)
+    timings = race({name: partial(_measure, make, batch) for name, make in makers.items()}, repeats=repeats)
     rates = {name: Spread.of([count / seconds for seconds in timing.wall]) for name, timing in timings.items()}
-    rows = [
+    rows: list[dict[str, Cell]] = [
         {"metric": make().info.name, "pictures/s": rates[name].text(digits=1), "by": make().info.implementation}
         for name, make in makers.items()
     ]
     about = {**cfg.model_dump(exclude={"metrics"}), "threads": torch.get_num_threads(), "repeats": repeats}
     return Result("Metrics", about, rows)
+
+
+def _measure(make: Maker, batch: Batch) -> None:
+    make().update(batch)

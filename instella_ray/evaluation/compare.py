@@ -102,7 +102,8 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> C
     a, b = first.settings[ours], second.settings[theirs]
     asked = first.asked(ours), second.asked(theirs)
     same = {name for name, of in asked[0].items() if asked[1].get(name) == of}
-    rows, refused = [], {}
+    rows: list[Row] = []
+    refused: dict[str, str] = {}
     for name in (name for name in a["metrics"] if name in b["metrics"]):
         metrics = first.metric(ours, name), second.metric(theirs, name)
         sizes = first.card["size"], second.card["size"]
@@ -118,7 +119,7 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> C
     both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
     pictures = [(shown[0][name], shown[1][name]) for name in both[:PICTURES]]
     titles = [f"{e.folder}#{s}" if s else e.folder for e, s in ((first, ours), (second, theirs))]
-    return Comparison(*titles, rows, dict(sorted(refused.items())), differs, pictures)
+    return Comparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, pictures)
 
 
 def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:
@@ -189,7 +190,7 @@ def _paired(row: Row, ours: Any, theirs: Any, weights: Mapping[str, float]) -> R
     most = max(row.a["count"], row.b["count"])
     kind = "prompts" if isinstance(ours, Diversity) else "samples"
     how = f"paired over {len(names)}{f' of {most}' if kind == 'samples' and len(names) < most else ''} {kind}"
-    values = {"difference": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    values: dict[str, Any] = {"difference": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
     return replace(row, **values, how=how, verdict=_verdict(row.name, found.value, found.p_value))
 
 

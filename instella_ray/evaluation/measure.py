@@ -121,14 +121,14 @@ class Measurer:
         self.ready: tuple[Reader, dict[str, Maker]] | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        reports = []
+        reports: list[tuple[int, str | None]] = []
         for text in table["unit"].to_pylist():
             try:
                 record = self.measured(Unit.model_validate_json(text))
-                reports.append({"pictures": len(record.ids), "problem": None})
+                reports.append((len(record.ids), None))
             except UserError as error:
-                reports.append({"pictures": 0, "problem": str(error)})
-        return pa.Table.from_pylist(reports, REPORT)
+                reports.append((0, str(error)))
+        return pa.Table.from_pylist([dict(zip(REPORT.names, r, strict=True)) for r in reports], REPORT)
 
     def measured(self, unit: Unit) -> Record:
         """The unit's record, measured unless an actor that was lost had just finished it."""
@@ -148,7 +148,13 @@ class Measurer:
             for metric in metrics.values():
                 metric.update(batch)
             prompts = list(batch.prompts or [""] * len(batch))
-            columns = (list(batch.ids), batch.group_names, prompts, found_rows.categories, found_rows.originals)
+            columns: tuple[list[Any], ...] = (
+                list(batch.ids),
+                batch.group_names,
+                prompts,
+                found_rows.categories,
+                found_rows.originals,
+            )
             for name, column in zip(rows, columns, strict=True):
                 rows[name] += column
         about = {"quarantined": dict(sorted(reader.quarantined.items())), "device": device_label(self.device)}

@@ -70,8 +70,10 @@ class Reader:
         chosen = [row for row, name in enumerate(block.ids) if only is None or name in only]
         for rows in _cut(chosen, self.options.batch_size):
             codes = block.codes[rows]
-            columns = (block.ids, block.prompts, block.prompt_ids, block.meta, block.categories)
-            ids, prompts, groups, meta, categories = ([column[row] for row in rows] for column in columns)
+            ids, prompts, groups = (
+                [column[row] for row in rows] for column in (block.ids, block.prompts, block.prompt_ids)
+            )
+            meta, categories = [block.meta[row] for row in rows], [block.categories[row] for row in rows]
             images = self._decode(codes) if self.bit else None
             yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 

@@ -108,16 +108,17 @@ def svg_curves(
     parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{escape(axis)} {last:g}</text>')
     for place, (name, line) in enumerate(series.items()):
         color = COLORS[place % len(COLORS)]
-        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in line)
+        dots = [at(*point) for point in line]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        marks = line if len(line) <= FEW else ()
-        parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="{}"/>'.format(*at(*point), color) for point in marks]
+        if len(dots) <= FEW:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in dots]
         for x, *ends in (spans or {}).get(name, ()):
             (x1, y1), (_, y2) = at(x, ends[0]), at(x, ends[1])
             parts.append(f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}"/>')
         if len(series) > 1:
-            x, y = left + 8 + 200 * (place % 2), height + 10 + 15 * (place // 2)
-            parts.append(f'<text x="{x}" y="{y}" style="fill: {color}">{escape(name)}</text>')
+            column, row = left + 8 + 200 * (place % 2), height + 10 + 15 * (place // 2)
+            parts.append(f'<text x="{column}" y="{row}" style="fill: {color}">{escape(name)}</text>')
     below = 15 * ((len(series) + 1) // 2) if len(series) > 1 else 0
     return Markup(f'<svg viewBox="0 0 {width} {height + below}" role="img">{"".join(parts)}</svg>')
 

@@ -62,7 +62,8 @@ def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
 
 def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
     """In what a setting does not follow the published protocol."""
-    about, found = setting["about"], []
+    about = setting["about"]
+    found: list[str] = []
     if table is None:
         return found
     if card["size"] not in (None, table.size):

@@ -72,7 +72,8 @@ class Subject:
     """Its units of work, what they offer to metrics, and what a report says of them."""
 
     def __init__(self, cfg: EvaluateConfig) -> None:
-        self.size, self.tokenizer_hash = cfg.size or PLAIN_SIZE, None
+        self.size = cfg.size or PLAIN_SIZE
+        self.tokenizer_hash: str | None = None
         if cfg.tokenizer is not None:
             self._look_at(cfg, cfg.tokenizer)
         if cfg.samples is not None:

@@ -32,7 +32,7 @@ class Sweep(Config):
         keys = [key for key in type(self).model_fields if getattr(self, key)]
         found = {}
         for values in itertools.product(*(dict.fromkeys(getattr(self, key)) for key in keys)):
-            name = ",".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+            name = "+".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
             found[name] = SamplingConfig(**{**base.model_dump(), **dict(zip(keys, values, strict=True))})
         return found
 

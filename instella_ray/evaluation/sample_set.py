@@ -194,10 +194,10 @@ def read_block(url: str, run: SampleRun) -> SampleBlock:
         codes = unpack_codes(table["codes"].to_pylist(), run.num_tokens, run.bits_per_token)
     except UserError as error:
         raise BadFile(f"{url}: damaged ({error})") from None
-    names = ("sample_id", "prompt_id", "index", "prompt", "category")
-    columns = [table[name].to_pylist() for name in names]
-    meta = [json.loads(text) for text in table["meta"].to_pylist()]
-    return SampleBlock(*columns, meta, table["seed"].to_pylist(), codes)
+    ids, prompt_ids, indices, prompts, categories, meta, seeds = (
+        table[name].to_pylist() for name in SCHEMA.names if name != "codes"
+    )
+    return SampleBlock(ids, prompt_ids, indices, prompts, categories, [json.loads(m) for m in meta], seeds, codes)
 
 
 def check_file(url: str, run: SampleRun, ids: Sequence[str]) -> SampleFile:

@@ -99,7 +99,7 @@ def test_a_sweep_is_every_combination() -> None:
     base = SamplingConfig(temperature=0.5)
     assert Sweep().settings(base) == {"": base}
     found = Sweep(num_inference_steps=(5, 10), guidance_scale=(1.0, 2.5, 1.0)).settings(base)
-    assert list(found) == [f"num_inference_steps={n},guidance_scale={g}" for n in (5, 10) for g in (1.0, 2.5)]
-    assert found["num_inference_steps=10,guidance_scale=2.5"] == SamplingConfig(
+    assert list(found) == [f"num_inference_steps={n}+guidance_scale={g}" for n in (5, 10) for g in (1.0, 2.5)]
+    assert found["num_inference_steps=10+guidance_scale=2.5"] == SamplingConfig(
         num_inference_steps=10, guidance_scale=2.5, temperature=0.5
     )

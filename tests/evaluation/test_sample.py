@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from PIL import Image
 
 from instella_ray.errors import UserError
 from instella_ray.evaluation.decode import DecodeConfig, run_decode
+from instella_ray.evaluation.decode import Worker as Decoding
 from instella_ray.evaluation.plan import SampleConfig, Sweep
 from instella_ray.evaluation.sample import plan_job, run_sample
-from instella_ray.evaluation.sample_set import BadFile, SampleSet, find_sample_sets
+from instella_ray.evaluation.sample_set import BadFile, SampleSet, find_sample_sets, write_block
 from instella_ray.evaluation.sampler import Sampler
 from instella_ray.models.checkpoint import load_model, save_model
 from instella_ray.sampling import SamplingParams
@@ -80,6 +82,16 @@ def contents(folder: Path) -> dict[str, tuple[str, int, bytes]]:
     return found
 
 
+def directly(cfg: SampleConfig) -> dict[str, tuple[str, int, bytes]]:
+    """The contents of a job's folder, made in this process at one go."""
+    job = plan_job(cfg)
+    codes = Sampler(job.sampler).run(job.samples, {"": job.runs[""].sampling})[""]
+    return {
+        f":{s.prompt.id}/{s.index}": (s.prompt.text, s.seed, bits.tobytes())
+        for s, bits in zip(job.samples, codes, strict=True)
+    }
+
+
 # --- without Ray
 
 
@@ -130,65 +142,25 @@ def test_everything_that_counts_is_part_of_the_run(folders: dict[str, str], tmp_
     assert {plan_job(config(folders, tmp_path, **change)).runs[""].id for change in same} == {base.id}
 
 
-# --- with Ray
+# --- files, without Ray
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished folder of 18 samples in 5 files; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run_sample(config(folders, folder))
+    return folder
 
 
 @pytest.mark.ray
-def test_two_actors_a_sweep_and_other_files_change_no_bit(
-    ray_session: None, folders: dict[str, str], tmp_path: Path
-) -> None:
-    sweep = Sweep(num_inference_steps=(2, 9), guidance_scale=(0, 3))
-    manifests = run_sample(config(folders, tmp_path / "sweep", sweep=sweep, actors=2, samples_per_file=5))
-    assert len(manifests) == 4 and all(m.rows == 18 and len(m.files) == 4 for m in manifests.values())
-    for name, manifest in manifests.items():
-        alone = run_sample(config(folders, tmp_path / name, sampling=manifest.run.sampling, batch_size=5))
-        assert alone[""].run_id == manifest.run_id
-        swept = {
-            k.removeprefix(f"/{name}"): v for k, v in contents(tmp_path / "sweep").items() if k.startswith(f"/{name}:")
-        }
-        assert swept == contents(tmp_path / name)
-
-
-@pytest.mark.ray
-def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
-    ray_session: None, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, other = tmp_path / "first", tmp_path / "other"
-    cfg = config(folders, first)
-    run_sample(cfg)
-    run_sample(config(folders, other, seed=1))
-    whole = contents(first)
-    files = sorted(first.glob("samples-*.parquet"))
-    assert len(files) == 5 and len(whole) == 18
-    data = bytearray(files[0].read_bytes())
-    data[len(data) // 3] ^= 1
-    files[0].write_bytes(data)
-    files[1].write_bytes(files[1].read_bytes()[:-9])
-    files[2].unlink()
-    files[3].write_bytes((other / files[3].name).read_bytes())
-    (first / "samples-00099.parquet").write_bytes(b"?")
-    samples = SampleSet(str(first))
-    for number, problem in enumerate(["damaged", "damaged", "missing", "of another run"]):
-        with pytest.raises(BadFile, match=f"{files[number].name}: {problem}.* mode=resume"):
-            samples.block(number)
-    kept = files[4].stat().st_mtime_ns
-    capsys.readouterr()
-    run_sample(cfg.model_copy(update={"mode": "resume"}))
-    out = capsys.readouterr().out
-    assert contents(first) == whole and files[4].stat().st_mtime_ns == kept
-    assert all(f"{name}: " in out for name in (files[0], files[1], files[3], first / "samples-00099.parquet"))
-    aside = {path.name for path in (first / "quarantine").iterdir()}
-    assert aside == {files[0].name, files[1].name, files[3].name, "samples-00099.parquet"}
-
-
-@pytest.mark.ray
-def test_an_output_is_never_overwritten_or_mixed(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
-    cfg = config(folders, tmp_path / "out")
-    run_sample(cfg)
+def test_an_output_is_never_overwritten_or_mixed(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
+    cfg, before = config(folders, finished), contents(finished)
     with pytest.raises(UserError, match="exists already"):
         run_sample(cfg)
     with pytest.raises(UserError, match="made with seed=0, now 1"):
         run_sample(cfg.model_copy(update={"mode": "resume", "seed": 1}))
+    assert run_sample(cfg.model_copy(update={"mode": "resume"}))[""].rows == 18 and contents(finished) == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="not made by this job"):
@@ -200,35 +172,28 @@ def test_an_output_is_never_overwritten_or_mixed(ray_session: None, folders: dic
 
 @pytest.mark.ray
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tar"])
-def test_codes_become_pictures_of_any_size(
-    ray_session: None, folders: dict[str, str], tmp_path: Path, kind: Any
-) -> None:
+def test_codes_become_pictures_of_any_size(finished: Path, folders: dict[str, str], tmp_path: Path, kind: Any) -> None:
     out = tmp_path / "out"
-    run_sample(config(folders, out, images_per_prompt=1))
-    cfg = DecodeConfig(format=kind, tokenizer=folders["bit"], size=64, batch_size=4, actors=1)
-    assert run_decode(cfg, str(out)) == len(PROMPTS)
+    shutil.copytree(finished, out)
+    worker = Decoding(DecodeConfig(format=kind, tokenizer=folders["bit"], batch_size=4), str(out), 64)
+    for number in range(5):
+        worker({"setting": np.array([""]), "number": np.array([number])})
     if kind == "tar":
         tars = sorted((out / "pictures-64").glob("*.tar"))
         files = {name: data for path in tars for name, data in members(path)}
-        assert len(tars) == 2 and len(files) == 3 * len(PROMPTS)
-        assert sorted(data.decode() for name, data in files.items() if name.endswith(".txt")) == sorted(
-            text.strip() or "x" for text in PROMPTS
-        )
+        assert len(tars) == 5 and len(files) == 3 * 18
+        captions = {data.decode() for name, data in files.items() if name.endswith(".txt")}
+        assert captions == {text.strip() or "x" for text in PROMPTS}
         pictures = [data for name, data in files.items() if name.endswith(".png")]
     else:
         pictures = [path.read_bytes() for path in (out / "pictures-64").glob(f"*.{kind}")]
-    assert len(pictures) == len(PROMPTS)
+    assert len(pictures) == 18
     for data in pictures:
         assert Image.open(io.BytesIO(data)).size == (64, 64)
         about = read_metadata(data)
         assert about is not None and about["num_inference_steps"] == 3 and about["seed"] >= 0
     # Ids of the prompts led out of the folder, file names do not.
     assert {path.parent.name for path in tmp_path.rglob(f"*.{kind}")} == {"pictures-64"}
-    made = {path: path.stat().st_mtime_ns for path in (out / "pictures-64").iterdir()}
-    victim = sorted(made)[0]
-    victim.unlink()
-    assert run_decode(cfg, str(out)) == len(PROMPTS)
-    assert {path for path in made} == set((out / "pictures-64").iterdir())
 
 
 def members(path: Path) -> list[tuple[str, bytes]]:
@@ -237,23 +202,110 @@ def members(path: Path) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.ray
-def test_codes_of_another_tokenizer_are_not_decoded(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
-    run_sample(config(folders, tmp_path / "out", images_per_prompt=1))
-    torch.manual_seed(5)
+def test_codes_of_another_tokenizer_are_not_decoded(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
     bit = load_model(folders["bit"])
     for parameter in bit.parameters():
         parameter.add_(1)
     (tmp_path / "bit").mkdir()
     save_model(tmp_path / "bit", bit)
     with pytest.raises(UserError, match="codes of another tokenizer"):
-        run_decode(DecodeConfig(format="png", tokenizer=str(tmp_path / "bit")), str(tmp_path / "out"))
+        run_decode(DecodeConfig(format="png", tokenizer=str(tmp_path / "bit")), str(finished))
     with pytest.raises(UserError, match="size 33: not a multiple"):
-        run_decode(DecodeConfig(format="png", tokenizer=folders["bit"], size=33), str(tmp_path / "out"))
+        run_decode(DecodeConfig(format="png", tokenizer=folders["bit"], size=33), str(finished))
+
+
+# --- with Ray
+
+
+@pytest.mark.ray
+def test_two_actors_a_sweep_and_other_files_change_no_bit(
+    ray_session: None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    sweep = Sweep(num_inference_steps=(2, 9), guidance_scale=(0, 3))
+    cfg = config(folders, tmp_path / "out", sweep=sweep, actors=2, samples_per_file=5)
+    manifests = run_sample(cfg)
+    assert len(manifests) == 4 and all(m.rows == 18 and len(m.files) == 4 for m in manifests.values())
+    found = contents(tmp_path / "out")
+    assert len(found) == 4 * 18
+    for name, manifest in manifests.items():
+        cfg = config(folders, tmp_path, sampling=manifest.run.sampling, batch_size=5)
+        assert plan_job(cfg).runs[""].id == manifest.run_id
+        assert {k.removeprefix(f"/{name}"): v for k, v in found.items() if k.startswith(f"/{name}:")} == directly(cfg)
+
+
+@pytest.mark.ray
+def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
+    finished: Path, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    cfg, whole = config(folders, out), contents(finished)
+    other = plan_job(config(folders, out, seed=1)).runs[""]
+    files = sorted(out.glob("samples-*.parquet"))
+    assert len(files) == 5 and len(whole) == 18
+    data = bytearray(files[0].read_bytes())
+    data[len(data) // 3] ^= 1
+    files[0].write_bytes(data)
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    files[2].unlink()
+    write_block(str(files[3]), SampleSet(str(finished)).block(3), other, 1.0)
+    (out / "samples-00099.parquet").write_bytes(b"?")
+    samples = SampleSet(str(out))
+    for number, problem in enumerate(["damaged", "damaged", "missing", "of another run"]):
+        with pytest.raises(BadFile, match=f"{files[number].name}: {problem}.* mode=resume"):
+            samples.block(number)
+    kept = files[4].stat().st_mtime_ns
+    run_sample(cfg.model_copy(update={"mode": "resume"}))
+    said = capsys.readouterr().out
+    assert contents(out) == whole and files[4].stat().st_mtime_ns == kept
+    assert all(f"{name}: " in said for name in (files[0], files[1], files[3], out / "samples-00099.parquet"))
+    aside = {path.name for path in (out / "quarantine").iterdir()}
+    assert aside == {files[0].name, files[1].name, files[3].name, "samples-00099.parquet"}
+
+
+@pytest.mark.ray
+def test_pictures_that_are_there_are_not_decoded_again(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    cfg = DecodeConfig(format="png", tokenizer=folders["bit"], batch_size=4, actors=1)
+    assert run_decode(cfg, str(out)) == 18
+    made = {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()}
+    assert len(made) == 18
+    assert run_decode(cfg, str(out)) == 18
+    assert {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()} == made
 
 
 # --- and with kill -9
 
-SLOW = {"sampling": {"num_inference_steps": 1500, "guidance_scale": 2.0}, "samples_per_file": 2, "batch_size": 2}
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_actors_and_drivers_cost_time_and_nothing_else(
+    ray_session: None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    slow = {"num_inference_steps": 800, "guidance_scale": 2.0}
+    cfg = config(folders, tmp_path / "out", sampling=slow, samples_per_file=1, batch_size=2)
+    job = command(cfg, tmp_path)
+
+    def files() -> list[Path]:
+        return list((tmp_path / "out").glob("samples-*.parquet"))
+
+    try:
+        wait_for(lambda: files(), job)
+        (victim,) = workers_of(job.pid)
+        os.kill(victim, signal.SIGKILL)
+        before = len(files())
+        wait_for(lambda: len(files()) > before + 1 and workers_of(job.pid) != [victim], job)
+    finally:
+        job.kill()
+        job.communicate()
+    there = {path: path.stat().st_mtime_ns for path in files()}
+    assert not (tmp_path / "out" / "manifest.json").exists() and len(there) < 18
+    with pytest.raises(UserError, match=r"not a finished folder of samples.*mode=resume"):
+        SampleSet(str(tmp_path / "out"))
+    run_sample(cfg.model_copy(update={"mode": "resume"}))
+    assert all(path.stat().st_mtime_ns == made for path, made in there.items())
+    assert contents(tmp_path / "out") == directly(cfg)
 
 
 def command(cfg: SampleConfig, tmp_path: Path) -> subprocess.Popen[str]:
@@ -270,45 +322,6 @@ def command(cfg: SampleConfig, tmp_path: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_job_goes_on_as_if_it_had_never_been(
-    ray_session: None, folders: dict[str, str], tmp_path: Path
-) -> None:
-    cfg = config(folders, tmp_path / "out", **SLOW)
-    job = command(cfg, tmp_path)
-    try:
-        wait_for(lambda: len(list((tmp_path / "out").glob("samples-*.parquet"))) >= 2, job)
-    finally:
-        job.kill()
-        job.communicate()
-    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("samples-*.parquet")}
-    assert not (tmp_path / "out" / "manifest.json").exists() and len(there) < 9
-    with pytest.raises(UserError, match=r"not a finished folder of samples.*mode=resume"):
-        SampleSet(str(tmp_path / "out"))
-    run_sample(cfg.model_copy(update={"mode": "resume"}))
-    assert all(path.stat().st_mtime_ns == made for path, made in there.items())
-    run_sample(config(folders, tmp_path / "whole", **SLOW))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and len(contents(tmp_path / "out")) == 18
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_actor_costs_time_and_nothing_else(ray_session: None, folders: dict[str, str], tmp_path: Path) -> None:
-    cfg = config(folders, tmp_path / "out", **SLOW)
-    job = command(cfg, tmp_path)
-    try:
-        wait_for(lambda: len(list((tmp_path / "out").glob("samples-*.parquet"))) >= 2, job)
-        (victim,) = workers_of(job.pid)
-        os.kill(victim, signal.SIGKILL)
-        output, _ = job.communicate(timeout=300)
-    finally:
-        job.kill()
-    assert job.returncode == 0, output
-    run_sample(config(folders, tmp_path / "whole", **SLOW))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def wait_for(condition: Any, job: subprocess.Popen[str], seconds: float = 180) -> None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from PIL import Image
 
 from .browser import CONTROL, Browser, Page, chromium
 from .contract import PAGE, Contract, codes_of, drawing, error_body, running
-from .test_app import client, folders  # noqa: F401
 
 SHOWN = "!document.querySelector('#error').hidden"
 NASTY = """it's <img src=x onerror="window.hacked=1"> "$HOME" `id` \\ $(id) & été 猫"""
@@ -360,30 +355,3 @@ def test_it_fits_the_window_and_everything_has_a_name(page: Page, server: Contra
     assert [n["role"]["value"] for n in controls if not n.get("name", {}).get("value")] == []
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 20, 22)") is (width == 390)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:  # noqa: F811
-    url = str(client.base_url)
-    with browser.page() as page:
-        page.goto(url)
-        page.wait("document.querySelector('[name=size] option')")
-        ask(page, "a photo of a red circle", seed=5)
-        wait_for_pictures(page)
-        assert pixels(shown(page)).shape == (32, 32, 3)
-        first = shown(page)
-        body: dict[str, Any] = {"prompt": "a photo of a red circle", "seed": 5}
-        answer = client.post("/v1/images/generations", json=body).json()["data"][0]["b64_json"]
-        assert np.array_equal(pixels(base64.b64decode(answer)), pixels(first))
-        page.choose("article select", "64x32")
-        page.wait("document.querySelector('.facts').textContent.startsWith('64 × 32')")
-        assert pixels(shown(page)).shape == (32, 64, 3)
-        page.fill("[name=num_inference_steps]", "0")
-        page.press("Enter", CONTROL)
-        assert "num_inference_steps" in complaint(page)
-        assert page.complaints == []
-
-
-def pixels(file: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(file)))

@@ -1,9 +1,10 @@
-"""Five hundred random requests at sixteen in flight, good ones and bad ones, and clients that leave in between."""
+"""Real traffic: a browser on the playground page, and five hundred random requests at sixteen in flight."""
 
 from __future__ import annotations
 
 import base64
 import collections
+import io
 import json
 import random
 import subprocess
@@ -14,8 +15,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
+from .browser import CONTROL, Browser
 from .endpoint import KINDS, events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
+from .test_playground import ask, browser, complaint, shown, wait_for_pictures  # noqa: F401
 
 REQUESTS, IN_FLIGHT = 500, 16
 APP = "random-requests"
@@ -160,3 +164,31 @@ def test_five_hundred_random_requests(client: httpx.Client) -> None:
     (after,) = pictures(client, **asked)
     assert np.array_equal(before, after)
     assert memory[-1] - memory[1] < GROWTH_MB
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:  # noqa: F811
+    url = str(client.base_url)
+    with browser.page() as page:
+        page.look()
+        page.goto(url)
+        page.wait("document.querySelector('[name=size] option')")
+        ask(page, "a photo of a red circle", seed=5)
+        wait_for_pictures(page)
+        assert pixels(shown(page)).shape == (32, 32, 3)
+        first = shown(page)
+        body: dict[str, Any] = {"prompt": "a photo of a red circle", "seed": 5}
+        answer = client.post("/v1/images/generations", json=body).json()["data"][0]["b64_json"]
+        assert np.array_equal(pixels(base64.b64decode(answer)), pixels(first))
+        page.choose("article select", "64x32")
+        page.wait("document.querySelector('.facts').textContent.startsWith('64 × 32')")
+        assert pixels(shown(page)).shape == (32, 64, 3)
+        page.fill("[name=num_inference_steps]", "0")
+        page.press("Enter", CONTROL)
+        assert "num_inference_steps" in complaint(page)
+        assert page.complaints == []
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)))

@@ -79,6 +79,7 @@ class Validator:
         self.cfg, self.run_dir, self.tokenizer = cfg, Path(run_dir).absolute(), tokenizer
         self.folder = self.run_dir / FOLDER
         self.error: BaseException | None = None
+        self.given_up = threading.Event()
 
     def rows(self) -> list[dict[str, Any]]:
         """Step, and value and interval of each metric, of what was measured so far."""
@@ -144,7 +145,7 @@ class Validator:
     def follow(self, ended: threading.Event) -> None:
         """Measure checkpoints as they come, until training has ended and its last one is measured."""
         try:
-            while True:
+            while not self.given_up.is_set():
                 last_look = ended.is_set()
                 for checkpoint in self.due(last_look):
                     try:
@@ -168,7 +169,11 @@ def validating(run: ValidatedRun) -> Iterator[None]:
     validator = Validator(run.validation, run.train.run_dir, run.tokenizer)
     thread = threading.Thread(target=validator.follow, args=(ended,), daemon=True, name="validation")
     thread.start()
-    yield  # where training fails or is interrupted, nothing waits for the thread
+    try:
+        yield
+    except BaseException:
+        validator.given_up.set()  # nothing waits for what it may be about to measure
+        raise
     ended.set()
     thread.join()
     if validator.error is not None:

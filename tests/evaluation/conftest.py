@@ -11,8 +11,7 @@ import pytest
 from instella_ray.evaluation import evaluate, gallery, measure
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same classes on the same rows in this process; tests marked ``ray`` run them on real actors."""
 
     def here(work: type, argument: Any, rows: Sequence[dict[str, Any]], **spread: Any) -> Iterator[dict[str, Any]]:
@@ -23,3 +22,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "on_actors", here)
     monkeypatch.setattr(gallery, "on_actors", here)
     monkeypatch.setattr(evaluate, "init_ray", lambda: None)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_actors(monkeypatch)

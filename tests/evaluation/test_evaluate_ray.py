@@ -21,6 +21,7 @@ from instella_ray.evaluation.sample import run_sample
 
 from ..serving.models import make_generator
 from ..serving.models import make_tokenizer as make_serving_tokenizer
+from .conftest import without_actors
 from .samples import make_tokenizer, noise, write_samples
 from .test_evaluate import numbers
 
@@ -66,20 +67,27 @@ def config(ray_session: None, tmp_path: Path) -> Callable[..., EvaluateConfig]:
 
     def make(output: str, **more: object) -> EvaluateConfig:
         given = {"samples": samples, "tokenizer": tokenizer, "output": str(tmp_path / output), "actors": 2}
-        return EvaluateConfig.model_validate({**given, **more})
+        # No pictures: that would be further actors to start.
+        return EvaluateConfig.model_validate({**given, "show": {"prompts": 0, "extremes": 0}, **more})
 
     return make
 
 
-def test_killed_drivers_and_actors_change_no_number(config: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_drivers_and_actors_change_no_number(
+    config: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
-    run_evaluate(config("whole"))
+    with monkeypatch.context() as patch:
+        without_actors(patch)
+        run_evaluate(config("whole"))
     expected = numbers(tmp_path / "whole")
     assert len(finished(tmp_path / "whole")) == FILES and expected[""]["bit_usage"]["count"] == 8 * FILES
 
     cfg = config("driver")
     sets = [f"{name}={getattr(cfg, name)}" for name in ("samples", "tokenizer", "output", "actors")]
+    sets += ["show.prompts=0", "show.extremes=0"]
     command = [sys.executable, str(JOB), *(word for item in sets for word in ("--set", item))]
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(JOB.parents[1])}
     driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -113,10 +121,10 @@ def test_an_actors_bad_file_and_bad_weights_end_the_job_in_one_line(
     config: Callable[..., EvaluateConfig], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"metric fid: weights nothing\.pth: expected a local file"):
-        run_evaluate(config("o", metrics={"diversity_features": {"weights": "nothing.pth"}}))
+        run_evaluate(config("o", metrics={"diversity_features": {"weights": "nothing.pth"}}, actors=1))
     (tmp_path / "s" / "00031.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"00031\.parquet: damaged"):
-        run_evaluate(config("p"))
+        run_evaluate(config("p", actors=1))
     assert not (tmp_path / "p" / "results.json").exists()
 
 
@@ -124,9 +132,12 @@ def test_a_sweep_of_the_sampling_job_becomes_a_report(ray_session: None, tmp_pat
     tokenizer = make_serving_tokenizer(tmp_path / "bit")
     model = make_generator(tmp_path / "model", tokenizer)
     sampling = {"num_inference_steps": 2, "temperature": 0.5}
-    sampled = {"model": model, "output": str(tmp_path / "s"), "count": 12, "images_per_prompt": 2, "text_length": 24}
+    places = {"model": model, "output": str(tmp_path / "s")}
+    sampled = {**places, "count": 12, "images_per_prompt": 2, "text_length": 24, "actors": 1}
     run_sample(SampleConfig.model_validate({**sampled, "sampling": sampling, "sweep": {"guidance_scale": [0, 2.5]}}))
-    cfg = EvaluateConfig(samples=str(tmp_path / "s"), tokenizer=str(tmp_path / "bit"), output=str(tmp_path / "o"))
+    cfg = EvaluateConfig(
+        samples=str(tmp_path / "s"), tokenizer=str(tmp_path / "bit"), output=str(tmp_path / "o"), actors=1
+    )
     page = Path(run_evaluate(cfg)).read_text()
     found = numbers(tmp_path / "o")
     assert len(found) == 2 and all(m["diversity_bits"]["count"] == 24 for m in found.values())

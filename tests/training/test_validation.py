@@ -63,12 +63,13 @@ def test_a_best_that_cannot_be_told_is_refused() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
     ray_session: None, codes: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
-    run = ValidatedRun.model_validate({**plain.model_dump(), "validation": asked})
+    run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
     with validating(run):
         run_generator(run)
     folder = tmp_path / "run" / "validation"

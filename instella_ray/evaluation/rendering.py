@@ -115,7 +115,9 @@ def svg_curves(
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in dots]
         for x, *ends in (spans or {}).get(name, ()):
             (x1, y1), (_, y2) = at(x, ends[0]), at(x, ends[1])
-            parts.append(f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}"/>')
+            parts.append(
+                f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}" stroke-opacity="0.5"/>'
+            )
         if len(series) > 1:
             column, row = left + 8 + 200 * (place % 2), height + 10 + 15 * (place // 2)
             parts.append(f'<text x="{column}" y="{row}" style="fill: {color}">{escape(name)}</text>')

@@ -16,7 +16,12 @@ from .measure import Spread, race
 from .report import Cell, Result
 
 FREE = MetricsConfig(
-    scene_score=SceneScore(), psnr=PSNR(), ssim=SSIM(), lpips=LPIPS(), bit_usage=Bits(), diversity_bits=BitDiversity()
+    scene_score=SceneScore(),
+    psnr=PSNR(),
+    ssim=SSIM(),
+    lpips=LPIPS(net="alex"),
+    bit_usage=Bits(),
+    diversity_bits=BitDiversity(),
 )
 
 

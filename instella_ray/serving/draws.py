@@ -8,19 +8,22 @@ from torch import Tensor
 from .. import rng
 
 AHEAD = 16
-"""Draws that a slot holds. Those of a picture that ends early are lost, so not too many."""
+"""Draws that a slot holds at most. Those of a picture that ends early are lost, so not too many."""
+NUMBERS = 16_384
+"""Numbers that a slot holds at most: where a draw has many, it is they that cost, and none should be lost."""
 
 
 class Draws:
-    """For each slot :data:`AHEAD` consecutive draws of its own seed; the very numbers that :func:`.rng.uniforms` gives."""
+    """For each slot some consecutive draws of its own seed; the very numbers that :func:`.rng.uniforms` gives."""
 
-    def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int) -> None:
-        """``seed [slots]`` is the engine's own table, which it writes when a slot is given."""
+    def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int, numbers: int = NUMBERS) -> None:
+        """``seed [slots]`` is the engine's own table, which it writes when a slot is given; ``numbers``: see NUMBERS."""
         self.seed, self.stream = seed, stream
+        self.ahead = max(1, min(AHEAD, numbers // (tokens * bits)))
         self.first = torch.zeros_like(seed)
         """The first draw that each slot holds."""
-        self.table = torch.zeros(len(seed), AHEAD, tokens, bits, device=seed.device)
-        self._slot, self._next = (torch.arange(n, device=seed.device) for n in (len(seed), AHEAD))
+        self.table = torch.zeros(len(seed), self.ahead, tokens, bits, device=seed.device)
+        self._slot, self._next = (torch.arange(n, device=seed.device) for n in (len(seed), self.ahead))
         self._left = 0
 
     @property
@@ -42,9 +45,9 @@ class Draws:
         if self._left == 0:
             # All at once, also those that joined since and still have some.
             self._fill(slice(rows), draw)
-            self._left = AHEAD
+            self._left = self.ahead
         self._left -= 1
-        return self.table[self._slot[:rows], (draw - self.first[:rows]).clamp(0, AHEAD - 1)]
+        return self.table[self._slot[:rows], (draw - self.first[:rows]).clamp(0, self.ahead - 1)]
 
     def _fill(self, rows: slice, first: Tensor) -> None:
         _, ahead, tokens, bits = self.table.shape

@@ -7,15 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instella_ray import rng
-from instella_ray.serving.draws import AHEAD, Draws
+from instella_ray.serving.draws import AHEAD, NUMBERS, Draws
 
 SLOTS, TOKENS, BITS = 3, 2, 3
 
 
-@given(moves=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=5 * AHEAD), stream=st.sampled_from([0, 1]))
-def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(moves: list[tuple[int, bool]], stream: int) -> None:
-    seed = torch.tensor([5, -7, 2**40])
-    draws, position = Draws(seed, TOKENS, BITS, stream), torch.zeros(SLOTS, dtype=torch.int64)
+@given(
+    moves=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=5 * AHEAD),
+    stream=st.sampled_from([0, 1]),
+    numbers=st.sampled_from([1, 3 * TOKENS * BITS, NUMBERS]),
+)
+def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
+    moves: list[tuple[int, bool]], stream: int, numbers: int
+) -> None:
+    seed, position = torch.tensor([5, -7, 2**40]), torch.zeros(SLOTS, dtype=torch.int64)
+    draws = Draws(seed, TOKENS, BITS, stream, numbers)
+    assert draws.ahead == {1: 1, 3 * TOKENS * BITS: 3, NUMBERS: AHEAD}[numbers]
 
     def expected(slot: int, draw: int) -> torch.Tensor:
         return rng.uniforms(seed[slot : slot + 1], torch.tensor([draw]), TOKENS, BITS, stream=stream)[0]

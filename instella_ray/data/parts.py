@@ -151,6 +151,15 @@ class PartWriter:
         return part
 
 
+def finished_file(folder: str, name: str, what: str) -> str:
+    """Where the file lies that a job writes last of all; UserError that calls ``folder`` no finished ``what`` without it."""
+    path = storage.join(folder, name)
+    if not storage.exists(path):
+        hint = "; run its job again with mode=resume" if storage.exists(storage.join(folder, SETTINGS)) else ""
+        raise UserError(f"{folder}: not a finished {what} (no {name}){hint}")
+    return path
+
+
 def refuse_unfinished(folder: str) -> None:
     """UserError for a job's output folder whose job has not come to its end."""
     if storage.exists(storage.join(folder, SETTINGS)) and not storage.exists(storage.join(folder, LEDGER)):

@@ -56,15 +56,15 @@ def quiet(dataset: Dataset) -> Dataset:
 
 
 def on_actors(
-    work: type, argument: Any, rows: Sequence[dict[str, Any]], *, actors: int | None, gpus_per_actor: float
+    work: type, arguments: tuple[Any, ...], rows: Sequence[Any], *, actors: int | None, gpus_per_actor: float
 ) -> Iterator[dict[str, Any]]:
-    """Rows that actors made by ``work(argument)`` give for ``rows``, of which they take one after another, in any order.
+    """Rows that actors made by ``work(*arguments)`` give for ``rows``, of which they take one after another, in any order.
 
     An actor that is lost is replaced, and its row done again.
     """
     given = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     pool = actor_pool(actors and min(actors, len(rows)), gpus_per_actor)
-    made = given.map_batches(work, fn_constructor_args=(argument,), batch_format="pyarrow", batch_size=1, **pool)
+    made = given.map_batches(work, fn_constructor_args=arguments, batch_format="pyarrow", batch_size=1, **pool)
     yield from quiet(made).iter_rows()
 
 

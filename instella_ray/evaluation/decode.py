@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import ray
+import pyarrow as pa
 import torch
 from pydantic import Field
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from .. import storage
 from ..accelerator import pick_device
 from ..config import Config
 from ..data.decode import to_pixels
-from ..data.pipeline import actor_pool, init_ray, quiet
+from ..data.pipeline import init_ray, on_actors
 from ..data.shards import write_tar
 from ..errors import UserError
 from ..models.bit import BIT
@@ -76,9 +76,9 @@ class Worker:
         device = "auto" if cfg.gpus_per_actor else "cpu"
         self.decoder = PictureDecoder(cfg.tokenizer, size, batch_size=cfg.batch_size, device=device)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        (name,), (number,) = batch["setting"].tolist(), batch["number"].tolist()
-        samples = self.sets[name]
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
+        samples, number = self.sets[row["setting"]], row["number"]
         block, urls = samples.block(number), picture_urls(samples, number, self.decoder.size, self.format)
         files = self._files(samples, block)
         if self.format == "tar":
@@ -90,7 +90,7 @@ class Worker:
         else:
             for url, data in zip(urls, files, strict=True):
                 storage.write_bytes(url, data)
-        return {"pictures": [len(block)]}
+        return pa.table({"pictures": [len(block)]})
 
     def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
         kind = "png" if self.format == "tar" else self.format
@@ -124,7 +124,8 @@ def run_decode(cfg: DecodeConfig, folder: str) -> int:
         raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that made the codes")
     cfg = cfg.model_copy(update={"tokenizer": storage.absolute(cfg.tokenizer)})
     folder = storage.absolute(folder)
-    sets, todo, total = find_sample_sets(folder), [], 0
+    sets, total = find_sample_sets(folder), 0
+    todo: list[dict[str, Any]] = []
     size = check_tokenizer(str(cfg.tokenizer), cfg.size, next(iter(sets.values())))
     for name, samples in sets.items():
         there = set(storage.glob(storage.join(samples.folder, f"pictures-{size}", "*")))
@@ -134,11 +135,9 @@ def run_decode(cfg: DecodeConfig, folder: str) -> int:
                 todo.append({"setting": name, "number": number, "rows": file.rows})
     if todo:
         init_ray()
-        units = ray.data.from_items(todo, override_num_blocks=len(todo))
-        pool = actor_pool(cfg.actors, cfg.gpus_per_actor)
-        reports = quiet(units.map_batches(Worker, fn_constructor_args=(cfg, folder, size), batch_size=1, **pool))
-        left = sum(int(unit["rows"]) for unit in todo)  # type: ignore[call-overload]
+        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
+        left = sum(unit["rows"] for unit in todo)
         with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="picture") as bar:
-            for report in reports.iter_rows():
+            for report in on_actors(Worker, (cfg, folder, size), todo, **spread):
                 bar.update(report["pictures"])
     return total

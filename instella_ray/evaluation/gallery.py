@@ -88,7 +88,7 @@ def paint(
         ]
     made: list[dict[str, Any]] = []
     if rows:
-        painted = on_actors(Painter, order, rows, actors=actors, gpus_per_actor=gpus_per_actor)
+        painted = on_actors(Painter, (order,), rows, actors=actors, gpus_per_actor=gpus_per_actor)
         made = sorted(painted, key=lambda row: (row["setting"], row["id"]))
     with storage.open_file(storage.join(output, GALLERY), "wb") as stream:
         pq.write_table(pa.Table.from_pylist(made, SCHEMA), stream)

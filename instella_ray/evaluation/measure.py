@@ -179,7 +179,7 @@ def measure(
     with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="picture") as bar:
         if todo:
             rows = [{"unit": unit.model_dump_json()} for unit in todo]
-            for report in on_actors(Measurer, task, rows, actors=actors, gpus_per_actor=gpus_per_actor):
+            for report in on_actors(Measurer, (task,), rows, actors=actors, gpus_per_actor=gpus_per_actor):
                 if report["problem"]:
                     raise UserError(report["problem"])
                 bar.update(report["pictures"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,9 +55,9 @@ class Section(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
     """Columns of a :class:`.metrics.base.Batch`; ``groups`` means several pictures of a prompt."""
 
+    @abstractmethod
     def load(self, tools: Tools) -> Maker:
         """Load what it measures with; UserError where that is not to be had."""
-        raise NotImplementedError
 
 
 class Images(Section):

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import storage
-from ..data.parts import SETTINGS
+from ..data.parts import finished_file
 from ..errors import UserError
 from .gallery import GALLERY, read_gallery
 from .measure import ROWS, States
@@ -22,10 +22,7 @@ class Evaluation:
 
     def __init__(self, folder: str) -> None:
         """UserError where the folder is none, or not finished."""
-        path = storage.join(folder, RESULTS)
-        if not storage.exists(path):
-            hint = "; run its job again with mode=resume" if storage.exists(storage.join(folder, SETTINGS)) else ""
-            raise UserError(f"{folder}: not a finished evaluation (no {RESULTS}){hint}")
+        path = finished_file(folder, RESULTS, "evaluation")
         results = storage.read_json(path)
         try:
             self.card: Json = results["card"]

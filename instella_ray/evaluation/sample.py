@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
+import pyarrow as pa
 from tqdm import tqdm
 
 from .. import storage
 from ..accelerator import hardware_summary
-from ..data.parts import open_output
-from ..data.pipeline import actor_pool, init_ray, quiet
+from ..data.parts import QUARANTINE, open_output
+from ..data.pipeline import actor_pool, init_ray, on_actors
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
@@ -23,7 +23,6 @@ from .plan import Planned, SampleConfig, plan_samples, settings_of
 from .prompts import prompts_hash, read_prompts
 from .sample_set import (
     MANIFEST,
-    QUARANTINE,
     SWEEP,
     BadFile,
     SampleBlock,
@@ -74,14 +73,15 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job, self.sampler = job, Sampler(job.sampler)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        (number,), (names,) = batch["unit"].tolist(), batch["settings"].tolist()
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
+        number, names = row["unit"], row["settings"]
         samples, began = self.job.unit(number), time.perf_counter()
         made = self.sampler.run(samples, {name: self.job.runs[name].sampling for name in names})
         seconds = (time.perf_counter() - began) / len(made)
         for name, codes in made.items():
             write_block(self.job.url(name, number), _block(samples, codes), self.job.runs[name], seconds)
-        return {"samples": [len(samples) * len(made)]}
+        return pa.table({"samples": [len(samples) * len(made)]})
 
 
 def run_sample(cfg: SampleConfig) -> dict[str, SampleManifest]:
@@ -183,16 +183,15 @@ def _set_aside(url: str, why: str) -> None:
 def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) -> None:
     init_ray()
     rows = [{"unit": number, "settings": names} for number, names in todo]
-    pool = actor_pool(cfg.actors, cfg.gpus_per_actor)
-    units = ray.data.from_items(rows, override_num_blocks=len(rows))
-    reports = quiet(units.map_batches(Worker, fn_constructor_args=(job,), batch_size=1, **pool))
+    actors = min(actor_pool(cfg.actors, cfg.gpus_per_actor)["compute"].max_size, len(rows))
+    reports = on_actors(Worker, (job,), rows, actors=actors, gpus_per_actor=cfg.gpus_per_actor)
     total = len(job.samples) * len(job.runs)
     left = sum(len(job.unit(number)) * len(names) for number, names in todo)
     with tqdm(total=total, initial=total - left, desc="sample", unit="picture", smoothing=0.1) as bar:
         began = time.perf_counter()
-        for report in reports.iter_rows():
+        for report in reports:
             if cfg.price_per_hour is not None:
-                cost = (time.perf_counter() - began) / 3600 * pool["compute"].max_size * cfg.price_per_hour
+                cost = (time.perf_counter() - began) / 3600 * actors * cfg.price_per_hour
                 bar.set_postfix_str(f"cost {cost:.4f}", refresh=False)
             bar.update(report["samples"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ import pydantic
 from .. import storage
 from ..config import Config
 from ..data.codes import pack_codes, unpack_codes
+from ..data.parts import finished_file
 from ..errors import UserError
 from ..sampling_config import SamplingConfig
 
-MANIFEST, SWEEP, SETTINGS, QUARANTINE = "manifest.json", "sweep.json", "settings.json", "quarantine"
+MANIFEST, SWEEP = "manifest.json", "sweep.json"
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -127,10 +128,7 @@ class SampleSet:
 
     def __init__(self, folder: str) -> None:
         """UserError where the folder is none, or not finished."""
-        path = storage.join(folder, MANIFEST)
-        if not storage.exists(path):
-            hint = "; run its job again with mode=resume" if storage.exists(storage.join(folder, SETTINGS)) else ""
-            raise UserError(f"{folder}: not a finished folder of samples (no {MANIFEST}){hint}")
+        path = finished_file(folder, MANIFEST, "folder of samples")
         try:
             self.manifest = SampleManifest.model_validate(storage.read_json(path))
         except pydantic.ValidationError as error:
@@ -189,7 +187,20 @@ def write_block(url: str, block: SampleBlock, run: SampleRun, seconds: float) ->
 
 def read_block(url: str, run: SampleRun) -> SampleBlock:
     """The samples of a file of ``run``; :class:`BadFile` for one that is missing, damaged or of another run."""
+    return _block_of(_table(url, run), url, run)
+
+
+def check_file(url: str, run: SampleRun, ids: Sequence[str]) -> SampleFile:
+    """The manifest's entry of a file; :class:`BadFile` unless it holds just the samples ``ids`` of ``run``."""
     table = _table(url, run)
+    found = _block_of(table, url, run)
+    if found.ids != list(ids):
+        raise BadFile(f"{url}: holds other samples than it should")
+    seconds = float(table.schema.metadata[b"seconds"])
+    return SampleFile(name=url.rsplit("/", 1)[-1], rows=len(found), seconds=seconds)
+
+
+def _block_of(table: pa.Table, url: str, run: SampleRun) -> SampleBlock:
     try:
         codes = unpack_codes(table["codes"].to_pylist(), run.num_tokens, run.bits_per_token)
     except UserError as error:
@@ -200,33 +211,18 @@ def read_block(url: str, run: SampleRun) -> SampleBlock:
     return SampleBlock(ids, prompt_ids, indices, prompts, categories, [json.loads(m) for m in meta], seeds, codes)
 
 
-def check_file(url: str, run: SampleRun, ids: Sequence[str]) -> SampleFile:
-    """The manifest's entry of a file; :class:`BadFile` unless it holds just the samples ``ids`` of ``run``."""
-    found = read_block(url, run)
-    if found.ids != list(ids):
-        raise BadFile(f"{url}: holds other samples than it should")
-    seconds = float(_metadata(url)[b"seconds"])
-    return SampleFile(name=url.rsplit("/", 1)[-1], rows=len(found), seconds=seconds)
-
-
 def _table(url: str, run: SampleRun) -> pa.Table:
     if not storage.exists(url):
         raise BadFile(f"{url}: missing")
-    if (made_by := _metadata(url).get(b"run", b"").decode()) != run.id:
-        raise BadFile(f"{url}: of another run ({made_by or 'none named'}, expected {run.id})")
     try:
         with storage.open_file(url) as stream:
-            table = pq.ParquetFile(stream, page_checksum_verification=True).read()
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
+            made_by = (file.schema_arrow.metadata or {}).get(b"run", b"").decode()
+            if made_by != run.id:
+                raise BadFile(f"{url}: of another run ({made_by or 'none named'}, expected {run.id})")
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise BadFile(f"{url}: damaged ({str(error).splitlines()[0]})") from None
     if not table.schema.equals(SCHEMA):
         raise BadFile(f"{url}: damaged (columns {', '.join(table.schema.names)})")
     return table
-
-
-def _metadata(url: str) -> Mapping[bytes, bytes]:
-    try:
-        with storage.open_file(url) as stream:
-            return pq.read_schema(stream).metadata or {}
-    except (pa.ArrowException, OSError) as error:
-        raise BadFile(f"{url}: damaged ({str(error).splitlines()[0]})") from None

@@ -14,8 +14,8 @@ from instella_ray.evaluation import evaluate, gallery, measure
 def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same classes on the same rows in this process; tests marked ``ray`` run them on real actors."""
 
-    def here(work: type, argument: Any, rows: Sequence[dict[str, Any]], **spread: Any) -> Iterator[dict[str, Any]]:
-        worker = work(argument)
+    def here(work: type, arguments: tuple[Any, ...], rows: Sequence[Any], **spread: Any) -> Iterator[dict[str, Any]]:
+        worker = work(*arguments)
         for row in rows:
             yield from worker(pa.Table.from_pylist([row])).to_pylist()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -177,7 +178,7 @@ def test_codes_become_pictures_of_any_size(finished: Path, folders: dict[str, st
     shutil.copytree(finished, out)
     worker = Decoding(DecodeConfig(format=kind, tokenizer=folders["bit"], batch_size=4), str(out), 64)
     for number in range(5):
-        worker({"setting": np.array([""]), "number": np.array([number])})
+        worker(pa.table({"setting": [""], "number": [number]}))
     if kind == "tar":
         tars = sorted((out / "pictures-64").glob("*.tar"))
         files = {name: data for path in tars for name, data in members(path)}

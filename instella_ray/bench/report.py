@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..accelerator import hardware_summary
-from ..evaluation.rendering import Cell, table
+from ..rendering import Cell, table
 from ..storage import write_json
 
 

@@ -15,10 +15,11 @@ from fastapi import FastAPI, Request
 from ray import serve
 from ray.serve import Application
 
-from ..data.decode import encode_png, to_pixels
+from ..data.decode import to_pixels
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, load_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..rendering import encode_png
 from ..sampling import SamplingParams, generate
 from .load import PATH
 

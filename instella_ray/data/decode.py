@@ -104,10 +104,3 @@ def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
 def to_pixels(images: Tensor) -> np.ndarray:
     """Float ``[B, 3, H, W]`` about [-1, 1] to uint8 ``[B, H, W, 3]``: clamped, and truncated as published."""
     return ((images.float().clamp(-1, 1) + 1) / 2 * 255).byte().movedim(1, -1).cpu().numpy()
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 ``[H, W, 3]``."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..accelerator import hardware_summary
-from ..data.decode import encode_png
 from ..data.scene_score import score
 from ..data.scenes import CATEGORIES, parse_caption
-from ..evaluation.rendering import data_uri, render, svg_curves
+from ..rendering import data_uri, encode_png, render, svg_curves
 from . import stages
 from .recipe import KINDS, DemoConfig
 from .stages import Prompts

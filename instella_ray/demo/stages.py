@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import storage
 from ..data.curate import run_curate
-from ..data.decode import encode_png, to_pixels, to_tensor
+from ..data.decode import to_pixels, to_tensor
 from ..data.encode import run_encode
 from ..data.parts import Mode
 from ..data.scene_score import score, score_table
@@ -27,6 +27,7 @@ from ..data.scenes import parse_caption, scene_rows
 from ..data.shards import write_webdataset
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
+from ..rendering import encode_png
 from ..serving.app import build
 from ..training.generator import run_generator
 from ..training.launch import read_metrics

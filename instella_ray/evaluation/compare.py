@@ -12,11 +12,11 @@ import numpy as np
 
 from .. import storage
 from ..errors import UserError
+from ..rendering import Cell, number, render, table
 from .metrics.base import Info, Metric, better
 from .metrics.diversity import Diversity
 from .metrics.rates import RateMetric
 from .metrics.samples import SampleMetric
-from .rendering import Cell, number, render, table
 from .results import Evaluation, Json
 from .statistics import paired_difference
 

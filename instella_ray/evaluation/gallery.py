@@ -14,10 +14,10 @@ from .. import storage
 from ..accelerator import pick_device
 from ..data.pipeline import on_actors
 from ..errors import UserError
+from ..rendering import thumbnail
 from .choice import Choice
 from .measure import Record
 from .reading import Reader, ReaderOptions
-from .rendering import thumbnail
 from .units import Unit
 
 GALLERY = "gallery.parquet"

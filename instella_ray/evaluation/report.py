@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import storage
+from ..rendering import number, render, svg_curves
 from .metrics.base import better
 from .metrics.presets import Preset, preset
-from .rendering import number, render, svg_curves
 from .results import Evaluation, Json
 
 REPORT = "report.html"

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import storage
 from ..accelerator import compute_dtype
-from ..data.decode import encode_png
 from ..data.loader import BatchPlan, Prefetcher
 from ..models.checkpoint import Model
+from ..rendering import encode_png
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .optim import EMA, Optimizers, build_optimizers, rate_share
 from .settings import TrainConfig

@@ -15,7 +15,7 @@ from instella_ray import storage
 from instella_ray.demo.recipe import DemoConfig
 from instella_ray.demo.state import DemoState
 from instella_ray.errors import UserError
-from instella_ray.evaluation.rendering import svg_curves
+from instella_ray.rendering import svg_curves
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:

@@ -18,8 +18,8 @@ from instella_ray.evaluation.choice import ShowConfig
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.presets import TABLE3
 from instella_ray.evaluation.prompts import Prompt, read_prompts
-from instella_ray.evaluation.rendering import number, svg_curves, table, thumbnail
 from instella_ray.evaluation.report import best, metric_rows
+from instella_ray.rendering import number, svg_curves, table, thumbnail
 from instella_ray.sampling_config import SamplingConfig
 
 from .samples import make_tokenizer, noise, write_samples, write_sweep

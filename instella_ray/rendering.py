@@ -13,8 +13,6 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ..data.decode import encode_png
-
 HERE = Path(__file__).parent
 """Where ``page.html.j2`` is, which other pages extend."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
@@ -61,6 +59,13 @@ def thumbnail(pixels: np.ndarray, size: int) -> bytes:
         return encode_png(np.asarray(image))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of uint8 ``[H, W, 3]``."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

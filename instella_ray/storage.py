@@ -155,6 +155,14 @@ def write_json(url: str, value: Any) -> None:
     write_text(url, json.dumps(value, indent=1) + "\n")
 
 
+def write_parquet(url: str, table: Any, **options: Any) -> None:
+    """A pyarrow table as a parquet file; ``options`` are those of pyarrow's ``write_table``."""
+    import pyarrow.parquet as pq
+
+    with open_file(url, "wb") as stream:
+        pq.write_table(table, stream, **options)
+
+
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """A local folder that appears under ``path`` complete when the block ends well, and leaves no trace otherwise."""

@@ -65,8 +65,7 @@ def unpack_codes(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
 
 def write_codes_file(url: str, rows: Sequence[dict[str, Any]]) -> None:
     """One parquet file with the columns of :data:`SCHEMA`, whole or absent."""
-    with storage.open_file(url, "wb") as stream:
-        pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), stream)
+    storage.write_parquet(url, pa.Table.from_pylist(list(rows), SCHEMA))
 
 
 class CodesWriter:

@@ -14,8 +14,8 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
-from .parts import Mode, PartFolder
-from .pipeline import actor_pool, init_ray, write_parts
+from .parts import Mode, PartFolder, PartWriter
+from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
 from .shards import find_shards
 from .tar_source import read_shards
 from .views import Decoder
@@ -48,6 +48,7 @@ class EncodeConfig(Config):
     """Encoder actors; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each encoder actor; 0 encodes on the CPU."""
+    abort: AbortConfig = AbortConfig()
 
 
 class Encoder:
@@ -90,7 +91,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
     folder = PartFolder(cfg.output)
-    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor", "abort"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
     done = folder.open(cfg.mode, settings)
     if todo := {url: label for url, label in shards.items() if label not in done}:
@@ -104,10 +105,8 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
             batch_size=4 * cfg.batch_size,
             **actor_pool(cfg.actors, cfg.gpus_per_actor),
         )
-        writer = CodesWriter(cfg.source)
-        write_parts(
-            encoded, cfg.output, ".parquet", cfg.rows_per_file, writer, shards=shards, done=done, title="encode"
-        )
+        writer = PartWriter(cfg.output, ".parquet", cfg.rows_per_file, CodesWriter(cfg.source))
+        write_parts(encoded, writer, shards=shards, done=done, title="encode", abort=cfg.abort)
     ledger = folder.close(shards.values())
     if not ledger.kept:
         raise UserError(f"input {cfg.input}: nothing to encode ({ledger.summary()})")

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KEPT = "kept"
+KEPT, DROPPED, QUARANTINED = "kept", "dropped", "quarantined"
+DOWNLOAD = "download:"
+"""Begins the problem of a sample whose picture could not be fetched. Links die: that is a drop, not damage."""
+DOWNLOAD_REASON = "download_"
+"""Begins the reason that such a sample is dropped for."""
+
+
+def verdict_of(problem: str) -> str:
+    """The verdict on a sample whose source reports ``problem``."""
+    if problem.startswith(DOWNLOAD):
+        return f"{DROPPED}:{DOWNLOAD_REASON}{problem.removeprefix(DOWNLOAD)}"
+    return f"{QUARANTINED}:{problem}"
 
 
 @dataclass
@@ -18,6 +29,14 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
 
+    @classmethod
+    def of(cls, entries: Iterable[Mapping[str, Any]]) -> Ledger:
+        """The sum of several :meth:`to_json`."""
+        ledger = cls()
+        for entry in entries:
+            ledger.add(entry)
+        return ledger
+
     def count(self, verdicts: Iterable[str]) -> Ledger:
         """Add verdicts: ``kept``, ``dropped:REASON`` or ``quarantined:REASON``."""
         for verdict, number in Counter(verdicts).items():
@@ -25,7 +44,7 @@ class Ledger:
             if kind == KEPT:
                 self.kept += number
             else:
-                (self.dropped if kind == "dropped" else self.quarantined)[reason] += number
+                (self.dropped if kind == DROPPED else self.quarantined)[reason] += number
         return self
 
     def add(self, other: Mapping[str, Any]) -> Ledger:
@@ -38,6 +57,11 @@ class Ledger:
     @property
     def total(self) -> int:
         return self.kept + self.dropped.total() + self.quarantined.total()
+
+    @property
+    def failed_downloads(self) -> int:
+        """Samples dropped because their picture could not be fetched."""
+        return sum(number for reason, number in self.dropped.items() if reason.startswith(DOWNLOAD_REASON))
 
     def to_json(self) -> dict[str, Any]:
         parts = {"dropped": dict(sorted(self.dropped.items())), "quarantined": dict(sorted(self.quarantined.items()))}

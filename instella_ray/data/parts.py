@@ -8,23 +8,27 @@ killed at whatever point, running again makes the same set of files.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import Field
 
 from .. import storage
 from ..config import Config
 from ..errors import UserError
-from .ledger import KEPT, Ledger
+from .ledger import KEPT, QUARANTINED, Ledger
 
+Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
 """What to do about an output that exists: refuse, go on with it, or start over."""
 
 LEDGER, SETTINGS, PARTS, QUARANTINE = "ledger.json", "settings.json", "parts", "quarantine"
+DUPLICATES = "duplicates.parquet"
+"""What is decided over a finished set, and then carried out part by part."""
 
 
 class Part(Config):
@@ -40,6 +44,10 @@ class Part(Config):
     records: int
     """Records in that file (a picture may give several)."""
     ledger: dict[str, Any]
+    notes: dict[str, Any] = Field(default_factory=dict)
+    """What the job has to say of these rows, for its report."""
+    decided: str | None = None
+    """Which decisions over the whole set (their hash) have been carried out on this part."""
 
     @property
     def name(self) -> str:
@@ -85,15 +93,26 @@ class PartFolder:
         names = storage.glob(self._path(PARTS, "*.json"))
         return sorted((Part(**storage.read_json(n)) for n in names), key=lambda part: (part.shard, part.first_row))
 
-    def close(self, shards: Iterable[str]) -> Ledger:
-        """Check that every one of ``shards`` is accounted for from end to end, and write the ledger."""
+    def part(self, name: str) -> Part:
+        """The entry of that name."""
+        return Part(**storage.read_json(self._path(PARTS, f"{name}.json")))
+
+    def replace(self, part: Part) -> None:
+        """Put ``part`` in place of the entry of that name."""
+        storage.write_json(self._path(PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
+
+    def all_done(self, shards: Iterable[str]) -> list[Part]:
+        """All parts, once every one of ``shards`` is accounted for from end to end."""
         parts = self.parts()
         missing = set(shards) - _done(parts)
         if missing:
             raise RuntimeError(f"{self.url}: shards not finished: {', '.join(sorted(missing)[:5])}")
-        ledger = Ledger()
-        for part in parts:
-            ledger.add(part.ledger)
+        return parts
+
+    def close(self, shards: Iterable[str]) -> Ledger:
+        """Check that every one of ``shards`` is accounted for from end to end, and write the ledger."""
+        parts = self.all_done(shards)
+        ledger = Ledger.of(part.ledger for part in parts)
         if ledger.total != sum(part.rows for part in parts):
             raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
         storage.write_json(self._path(LEDGER), ledger.to_json())
@@ -103,11 +122,14 @@ class PartFolder:
         """Delete what belongs to no finished shard; the rest stays."""
         parts = self.parts()
         done = _done(parts)
-        keep = {part.name for part in parts if part.shard in done}
+        whole = [part for part in parts if part.shard in done]
+        keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}
+        files = {part.file for part in whole} | {SETTINGS, DUPLICATES}
         fs, root = storage.filesystem(self.url)
         for path in fs.find(root):
-            name = path.rsplit("/", 1)[-1]
-            if name != SETTINGS and name.rpartition(".")[0] not in keep:
+            below, name = path[len(root) :].strip("/"), path.rsplit("/", 1)[-1]
+            at_the_top = below == name
+            if not (below in files if at_the_top else name.rpartition(".")[0] in keep):
                 fs.rm(path)
         return done
 
@@ -120,23 +142,31 @@ class PartWriter:
 
     A block is an Arrow table with ``key, shard, row, last, caption, meta, image`` and ``verdict`` (see
     :class:`.ledger.Ledger`), consecutive rows of a shard next to each other. ``write_file(url, kept rows)`` writes the
-    data file and returns the number of records in it.
+    data file and returns the number of records in it. ``note(part's name, all rows)`` gives the entry's ``notes``, and may
+    write further files named after the part.
     """
 
     def __init__(
-        self, folder: str, suffix: str, rows_per_file: int, write_file: Callable[[str, list[dict[str, Any]]], int]
+        self,
+        folder: str,
+        suffix: str,
+        rows_per_file: int,
+        write_file: Callable[[str, list[Row]], int],
+        note: Callable[[str, list[Row]], dict[str, Any]] | None = None,
     ) -> None:
-        self.folder, self.suffix, self.rows_per_file, self.write_file = folder, suffix, rows_per_file, write_file
+        self.folder, self.suffix, self.rows_per_file = folder, suffix, rows_per_file
+        self.write_file, self.note = write_file, note
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # Ray joins and cuts blocks by their bytes; files are cut at fixed rows of the shard.
         runs = groupby(table.to_pylist(), key=lambda row: (row["shard"], row["row"] // self.rows_per_file))
         parts = [self._write(shard, list(rows)) for (shard, _), rows in runs]
-        return pa.Table.from_pylist([{"shard": p.shard, "rows": p.rows, "last": p.last} for p in parts])
+        reports = [{"shard": p.shard, "last": p.last, "ledger": json.dumps(p.ledger)} for p in parts]
+        return pa.Table.from_pylist(reports)
 
-    def _write(self, shard: str, rows: list[dict[str, Any]]) -> Part:
+    def _write(self, shard: str, rows: list[Row]) -> Part:
         kept = [row for row in rows if row["verdict"] == KEPT]
-        bad = [row for row in rows if row["verdict"].startswith("quarantined:")]
+        bad = [row for row in rows if row["verdict"].startswith(QUARANTINED)]
         facts = {"shard": shard, "first_row": rows[0]["row"], "rows": len(rows), "last": rows[-1]["last"]}
         ledger = Ledger().count(row["verdict"] for row in rows).to_json()
         part = Part(**facts, file=None, records=0, ledger=ledger)
@@ -145,9 +175,10 @@ class PartWriter:
             records = self.write_file(storage.join(self.folder, name), kept)
             part = part.model_copy(update={"file": name, "records": records})
         if bad:
-            with storage.open_file(storage.join(self.folder, QUARANTINE, f"{part.name}.parquet"), "wb") as stream:
-                pq.write_table(_quarantine_table(bad), stream)
-        storage.write_json(storage.join(self.folder, PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
+            storage.write_parquet(storage.join(self.folder, QUARANTINE, f"{part.name}.parquet"), _quarantine_table(bad))
+        if self.note:
+            part = part.model_copy(update={"notes": self.note(part.name, rows)})
+        PartFolder(self.folder).replace(part)
         return part
 
 
@@ -182,7 +213,7 @@ def _reaches_the_end(parts: list[Part]) -> bool:
     return parts != [] and max(parts, key=lambda part: part.first_row).last
 
 
-def _quarantine_table(rows: list[dict[str, Any]]) -> pa.Table:
+def _quarantine_table(rows: list[Row]) -> pa.Table:
     columns = ("key", "shard", "row", "caption", "meta", "image")
     kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string(), pa.large_binary())
     schema = pa.schema([*zip(columns, kinds, strict=True), ("reason", pa.string())])

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import ray
+from pydantic import Field
 from ray.data import ActorPoolStrategy, Dataset
 from tqdm import tqdm
 
+from ..config import Config
 from ..errors import UserError
-from .parts import PartWriter
+from .ledger import Ledger
+from .parts import PartFolder, PartWriter
+
+
+class AbortConfig(Config):
+    """When a job stops because too much is wrong with its input; what it has done stays, and resume goes on from there."""
+
+    quarantined: float = Field(0.2, ge=0, le=1)
+    """Share of samples that are damaged. Above it the job stops."""
+    failed_downloads: float = Field(0.9, ge=0, le=1)
+    """Share of samples whose picture could not be fetched. Above it the job stops: rather the network's fault."""
+    after_rows: int = Field(1000, ge=1)
+    """Shares of fewer samples say nothing yet. At the job's end they are looked at in any case."""
+
+    def check(self, ledger: Ledger, folder: str, *, at_end: bool = False) -> None:
+        """UserError when ``ledger`` is past a limit."""
+        if not ledger.total or (ledger.total < self.after_rows and not at_end):
+            return
+        found = {"quarantined": ledger.quarantined.total(), "failed_downloads": ledger.failed_downloads}
+        for name, number in found.items():
+            if number > getattr(self, name) * ledger.total:
+                share = f"{number} of {ledger.total} samples"
+                hint = f"the limit is abort.{name}={getattr(self, name):g}; mend the input, or raise it and set mode=resume"
+                raise UserError(f"{folder}: stopped, {share} {name.replace('_', ' ')} ({ledger.summary()}); {hint}")
 
 
 def init_ray(*, log_to_driver: bool = True) -> None:
@@ -70,24 +96,26 @@ def on_actors(
 
 def write_parts(
     dataset: Dataset,
-    folder: str,
-    suffix: str,
-    rows_per_file: int,
-    write_file: Callable[[str, list[dict[str, Any]]], int],
+    writer: PartWriter,
     *,
     shards: Collection[str],
     done: Collection[str],
     title: str,
+    abort: AbortConfig,
 ) -> None:
-    """Run ``dataset`` to its end and write its rows with :class:`.parts.PartWriter`.
+    """Run ``dataset`` to its end and let ``writer`` write its rows, under a progress bar.
 
-    A file holds up to ``rows_per_file`` consecutive rows of one shard.
+    ``done`` are those of ``shards`` that an earlier run has finished. UserError when more is wrong with the input than
+    ``abort`` allows.
     """
-    writer = PartWriter(folder, suffix, rows_per_file, write_file)
     reports = quiet(dataset.map_batches(writer, batch_format="pyarrow", batch_size=None))
-    rows, began = 0, time.perf_counter()
+    ledger = Ledger.of(part.ledger for part in PartFolder(writer.folder).parts())
+    before, began = ledger.total, time.perf_counter()
     with tqdm(total=len(shards), initial=len(done), desc=title, unit="shard") as bar:
         for report in reports.iter_rows():
-            rows += report["rows"]
+            ledger.add(json.loads(report["ledger"]))
+            rows = ledger.total - before
             bar.set_postfix_str(f"{rows} rows, {rows / (time.perf_counter() - began):.0f}/s", refresh=False)
             bar.update(int(report["last"]))
+            abort.check(ledger, writer.folder)
+    abort.check(ledger, writer.folder, at_end=True)

@@ -61,6 +61,11 @@ def write_tar(url: str, samples: Iterable[Sample]) -> int:
     return count
 
 
+def write_samples(url: str, rows: Iterable[dict[str, Any]]) -> int:
+    """:func:`write_tar` of rows with ``key, image, caption`` and ``meta`` (JSON)."""
+    return write_tar(url, ((row["key"], row["image"], row["caption"], json.loads(row["meta"])) for row in rows))
+
+
 def write_webdataset(samples: Iterable[Sample], folder: str, samples_per_shard: int) -> Iterator[tuple[str, int]]:
     """Write ``samples`` as ``folder/00000.tar``, ...; yields (url, samples in it) as each shard is finished."""
     rest, number = iter(samples), 0

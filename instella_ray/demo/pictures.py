@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import storage
-from ..data.curate import Judge
 from ..data.decode import UndecodableError, decode_rgb, fit_square
+from ..data.judge import Judge
 from ..data.ledger import KEPT
 from ..data.loader import require_pictures
 from ..data.scenes import scene_prompts
@@ -79,7 +79,7 @@ def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
     judge = Judge(curate_config(demo, url).filters)
     with storage.open_file(url) as stream:
         for row in read_samples(stream, url):
-            if judge.verdict(row) != KEPT:
+            if judge.verdict(row)[0] != KEPT:
                 continue
             try:
                 yield row["caption"], fit_square(decode_rgb(row["image"]), demo.size)

@@ -9,7 +9,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..config import Config
 from ..data.curate import CurateConfig
 from ..data.encode import EncodeConfig
-from ..data.filters import FilterConfig
+from ..data.filters.config import FilterConfig
+from ..data.filters.samples import Resolution
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
@@ -98,7 +99,7 @@ TINY: dict[str, int] = {
 
 
 def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
-    filters = FilterConfig(target_size=demo.size)
+    filters = FilterConfig(resolution=Resolution(target_size=demo.size))
     return CurateConfig(input=shards, output=demo.path("curated"), filters=filters)
 
 

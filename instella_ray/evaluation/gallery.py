@@ -90,8 +90,7 @@ def paint(
     if rows:
         painted = on_actors(Painter, (order,), rows, actors=actors, gpus_per_actor=gpus_per_actor)
         made = sorted(painted, key=lambda row: (row["setting"], row["id"]))
-    with storage.open_file(storage.join(output, GALLERY), "wb") as stream:
-        pq.write_table(pa.Table.from_pylist(made, SCHEMA), stream)
+    storage.write_parquet(storage.join(output, GALLERY), pa.Table.from_pylist(made, SCHEMA))
 
 
 def read_gallery(output: str) -> dict[str, dict[str, dict[str, Any]]]:

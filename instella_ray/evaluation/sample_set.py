@@ -181,8 +181,7 @@ def write_block(url: str, block: SampleBlock, run: SampleRun, seconds: float) ->
     }
     about = {"run": run.id, "seconds": f"{seconds:.3f}"}
     table = pa.Table.from_pydict(columns, SCHEMA.with_metadata(about))
-    with storage.open_file(url, "wb") as stream:
-        pq.write_table(table, stream, write_page_checksum=True)
+    storage.write_parquet(url, table, write_page_checksum=True)
 
 
 def read_block(url: str, run: SampleRun) -> SampleBlock:

@@ -51,6 +51,28 @@ def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+def converted(mode: str, kind: str) -> bytes:
+    """A picture of another mode than RGB."""
+    image = Image.open(io.BytesIO(picture(20)))
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    buffer = io.BytesIO()
+    (Image.fromarray(grey) if mode == "I;16" else image.convert(mode)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def animated() -> bytes:
+    frames = [Image.open(io.BytesIO(picture(seed))) for seed in (21, 22, 23)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(24, exif=exif)
+
+
 HOSTILE: dict[str, tuple[Members, str]] = {
     "good": (sample("good", 1), "kept"),
     "html": ([("html.jpg", b"<html>gone</html>"), ("html.txt", b"a picture")], "quarantined:undecodable"),
@@ -68,7 +90,13 @@ HOSTILE: dict[str, tuple[Members, str]] = {
     "narrow": ([("narrow.jpg", picture(10, (400, 40))), ("narrow.txt", b"a picture")], "dropped:aspect_ratio"),
     "small": ([("small.jpg", picture(11, (20, 20))), ("small.txt", b"a picture")], "dropped:small"),
     "nul": (sample("nul", 12, caption="a picture\0 with\nNUL"), "kept"),
-    "cmyk": ([("cmyk.jpg", picture(13)), ("cmyk.txt", b"in print colours")], "kept"),
+    "cmyk": ([("cmyk.jpg", converted("CMYK", "JPEG")), ("cmyk.txt", b"in print colours")], "kept"),
+    "sixteen": ([("sixteen.png", converted("I;16", "PNG")), ("sixteen.txt", b"16 bits a pixel")], "kept"),
+    "palette": ([("palette.png", converted("P", "PNG")), ("palette.txt", b"a few colours")], "kept"),
+    "alpha": ([("alpha.png", converted("RGBA", "PNG")), ("alpha.txt", b"see through")], "kept"),
+    "animated": ([("animated.webp", animated()), ("animated.txt", b"moving pictures")], "kept"),
+    "rotated": ([("rotated.jpg", rotated()), ("rotated.txt", b"held upright")], "kept"),
+    "listjson": ([*sample("listjson", 15)[:2], ("listjson.json", b"[1, 2]")], "quarantined:bad_metadata"),
     "last": (sample("last", 14), "kept"),
 }
 """Samples of one shard by name, with the verdict that each must get."""

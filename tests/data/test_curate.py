@@ -12,20 +12,31 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from instella_ray.data.curate import CurateConfig, Judge, run_curate
+from instella_ray.data.curate import CurateConfig, run_curate
 from instella_ray.data.decode import decode_rgb
-from instella_ray.data.filters import FilterConfig
+from instella_ray.data.filters.config import FilterConfig
+from instella_ray.data.filters.samples import Resolution
+from instella_ray.data.judge import Judge
 from instella_ray.data.shards import find_shards
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 
 from .samples import HOSTILE, picture, sample, tar_bytes
 
-LIMITS = FilterConfig(target_size=64)
+LIMITS = FilterConfig(resolution=Resolution(target_size=64))
 
 
 def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
-    return CurateConfig(**{"input": str(shards), "output": str(output), "filters": LIMITS, "rows_per_shard": 5} | more)
+    return CurateConfig(
+        **{
+            "input": str(shards),
+            "output": str(output),
+            "filters": LIMITS,
+            "rows_per_shard": 5,
+            "abort": {"quarantined": 1},
+        }
+        | more
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,7 +55,7 @@ def curated_keys(folder: Path) -> list[str]:
 def test_every_hostile_sample_gets_its_verdict(name: str) -> None:
     everything = tar_bytes([member for members, _ in HOSTILE.values() for member in members])
     row = list(read_samples(io.BytesIO(everything), "shard"))[list(HOSTILE).index(name)]
-    assert Judge(LIMITS).verdict(row) == HOSTILE[name][1]
+    assert Judge(LIMITS).verdict(row)[0] == HOSTILE[name][1]
 
 
 @pytest.mark.ray
@@ -110,7 +121,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     [
         ("input={tmp}/none.tar", "none.tar: no shard found"),
         ("input={tmp}/mute.tar", "mute.tar: shard without captions"),
-        ("filters.target_sice=3", "did you mean 'target_size'?"),
+        ("filters.resolution.target_sice=3", "did you mean 'target_size'?"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -130,9 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.ray
 def test_real_shards(ray_session: None, emoji_shards: str, tmp_path: Path) -> None:
-    ledger = run_curate(
-        config(emoji_shards, tmp_path / "out", filters=FilterConfig(target_size=512), rows_per_shard=500)
-    )
+    ledger = run_curate(config(emoji_shards, tmp_path / "out", rows_per_shard=500))
     assert ledger.to_json()["in"] == 1601
     assert ledger.kept == len(curated_keys(tmp_path / "out")) > 1500
     url = next(iter(find_shards(str(tmp_path / "out"))))

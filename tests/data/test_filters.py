@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from instella_ray.data.decode import UndecodableError, check_pixels, decode_rgb, fit_square, open_picture
-from instella_ray.data.filters import FilterConfig, build_filters
+from instella_ray.data.filters.base import Limits, Sample, Scale
+from instella_ray.data.filters.config import FilterConfig
+from instella_ray.data.histograms import BINS, histograms, merged
 
 from .samples import bomb, picture
 
@@ -24,8 +28,9 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def refused(size: tuple[int, int], caption: str, meta: dict[str, Any], **limits: Any) -> list[str]:
-    image = Image.new("RGB", size)
-    return [f.name for f in build_filters(FilterConfig(**limits)) if not f.keeps(image, caption, meta)]
+    sample = Sample(size, caption, meta)
+    reasons = (judge.reason(judge.measure(sample)) for judge in FilterConfig(**limits).of_samples())
+    return [reason for reason in reasons if reason]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,7 @@ def refused(size: tuple[int, int], caption: str, meta: dict[str, Any], **limits:
         ((512, 512), "a cat", {"pwatermark": 0.8, "punsafe": 0.5}, []),
         ((512, 512), "a cat", {"pwatermark": 0.81, "punsafe": 0.51}, ["watermark", "unsafe"]),
         ((512, 512), "a cat", {"pwatermark": "high"}, []),
+        ((512, 512), "a cat", {"pwatermark": float("nan")}, []),
         ((512, 512), "ab", {}, ["caption_length"]),
         ((512, 512), "a" * 2001, {}, ["caption_length"]),
     ],
@@ -49,6 +55,32 @@ def test_limits(size: tuple[int, int], caption: str, meta: dict[str, Any], reaso
 def test_none_switches_a_filter_off() -> None:
     off = dict.fromkeys(FilterConfig.model_fields)
     assert refused((1, 900), "", {"pwatermark": 1, "punsafe": 1}, **off) == []
+
+
+def test_similarity_is_asked_only_where_it_is_switched_on() -> None:
+    assert refused((512, 512), "a cat", {"similarity": 0.1}) == []
+    assert refused((512, 512), "a cat", {"similarity": 0.1}, similarity={"minimum": 0.2}) == ["similarity"]
+    assert refused((512, 512), "a cat", {}, similarity={"minimum": 0.2}) == []
+
+
+def test_every_score_has_an_axis_and_every_limit_a_score() -> None:
+    for section in FilterConfig(similarity={"minimum": 0.2}).sections().values():
+        assert set(section.limits()) <= set(section.scales)
+
+
+@given(st.lists(st.floats(-1, 20), max_size=60), st.integers(0, 60), st.booleans())
+def test_histograms_count_every_score_once_and_merge(values: list[float], cut: int, log: bool) -> None:
+    scales = {"a": Scale(0.5, 10, log)}
+    rows = [{"a": value} for value in values] + [{"b": 1.0}]
+    whole = histograms(scales, rows)
+    assert sum(whole["a"]) == len(values) and len(whole["a"]) == BINS
+    assert merged([histograms(scales, rows[:cut]), histograms(scales, rows[cut:])]) == whole
+    assert whole["a"][-1] >= sum(value >= 10 for value in values)
+
+
+def test_limits_include_their_ends() -> None:
+    limits = Limits(1, 2)
+    assert [limits.allow(value) for value in (0.99, 1, 2, 2.01)] == [False, True, True, False]
 
 
 def test_exif_orientation_is_applied() -> None:

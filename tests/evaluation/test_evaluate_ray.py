@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.prompts import read_prompts
 from instella_ray.evaluation.sample import run_sample
 
+from ..processes import descendants, wait_until
 from ..serving.models import make_generator
 from ..serving.models import make_tokenizer as make_serving_tokenizer
 from .conftest import without_actors
@@ -30,13 +30,6 @@ JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
 FILES = 60
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return condition()
-
-
 def finished(output: Path) -> set[str]:
     """Units that are."""
     return {path.parent.name for path in output.glob("states/single/*/rows.json")}
@@ -44,19 +37,7 @@ def finished(output: Path) -> set[str]:
 
 def measuring_processes() -> list[int]:
     """Processes below this one in which a Measurer lives."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if b"Measurer" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except (OSError, ValueError):
-            continue
-
-    def is_ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
-
-    return [pid for pid in found if is_ours(pid)]
+    return descendants(b"Measurer")
 
 
 @pytest.fixture

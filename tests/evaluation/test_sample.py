@@ -34,6 +34,7 @@ from instella_ray.sampling_config import SamplingConfig
 from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 from instella_ray.serving.images import read_metadata
 
+from ..processes import descendants
 from ..serving.models import make_generator, make_tokenizer
 from ..test_repository import ROOT
 
@@ -334,17 +335,4 @@ def wait_for(condition: Any, job: subprocess.Popen[str], seconds: float = 180) -
 
 def workers_of(driver: int) -> list[int]:
     """Pids of the sampling actors of the Ray that a driver started."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
-    parents = {int(pid): int(parent) for pid, parent, _ in rows}
-
-    def comes_from_driver(pid: int) -> bool:
-        while pid > 1 and pid != driver:
-            pid = parents.get(pid, 1)
-        return pid == driver
-
-    return [
-        int(pid)
-        for pid, _, args in rows
-        if args.startswith("ray::") and "MapWorker" in args and comes_from_driver(int(pid))
-    ]
+    return descendants(b"MapWorker", driver)

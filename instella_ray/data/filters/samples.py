@@ -1,0 +1,101 @@
+"""Filters that need no pixels: resolution, aspect ratio, caption length, and scores that the metadata brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from .base import Limits, Sample, SampleFilter, Scale, Scores
+
+
+class Resolution(SampleFilter):
+    """Shorter edge at least half the resolution that is trained for (paper, section 4)."""
+
+    scales: ClassVar[Mapping[str, Scale]] = {"shorter_edge": Scale(16, 8192, log=True)}
+
+    target_size: int = Field(512, ge=1)
+    """Resolution to train for (px)."""
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {"shorter_edge": ("small", Limits(minimum=self.target_size / 2))}
+
+    def measure(self, sample: Sample) -> Scores:
+        return {"shorter_edge": min(sample.size)}
+
+
+class AspectRatio(SampleFilter):
+    """Longer over shorter edge at most ``maximum``."""
+
+    scales: ClassVar[Mapping[str, Scale]] = {"aspect_ratio": Scale(1, 10)}
+
+    maximum: float = Field(3.0, ge=1)
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {"aspect_ratio": ("aspect_ratio", Limits(maximum=self.maximum))}
+
+    def measure(self, sample: Sample) -> Scores:
+        return {"aspect_ratio": max(sample.size) / min(sample.size)}
+
+
+class MetadataScore(SampleFilter):
+    """A number that the metadata brings; samples without it stay: what is unknown is not held against them."""
+
+    field: ClassVar[str]
+    """Name in the metadata, and of the score."""
+
+    def measure(self, sample: Sample) -> Scores:
+        value = sample.meta.get(self.field)
+        return {self.field: float(value)} if isinstance(value, int | float) and value == value else {}
+
+
+class Watermark(MetadataScore):
+    """LAION's probability of a watermark at most ``maximum``."""
+
+    field: ClassVar[str] = "pwatermark"
+    scales: ClassVar[Mapping[str, Scale]] = {"pwatermark": Scale(0, 1)}
+
+    maximum: float = Field(0.8, ge=0, le=1)
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {self.field: ("watermark", Limits(maximum=self.maximum))}
+
+
+class Unsafe(MetadataScore):
+    """LAION's probability of unsafe content at most ``maximum``."""
+
+    field: ClassVar[str] = "punsafe"
+    scales: ClassVar[Mapping[str, Scale]] = {"punsafe": Scale(0, 1)}
+
+    maximum: float = Field(0.5, ge=0, le=1)
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {self.field: ("unsafe", Limits(maximum=self.maximum))}
+
+
+class Similarity(MetadataScore):
+    """LAION's CLIP similarity of picture and caption at least ``minimum``."""
+
+    field: ClassVar[str] = "similarity"
+    scales: ClassVar[Mapping[str, Scale]] = {"similarity": Scale(0, 0.6)}
+
+    minimum: float = Field(0.28, ge=-1, le=1)
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {self.field: ("similarity", Limits(minimum=self.minimum))}
+
+
+class CaptionLength(SampleFilter):
+    """Length of the caption, in characters, within limits."""
+
+    scales: ClassVar[Mapping[str, Scale]] = {"caption_chars": Scale(1, 10_000, log=True)}
+
+    minimum: int | None = Field(3, ge=0)
+    maximum: int | None = Field(2000, ge=1)
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {"caption_chars": ("caption_length", Limits(self.minimum, self.maximum))}
+
+    def measure(self, sample: Sample) -> Scores:
+        return {"caption_chars": len(sample.caption)}

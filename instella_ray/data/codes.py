@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -99,22 +99,28 @@ def read_manifest(folder: str) -> CodesManifest:
 
 
 class LRUCache(Generic[T]):
-    """What ``load(index)`` gives, held as long as all of it together stays under ``limit`` bytes."""
+    """What ``load(numbers)`` gives, one each, held as long as all of it together stays under ``limit`` bytes."""
 
-    def __init__(self, load: Callable[[int], T], size: Callable[[T], int], limit: int) -> None:
+    def __init__(self, load: Callable[[list[int]], Iterable[T]], size: Callable[[T], int], limit: int) -> None:
         self.load, self.size, self.limit = load, size, limit
         self.used = 0
         self.items: OrderedDict[int, T] = OrderedDict()
 
-    def __getitem__(self, index: int) -> T:
-        if index in self.items:
-            self.items.move_to_end(index)
-            return self.items[index]
-        item = self.items[index] = self.load(index)
-        self.used += self.size(item)
+    def __getitem__(self, number: int) -> T:
+        return self.many([number])[0]
+
+    def many(self, numbers: Sequence[int]) -> list[T]:
+        """The items of ``numbers``; those that are not here are loaded with one call."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self.items]
+        for number, item in zip(missing, self.load(missing) if missing else (), strict=True):
+            self.items[number] = item
+            self.used += self.size(item)
+        found = [self.items[number] for number in numbers]
+        for number in numbers:
+            self.items.move_to_end(number)
         while self.used > self.limit and len(self.items) > 1:
             self.used -= self.size(self.items.popitem(last=False)[1])
-        return item
+        return found
 
 
 class CodesReader:
@@ -132,11 +138,12 @@ class CodesReader:
         if tokenizer_hash is not None and made_by != tokenizer_hash:
             ours = f"codes were made by tokenizer {made_by[:12]}, expected {tokenizer_hash[:12]}"
             raise UserError(f"{folder}: {ours}; encode them anew")
-        self._starts = np.cumsum([0, *(file.rows for file in self.manifest.files)])
-        self._files = LRUCache(self._load, lambda file: file.bytes, cache_bytes)
+        self.starts = np.cumsum([0, *(file.rows for file in self.manifest.files)])
+        """Number of each file's first row, and of all rows."""
+        self._files = LRUCache(lambda numbers: map(self._load, numbers), lambda file: file.bytes, cache_bytes)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def codes(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 0/1 ``[N, L, K]`` of the rows at ``index``."""
@@ -159,9 +166,9 @@ class CodesReader:
         rows = np.asarray(index, np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"{self.folder}: rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
-        files = np.searchsorted(self._starts, rows, side="right") - 1
+        files = np.searchsorted(self.starts, rows, side="right") - 1
         groups = ((int(number), np.flatnonzero(files == number)) for number in np.unique(files))
-        return [(number, places, rows[places] - self._starts[number]) for number, places in groups]
+        return [(number, places, rows[places] - self.starts[number]) for number, places in groups]
 
     def _load(self, number: int) -> _File:
         cfg, file = self.manifest, self.manifest.files[number]

@@ -23,7 +23,7 @@ from .fingerprint import FIELDS
 from .ledger import DROPPED
 from .parts import DUPLICATES, Part, PartFolder, Row
 from .pipeline import quiet
-from .shards import write_samples
+from .shards import remove_shard, write_samples
 from .tar_source import read_samples
 
 DECISIONS = pa.schema(
@@ -78,7 +78,7 @@ class Remover:
         file = f"{part.name}.{self.decided}.tar"
         kept = write_samples(storage.join(self.folder, file), self._staying(old, drops, gone))
         if not kept:
-            storage.remove_tree(storage.join(self.folder, file))
+            remove_shard(storage.join(self.folder, file))
         if part.shard in self.shown:
             write_thumbnails(self.folder, f"{part.name}.{self.decided}", part.name, gone, EXAMPLES)
         ledger = dict(part.ledger, kept=kept, dropped=dict(part.ledger["dropped"]))
@@ -87,7 +87,7 @@ class Remover:
             ledger["dropped"][reason] = ledger["dropped"].get(reason, 0) + 1
         changed = {"file": file if kept else None, "records": kept, "ledger": ledger, "decided": self.decided}
         PartFolder(self.folder).replace(part.model_copy(update=changed))
-        storage.remove_tree(old)
+        remove_shard(old)
         return {"part": part.name}
 
     def _staying(self, url: str, drops: dict[str, str], gone: list[Row]) -> Iterator[Row]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,18 +12,28 @@ from .. import rng
 from ..errors import UserError
 
 
+class Order(Protocol):
+    """Sample numbers by their place in one epoch."""
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """Sample numbers, int64 ``[N]``, at places ``index [N]``."""
+
+
 class SampleOrder:
     """A pseudo-random permutation of ``range(count)`` for one (seed, epoch), read at any index without storing it.
+
+    ``part`` tells several permutations of one (seed, epoch) apart.
 
     A six-round Feistel network permutes the next power of four; values outside the range walk on until they fall
     inside ("cycle walking"), which keeps it a permutation.
     """
 
-    def __init__(self, count: int, seed: int, epoch: int) -> None:
+    def __init__(self, count: int, seed: int, epoch: int, part: int | None = None) -> None:
         self.count = count
         # Networks of a few bits hardly mix, so small sets walk through a larger range too.
         self.half_bits = max(4, (max(count - 1, 1).bit_length() + 1) // 2)
-        keys = np.random.default_rng([seed & (2**63 - 1), epoch, 0x0DE2]).integers(0, 2**32, 6, np.uint64)
+        names = [seed & (2**63 - 1), epoch, 0x0DE2, *(() if part is None else (1 + part,))]
+        keys = np.random.default_rng(names).integers(0, 2**32, 6, np.uint64)
         self.keys = [np.uint64(key) for key in keys]
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
@@ -42,6 +53,39 @@ class SampleOrder:
         return (left << bits) | right
 
 
+class FileOrder:
+    """A permutation that reads files a few at a time: all in pseudo-random order, and the samples of every ``window``
+    files that follow one another in it mixed with each other.
+
+    So each sample is as likely here as there, while only ``window`` files need be at hand at once. With no more files
+    than that it is one :class:`SampleOrder` over all.
+    """
+
+    def __init__(self, starts: np.ndarray, seed: int, epoch: int, window: int) -> None:
+        """``starts [files + 1]``: the number of each file's first sample, and of all samples."""
+        files, (self.seed, self.epoch) = len(starts) - 1, (seed, epoch)
+        self.whole = SampleOrder(int(starts[-1]), seed, epoch) if files <= window else None
+        permuted = SampleOrder(files, seed, epoch, 0)[np.arange(files)]
+        self.first = np.asarray(starts)[permuted]
+        self.ends = np.cumsum(np.diff(starts)[permuted])
+        # Where in the epoch each window begins; those without a sample are none.
+        self.windows = np.unique(np.concatenate([[0], self.ends[window - 1 :: window], self.ends[-1:]]))
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """Sample numbers, int64 ``[N]``, at places ``index [N]`` of the order."""
+        index = np.asarray(index, np.int64)
+        if self.whole is not None:
+            return self.whole[index]
+        windows = np.searchsorted(self.windows, index, side="right") - 1
+        mixed = np.empty_like(index)
+        for number in np.unique(windows).tolist():
+            start, count = self.windows[number], int(np.diff(self.windows)[number])
+            here = windows == number
+            mixed[here] = start + SampleOrder(count, self.seed, self.epoch, 1 + number)[index[here] - start]
+        files = np.searchsorted(self.ends, mixed, side="right")
+        return self.first[files] + mixed - np.concatenate([[0], self.ends])[files]
+
+
 class Place(NamedTuple):
     """Where a global batch stands in the data."""
 
@@ -58,12 +102,15 @@ class BatchPlan:
     and is computed without the batches before it; so a run may stop at any step and go on, on other workers.
     """
 
-    def __init__(self, count: int, global_batch: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, count: int, global_batch: int, order: Callable[[int], Order], rank: int = 0, world_size: int = 1
+    ) -> None:
+        """``order(epoch)`` gives an epoch's permutation of ``range(count)``."""
         if global_batch % world_size:
             raise UserError(f"global batch {global_batch}: not a multiple of {world_size} workers")
         if count < 1:
             raise UserError("no samples to train on")
-        self.count, self.global_batch, self.seed = count, global_batch, seed
+        self.count, self.global_batch, self.order = count, global_batch, order
         self.rank, self.world_size = rank, world_size
 
     def place(self, step: int) -> Place:
@@ -80,7 +127,7 @@ class BatchPlan:
         samples = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            samples[now] = SampleOrder(self.count, self.seed, first + epoch)[index[now]] + epoch * self.count
+            samples[now] = self.order(first + epoch)[index[now]] + epoch * self.count
         return samples
 
 

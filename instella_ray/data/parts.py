@@ -21,6 +21,7 @@ from .. import storage
 from ..config import Config
 from ..errors import UserError
 from .ledger import KEPT, QUARANTINED, Ledger
+from .tar_index import INDEX
 
 Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
@@ -86,7 +87,7 @@ class PartFolder:
 
     def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
         """Get the folder ready (:func:`open_output`) and return the labels of the shards that are done already."""
-        return self._drop_unfinished_shards() if open_output(self.url, mode, settings) else set()
+        return self._sweep() if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
         """All finished parts, by shard and row."""
@@ -115,21 +116,23 @@ class PartFolder:
         ledger = Ledger.of(part.ledger for part in parts)
         if ledger.total != sum(part.rows for part in parts):
             raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
+        self._sweep()  # halves of files that killed workers left
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
 
-    def _drop_unfinished_shards(self) -> set[str]:
-        """Delete what belongs to no finished shard; the rest stays."""
+    def _sweep(self) -> set[str]:
+        """Delete what belongs to no finished shard, halves of files too; returns the labels of those that are."""
         parts = self.parts()
         done = _done(parts)
         whole = [part for part in parts if part.shard in done]
         keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}
+        current = {part.file.rpartition(".")[0] for part in whole if part.file}
         files = {part.file for part in whole} | {SETTINGS, DUPLICATES}
         fs, root = storage.filesystem(self.url)
         for path in fs.find(root):
             below, name = path[len(root) :].strip("/"), path.rsplit("/", 1)[-1]
-            at_the_top = below == name
-            if not (below in files if at_the_top else name.rpartition(".")[0] in keep):
+            stem = name.rpartition(".")[0]
+            if not (below in files if below == name else stem in (current if below.startswith(INDEX) else keep)):
                 fs.rm(path)
         return done
 

@@ -13,6 +13,7 @@ from typing import Any
 from .. import storage
 from ..errors import UserError
 from .parts import refuse_unfinished
+from .tar_index import index_url, write_index
 
 Sample = tuple[str, bytes, str, dict[str, Any]]
 """(key, encoded picture, caption, metadata)."""
@@ -50,15 +51,23 @@ def _named(urls: list[str], suffix: str) -> dict[str, str]:
 
 
 def write_tar(url: str, samples: Iterable[Sample]) -> int:
-    """Write one shard, whole or not at all, with the same bytes for the same samples. Returns their number."""
-    count = 0
+    """Write one shard and its index, whole or not at all, the same bytes for the same samples. Returns their number."""
+    index: list[dict[str, Any]] = []
     with storage.open_file(url, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for key, image, caption, meta in samples:
             _add(tar, f"{key}.{image_extension(image)}", image)
+            # What was just added ends here, filled up to whole blocks.
+            index.append({"key": key, "offset": tar.offset - -len(image) // 512 * -512, "bytes": len(image)})
             _add(tar, f"{key}.txt", caption.encode())
             _add(tar, f"{key}.json", json.dumps(meta, sort_keys=True).encode())
-            count += 1
-    return count
+    write_index(url, index)
+    return len(index)
+
+
+def remove_shard(url: str) -> None:
+    """Delete a tar and its index, where they are."""
+    storage.remove_tree(url)
+    storage.remove_tree(index_url(url))
 
 
 def write_samples(url: str, rows: Iterable[dict[str, Any]]) -> int:

@@ -42,7 +42,7 @@ _MEMBER_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
 def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
-    """Rows of one tar, in order: the columns of :data:`SCHEMA` without ``last``.
+    """Rows of one tar, in order: the columns of :data:`SCHEMA` without ``last``, and the ``offset`` of the picture's bytes.
 
     Every tar gives at least one row. One that breaks off ends with a row whose problem is ``truncated_shard``, which
     takes the place of the sample that was being read; one without samples gives ``empty_shard``.
@@ -99,17 +99,25 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
 class _Sample:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
     problem: str | None = None
 
     def row(self, shard: str, number: int) -> dict[str, Any]:
-        image = next((self.parts[t] for t in IMAGE_TYPES if t in self.parts), None)
+        kind = next((t for t in IMAGE_TYPES if t in self.parts), "")
+        image = self.parts.get(kind)
         meta_text = _text(self.parts.get("json", b"{}"))
         meta = _json_object(meta_text)
         caption = _text(self.parts.get("txt", b"")) or _text(str((meta or {}).get("caption") or "").encode())
         missing = None if meta is not None else "bad_metadata"
         missing = "no_image" if image is None else "no_caption" if not caption else missing
         values = {"key": self.key, "shard": shard, "row": number, "problem": self.problem or missing}
-        return {**values, "image": image, "caption": caption or None, "meta": meta_text}
+        return {
+            **values,
+            "image": image,
+            "caption": caption or None,
+            "meta": meta_text,
+            "offset": self.places.get(kind),
+        }
 
 
 def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
@@ -133,6 +141,7 @@ def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
                 elif member.size > MAX_MEMBER_BYTES:
                     sample.problem = "oversized_member"
                 elif member.isfile():
+                    sample.places[extension] = member.offset_data
                     content = tar.extractfile(member)
                     sample.parts[extension] = content.read() if content else b""
             if tar.ending is not tarfile.EOFHeaderError:  # type: ignore[attr-defined]

@@ -10,9 +10,9 @@ import numpy as np
 
 from .. import storage
 from ..data.decode import UndecodableError, decode_rgb, fit_square
+from ..data.image_data import require_pictures
 from ..data.judge import Judge
 from ..data.ledger import KEPT
-from ..data.loader import require_pictures
 from ..data.scenes import scene_prompts
 from ..data.shards import find_shards
 from ..data.tar_source import read_samples

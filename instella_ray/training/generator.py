@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from .. import storage
 from ..accelerator import compute_dtype
+from ..config import Config
 from ..data.codes import CodesReader
 from ..data.decode import to_pixels
-from ..data.loader import CodesBatch, CodesData
+from ..data.loader import CodesBatch, CodesData, Data, Mixture
 from ..diffusion import (
     TimeDistribution,
     ar_loss,
@@ -45,12 +47,20 @@ class PreviewConfig(SamplingConfig):
     temperature: Temperature = 0.6
 
 
+class CodesSource(Config):
+    """A folder of packed codes in a mixture."""
+
+    folder: str
+    weight: int = Field(1, ge=1)
+    """Of so many samples as all weights together, this many come from here (LAION : synthetic = 3 : 1)."""
+
+
 class GeneratorRunConfig(TrainingRun):
     """A generator run. Code sizes and the text encoder's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
 
     model: GeneratorConfig
-    codes: str
-    """Folder of packed codes, made by ``tokenizer``."""
+    codes: str | tuple[CodesSource, ...]
+    """Folder of packed codes, made by ``tokenizer``; or several, each with its weight."""
     tokenizer: str
     """Model folder of the BIT that made the codes; decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
@@ -61,6 +71,11 @@ class GeneratorRunConfig(TrainingRun):
     calibrate_text: bool = False
     """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions: word order is learned sooner."""
     preview: PreviewConfig = PreviewConfig()
+
+    @property
+    def sources(self) -> tuple[CodesSource, ...]:
+        """The folders of codes and their weights."""
+        return (CodesSource(folder=self.codes),) if isinstance(self.codes, str) else self.codes
 
 
 class DiffusionLoss(nn.Module):
@@ -104,11 +119,18 @@ class GeneratorTask:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
-        reader = CodesReader(cfg.codes, tokenizer_hash=self.tokenizer_hash)
-        drop = cfg.caption_drop_probability
-        self.data = CodesData(
-            reader, cfg.train.seed, short_probability=cfg.short_caption_probability, drop_probability=drop
-        )
+        self.readers = open_codes(cfg)
+        parts = [
+            CodesData(
+                reader,
+                cfg.train.seed + number,
+                short_probability=cfg.short_caption_probability,
+                drop_probability=cfg.caption_drop_probability,
+            )
+            for number, reader in enumerate(self.readers)
+        ]
+        weights = [source.weight for source in cfg.sources]
+        self.data: Data = Mixture(parts, weights, cfg.train.seed) if len(parts) > 1 else parts[0]
         # A CPU keeps to float32: the features of a run there do not depend on what its processor is fast at.
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
         self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
@@ -120,12 +142,6 @@ class GeneratorTask:
             self.step_module = ARLoss(model)
         else:
             self.step_module = DiffusionLoss(model)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def load(self, epoch: int, samples: Any) -> CodesBatch:
-        return self.data.batch(epoch, samples)
 
     def micro_batches(self, batch: CodesBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         parts = []
@@ -143,9 +159,12 @@ class GeneratorTask:
         """Bits need no calibration; text projections get theirs from captions all over the set."""
         if not self.cfg.calibrate_text:
             return
-        reader = self.data.reader
-        rows = np.linspace(0, len(reader) - 1, min(CALIBRATION_CAPTIONS, len(reader))).astype(int)
-        features, mask = self.text.encode(sorted(set(reader.column(rows, "caption_long"))))
+        captions: set[str] = set()
+        for reader in self.readers:
+            count = min(CALIBRATION_CAPTIONS // len(self.readers), len(reader))
+            rows = np.linspace(0, len(reader) - 1, count).astype(int)
+            captions.update(reader.column(rows, "caption_long"))
+        features, mask = self.text.encode(sorted(captions))
         assert not isinstance(self.model, BIT)
         device = next(self.model.parameters()).device
         self.model.calibrate_text(features.to(device), mask.to(device))
@@ -174,6 +193,13 @@ class GeneratorTask:
     def extra(self) -> Mapping[str, Any]:
         encoder = self.cfg.text_encoder.model_dump(mode="json")
         return {"text_encoder": encoder, "tokenizer_hash": self.tokenizer_hash}
+
+
+def open_codes(cfg: GeneratorRunConfig) -> list[CodesReader]:
+    """A reader of each source; UserError for codes of another tokenizer, and where there are no sources."""
+    if not cfg.sources:
+        raise UserError("codes: expected a folder of packed codes, or a list of {folder, weight}")
+    return [CodesReader(source.folder, tokenizer_hash=weight_hash(cfg.tokenizer)) for source in cfg.sources]
 
 
 def generator_config(model: GeneratorConfig, reader: CodesReader, text: TextEncoder) -> GeneratorConfig:
@@ -208,11 +234,11 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
 
     UserError for codes of another tokenizer, a text encoder that cannot be loaded, sizes that do not fit them.
     """
-    reader = CodesReader(cfg.codes, tokenizer_hash=weight_hash(cfg.tokenizer))
+    reader = open_codes(cfg)[0]
     name = cfg.text_encoder.name
     facts = {
         "model": generator_config(cfg.model, reader, try_text_encoder(cfg.text_encoder)),
-        "codes": storage.absolute(cfg.codes),
+        "codes": tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources),
         "tokenizer": storage.absolute(cfg.tokenizer),
         "text_encoder": cfg.text_encoder.model_copy(
             update={"name": storage.absolute(name) if Path(name).is_dir() else name}

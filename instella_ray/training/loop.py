@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import storage
 from ..accelerator import compute_dtype
-from ..data.loader import BatchPlan, Prefetcher
+from ..data.loader import Data, Prefetcher
+from ..data.order import BatchPlan
 from ..models.checkpoint import Model
 from ..rendering import encode_png
 from .checkpoint import restore_checkpoint, save_checkpoint
@@ -29,15 +30,11 @@ from .settings import TrainConfig
 class Task(Protocol):
     """What a run trains: data, a model, and a module whose forward is the loss of one micro-batch."""
 
+    data: Data
+    """Read in a thread: ``batch`` gives one worker's share of a global batch, on the CPU."""
     model: Model
     step_module: nn.Module
     """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it."""
-
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-
-    def load(self, epoch: int, samples: Any) -> Any:
-        """One worker's share of a global batch, on the CPU; runs in a thread."""
 
     def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         """Keyword arguments for the step module, cut into micro-batches; draws the step's noise."""
@@ -68,7 +65,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(cfg.workers.threads)
-    plan = BatchPlan(len(task), cfg.global_batch, cfg.seed, rank, world)
+    plan = BatchPlan(len(task.data), cfg.global_batch, task.data.order, rank, world)
     model = task.model.to(device).train()
     task.step_module.to(device)
     optimizers, ema = build_optimizers(model, cfg.optimizer), EMA(model, cfg.ema_decay)
@@ -78,7 +75,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
             start = restore_checkpoint(Path(folder), model, ema, optimizers)["step"]
     else:
         torch.manual_seed(cfg.seed)
-        task.begin(task.load(0, plan.samples(0)))
+        task.begin(task.data.batch(0, plan.samples(0)))
         ema = EMA(model, cfg.ema_decay)
     step_module: nn.Module = task.step_module
     if world > 1:
@@ -86,7 +83,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
     log = _MetricsLog(cfg, rank)
-    batches = Prefetcher(lambda step: task.load(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
+    batches = Prefetcher(lambda step: task.data.batch(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
     waited = time.perf_counter()
     for step, batch in enumerate(batches, start):
         data_wait = time.perf_counter() - waited

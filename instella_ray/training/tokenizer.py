@@ -15,7 +15,8 @@ from tqdm import tqdm
 from .. import storage
 from ..config import Config
 from ..data.decode import to_pixels, to_tensor
-from ..data.loader import ImageBatch, ImageData, require_pictures
+from ..data.image_data import ImageBatch, ImageData, require_pictures
+from ..data.loader import Data
 from ..errors import UserError
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model
@@ -95,7 +96,7 @@ class TokenizerTask:
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
-        self.data = ImageData(cfg.data, cfg.model.image_size, cfg.train.seed)
+        self.data: Data = ImageData(cfg.data, (cfg.model.image_size,), cfg.train.seed)
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
         if model.cfg.repa_layer is not None:
@@ -106,18 +107,12 @@ class TokenizerTask:
         self.step_module: nn.Module = TokenizerLoss(model, cfg.loss)
         self.temperature = cfg.temperature
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def load(self, epoch: int, samples: Any) -> ImageBatch:
-        return self.data.batch(epoch, samples)
-
     def micro_batches(self, batch: ImageBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        parts = to_tensor(batch.pixels).split(size)
+        parts = self._images(batch).split(size)
         return [{"images": part, "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
-        self.bit.calibrate(to_tensor(batch.pixels).to(next(self.bit.parameters()).device))
+        self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
 
     def before_step(self, step: int) -> None:
         done = step / self.cfg.train.steps
@@ -129,10 +124,13 @@ class TokenizerTask:
     def preview(self, ema_model: Model) -> np.ndarray:
         """Originals above their reconstructions."""
         assert isinstance(ema_model, BIT)
-        originals = to_tensor(self.data.batch(0, np.arange(min(8, len(self.data)))).pixels)
+        originals = self._images(self.data.batch(0, np.arange(min(8, len(self.data)))))
         restored = reconstruct(ema_model, originals)
         rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (originals, restored)]
         return np.concatenate(rows, axis=0)
+
+    def _images(self, batch: ImageBatch) -> Tensor:
+        return to_tensor(batch.pixels[self.cfg.model.image_size])
 
     def keys(self, batch: ImageBatch) -> list[str]:
         return batch.keys

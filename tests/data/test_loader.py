@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instella_ray.data.codes import CodesReader
-from instella_ray.data.loader import CodesData, ImageData, Mixture, Prefetcher
-from instella_ray.data.order import BatchPlan, SampleOrder, sample_uniforms, split_epochs
+from instella_ray.data.image_data import ImageData
+from instella_ray.data.loader import CodesData, Mixture, Prefetcher
+from instella_ray.data.order import BatchPlan, FileOrder, Order, SampleOrder, sample_uniforms, split_epochs
 from instella_ray.data.shards import write_tar
+from instella_ray.data.tar_index import read_index, scan_index
 from instella_ray.errors import UserError
 
 from .samples import picture
@@ -29,6 +32,31 @@ RANKS = st.sampled_from([1, 2, 4])
 @settings(max_examples=60)
 def test_the_order_is_a_permutation(count: int, seed: int, epoch: int) -> None:
     assert sorted(SampleOrder(count, seed, epoch)[np.arange(count)].tolist()) == list(range(count))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=30).filter(any), st.integers(1, 12), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_an_order_by_files_is_a_permutation_with_few_files_open(sizes: list[int], window: int, epoch: int) -> None:
+    starts = np.cumsum([0, *sizes])
+    count = int(starts[-1])
+    order = FileOrder(starts, 5, epoch, window)
+    samples = order[np.arange(count)]
+    assert sorted(samples.tolist()) == list(range(count))
+    assert np.array_equal(order[np.arange(count)[::-1]], samples[::-1])
+    files = np.searchsorted(starts, samples, side="right") - 1
+    last = {int(file): place for place, file in enumerate(files)}
+    first = {int(file): place for place, file in reversed(list(enumerate(files)))}
+    for place in range(count):
+        assert sum(first[file] <= place <= last[file] for file in first) <= window
+
+
+def test_an_order_by_files_mixes_and_differs_by_epoch() -> None:
+    starts = np.arange(0, 10_001, 100)
+    orders = [FileOrder(starts, 0, epoch, 10)[np.arange(10_000)] for epoch in (0, 1)]
+    files = orders[0] // 100
+    assert len(set(files[:1000].tolist())) == 10 and len(set(files[:50].tolist())) > 5
+    assert abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.1
+    assert abs(np.corrcoef(files, np.arange(10_000))[0, 1]) < 0.3
 
 
 def test_the_order_is_read_anywhere_without_the_rest() -> None:
@@ -46,21 +74,26 @@ def test_epochs_and_seeds_give_unrelated_orders() -> None:
     assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.15
 
 
-@given(st.integers(1, 80), RANKS, RANKS, st.integers(1, 6), st.integers(0, 30))
+@given(st.integers(1, 80), RANKS, RANKS, st.integers(1, 6), st.integers(0, 30), st.sampled_from([1, 2]))
 @settings(max_examples=30, deadline=None)
 def test_each_sample_once_an_epoch_whatever_the_ranks_and_the_resume(
-    count: int, world: int, world_after: int, micro: int, resume: int
+    count: int, world: int, world_after: int, micro: int, resume: int, window: int
 ) -> None:
     batch = 4 * micro
+
+    @cache
+    def order(epoch: int) -> Order:
+        return FileOrder(np.array([0, count // 3, count]), 7, epoch, window)
+
     steps = -(-3 * count // batch) + 1
     used: Counter[tuple[int, int]] = Counter()
     for step in range(steps):
         # Before and after the resumed step, the run may have another number of ranks.
         ranks = world if step < resume else world_after
-        plans = [BatchPlan(count, batch, 7, rank, ranks) for rank in range(ranks)]
+        plans = [BatchPlan(count, batch, order, rank, ranks) for rank in range(ranks)]
         shares = [plan.samples(step) for plan in plans]
         assert {len(share) for share in shares} == {batch // ranks}
-        alone = BatchPlan(count, batch, 7).samples(step)
+        alone = BatchPlan(count, batch, order).samples(step)
         assert sorted(np.concatenate(shares).tolist()) == sorted(alone.tolist())
         used.update(zip(*(a.tolist() for a in split_epochs(count, plans[0].place(step).epoch, alone)), strict=True))
     for epoch in range(3):
@@ -69,7 +102,7 @@ def test_each_sample_once_an_epoch_whatever_the_ranks_and_the_resume(
 
 def test_a_batch_that_no_rank_can_share_evenly_is_a_user_error() -> None:
     with pytest.raises(UserError, match="not a multiple of 4"):
-        BatchPlan(100, 6, 0, 0, 4)
+        BatchPlan(100, 6, lambda epoch: SampleOrder(100, 0, epoch), 0, 4)
 
 
 def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
@@ -109,19 +142,50 @@ def image_folder(folder: Path, count: int) -> str:
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 20])
 def test_pictures_come_at_the_asked_size_in_any_batch_the_same(tmp_path: Path, cache_bytes: int) -> None:
-    data = ImageData(image_folder(tmp_path, 6), 16, 0, cache_bytes=cache_bytes)
+    data = ImageData(image_folder(tmp_path, 6), (16,), 0, cache_bytes=cache_bytes)
     whole = data.batch(0, np.arange(7))
-    assert whole.pixels.shape == (7, 16, 16, 3)
+    pixels = whole.pixels[16]
+    assert pixels.shape == (7, 16, 16, 3)
     assert whole.keys == ["0", "1", "2", "3", "4", "5", "z"]
-    assert whole.pixels.dtype == np.uint8 and whole.pixels.min() < whole.pixels.max()
-    assert np.array_equal(data.batch(0, np.array([6, 2])).pixels, whole.pixels[[6, 2]])
-    assert not np.array_equal(data.batch(2, np.array([6])).pixels, whole.pixels[[6]])
+    assert pixels.dtype == np.uint8 and pixels.min() < pixels.max()
+    assert np.array_equal(data.batch(0, np.array([6, 2])).pixels[16], pixels[[6, 2]])
+    assert not np.array_equal(data.batch(2, np.array([6])).pixels[16], pixels[[6]])
+
+
+def test_one_crop_comes_in_every_asked_size(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, 4)
+    several, largest = ImageData(folder, (8, 16, 32), 0), ImageData(folder, (32,), 0)
+    batch = several.batch(1, np.arange(5))
+    assert {size: pixels.shape for size, pixels in batch.pixels.items()} == {s: (5, s, s, 3) for s in (8, 16, 32)}
+    assert np.array_equal(batch.pixels[32], largest.batch(1, np.arange(5)).pixels[32])
+    blocks = batch.pixels[32].reshape(5, 8, 4, 8, 4, 3).mean((2, 4))
+    assert np.abs(blocks - batch.pixels[8]).mean() < 3
+
+
+def test_an_index_beside_a_tar_saves_reading_it(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, 5)
+    (tmp_path / "index").rename(tmp_path / "elsewhere")
+    scanned = ImageData(folder, (16,), 0).batch(0, np.arange(6))
+    (tmp_path / "elsewhere").rename(tmp_path / "index")
+    for name in ("a", "b"):
+        assert read_index(str(tmp_path / f"{name}.tar")).equals(scan_index(str(tmp_path / f"{name}.tar")))
+    by_index = ImageData(folder, (16,), 0)
+    # Only the pictures' own bytes are there any more.
+    for name in ("a", "b"):
+        rows = read_index(str(tmp_path / f"{name}.tar")).to_pylist()
+        data = (tmp_path / f"{name}.tar").read_bytes()
+        bare = bytearray(len(data))
+        for row in rows:
+            bare[row["offset"] : row["offset"] + row["bytes"]] = data[row["offset"] : row["offset"] + row["bytes"]]
+        (tmp_path / f"{name}.tar").write_bytes(bare)
+    read = by_index.batch(0, np.arange(6))
+    assert read.keys == scanned.keys and np.array_equal(read.pixels[16], scanned.pixels[16])
 
 
 def test_pictures_that_do_not_decode_name_themselves(tmp_path: Path) -> None:
     write_tar(str(tmp_path / "a.tar"), [("bad", b"not a picture", "caption", {})])
     with pytest.raises(UserError, match=r"a\.tar: sample bad: undecodable"):
-        ImageData(str(tmp_path), 16, 0).batch(0, np.array([0]))
+        ImageData(str(tmp_path), (16,), 0).batch(0, np.array([0]))
 
 
 class Rows(NamedTuple):
@@ -136,6 +200,10 @@ class Numbers:
 
     def __len__(self) -> int:
         return self.count
+
+    @cache  # noqa: B019
+    def order(self, epoch: int) -> Order:
+        return SampleOrder(self.count, 3, epoch)
 
     def batch(self, epoch: int, samples: np.ndarray) -> Rows:
         return Rows([(self.name, epoch, int(i)) for i in samples])
@@ -152,6 +220,22 @@ def test_a_mixture_keeps_its_weights_and_uses_each_source_evenly(n: int, m: int,
     assert set(used.values()) == {1}
     backwards = mix.batch(epoch, np.arange(len(mix))[::-1]).items
     assert backwards == epochs[epoch][::-1]
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), RANKS, st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_ranks_see_all_sources_of_a_mixture_alike(weights: list[int], world: int, step: int) -> None:
+    mix = Mixture([Numbers(f"{n}", 500) for n in range(len(weights))], weights, seed=2)
+    total = sum(weights)
+    seen = [Counter[str]() for _ in range(world)]
+    for rank in range(world):
+        plan = BatchPlan(len(mix), total * world, mix.order, rank, world)
+        for s in range(step, step + 60):
+            seen[rank].update(name for name, *_ in mix.batch(plan.place(s).epoch, plan.samples(s)).items)
+    together = sum(seen, Counter[str]())
+    assert together == {f"{n}": 60 * world * weight for n, weight in enumerate(weights)}
+    for mine in seen:
+        assert all(0.5 * 60 * weight < mine[f"{n}"] < 1.7 * 60 * weight for n, weight in enumerate(weights))
 
 
 def test_prefetching_keeps_the_order_and_ends_its_thread() -> None:

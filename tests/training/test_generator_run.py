@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from instella_ray.config import load_config
+from instella_ray.config import dump_yaml, load_config
+from instella_ray.data.codes import write_codes_file
+from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
@@ -77,6 +82,26 @@ def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
     assert previews == ["step-0000003.png", "step-0000006.png"]
     # What the run directory says is the run: all settings, and sizes as they were filled in.
     assert load_config(GeneratorRunConfig, str(tmp_path / "run" / "config.yaml")) == complete_config(going_on)
+
+
+def test_sources_are_mixed_by_weight_and_stand_in_the_runs_settings(codes: str, tokenizer: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(codes, other)
+    rows = pq.read_table(other / "0.parquet").to_pylist()
+    write_codes_file(str(other / "0.parquet"), [{**row, "key": f"other{row['key']}"} for row in rows])
+    cfg = config("ar", codes, tokenizer, tmp_path).model_dump(exclude_unset=True)
+    mixed = {**cfg, "codes": [{"folder": codes, "weight": 3}, {"folder": str(other)}]}
+    task = GeneratorTask(complete_config(GeneratorRunConfig.model_validate(mixed)), torch.device("cpu"))
+    keys = task.data.batch(0, task.data.order(0)[np.arange(32)]).keys
+    assert len(task.data) == 24 * 4 and sum(key.startswith("other") for key in keys) == 8
+    assert len(set(keys)) == 32
+    assert dump_yaml(task.cfg).count("weight:") == 2
+    for bad, message in (
+        ([], "codes: expected a folder"),
+        ([{"folder": codes, "weight": 0}], "greater than or equal to 1"),
+    ):
+        with pytest.raises((UserError, ValueError), match=message):
+            complete_config(GeneratorRunConfig.model_validate({**cfg, "codes": bad}))
 
 
 def test_a_folder_of_a_text_encoder_is_found_from_a_workers_directory_too(

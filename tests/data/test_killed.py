@@ -1,0 +1,137 @@
+"""Kill -9 of the driver, of a worker and of an actor in the middle: the same output set, no row lost and none twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.encode import EncodeConfig, run_encode
+from instella_ray.data.shards import write_tar
+from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.checkpoint import save_model
+
+from ..processes import descendants, wait_until
+from .samples import picture
+from .test_curate import contents
+from .test_encode import SIZES, WIDTHS
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+JOBS = Path(__file__).parents[2] / "jobs"
+SHARDS, ROWS = 16, 40
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pictures of which every shard has five from the shard before it, and one that is broken."""
+    folder = tmp_path_factory.mktemp("in")
+    for number in range(SHARDS):
+        seeds = range(number * (ROWS - 6), number * (ROWS - 6) + ROWS - 1)
+        samples = [(f"{n}-{seed}", picture(seed, (400, 300)), f"picture {seed}", {}) for n, seed in enumerate(seeds)]
+        write_tar(str(folder / f"{number:03d}.tar"), [*samples, ("broken", b"junk", "broken", {})])
+    return str(folder)
+
+
+def curation(shards: str, output: Path, mode: str = "new") -> CurateConfig:
+    filters = {"duplicates": {"max_distance": 0}}
+    given = {"input": shards, "output": str(output), "filters": filters, "rows_per_shard": 10, "mode": mode}
+    return CurateConfig.model_validate(given)
+
+
+def start(job: str, cfg: CurateConfig | EncodeConfig, folder: Path) -> subprocess.Popen[str]:
+    """The job as a driver of its own on the Ray that runs already."""
+    import ray
+
+    file = folder / f"{job}.yaml"
+    file.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(JOBS.parent)}
+    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", str(file)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill(driver: subprocess.Popen[str]) -> None:
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=30)
+
+
+def parts(output: Path) -> int:
+    return len(list((output / "parts").glob("*.json")))
+
+
+def kill_one(title: bytes, output: Path, killed: list[int]) -> threading.Thread:
+    """A thread that kills a process of that title once the first parts are there."""
+
+    def run() -> None:
+        if wait_until(lambda: parts(output) >= 2 and descendants(title) != [], 120):
+            killed.extend(descendants(title)[:1])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_killed_curation_makes_the_same_set(ray_session: None, shards: str, tmp_path: Path) -> None:
+    whole = run_curate(curation(shards, tmp_path / "whole"))
+    expected = contents(tmp_path / "whole")
+    total = SHARDS * ROWS
+    assert whole.to_json() == {
+        "in": total,
+        "kept": total - SHARDS - 5 * (SHARDS - 1),
+        "dropped": {"exact_duplicate": 5 * (SHARDS - 1)},
+        "quarantined": {"undecodable": SHARDS},
+    }
+
+    out = tmp_path / "driver"
+    first = start("curate", curation(shards, out), tmp_path)
+    assert wait_until(lambda: parts(out) >= 3, 120), first.communicate(timeout=10)
+    kill(first)
+    assert 3 <= parts(out) < SHARDS * 4 and not (out / "ledger.json").exists()
+    second = start("curate", curation(shards, out, "resume"), tmp_path)
+    # In the second pass: what is decided stands, and some parts have been written anew.
+    assert wait_until(lambda: len(list(out.glob("*.????????.tar"))) >= 2, 120), second.communicate(timeout=10)
+    kill(second)
+    assert not (out / "ledger.json").exists()
+    assert run_curate(curation(shards, out, "resume")).to_json() == whole.to_json()
+    assert contents(out) == expected
+
+    killed: list[int] = []
+    watcher = kill_one(b"MapBatches(Judge)", tmp_path / "worker", killed)
+    assert run_curate(curation(shards, tmp_path / "worker")).to_json() == whole.to_json()
+    watcher.join()
+    assert killed and contents(tmp_path / "worker") == expected
+
+
+def test_killed_encoders_make_the_same_codes(ray_session: None, shards: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "bit").mkdir()
+    save_model(tmp_path / "bit", BIT(BITConfig(**SIZES, **WIDTHS, downsample_after=(), upsample_after=())))
+
+    def encoding(output: str, mode: str = "new") -> EncodeConfig:
+        given = {"input": shards, "output": str(tmp_path / output), "tokenizer": str(tmp_path / "bit"), "mode": mode}
+        return EncodeConfig.model_validate({**given, "rows_per_file": 10, "batch_size": 4, "actors": 1})
+
+    whole = run_encode(encoding("whole"))
+    assert whole.rows == SHARDS * (ROWS - 1)
+    driver = start("encode", encoding("driver"), tmp_path)
+    assert wait_until(lambda: parts(tmp_path / "driver") >= 3, 120), driver.communicate(timeout=10)
+    kill(driver)
+    assert not (tmp_path / "driver" / "manifest.json").exists()
+    assert run_encode(encoding("driver", "resume")) == whole
+
+    killed: list[int] = []
+    watcher = kill_one(b"MapWorker", tmp_path / "actor", killed)
+    assert run_encode(encoding("actor")) == whole
+    watcher.join()
+    assert killed and killed[0] not in descendants(b"MapWorker")
+    for name in ("driver", "actor"):
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")

@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_compare(commands)
+    _add_shards(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -77,6 +78,27 @@ def _compare(args: argparse.Namespace) -> None:
     print(f"95 % intervals; {NOTE}")
     if args.output:
         print(f"page: {args.output}")
+
+
+def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "shards",
+        help="list shards once, for jobs to read the list instead of a bucket",
+        description="Write the names and sizes of the WebDataset tars and parquet files that PATTERN names to a JSON file "
+        "that every job takes as its input. A list called shards.json in the folder of its shards also stands for that "
+        "folder.",
+    )
+    command.add_argument("pattern", metavar="PATTERN", help="path, glob or folder, or several with commas between")
+    command.add_argument("--output", metavar="FILE", required=True, help="the list, a path or URL that ends with .json")
+    command.set_defaults(run=_shards)
+
+
+def _shards(args: argparse.Namespace) -> None:
+    from .data.shards import list_shards
+    from .data.sources import SUFFIXES
+
+    made = list_shards(args.pattern, args.output, SUFFIXES)
+    print(f"{args.output}: {len(made.shards)} shards, {made.bytes} bytes")
 
 
 if __name__ == "__main__":

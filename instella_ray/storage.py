@@ -6,8 +6,10 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -31,15 +33,26 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def retry(call: Callable[[], T], *, attempts: int = 5, first_wait: float = 0.5) -> T:
     """``call()``, repeated with doubling waits on transient errors."""
+    return next(retry_iter(lambda: iter([call()]), attempts=attempts, first_wait=first_wait))
+
+
+def retry_iter(make: Callable[[], Iterator[T]], *, attempts: int = 5, first_wait: float = 0.5) -> Iterator[T]:
+    """What ``make()`` iterates over; after a transient error it is made anew and goes on behind what was given.
+
+    ``make`` has to give the same items every time.
+    """
+    given = 0
     for attempt in range(attempts):
         try:
-            return call()
+            for item in islice(make(), given, None):
+                yield item
+                given += 1
+            return
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
             if missing or attempt == attempts - 1 or not any(word in str(error) for word in TRANSIENT):
                 raise
             time.sleep(first_wait * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def is_local(url: str) -> bool:
@@ -80,10 +93,17 @@ def is_empty(url: str) -> bool:
 
 def glob(pattern: str) -> list[str]:
     """The files that match, sorted, in the form the pattern has; a plain name matches itself where it exists."""
+    return list(sizes(pattern))
+
+
+def sizes(pattern: str) -> dict[str, int]:
+    """:func:`glob` with the bytes of each file, from one listing."""
     fs, path = filesystem(pattern)
-    found = sorted(retry(lambda: fs.glob(path)))
+    found = retry(lambda: fs.glob(path, detail=True))
     protocol, separator, _ = pattern.partition("://")
-    return [f"{protocol}://{p.lstrip('/') if protocol != 'file' else p}" if separator else p for p in found]
+    base = f"{protocol}://" if separator else ""
+    strip = separator and protocol != "file"
+    return {base + (p.lstrip("/") if strip else p): int(found[p].get("size") or 0) for p in sorted(found)}
 
 
 def move(url: str, to: str) -> None:
@@ -128,6 +148,20 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
 def read_bytes(url: str) -> bytes:
     with open_file(url) as stream:
         return stream.read()
+
+
+def read_many(urls: Iterable[str], *, at_once: int = 64) -> Iterator[bytes]:
+    """The contents of many small files, in order: a store that answers slowly is asked for several at a time."""
+    left = iter(urls)
+    with ThreadPoolExecutor(at_once) as threads:
+        # In portions, or else what is read ahead of the caller would pile up.
+        while portion := list(islice(left, 16 * at_once)):
+            yield from threads.map(_read_whole, portion)
+
+
+def _read_whole(url: str) -> bytes:
+    fs, path = filesystem(url)
+    return bytes(retry(lambda: fs.cat_file(path)))
 
 
 def read_text(url: str) -> str:

@@ -18,8 +18,8 @@ from .judge import Judge
 from .ledger import Ledger
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
-from .shards import find_shards, write_samples
-from .tar_source import read_shards, require_captions
+from .shards import write_samples
+from .sources import find_inputs, open_source, require_captions
 
 
 class CurateConfig(Config):
@@ -43,7 +43,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     UserError when there is no input, no caption in it, too much of it is damaged, nothing is left of it, or when the
     output exists unasked.
     """
-    shards = find_shards(cfg.input)
+    shards = find_inputs(cfg.input).shards
     require_captions(list(shards))
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, _settings(cfg))
@@ -52,7 +52,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         init_ray()
         storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
         notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-        rows = read_shards(todo, rows_per_block=cfg.rows_per_shard)
+        rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
         rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
         if cfg.filters.duplicates:
             rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)

@@ -16,8 +16,7 @@ from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
 from .parts import Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
-from .shards import find_shards
-from .tar_source import read_shards
+from .sources import find_inputs, open_source
 from .views import Decoder
 
 
@@ -25,7 +24,7 @@ class EncodeConfig(Config):
     """Which pictures become codes, by which tokenizer, in how many views."""
 
     input: str
-    """Curated WebDataset tars (a path, a glob, a folder, commas between several)."""
+    """Curated WebDataset tars or parquet files (a path, a glob, a folder, a list of shards, commas between several)."""
     output: str
     """Folder for the parquet files, ``manifest.json`` and ``ledger.json``."""
     tokenizer: str
@@ -84,7 +83,10 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
-    shards = find_shards(cfg.input)
+    inputs = find_inputs(cfg.input)
+    if inputs.links:
+        raise UserError(f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them")
+    shards = inputs.shards
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
     if size % (multiple := bit.cfg.encode_multiple):
@@ -96,7 +98,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     done = folder.open(cfg.mode, settings)
     if todo := {url: label for url, label in shards.items() if label not in done}:
         init_ray()
-        samples = read_shards(todo, rows_per_block=cfg.rows_per_file)
+        samples = open_source(todo, rows_per_block=cfg.rows_per_file)
         decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=64)
         encoded = decoded.map_batches(
             Encoder,

@@ -18,7 +18,8 @@ from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_ed
 from .order import FileOrder, Order, sample_uniforms, split_epochs
 from .shards import find_shards
 from .tar_index import read_index, read_ranges
-from .tar_source import read_samples, require_captions
+from .sources import require_captions
+from .tar_source import read_samples
 
 DECODERS = 4
 """Threads that decode; Pillow leaves Python's lock while it works."""

@@ -13,7 +13,7 @@ from .decode import UndecodableError, check_pixels, open_picture
 from .filters.base import Sample, Scores
 from .filters.config import FilterConfig
 from .ledger import DROPPED, KEPT, QUARANTINED, verdict_of
-from .tar_source import SCHEMA
+from .rows import SCHEMA
 
 JUDGED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
 """``verdict`` as :class:`.ledger.Ledger` counts it; ``scores`` is a JSON object of numbers."""

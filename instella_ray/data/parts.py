@@ -91,8 +91,8 @@ class PartFolder:
 
     def parts(self) -> list[Part]:
         """All finished parts, by shard and row."""
-        names = storage.glob(self._path(PARTS, "*.json"))
-        return sorted((Part(**storage.read_json(n)) for n in names), key=lambda part: (part.shard, part.first_row))
+        files = storage.read_many(storage.glob(self._path(PARTS, "*.json")))
+        return sorted(map(Part.model_validate_json, files), key=lambda part: (part.shard, part.first_row))
 
     def part(self, name: str) -> Part:
         """The entry of that name."""

@@ -6,48 +6,90 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from .. import storage
 from ..errors import UserError
 from .parts import refuse_unfinished
+from .shard_list import SHARD_LIST, ShardEntry, ShardList, read_shard_list, write_shard_list
 from .tar_index import index_url, write_index
 
 Sample = tuple[str, bytes, str, dict[str, Any]]
 """(key, encoded picture, caption, metadata)."""
 
 
-def find_shards(pattern: str, suffix: str = ".tar") -> dict[str, str]:
-    """URL -> short unique name of the tars that ``pattern`` names, sorted; at least one. Or of files that end otherwise.
+def find_shards(pattern: str, suffixes: str | Sequence[str] = ".tar") -> dict[str, str]:
+    """URL -> short unique name of the shards that ``pattern`` names, sorted; at least one.
 
-    A pattern is a path, a glob, a folder (all its tars), or several of these with commas between. UserError for a part
-    that names nothing, and for a folder whose curation is not finished.
+    A pattern is a path, a glob, a folder, a list of shards (:mod:`.shard_list`), or several of these with commas
+    between. A folder means the shards on its own list, or else all its files with the first of ``suffixes`` that there
+    are any with. UserError for a part that names nothing, and for a folder whose curation is not finished.
     """
-    found: set[str] = set()
+    return _named(list(find_files(pattern, suffixes)))
+
+
+def find_files(pattern: str, suffixes: str | Sequence[str]) -> dict[str, int]:
+    """URL -> bytes of the shards of :func:`find_shards`, sorted; a part of the pattern costs one listing at most."""
+    suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
+    found: dict[str, int] = {}
     for part in (text.strip() for text in pattern.split(",")):
-        fs, path = storage.filesystem(part)
-        folder = fs.isdir(path)
-        refuse_unfinished(part if folder else os.path.dirname(part))
-        urls = [
-            url for url in storage.glob(storage.join(part, f"*{suffix}") if folder else part) if url.endswith(suffix)
-        ]
-        if not urls:
-            kind = "WebDataset tars" if suffix == ".tar" else f"{suffix} files"
-            raise UserError(f"{part}: no shard found; expected {kind}, for example 'data/*{suffix}'")
-        found.update(urls)
-    return _named(sorted(found), suffix)
+        files = {url: size for url, size in _part_files(part, suffixes).items() if url.endswith(suffixes)}
+        if not files:
+            kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
+            others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
+            raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
+        found.update(files)
+    return dict(sorted(found.items()))
 
 
-def _named(urls: list[str], suffix: str) -> dict[str, str]:
+def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
+    """Write the list of the shards of :func:`find_shards` to the file ``output``."""
+    if not output.endswith(".json"):
+        raise UserError(f"output {output}: expected a name that ends with .json, by which jobs know a list of shards")
+    entries = [ShardEntry(url=url, bytes=size) for url, size in find_files(pattern, suffixes).items()]
+    folder, _, name = storage.absolute(output).rpartition("/")
+    return write_shard_list(folder, entries, name)
+
+
+def _part_files(part: str, suffixes: tuple[str, ...]) -> dict[str, int]:
+    if part.endswith(".json"):
+        refuse_unfinished(os.path.dirname(part) or ".")
+        return read_shard_list(part)
+    fs, path = storage.filesystem(part)
+    if not fs.isdir(path):
+        refuse_unfinished(os.path.dirname(part) or ".")
+        return _without_sidecars(storage.sizes(part))
+    refuse_unfinished(part)
+    if storage.exists(listed := storage.join(part, SHARD_LIST)):
+        return read_shard_list(listed)
+    files = storage.sizes(storage.join(part, "*"))
+    by_suffix = ({url: size for url, size in files.items() if url.endswith(suffix)} for suffix in suffixes)
+    return next(filter(None, by_suffix), {})
+
+
+def _without_sidecars(files: dict[str, int]) -> dict[str, int]:
+    """img2dataset writes a parquet file of metadata beside each tar, which holds the same samples once more."""
+    tars = {url.removesuffix(".tar") for url in files if url.endswith(".tar")}
+    return {url: size for url, size in files.items() if url.removesuffix(".parquet") not in tars}
+
+
+def _named(urls: list[str]) -> dict[str, str]:
     """Names are paths below the folder that all share, with slashes replaced: they become file names."""
-    shared = os.path.commonpath([os.path.dirname(url) for url in urls])
-    names = [url[len(shared) :].strip("/").removesuffix(suffix).replace("/", "__") for url in urls]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two shards would both be called '{twice}'; rename one of them")
+    paths = [url.rpartition("://")[2].lstrip("/") for url in urls]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [os.path.splitext(os.path.relpath(path, shared or "."))[0].replace("/", "__") for path in paths]
+    refuse_twins(names)
     return dict(zip(urls, names, strict=True))
+
+
+def refuse_twins(names: Sequence[str]) -> None:
+    """UserError where two shards would have one name."""
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"two shards would both be called '{twice}'; rename one of them")
 
 
 def write_tar(url: str, samples: Iterable[Sample]) -> int:

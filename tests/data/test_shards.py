@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instella_ray.data.shards import find_shards, write_tar, write_webdataset
-from instella_ray.data.tar_source import read_samples, require_captions
+from instella_ray.data.sources import require_captions
+from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
 from .samples import HOSTILE, picture, sample, tar_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,26 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
         storage.read_json(str(tmp_path / "bad.json"))
+
+
+def test_reading_goes_on_behind_what_was_given_after_a_transient_error() -> None:
+    made = []
+
+    def flaky() -> Iterator[int]:
+        made.append(1)
+        yield from range(2 * len(made))
+        if len(made) < 3:
+            raise OSError("503 Service Unavailable")
+
+    assert list(storage.retry_iter(flaky, first_wait=0)) == list(range(6)) and len(made) == 3
+
+
+@pytest.mark.parametrize("root", ["local", "memory://box"])
+def test_many_files_are_read_in_order_and_listed_with_their_sizes(root: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if root == "local" else root
+    urls = [storage.join(base, "many", f"{i:03d}.txt") for i in range(100)]
+    for number, url in enumerate(urls):
+        storage.write_bytes(url, b"x" * number)
+    assert [len(data) for data in storage.read_many(urls, at_once=3)] == list(range(100))
+    assert storage.sizes(storage.join(base, "many", "*.txt")) == {url: number for number, url in enumerate(urls)}
+    storage.remove_tree(storage.join(base, "many"))

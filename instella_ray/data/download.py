@@ -74,7 +74,7 @@ class DownloadConfig(Config):
     max_redirects: int = Field(5, ge=0)
     """Hops from the link to the picture."""
     allow_private: bool = False
-    """Also connect to loopback, private and link-local addresses: for a file server of one's own, never for links of strangers."""
+    """Also connect to loopback, private and link-local addresses: for a file server of one's own alone."""
     user_agent: str = Field("instella-ray-dataset/0.1", min_length=1)
     """Name to tell servers; add an address at which their owners can reach you."""
     respect_opt_out: bool = True

@@ -85,7 +85,9 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
     inputs = find_inputs(cfg.input)
     if inputs.links:
-        raise UserError(f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them")
+        raise UserError(
+            f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them"
+        )
     shards = inputs.shards
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size

@@ -141,6 +141,4 @@ def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]
     if rows <= rows_per_shard:
         return {url: label}
     starts = range(0, rows, rows_per_shard)
-    return {
-        f"{url}#rows={first}-{min(first + rows_per_shard, rows)}": f"{label}__{first:09d}" for first in starts
-    }
+    return {f"{url}#rows={first}-{min(first + rows_per_shard, rows)}": f"{label}__{first:09d}" for first in starts}

@@ -138,7 +138,9 @@ def test_a_wait_that_the_server_asks_for_is_kept_or_its_picture_given_up(server:
     assert server.requests.total() == 1
 
 
-@pytest.mark.parametrize("url", [None, "", "no link", "ftp://a.b/c.jpg", "http://", "http://a:b:c/", "http://[::1/x", 7])
+@pytest.mark.parametrize(
+    "url", [None, "", "no link", "ftp://a.b/c.jpg", "http://", "http://a:b:c/", "http://[::1/x", 7]
+)
 def test_links_that_are_none_cost_their_row(make: Make, url: Any) -> None:
     assert results(make(), url) == ["bad_url"]
 
@@ -147,7 +149,10 @@ def test_a_refused_connection_and_an_unknown_host_are_told_apart(make: Make) -> 
     with socket.socket() as bound:  # not listening
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-        assert results(make(), f"http://127.0.0.1:{port}/a.jpg", "http://nowhere.invalid/a.jpg") == ["connection", "dns"]
+        assert results(make(), f"http://127.0.0.1:{port}/a.jpg", "http://nowhere.invalid/a.jpg") == [
+            "connection",
+            "dns",
+        ]
 
 
 def test_one_host_gets_few_requests_at_once(server: PictureServer, make: Make) -> None:

@@ -106,3 +106,11 @@ def test_a_size_that_does_not_fit_the_tokenizer_is_a_user_error(shards: Path, to
     with pytest.raises(UserError, match="not a model folder"):
         run_encode(config(shards, tmp_path, tmp_path / "codes"))
     assert not (tmp_path / "codes").exists()
+
+
+@pytest.mark.unit
+def test_links_without_pictures_are_a_user_error_that_says_to_curate_first(tokenizer: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"URL": ["http://a/b.jpg"], "TEXT": ["c"]}), tmp_path / "laion.parquet")
+    with pytest.raises(UserError, match=r"laion\.parquet: links without pictures; curate first"):
+        run_encode(config(tmp_path / "laion.parquet", tokenizer, tmp_path / "codes"))
+    assert not (tmp_path / "codes").exists()

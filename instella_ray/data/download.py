@@ -32,9 +32,7 @@ from yarl import URL
 
 from ..config import Config
 from .addresses import PublicResolver, RefusedAddressError, check_literal
-
-FAILED = "download:"
-"""What the ``problem`` of a row begins with whose picture did not come; the reason follows."""
+from .ledger import DOWNLOAD
 
 REDIRECTS = (301, 302, 303, 307, 308)
 OPT_OUTS = {"noai", "noimageai"}
@@ -124,7 +122,7 @@ class Downloader:
             if isinstance(result, bytes):
                 images[row] = result
             else:
-                problems[row] = FAILED + result
+                problems[row] = DOWNLOAD + result
         for name, values in (("image", images), ("problem", problems)):
             column = table.schema.get_field_index(name)
             table = table.set_column(column, name, pa.array(values, table.schema.field(name).type))

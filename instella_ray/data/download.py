@@ -18,6 +18,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -106,9 +107,10 @@ class Downloader:
     def __init__(self, cfg: DownloadConfig) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(32, "dns"))
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), daemon=True)
         self._thread.start()
         self._fetcher = self._wait_for(_open(cfg))
+        self._end = weakref.finalize(self, _end, self._loop, self._fetcher)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         images, problems = table["image"].to_pylist(), table["problem"].to_pylist()
@@ -129,11 +131,9 @@ class Downloader:
         return table
 
     def close(self) -> None:
-        """End the connections and the thread."""
-        self._wait_for(self._fetcher.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """End the connections and the thread, as happens of itself when nobody needs the downloader any more."""
+        self._end()
         self._thread.join()
-        self._loop.close()
 
     def _wait_for(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -229,6 +229,23 @@ class Fetcher:
 
 class _HostSlots(asyncio.Semaphore):
     users = 0
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, fetcher: Fetcher) -> None:
+    """Ask ``loop`` to end, without waiting: this may run in any thread, its own among them."""
+
+    async def end() -> None:
+        await fetcher.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
 
 
 async def _open(cfg: DownloadConfig) -> Fetcher:

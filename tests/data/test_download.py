@@ -19,6 +19,7 @@ from instella_ray.data.rows import SCHEMA
 from instella_ray.data.sources import find_inputs, open_source
 
 from .picture_server import GOOD, PictureServer, serving
+from .samples import picture, sample, tar_bytes
 
 Make = Callable[..., Downloader]
 
@@ -187,6 +188,15 @@ def test_opt_outs_can_be_left_to_the_user(server: PictureServer, make: Make) -> 
     assert results(make(respect_opt_out=False), server.url("robots/plain")) == [GOOD]
 
 
+def test_a_downloader_that_nobody_needs_ends_its_connections_and_its_thread(server: PictureServer) -> None:
+    downloader = Downloader(DownloadConfig(allow_private=True))
+    assert results(downloader, server.url("good")) == [GOOD]
+    thread, session = downloader._thread, downloader._fetcher.session
+    del downloader
+    thread.join(10)
+    assert not thread.is_alive() and session.closed
+
+
 # --- addresses
 
 
@@ -247,22 +257,24 @@ def test_public_addresses_are_known(address: str, public: bool) -> None:
 
 
 @pytest.mark.ray
-def test_a_file_of_links_becomes_rows_with_pictures(ray_session: None, server: PictureServer, tmp_path: Path) -> None:
+def test_tars_and_links_become_rows_with_pictures_each_once_under_its_label(
+    ray_session: None, server: PictureServer, tmp_path: Path
+) -> None:
     paths = ["good", "status/404", "html", "recovers/503", "good"]
     links = {"URL": [server.url(path) for path in paths], "TEXT": ["a", "b", "c", "d", None], "WIDTH": [1] * 5}
     pq.write_table(pa.table(links), tmp_path / "laion.parquet")
-    inputs = find_inputs(str(tmp_path), rows_per_shard=3)
-    assert list(inputs.links) == list(inputs.shards)
+    (tmp_path / "own.tar").write_bytes(tar_bytes([*sample("x", 5), *sample("y", 6)]))
+    inputs = find_inputs(f"{tmp_path}/*", rows_per_shard=3)
+    assert [inputs.shards[url] for url in inputs.links] == ["laion__000000000", "laion__000000003"]
     cfg = DownloadConfig(allow_private=True, backoff_s=0.01)
     rows = with_downloads(open_source(inputs.shards, rows_per_block=2), cfg).take_all()
-    rows.sort(key=lambda row: (row["shard"], row["row"]))
-    assert [(row["shard"], row["row"], row["last"]) for row in rows] == [
-        ("laion__000000000", 0, False),
-        ("laion__000000000", 1, False),
-        ("laion__000000000", 2, True),
-        ("laion__000000003", 0, False),
-        ("laion__000000003", 1, True),
-    ]
-    assert [row["image"] or row["problem"] for row in rows] == [
-        GOOD, "download:http_404", "download:content_type", GOOD, "no_caption"
-    ]  # fmt: skip
+    found = {(row["shard"], row["row"], row["last"]): row["image"] or row["problem"] for row in rows}
+    assert len(found) == len(rows) and found == {
+        ("laion__000000000", 0, False): GOOD,
+        ("laion__000000000", 1, False): "download:http_404",
+        ("laion__000000000", 2, True): "download:content_type",
+        ("laion__000000003", 0, False): GOOD,
+        ("laion__000000003", 1, True): "no_caption",
+        ("own", 0, False): picture(5),
+        ("own", 1, True): picture(6),
+    }

@@ -14,7 +14,7 @@ from instella_ray import cli, storage
 from instella_ray.data.parts import PARTS, Part, PartFolder
 from instella_ray.data.shard_list import ShardEntry, part_entries, read_shard_list, write_shard_list
 from instella_ray.data.shards import find_shards, list_shards
-from instella_ray.data.sources import SUFFIXES, find_inputs, open_source, read_blocks, require_captions
+from instella_ray.data.sources import SUFFIXES, find_inputs, read_blocks, require_captions
 from instella_ray.errors import UserError
 
 from .samples import picture, sample, tar_bytes
@@ -160,18 +160,6 @@ def test_captions_are_required_of_both_kinds(tmp_path: Path, mixed: Path) -> Non
         require_captions([str(mute)])
     require_captions([str(mute), str(mixed / "c.parquet")])
     require_captions([str(mixed / "a.tar")])
-
-
-@pytest.mark.ray
-def test_a_dataset_over_both_kinds_has_every_row_once_under_its_own_label(ray_session: None, mixed: Path) -> None:
-    rows = open_source(find_inputs(f"{mixed}/*", rows_per_shard=3).shards, rows_per_block=2).take_all()
-    assert sorted((row["shard"], row["row"], row["last"]) for row in rows) == [
-        *(("a", i, i == 2) for i in range(3)),
-        *(("b__000000000", i, i == 2) for i in range(3)),
-        *(("b__000000003", i, i == 1) for i in range(2)),
-        *(("c", i, i == 1) for i in range(2)),
-    ]
-    assert {row["problem"] for row in rows} == {None}
 
 
 # --- lists of shards

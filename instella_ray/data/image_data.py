@@ -17,8 +17,8 @@ from .codes import LRUCache
 from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
 from .order import FileOrder, Order, sample_uniforms, split_epochs
 from .shards import find_shards
-from .tar_index import read_index, read_ranges
 from .sources import require_captions
+from .tar_index import read_index, read_ranges
 from .tar_source import read_samples
 
 DECODERS = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pydantic import Field
 
@@ -12,12 +13,14 @@ from ..errors import UserError
 from .curation_notes import CurationNotes, shown_shards
 from .curation_report import write_report
 from .deduplicate import deduplicate
+from .download import DownloadConfig, with_downloads
 from .filters.config import FilterConfig
 from .fingerprint import Fingerprinter
 from .judge import Judge
 from .ledger import Ledger
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
+from .shard_list import part_entries, write_shard_list
 from .shards import write_samples
 from .sources import find_inputs, open_source, require_captions
 
@@ -26,11 +29,15 @@ class CurateConfig(Config):
     """Which shards are read, what may stay, and where it goes."""
 
     input: str
-    """WebDataset tars: a path, a glob, a folder, or several with commas between, local or any fsspec URL."""
+    """WebDataset tars, or parquet with pictures or LAION's links: a path, glob, folder, list of shards, commas between.
+
+    Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
+    """
     output: str
-    """Folder for the curated tars, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
+    """Folder for the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
     mode: Mode = "new"
     """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
     rows_per_shard: int = Field(1000, ge=1)
     """Samples looked at for one output tar."""
@@ -43,7 +50,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     UserError when there is no input, no caption in it, too much of it is damaged, nothing is left of it, or when the
     output exists unasked.
     """
-    shards = find_inputs(cfg.input).shards
+    inputs = find_inputs(cfg.input)
+    shards = inputs.shards
     require_captions(list(shards))
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, _settings(cfg))
@@ -53,6 +61,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
         notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
         rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
+        if inputs.links:
+            rows = with_downloads(rows, cfg.download)
         rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
         if cfg.filters.duplicates:
             rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)
@@ -68,7 +78,9 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         init_ray()
         deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
     ledger = folder.close(shards.values())
-    write_report(cfg.output, cfg.filters, folder.parts(), ledger)
+    parts = folder.parts()
+    write_shard_list(cfg.output, part_entries(cfg.output, parts))
+    write_report(cfg.output, cfg.filters, parts, ledger)
     if not ledger.kept:
         raise UserError(
             f"input {cfg.input}: no sample left ({ledger.summary()}); see {storage.join(cfg.output, 'ledger.json')}"
@@ -79,7 +91,9 @@ def run_curate(cfg: CurateConfig) -> Ledger:
 def _settings(cfg: CurateConfig) -> dict[str, object]:
     """What the output depends on: not how many actors made it."""
     spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_pictures()}
-    return cfg.model_dump(mode="json", exclude={"mode": True, "output": True, "abort": True, "filters": spread})
+    links = set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"}
+    volatile: dict[str, Any] = {"mode": True, "output": True, "abort": True, "download": links, "filters": spread}
+    return cfg.model_dump(mode="json", exclude=volatile)
 
 
 def _write(url: str, rows: list[Row]) -> int:

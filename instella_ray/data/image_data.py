@@ -16,13 +16,17 @@ from ..errors import UserError
 from .codes import LRUCache
 from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
 from .order import FileOrder, Order, sample_uniforms, split_epochs
-from .shards import find_shards
+from .shards import find_files, find_shards
 from .sources import require_captions
 from .tar_index import read_index, read_ranges
 from .tar_source import read_samples
 
 DECODERS = 4
 """Threads that decode; Pillow leaves Python's lock while it works."""
+
+
+SILENT = 20
+"""So many tars are counted without a progress bar."""
 
 
 class ImageBatch(NamedTuple):
@@ -36,19 +40,23 @@ class ImageBatch(NamedTuple):
 class ImageData:
     """Pictures cropped to a square at a random place along the longer side, each crop in one size or several.
 
-    A batch reads the bytes of its pictures and no more, by the tars' indexes (:mod:`.tar_index`). What is decoded stays
-    in memory up to ``cache_bytes``: a small set is decoded once, a large one again every time. Samples of ``window``
-    tars are mixed at a time.
+    Curated folders say how many pictures their tars hold; other tars are read once to be counted. A batch reads the
+    bytes of its pictures and no more, by the tars' indexes (:mod:`.tar_index`). What is decoded stays in memory up to
+    ``cache_bytes``: a small set is decoded once, a large one again every time. Samples of ``window`` tars are mixed at a
+    time.
     """
 
     def __init__(
         self, pattern: str, sizes: Sequence[int], seed: int, *, cache_bytes: int = 2 << 30, window: int = 256
     ) -> None:
         self.sizes, self.largest, self.seed = tuple(sizes), max(sizes), seed
-        self.urls = list(find_shards(pattern))
+        shards = find_files(pattern)
+        self.urls = [shard.url for shard in shards]
         self._indexes = LRUCache(lambda n: (read_index(self.urls[i]) for i in n), lambda t: t.nbytes, 256 << 20)
-        numbers = tqdm(range(len(self.urls)), desc="indexing", unit="shard", disable=len(self.urls) < 100)
-        self._starts = np.cumsum([0, *(self._indexes[i].num_rows for i in numbers)])
+        uncounted = sum(shard.rows is None for shard in shards)
+        numbered = enumerate(tqdm(shards, desc="counting pictures", unit="shard", disable=uncounted < SILENT))
+        counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
+        self._starts = np.cumsum([0, *counts])
         self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)
         self._threads = ThreadPoolExecutor(DECODERS)
         self.order: Callable[[int], Order] = lru_cache(2)(lambda epoch: FileOrder(self._starts, seed, epoch, window))

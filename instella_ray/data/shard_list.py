@@ -55,8 +55,8 @@ def part_entries(folder: str, parts: Iterable[Part]) -> list[ShardEntry]:
     return [ShardEntry(url=name, bytes=sizes[storage.join(folder, name)], rows=records) for name, records in files]
 
 
-def read_shard_list(path: str) -> dict[str, int]:
-    """URL -> bytes of the shards in a list; UserError where it is none."""
+def read_shard_list(path: str) -> list[ShardEntry]:
+    """The shards in a list, under absolute URLs; UserError where it is none."""
     try:
         read = TypeAdapter(ShardList).validate_json(storage.read_bytes(path))
     except ValidationError as error:
@@ -65,7 +65,7 @@ def read_shard_list(path: str) -> dict[str, int]:
         reason = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{path}: not a list of shards ({reason}); instella-ray shards writes one") from None
     folder = storage.absolute(path).rpartition("/")[0]
-    return {_absolute(shard.url, folder): shard.bytes for shard in read.shards}
+    return [shard.model_copy(update={"url": _absolute(shard.url, folder)}) for shard in read.shards]
 
 
 def _absolute(url: str, folder: str) -> str:

@@ -28,46 +28,49 @@ def find_shards(pattern: str, suffixes: str | Sequence[str] = ".tar") -> dict[st
     between. A folder means the shards on its own list, or else all its files with the first of ``suffixes`` that there
     are any with. UserError for a part that names nothing, and for a folder whose curation is not finished.
     """
-    return _named(list(find_files(pattern, suffixes)))
+    return _named([entry.url for entry in find_files(pattern, suffixes)])
 
 
-def find_files(pattern: str, suffixes: str | Sequence[str]) -> dict[str, int]:
-    """URL -> bytes of the shards of :func:`find_shards`, sorted; a part of the pattern costs one listing at most."""
+def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[ShardEntry]:
+    """The shards of :func:`find_shards` with their sizes; a part of the pattern costs one listing at most."""
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
-    found: dict[str, int] = {}
+    found: dict[str, ShardEntry] = {}
     for part in (text.strip() for text in pattern.split(",")):
-        files = {url: size for url, size in _part_files(part, suffixes).items() if url.endswith(suffixes)}
+        files = {entry.url: entry for entry in _part_files(part, suffixes) if entry.url.endswith(suffixes)}
         if not files:
             kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
             others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
             raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
         found.update(files)
-    return dict(sorted(found.items()))
+    return [found[url] for url in sorted(found)]
 
 
 def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
     """Write the list of the shards of :func:`find_shards` to the file ``output``."""
     if not output.endswith(".json"):
         raise UserError(f"output {output}: expected a name that ends with .json, by which jobs know a list of shards")
-    entries = [ShardEntry(url=url, bytes=size) for url, size in find_files(pattern, suffixes).items()]
     folder, _, name = storage.absolute(output).rpartition("/")
-    return write_shard_list(folder, entries, name)
+    return write_shard_list(folder, find_files(pattern, suffixes), name)
 
 
-def _part_files(part: str, suffixes: tuple[str, ...]) -> dict[str, int]:
+def _part_files(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     if part.endswith(".json"):
         refuse_unfinished(os.path.dirname(part) or ".")
         return read_shard_list(part)
     fs, path = storage.filesystem(part)
     if not fs.isdir(path):
         refuse_unfinished(os.path.dirname(part) or ".")
-        return _without_sidecars(storage.sizes(part))
+        return _entries(_without_sidecars(storage.sizes(part)))
     refuse_unfinished(part)
     if storage.exists(listed := storage.join(part, SHARD_LIST)):
         return read_shard_list(listed)
     files = storage.sizes(storage.join(part, "*"))
     by_suffix = ({url: size for url, size in files.items() if url.endswith(suffix)} for suffix in suffixes)
-    return next(filter(None, by_suffix), {})
+    return _entries(next(filter(None, by_suffix), {}))
+
+
+def _entries(files: dict[str, int]) -> list[ShardEntry]:
+    return [ShardEntry(url=url, bytes=size) for url, size in files.items()]
 
 
 def _without_sidecars(files: dict[str, int]) -> dict[str, int]:

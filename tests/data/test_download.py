@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from instella_ray.data import addresses
+from instella_ray.data.curate import CurateConfig, run_curate
 from instella_ray.data.download import DownloadConfig, Downloader, with_downloads
 from instella_ray.data.rows import SCHEMA
-from instella_ray.data.sources import find_inputs, open_source
+from instella_ray.data.sources import find_inputs, open_source, read_rows
+from instella_ray.errors import UserError
 
 from .picture_server import GOOD, PictureServer, serving
 from .samples import picture, sample, tar_bytes
@@ -254,6 +256,31 @@ def test_public_addresses_are_known(address: str, public: bool) -> None:
 
 
 # --- the whole stage
+
+
+@pytest.mark.ray
+def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(
+    ray_session: None, server: PictureServer, tmp_path: Path
+) -> None:
+    paths = ["good", "status/404", "html", "good", "robots/plain"]
+    columns = {"URL": [server.url(path) for path in paths], "TEXT": ["one", "two", "three", "four", "five"]}
+    pq.write_table(pa.table({**columns, "pwatermark": [0.1, 0.1, 0.1, 0.99, 0.1]}), tmp_path / "laion.parquet")
+    given = {"input": str(tmp_path / "laion.parquet"), "output": str(tmp_path / "out")}
+    filters = {"resolution": {"target_size": 16}, "duplicates": {}}
+    download = {"allow_private": True, "backoff_s": 0.01}
+    ledger = run_curate(CurateConfig.model_validate({**given, "filters": filters, "download": download}))
+    reasons = {"download_http_404": 1, "download_content_type": 1, "download_opt_out": 1, "watermark": 1}
+    assert ledger.to_json() == {"in": 5, "kept": 1, "dropped": dict(sorted(reasons.items())), "quarantined": {}}
+    kept = find_inputs(str(tmp_path / "out")).shards
+    (row,) = [row for url in kept for row in read_rows(url, "x")]
+    assert row["image"] == GOOD and row["caption"] == "one" and json.loads(row["meta"])["url"] == server.url("good")
+    # Politeness may change between runs, what is asked for may not.
+    with pytest.raises(UserError, match="made with download"):
+        strict = {**download, "max_bytes": 10}
+        run_curate(CurateConfig.model_validate({**given, "filters": filters, "download": strict, "mode": "resume"}))
+    slow = {**download, "per_host": 1}
+    again = CurateConfig.model_validate({**given, "filters": filters, "download": slow, "mode": "resume"})
+    assert run_curate(again).to_json() == ledger.to_json() and server.requests["good"] == 2
 
 
 @pytest.mark.ray

@@ -229,7 +229,7 @@ def test_a_job_lists_its_own_output(mixed: Path) -> None:
     size = (mixed / "a.tar").stat().st_size
     assert entries == [ShardEntry(url="a.tar", bytes=size, rows=3)]
     write_shard_list(str(mixed), entries)
-    assert read_shard_list(str(mixed / "shards.json")) == {str(mixed / "a.tar"): size}
+    assert read_shard_list(str(mixed / "shards.json")) == [ShardEntry(url=str(mixed / "a.tar"), bytes=size, rows=3)]
 
 
 def test_many_parts_are_read_in_their_order(tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+"""The data path: what the pipeline costs over decoding alone, and how fast packed codes are read."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from ..config import Config
+from ..data.codes import MANIFEST, CodesFile, CodesManifest, CodesReader, pack_codes, write_codes_file
+from ..data.curate import CurateConfig, run_curate
+from ..data.decode import decode_rgb, fit_square
+from ..data.loader import CodesData
+from ..data.order import BatchPlan
+from ..data.pipeline import init_ray, quiet
+from ..data.shards import find_shards, write_tar
+from ..data.sources import open_source
+from ..data.tar_source import read_samples
+from ..data.views import Decoder
+from ..errors import UserError
+from ..storage import write_json
+from .measure import Spread
+from .memory import peak_memory
+from .report import Cell, Goal, Result
+
+PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2
+
+
+class DataBench(Config):
+    """Pictures that are made for the purpose, and how they are read."""
+
+    shards: int = Field(16, ge=1)
+    pictures_per_shard: int = Field(64, ge=1)
+    picture_size: tuple[int, int] = (768, 576)
+    """Width and height; about 100 kB of JPEG each."""
+    size: int = Field(256, ge=1)
+    """Square that each becomes."""
+    workers: int = Field(2, ge=1)
+    """Processes that decode, for every contestant."""
+    rounds: int = Field(3, ge=1)
+    codes: int = Field(200_000, ge=1)
+    """Full-size packed codes that are read, in files of a thousand."""
+    batch: int = Field(512, ge=1)
+    memory_shards: tuple[int, int] = (8, 80)
+    """A small and a large curation, whose peak memory is compared."""
+
+
+def run_data(cfg: DataBench) -> Result:
+    """One row a contestant; the limit is what the same processes do who only decode and resize."""
+    rows: list[dict[str, Cell]] = []
+    goals: list[Goal] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        urls = _write_shards(cfg, folder / "shards", cfg.shards)
+        total = sum(os.path.getsize(url) for url in urls)
+        init_ray()
+        contestants: dict[str, Callable[[], int]] = {
+            "decode and resize alone": partial(_alone, cfg, urls),
+            "this pipeline": partial(_pipeline, cfg, urls),
+            "DataLoader and webdataset": partial(_webdataset, cfg, urls),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        peaks: dict[str, float] = {}
+        for turn in range(-1, cfg.rounds):
+            for name, run in contestants.items():
+                began = time.perf_counter()
+                with peak_memory() as peak:
+                    count = run()
+                if turn >= 0:
+                    rates[name].append(count / (time.perf_counter() - began))
+                    peaks[name] = max(peaks.get(name, 0), peak[0])
+        per_picture = total / (cfg.shards * cfg.pictures_per_shard)
+        for name, found in rates.items():
+            spread = Spread.of(found)
+            rows.append(
+                {
+                    "contestant": name,
+                    "pictures/s/core": spread.text(1 / cfg.workers, 1),
+                    "MB/s": spread.median * per_picture / 1e6,
+                    "peak private MB": round(peaks[name]),
+                }
+            )
+        limit, ours, theirs = (Spread.of(found).median for found in rates.values())
+        goals += [
+            Goal("this pipeline against decoding alone", ours / limit, PIPELINE_GOAL, ">="),
+            Goal("this pipeline against DataLoader and webdataset", ours / theirs, 1.0, ">="),
+        ]
+        read = _codes(cfg, folder / "codes")
+        rows.append({"contestant": "codes reader, one core", "samples/s": round(read)})
+        goals.append(Goal("codes reader, samples/s a core", read, READER_GOAL, ">="))
+        small, large = (_curation_peak(cfg, folder / f"{count}", count) for count in cfg.memory_shards)
+        few, many = cfg.memory_shards
+        for count, found_peak in ((few, small), (many, large)):
+            rows.append({"contestant": f"curating {count} shards", "peak private MB": round(found_peak)})
+        goals.append(Goal(f"peak memory, {many} shards against {few}", large / small, MEMORY_GOAL, "<="))
+    about = {**cfg.model_dump(mode="json"), "MB a picture": round(per_picture / 1e6, 3)}
+    return Result("Data", about, rows, goals)
+
+
+def _write_shards(cfg: DataBench, folder: Path, count: int) -> list[str]:
+    """Tars of noisy pictures, as large in bytes as photographs are. A few pictures, over and over."""
+    rng = np.random.default_rng(0)
+    width, height = cfg.picture_size
+    files = []
+    for _ in range(8):
+        smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(smooth).astype(int) + rng.normal(0, 12, (height, width, 1))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+        files.append(buffer.getvalue())
+    for number in range(count):
+        pictures = [files[i % len(files)] for i in range(cfg.pictures_per_shard)]
+        write_tar(
+            str(folder / f"{number:04d}.tar"), ((f"{i}", file, "a picture", {}) for i, file in enumerate(pictures))
+        )
+    return list(find_shards(str(folder)))
+
+
+def _square(data: bytes, size: int) -> np.ndarray:
+    return fit_square(decode_rgb(data, at_least=2 * size), size)
+
+
+def _shard_alone(url: str, size: int) -> int:
+    with open(url, "rb") as stream:
+        return sum(len(_square(row["image"], size)) == size for row in read_samples(stream, url))
+
+
+def _alone(cfg: DataBench, urls: list[str]) -> int:
+    """Processes with nothing to hand over."""
+    with multiprocessing.get_context("fork").Pool(cfg.workers) as pool:
+        return sum(pool.imap_unordered(partial(_shard_alone, size=cfg.size), urls))
+
+
+def _pipeline(cfg: DataBench, urls: list[str]) -> int:
+    """As the encoding job reads, with all pixels handed to this process."""
+    samples = open_source(find_shards(",".join(urls)), rows_per_block=cfg.pictures_per_shard)
+    decoder = Decoder(cfg.size, 1, False)
+    views = quiet(samples.map_batches(decoder, batch_format="pyarrow", batch_size=64, num_cpus=_cpus(cfg.workers)))
+    batch: Any
+    seen = 0
+    for batch in views.iter_batches(batch_format="pyarrow", batch_size=64):
+        pixels = np.frombuffer(b"".join(batch["views"].to_pylist()), np.uint8)
+        seen += len(pixels.reshape(-1, cfg.size, cfg.size, 3))
+    return seen
+
+
+def _cpus(workers: int) -> float:
+    import ray
+
+    return float(ray.cluster_resources()["CPU"]) / workers
+
+
+def _webdataset(cfg: DataBench, urls: list[str]) -> int:
+    """What many would write instead."""
+    try:
+        import webdataset
+    except ImportError:
+        raise UserError("bench: webdataset is not installed (pip install 'instella-ray[dev]')") from None
+    from torch.utils.data import DataLoader
+
+    opened: Any = webdataset.WebDataset(urls, shardshuffle=False)
+    source = opened.to_tuple("jpg").map(partial(_first, size=cfg.size))
+    seen = 0
+    for batch in DataLoader(source, batch_size=64, num_workers=cfg.workers):
+        seen += len(batch)
+    return seen
+
+
+def _first(sample: tuple[bytes], size: int) -> np.ndarray:
+    return _square(sample[0], size)
+
+
+def _codes(cfg: DataBench, folder: Path) -> float:
+    """Samples a second of the generators' loader, files read and unpacked, in the order of training."""
+    rng = np.random.default_rng(0)
+    facts = {"shard": "0", "width": 512, "height": 512, "source": "bench"}
+    files = []
+    for number in range(max(1, cfg.codes // 1000)):
+        count = min(1000, cfg.codes)
+        packed = pack_codes(rng.integers(0, 2, (count, 128, 64), np.uint8))
+        captions = {"caption_long": "a long caption of a picture " * 8, "caption_short": "a short caption"}
+        rows = [{"key": f"{i:09d}", "row": i, **facts, **captions, "codes": codes} for i, codes in enumerate(packed)]
+        write_codes_file(str(folder / f"{number}.parquet"), rows)
+        files.append(CodesFile(name=f"{number}.parquet", rows=count))
+    about = {"tokenizer_hash": "bench", "num_tokens": 128, "bits_per_token": 64}
+    manifest = CodesManifest(**about, rows=sum(f.rows for f in files), files=tuple(files))
+    write_json(str(folder / MANIFEST), manifest.model_dump(mode="json"))
+    data = CodesData(CodesReader(str(folder)), 0)
+    plan = BatchPlan(len(data), min(cfg.batch, len(data)), data.order)
+    steps = len(data) // plan.global_batch
+    began = time.perf_counter()
+    for step in range(steps):
+        data.batch(plan.place(step).epoch, plan.samples(step))
+    return steps * plan.global_batch / (time.perf_counter() - began)
+
+
+def _curation_peak(cfg: DataBench, folder: Path, shards: int) -> float:
+    """Peak private MB of a curation that reads, judges and writes."""
+    _write_shards(cfg, folder / "in", shards)
+    filters = {"resolution": {"target_size": 512}}
+    given = {"input": str(folder / "in"), "output": str(folder / "out"), "filters": filters, "rows_per_shard": 64}
+    with peak_memory() as peak:
+        run_curate(CurateConfig.model_validate(given))
+    return peak[0]

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -121,6 +121,10 @@ def remove_tree(url: str) -> None:
         fs.rm(path, recursive=True)
 
 
+OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
+"""There an object appears when its upload is committed; to upload it and then move it would be to write it twice."""
+
+
 @contextmanager
 def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
     """Open for reading, or for an atomic write: the file appears under its name when the block ends well."""
@@ -133,6 +137,23 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
         with stream:
             yield stream
         return
+    if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        with _moved_into_place(fs, path, mode) as stream:
+            yield stream
+        return
+    stream = fs.open(path, mode, autocommit=False)
+    try:
+        yield stream
+        stream.close()
+        stream.commit()
+    except BaseException:
+        with suppress(Exception):  # a store forgets what is never committed; what went wrong first is what counts
+            stream.discard()
+        raise
+
+
+@contextmanager
+def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
     fs.makedirs(fs._parent(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:

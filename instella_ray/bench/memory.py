@@ -10,16 +10,17 @@ from pathlib import Path
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Private MB of this process and all below it, Ray's workers among them; the largest sum is the list's only entry.
+def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
+    """Private MB of this process and all below it; the largest sum is the list's only entry.
 
-    Pages that processes share, libraries and the object store, do not count.
+    ``with_ray=False`` leaves out Ray's own processes and workers, for those who do not use them. Pages that processes
+    share, libraries and the object store, do not count.
     """
     peak, over = [0.0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.05):
-            peak[0] = max(peak[0], sum(map(_private_mb, processes())))
+        while not over.wait(0.1):
+            peak[0] = max(peak[0], sum(map(_private_mb, processes(with_ray))))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -30,12 +31,14 @@ def peak_memory() -> Iterator[list[float]]:
         thread.join()
 
 
-def processes() -> list[int]:
-    """This process and all below it."""
+def processes(with_ray: bool) -> list[int]:
+    """This process and all below it, those of Ray among them or not."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+            name, _, rest = entry.read_text().rpartition(")")
+            if with_ray or not name.endswith(("(raylet", "(gcs_server")):
+                parents[int(entry.parent.name)] = int(rest.split()[1])
         except (OSError, IndexError):
             continue  # it ended while we looked
     found = [os.getpid()]
@@ -46,7 +49,8 @@ def processes() -> list[int]:
 
 def _private_mb(pid: int) -> float:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
+    # Pages that a fork has not changed count once, in parts.
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 1e3

@@ -12,18 +12,19 @@ from ..accelerator import hardware_summary
 from ..config import Config
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
+from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import Result, write_results
 from .serving import ServingBench, run_serving
 
-Suite = Literal["caching", "overhead", "serving", "bulk", "metrics"]
+Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data"]
 
 
 class BenchConfig(Config):
     """Which subjects to measure, and how thoroughly."""
 
-    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics")
+    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data")
     repeats: int = Field(5, ge=1)
     """Rounds that count, in the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -34,6 +35,7 @@ class BenchConfig(Config):
     serving: ServingBench = ServingBench()
     bulk: BulkBench = BulkBench()
     metrics: MetricsBench = MetricsBench()
+    data: DataBench = DataBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[Result]:
@@ -44,6 +46,7 @@ def run_bench(cfg: BenchConfig) -> list[Result]:
         "serving": lambda: run_serving(cfg.serving),
         "bulk": lambda: run_bulk(cfg.bulk),
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
+        "data": lambda: run_data(cfg.data),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

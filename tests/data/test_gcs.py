@@ -1,0 +1,78 @@
+"""Google's storage, by an emulator of it on loopback: list, curate, read back, with gcsfs as on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instella_ray import cli, storage
+from instella_ray.data.image_data import ImageData
+
+from .test_deduplicate import FILTERS, shards_with_copies
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the extra 'dev' is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield "gs://bucket"
+    server.stop()
+
+
+@pytest.mark.ray
+def test_shards_in_a_bucket_are_listed_curated_and_read_by_range(
+    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    shards_with_copies(tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.tar"):
+        storage.write_bytes(f"{bucket}/in/{path.name}", path.read_bytes())
+    assert cli.main(["shards", f"{bucket}/in/*.tar", "--output", f"{bucket}/in/shards.json"]) == 0
+    assert "3 shards" in capsys.readouterr().out
+
+    # A driver of its own, whose workers know where the bucket is.
+    where = {name: os.environ[name] for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")}
+    env = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": where}}),
+        "PYTHONPATH": str(ROOT),
+    }
+    sets = [f"input={bucket}/in", f"output={bucket}/out", f"filters={json.dumps(FILTERS)}", "rows_per_shard=5"]
+    command = [sys.executable, str(ROOT / "jobs" / "curate.py"), *(w for item in sets for w in ("--set", item))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert storage.read_json(f"{bucket}/out/ledger.json")["kept"] == 16
+    assert storage.read_text(f"{bucket}/out/curation.html").count("<figure") > 16
+
+    data = ImageData(f"{bucket}/out", (32,), 0)
+    batch = data.batch(0, np.arange(16))
+    assert len(data) == 16 and batch.keys.count("0") == 2 and batch.pixels[32].std() > 10
+
+
+def test_an_object_is_whole_or_absent(bucket: str) -> None:
+    with pytest.raises(RuntimeError), storage.open_file(f"{bucket}/half", "wb") as stream:
+        stream.write(b"half")
+        raise RuntimeError("disk full")
+    assert not storage.exists(f"{bucket}/half")
+    for size in (0, 10, 6 << 20):
+        storage.write_bytes(f"{bucket}/whole", bytes(size))
+        assert storage.size(f"{bucket}/whole") == size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -183,6 +184,13 @@ def read_many(urls: Iterable[str], *, at_once: int = 64) -> Iterator[bytes]:
 def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     return bytes(retry(lambda: fs.cat_file(path)))
+def file_sha256(url: str) -> str:
+    """sha256 of a file; UserError where there is none."""
+    digest = hashlib.sha256()
+    with open_file(url) as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_text(url: str) -> str:

@@ -28,7 +28,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
     {"errors"},
-    {"config", "storage", "accelerator", "rng", "diffusion", "rendering"},
+    {"config", "storage", "packages", "accelerator", "rng", "diffusion", "rendering"},
     {"models"},
     {"sampling", "sampling_config"},
     {"data"},

@@ -14,11 +14,12 @@ import pydantic
 from .. import storage
 from ..config import Config
 from ..errors import UserError
+from ..models.clip import load_clip
 from .geneval_actor import GenEvalConfig, start_detector
 from .metrics.base import Metric
 from .metrics.bits import BitUsage
 from .metrics.clip_score import PAPER_IMAGES as CLIP_IMAGES
-from .metrics.clip_score import PAPER_MODEL, PAPER_TAG, clip_score, load_clip
+from .metrics.clip_score import PAPER_MODEL, PAPER_TAG, clip_score
 from .metrics.diversity import code_diversity, feature_diversity
 from .metrics.features import Features, efficientnet_lite0, inception
 from .metrics.fid import PAPER_IMAGES as FID_IMAGES
@@ -176,7 +177,7 @@ class ClipScore(Images):
     """Put before each prompt."""
 
     def load(self, tools: Tools) -> Maker:
-        clip = load_clip(self.model, self.weights, device=tools.device)
+        clip = load_clip(self.model, self.weights, asker="metric clip_score", extra="eval", device=tools.device)
         return partial(clip_score, clip, images=self.images, prefix=self.prefix)
 
 

@@ -27,6 +27,7 @@ from instella_ray.evaluation.metrics.frechet import Gaussian, frechet_distance
 from instella_ray.evaluation.metrics.images import ImageSettings
 from instella_ray.evaluation.metrics.psnr import picture_psnr
 from instella_ray.evaluation.metrics.ssim import picture_ssim
+from instella_ray.models.clip import load_clip
 
 RTOL = 1e-4
 RNG = np.random.default_rng(0)
@@ -232,6 +233,8 @@ def test_lpips_without_a_trunk_says_so() -> None:
 
 # --- CLIP score
 
+ASKED = {"asker": "metric clip_score", "extra": "eval"}
+
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
@@ -263,7 +266,7 @@ def test_clip_score_equals_open_clip(tiny_clip: tuple[str, str]) -> None:
         x = network.encode_image(torch.stack([preprocess(picture) for picture in resized]))
         y = network.encode_text(open_clip.get_tokenizer(name)(["A photo depicts " + p for p in prompts]))
         expected = torch.nn.functional.cosine_similarity(x, y).numpy()
-    clip = clip_score.load_clip(name, weights)
+    clip = load_clip(name, weights, **ASKED)
     metric = clip_score.clip_score(clip, images=ImageSettings(size=56), prefix="A photo depicts ")
     metric.update(Batch([str(i) for i in range(6)], images=images, prompts=prompts))
     np.testing.assert_allclose(list(metric.scores().values()), expected, rtol=RTOL, atol=1e-6)
@@ -273,11 +276,11 @@ def test_clip_score_equals_open_clip(tiny_clip: tuple[str, str]) -> None:
 
 
 def test_clip_models_and_weights_that_are_not_there_are_named(tiny_clip: tuple[str, str]) -> None:
-    assert clip_score.load_clip(tiny_clip[0], None).name == "clip_score_random_tiny_test"
+    assert clip_score.metric_name(load_clip(tiny_clip[0], None, **ASKED)) == "clip_score_random_tiny_test"
     with pytest.raises(UserError, match="no model 'ViT-other'"):
-        clip_score.load_clip("ViT-other")
+        load_clip("ViT-other", None, **ASKED)
     with pytest.raises(UserError, match=r"nowhere.pt: neither a local file"):
-        clip_score.load_clip("ViT-bigG-14", "nowhere.pt")
+        load_clip("ViT-bigG-14", "nowhere.pt", **ASKED)
 
 
 # --- ImageReward

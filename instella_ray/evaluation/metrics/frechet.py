@@ -21,7 +21,7 @@ from scipy import linalg
 from ... import storage
 from ...errors import UserError
 from .. import statistics
-from .base import Batch, Info, Metric, Result, file_sha256, text_array
+from .base import Batch, Info, Metric, Result, text_array
 from .features import Features
 from .images import ImageSettings
 from .moments import GroupMoments, Sums
@@ -64,7 +64,7 @@ class Gaussian:
                 raise UserError(f"{url}: no statistics with mu and sigma ({error})") from None
         if covariance.shape != (*mean.shape, *mean.shape):
             raise UserError(f"{url}: mu has shape {mean.shape}, sigma {covariance.shape}")
-        return cls(mean, covariance, int(data.get("count", 0)) or None, url, file_sha256(url))
+        return cls(mean, covariance, int(data.get("count", 0)) or None, url, storage.file_sha256(url))
 
     def describe(self) -> dict[str, Any]:
         return {"source": self.source, "sha256": self.sha256, "count": self.count}

@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from .base import Batch, Info, file_sha256, optional_import, version_of
+from ...packages import optional_import
+from ...storage import file_sha256
+from .base import Batch, Info, version_of
 from .features import local_weights
 from .images import ImageSettings
 from .samples import SampleMetric
@@ -29,7 +31,7 @@ HINT = (
 
 def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> Scorer:
     """The official network from local files, without its downloads."""
-    package = optional_import("ImageReward.ImageReward", "image_reward", HINT)
+    package = optional_import("ImageReward.ImageReward", "metric image_reward", HINT)
     import torch
 
     path = local_weights(weights, "image_reward", "ImageReward.pt")

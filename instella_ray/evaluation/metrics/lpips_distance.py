@@ -17,7 +17,8 @@ import numpy as np
 
 from ...errors import UserError
 from ...models.checkpoint import weight_hash
-from .base import Batch, Info, file_sha256, version_of
+from ...storage import file_sha256
+from .base import Batch, Info, version_of
 from .diversity import Diversity, picture_diversity
 from .features import local_weights
 from .images import ImageSettings, to_planes

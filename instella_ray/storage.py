@@ -184,6 +184,7 @@ def read_many(urls: Iterable[str], *, at_once: int = 64) -> Iterator[bytes]:
 def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     return bytes(retry(lambda: fs.cat_file(path)))
+
 def file_sha256(url: str) -> str:
     """sha256 of a file; UserError where there is none."""
     digest = hashlib.sha256()

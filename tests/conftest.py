@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,22 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared reference data is not beside the project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A small architecture known to open_clip by name, and a file of random weights for it."""
+    open_clip = pytest.importorskip("open_clip", reason="the extras 'eval' and 'curate' are not installed")
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    (folder / "tiny-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-test.json")
+    torch.manual_seed(1)
+    torch.save(open_clip.create_model("tiny-test").state_dict(), folder / "tiny.pt")
+    return "tiny-test", str(folder / "tiny.pt")

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from pydantic import Field
@@ -60,16 +60,46 @@ def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:
 
     UserError for more GPUs than the cluster has.
     """
+    return actor_pools([(actors, gpus_per_actor)])[0]
+
+
+def actor_pools(wanted: Sequence[tuple[int | None, float]]) -> list[dict[str, Any]]:
+    """:func:`actor_pool` for each of several pools that one dataset runs at the same time."""
     resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    if gpus_per_actor:
-        actors = actors or max(1, int(gpus / gpus_per_actor))
-        if actors * gpus_per_actor > gpus:
-            raise UserError(f"actors {actors} x gpus_per_actor {gpus_per_actor:g}: the cluster has {gpus} GPUs")
-        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": gpus_per_actor, "num_cpus": 0}
-    actors = actors or max(1, cpus // 2)
-    # Actors must leave a CPU to the readers, or the job would wait for ever.
-    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}
+    claims = share(wanted, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+    return [
+        {"compute": ActorPoolStrategy(size=claim.actors), "num_cpus": claim.cpus}
+        | ({"num_gpus": claim.gpus} if claim.gpus else {})
+        for claim in claims
+    ]
+
+
+class Claim(NamedTuple):
+    """A pool's size, and what each of its actors claims of the cluster."""
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def share(wanted: Sequence[tuple[int | None, float]], cpus: int, gpus: int) -> list[Claim]:
+    """Claims of pools, each of (actors, GPUs an actor), that all run at the same time and leave a CPU to the readers.
+
+    Ray starts no actor that its claim has no room for, and a pool without actors would make the job wait for ever. So
+    pools that are given no number share the GPUs that are left; and where actors on CPUs are as many as the CPUs or
+    more, they claim half of these together. They are no fewer for that: mostly one pool has nearly all the work, and
+    the others' actors only wait. UserError for more GPUs than there are.
+    """
+    given = sum(actors * gpu for actors, gpu in wanted if actors)
+    unset = sum(1 for actors, gpu in wanted if gpu and not actors)
+    sizes = [actors or max(1, int((gpus - given) / unset / gpu) if gpu else cpus // 2) for actors, gpu in wanted]
+    if sum(size * gpu for size, (_, gpu) in zip(sizes, wanted, strict=True)) > gpus:
+        pools = [f"actors {size} x gpus_per_actor {gpu:g}" for size, (_, gpu) in zip(sizes, wanted, strict=True) if gpu]
+        raise UserError(f"{' + '.join(pools)}: the cluster has {gpus} GPUs")
+    on_cpu = sum(size for size, (_, gpu) in zip(sizes, wanted, strict=True) if not gpu)
+    half = int(1e4 * cpus / 2 / on_cpu) / 1e4 if on_cpu and cpus > 1 else 0.0  # Ray counts in ten-thousandths
+    claim = 1.0 if on_cpu < cpus else half
+    return [Claim(size, 0.0 if gpu else claim, gpu) for size, (_, gpu) in zip(sizes, wanted, strict=True)]
 
 
 def quiet(dataset: Dataset) -> Dataset:

@@ -6,7 +6,6 @@ from pictures to the number, and that such weights never carry the real metric's
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
@@ -234,24 +233,6 @@ def test_lpips_without_a_trunk_says_so() -> None:
 # --- CLIP score
 
 ASKED = {"asker": "metric clip_score", "extra": "eval"}
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A small architecture known to open_clip by name, and a file of random weights for it."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
-    (folder / "tiny-test.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "tiny-test.json")
-    torch.manual_seed(1)
-    torch.save(open_clip.create_model("tiny-test").state_dict(), folder / "tiny.pt")
-    return "tiny-test", str(folder / "tiny.pt")
 
 
 def test_clip_score_equals_open_clip(tiny_clip: tuple[str, str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 from PIL import Image
 from pydantic import Field
 
 from ...config import Config
+from ...packages import extra_import
 
 
 class Sample(NamedTuple):
@@ -51,6 +54,18 @@ class Filter(Config, ABC):
 
     scales: ClassVar[Mapping[str, Scale]]
     """The scores that it gives, and how the report draws them."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules that it needs of the extra ``curate``."""
+
+    @property
+    def label(self) -> str:
+        """Its section of the configuration, for messages."""
+        return "filters." + re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def check(self) -> None:
+        """UserError where something is missing that it needs: asked at the start of a job, before there are actors."""
+        for module in self.requires:
+            extra_import(module, self.label, "curate")
 
     @abstractmethod
     def limits(self) -> Mapping[str, tuple[str, Limits]]:
@@ -83,8 +98,24 @@ class PictureFilter(Filter):
     """Pictures a call of the model."""
 
     decode_size: ClassVar[int]
-    """The model looks at no more than this (px): larger JPEGs may be decoded at a fraction of their size."""
+    """The model looks at no more than this (px): what comes larger may be made smaller before (:func:`bounded`)."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Settings that may be the path of a local file."""
+
+    def resolved(self) -> Self:
+        """The same with local files by their absolute path: actors may run in other folders than the job."""
+        given = {name: Path(str(getattr(self, name))) for name in self.files}
+        return self.model_copy(update={name: str(path.absolute()) for name, path in given.items() if path.is_file()})
 
     @abstractmethod
     def load(self, device: str) -> Scorer:
         """The model on ``cpu`` or ``cuda``; UserError where a package or a file is missing. Called once an actor."""
+
+
+def bounded(image: Image.Image, size: int) -> Image.Image:
+    """The picture, made smaller where its shorter edge is over ``size`` pixels, or its longer one over four times that."""
+    scale = min(1, size / min(image.size), 4 * size / max(image.size))
+    if scale == 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

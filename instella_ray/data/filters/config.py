@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ...config import Config
+from .aesthetic import Aesthetic
 from .base import Filter, PictureFilter, SampleFilter, Scale
 from .duplicates import DuplicateConfig
+from .language import Language
+from .nsfw import Nsfw
 from .samples import AspectRatio, CaptionLength, Resolution, Similarity, Unsafe, Watermark
+from .text import Text
 
 
 class FilterConfig(Config):
@@ -17,6 +21,10 @@ class FilterConfig(Config):
     unsafe: Unsafe | None = Unsafe()
     similarity: Similarity | None = None
     caption_length: CaptionLength | None = CaptionLength()
+    language: Language | None = None
+    nsfw: Nsfw | None = None
+    aesthetic: Aesthetic | None = None
+    text: Text | None = None
     duplicates: DuplicateConfig | None = None
 
     def sections(self) -> dict[str, Filter]:

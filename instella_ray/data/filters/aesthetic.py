@@ -14,14 +14,12 @@ from PIL import Image
 
 from ... import storage
 from ...errors import UserError
-from .base import Limits, PictureFilter, Scale, Scorer, Scores
+from .base import LONGEST, Limits, PictureFilter, Scale, Scorer, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 V2_WIDTHS = [1024, 128, 64, 16]
-LONGEST = 4
-"""Longer over shorter edge of what CLIP is shown: it looks at the middle square, and would scale all the rest before."""
 
 
 class Aesthetic(PictureFilter):
@@ -70,7 +68,7 @@ class Aesthetic(PictureFilter):
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The picture, or the middle part of one that is very long."""
+    """The picture, or the middle part of a very long one: CLIP looks at a square, but would scale the whole before."""
     most = LONGEST * min(image.size)
     if max(image.size) <= most:
         return image

@@ -44,6 +44,8 @@ class Limits(NamedTuple):
         return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
 
 
+LONGEST = 4
+"""Longer over shorter edge up to which pictures are shown to a model as they are."""
 Scores = Mapping[str, float]
 Scorer = Callable[[Sequence[Image.Image]], Sequence[Scores]]
 """A loaded model: upright RGB pictures of any size in, the scores of each out."""
@@ -113,8 +115,8 @@ class PictureFilter(Filter):
 
 
 def bounded(image: Image.Image, size: int) -> Image.Image:
-    """The picture, made smaller where its shorter edge is over ``size`` pixels, or its longer one over four times that."""
-    scale = min(1, size / min(image.size), 4 * size / max(image.size))
+    """The picture, made smaller where its shorter edge is over ``size`` pixels, or its longer one over :data:`LONGEST` times that."""
+    scale = min(1, size / min(image.size), LONGEST * size / max(image.size))
     if scale == 1:
         return image
     width, height = (max(1, round(side * scale)) for side in image.size)

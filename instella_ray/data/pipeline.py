@@ -90,16 +90,21 @@ def share(wanted: Sequence[tuple[int | None, float]], cpus: int, gpus: int) -> l
     more, they claim half of these together. They are no fewer for that: mostly one pool has nearly all the work, and
     the others' actors only wait. UserError for more GPUs than there are.
     """
-    given = sum(actors * gpu for actors, gpu in wanted if actors)
-    unset = sum(1 for actors, gpu in wanted if gpu and not actors)
-    sizes = [actors or max(1, int((gpus - given) / unset / gpu) if gpu else cpus // 2) for actors, gpu in wanted]
-    if sum(size * gpu for size, (_, gpu) in zip(sizes, wanted, strict=True)) > gpus:
-        pools = [f"actors {size} x gpus_per_actor {gpu:g}" for size, (_, gpu) in zip(sizes, wanted, strict=True) if gpu]
+    gpu_of = [gpu for _, gpu in wanted]
+    sizes = [actors or (1 if gpu else max(1, cpus // 2)) for actors, gpu in wanted]
+    free = gpus - sum(size * gpu for size, gpu in zip(sizes, gpu_of, strict=True)) + 1e-9
+    if free < 0:
+        pools = [f"actors {size} x gpus_per_actor {gpu:g}" for size, gpu in zip(sizes, gpu_of, strict=True) if gpu]
         raise UserError(f"{' + '.join(pools)}: the cluster has {gpus} GPUs")
-    on_cpu = sum(size for size, (_, gpu) in zip(sizes, wanted, strict=True) if not gpu)
+    unset = [index for index, (actors, gpu) in enumerate(wanted) if gpu and not actors]
+    while room := [index for index in unset if gpu_of[index] <= free]:
+        least = min(room, key=lambda index: sizes[index] * gpu_of[index])
+        sizes[least] += 1
+        free -= gpu_of[least]
+    on_cpu = sum(size for size, gpu in zip(sizes, gpu_of, strict=True) if not gpu)
     half = int(1e4 * cpus / 2 / on_cpu) / 1e4 if on_cpu and cpus > 1 else 0.0  # Ray counts in ten-thousandths
     claim = 1.0 if on_cpu < cpus else half
-    return [Claim(size, 0.0 if gpu else claim, gpu) for size, (_, gpu) in zip(sizes, wanted, strict=True)]
+    return [Claim(size, 0.0 if gpu else claim, gpu) for size, gpu in zip(sizes, gpu_of, strict=True)]
 
 
 def quiet(dataset: Dataset) -> Dataset:

@@ -117,6 +117,8 @@ def test_pools_together_claim_no_more_than_there_is_and_leave_a_cpu(
         return
     assert all(claim.actors == (actors or claim.actors) >= 1 for claim, (actors, _) in zip(claims, wanted, strict=True))
     assert sum(claim.actors * claim.gpus for claim in claims) <= gpus
+    if any(gpu == 0.25 and not actors for actors, gpu in wanted):
+        assert sum(claim.actors * claim.gpus for claim in claims) == gpus
     assert sum(claim.actors * claim.cpus for claim in claims) <= cpus - 1 + 1e-9
 
 
@@ -129,7 +131,7 @@ def test_pools_together_claim_no_more_than_there_is_and_leave_a_cpu(
         ([(8, 0.0)], 8, 0, [(8, 0.5, 0.0)]),
         ([(None, 0.0)], 1, 0, [(1, 0.0, 0.0)]),
         ([(None, 1.0), (None, 0.0)], 8, 4, [(4, 0.0, 1.0), (4, 1.0, 0.0)]),
-        ([(None, 1.0), (None, 0.5), (1, 1.0)], 8, 4, [(1, 0.0, 1.0), (3, 0.0, 0.5), (1, 0.0, 1.0)]),
+        ([(None, 1.0), (None, 0.5), (1, 1.0)], 8, 4, [(2, 0.0, 1.0), (2, 0.0, 0.5), (1, 0.0, 1.0)]),
     ],
 )
 def test_pools_that_are_given_no_number_share_what_is_left(

@@ -115,7 +115,7 @@ class PictureFilter(Filter):
 
 
 def bounded(image: Image.Image, size: int) -> Image.Image:
-    """The picture, made smaller where its shorter edge is over ``size`` pixels, or its longer one over :data:`LONGEST` times that."""
+    """The picture, made smaller where its shorter edge is over ``size`` (px) or its longer one over ``LONGEST * size``."""
     scale = min(1, size / min(image.size), LONGEST * size / max(image.size))
     if scale == 1:
         return image

@@ -185,6 +185,7 @@ def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     return bytes(retry(lambda: fs.cat_file(path)))
 
+
 def file_sha256(url: str) -> str:
     """sha256 of a file; UserError where there is none."""
     digest = hashlib.sha256()

@@ -20,6 +20,7 @@ from .judge import Judge
 from .ledger import Ledger
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
+from .scoring import with_scores
 from .shard_list import part_entries, write_shard_list
 from .shards import write_samples
 from .sources import find_inputs, open_source, require_captions
@@ -47,9 +48,11 @@ class CurateConfig(Config):
 def run_curate(cfg: CurateConfig) -> Ledger:
     """Curate ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
 
-    UserError when there is no input, no caption in it, too much of it is damaged, nothing is left of it, or when the
+    UserError when a filter lacks its package or weights, there is no input, no caption in it, too much of it is damaged, nothing is left of it, or when the
     output exists unasked.
     """
+    for section in cfg.filters.sections().values():
+        section.check()
     inputs = find_inputs(cfg.input)
     shards = inputs.shards
     require_captions(list(shards))
@@ -64,6 +67,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         if inputs.links:
             rows = with_downloads(rows, cfg.download)
         rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
+        rows = with_scores(rows, cfg.filters)
         if cfg.filters.duplicates:
             rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)
         write_parts(

@@ -14,7 +14,7 @@ from ray.data import Dataset
 from .decode import UndecodableError, decode_rgb
 from .filters.base import PictureFilter, bounded
 from .filters.config import FilterConfig
-from .ledger import KEPT
+from .ledger import DROPPED, KEPT, QUARANTINED
 from .pipeline import actor_pools
 
 THREADS = 2
@@ -24,7 +24,7 @@ THREADS = 2
 class Score:
     """Actor that holds one filter's model and puts its scores and verdict into rows that have been kept so far.
 
-    Rows have the columns of :data:`.tar_source.SCHEMA`, ``verdict`` (see :class:`.ledger.Ledger`) and ``scores`` (a
+    Rows have the columns of :data:`.rows.SCHEMA`, ``verdict`` (see :class:`.ledger.Ledger`) and ``scores`` (a
     JSON object of name to number); a call takes an Arrow table and gives it back with new ``verdict`` and ``scores``.
     """
 
@@ -42,14 +42,14 @@ class Score:
                 try:
                     pictures[row] = future.result()
                 except UndecodableError as error:
-                    verdicts[row] = f"quarantined:{error}"
+                    verdicts[row] = f"{QUARANTINED}:{error}"
             found = self.score(list(pictures.values())) if pictures else []
             for row, values in zip(pictures, found, strict=True):
                 # Six digits are what the number is worth; the verdict is about the number that is kept.
                 new = {name: float(f"{value:.6g}") for name, value in values.items()}
                 scores[row] = json.dumps(json.loads(scores[row]) | new)
                 if reason := self.filter.reason(new):
-                    verdicts[row] = f"dropped:{reason}"
+                    verdicts[row] = f"{DROPPED}:{reason}"
         for name, values in (("verdict", verdicts), ("scores", scores)):
             table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
         return table

@@ -48,8 +48,8 @@ class CurateConfig(Config):
 def run_curate(cfg: CurateConfig) -> Ledger:
     """Curate ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
 
-    UserError when a filter lacks its package or weights, there is no input, no caption in it, too much of it is damaged, nothing is left of it, or when the
-    output exists unasked.
+    UserError when a filter lacks its package or weights, when there is no input, no caption in it, too much of it is
+    damaged, nothing is left of it, or when the output exists unasked.
     """
     for section in cfg.filters.sections().values():
         section.check()

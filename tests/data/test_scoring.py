@@ -16,8 +16,8 @@ from PIL import Image
 from instella_ray.data.filters.base import Limits, PictureFilter, Scale, Scorer, Scores
 from instella_ray.data.filters.config import FilterConfig
 from instella_ray.data.pipeline import share
+from instella_ray.data.rows import SCHEMA
 from instella_ray.data.scoring import Score, with_scores
-from instella_ray.data.tar_source import SCHEMA
 from instella_ray.errors import UserError
 
 from .samples import picture

@@ -59,7 +59,7 @@ WITHOUT_RAY = (
     "data/scenes.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
-    "evaluation/prompts.py",
+    "data/prompts.py",
     "evaluation/sampler.py",
     "evaluation/sample_set.py",
 )

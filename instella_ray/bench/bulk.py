@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 
 from ..config import Config
+from ..data.prompts import Prompt, read_prompts
 from ..evaluation.plan import SampleConfig, plan_samples
-from ..evaluation.prompts import Prompt, read_prompts
 from ..evaluation.sample import run_sample
 from ..models.bit import BIT
 from ..models.checkpoint import load_model, read_checkpoint_config

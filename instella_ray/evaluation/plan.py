@@ -13,10 +13,10 @@ from pydantic import Field
 from ..accelerator import Precision
 from ..config import Config
 from ..data.parts import Mode
+from ..data.prompts import Prompt
 from ..errors import UserError
 from ..sampling_config import Guidance, Sampler, SamplingConfig, Temperature
 from ..serving.buckets import Compilation
-from .prompts import Prompt
 
 
 class Sweep(Config):

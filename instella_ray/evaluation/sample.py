@@ -14,13 +14,13 @@ from .. import storage
 from ..accelerator import hardware_summary
 from ..data.parts import QUARANTINE, open_output
 from ..data.pipeline import actor_pool, init_ray, on_actors
+from ..data.prompts import prompts_hash, read_prompts
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
 from ..serving.engine import EngineOptions
 from ..serving.weights import Identity
 from .plan import Planned, SampleConfig, plan_samples, settings_of
-from .prompts import prompts_hash, read_prompts
 from .sample_set import (
     MANIFEST,
     SWEEP,

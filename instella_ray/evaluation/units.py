@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..config import Config
+from ..data.prompts import TEXT_KEYS
 from ..data.scenes import parse_caption
 from ..data.shards import find_shards
 from ..data.tar_source import read_samples
 from ..errors import UserError
-from .prompts import TEXT_KEYS
 from .sample_set import SampleBlock, SampleSet
 
 PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp")

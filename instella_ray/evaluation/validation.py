@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..config import Config
+from ..data.prompts import SCENES
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS
 from ..sampling_config import SamplingConfig
@@ -23,7 +24,6 @@ from .evaluate import EvaluateConfig, run_evaluate
 from .metric_settings import MetricsConfig
 from .metrics.base import better
 from .plan import SampleConfig
-from .prompts import SCENES
 from .results import Evaluation
 from .sample import run_sample
 

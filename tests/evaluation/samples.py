@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from instella_ray import storage
-from instella_ray.evaluation.prompts import Prompt, prompts_hash
+from instella_ray.data.prompts import Prompt, prompts_hash
 from instella_ray.evaluation.sample_set import (
     MANIFEST,
     SWEEP,

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from instella_ray import storage
+from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import render, sample_scene, scene_rows
 from instella_ray.data.shards import write_tar
 from instella_ray.errors import UserError
@@ -24,7 +25,6 @@ from instella_ray.evaluation.metrics.base import Batch, Result
 from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
-from instella_ray.evaluation.prompts import Prompt, read_prompts
 from instella_ray.evaluation.units import picture_units, read_pictures_unit
 
 from .samples import SIZE, make_tokenizer, noise, write_samples

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from instella_ray.data.prompts import read_prompts
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.plan import SampleConfig
-from instella_ray.evaluation.prompts import read_prompts
 from instella_ray.evaluation.sample import run_sample
 
 from ..processes import descendants, wait_until

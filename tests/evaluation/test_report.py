@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from instella_ray import storage
+from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
 from instella_ray.data.shards import write_tar
 from instella_ray.evaluation.choice import ShowConfig
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.presets import TABLE3
-from instella_ray.evaluation.prompts import Prompt, read_prompts
 from instella_ray.evaluation.report import best, metric_rows
 from instella_ray.rendering import number, svg_curves, table, thumbnail
 from instella_ray.sampling_config import SamplingConfig

@@ -1,23 +1,19 @@
-"""Prompts come from any of the files that people have, and each has a number and a seed of its own."""
+"""Prompts come from any of the files that people have, however many they hold, and bad ones are named in one line."""
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from instella_ray.data.prompts import Prompt, prompts_hash, read_prompts
 from instella_ray.errors import UserError
-from instella_ray.evaluation.plan import Sweep, plan_samples, sample_seed
-from instella_ray.evaluation.prompts import Prompt, prompts_hash, read_prompts
-from instella_ray.sampling_config import SamplingConfig
 
 GENEVAL = {"tag": "colors", "include": [{"class": "bus", "count": 1, "color": "red"}], "prompt": "a photo of a red bus"}
-TEXTS = st.text(min_size=1, max_size=8)
 
 
 def test_every_format_is_read(tmp_path: Path) -> None:
@@ -84,22 +80,32 @@ def test_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "none.txt"))
 
 
-@given(texts=st.lists(TEXTS, min_size=1, max_size=12), images=st.integers(1, 4), seed=st.integers(0, 2**62))
-def test_a_sample_is_a_function_of_text_number_and_seed(texts: list[str], images: int, seed: int) -> None:
-    prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
-    planned = list(plan_samples(prompts, images, seed))
-    assert len(planned) == len(texts) * images
-    assert all(s.seed == sample_seed(seed, s.prompt.text, s.index) and 0 <= s.seed < 2**63 for s in planned)
-    # No two are the same picture, not even where a text comes again, and the order of prompts changes no seed.
-    assert len({s.seed for s in planned}) == len(planned)
-    assert {s.seed for s in plan_samples(prompts[::-1], images, seed)} == {s.seed for s in planned}
+def test_diffusiondb_is_read_as_it_is(tmp_path: Path) -> None:
+    moment = datetime.datetime(2022, 8, 20, 12, 30, tzinfo=datetime.UTC)
+    columns = {
+        "image_name": ["a.png", "b.png", "c.png"],
+        "prompt": ["a cat ", " ", "a cat"],
+        "seed": pa.array([1, 2, 3], pa.uint32()),
+        "step": pa.array([50, 50, 50], pa.uint16()),
+        "cfg": pa.array([7.0, 7.5, 8.0], pa.float32()),
+        "sampler": pa.array([8, 8, 8], pa.uint8()),
+        "width": pa.array([512, 512, 512], pa.uint16()),
+        "timestamp": pa.array([moment] * 3, pa.timestamp("ns", "UTC")),
+        "image_nsfw": pa.array([0.0, 2.0, 0.5], pa.float32()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+    first, last = read_prompts(str(tmp_path / "metadata.parquet"))
+    # The blank one is passed over, and takes no number from the others.
+    assert (first.id, first.text, last.id, last.text) == ("00000", "a cat", "00002", "a cat")
+    assert first.meta["timestamp"] == moment.isoformat()
+    assert first.meta["cfg"] == 7.0 and first.meta["image_name"] == "a.png"
+    assert len(prompts_hash([first, last])) == 64
 
 
-def test_a_sweep_is_every_combination() -> None:
-    base = SamplingConfig(temperature=0.5)
-    assert Sweep().settings(base) == {"": base}
-    found = Sweep(num_inference_steps=(5, 10), guidance_scale=(1.0, 2.5, 1.0)).settings(base)
-    assert list(found) == [f"num_inference_steps={n}+guidance_scale={g}" for n in (5, 10) for g in (1.0, 2.5)]
-    assert found["num_inference_steps=10+guidance_scale=2.5"] == SamplingConfig(
-        num_inference_steps=10, guidance_scale=2.5, temperature=0.5
-    )
+def test_what_no_file_can_hold_is_cleaned_away_and_what_a_line_may_hold_stays(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "half \\ud83d", "id": "\\ud83d"}\n' + line, encoding="utf-8")
+    assert [(p.id, p.text) for p in read_prompts(str(tmp_path / "a.jsonl"))] == [("?", "half ?"), ("00001", "a\u2028b")]
+    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 2: not UTF-8 text"):
+        read_prompts(str(tmp_path / "a.txt"))

@@ -1,0 +1,180 @@
+"""Prompts to make pictures of: a text file, JSONL, parquet (DiffusionDB), COCO captions, GenEval, or the scenes' own."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .. import storage
+from ..errors import UserError
+from .scenes import CATEGORIES, scene_prompts
+
+SCENES = "scenes"
+SCENES_PER_CATEGORY = 40
+TEXT_KEYS = ("prompt", "caption", "caption_long", "text")
+ID_KEYS = ("id", "key", "prompt_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to make pictures of."""
+
+    id: str
+    """Unique in its set."""
+    text: str
+    category: str | None = None
+    """A benchmark's task."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What the source says of it beside these: GenEval's ``include``, say."""
+
+
+def read_prompts(source: str, *, count: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The prompts of a file, by its ending, or of ``scenes``.
+
+    ``.txt`` has a prompt a line; ``.jsonl`` an object a line with ``prompt`` (or ``caption``, ``text``), perhaps ``id``,
+    and for GenEval ``tag`` and ``include``; ``.parquet`` the same as columns, DiffusionDB's among them; ``.json`` is
+    COCO's captions file. Blank prompts are passed over; what has no id is numbered by its line or row.
+    With ``count``, so many of them, drawn by a hash of ``seed`` and the id: the draw does not depend on the order of the
+    file. UserError for a source that holds no prompts, and for an id that comes twice.
+    """
+    prompts = _scenes(count, seed) if source == SCENES else _draw(_read(source), count, seed, source)
+    if not prompts:
+        raise UserError(f"prompts {source}: none found, expected at least one")
+    twice = next((name for name, times in Counter(p.id for p in prompts).items() if times > 1), None)
+    if twice is not None:
+        raise UserError(f"prompts {source}: id '{twice}' comes twice")
+    return prompts
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """Sha256 over all of it, in order."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        digest.update(json.dumps([p.id, p.text, p.category, dict(p.meta)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _scenes(count: int | None, seed: int) -> list[Prompt]:
+    per_category = SCENES_PER_CATEGORY if count is None else -(-count // len(CATEGORIES))
+    made = scene_prompts(per_category, seed)
+    if count is not None:
+        # In turns, so that a count that six does not divide takes from all categories alike.
+        made = [made[i % len(CATEGORIES) * per_category + i // len(CATEGORIES)] for i in range(count)]
+    return [Prompt(f"{i:05d}", claim.caption, claim.category) for i, claim in enumerate(made)]
+
+
+def _read(source: str) -> Iterator[Prompt]:
+    if source.endswith(".txt"):
+        prompts = filter(None, map(_clean, _lines(source)))
+        yield from (Prompt(f"{i:05d}", prompt) for i, prompt in enumerate(prompts))
+    elif source.endswith(".jsonl"):
+        yield from _from_records(_jsonl(source))
+    elif source.endswith(".parquet"):
+        yield from _from_records(_parquet(source))
+    elif source.endswith(".json"):
+        yield from _coco(storage.read_json(source), source)
+    else:
+        raise UserError(f"prompts {source}: expected a .txt, .jsonl, .parquet or (COCO) .json file, or '{SCENES}'")
+
+
+def _lines(source: str) -> Iterator[str]:
+    with storage.open_file(source) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{source}, line {number}: not UTF-8 text") from None
+
+
+def _jsonl(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place for messages, and object of each line that is not blank."""
+    for number, line in enumerate(_lines(source)):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number + 1}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected an object with a prompt, got {type(record).__name__}")
+        yield number, where, record
+
+
+def _parquet(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """As :func:`_jsonl`, of rows; a few thousand at a time, because millions of dicts would fill the memory."""
+    number = 0
+    with storage.open_file(source) as stream:
+        try:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=4096):
+                for record in batch.to_pylist():
+                    yield number, f"{source}, row {number}", record
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{source}: not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iterator[Prompt]:
+    for number, where, record in records:
+        key = next((k for k in TEXT_KEYS if isinstance(record.get(k), str) and record[k].strip()), None)
+        if key is None:
+            if any(k in record and (record[k] is None or isinstance(record[k], str)) for k in TEXT_KEYS):
+                continue
+            raise UserError(f"{where}: no prompt, expected one of {', '.join(TEXT_KEYS)}")
+        named = next((k for k in ID_KEYS if record.get(k) is not None), None)
+        category = record.get("tag", record.get("category"))
+        meta = {k: _plain(v) for k, v in record.items() if k not in (key, named, "category")}
+        try:
+            json.dumps(meta)
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: holds what JSON cannot ({', '.join(meta)})") from None
+        name = f"{number:05d}" if named is None else _clean(str(record[named]))
+        yield Prompt(name, _clean(record[key]), None if category is None else str(category), meta)
+
+
+def _clean(text: str) -> str:
+    """Without space around it, and without what no file could hold: JSON may carry halves of characters."""
+    return text.encode("utf-8", "replace").decode().strip()
+
+
+def _plain(value: Any) -> Any:
+    """Times as ISO text, which JSON holds; the rest as it is."""
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
+
+
+def _coco(data: Any, source: str) -> Iterator[Prompt]:
+    annotations = data.get("annotations") if isinstance(data, dict) else None
+    if not isinstance(annotations, list) or not annotations:
+        raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
+    for entry in annotations:
+        try:
+            yield Prompt(str(entry["id"]), _clean(str(entry["caption"])), meta={"image_id": entry["image_id"]})
+        except (KeyError, TypeError):
+            raise UserError(f"{source}: an annotation without id, image_id and caption") from None
+
+
+def _draw(prompts: Iterable[Prompt], count: int | None, seed: int, source: str) -> list[Prompt]:
+    if count is None:
+        return list(prompts)
+    total = 0
+
+    def placed() -> Iterator[tuple[bytes, int, Prompt]]:
+        nonlocal total
+        for prompt in prompts:
+            yield hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest(), total, prompt
+            total += 1
+
+    # Only those drawn are held: the file may have millions.
+    chosen = heapq.nsmallest(count, placed())
+    if count > total:
+        raise UserError(f"prompts {source}: {total} there, count asks for {count}")
+    return [prompt for _, _, prompt in sorted(chosen, key=lambda item: item[1])]

@@ -1,0 +1,33 @@
+"""What a sampling job is to make: each sample has a number and a seed of its own, and a sweep every combination."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instella_ray.data.prompts import Prompt
+from instella_ray.evaluation.plan import Sweep, plan_samples, sample_seed
+from instella_ray.sampling_config import SamplingConfig
+
+TEXTS = st.text(min_size=1, max_size=8)
+
+
+@given(texts=st.lists(TEXTS, min_size=1, max_size=12), images=st.integers(1, 4), seed=st.integers(0, 2**62))
+def test_a_sample_is_a_function_of_text_number_and_seed(texts: list[str], images: int, seed: int) -> None:
+    prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
+    planned = list(plan_samples(prompts, images, seed))
+    assert len(planned) == len(texts) * images
+    assert all(s.seed == sample_seed(seed, s.prompt.text, s.index) and 0 <= s.seed < 2**63 for s in planned)
+    # No two are the same picture, not even where a text comes again, and the order of prompts changes no seed.
+    assert len({s.seed for s in planned}) == len(planned)
+    assert {s.seed for s in plan_samples(prompts[::-1], images, seed)} == {s.seed for s in planned}
+
+
+def test_a_sweep_is_every_combination() -> None:
+    base = SamplingConfig(temperature=0.5)
+    assert Sweep().settings(base) == {"": base}
+    found = Sweep(num_inference_steps=(5, 10), guidance_scale=(1.0, 2.5, 1.0)).settings(base)
+    assert list(found) == [f"num_inference_steps={n}+guidance_scale={g}" for n in (5, 10) for g in (1.0, 2.5)]
+    assert found["num_inference_steps=10+guidance_scale=2.5"] == SamplingConfig(
+        num_inference_steps=10, guidance_scale=2.5, temperature=0.5
+    )

@@ -1,0 +1,165 @@
+"""Recaption job: curated shards in, the same pictures with a long and a short caption out, by a pool of captioners."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+from pydantic import Field
+
+from .. import storage
+from ..accelerator import Precision, pick_device
+from ..config import Config
+from ..errors import UserError
+from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
+from .decode import UndecodableError
+from .ledger import KEPT, Ledger
+from .loader import Prefetcher
+from .parts import LEDGER, Mode, PartFolder
+from .pipeline import actor_pool, init_ray, write_parts
+from .pretrained import located, short_name
+from .shards import find_shards, write_rows
+from .tar_source import SCHEMA, read_shards
+
+ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
+LONG = Question(
+    prompt="Describe this image in detail: its subjects, their attributes and positions, the background, the style and "
+    "any text in it. Write one paragraph of plain sentences that state what is there.",
+    max_new_tokens=256,
+)
+SHORT = Question(
+    prompt="Describe this image in one short sentence that names its main subject. State only what is there.",
+    max_new_tokens=48,
+)
+
+
+class RecaptionConfig(Config):
+    """Which pictures are described, by which model, and what it is asked."""
+
+    input: str
+    """Curated WebDataset tars (a path, a glob, a folder, commas between several); captions need not be there."""
+    output: str
+    """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
+    mode: Mode = "new"
+    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Vision-language model: hub name, or local folder."""
+    long: Question = LONG
+    short: Question = SHORT
+    max_pixels: int = Field(28 * 28 * 512, ge=1)
+    """Larger pictures are shrunk to so many pixels first; Qwen2.5-VL reads 28 x 28 of them as one token."""
+    precision: Precision = "auto"
+    """auto: bfloat16 on GPUs, float32 on CPUs."""
+    batch_size: int = Field(16, ge=1)
+    """Pictures described together, with both questions each."""
+    actors: int | None = Field(None, ge=1)
+    """Captioners; none means one a GPU, or one for every two CPUs."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """GPU share of each captioner; 0 computes on the CPU."""
+    rows_per_shard: int = Field(1000, ge=1)
+    """Pictures looked at for one output tar."""
+
+
+class Recaptioner:
+    """Actor that holds the captioner and gives every row its captions and verdict.
+
+    A thread decodes the next pictures while the model describes these. Decoded pictures never lie in Ray's blocks: a
+    thousand of them would be cut into many small blocks, and so into many small tars.
+    """
+
+    def __init__(self, cfg: RecaptionConfig) -> None:
+        self.cfg, self.name = cfg, short_name(cfg.model)
+        self.captioner = Captioner(cfg.model, pick_device("auto" if cfg.gpus_per_actor else "cpu"), _precision(cfg))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows, size = table.to_pylist(), self.cfg.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        decoded = Prefetcher(lambda n: [self.decoded(row) for row in batches[n]], 0, len(batches), depth=1)
+        done = [
+            row for batch, pictures in zip(batches, decoded, strict=True) for row in self.described(batch, pictures)
+        ]
+        return pa.Table.from_pylist(done, ROWS)
+
+    def decoded(self, row: dict[str, Any]) -> Image.Image | str:
+        """The picture of a row of :data:`.tar_source.SCHEMA`, or the verdict on what is none."""
+        try:
+            if problem := _problem(row):
+                raise UndecodableError(problem)
+            return decode_for_captioner(row["image"], self.cfg.max_pixels)
+        except UndecodableError as error:
+            return f"quarantined:{error}"
+
+    def described(self, rows: Sequence[dict[str, Any]], pictures: Sequence[Image.Image | str]) -> list[dict[str, Any]]:
+        """``rows`` with captions and verdict; ``pictures`` has a verdict in the place of what is none."""
+        good = [picture for picture in pictures if not isinstance(picture, str)]
+        answers = iter(self.captioner.answers(good, (self.cfg.long, self.cfg.short)) if good else [])
+        return [
+            {**row, "verdict": picture} if isinstance(picture, str) else self._captioned(row, *next(answers))
+            for row, picture in zip(rows, pictures, strict=True)
+        ]
+
+    def _captioned(self, row: dict[str, Any], long: Answer, short: Answer) -> dict[str, Any]:
+        if not long.text or not short.text:
+            cut = not (long.finished and short.finished)
+            return {**row, "image": None, "verdict": f"dropped:{'unfinished' if cut else 'empty'}_caption"}
+        meta = json.loads(row["meta"])
+        # What a second captioner is given as the caption is the first one's.
+        original = meta.get("caption_original") or row["caption"]
+        captions = {"caption_long": long.text, "caption_short": short.text, "captioner": self.name}
+        meta |= captions | ({"caption_original": original} if original else {})
+        return {**row, "caption": long.text, "meta": json.dumps(meta), "verdict": KEPT}
+
+
+def _precision(cfg: RecaptionConfig) -> Precision:
+    return cfg.precision if cfg.precision != "auto" else "bf16" if cfg.gpus_per_actor else "fp32"
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """The row's own; but a picture without a caption is none here, if its metadata is in order."""
+    if row["problem"] != "no_caption":
+        problem: str | None = row["problem"]
+        return problem
+    try:
+        return None if isinstance(json.loads(row["meta"]), dict) else "bad_metadata"
+    except (ValueError, RecursionError):
+        return "bad_metadata"
+
+
+def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
+    """What must be equal for a run to go on; UserError for a model that describes no pictures."""
+    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor"}
+    weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
+    return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": _precision(cfg)}
+
+
+def run_recaption(cfg: RecaptionConfig) -> Ledger:
+    """Describe ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
+
+    UserError when there is no input, the model is none that describes pictures, the output exists unasked or was made
+    by other weights or questions, or nothing is left.
+    """
+    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
+    shards = find_shards(cfg.input)
+    settings = recaption_settings(cfg)
+    folder = PartFolder(cfg.output)
+    done = folder.open(cfg.mode, settings)
+    if todo := {url: label for url, label in shards.items() if label not in done}:
+        init_ray()
+        described = read_shards(todo, rows_per_block=cfg.rows_per_shard).map_batches(
+            Recaptioner,
+            fn_constructor_args=(cfg,),
+            batch_format="pyarrow",
+            batch_size=8 * cfg.batch_size,
+            **actor_pool(cfg.actors, cfg.gpus_per_actor),
+        )
+        write_parts(
+            described, cfg.output, ".tar", cfg.rows_per_shard, write_rows, shards=shards, done=done, title="recaption"
+        )
+    ledger = folder.close(shards.values())
+    if not ledger.kept:
+        where = storage.join(cfg.output, LEDGER)
+        raise UserError(f"input {cfg.input}: no picture got its captions ({ledger.summary()}); see {where}")
+    return ledger

@@ -57,15 +57,19 @@ WITHOUT_RAY = (
     "serving/safety.py",
     "serving/weights.py",
     "data/scenes.py",
+    "data/captioner.py",
+    "data/painter.py",
+    "data/prompts.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
-    "data/prompts.py",
     "evaluation/sampler.py",
     "evaluation/sample_set.py",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
     "data/curate": ("curate", ["input=a", "output=b"]),
+    "data/recaption": ("recaption", ["input=a", "output=b"]),
+    "data/synthesize": ("synthesize", ["prompts=a", "output=b"]),
     "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    T5Config,
+    T5EncoderModel,
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -78,4 +87,110 @@ def save_captioner(folder: Path, seed: int = 0) -> Path:
     model.generation_config.repetition_penalty = 1.05
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def _vae(channels: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.5,
+        shift_factor=0.0,
+    )
+
+
+def _prompt_tokenizer() -> PreTrainedTokenizerFast:
+    words = tokenizer("<pad>", "</s>")
+    words.pad_token, words.eos_token, words.model_max_length = "<pad>", "</s>", 16
+    return words
+
+
+def _clip(kind: type, tokens: int) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    return kind(CLIPTextConfig(vocab_size=tokens, max_position_embeddings=16, projection_dim=16, **sizes, **ids))
+
+
+def _t5(tokens: int, width: int) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=tokens, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2))
+
+
+def save_flux(folder: Path) -> Path:
+    """A FLUX of one double and one single block, with its two text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    words = _prompt_tokenizer()
+    network = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[2, 2, 4],
+    )
+    clip, t5 = _clip(CLIPTextModel, len(words)), _t5(len(words), 16)
+    FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(1), clip, words, t5, words, network).save_pretrained(folder)
+    return folder
+
+
+def save_stable_diffusion_3(folder: Path) -> Path:
+    """A Stable Diffusion 3 of one block, with its three text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(1)
+    words = _prompt_tokenizer()
+    network = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=32,
+    )
+    first, second = (_clip(CLIPTextModelWithProjection, len(words)) for _ in range(2))
+    third = _t5(len(words), 32)
+    scheduler, vae = FlowMatchEulerDiscreteScheduler(), _vae(4)
+    StableDiffusion3Pipeline(network, scheduler, vae, first, words, second, words, third, words).save_pretrained(folder)
+    return folder
+
+
+def save_prudish_stable_diffusion(folder: Path) -> Path:
+    """A Stable Diffusion 1 whose safety checker takes every picture for unsafe."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    torch.manual_seed(2)
+    words = _prompt_tokenizer()
+    network = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, **sizes)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
+    checker.concept_embeds_weights.data.fill_(-1)
+    reader = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    clip = _clip(CLIPTextModel, len(words))
+    StableDiffusionPipeline(_vae(4), clip, words, network, DDIMScheduler(), checker, reader).save_pretrained(folder)
     return folder

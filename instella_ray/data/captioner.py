@@ -59,8 +59,8 @@ class Captioner:
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends = set(ends if isinstance(ends, list) else [ends])
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # In place of the model's own settings: Qwen's repetition penalty, for one, also counts the padding, whose token
-        # is an end of text, and so would make a caption depend on its neighbours.
+        # In place of the model's own settings: Qwen's sample, and penalise words that come again by rules that have
+        # changed with the versions of Transformers. Plain greedy search means one thing.
         self.model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=sorted(self.ends), pad_token_id=pad
         )

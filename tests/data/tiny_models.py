@@ -83,8 +83,9 @@ def save_captioner(folder: Path, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    # Qwen's own settings, which would make a caption depend on the padding.
-    model.generation_config.repetition_penalty = 1.05
+    # As Qwen's own settings do, these sample.
+    ends, settings = [ids["<|im_end|>"], ids["<|endoftext|>"]], model.generation_config
+    settings.update(do_sample=True, temperature=0.7, repetition_penalty=1.05, eos_token_id=ends)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

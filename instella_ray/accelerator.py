@@ -48,6 +48,11 @@ def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.
         raise UserError(f"precision '{precision}': expected auto, fp32 or bf16") from None
 
 
+def precision_of_actors(precision: Precision, gpus_per_actor: float) -> Precision:
+    """``precision`` of a job's actors, with ``auto`` decided where the job starts: its settings must name it."""
+    return precision if precision != "auto" else "bf16" if gpus_per_actor else "fp32"
+
+
 def fast_bf16(flags: Collection[str]) -> bool:
     """Whether a processor with these flags of /proc/cpuinfo multiplies bfloat16 matrices in hardware."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

@@ -1,4 +1,8 @@
-"""A vision-language model that describes pictures: greedy, batched, and the same whatever shares the batch. No Ray."""
+"""A vision-language model that describes pictures by greedy search, in batches. No Ray.
+
+What it says of a picture depends on the picture, the question and the weights, not on what shares the batch; in bfloat16
+that holds but for two words whose scores lie within a rounding of each other.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..accelerator import Precision, compute_dtype, pick_device
+from ..accelerator import Precision, compute_dtype, pick_device, precision_of_actors
 from ..config import Config
 from ..errors import UserError
 from .pretrained import fingerprint, loading
@@ -40,10 +40,6 @@ class PipelineConfig(Config):
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each actor; 0 computes on the CPU."""
 
-    def settled_precision(self) -> Precision:
-        """``precision`` with nothing left to decide."""
-        return self.precision if self.precision != "auto" else "bf16" if self.gpus_per_actor else "fp32"
-
 
 class Painter:
     """A loaded pipeline; UserError where ``cfg`` names none."""
@@ -54,7 +50,7 @@ class Painter:
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
         device = pick_device("auto" if cfg.gpus_per_actor else "cpu")
-        dtype = compute_dtype(device, cfg.settled_precision())
+        dtype = compute_dtype(device, precision_of_actors(cfg.precision, cfg.gpus_per_actor))
         with loading("pipeline", cfg.pipeline):
             pipe = diffusers.DiffusionPipeline.from_pretrained(cfg.pipeline, torch_dtype=dtype, use_safetensors=True)
         pipe.set_progress_bar_config(disable=True)

@@ -39,8 +39,9 @@ def short_name(name: str) -> str:
 def fingerprint(what: str, name: str, config_file: str) -> str:
     """What tells a model's versions apart: the hub's revision, or sha256 over the files of a local folder.
 
-    ``config_file`` is one that every such model has: on the hub, its revision is the model's. UserError for a folder
-    without weights as safetensors, and for a file of them that is cut short.
+    ``config_file`` is one that every such model has: on the hub, its revision is the model's. A local folder
+    is read whole, which takes seconds a GB. UserError for a folder without weights as safetensors, and for a file of
+    them that is cut short.
     """
     folder = Path(name)
     if not folder.is_dir():

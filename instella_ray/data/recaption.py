@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field
 
 from .. import storage
-from ..accelerator import Precision, pick_device
+from ..accelerator import Precision, pick_device, precision_of_actors
 from ..config import Config
 from ..errors import UserError
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
@@ -72,7 +72,8 @@ class Recaptioner:
 
     def __init__(self, cfg: RecaptionConfig) -> None:
         self.cfg, self.name = cfg, short_name(cfg.model)
-        self.captioner = Captioner(cfg.model, pick_device("auto" if cfg.gpus_per_actor else "cpu"), _precision(cfg))
+        device = pick_device("auto" if cfg.gpus_per_actor else "cpu")
+        self.captioner = Captioner(cfg.model, device, precision_of_actors(cfg.precision, cfg.gpus_per_actor))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, size = table.to_pylist(), self.cfg.batch_size
@@ -102,19 +103,15 @@ class Recaptioner:
         ]
 
     def _captioned(self, row: dict[str, Any], long: Answer, short: Answer) -> dict[str, Any]:
-        if not long.text or not short.text:
-            cut = not (long.finished and short.finished)
-            return {**row, "image": None, "verdict": f"dropped:{'unfinished' if cut else 'empty'}_caption"}
+        if missing := [answer for answer in (long, short) if not answer.text]:
+            reason = "empty" if missing[0].finished else "unfinished"
+            return {**row, "image": None, "verdict": f"dropped:{reason}_caption"}
         meta = json.loads(row["meta"])
         # What a second captioner is given as the caption is the first one's.
         original = meta.get("caption_original") or row["caption"]
         captions = {"caption_long": long.text, "caption_short": short.text, "captioner": self.name}
         meta |= captions | ({"caption_original": original} if original else {})
         return {**row, "caption": long.text, "meta": json.dumps(meta), "verdict": KEPT}
-
-
-def _precision(cfg: RecaptionConfig) -> Precision:
-    return cfg.precision if cfg.precision != "auto" else "bf16" if cfg.gpus_per_actor else "fp32"
 
 
 def _problem(row: dict[str, Any]) -> str | None:
@@ -132,7 +129,8 @@ def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """What must be equal for a run to go on; UserError for a model that describes no pictures."""
     volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
-    return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": _precision(cfg)}
+    precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
+    return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
 
 
 def run_recaption(cfg: RecaptionConfig) -> Ledger:
@@ -143,9 +141,8 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
     shards = find_shards(cfg.input)
-    settings = recaption_settings(cfg)
     folder = PartFolder(cfg.output)
-    done = folder.open(cfg.mode, settings)
+    done = folder.open(cfg.mode, recaption_settings(cfg))
     if todo := {url: label for url, label in shards.items() if label not in done}:
         init_ray()
         described = read_shards(todo, rows_per_block=cfg.rows_per_shard).map_batches(

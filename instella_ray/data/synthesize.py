@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import Field
 
 from .. import storage
+from ..accelerator import precision_of_actors
 from ..config import Config
 from ..errors import UserError
 from .ledger import KEPT, Ledger
@@ -48,6 +49,7 @@ class SynthesizeConfig(Config):
     seed: int = Field(0, ge=0)
     """Of the draw of prompts and of every picture's own seed."""
     format: Literal["jpeg", "webp", "png"] = "jpeg"
+    """Of the picture files."""
     quality: int = Field(95, ge=1, le=100)
     """Of JPEG and WebP."""
     prompts_per_shard: int = Field(256, ge=1)
@@ -124,7 +126,10 @@ def synthesize_settings(cfg: SynthesizeConfig, prompts: Sequence[Prompt]) -> dic
     settings |= {"prompts_hash": prompts_hash(prompts), "models": sorted(cfg.models)}
     for name, model in cfg.models.items():
         about = model.model_dump(mode="json", exclude={"pipeline", "batch_size", "actors", "gpus_per_actor"})
-        about |= {"precision": model.settled_precision(), "weights": check_pipeline(model)}
+        about |= {
+            "precision": precision_of_actors(model.precision, model.gpus_per_actor),
+            "weights": check_pipeline(model),
+        }
         about |= {"pipeline": short_name(model.pipeline)}
         settings |= {f"models.{name}.{key}": value for key, value in about.items()}
     return settings

@@ -11,7 +11,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from .. import storage
-from ..accelerator import hardware_summary
+from ..accelerator import hardware_summary, precision_of_actors
 from ..data.parts import QUARANTINE, open_output
 from ..data.pipeline import actor_pool, init_ray, on_actors
 from ..data.prompts import prompts_hash, read_prompts
@@ -108,7 +108,7 @@ def plan_job(cfg: SampleConfig) -> Job:
     if identity.text_encoder is None:
         raise UserError(f"{model}: names no text encoder in its config.yaml, expected the one it was trained with")
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
-    precision = cfg.precision if cfg.precision != "auto" else "bf16" if cfg.gpus_per_actor else "fp32"
+    precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     encoder = _cut(identity.text_encoder, cfg.text_length)
     about: dict[str, Any] = {
         "model": model,

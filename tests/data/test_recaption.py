@@ -147,6 +147,20 @@ def test_every_hostile_sample_gets_its_verdict_and_the_others_their_captions(mod
             assert row["image"] is None
 
 
+def test_a_picture_is_dropped_for_the_first_caption_that_it_lacks(model: Path, tmp_path: Path) -> None:
+    brief = Question(prompt="box", max_new_tokens=2)
+    work = Recaptioner(config(tmp_path, model, tmp_path, short=brief))
+    given = pictures(24)
+    row = {"key": "a", "image": b"bytes", "caption": "old", "meta": "{}"}
+    found = work.described([row] * len(given), given)
+    for made, answers in zip(found, work.captioner.answers(given, (LONG, brief)), strict=True):
+        missing = [answer for answer in answers if not answer.text]
+        dropped = f"dropped:{'empty' if missing[0].finished else 'unfinished'}_caption" if missing else None
+        assert made["verdict"] == (dropped or "kept")
+        assert made["image"] == (None if missing else b"bytes")
+    assert len({made["verdict"] for made in found}) == 3  # the test sees all
+
+
 def make_parts(cfg: RecaptionConfig, shards: Sequence[str]) -> None:
     """What a run leaves that was killed when it had come so far, without Ray."""
     PartFolder(cfg.output).open("new", recaption_settings(cfg))

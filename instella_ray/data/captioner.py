@@ -6,6 +6,7 @@ that holds but for two words whose scores lie within a rounding of each other.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -120,8 +121,8 @@ def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise UndecodableError("too_narrow")
     scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
-    # A JPEG may come out smaller than it is, twice what is needed at least.
-    image = decode_rgb(data, at_least=max(1, round(2 * scale * min(size))))
+    # A JPEG may come out smaller than it is: one thread must decode faster than a GPU describes.
+    image = decode_rgb(data, at_least=math.ceil(scale * min(size)))
     scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
     if scale == 1:
         return image

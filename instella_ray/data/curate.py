@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
 from .scoring import with_scores
-from .shard_list import part_entries, write_shard_list
+from .shard_list import close_with_list
 from .shards import write_samples
 from .sources import find_inputs, open_source, require_captions
 
@@ -81,10 +81,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     if cfg.filters.duplicates:
         init_ray()
         deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
-    ledger = folder.close(shards.values())
-    parts = folder.parts()
-    write_shard_list(cfg.output, part_entries(cfg.output, parts))
-    write_report(cfg.output, cfg.filters, parts, ledger)
+    ledger = close_with_list(folder, shards.values())
+    write_report(cfg.output, cfg.filters, folder.parts(), ledger)
     if not ledger.kept:
         raise UserError(
             f"input {cfg.input}: no sample left ({ledger.summary()}); see {storage.join(cfg.output, 'ledger.json')}"

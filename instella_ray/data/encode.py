@@ -16,7 +16,7 @@ from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
 from .parts import Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
-from .sources import find_inputs, open_source
+from .sources import find_pictures, open_source
 from .views import Decoder
 
 
@@ -83,12 +83,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
-    inputs = find_inputs(cfg.input)
-    if inputs.links:
-        raise UserError(
-            f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them"
-        )
-    shards = inputs.shards
+    shards = find_pictures(cfg.input)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
     if size % (multiple := bit.cfg.encode_multiple):

@@ -16,13 +16,15 @@ from ..config import Config
 from ..errors import UserError
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
 from .decode import UndecodableError
-from .ledger import KEPT, Ledger
+from .ledger import DROPPED, KEPT, QUARANTINED, Ledger
 from .loader import Prefetcher
-from .parts import LEDGER, Mode, PartFolder
-from .pipeline import actor_pool, init_ray, write_parts
+from .parts import LEDGER, Mode, PartFolder, PartWriter
+from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
 from .pretrained import located, short_name
-from .shards import find_shards, write_rows
-from .tar_source import SCHEMA, read_shards
+from .rows import SCHEMA
+from .shard_list import close_with_list
+from .shards import write_samples
+from .sources import find_pictures, open_source
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
 LONG = Question(
@@ -40,7 +42,7 @@ class RecaptionConfig(Config):
     """Which pictures are described, by which model, and what it is asked."""
 
     input: str
-    """Curated WebDataset tars (a path, a glob, a folder, commas between several); captions need not be there."""
+    """Curated tars, or parquet with pictures (a path, glob, folder, commas between); captions need not be there."""
     output: str
     """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
     mode: Mode = "new"
@@ -61,6 +63,7 @@ class RecaptionConfig(Config):
     """GPU share of each captioner; 0 computes on the CPU."""
     rows_per_shard: int = Field(1000, ge=1)
     """Pictures looked at for one output tar."""
+    abort: AbortConfig = AbortConfig()
 
 
 class Recaptioner:
@@ -85,13 +88,13 @@ class Recaptioner:
         return pa.Table.from_pylist(done, ROWS)
 
     def decoded(self, row: dict[str, Any]) -> Image.Image | str:
-        """The picture of a row of :data:`.tar_source.SCHEMA`, or the verdict on what is none."""
+        """The picture of a row of :data:`.rows.SCHEMA`, or the verdict on what is none."""
         try:
             if problem := _problem(row):
                 raise UndecodableError(problem)
             return decode_for_captioner(row["image"], self.cfg.max_pixels)
         except UndecodableError as error:
-            return f"quarantined:{error}"
+            return f"{QUARANTINED}:{error}"
 
     def described(self, rows: Sequence[dict[str, Any]], pictures: Sequence[Image.Image | str]) -> list[dict[str, Any]]:
         """``rows`` with captions and verdict; ``pictures`` has a verdict in the place of what is none."""
@@ -105,7 +108,7 @@ class Recaptioner:
     def _captioned(self, row: dict[str, Any], long: Answer, short: Answer) -> dict[str, Any]:
         if missing := [answer for answer in (long, short) if not answer.text]:
             reason = "empty" if missing[0].finished else "unfinished"
-            return {**row, "image": None, "verdict": f"dropped:{reason}_caption"}
+            return {**row, "image": None, "verdict": f"{DROPPED}:{reason}_caption"}
         meta = json.loads(row["meta"])
         # What a second captioner is given as the caption is the first one's.
         original = meta.get("caption_original") or row["caption"]
@@ -127,7 +130,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """What must be equal for a run to go on; UserError for a model that describes no pictures."""
-    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor", "abort"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
@@ -140,22 +143,21 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     by other weights or questions, or nothing is left.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
-    shards = find_shards(cfg.input)
+    shards = find_pictures(cfg.input)
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, recaption_settings(cfg))
     if todo := {url: label for url, label in shards.items() if label not in done}:
         init_ray()
-        described = read_shards(todo, rows_per_block=cfg.rows_per_shard).map_batches(
+        described = open_source(todo, rows_per_block=cfg.rows_per_shard).map_batches(
             Recaptioner,
             fn_constructor_args=(cfg,),
             batch_format="pyarrow",
             batch_size=8 * cfg.batch_size,
             **actor_pool(cfg.actors, cfg.gpus_per_actor),
         )
-        write_parts(
-            described, cfg.output, ".tar", cfg.rows_per_shard, write_rows, shards=shards, done=done, title="recaption"
-        )
-    ledger = folder.close(shards.values())
+        writer = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples)
+        write_parts(described, writer, shards=shards, done=done, title="recaption", abort=cfg.abort)
+    ledger = close_with_list(folder, shards.values())
     if not ledger.kept:
         where = storage.join(cfg.output, LEDGER)
         raise UserError(f"input {cfg.input}: no picture got its captions ({ledger.summary()}); see {where}")

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -117,11 +117,6 @@ def remove_shard(url: str) -> None:
 
 def write_samples(url: str, rows: Iterable[dict[str, Any]]) -> int:
     """:func:`write_tar` of rows with ``key, image, caption`` and ``meta`` (JSON)."""
-    return write_tar(url, ((row["key"], row["image"], row["caption"], json.loads(row["meta"])) for row in rows))
-
-
-def write_rows(url: str, rows: Sequence[Mapping[str, Any]]) -> int:
-    """:func:`write_tar` of rows as :class:`.parts.PartWriter` gives them; ``meta`` is JSON."""
     return write_tar(url, ((row["key"], row["image"], row["caption"], json.loads(row["meta"])) for row in rows))
 
 

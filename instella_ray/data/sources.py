@@ -61,6 +61,16 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
     return Inputs(shards, tuple(links))
 
 
+def find_pictures(pattern: str) -> dict[str, str]:
+    """The shards of :func:`find_inputs`, for a job that needs pictures; UserError for links without."""
+    inputs = find_inputs(pattern)
+    if inputs.links:
+        raise UserError(
+            f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them"
+        )
+    return inputs.shards
+
+
 def open_source(shards: Mapping[str, str], rows_per_block: int = 256) -> Dataset:
     """A Ray dataset over tars and parquet files (URL -> label), wherever they lie: one read task a shard.
 

@@ -21,12 +21,13 @@ from ..config import Config
 from ..errors import UserError
 from .ledger import KEPT, Ledger
 from .painter import Painter, PipelineConfig, check_pipeline
-from .parts import LEDGER, Mode, PartFolder
-from .pipeline import actor_pool, init_ray, write_parts
+from .parts import LEDGER, Mode, PartFolder, PartWriter
+from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
 from .pretrained import located, short_name
 from .prompts import Prompt, prompts_hash, read_prompts
-from .shards import write_rows
-from .tar_source import SCHEMA
+from .rows import SCHEMA
+from .shard_list import close_with_list
+from .shards import write_samples
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
 # A key is PROMPT-MODEL: without a dash in its second half it can be parted again, and no two are the same.
@@ -54,6 +55,7 @@ class SynthesizeConfig(Config):
     """Of JPEG and WebP."""
     prompts_per_shard: int = Field(256, ge=1)
     """Pictures of one tar, and what is lost at most when an actor dies."""
+    abort: AbortConfig = AbortConfig()
 
 
 class Synthesizer:
@@ -153,7 +155,7 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
         if todo := {label: chunk for label, chunk in of_model.items() if label not in done}:
             init_ray()
             _make(cfg, name, todo, of_model)
-    ledger = folder.close(labels)
+    ledger = close_with_list(folder, labels)
     if not ledger.kept:
         where = storage.join(cfg.output, LEDGER)
         raise UserError(f"prompts {cfg.prompts}: no picture came of them ({ledger.summary()}); see {where}")
@@ -176,13 +178,6 @@ def _make(
         batch_size=1,
         **actor_pool(model.actors and min(model.actors, len(rows)), model.gpus_per_actor),
     )
-    write_parts(
-        made,
-        cfg.output,
-        ".tar",
-        cfg.prompts_per_shard,
-        write_rows,
-        shards=of_model,
-        done=of_model.keys() - todo.keys(),
-        title=f"synthesize {name}",
-    )
+    writer = PartWriter(cfg.output, ".tar", cfg.prompts_per_shard, write_samples)
+    done = of_model.keys() - todo.keys()
+    write_parts(made, writer, shards=of_model, done=done, title=f"synthesize {name}", abort=cfg.abort)

@@ -25,8 +25,9 @@ from instella_ray.data.decode import UndecodableError
 from instella_ray.data.parts import PartFolder, PartWriter
 from instella_ray.data.pretrained import fingerprint, located, short_name
 from instella_ray.data.recaption import RecaptionConfig, Recaptioner, recaption_settings, run_recaption
-from instella_ray.data.shards import find_shards, write_rows, write_tar
-from instella_ray.data.tar_source import SCHEMA, read_samples
+from instella_ray.data.rows import SCHEMA
+from instella_ray.data.shards import find_shards, write_samples, write_tar
+from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
 from .samples import HOSTILE, picture, sample, tar_bytes
@@ -164,7 +165,7 @@ def test_a_picture_is_dropped_for_the_first_caption_that_it_lacks(model: Path, t
 def make_parts(cfg: RecaptionConfig, shards: Sequence[str]) -> None:
     """What a run leaves that was killed when it had come so far, without Ray."""
     PartFolder(cfg.output).open("new", recaption_settings(cfg))
-    write, work = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_rows), Recaptioner(cfg)
+    write, work = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples), Recaptioner(cfg)
     for name in shards:
         of_shard = list(read_samples(io.BytesIO(Path(cfg.input, f"{name}.tar").read_bytes()), name))
         marked = [{**row, "last": row is of_shard[-1]} for row in of_shard]
@@ -191,6 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_files(ray_session: None, model: Path, 
     # Batches of another size: the same captions.
     ledger = run_recaption(config(tmp_path / "in", model, out, mode="resume", batch_size=3)).to_json()
     after = contents(out)
+    assert len(json.loads(after.pop("shards.json"))["shards"]) == len([name for name in after if name.endswith(".tar")])
     assert ledger == json.loads(after.pop("ledger.json")) and after == contents(whole)
     assert ledger["in"] == 22 == ledger["kept"] + sum(ledger["dropped"].values()) + 2
     assert ledger["quarantined"] == {"undecodable": 2} and ledger["kept"] >= 8

@@ -25,7 +25,7 @@ from instella_ray.data.decode import decode_rgb
 from instella_ray.data.painter import PipelineConfig, judged
 from instella_ray.data.parts import PartFolder, PartWriter
 from instella_ray.data.prompts import read_prompts
-from instella_ray.data.shards import find_shards, write_rows
+from instella_ray.data.shards import find_shards, write_samples
 from instella_ray.data.synthesize import (
     SynthesizeConfig,
     Synthesizer,
@@ -139,7 +139,7 @@ def make_parts(cfg: SynthesizeConfig, labels: Sequence[str] | None = None) -> No
     """What a run leaves that was killed when it had come so far (or had ended, but for its ledger), without Ray."""
     prompts = read_prompts(cfg.prompts)
     PartFolder(cfg.output).open("new", synthesize_settings(cfg, prompts))
-    write = PartWriter(cfg.output, ".tar", cfg.prompts_per_shard, write_rows)
+    write = PartWriter(cfg.output, ".tar", cfg.prompts_per_shard, write_samples)
     for name in cfg.models:
         worker = Synthesizer(cfg, name)
         for label, chunk in chunks(cfg, prompts, name).items():
@@ -170,6 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
     assert job.main(["--config", str(tmp_path / "job.yaml")]) == 0
     assert f"{out}: 10 of 10 kept" in capsys.readouterr().out
     after = contents(out)
+    assert len(json.loads(after.pop("shards.json"))["shards"]) == len([name for name in after if name.endswith(".tar")])
     assert json.loads(after.pop("ledger.json")) == {"in": 10, "kept": 10, "dropped": {}, "quarantined": {}}
     assert after == contents(tmp_path / "whole")
     rows = [row for url in find_shards(str(out)) for row in read_samples(io.BytesIO(Path(url).read_bytes()), "")]

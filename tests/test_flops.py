@@ -1,0 +1,192 @@
+"""The FLOP model agrees with PyTorch's own counter on the real networks, and with the figures that are published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from instella_ray import flops
+from instella_ray.flops import AMD_OLMO_1B, TextEncoderSizes, TrainingFlops
+from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
+
+SMALL: dict[str, Any] = {
+    "image_size": 64,
+    "patch_size": 8,
+    "num_tokens": 6,
+    "bits_per_token": 10,
+    "encoder_width": 64,
+    "encoder_layers": 4,
+    "encoder_heads": 2,
+    "decoder_width": 96,
+    "decoder_layers": 5,
+    "decoder_heads": 3,
+    "rope_axes": (8, 12, 12),
+}
+TOKENIZERS = {
+    "paper": BITConfig(),
+    "no resampling": BITConfig(**SMALL, downsample_after=(), upsample_after=(), token_positions=True),
+    "two merges, conv": BITConfig(
+        **SMALL,
+        downsample_after=(0, 2),
+        upsample_after=(1, 3),
+        resample="conv",
+        pixel_head="conv",
+        normalize_logits=True,
+    ),
+    "repa": BITConfig(**SMALL, downsample_after=(1,), upsample_after=(1,), repa_layer=2, repa_width=24),
+}
+GENERATORS = {
+    "paper, diffusion": GeneratorConfig(),
+    "paper, AR": GeneratorConfig(kind="ar"),
+    "small, diffusion": GeneratorConfig(num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40),
+    "small, AR": GeneratorConfig(
+        kind="ar", num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40
+    ),
+}
+
+
+def counted(run: Callable[[], Any]) -> float:
+    """FLOP of ``run``, by PyTorch. Plain attention: the counter knows no CPU kernel of the fused one."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def on_meta(build: Callable[[], nn.Module]) -> Any:
+    """A network without memory: its shapes are all that is counted."""
+    with torch.device("meta"):
+        return build()
+
+
+def forward(model: DiffusionGenerator | ARGenerator, text_tokens: int, batch: int) -> Tensor:
+    cfg = model.cfg
+    with torch.device("meta"):
+        features = torch.zeros(cfg.layers, batch, text_tokens, cfg.text_width)
+        text = model.text_kv(features, torch.ones(batch, text_tokens, dtype=torch.bool))
+        codes = torch.zeros(batch, cfg.num_tokens, cfg.bits_per_token)
+        if isinstance(model, DiffusionGenerator):
+            return model(codes, torch.rand(batch), text)
+        return model(codes[:, :-1], text)
+
+
+@pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizers_cost_what_pytorch_counts_at_any_size(cfg: BITConfig) -> None:
+    bit = on_meta(lambda: BIT(cfg)).eval()
+    for height, width in ((cfg.image_size, cfg.image_size), (2 * cfg.image_size, cfg.image_size // 2)):
+        images = torch.zeros(3, 3, height, width, device="meta")
+        codes = torch.zeros(3, cfg.num_tokens, cfg.bits_per_token, device="meta")
+        assert 3 * flops.bit_encode(cfg, height, width).forward == counted(lambda: bit.encode(images))  # noqa: B023
+        assert 3 * flops.bit_decode(cfg, height, width).forward == counted(lambda: bit.decode(codes, height, width))  # noqa: B023
+
+
+@pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_training_a_tokenizer_costs_what_pytorch_counts(cfg: BITConfig) -> None:
+    bit = on_meta(lambda: BIT(cfg)).train()
+    size = cfg.image_size
+    images = torch.zeros(2, 3, size, size, device="meta")
+
+    def step(output: int) -> None:
+        out = bit(images, temperature=0.5, height=output, width=output)
+        (out.images.sum() + (0 if out.repa is None else out.repa.sum())).backward()
+
+    for output in (size, 2 * size):
+        assert counted(lambda: step(output)) == 2 * flops.tokenizer_training(cfg, size, output).model  # noqa: B023
+    bit.encoder.requires_grad_(False)
+    # The quantizer learns with the decoder; its one small matrix is counted with the encoder.
+    frozen = flops.tokenizer_training(cfg, size, size, frozen_encoder=True)
+    assert counted(lambda: step(size)) == pytest.approx(2 * frozen.model, rel=0.01)
+
+
+@pytest.mark.parametrize("cfg", GENERATORS.values(), ids=GENERATORS)
+@pytest.mark.parametrize("text_tokens", [1, 48])
+def test_generators_cost_what_pytorch_counts(cfg: GeneratorConfig, text_tokens: int) -> None:
+    model = on_meta(lambda: build_generator(cfg))
+    step = flops.generator_training(cfg, text_tokens)
+    with torch.no_grad():
+        assert counted(lambda: forward(model, text_tokens, 3)) == 3 * step.forward
+    assert counted(lambda: forward(model, text_tokens, 3).sum().backward()) == 3 * step.model
+    again = flops.generator_training(cfg, text_tokens, gradient_checkpointing=True)
+    assert again.hardware == step.hardware + step.forward and again.model == step.model == step.hardware
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("olmo", {"intermediate_size": 96}),
+        ("llama", {"intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 24}),
+        ("bert", {"intermediate_size": 96}),
+        ("gpt2", {}),
+    ],
+)
+def test_text_encoders_cost_what_pytorch_counts(kind: str, options: dict[str, int]) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    cfg = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=60,
+        attn_implementation="sdpa",
+        **options,
+    )
+    model = AutoModel.from_config(cfg)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    sizes = TextEncoderSizes.of(model)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters()) and (sizes.layers, sizes.width) == (3, 32)
+    with torch.no_grad():
+        measured = counted(lambda: model(input_ids=torch.ones(2, 20, dtype=torch.long)))
+    # Rotary tables of some architectures are a product too, of a thousandth.
+    assert 2 * flops.text_encoder_forward(sizes, 20) == pytest.approx(measured, rel=0.01)
+    assert TextEncoderSizes.of(model, 2).matrix_weights * 3 == sizes.matrix_weights * 2
+
+
+def test_the_papers_text_encoder_has_the_sizes_that_its_architecture_gives() -> None:
+    from transformers import OlmoConfig, OlmoModel
+
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 8192}
+    assert TextEncoderSizes.of(on_meta(lambda: OlmoModel(OlmoConfig(**sizes, vocab_size=50304)))) == AMD_OLMO_1B
+
+
+def test_the_papers_sample_costs_what_its_throughput_is_reckoned_with() -> None:
+    """120 images a second on an MI300X are some 14 % of its peak with recomputation and encoding, 220 some 26 %."""
+    model = GeneratorConfig()
+    sample = flops.generator_training(model, 128, AMD_OLMO_1B, tokenizer=BITConfig(), gradient_checkpointing=True)
+    assert sample.hardware == pytest.approx(1.55e12, rel=0.01) and sample.model == pytest.approx(1.29e12, rel=0.01)
+    assert sample.frozen == pytest.approx((277 + 240) * 1e9, rel=0.01)
+    peak = flops.ACCELERATORS["mi300x"].peak
+    assert [round(rate * sample.hardware / peak, 2) for rate in (120, 220)] == [0.14, 0.26]
+    # A cached text saves a fifth of a sampling step.
+    step, text = flops.generator_forward(model, 128).forward, flops.generator_text(model, 128).forward
+    assert (round(step / 1e9), round((step - text) / 1e9)) == (263, 211)
+
+
+def test_work_adds_up() -> None:
+    encode, decode = (work(BITConfig(), 512, 512) for work in (flops.bit_encode, flops.bit_decode))
+    assert (encode + decode).forward == encode.forward + decode.forward
+    assert (encode + decode).backward == pytest.approx(encode.backward + decode.backward)
+    assert TrainingFlops(1, 2, 3, 4).model == 6 and TrainingFlops(1, 2, 3, 4).hardware == 10
+
+
+def test_devices_are_known_by_the_names_that_pytorch_gives_them() -> None:
+    names = {
+        "AMD Instinct MI300X": 1307.4,
+        "AMD Instinct MI355X OAM": 2516.6,
+        "NVIDIA H100 80GB HBM3": 989.4,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200": 989.4,
+        "NVIDIA A100-SXM4-80GB": 312,
+    }
+    for name, peak in names.items():
+        found = flops.find_accelerator(name)
+        assert found and found.peak == peak * 1e12, name
+    for name in ("AMD EPYC 9554 64-Core Processor", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090", "NVIDIA GH200 480GB"):
+        assert flops.find_accelerator(name) is None

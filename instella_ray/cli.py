@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from .config import add_config_arguments, describe, load_config
+from .config import add_config_arguments, describe, load_config, read_yaml, validate
 from .errors import run_main
 
 
@@ -17,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_compare(commands)
     _add_shards(commands)
+    _add_plan(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -99,6 +102,49 @@ def _shards(args: argparse.Namespace) -> None:
 
     made = list_shards(args.pattern, args.output, SUFFIXES)
     print(f"{args.output}: {len(made.shards)} shards, {made.bytes} bytes")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .training.plan import PlanOptions
+
+    command = commands.add_parser(
+        "plan",
+        help="what a training run will need: GPU-days, memory, storage, network and cost",
+        description="Predict a run of jobs/train_generator.py or jobs/train_tokenizer.py from its configuration: FLOP a "
+        "sample from the networks' sizes, time from a measured throughput or MFU, and all that was assumed.",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file of the job")
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as of the job"
+    )
+    command.add_argument("--gpus", metavar="N", help="the same as --set train.workers.count=N")
+    for name, field in PlanOptions.model_fields.items():
+        about: dict[str, Any] = {"help": f"{field.description} (default: {field.default})", "default": None}
+        about |= {"action": "store_true"} if field.annotation is bool else {"metavar": "VALUE"}
+        command.add_argument(_flag(name), **about)
+    command.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    command.set_defaults(run=_plan)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .evaluation.validation import ValidatedRun
+    from .training.plan import PlanOptions, plan_run
+    from .training.tokenizer import TokenizerConfig
+
+    given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
+    options = validate(PlanOptions, given, None, {name: f"{_flag(name)} {value}" for name, value in given.items()})
+    overrides = [*args.overrides, *([f"train.workers.count={args.gpus}"] if args.gpus else [])]
+    run: TokenizerConfig | ValidatedRun
+    if "data" in read_yaml(args.config):
+        run = load_config(TokenizerConfig, args.config, overrides)
+    else:
+        run = load_config(ValidatedRun, args.config, overrides)
+    plan = plan_run(run, options)
+    print(json.dumps(plan.as_dict(), indent=1) if args.json else plan.text())
 
 
 if __name__ == "__main__":

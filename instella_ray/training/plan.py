@@ -1,0 +1,345 @@
+"""What a training run will need: FLOP, GPU-days, memory, storage, network and cost, with all that was assumed.
+
+The paper gives its diffusion run three times, and they do not agree: 20 days on a node of 8 (160 GPU-days), "approximately
+200 GPU-days", and 177 GPU-days in Table 3. It names 120 images/s a GPU but no number of steps: at that rate and a batch of
+4096, 160 GPU-days are 405,000 steps and 177 are 448,000. ``configs/generator/paper.yaml`` has 400,000.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+
+from .. import storage
+from ..config import Config
+from ..data.codes import MANIFEST
+from ..errors import UserError
+from ..flops import (
+    ACCELERATORS,
+    AMD_OLMO_1B,
+    TextEncoderSizes,
+    TrainingFlops,
+    generator_training,
+    text_encoder_forward,
+    tokenizer_training,
+)
+from ..models.bit import BITConfig
+from ..models.checkpoint import build_model, parse_model, read_checkpoint_config
+from ..models.generator import GeneratorConfig
+from ..models.text_encoder import TextEncoderConfig, resolve_name
+from .generator import GeneratorRunConfig
+from .memory import Sharding, generator_activations, states, tokenizer_activations
+from .settings import TrainConfig
+from .tokenizer import TokenizerConfig
+
+PAPER_IMAGES_PER_SECOND = 120.0
+"""Of the paper's generators in training, on one MI300X (section 1)."""
+CAPTION_BYTES = 500
+"""Of a picture's long and short caption together."""
+FEATURE_CACHE = float(1 << 30)
+"""What :class:`..models.text_encoder.TextFeatureCache` keeps."""
+
+
+class PlanOptions(Config):
+    """What a run's configuration does not say."""
+
+    device: Literal["mi300x", "mi325x", "mi350x", "mi355x", "h100", "h100pcie", "h200", "a100"] = "mi300x"
+    """Accelerator."""
+    mfu: float | None = Field(None, gt=0, le=1)
+    """Share of the bf16 peak that the model's arithmetic reaches, without recomputation, as in metrics.jsonl."""
+    images_per_second: float | None = Field(None, gt=0)
+    """Measured throughput of one GPU, in place of mfu."""
+    price_per_gpu_hour: float | None = Field(None, ge=0)
+    """In any currency."""
+    sharding: Sharding = "ddp"
+    """How weights, gradients and optimizer are spread over the GPUs."""
+    gradient_checkpointing: bool = False
+    """Compute each block's forward pass again in the backward pass."""
+    from_pictures: bool = False
+    """Encode raw pictures within a generator's training loop, in place of reading packed codes."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Tokens of a caption, padding included; none means the text encoder's limit."""
+    pictures: int = Field(100_000_000, ge=1)
+    """Distinct pictures, where no folder of codes tells."""
+    picture_bytes: int = Field(150_000, ge=1)
+    """Of one picture's file."""
+
+    @model_validator(mode="after")
+    def _one_speed(self) -> PlanOptions:
+        if self.mfu is not None and self.images_per_second is not None:
+            raise ValueError("mfu and images_per_second both say how fast it is: expected one of them")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run's needs. Bytes are of one worker or of the whole run, as each says; seconds, FLOP and bytes are plain."""
+
+    subject: str
+    parameters: int
+    device: str
+    gpus: int
+    samples: int
+    flop_per_sample: dict[str, float]
+    """``forward``, ``backward``, then what is frozen or done again, and their sums ``model`` and ``hardware``."""
+    images_per_second: float
+    """Of one GPU."""
+    mfu: float
+    hfu: float
+    """With what is computed a second time."""
+    gpu_hours: float
+    memory: dict[str, float]
+    """Bytes of one worker, by use."""
+    device_memory: float
+    storage: dict[str, float]
+    """Bytes of the data set and of the checkpoints that are kept."""
+    network: dict[str, float]
+    """Bytes that a worker sends a step, and that all workers read a second."""
+    cost: float | None
+    assumptions: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, with those that follow from them, for JSON."""
+        derived = {"gpu_days": self.gpu_days, "wall_hours": self.gpu_hours / self.gpus}
+        return dataclasses.asdict(self) | derived | {"memory_total": self.memory_total, "fits": self.fits}
+
+    @property
+    def gpu_days(self) -> float:
+        return self.gpu_hours / 24
+
+    @property
+    def memory_total(self) -> float:
+        """Bytes of one worker."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether one worker's memory is enough, with a tenth of it left to the allocator and the libraries."""
+        return self.memory_total <= 0.9 * self.device_memory
+
+    def text(self) -> str:
+        """For a terminal."""
+        days = self.gpu_days / self.gpus
+        parts = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in self.flop_per_sample.items())
+        uses = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory.items() if value >= 5e7)
+        verdict = "fits" if self.fits else "does not fit"
+        rows = {
+            "run": f"{self.subject}, {self.parameters / 1e9:.3g} B weights, {self.samples:,} samples",
+            "GFLOP a sample": parts,
+            "speed": f"{self.images_per_second:,.1f} images/s a GPU: MFU {self.mfu:.1%}, HFU {self.hfu:.1%}",
+            "time": f"{self.gpu_days:,.1f} GPU-days ({self.gpu_hours:,.0f} GPU-hours), {days:,.1f} days on {self.gpus} GPUs",
+            "memory a GPU": f"{self.memory_total / 1e9:.1f} GB of {self.device_memory / 1e9:.0f} ({verdict}): {uses}",
+            "storage": ", ".join(f"{name} {value / 1e9:,.1f} GB" for name, value in self.storage.items()),
+            "network": f"a GPU sends {self.network['sent_per_step'] / 1e9:.2f} GB a step; "
+            f"all read {self.network['read_per_second'] / 1e6:,.2f} MB/s of data",
+            "cost": "unknown without a price" if self.cost is None else f"{self.cost:,.0f}",
+        }
+        width = max(map(len, rows))
+        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+        return "\n".join([*lines, "assumed:", *(f"  - {line}" for line in self.assumptions)])
+
+
+class _Subject(NamedTuple):
+    """What a plan needs to know of a run beyond its :class:`TrainConfig`."""
+
+    name: str
+    parameters: int
+    flops: TrainingFlops
+    frozen: dict[str, float]
+    """FLOP of each frozen part, by name."""
+    frozen_bytes: float
+    inputs: float
+    activations: float
+    """Bytes of a micro-batch."""
+    data: dict[str, float]
+    """Bytes of the data set, by kind."""
+    sample_bytes: float
+    assumptions: list[str]
+
+
+def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) -> Plan:
+    """What ``run`` needs on ``options.device``; UserError for a text encoder whose sizes cannot be known."""
+    train, device = run.train, ACCELERATORS[options.device]
+    subject = _generator(run, options) if isinstance(run, GeneratorRunConfig) else _tokenizer(run, options)
+    gpus, bf16 = train.workers.count, train.precision != "fp32"
+    if options.images_per_second is not None:
+        speed, source = options.images_per_second, f"{options.images_per_second:g} images/s a GPU, as given"
+    elif options.mfu is not None:
+        speed, source = options.mfu * device.peak / subject.flops.model, f"MFU {options.mfu:.3g}, as given"
+    else:
+        speed = paper_mfu() * device.peak / subject.flops.model
+        source = (
+            f"MFU {paper_mfu():.3g}: the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw pictures"
+        )
+    samples = train.steps * train.global_batch
+    hours = samples / speed / 3600
+    held = states(subject.parameters, options.sharding, gpus, bf16=bf16)
+    memory = held._replace(frozen=subject.frozen_bytes, inputs=subject.inputs, activations=subject.activations)
+    recomputed = {"recomputed": subject.flops.recomputed} if subject.flops.recomputed else {}
+    flops = {"forward": subject.flops.forward, "backward": subject.flops.backward, **subject.frozen, **recomputed}
+    # Weights, their average and AdamW's two moments, all float32; the new one is there before an old one goes.
+    checkpoints = 16.0 * subject.parameters * (train.keep_checkpoints + 1)
+    return Plan(
+        subject=subject.name,
+        parameters=subject.parameters,
+        device=device.label,
+        gpus=gpus,
+        samples=samples,
+        flop_per_sample=flops | {"model": subject.flops.model, "hardware": subject.flops.hardware},
+        images_per_second=speed,
+        mfu=speed * subject.flops.model / device.peak,
+        hfu=speed * subject.flops.hardware / device.peak,
+        gpu_hours=hours,
+        memory=memory._asdict(),
+        device_memory=device.memory,
+        storage=subject.data | {"checkpoints": checkpoints},
+        network={
+            "sent_per_step": _sent_per_step(subject.parameters, options.sharding, train, bf16),
+            "read_per_second": speed * gpus * subject.sample_bytes,
+        },
+        cost=None if options.price_per_gpu_hour is None else hours * options.price_per_gpu_hour,
+        assumptions=[
+            f"speed: {source}",
+            f"{device.label}: {device.peak / 1e12:,.0f} TFLOP/s bf16 dense, {device.memory / 1e9:.0f} GB ({device.source})",
+            f"{options.sharding}, {'with' if options.gradient_checkpointing else 'without'} gradient checkpointing, "
+            f"{'bf16 autocast' if bf16 else 'float32 (slower than the bf16 peak that MFU is a share of)'}, "
+            f"micro-batch {_micro_batch(train)}",
+            "fits means within nine tenths of the memory; restarts, previews and validation are not in the time",
+            *subject.assumptions,
+        ],
+    )
+
+
+def paper_mfu() -> float:
+    """What the paper's throughput means on its hardware, when captions and raw pictures are encoded within the loop."""
+    sample = generator_training(GeneratorConfig(), 128, AMD_OLMO_1B, tokenizer=BITConfig())
+    return PAPER_IMAGES_PER_SECOND * sample.model / ACCELERATORS["mi300x"].peak
+
+
+def text_encoder_sizes(cfg: TextEncoderConfig) -> TextEncoderSizes:
+    """Sizes of the language model that ``cfg`` names, without loading weights; the paper's needs no hub either."""
+    if cfg.name == TextEncoderConfig().name and cfg.layers is None:
+        return AMD_OLMO_1B
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
+        described = AutoConfig.from_pretrained(resolve_name(cfg.name), **extra)
+        with torch.device("meta"):
+            model = AutoModel.from_config(described)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"text encoder '{cfg.name}': its sizes cannot be read ({reason})") from None
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return TextEncoderSizes.of(model, cfg.layers)
+
+
+def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
+    encoder, tokenizer = text_encoder_sizes(run.text_encoder), _tokenizer_sizes(run.tokenizer)
+    bit = tokenizer or BITConfig()
+    facts = {
+        "num_tokens": bit.num_tokens,
+        "bits_per_token": bit.bits_per_token,
+        "layers": encoder.layers,
+        "text_width": encoder.width,
+    }
+    given = run.model.model_fields_set
+    model = run.model.model_copy(update={name: value for name, value in facts.items() if name not in given})
+    tokens = options.text_tokens or run.text_encoder.max_length
+    again, bf16 = options.gradient_checkpointing, run.train.precision != "fp32"
+    pictures = bit if options.from_pictures else None
+    flops = generator_training(model, tokens, encoder, tokenizer=pictures, gradient_checkpointing=again)
+    text = text_encoder_forward(encoder, tokens)
+    frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if pictures else {})
+    size, micro = 2 if bf16 else 4, _micro_batch(run.train)
+    features = model.layers * tokens * model.text_width
+    accumulation = run.train.global_batch // run.train.workers.count // micro
+    # Those of all micro-batches; of the one at work a copy without padding, and one in the weights' dtype.
+    inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
+    rows = _codes_rows(run)
+    count = rows or options.pictures
+    kind, each = ("pictures", options.picture_bytes) if pictures else ("codes", bit.code_bytes)
+    assumptions = [f"captions of {tokens} tokens, encoded anew each time"]
+    if tokenizer is None:
+        assumptions.append(f"tokenizer {run.tokenizer}: not there, so the paper's sizes")
+    if rows is None:
+        assumptions.append(f"{count:,} distinct pictures")
+    assumptions.append(f"{each:,} bytes a sample of {kind}, and {CAPTION_BYTES} of captions")
+    return _Subject(
+        name=f"{model.kind} generator",
+        parameters=_count(model),
+        flops=flops,
+        frozen=frozen,
+        frozen_bytes=size * (encoder.parameters + (_count(bit) if pictures else 0)) + FEATURE_CACHE,
+        inputs=inputs,
+        activations=micro * generator_activations(model, tokens, bf16=bf16, gradient_checkpointing=again),
+        data={kind: float(count * (each + CAPTION_BYTES))},
+        sample_bytes=float(each + CAPTION_BYTES),
+        assumptions=assumptions,
+    )
+
+
+def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
+    if options.gradient_checkpointing or options.sharding != "ddp" or options.from_pictures:
+        raise UserError(
+            "a tokenizer is trained as a whole on every GPU: expected none of sharding, gradient_checkpointing"
+        )
+    size, bf16 = run.model.image_size, run.train.precision != "fp32"
+    micro = _micro_batch(run.train)
+    return _Subject(
+        name=f"tokenizer at {size} px",
+        parameters=_count(run.model),
+        flops=tokenizer_training(run.model, size, size),
+        frozen={},
+        frozen_bytes=0.0,
+        inputs=micro * 3.0 * size**2 * 4,
+        activations=micro * tokenizer_activations(run.model, size, size, bf16=bf16),
+        data={"pictures": float(options.pictures * options.picture_bytes)},
+        sample_bytes=float(options.picture_bytes),
+        assumptions=[
+            f"{options.pictures:,} distinct pictures of {options.picture_bytes:,} bytes",
+            "the losses' own networks (perceptual, discriminator) are not counted",
+        ],
+    )
+
+
+def _micro_batch(train: TrainConfig) -> int:
+    return train.micro_batch_size or train.global_batch // train.workers.count
+
+
+def _sent_per_step(parameters: int, sharding: Sharding, train: TrainConfig, bf16: bool) -> float:
+    """Bytes that each worker sends in ring collectives: every one passes on all shares but its own."""
+    workers = train.workers.count
+    share, half = (workers - 1) / workers, 2 if bf16 else 4
+    accumulation = train.global_batch // workers // _micro_batch(train)
+    if sharding == "ddp":  # all-reduce = reduce-scatter, then all-gather; once a step
+        return share * 2 * 4 * parameters
+    if sharding == "zero2":  # gradients are scattered after each micro-batch, weights gathered once
+        return share * half * parameters * (accumulation + 1)
+    return share * (2 * half + 4) * parameters * accumulation  # weights gathered forward and backward
+
+
+def _tokenizer_sizes(folder: str) -> BITConfig | None:
+    try:
+        model = parse_model(read_checkpoint_config(folder)["model"], folder)
+    except UserError:
+        return None
+    return model if isinstance(model, BITConfig) else None
+
+
+def _codes_rows(run: GeneratorRunConfig) -> int | None:
+    """Rows of all folders of codes; None where one is not there yet."""
+    files = [storage.join(source.folder, MANIFEST) for source in run.sources]
+    if not all(storage.exists(file) for file in files):
+        return None
+    return sum(storage.read_json(file)["rows"] for file in files)
+
+
+def _count(cfg: BITConfig | GeneratorConfig) -> int:
+    with torch.device("meta"):
+        model = build_model(cfg.model_dump())
+    return sum(p.numel() for p in model.parameters())

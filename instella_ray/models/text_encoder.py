@@ -134,6 +134,8 @@ class TextFeatureCache:
         self.encoder = encoder
         self.max_bytes = max_bytes
         self.bytes = 0
+        self.positions = 0
+        """Positions, padding included, that the model has run over: what encoding has cost."""
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
@@ -143,6 +145,7 @@ class TextFeatureCache:
         for start in range(0, len(unknown), 64):
             part = unknown[start : start + 64]
             features, mask = self.encoder.encode(part)
+            self.positions += mask.numel()
             for i, prompt in enumerate(part):
                 fresh[prompt] = features[:, i, mask[i]].clone()
         rows = [fresh[p] if p in fresh else self._rows[p] for p in prompts]

@@ -27,6 +27,7 @@ from ..diffusion import (
     x0_logits,
 )
 from ..errors import UserError
+from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
 from ..models.bit import BIT
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
@@ -37,6 +38,9 @@ from .launch import launch
 from .settings import TrainingRun
 
 CALIBRATION_CAPTIONS = 512
+TIME_BINS = 5
+"""Bins of the timestep that bit accuracy is logged by: t0 is nearly clean, t4 nearly noise."""
+BY_TIME = "accuracy_by_time"
 
 
 class PreviewConfig(SamplingConfig):
@@ -92,12 +96,30 @@ class DiffusionLoss(nn.Module):
         z_t = flip_noise(codes, t, u)
         out = self.model(z_t, t, self.model.text_kv(features, mask))
         accuracy = bit_accuracy(x0_logits(out, z_t), codes)
-        early = (t > 0.5).float()
-        noisy = (accuracy * early).sum() / early.sum().clamp(min=1)
-        return diffusion_loss(out, z_t, codes), {
-            "bit_accuracy": accuracy.mean(),
-            "bit_accuracy_noisy": noisy,
-        }
+        facts = {"bit_accuracy": accuracy.mean(), BY_TIME: accuracy_by_time(accuracy, t)}
+        return diffusion_loss(out, z_t, codes), facts
+
+
+def accuracy_by_time(accuracy: Tensor, t: Tensor) -> Tensor:
+    """Sums and counts ``[2, TIME_BINS + 1]`` of ``accuracy [B]`` in equal bins of ``t [B]``, and of all with t > 0.5.
+
+    Not means: those of micro-batches and ranks, which have unlike numbers of samples in a bin, would not add up.
+    """
+    place = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    bins = place[:, None] == torch.arange(TIME_BINS, device=t.device)
+    member = torch.cat((bins, (t > 0.5)[:, None]), dim=1).float()
+    # No matrix product: autocast would round its counts to bfloat16.
+    return torch.stack(((accuracy[:, None] * member).sum(0), member.sum(0)))
+
+
+def accuracy_summary(sums: Tensor) -> dict[str, Tensor]:
+    """``bit_accuracy_t0``.. and ``bit_accuracy_noisy`` of :func:`accuracy_by_time`, added up or averaged over batches.
+
+    A bin without samples is left out.
+    """
+    names = [*(f"bit_accuracy_t{i}" for i in range(TIME_BINS)), "bit_accuracy_noisy"]
+    total, count = sums.cpu()
+    return {name: total[i] / count[i] for i, name in enumerate(names) if count[i] > 0}
 
 
 class ARLoss(nn.Module):
@@ -134,6 +156,9 @@ class GeneratorTask:
         # A CPU keeps to float32: the features of a run there do not depend on what its processor is fast at.
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
         self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
+        self.encoded = 0
+        """Positions of the step's captions that the text encoder was run on."""
+        self.text_sizes: TextEncoderSizes | None = None
         model = build_model(cfg.model.model_dump())
         assert not isinstance(model, BIT)
         self.model: Model = model
@@ -145,6 +170,7 @@ class GeneratorTask:
 
     def micro_batches(self, batch: CodesBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         parts = []
+        before = self.text.positions
         for start in range(0, len(batch.captions), size):
             codes = torch.from_numpy(batch.codes[start : start + size]).float()
             features, mask = self.text.encode(batch.captions[start : start + size])
@@ -153,6 +179,7 @@ class GeneratorTask:
                 inputs["t"] = sample_timesteps(len(codes), generator, self.cfg.timesteps)
                 inputs["u"] = torch.rand(codes.shape, generator=generator)
             parts.append(inputs)
+        self.encoded = self.text.positions - before
         return parts
 
     def begin(self, batch: CodesBatch) -> None:
@@ -171,6 +198,20 @@ class GeneratorTask:
 
     def before_step(self, step: int) -> None:
         """Nothing is scheduled but the learning rate."""
+
+    def flops(self, parts: list[dict[str, Any]]) -> float:
+        """The generator on every sample; the text encoder on captions that it was run on."""
+        length = parts[0]["features"].shape[2]
+        if self.text_sizes is None:
+            self.text_sizes = TextEncoderSizes.of(self.text.encoder.model)
+        text = text_encoder_forward(self.text_sizes, length) / length * self.encoded
+        learning = [generator_training(self.cfg.model, p["features"].shape[2]).model * len(p["codes"]) for p in parts]
+        return text + sum(learning)
+
+    def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Diffusion: bit accuracy by t."""
+        by_time = means.pop(BY_TIME, None)
+        return means if by_time is None else means | accuracy_summary(by_time)
 
     def preview(self, ema_model: Model) -> np.ndarray | None:
         """One picture a prompt, side by side."""

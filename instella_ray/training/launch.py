@@ -20,6 +20,7 @@ from .. import storage
 from ..config import dump_yaml, load_config
 from ..data.pipeline import init_ray
 from ..errors import UserError
+from .loggers import check_loggers
 from .loop import Task, train_worker
 from .settings import TrainingRun, WorkersConfig, first_difference
 
@@ -32,11 +33,12 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
 
     ``build_task`` is called on every worker with what that computes on. The run directory's ``config.yaml`` holds all
     of ``run``. UserError when the directory belongs to another run already, when there is nothing to resume or it was
-    begun with other settings, when the cluster lacks the workers' resources, and for bad input that only a worker met.
+    begun with other settings, when a logger or the workers' resources are missing, and for bad input that only a worker met.
     """
     cfg = run.train.model_copy(update={"run_dir": str(Path(run.train.run_dir).absolute())})
     run = run.model_copy(update={"train": cfg})
     run_dir = Path(cfg.run_dir)
+    check_loggers(cfg.loggers)
     _check_run_dir(run, run_dir / CONFIG)
     init_ray()
     check_resources(cfg.workers, ray.cluster_resources())

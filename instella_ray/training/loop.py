@@ -23,6 +23,8 @@ from ..data.order import BatchPlan
 from ..models.checkpoint import Model
 from ..rendering import encode_png
 from .checkpoint import restore_checkpoint, save_checkpoint
+from .effort import bf16_peak, effort, peak_memory
+from .loggers import open_loggers
 from .optim import EMA, Optimizers, build_optimizers, rate_share
 from .settings import TrainConfig
 
@@ -34,7 +36,8 @@ class Task(Protocol):
     """Read in a thread: ``batch`` gives one worker's share of a global batch, on the CPU."""
     model: Model
     step_module: nn.Module
-    """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it."""
+    """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it. A part that is
+    no single number is for :meth:`summary`."""
 
     def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         """Keyword arguments for the step module, cut into micro-batches; draws the step's noise."""
@@ -44,6 +47,12 @@ class Task(Protocol):
 
     def before_step(self, step: int) -> None:
         """Called before every step (model in training mode)."""
+
+    def flops(self, parts: list[dict[str, Any]]) -> float:
+        """FLOP that these micro-batches ask for, forward and backward, with what is frozen and without recomputation."""
+
+    def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Single numbers to log of the parts' means over a global batch; called on every rank at logged steps."""
 
     def preview(self, ema_model: Model) -> Any:
         """A picture, uint8 ``[H, W, 3]``, of what the model can do, or None."""
@@ -82,7 +91,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         step_module = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None)
     size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
-    log = _MetricsLog(cfg, rank)
+    log = _MetricsLog(cfg, rank, task, start, device)
     batches = Prefetcher(lambda step: task.data.batch(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
     waited = time.perf_counter()
     for step, batch in enumerate(batches, start):
@@ -112,7 +121,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         share = rate_share(step, cfg.steps, cfg.optimizer)
         optimizers.step(share)
         ema.update(model, step)
-        log.step(step, totals, share * cfg.optimizer.lr, norm, data_wait)
+        log.step(step, totals, share * cfg.optimizer.lr, norm, data_wait, task.flops(parts))
         done = step + 1
         final = done == cfg.steps
         if rank == 0 and (final or done % cfg.preview_every == 0):
@@ -120,6 +129,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         if final or done % cfg.checkpoint_every == 0:
             _report(task, model, ema, optimizers, done, rank, log.last)
         waited = time.perf_counter()
+    log.close()
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -158,32 +168,52 @@ def _report(
 class _MetricsLog:
     """Rank 0 appends one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
 
-    def __init__(self, cfg: TrainConfig, rank: int) -> None:
-        self.cfg, self.rank = cfg, rank
+    def __init__(self, cfg: TrainConfig, rank: int, task: Task, start: int, device: torch.device) -> None:
+        self.cfg, self.rank, self.task, self.device = cfg, rank, task, device
         self.last: dict[str, Any] = {}
         self.seen = 0
         self.waited = 0.0
+        self.work = 0.0
+        self.peak = bf16_peak(device, cfg.precision)
+        self.world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.loggers = open_loggers(cfg.loggers, cfg.run_dir, start) if rank == 0 else []
         self.since = time.perf_counter()
 
-    def step(self, step: int, totals: dict[str, Tensor], rate: float, norm: Tensor, data_wait: float) -> None:
+    def step(
+        self, step: int, totals: dict[str, Tensor], rate: float, norm: Tensor, data_wait: float, flops: float
+    ) -> None:
         self.seen += self.cfg.global_batch
         self.waited += data_wait
+        self.work += flops
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
-        values = torch.stack(list(totals.values()))
+        values = torch.cat([value.flatten() for value in totals.values()])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
-            values /= torch.distributed.get_world_size()
+            values /= self.world
+        parts = values.split([value.numel() for value in totals.values()])
+        means = {name: part.view_as(value) for (name, value), part in zip(totals.items(), parts, strict=True)}
         elapsed = time.perf_counter() - self.since
-        facts = dict(zip(totals, [round(v, 6) for v in values.tolist()], strict=True))
+        facts = {name: round(float(value), 6) for name, value in self.task.summary(step, means).items()}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
+        speed |= effort(self.work / elapsed, self.world, self.peak)
+        speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self.last = {"step": step + 1, **facts, "lr": rate, "gradient_norm": round(float(norm), 5), **speed}
-        self.seen, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
         if self.rank == 0:
             path = Path(self.cfg.run_dir) / "metrics.jsonl"
             with path.open("a") as stream:
                 stream.write(json.dumps(self.last) + "\n")
+        figures = {name: value for name, value in self.last.items() if name != "step"}
+        for logger in self.loggers:
+            logger.scalars(step + 1, figures)
 
     def preview(self, step: int, picture: Any) -> None:
         if picture is not None:
             storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(picture))
+            for logger in self.loggers:
+                logger.picture(step, picture)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ..accelerator import Precision
 from ..config import Config
+from .loggers import LoggerName
 
 
 class OptimizerConfig(Config):
@@ -68,6 +69,8 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     preview_every: int = Field(500, ge=1)
+    loggers: tuple[LoggerName, ...] | None = None
+    """Where figures and previews go beside metrics.jsonl: tensorboard, wandb, mlflow; none means TensorBoard if installed."""
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainConfig:
@@ -90,7 +93,7 @@ class TrainingRun(Config):
 MAY_CHANGE: dict[str, Any] = {
     "train": {
         *("run_dir", "resume", "micro_batch_size", "workers"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "preview_every"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "preview_every", "loggers"),
     },
     "preview": True,
     "validation": True,

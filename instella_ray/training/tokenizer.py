@@ -18,6 +18,7 @@ from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
 from ..errors import UserError
+from ..flops import tokenizer_training
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model
 from .launch import launch
@@ -120,6 +121,14 @@ class TokenizerTask:
         self.temperature = self.cfg.late_temperature if late else self.cfg.temperature
         if self.bit.quantizer.norm is not None:
             self.bit.quantizer.norm.train(done < self.cfg.freeze_norm_fraction)
+
+    def flops(self, parts: list[dict[str, Any]]) -> float:
+        count = sum(len(part["images"]) for part in parts)
+        return count * tokenizer_training(self.cfg.model, self.cfg.model.image_size, self.cfg.model.image_size).model
+
+    def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All that a step gives is a single number already."""
+        return means
 
     def preview(self, ema_model: Model) -> np.ndarray:
         """Originals above their reconstructions."""

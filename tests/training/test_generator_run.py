@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,17 @@ def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
     metrics = read_metrics(tmp_path / "run")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(0 < row["loss"] < 2 and 0 <= row["bit_accuracy"] <= 1 for row in metrics)
+    assert all(row["flops_per_second"] > 0 and row["memory_gb"] > 0 and "mfu" not in row for row in metrics)
+    by_time = {name for row in metrics for name in row if name.startswith("bit_accuracy_t")}
+    assert len(by_time) == 5 if kind == "diffusion" else not by_time
+    if importlib.util.find_spec("tensorboard"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
+            (row["step"], row["loss"]) for row in metrics
+        ]
+        assert [image.step for image in events.Images("preview")] == [3, 6]
     model = load_model(folder)
     assert isinstance(model, KINDS[kind]) and (model.cfg.num_tokens, model.cfg.layers) == (4, 2)
     assert read_checkpoint_config(folder)["text_encoder"] == cfg.text_encoder.model_dump(mode="json")

@@ -1,0 +1,165 @@
+"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow. Rank 0 alone writes.
+
+Each is imported only where it is asked for. A resumed run goes on with the log that it began.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from .. import storage
+from ..config import read_yaml
+from ..errors import UserError
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+RUN_IDS = "loggers.json"
+"""File of a run directory that names the run as trackers know it."""
+PROJECT = "instella-ray"
+
+
+class Logger(Protocol):
+    """One place that figures and pictures go to."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """The figures after ``step`` optimizer steps."""
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        """The preview after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+
+
+class TensorBoardLogger:
+    """Event files in ``RUN/tensorboard``."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        _import("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier attempt logged after the checkpoint that the run goes on from is logged anew: readers drop it.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        self.writer.add_image("preview", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """A run at Weights & Biases, which ignores steps that it has seen; the ``WANDB_*`` variables say where and how."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        self.wandb = _import("wandb")
+        known = _run_ids(run_dir).get("wandb")
+        self.run = self.wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run_dir.name,
+            dir=str(run_dir),
+            id=known,
+            resume="allow" if known else None,
+            config=read_yaml(str(run_dir / "config.yaml")),
+        )
+        _remember(run_dir, "wandb", self.run.id)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        self.run.log({"preview": self.wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MlflowLogger:
+    """A run on the MLflow server that ``MLFLOW_TRACKING_URI`` names, with what it has seen already left out."""
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        self.mlflow = _import("mlflow")
+        self.client = self.mlflow.MlflowClient(tracking_uri=_tracking_uri())
+        known = _run_ids(run_dir).get("mlflow")
+        self.run_id = known or self._create(run_dir.name)
+        self.seen = 0
+        if known:
+            self.client.update_run(known, status="RUNNING")
+            self.seen = max((m.step for m in self.client.get_metric_history(known, "loss")), default=0)
+        _remember(run_dir, "mlflow", self.run_id)
+
+    def _create(self, name: str) -> str:
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self.client.get_experiment_by_name(title)
+        experiment = found.experiment_id if found else self.client.create_experiment(title)
+        return self.client.create_run(experiment, run_name=name).info.run_id
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if step > self.seen:
+            now = int(time.time() * 1000)
+            metrics = [self.mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
+            self.client.log_batch(self.run_id, metrics=metrics)
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        if step > self.seen:
+            self.client.log_image(self.run_id, pixels, key="preview", step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run_id)
+
+
+LOGGERS: dict[LoggerName, Callable[[Path, int], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "mlflow": MlflowLogger,
+}
+
+
+def check_loggers(names: Sequence[LoggerName] | None) -> None:
+    """UserError for a logger whose package is not installed, or that would not know where to log."""
+    for name in names or ():
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"train.loggers: {name} is not installed (pip install {name})")
+        if name == "mlflow":
+            _tracking_uri()
+
+
+def open_loggers(names: Sequence[LoggerName] | None, run_dir: str | Path, start: int) -> list[Logger]:
+    """Those named, for a run that has ``start`` steps behind it; None means TensorBoard where it is installed."""
+    default: tuple[LoggerName, ...] = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    return [LOGGERS[name](Path(run_dir), start) for name in (default if names is None else names)]
+
+
+def _import(name: str) -> Any:
+    """A worker may run where the packages are others than on the machine that started the run."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"train.loggers: {name} cannot be imported ({error}); pip install {name}") from None
+
+
+def _tracking_uri() -> str:
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    raise UserError("train.loggers: mlflow needs the server's address in MLFLOW_TRACKING_URI")
+
+
+def _run_ids(run_dir: Path) -> dict[str, str]:
+    file = str(run_dir / RUN_IDS)
+    return storage.read_json(file) if storage.exists(file) else {}
+
+
+def _remember(run_dir: Path, tracker: str, run_id: str) -> None:
+    storage.write_json(str(run_dir / RUN_IDS), {**_run_ids(run_dir), tracker: run_id})

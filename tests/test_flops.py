@@ -79,11 +79,11 @@ def forward(model: DiffusionGenerator | ARGenerator, text_tokens: int, batch: in
 @pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_tokenizers_cost_what_pytorch_counts_at_any_size(cfg: BITConfig) -> None:
     bit = on_meta(lambda: BIT(cfg)).eval()
-    for height, width in ((cfg.image_size, cfg.image_size), (2 * cfg.image_size, cfg.image_size // 2)):
-        images = torch.zeros(3, 3, height, width, device="meta")
-        codes = torch.zeros(3, cfg.num_tokens, cfg.bits_per_token, device="meta")
-        assert 3 * flops.bit_encode(cfg, height, width).forward == counted(lambda: bit.encode(images))  # noqa: B023
-        assert 3 * flops.bit_decode(cfg, height, width).forward == counted(lambda: bit.decode(codes, height, width))  # noqa: B023
+    height, width = 2 * cfg.image_size, cfg.image_size // 2
+    images = torch.zeros(3, 3, height, width, device="meta")
+    codes = torch.zeros(3, cfg.num_tokens, cfg.bits_per_token, device="meta")
+    assert 3 * flops.bit_encode(cfg, height, width).forward == counted(lambda: bit.encode(images))
+    assert 3 * flops.bit_decode(cfg, height, width).forward == counted(lambda: bit.decode(codes, height, width))
 
 
 @pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -96,8 +96,7 @@ def test_training_a_tokenizer_costs_what_pytorch_counts(cfg: BITConfig) -> None:
         out = bit(images, temperature=0.5, height=output, width=output)
         (out.images.sum() + (0 if out.repa is None else out.repa.sum())).backward()
 
-    for output in (size, 2 * size):
-        assert counted(lambda: step(output)) == 2 * flops.tokenizer_training(cfg, size, output).model  # noqa: B023
+    assert counted(lambda: step(2 * size)) == 2 * flops.tokenizer_training(cfg, size, 2 * size).model
     bit.encoder.requires_grad_(False)
     # The quantizer learns with the decoder; its one small matrix is counted with the encoder.
     frozen = flops.tokenizer_training(cfg, size, size, frozen_encoder=True)
@@ -105,12 +104,11 @@ def test_training_a_tokenizer_costs_what_pytorch_counts(cfg: BITConfig) -> None:
 
 
 @pytest.mark.parametrize("cfg", GENERATORS.values(), ids=GENERATORS)
-@pytest.mark.parametrize("text_tokens", [1, 48])
-def test_generators_cost_what_pytorch_counts(cfg: GeneratorConfig, text_tokens: int) -> None:
+def test_generators_cost_what_pytorch_counts(cfg: GeneratorConfig) -> None:
+    text_tokens = 48
     model = on_meta(lambda: build_generator(cfg))
     step = flops.generator_training(cfg, text_tokens)
-    with torch.no_grad():
-        assert counted(lambda: forward(model, text_tokens, 3)) == 3 * step.forward
+    assert counted(lambda: forward(model, text_tokens, 3)) == 3 * step.forward
     assert counted(lambda: forward(model, text_tokens, 3).sum().backward()) == 3 * step.model
     again = flops.generator_training(cfg, text_tokens, gradient_checkpointing=True)
     assert again.hardware == step.hardware + step.forward and again.model == step.model == step.hardware

@@ -17,8 +17,9 @@ from ..models.text_encoder import TextEncoderConfig
 from ..sampling_config import SamplingConfig
 from ..serving.app import ModelArgs, ServeArgs
 from ..training.generator import GeneratorRunConfig, PreviewConfig
+from ..training.losses import PerceptualConfig, TokenizerLossConfig
 from ..training.settings import OptimizerConfig, TrainConfig, WorkersConfig
-from ..training.tokenizer import TokenizerConfig, TokenizerLossConfig
+from ..training.tokenizer import TokenizerConfig
 
 KINDS: tuple[Literal["diffusion", "ar"], ...] = ("diffusion", "ar")
 PATCHES = 4
@@ -123,7 +124,8 @@ def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
         normalize_logits=True,
     )
     train = _train(demo, "tokenizer", demo.steps.tokenizer, global_batch=32, lr=1.5e-3, warmup=50)
-    return TokenizerConfig(model=model, data=data, loss=TokenizerLossConfig(), train=train)
+    loss = TokenizerLossConfig(perceptual=PerceptualConfig(network="none"))
+    return TokenizerConfig(model=model, data=data, loss=loss, train=train)
 
 
 def encode_config(demo: DemoConfig, data: str, tokenizer: str) -> EncodeConfig:

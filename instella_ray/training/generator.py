@@ -162,6 +162,7 @@ class GeneratorTask:
         model = build_model(cfg.model.model_dump())
         assert not isinstance(model, BIT)
         self.model: Model = model
+        self.discriminator = None
         self.step_module: nn.Module
         if isinstance(model, ARGenerator):
             self.step_module = ARLoss(model)

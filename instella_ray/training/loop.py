@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import storage
 from ..accelerator import compute_dtype
@@ -22,11 +21,34 @@ from ..data.loader import Data, Prefetcher
 from ..data.order import BatchPlan
 from ..models.checkpoint import Model
 from ..rendering import encode_png
-from .checkpoint import restore_checkpoint, save_checkpoint
+from .checkpoint import restore_checkpoint, restore_discriminator, save_checkpoint, save_discriminator
 from .effort import bf16_peak, effort, peak_memory
+from .learner import Learner
 from .loggers import open_loggers
-from .optim import EMA, Optimizers, build_optimizers, rate_share
-from .settings import TrainConfig
+from .optim import EMA
+from .settings import OptimizerConfig, TrainConfig
+
+
+class DiscriminatorTask(Protocol):
+    """A second model that learns in turn with a task's, from what that has made of the same micro-batch."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What learns; a checkpoint keeps all of its state."""
+
+    @property
+    def step_module(self) -> nn.Module:
+        """``forward(**inputs) -> (loss, parts)``; wraps ``model``."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """How it learns."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the step module, from the micro-batch that the task's has just computed."""
+
+    def after_backward(self) -> None:
+        """Called once a step on every rank, when both models have their gradients."""
 
 
 class Task(Protocol):
@@ -38,6 +60,10 @@ class Task(Protocol):
     step_module: nn.Module
     """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it. A part that is
     no single number is for :meth:`summary`."""
+
+    @property
+    def discriminator(self) -> DiscriminatorTask | None:
+        """Trained beside ``model``, in the same steps."""
 
     def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
         """Keyword arguments for the step module, cut into micro-batches; draws the step's noise."""
@@ -75,20 +101,25 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(cfg.workers.threads)
     plan = BatchPlan(len(task.data), cfg.global_batch, task.data.order, rank, world)
-    model = task.model.to(device).train()
-    task.step_module.to(device)
-    optimizers, ema = build_optimizers(model, cfg.optimizer), EMA(model, cfg.ema_decay)
+    learner = Learner(task.step_module, task.model, cfg.optimizer, device)
+    model, ema = task.model.train(), EMA(task.model, cfg.ema_decay)
+    learners = [learner]
+    if task.discriminator is not None:
+        rival = task.discriminator
+        learners.append(Learner(rival.step_module, rival.model, rival.optimizer, device))
     start = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            start = restore_checkpoint(Path(folder), model, ema, optimizers)["step"]
+            start = restore_checkpoint(Path(folder), model, ema, learner.optimizers)["step"]
+            for other in learners[1:]:
+                restore_discriminator(Path(folder), other.model, other.optimizers)
     else:
         torch.manual_seed(cfg.seed)
         task.begin(task.data.batch(0, plan.samples(0)))
         ema = EMA(model, cfg.ema_decay)
-    step_module: nn.Module = task.step_module
     if world > 1:
-        step_module = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None)
+        for each in learners:
+            each.distribute()
     size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
     log = _MetricsLog(cfg, rank, task, start, device)
@@ -104,40 +135,35 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         parts = task.micro_batches(batch, size, torch.Generator().manual_seed(noise))
         totals: dict[str, Tensor] = {}
         for number, inputs in enumerate(parts, start=1):
-            inputs = {name: _to(value, device) for name, value in inputs.items()}
             last = number == len(parts)
-            if isinstance(step_module, DistributedDataParallel):
-                step_module.require_backward_grad_sync = last
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, facts = step_module(**inputs)
-            (loss / len(parts)).backward()
-            for name, value in {"loss": loss, **facts}.items():
+            found = learner.backward(inputs, len(parts), last, dtype)
+            if task.discriminator is not None:
+                facts = learners[1].backward(task.discriminator.inputs(), len(parts), last, dtype)
+                found |= {name: value for name, value in facts.items() if name != "loss"}
+            for name, value in found.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip)
-        if not torch.isfinite(norm):
+        if task.discriminator is not None:
+            task.discriminator.after_backward()
+        norms = [each.clip() for each in learners]
+        if not all(torch.isfinite(norm) for norm in norms):
             path = storage.join(cfg.run_dir, f"nonfinite-step{step}-rank{rank}.json")
             storage.write_json(path, {"step": step, "keys": task.keys(batch)})
             raise NonFiniteLoss(f"step {step}: loss or gradient is not finite; the batch's keys are in {path}")
-        share = rate_share(step, cfg.steps, cfg.optimizer)
-        optimizers.step(share)
+        rate, *_ = [each.step(step, cfg.steps) for each in learners]
         ema.update(model, step)
-        log.step(step, totals, share * cfg.optimizer.lr, norm, data_wait, task.flops(parts))
+        log.step(step, totals, rate, norms[0], data_wait, task.flops(parts))
         done = step + 1
         final = done == cfg.steps
         if rank == 0 and (final or done % cfg.preview_every == 0):
             log.preview(done, _preview(task, model, ema))
         if final or done % cfg.checkpoint_every == 0:
-            _report(task, model, ema, optimizers, done, rank, log.last)
+            _report(task, learners, ema, done, rank, log.last)
         waited = time.perf_counter()
     log.close()
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 1009 + rank) % (2**63)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _preview(task: Task, model: Model, ema: EMA) -> Any:
@@ -152,15 +178,15 @@ def _preview(task: Task, model: Model, ema: EMA) -> Any:
         model.train()
 
 
-def _report(
-    task: Task, model: Model, ema: EMA, optimizers: Optimizers, step: int, rank: int, metrics: dict[str, Any]
-) -> None:
+def _report(task: Task, learners: Sequence[Learner], ema: EMA, step: int, rank: int, metrics: dict[str, Any]) -> None:
     """Hand a checkpoint to Ray Train. A barrier: every rank calls it equally, rank 0 brings the folder."""
     if rank != 0:
         ray.train.report(metrics, checkpoint_dir_name=f"step-{step:07d}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), model, ema, optimizers, {"step": step}, task.extra())
+        for other in learners[1:]:
+            save_discriminator(Path(folder), other.model, other.optimizers)
+        save_checkpoint(Path(folder), task.model, ema, learners[0].optimizers, {"step": step}, task.extra())
         checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:07d}")
 

@@ -97,6 +97,7 @@ MAY_CHANGE: dict[str, Any] = {
     },
     "preview": True,
     "validation": True,
+    "collapse_limit": True,
 }
 """What a resumed run may set anew: where and how fast it is computed, and what is kept and shown of it."""
 

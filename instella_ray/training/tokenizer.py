@@ -1,39 +1,33 @@
-"""Tokenizer training: pictures in, the same pictures out through the bits (section 2.1)."""
+"""Tokenizer training: pictures in, the same pictures out through the bits (section 2.1). One stage; see :mod:`.stages`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import storage
-from ..config import Config
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models.bit import BIT, BITConfig
-from ..models.checkpoint import Model, build_model
+from ..models.checkpoint import Model, build_model, load_expected
+from ..models.discriminator import DiscriminatorConfig
+from .adversarial import DRAWS, AdversarialConfig, Adversary
+from .bits import SHARE, CollapseWatch, bit_share, bit_summary
 from .launch import launch
+from .losses import PerceptualConfig, ReconstructionLoss, TokenizerLossConfig, psnr
 from .settings import TrainingRun
 
-
-class TokenizerLossConfig(Config):
-    """What a reconstruction is judged by."""
-
-    reconstruction: Literal["smooth_l1", "mse"] = "smooth_l1"
-    """The paper's smooth L1: squared error would lead to loss spikes at scale."""
-    gradient_weight: float = 0.0
-    """Weight of the same loss on the pictures' horizontal and vertical differences, which sharpens edges."""
-    code_weight: float = 0.0
-    """Weight of ``mean(s (1 - s))``, which makes bits decided."""
+F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
 
 class TokenizerConfig(TrainingRun):
@@ -42,6 +36,15 @@ class TokenizerConfig(TrainingRun):
     model: BITConfig
     data: str
     """Curated WebDataset tars (path, glob, commas between several)."""
+    start_from: str | None = None
+    """Model folder of the same sizes, whose (averaged) weights are trained on; none means random ones."""
+    output_sizes: tuple[int, ...] = ()
+    """Sizes to decode to, in pixels, one of them a step (512, 768 and 1024 in the paper's second stage); none means the
+    model's image_size."""
+    freeze_encoder: bool = False
+    """The encoder stays as it is; decoder and quantizer learn (the paper's third stage)."""
+    adversarial: AdversarialConfig | None = None
+    """Train against a discriminator too (the paper's third stage)."""
     temperature: float = 0.5
     """Quantizer temperature tau in training (0.5 in the paper's first stage: it prevents code collapse)."""
     late_temperature: float = 0.1
@@ -50,45 +53,47 @@ class TokenizerConfig(TrainingRun):
     """Share of the run that uses ``late_temperature``."""
     freeze_norm_fraction: float = 0.5
     """Share of the run after which the logits' batch statistics stay as they are (with normalize_logits)."""
+    collapse_limit: float = Field(0.25, ge=0, le=1)
+    """Share of dead bits in a batch above which a warning is given, once, from the end of warm-up on."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pixels a side of what is decoded."""
+        return self.output_sizes or (self.model.image_size,)
 
 
 class TokenizerLoss(nn.Module):
     """One micro-batch: forward pass at a temperature, loss, and the numbers to watch."""
 
-    def __init__(self, bit: BIT, cfg: TokenizerLossConfig) -> None:
+    def __init__(self, bit: BIT, cfg: TokenizerLossConfig, adversary: Adversary | None = None) -> None:
         super().__init__()
-        self.bit, self.cfg = bit, cfg
+        self.bit = bit
+        self.supervised = ReconstructionLoss(cfg)
+        self.code_weight = cfg.code_weight
+        self.adversary = adversary  # no module: its weights are its own to train
 
-    def forward(self, images: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of ``images [B, 3, H, W]`` in [-1, 1], and its parts."""
-        out = self.bit(images, temperature=temperature)
-        distance = F.smooth_l1_loss if self.cfg.reconstruction == "smooth_l1" else F.mse_loss
-        error = out.images - images
-        reconstruction = distance(out.images, images)
-        loss = reconstruction
-        parts = {"reconstruction": reconstruction, "psnr": psnr(out.images, images).mean(), "code_loss": out.code_loss}
-        if self.cfg.gradient_weight:
-            across, down = error.diff(dim=-1), error.diff(dim=-2)
-            edges = distance(across, torch.zeros_like(across)) + distance(down, torch.zeros_like(down))
-            loss, parts["edges"] = loss + self.cfg.gradient_weight * edges, edges
-        if self.cfg.code_weight:
-            loss = loss + self.cfg.code_weight * out.code_loss
-        return loss, {**parts, **bit_statistics(out.logits)}
+    def forward(
+        self, images: Tensor, targets: Tensor, draws: Tensor, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of ``images [B, 3, H, W]`` in [-1, 1] restored at the size of ``targets``, and its parts.
 
-
-def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB ``[B]`` of pictures in [-1, 1]; the reconstruction is clamped first."""
-    error = (images.detach().float().clamp(-1, 1) - reference.float()) / 2
-    return -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10()
+        ``draws [B, DRAWS]``, uniform, say where crops lie and how the discriminator's view is changed.
+        """
+        out = self.bit(images, temperature=temperature, height=targets.shape[-2], width=targets.shape[-1])
+        loss, parts = self.supervised(out.images, targets, draws[:, :2])
+        parts |= {"code_loss": out.code_loss, SHARE: bit_share(out.logits)}
+        if self.code_weight:
+            loss = loss + self.code_weight * out.code_loss
+        if self.adversary is not None:
+            loss, more = self.adversary.judge(loss, out.images, targets, draws, last_layer(self.bit))
+            parts |= more
+        return loss, parts
 
 
-def bit_statistics(logits: Tensor) -> dict[str, Tensor]:
-    """How bits are used in a batch of ``logits [B, L, K]``: mean, entropy in bits, and the share that never changes."""
-    share = (logits.detach() > 0).float().mean(0)
-    entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)) / np.log(2)
-    dead = ((share == 0) | (share == 1)).float().mean()
-    return {"bit_mean": share.mean(), "bit_entropy": entropy.mean(), "dead_bits": dead}
+def last_layer(bit: BIT) -> Tensor:
+    """The weights that pixels come from; after them only a bias."""
+    return list(bit.to_pixel.parameters())[-2]
 
 
 class TokenizerTask:
@@ -97,23 +102,36 @@ class TokenizerTask:
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
-        self.data: Data = ImageData(cfg.data, (cfg.model.image_size,), cfg.train.seed)
+        self.data: Data = ImageData(cfg.data, sorted({cfg.model.image_size, *cfg.sizes}), cfg.train.seed)
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
+        if cfg.start_from is not None:
+            model.load_state_dict(trained_model(cfg.start_from, cfg.model).state_dict())
         if model.cfg.repa_layer is not None:
             # No loss reads the projection, and DistributedDataParallel would wait for its gradients.
             model.decoder.repa_proj.requires_grad_(False)
+        if cfg.freeze_encoder:
+            model.encoder.requires_grad_(False)
         self.model: Model = model
         self.bit = model
-        self.step_module: nn.Module = TokenizerLoss(model, cfg.loss)
+        self.discriminator: Adversary | None = None
+        if cfg.adversarial is not None:
+            self.discriminator = Adversary(cfg.adversarial, len(cfg.sizes), cfg.train.seed)
+        self.step_module: nn.Module = TokenizerLoss(model, cfg.loss, self.discriminator)
         self.temperature = cfg.temperature
+        self.size = cfg.sizes[0]
+        self.watch = CollapseWatch(cfg.collapse_limit)
 
     def micro_batches(self, batch: ImageBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        parts = self._images(batch).split(size)
-        return [{"images": part, "temperature": self.temperature} for part in parts]
+        inputs = {"images": self._images(batch), "targets": to_tensor(batch.pixels[self.size])}
+        inputs["draws"] = torch.rand(len(batch.keys), DRAWS, generator=generator)
+        parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
+        return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
-        self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
+        """Centre the patch embedding on the first pictures, unless it has learned already."""
+        if self.cfg.start_from is None:
+            self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
 
     def before_step(self, step: int) -> None:
         done = step / self.cfg.train.steps
@@ -121,14 +139,27 @@ class TokenizerTask:
         self.temperature = self.cfg.late_temperature if late else self.cfg.temperature
         if self.bit.quantizer.norm is not None:
             self.bit.quantizer.norm.train(done < self.cfg.freeze_norm_fraction)
-
-    def flops(self, parts: list[dict[str, Any]]) -> float:
-        count = sum(len(part["images"]) for part in parts)
-        return count * tokenizer_training(self.cfg.model, self.cfg.model.image_size, self.cfg.model.image_size).model
+        # All ranks decode to the same size, whatever their number.
+        index = int(np.random.default_rng((self.cfg.train.seed, step)).integers(len(self.cfg.sizes)))
+        self.size = self.cfg.sizes[index]
+        if self.discriminator is not None:
+            self.discriminator.before_step(step, index)
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All that a step gives is a single number already."""
-        return means
+        """Use of the bits in few numbers, with a warning where codes collapse; the step's output size, of several."""
+        share = means.pop(SHARE)
+        bits = bit_summary(share)
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if first and step >= self.cfg.train.optimizer.warmup_steps:
+            self.watch.look(step, bits, share)
+        sizes = {"output_size": torch.tensor(self.size)} if len(self.cfg.sizes) > 1 else {}
+        return {**means, **bits, **sizes}
+
+    def flops(self, parts: list[dict[str, Any]]) -> float:
+        """The tokenizer on every picture; the losses' networks are not counted."""
+        count = sum(len(part["images"]) for part in parts)
+        size, frozen = self.cfg.model.image_size, self.cfg.freeze_encoder
+        return count * tokenizer_training(self.cfg.model, size, self.size, frozen_encoder=frozen).model
 
     def preview(self, ema_model: Model) -> np.ndarray:
         """Originals above their reconstructions."""
@@ -146,6 +177,15 @@ class TokenizerTask:
 
     def extra(self) -> Mapping[str, Any]:
         return {}
+
+
+def trained_model(folder: str, expected: BITConfig) -> BIT:
+    """The tokenizer to start from; UserError where ``folder`` holds none, or one of other sizes."""
+    bit = load_expected(folder, BIT)
+    for name in BITConfig.model_fields:
+        if (found := getattr(bit.cfg, name)) != (asked := getattr(expected, name)):
+            raise UserError(f"start_from {folder}: its model.{name} is {found!r}, this run's is {asked!r}")
+    return bit
 
 
 def reconstruct(bit: BIT, images: Tensor) -> Tensor:
@@ -173,10 +213,42 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
     return ReconstructionQuality(float(torch.cat(values).mean()), float(((share == 0) | (share == 1)).float().mean()))
 
 
-def run_tokenizer(cfg: TokenizerConfig) -> Path:
+def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
+    """``cfg`` as workers need it, paths absolute.
+
+    UserError for sizes that do not fit the model or the loss, shards without pictures, weights that cannot be had.
+    """
+    for name, size, multiple in (
+        ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
+        *(("output_sizes", size, cfg.model.decode_multiple) for size in cfg.output_sizes),
+    ):
+        if size <= 0 or size % multiple:
+            raise UserError(f"{name} {size}: not a multiple of {multiple}")
+    look = cfg.loss.perceptual
+    if look.network != "none" and look.crop > min(cfg.sizes):
+        raise UserError(f"loss.perceptual.crop {look.crop}: pictures are decoded to {min(cfg.sizes)} px")
+    require_pictures(cfg.data)
+    facts: dict[str, Any] = {"data": storage.absolute(cfg.data)}
+    if look.network != "none":
+        facts["loss"] = cfg.loss.model_copy(update={"perceptual": _with_absolute_weights(look)})
+    if cfg.adversarial is not None:
+        discriminator = _with_absolute_weights(cfg.adversarial.discriminator)
+        facts["adversarial"] = cfg.adversarial.model_copy(update={"discriminator": discriminator})
+    if cfg.start_from is not None:
+        facts["start_from"] = storage.absolute(cfg.start_from)
+        trained_model(facts["start_from"], cfg.model)
+    complete = cfg.model_copy(update=facts)
+    ReconstructionLoss(complete.loss)
+    if complete.adversarial is not None:
+        Adversary(complete.adversarial, len(cfg.sizes), cfg.train.seed)
+    return complete
+
+
+def _with_absolute_weights(cfg: F) -> F:
+    return cfg.model_copy(update={"weights": storage.absolute(cfg.weights)}) if Path(cfg.weights).is_file() else cfg
+
+
+def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> Path:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
-    if cfg.model.image_size % cfg.model.size_multiple:
-        raise UserError(f"model.image_size {cfg.model.image_size}: not a multiple of {cfg.model.size_multiple}")
-    require_pictures(cfg.data)  # here, before anything is written and any worker starts
-    cfg = cfg.model_copy(update={"data": storage.absolute(cfg.data)})
-    return launch(cfg, lambda device: TokenizerTask(cfg), description="tokenizer")
+    cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
+    return launch(cfg, lambda device: TokenizerTask(cfg), description=description)

@@ -13,19 +13,15 @@ from instella_ray.config import load_config
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import load_expected, load_model
+from instella_ray.training.adversarial import DRAWS
+from instella_ray.training.bits import bit_share, bit_summary
 from instella_ray.training.checkpoint import restore_checkpoint, save_checkpoint
 from instella_ray.training.launch import latest_checkpoint, read_metrics
+from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
 from instella_ray.training.muon import orthogonalize
 from instella_ray.training.optim import EMA, Optimizers, build_optimizers, rate_share
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
-from instella_ray.training.tokenizer import (
-    TokenizerConfig,
-    TokenizerLoss,
-    TokenizerLossConfig,
-    bit_statistics,
-    psnr,
-    run_tokenizer,
-)
+from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
 
 MODEL = BITConfig(
     image_size=32,
@@ -44,6 +40,7 @@ MODEL = BITConfig(
     token_positions=True,
     normalize_logits=True,
 )
+PLAIN = TokenizerLossConfig(perceptual=PerceptualConfig(network="none"))
 
 
 def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
@@ -58,7 +55,7 @@ def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> Toke
         "workers": WorkersConfig(count=2, cpus=0.5),
         **train,
     }
-    return TokenizerConfig(model=MODEL, data=shards, train=TrainConfig(**settings))
+    return TokenizerConfig(model=MODEL, data=shards, loss=PLAIN, train=TrainConfig(**settings))
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
@@ -85,7 +82,7 @@ def test_psnr_and_bit_statistics_are_what_they_say() -> None:
     reference = torch.zeros(1, 3, 4, 4)
     assert psnr(reference + 0.2, reference).item() == pytest.approx(20.0, abs=1e-4)
     logits = torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]])
-    facts = bit_statistics(logits)
+    facts = bit_summary(bit_share(logits))
     assert facts["dead_bits"] == 0.5 and facts["bit_mean"] == 0.75 and facts["bit_entropy"] == pytest.approx(0.5)
 
 
@@ -93,9 +90,12 @@ def test_loss_parts_add_up() -> None:
     torch.manual_seed(0)
     bit = BIT(MODEL).train()
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    cfg = TokenizerLossConfig(gradient_weight=0.5, code_weight=0.1)
-    loss, parts = TokenizerLoss(bit, cfg)(images, temperature=0.5)
-    torch.testing.assert_close(loss, parts["reconstruction"] + 0.5 * parts["edges"] + 0.1 * parts["code_loss"])
+    look = PerceptualConfig(weights="random", size=48, crop=16, weight=2.0, crop_weight=3.0)
+    cfg = TokenizerLossConfig(gradient_weight=0.5, code_weight=0.1, perceptual=look)
+    loss, parts = TokenizerLoss(bit, cfg)(images, images, torch.rand(4, DRAWS), temperature=0.5)
+    perceptual = 2 * parts["lpips_vgg_random"] + 3 * parts["lpips_vgg_random_crop"]
+    supervised = parts["reconstruction"] + 0.5 * parts["edges"] + perceptual
+    torch.testing.assert_close(loss, supervised + 0.1 * parts["code_loss"])
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])

@@ -1,0 +1,168 @@
+"""The third stage without Ray: frozen parts, the adaptive weight, accumulation, and what a checkpoint brings back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from instella_ray.data.image_data import ImageBatch
+from instella_ray.models.bit import BIT
+from instella_ray.models.checkpoint import save_model
+from instella_ray.models.discriminator import DiscriminatorConfig
+from instella_ray.training.adversarial import AdversarialConfig, gradient_ratio, last_layer_gradients
+from instella_ray.training.checkpoint import restore_discriminator, save_discriminator
+from instella_ray.training.learner import Learner
+from instella_ray.training.settings import OptimizerConfig, TrainConfig
+from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, last_layer
+
+from .test_training import MODEL, PLAIN
+
+CPU = torch.device("cpu")
+ADVERSARIAL = AdversarialConfig(
+    discriminator=DiscriminatorConfig(
+        backbone="vit_tiny_patch16_224", weights="random", size=16, blocks=(0, 1), width=8
+    ),
+    start_step=2,
+    weight=0.5,
+    optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
+)
+SMALL = MODEL.model_copy(update={"normalize_logits": False})
+"""Without batch statistics, which depend on how a batch is cut."""
+
+
+def third_stage(shards: str, **changes: Any) -> TokenizerConfig:
+    train = TrainConfig(run_dir="run", steps=10, global_batch=8, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0))
+    settings = {"freeze_encoder": True, "adversarial": ADVERSARIAL, "temperature": 0.0, "late_temperature": 0.0}
+    return TokenizerConfig(model=SMALL, data=shards, loss=PLAIN, train=train, **{**settings, **changes})
+
+
+class Trainer:
+    """A task's steps as the loop takes them, in this process."""
+
+    def __init__(self, cfg: TokenizerConfig) -> None:
+        self.task, self.cfg = TokenizerTask(cfg), cfg
+        rival = self.task.discriminator
+        assert rival is not None
+        self.rival = rival
+        self.learners = [
+            Learner(self.task.step_module, self.task.model, cfg.train.optimizer, CPU),
+            Learner(rival.step_module, rival.model, rival.optimizer, CPU),
+        ]
+
+    def step(self, step: int, size: int = 8) -> dict[str, Tensor]:
+        batch: ImageBatch = self.task.data.batch(0, np.arange(step * 8, step * 8 + 8))
+        self.task.before_step(step)
+        parts = self.task.micro_batches(batch, size, torch.Generator().manual_seed(step))
+        totals: dict[str, Tensor] = {}
+        for inputs in parts:
+            facts = self.learners[0].backward(inputs, len(parts), True, torch.float32)
+            facts = {**self.learners[1].backward(self.rival.inputs(), len(parts), True, torch.float32), **facts}
+            totals = {name: totals.get(name, 0) + value.detach() / len(parts) for name, value in facts.items()}
+        self.rival.after_backward()
+        for name, learner in zip(("norm", "discriminator_norm"), self.learners, strict=True):
+            totals[name] = learner.clip()
+            learner.step(step, self.cfg.train.steps)
+        return totals
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_the_adaptive_weight_is_the_ratio_of_gradient_norms_by_hand() -> None:
+    last = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    supervised, adversarial = (last * torch.tensor([3.0, 4.0])).sum(), 0.5 * last[0, 0]
+    gradients = last_layer_gradients(supervised, adversarial, last)
+    assert gradients.tolist() == [[[3.0, 4.0]], [[0.5, 0.0]]] and last.grad is None
+    assert gradient_ratio(gradients, 1e4).item() == pytest.approx(10)
+    assert gradient_ratio(gradients, 7).item() == 7
+    assert gradient_ratio(torch.tensor([[1.0], [0.0]]), 1e4).item() == 1e4
+
+
+@pytest.mark.parametrize(("head", "channels"), [("linear", 3 * 64), ("conv", 3)])
+def test_the_last_layer_is_what_makes_pixels(head: str, channels: int) -> None:
+    weight = last_layer(BIT(SMALL.model_copy(update={"pixel_head": head})))
+    assert weight.ndim > 1 and weight.shape[0] == channels
+
+
+def test_the_third_stage_leaves_the_encoder_and_the_features_bit_identical(shards: str) -> None:
+    cfg = third_stage(shards)
+    settings = cfg.train.model_copy(update={"optimizer": OptimizerConfig(lr=1e-3, warmup_steps=0, weight_decay=0.1)})
+    trainer = Trainer(cfg.model_copy(update={"train": settings}))
+    bit, rival = trainer.task.bit, trainer.rival
+    parts = (bit.encoder, rival.step_module.features, bit.quantizer, bit.decoder, bit.to_pixel, rival.model.heads)
+    before = [state(part) for part in parts]
+    facts = [trainer.step(step) for step in range(4)]
+    changed = [
+        any(not torch.equal(value, old[name]) for name, value in part.state_dict().items())
+        for part, old in zip(parts, before, strict=True)
+    ]
+    assert changed == [False, False, True, True, True, True]
+    assert all(p.grad is None for part in parts[:2] for p in part.parameters())
+    # The discriminator learns from the first step, the decoder from it two steps later, with a weight that is known.
+    assert all("discriminator" in row for row in facts)
+    assert "adversarial" not in facts[0] and facts[1]["adversarial_weight"] == 0
+    assert all(row["adversarial_weight"] > 0 for row in facts[2:])
+    for row in facts[1:]:
+        expected = row["reconstruction"] + row["adversarial_weight"] * row["adversarial"]
+        torch.testing.assert_close(row["loss"], expected)
+
+
+def test_the_tokenizers_loss_leaves_the_discriminator_without_gradient_and_the_other_way_round(shards: str) -> None:
+    trainer = Trainer(third_stage(shards))
+    trainer.task.before_step(5)
+    trainer.rival.model.ratios.fill_(1.0)
+    batch = trainer.task.data.batch(0, np.arange(4))
+    (inputs,) = trainer.task.micro_batches(batch, 4, torch.Generator().manual_seed(0))
+    trainer.learners[0].backward(inputs, 1, True, torch.float32)
+    assert all(p.grad is None for p in trainer.rival.model.parameters())
+    tokenizer = [p.grad.clone() for p in trainer.task.model.parameters() if p.grad is not None]
+    trainer.learners[1].backward(trainer.rival.inputs(), 1, True, torch.float32)
+    assert all(p.grad is not None for p in trainer.rival.model.parameters())
+    after = [p.grad for p in trainer.task.model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer, after, strict=True))
+
+
+def test_gradient_accumulation_equals_the_large_batch_with_a_discriminator_and_several_sizes(shards: str) -> None:
+    trainers = [Trainer(third_stage(shards, output_sizes=(32, 40))) for _ in range(2)]
+    for step in range(6):
+        whole, cut = (trainer.step(step, size) for trainer, size in zip(trainers, (8, 2), strict=True))
+        assert whole.keys() == cut.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        # Adam turns a rounding of a gradient near zero into a step of another sign: every step starts from equal weights.
+        trainers[1].task.model.load_state_dict(trainers[0].task.model.state_dict())
+        trainers[1].rival.model.heads.load_state_dict(trainers[0].rival.model.heads.state_dict())
+    a, b = (trainer.rival.model.ratios for trainer in trainers)
+    assert (a > 0).all() and torch.allclose(a, b, rtol=1e-4)
+
+
+def test_a_checkpoint_brings_the_discriminator_back(shards: str, tmp_path: Path) -> None:
+    trainer, other = Trainer(third_stage(shards)), Trainer(third_stage(shards))
+    for step in range(3):
+        trainer.step(step)
+    learner = trainer.learners[1]
+    save_discriminator(tmp_path, learner.model, learner.optimizers)
+    restore_discriminator(tmp_path, other.learners[1].model, other.learners[1].optimizers)
+    other.task.model.load_state_dict(trainer.task.model.state_dict())
+    first, second = trainer.step(3), other.step(3)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    after = state(other.rival.model)
+    assert all(torch.equal(value, after[name]) for name, value in state(trainer.rival.model).items())
+
+
+def test_a_stage_starts_from_the_average_of_the_one_before_and_is_not_calibrated_again(
+    shards: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    bit = BIT(SMALL)
+    average = {name: value + 1 for name, value in bit.state_dict().items()}
+    save_model(tmp_path, bit, ema=average)
+    task = TokenizerTask(third_stage(shards, start_from=str(tmp_path)))
+    task.begin(task.data.batch(0, np.arange(8)))
+    assert all(torch.equal(value, average[name]) for name, value in task.model.state_dict().items())

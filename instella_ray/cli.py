@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import add_config_arguments, describe, load_config, read_yaml, validate
@@ -133,18 +133,24 @@ def _flag(name: str) -> str:
 def _plan(args: argparse.Namespace) -> None:
     from .evaluation.validation import ValidatedRun
     from .training.plan import PlanOptions, plan_run
+    from .training.stages import TokenizerStagesConfig
     from .training.tokenizer import TokenizerConfig
 
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
     options = validate(PlanOptions, given, None, {name: f"{_flag(name)} {value}" for name, value in given.items()})
     overrides = [*args.overrides, *([f"train.workers.count={args.gpus}"] if args.gpus else [])]
-    run: TokenizerConfig | ValidatedRun
+    runs: Mapping[str, TokenizerConfig | ValidatedRun]
     if "data" in read_yaml(args.config):
-        run = load_config(TokenizerConfig, args.config, overrides)
+        tokenizer = load_config(TokenizerStagesConfig, args.config, overrides)
+        runs = tokenizer.each() or {"": tokenizer}
     else:
-        run = load_config(ValidatedRun, args.config, overrides)
-    plan = plan_run(run, options)
-    print(json.dumps(plan.as_dict(), indent=1) if args.json else plan.text())
+        runs = {"": load_config(ValidatedRun, args.config, overrides)}
+    plans = {name: plan_run(run, options) for name, run in runs.items()}
+    if args.json:
+        figures = {name: plan.as_dict() for name, plan in plans.items()}
+        print(json.dumps(figures.get("", figures), indent=1))
+    else:
+        print("\n\n".join((f"{name}\n" if name else "") + plan.text() for name, plan in plans.items()))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from instella_ray.config import parse_job
 from instella_ray.errors import run_main
-from instella_ray.training.tokenizer import TokenizerConfig, run_tokenizer
+from instella_ray.training.stages import TokenizerStagesConfig, run_stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = parse_job(TokenizerConfig, argv, prog="train_tokenizer.py", description="Train a tokenizer on Ray Train.")
-    print(f"model: {run_tokenizer(cfg)}")
+    about = "Train a tokenizer on Ray Train, in one stage or several."
+    cfg = parse_job(TokenizerStagesConfig, argv, prog="train_tokenizer.py", description=about)
+    print(f"model: {run_stages(cfg)}")
     return 0
 
 

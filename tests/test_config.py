@@ -144,9 +144,9 @@ def test_every_shipped_configuration_loads() -> None:
     from instella_ray.data.encode import EncodeConfig
     from instella_ray.serving.app import ServeArgs
     from instella_ray.training.generator import GeneratorRunConfig
-    from instella_ray.training.tokenizer import TokenizerConfig
+    from instella_ray.training.stages import TokenizerStagesConfig
 
-    rooms: dict[str, type[Config]] = {"tokenizer": TokenizerConfig, "generator": GeneratorRunConfig}
+    rooms: dict[str, type[Config]] = {"tokenizer": TokenizerStagesConfig, "generator": GeneratorRunConfig}
     files = [path for room in rooms for path in (ROOT / "configs" / room).glob("*.yaml")]
     assert len(files) >= 6
     for path in files:

@@ -39,7 +39,7 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
     run = run.model_copy(update={"train": cfg})
     run_dir = Path(cfg.run_dir)
     check_loggers(cfg.loggers)
-    _check_run_dir(run, run_dir / CONFIG)
+    check_run_dir(run)
     init_ray()
     check_resources(cfg.workers, ray.cluster_resources())
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,10 @@ def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
             raise UserError(f"{workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
 
 
-def _check_run_dir(run: TrainingRun, config_file: Path) -> None:
-    run_dir = config_file.parent
+def check_run_dir(run: TrainingRun) -> None:
+    """UserError unless ``run.train.run_dir`` is free, or holds the same run where that is to be resumed."""
+    run_dir = Path(run.train.run_dir)
+    config_file = run_dir / CONFIG
     if not run.train.resume:
         if not storage.is_empty(str(run_dir)):
             raise UserError(

@@ -288,16 +288,18 @@ def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
         raise UserError(
             "a tokenizer is trained as a whole on every GPU: expected none of sharding, gradient_checkpointing"
         )
-    size, bf16 = run.model.image_size, run.train.precision != "fp32"
-    micro = _micro_batch(run.train)
+    size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
+    micro, frozen = _micro_batch(run.train), run.freeze_encoder
+    each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
+    flops = TrainingFlops(*(sum(parts) / len(each) for parts in zip(*each, strict=True)))
     return _Subject(
-        name=f"tokenizer at {size} px",
+        name=f"tokenizer at {', '.join(map(str, run.sizes))} px",
         parameters=_count(run.model),
-        flops=tokenizer_training(run.model, size, size),
-        frozen={},
+        flops=flops,
+        frozen={"encoder": flops.frozen} if frozen else {},
         frozen_bytes=0.0,
-        inputs=micro * 3.0 * size**2 * 4,
-        activations=micro * tokenizer_activations(run.model, size, size, bf16=bf16),
+        inputs=micro * 3.0 * (size**2 + largest**2) * 4,
+        activations=micro * tokenizer_activations(run.model, size, largest, bf16=bf16, frozen_encoder=frozen),
         data={"pictures": float(options.pictures * options.picture_bytes)},
         sample_bytes=float(options.picture_bytes),
         assumptions=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from instella_ray.config import load_config
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.training.generator import GeneratorRunConfig
 from instella_ray.training.plan import Plan, PlanOptions, paper_mfu, plan_run, text_encoder_sizes
-from instella_ray.training.tokenizer import TokenizerConfig
+from instella_ray.training.stages import TokenizerStagesConfig
 
 from ..test_repository import ROOT
 
@@ -86,7 +87,7 @@ def test_a_plan_is_made_of_what_is_there(codes: str, tokenizer: str) -> None:
 
 
 def test_a_tokenizer_is_planned_too() -> None:
-    run = load_config(TokenizerConfig, TOKENIZER)
+    run = load_config(TokenizerStagesConfig, TOKENIZER).each()["stage1"]
     plan = plan_run(run, PlanOptions(images_per_second=100))
     assert plan.parameters == pytest.approx(0.39e9, rel=0.01) and plan.fits
     assert plan.gpu_days == pytest.approx(1024 * 50_000 / 100 / 86_400)
@@ -115,7 +116,12 @@ def test_the_command_prints_everything_and_as_json_too(capsys: pytest.CaptureFix
         found["wall_hours"] * 16 == pytest.approx(found["gpu_days"] * 24) and found["cost"] > 0 and found["assumptions"]
     )
     assert cli.main(["plan", TOKENIZER]) == 0
-    assert "tokenizer at 512 px" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"^stage1\n.* tokenizer at 512 px", out) and "tokenizer at 512, 768, 1024 px" in out
+    assert cli.main(["plan", TOKENIZER, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    second, third = (found[name]["flop_per_sample"] for name in ("stage2", "stage3"))
+    assert third["encoder"] + third["forward"] == pytest.approx(second["forward"])
 
 
 @pytest.mark.parametrize(

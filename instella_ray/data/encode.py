@@ -96,7 +96,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     if todo := {url: label for url, label in shards.items() if label not in done}:
         init_ray()
         samples = open_source(todo, rows_per_block=cfg.rows_per_file)
-        decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=64)
+        decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=None)
         encoded = decoded.map_batches(
             Encoder,
             fn_constructor_args=(cfg, size),

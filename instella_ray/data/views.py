@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pyarrow as pa
 from .decode import UndecodableError, decode_rgb, fit_square
 from .ledger import KEPT
 
+AT_ONCE = 64
+"""Pictures whose pixels are handed on together."""
 PIXELS = pa.schema(
     [
         ("key", pa.string()),
@@ -34,8 +37,14 @@ class Decoder:
     def __init__(self, size: int, crops: int, flips: bool) -> None:
         self.size, self.crops, self.flips = size, crops, flips
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self.decoded(row) for row in table.to_pylist()], PIXELS)
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """A few pictures at a time: a whole block of pixels would be a hundred times its files.
+
+        Ray is asked for no batch size, or it would not decode in the task that reads.
+        """
+        for start in range(0, table.num_rows, AT_ONCE):
+            rows = table.slice(start, AT_ONCE).to_pylist()
+            yield pa.Table.from_pylist([self.decoded(row) for row in rows], PIXELS)
 
     def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
         try:

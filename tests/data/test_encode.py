@@ -91,7 +91,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
 @pytest.mark.unit
 def test_crops_and_flips_are_views_of_one_decode() -> None:
     row = {"image": picture(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
-    table = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
+    (table,) = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
     views = np.frombuffer(table["views"][0].as_py(), np.uint8).reshape(6, 32, 32, 3)
     whole = np.asarray(decode_rgb(row["image"], at_least=64))
     for number, left in enumerate((0, 16, 32)):

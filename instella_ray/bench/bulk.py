@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..sampling import SamplingParams, generate
 from ..sampling_config import SamplingConfig
+from .memory import peak_memory
 from .report import Cell, Goal, Result
 from .serving import ServingBench, save_models
 
@@ -56,7 +53,7 @@ def run_bulk(cfg: BulkBench) -> Result:
     one, two, job_one, job_two = rates.values()
     rows += [{"contestant": name, "pictures/s": rate} for name, rate in rates.items()]
     for count, peak in zip(cfg.memory_samples, peaks, strict=True):
-        rows.append({"contestant": f"job of {count} samples", "peak MB, driver and actor": peak})
+        rows.append({"contestant": f"job of {count} samples", "peak private MB": peak})
     few, many = cfg.memory_samples
     goals = [
         Goal("one actor against the bare sampler", job_one / one, RATE_GOAL, ">="),
@@ -120,7 +117,7 @@ def _config(cfg: BulkBench, model: str, output: Path, prompts: str, **more: obje
 
 
 def _peak(cfg: BulkBench, model: str, output: Path, count: int) -> float:
-    """Most memory (MB) that driver and actor had together while they made ``count`` samples of one step each."""
+    """Most private memory (MB) of all processes together while they made ``count`` samples of one step each."""
     output.mkdir()
     _prompts(output, count // cfg.images_per_prompt)
     one_step = cfg.sampling.model_copy(update={"num_inference_steps": 1})
@@ -128,25 +125,7 @@ def _peak(cfg: BulkBench, model: str, output: Path, count: int) -> float:
         time.sleep(0.1)
     with peak_memory() as peak:
         run_sample(_config(cfg, model, output / "out", str(output / "prompts.jsonl"), actors=1, sampling=one_step))
-    return max(peak)
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Resident MB of this process and of Ray Data's actors, looked at all the time within the block."""
-    seen, over = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.1):
-            seen.append(sum(_resident_mb(pid) for pid in ["self", *_actors()]))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        over.set()
-        thread.join()
+    return peak[0]
 
 
 def _actors() -> list[str]:
@@ -158,11 +137,3 @@ def _actors() -> list[str]:
         except OSError:
             continue  # it ended while we looked
     return found
-
-
-def _resident_mb(pid: str) -> float:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

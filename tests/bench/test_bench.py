@@ -11,6 +11,7 @@ import pytest
 
 from instella_ray.bench.bulk import BulkBench, run_bulk
 from instella_ray.bench.caching import CachingBench, run_caching
+from instella_ray.bench.data import DataBench, run_data
 from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
 from instella_ray.bench.metrics import MetricsBench, run_metrics
@@ -149,4 +150,19 @@ def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
     ]
     assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 3
     # Both processes were found: an actor holds a text encoder and a model.
-    assert all(float(row["peak MB, driver and actor"]) > 400 for row in result.rows[4:])
+    assert all(float(row["peak private MB"]) > 400 for row in result.rows[4:])
+
+
+@pytest.mark.ray
+def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
+    sizes = {"shards": 2, "pictures_per_shard": 4, "picture_size": (640, 512), "size": 16, "rounds": 1}
+    result = run_data(DataBench(**sizes, codes=2000, batch=64, memory_shards=(1, 2)))
+    assert [row["contestant"] for row in result.rows] == [
+        "decode and resize alone",
+        "this pipeline",
+        "DataLoader and webdataset",
+        "codes reader, one core",
+        "curating 1 shards",
+        "curating 2 shards",
+    ]
+    assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 4

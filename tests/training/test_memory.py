@@ -11,9 +11,11 @@ from torch import nn
 
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import GeneratorConfig, build_generator
+from instella_ray.training.adversarial import DRAWS
 from instella_ray.training.generator import ARLoss, DiffusionLoss
+from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
 from instella_ray.training.memory import Sharding, generator_activations, states, tokenizer_activations
-from instella_ray.training.tokenizer import TokenizerLoss, TokenizerLossConfig
+from instella_ray.training.tokenizer import TokenizerLoss
 
 from ..test_flops import SMALL
 
@@ -61,8 +63,10 @@ def test_a_tokenizers_activations_are_within_two_per_cent_of_what_pytorch_keeps(
     merges: tuple[int, ...], bf16: bool
 ) -> None:
     cfg = BITConfig(**SMALL, downsample_after=merges, upsample_after=merges)
-    module = TokenizerLoss(BIT(cfg).train(), TokenizerLossConfig())
-    measured = saved_bytes(module, {"images": torch.rand(8, 3, 64, 64), "temperature": 0.5}, bf16=bf16)
+    module = TokenizerLoss(BIT(cfg).train(), TokenizerLossConfig(perceptual=PerceptualConfig(network="none")))
+    images = torch.rand(8, 3, 64, 64)
+    inputs = {"images": images, "targets": images, "draws": torch.rand(8, DRAWS), "temperature": 0.5}
+    measured = saved_bytes(module, inputs, bf16=bf16)
     assert measured == pytest.approx(8 * tokenizer_activations(cfg, 64, 64, bf16=bf16), rel=0.02)
 
 

@@ -220,6 +220,14 @@ def write_json(url: str, value: Any) -> None:
     write_text(url, json.dumps(value, indent=1) + "\n")
 
 
+def read_parquet(url: str, **options: Any) -> Any:
+    """A parquet file as a pyarrow table; ``options`` are those of pyarrow's ``read_table``."""
+    import pyarrow.parquet as pq
+
+    with open_file(url) as stream:
+        return pq.read_table(stream, **options)
+
+
 def write_parquet(url: str, table: Any, **options: Any) -> None:
     """A pyarrow table as a parquet file; ``options`` are those of pyarrow's ``write_table``."""
     import pyarrow.parquet as pq

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from .. import storage
@@ -102,8 +101,7 @@ def _thumbnails(folder: str) -> dict[str, list[Row]]:
     """Up to :data:`EXAMPLES` pictures of each verdict, from all parts in turn."""
     found: dict[str, list[list[Row]]] = defaultdict(list)
     for url in storage.glob(storage.join(folder, THUMBNAILS, "*.parquet")):
-        with storage.open_file(url) as stream:
-            rows = pq.read_table(stream).to_pylist()
+        rows = storage.read_parquet(url).to_pylist()
         for verdict in dict.fromkeys(row["verdict"] for row in rows):
             found[verdict].append([row for row in rows if row["verdict"] == verdict])
     gone = _decisions(folder)
@@ -133,8 +131,7 @@ def _decisions(folder: str) -> dict[tuple[str, str], tuple[str, str]]:
     url = storage.join(folder, DUPLICATES)
     if not storage.exists(url):
         return {}
-    with storage.open_file(url) as stream:
-        rows = pq.read_table(stream).to_pylist()
+    rows = storage.read_parquet(url).to_pylist()
     return {(row["part"], row["key"]): (row["of_part"], row["of_key"]) for row in rows}
 
 

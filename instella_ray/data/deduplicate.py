@@ -135,8 +135,8 @@ def _decide(folder: str, parts: list[Part], cfg: DuplicateConfig) -> pa.Table:
 
 
 def _prints(folder: str, name: str) -> pa.Table:
-    with storage.open_file(storage.join(folder, FINGERPRINTS, f"{name}.parquet")) as stream:
-        return pq.read_table(stream, columns=["key", *(field for field, _ in FIELDS)])
+    url = storage.join(folder, FINGERPRINTS, f"{name}.parquet")
+    return storage.read_parquet(url, columns=["key", *(field for field, _ in FIELDS)])
 
 
 def _key(table: pa.Table, row: int, end: int) -> str:

@@ -23,8 +23,6 @@ from .tar_source import read_samples
 
 DECODERS = 4
 """Threads that decode; Pillow leaves Python's lock while it works."""
-
-
 SILENT = 20
 """So many tars are counted without a progress bar."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ class PartFolder:
 
     def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
         """Get the folder ready (:func:`open_output`) and return the labels of the shards that are done already."""
-        return self._sweep() if open_output(self.url, mode, settings) else set()
+        return self._sweep(self.parts()) if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
         """All finished parts, by shard and row."""
@@ -116,13 +116,12 @@ class PartFolder:
         ledger = Ledger.of(part.ledger for part in parts)
         if ledger.total != sum(part.rows for part in parts):
             raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
-        self._sweep()  # halves of files that killed workers left
+        self._sweep(parts)  # halves of files that killed workers left
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
 
-    def _sweep(self) -> set[str]:
-        """Delete what belongs to no finished shard, halves of files too; returns the labels of those that are."""
-        parts = self.parts()
+    def _sweep(self, parts: Sequence[Part]) -> set[str]:
+        """Delete what belongs to no finished shard of ``parts``, halves of files too; returns the labels of those."""
         done = _done(parts)
         whole = [part for part in parts if part.shard in done]
         keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .. import storage
 from .tar_source import read_samples
@@ -27,8 +26,7 @@ def read_index(shard: str) -> pa.Table:
     """The index of a tar, as :data:`SCHEMA`: from its file where there is one, else by reading the tar to its end."""
     url = index_url(shard)
     if storage.exists(url):
-        with storage.open_file(url) as stream:
-            return pq.read_table(stream, schema=SCHEMA)
+        return storage.read_parquet(url, schema=SCHEMA)
     return scan_index(shard)
 
 

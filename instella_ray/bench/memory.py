@@ -19,7 +19,9 @@ def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
     peak, over = [0.0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.2):
+        ended = False
+        while not ended:  # a last look at the end: a short job would be over before the first one
+            ended = over.wait(0.2)
             peak[0] = max(peak[0], sum(map(_private_mb, processes(with_ray))))
 
     thread = threading.Thread(target=watch, daemon=True)

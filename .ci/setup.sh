@@ -93,4 +93,4 @@ else
     rm -f "$kept"
 fi
 
-"$uv" pip install --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,dev]'
+"$uv" pip install --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev]'

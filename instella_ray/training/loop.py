@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
 from torch import Tensor, nn
 
 from .. import storage
@@ -20,12 +18,11 @@ from ..accelerator import compute_dtype
 from ..data.loader import Data, Prefetcher
 from ..data.order import BatchPlan
 from ..models.checkpoint import Model
-from ..rendering import encode_png
 from .checkpoint import restore_checkpoint, restore_discriminator, save_checkpoint, save_discriminator
-from .effort import bf16_peak, effort, peak_memory
 from .learner import Learner
-from .loggers import open_loggers
+from .metrics_log import MetricsLog
 from .optim import EMA
+from .reporting import report_checkpoint
 from .settings import OptimizerConfig, TrainConfig
 
 
@@ -122,7 +119,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
             each.distribute()
     size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
-    log = _MetricsLog(cfg, rank, task, start, device)
+    log = MetricsLog(cfg, rank, task.summary, start, device)
     batches = Prefetcher(lambda step: task.data.batch(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
     waited = time.perf_counter()
     for step, batch in enumerate(batches, start):
@@ -157,7 +154,7 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         if rank == 0 and (final or done % cfg.preview_every == 0):
             log.preview(done, _preview(task, model, ema))
         if final or done % cfg.checkpoint_every == 0:
-            _report(task, learners, ema, done, rank, log.last)
+            report_checkpoint(done, log.last, partial(_save, task, learners, ema, done, rank))
         waited = time.perf_counter()
     log.close()
 
@@ -178,68 +175,9 @@ def _preview(task: Task, model: Model, ema: EMA) -> Any:
         model.train()
 
 
-def _report(task: Task, learners: Sequence[Learner], ema: EMA, step: int, rank: int, metrics: dict[str, Any]) -> None:
-    """Hand a checkpoint to Ray Train. A barrier: every rank calls it equally, rank 0 brings the folder."""
-    if rank != 0:
-        ray.train.report(metrics, checkpoint_dir_name=f"step-{step:07d}")
-        return
-    with tempfile.TemporaryDirectory() as folder:
+def _save(task: Task, learners: Sequence[Learner], ema: EMA, step: int, rank: int, folder: Path) -> None:
+    """Rank 0 writes all that :func:`train_worker` needs to go on after ``step`` steps."""
+    if rank == 0:
         for other in learners[1:]:
-            save_discriminator(Path(folder), other.model, other.optimizers)
-        save_checkpoint(Path(folder), task.model, ema, learners[0].optimizers, {"step": step}, task.extra())
-        checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:07d}")
-
-
-class _MetricsLog:
-    """Rank 0 appends one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
-
-    def __init__(self, cfg: TrainConfig, rank: int, task: Task, start: int, device: torch.device) -> None:
-        self.cfg, self.rank, self.task, self.device = cfg, rank, task, device
-        self.last: dict[str, Any] = {}
-        self.seen = 0
-        self.waited = 0.0
-        self.work = 0.0
-        self.peak = bf16_peak(device, cfg.precision)
-        self.world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.loggers = open_loggers(cfg.loggers, cfg.run_dir, start) if rank == 0 else []
-        self.since = time.perf_counter()
-
-    def step(
-        self, step: int, totals: dict[str, Tensor], rate: float, norm: Tensor, data_wait: float, flops: float
-    ) -> None:
-        self.seen += self.cfg.global_batch
-        self.waited += data_wait
-        self.work += flops
-        if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
-            return
-        values = torch.cat([value.flatten() for value in totals.values()])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)
-            values /= self.world
-        parts = values.split([value.numel() for value in totals.values()])
-        means = {name: part.view_as(value) for (name, value), part in zip(totals.items(), parts, strict=True)}
-        elapsed = time.perf_counter() - self.since
-        facts = {name: round(float(value), 6) for name, value in self.task.summary(step, means).items()}
-        speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
-        speed |= effort(self.work / elapsed, self.world, self.peak)
-        speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
-        self.last = {"step": step + 1, **facts, "lr": rate, "gradient_norm": round(float(norm), 5), **speed}
-        self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
-        if self.rank == 0:
-            path = Path(self.cfg.run_dir) / "metrics.jsonl"
-            with path.open("a") as stream:
-                stream.write(json.dumps(self.last) + "\n")
-        figures = {name: value for name, value in self.last.items() if name != "step"}
-        for logger in self.loggers:
-            logger.scalars(step + 1, figures)
-
-    def preview(self, step: int, picture: Any) -> None:
-        if picture is not None:
-            storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(picture))
-            for logger in self.loggers:
-                logger.picture(step, picture)
-
-    def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+            save_discriminator(folder, other.model, other.optimizers)
+        save_checkpoint(folder, task.model, ema, learners[0].optimizers, {"step": step}, task.extra())

@@ -131,9 +131,9 @@ def _flag(name: str) -> str:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from .evaluation.validation import ValidatedRun
+    from .evaluation.validation_generator import ValidatedRun
+    from .evaluation.validation_tokenizer import ValidatedStages
     from .training.plan import PlanOptions, plan_run
-    from .training.stages import TokenizerStagesConfig
     from .training.tokenizer import TokenizerConfig
 
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
@@ -141,7 +141,7 @@ def _plan(args: argparse.Namespace) -> None:
     overrides = [*args.overrides, *([f"train.workers.count={args.gpus}"] if args.gpus else [])]
     runs: Mapping[str, TokenizerConfig | ValidatedRun]
     if "data" in read_yaml(args.config):
-        tokenizer = load_config(TokenizerStagesConfig, args.config, overrides)
+        tokenizer = load_config(ValidatedStages, args.config, overrides)
         runs = tokenizer.each() or {"": tokenizer}
     else:
         runs = {"": load_config(ValidatedRun, args.config, overrides)}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -19,6 +20,8 @@ from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer
 class TokenizerStagesConfig(TokenizerConfig):
     """A tokenizer run, or several stages of one: what stands beside ``stages`` holds for all of them."""
 
+    stage_type: ClassVar[type[TokenizerConfig]] = TokenizerConfig
+    """What a stage's settings are read as."""
     stages: dict[str, dict[str, Any]] = Field({})
     """Settings of each stage that differ from those beside, by its name, in the order of training. A stage's run directory
     is train.run_dir/NAME. Without any there is one run, in train.run_dir itself."""
@@ -42,22 +45,25 @@ class TokenizerStagesConfig(TokenizerConfig):
                 raise UserError(f"stages.{name}: its run_dir is train.run_dir/{name}")
             merged = _merged(shared, own)
             merged["train"]["run_dir"] = storage.join(self.train.run_dir, name)
-            found[name] = validate(TokenizerConfig, merged, f"stages.{name}")
+            found[name] = validate(self.stage_type, merged, f"stages.{name}")
         return found
 
     def single(self) -> TokenizerConfig:
         """The one run that there is without stages."""
-        return TokenizerConfig.model_validate(self.model_dump(exclude={"stages"}, exclude_unset=True))
+        return self.stage_type.model_validate(self.model_dump(exclude={"stages"}, exclude_unset=True))
 
 
-def run_stages(cfg: TokenizerStagesConfig) -> Path:
+def run_stages(
+    cfg: TokenizerStagesConfig, beside: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
+) -> Path:
     """Train all stages on Ray Train; returns the last one's final checkpoint, which is a model folder.
 
     ``train.resume`` skips stages that are finished and goes on with one that has begun. All stages are checked before
-    the first one starts.
+    the first one starts. ``beside(stage)`` is open while a stage is trained, or found finished.
     """
     if not cfg.stages:
-        return run_tokenizer(cfg.single())
+        with beside(single := cfg.single()):
+            return run_tokenizer(single)
     stages = {name: complete_tokenizer(stage) for name, stage in cfg.each().items()}
     run_dir = Path(cfg.train.run_dir).absolute()
     begun = [name for name in stages if (run_dir / name / CONFIG).exists()]
@@ -72,11 +78,12 @@ def run_stages(cfg: TokenizerStagesConfig) -> Path:
         train = stage.train.model_copy(update={"resume": name in begun, "run_dir": str(run_dir / name)})
         start_from = stage.start_from if previous is None else str(previous)
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
-        previous = _finished(stage)
-        if previous is None:
-            previous = run_tokenizer(stage, f"tokenizer, {name}")
-        else:
-            print(f"{name}: finished already, {previous}", flush=True)
+        with beside(stage):
+            previous = _finished(stage)
+            if previous is None:
+                previous = run_tokenizer(stage, f"tokenizer, {name}")
+            else:
+                print(f"{name}: finished already, {previous}", flush=True)
     assert previous is not None
     return previous
 

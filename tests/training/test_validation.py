@@ -10,7 +10,13 @@ import pytest
 
 from instella_ray import storage
 from instella_ray.data.scenes import scene_prompts
-from instella_ray.evaluation.validation import ValidatedRun, ValidationConfig, Validator, validating
+from instella_ray.evaluation.validation import validating
+from instella_ray.evaluation.validation_generator import (
+    GeneratorValidator,
+    ValidatedRun,
+    ValidationConfig,
+    generator_validator,
+)
 from instella_ray.models.checkpoint import load_model
 from instella_ray.training.generator import run_generator
 
@@ -31,7 +37,7 @@ def row(step: int, value: float | None) -> dict[str, object]:
 
 
 def test_checkpoints_are_due_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    validator = Validator(ValidationConfig(every_steps=100), str(tmp_path), "bit")
+    validator = GeneratorValidator(ValidationConfig(every_steps=100), str(tmp_path), "bit")
     assert validator.due(False) == []
     folders = {step: checkpoint(tmp_path, step) for step in (50, 100, 150, 200, 210)}
     (tmp_path / "checkpoints" / "step-0000300").mkdir()  # not finished
@@ -45,7 +51,7 @@ def test_checkpoints_are_due_every_so_many_steps_and_at_the_end(tmp_path: Path) 
 
 
 def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
-    validator = Validator(ValidationConfig(), str(tmp_path), "bit")
+    validator = GeneratorValidator(ValidationConfig(), str(tmp_path), "bit")
     for step, value, best in ((1, None, 1), (2, 0.4, 2), (3, 0.7, 3), (4, 0.7, 3), (5, 0.2, 3)):
         (validator.folder / f"step-{step:07d}" / "model").mkdir(parents=True)
         validator.add(row(step, value))
@@ -70,7 +76,7 @@ def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
     plain = config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
     run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
-    with validating(run):
+    with validating(generator_validator(run)):
         run_generator(run)
     folder = tmp_path / "run" / "validation"
     rows = storage.read_json(str(folder / "validation.json"))

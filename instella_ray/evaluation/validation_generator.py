@@ -1,0 +1,85 @@
+"""Validation of a generator while it trains: each checkpoint draws pictures of fixed prompts, and these are measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ..data.prompts import SCENES
+from ..sampling_config import SamplingConfig
+from ..training.generator import GeneratorRunConfig
+from .evaluate import EvaluateConfig, run_evaluate
+from .metric_settings import MetricsConfig
+from .plan import SampleConfig
+from .results import Evaluation
+from .sample import run_sample
+from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
+
+
+class ValidationConfig(ValidationSchedule):
+    """What a checkpoint is asked to draw, how that is measured, and by what the best one is told."""
+
+    prompts: str = SCENES
+    """As of jobs/sample.py."""
+    count: int | None = Field(240, ge=1)
+    images_per_prompt: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+    sampling: SamplingConfig = SamplingConfig(guidance_scale=4.0, temperature=0.6)
+    text_length: int = Field(128, ge=1)
+    size: int | None = Field(None, ge=16)
+    """Pixels a side of the pictures; none means the tokenizer's own."""
+    metrics: MetricsConfig | None = None
+    """As of jobs/evaluate.py."""
+    best_by: str = "scene_score"
+    """Metric that tells the best checkpoint."""
+    batch_size: int = Field(16, ge=1)
+    actors: int | None = Field(1, ge=1)
+    gpus_per_actor: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _best_can_be_told(self) -> ValidationConfig:
+        scenes = ["scene_score"] if self.prompts == SCENES else []
+        require_best_by(self.best_by, list(self.metrics.sections()) if self.metrics else scenes)
+        return self
+
+
+class ValidatedRun(GeneratorRunConfig):
+    """A generator run whose checkpoints may be validated."""
+
+    validation: ValidationConfig | None = None
+    """None: training alone."""
+
+
+class GeneratorValidator(Validator):
+    """Samples a checkpoint and evaluates the samples, each as its job does."""
+
+    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str) -> None:
+        super().__init__(cfg, run_dir)
+        self.cfg, self.tokenizer = cfg, tokenizer
+
+    def measure(self, model: str, folder: Path) -> Numbers:
+        cfg = self.cfg
+        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
+        places = {"model": model, "output": str(folder / "samples"), "mode": "resume"}
+        asked = ("prompts", "count", "images_per_prompt", "seed", "sampling", "text_length", "batch_size")
+        run_sample(SampleConfig(**places, **{name: getattr(cfg, name) for name in asked}, **spread))
+        evaluation = EvaluateConfig(
+            samples=places["output"],
+            tokenizer=self.tokenizer,
+            output=str(folder / "evaluation"),
+            mode="resume",
+            size=cfg.size,
+            metrics=cfg.metrics,
+            batch_size=cfg.batch_size,
+            **spread,
+        )
+        run_evaluate(evaluation)
+        (setting,) = Evaluation(evaluation.output).settings.values()
+        return numbers(setting["metrics"].items())
+
+
+def generator_validator(run: ValidatedRun) -> GeneratorValidator | None:
+    """What measures the run's checkpoints, where it asks for that."""
+    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer) if run.validation else None

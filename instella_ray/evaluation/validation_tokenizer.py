@@ -1,0 +1,165 @@
+"""Validation of a tokenizer while it trains: each checkpoint restores held-out pictures, and these are measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field, model_validator
+from ray.exceptions import RayTaskError
+
+from .. import storage
+from ..accelerator import pick_device
+from ..data.decode import to_pixels, to_tensor
+from ..data.image_data import ImageData, require_pictures
+from ..data.pipeline import init_ray
+from ..errors import UserError
+from ..models.bit import BIT
+from ..models.checkpoint import load_expected
+from ..rendering import encode_png
+from ..training.stages import TokenizerStagesConfig, run_stages
+from ..training.tokenizer import TokenizerConfig
+from .metric_settings import PSNR, SSIM, MetricsConfig, Tools, absolute, choose
+from .metrics.base import Batch, Metric
+from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by, validating
+
+PICTURE = "restorations.png"
+OFFERS = frozenset({"images", "references"})
+
+
+class TokenizerValidation(ValidationSchedule):
+    """What a checkpoint is asked to restore, how that is measured, and by what the best one is told."""
+
+    data: str
+    """Held-out pictures: curated WebDataset tars (path, glob, commas between several)."""
+    count: int = Field(256, ge=1)
+    """So many of them, the first ones, each cropped at the same place every time."""
+    sizes: tuple[int, ...] = ()
+    """Pixels a side that pictures are decoded to and measured at; none means the sizes that the stage trains."""
+    metrics: MetricsConfig = MetricsConfig(psnr=PSNR(), ssim=SSIM())
+    """Those of jobs/evaluate.py that compare a restoration with its original."""
+    best_by: str = "psnr"
+    """Metric that tells the best checkpoint, over all sizes."""
+    shown: int = Field(8, ge=1)
+    """Pictures shown, originals above their restorations."""
+    batch_size: int = Field(16, ge=1)
+    cpus: float = Field(1.0, ge=0)
+    """Logical CPUs that measuring reserves. Where training leaves none, it waits until that has ended."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs that it reserves, or a part of one."""
+
+    @model_validator(mode="after")
+    def _can_be_measured(self) -> TokenizerValidation:
+        sections = self.metrics.sections()
+        if other := [name for name, section in sections.items() if not section.needs <= OFFERS]:
+            raise ValueError(f"metrics.{other[0]}: expected metrics that compare a picture with its original")
+        require_best_by(self.best_by, sections)
+        return self
+
+
+class ValidatedTokenizer(TokenizerConfig):
+    """A tokenizer run whose checkpoints may be validated."""
+
+    validation: TokenizerValidation | None = None
+    """None: training alone."""
+
+
+class ValidatedStages(TokenizerStagesConfig, ValidatedTokenizer):
+    """A tokenizer run, or several stages of one; each stage's checkpoints may be validated."""
+
+    stage_type = ValidatedTokenizer
+
+
+class Measured(NamedTuple):
+    """What restoring has come to."""
+
+    numbers: Numbers
+    picture: np.ndarray
+    """uint8 ``[H, W, 3]``."""
+
+
+class TokenizerValidator(Validator):
+    """Restores pictures in a task of its own, on whichever node has room."""
+
+    def __init__(self, cfg: TokenizerValidation, run_dir: str) -> None:
+        super().__init__(cfg, run_dir)
+        self.cfg = cfg
+
+    def measure(self, model: str, folder: Path) -> Numbers:
+        init_ray()
+        if self.cfg.gpus > (have := ray.cluster_resources().get("GPU", 0)):
+            raise UserError(f"gpus {self.cfg.gpus:g}: the cluster has {have:g}")
+        task = ray.remote(num_cpus=self.cfg.cpus, num_gpus=self.cfg.gpus)(measure_restorations)
+        try:
+            measured: Measured = ray.get(task.remote(model, self.cfg))
+        except RayTaskError as error:
+            raise error.cause from None
+        storage.write_bytes(str(folder / PICTURE), encode_png(measured.picture))
+        return measured.numbers
+
+
+@torch.inference_mode()
+def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
+    """Restore pictures of ``cfg.data`` at ``cfg.sizes`` by the BIT of the folder ``model``, and compare.
+
+    A metric is over the pictures of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
+    """
+    device = pick_device("auto" if cfg.gpus else "cpu")
+    bit = load_expected(model, BIT, device=device)
+    seen, sizes = bit.cfg.image_size, cfg.sizes or (bit.cfg.image_size,)
+    data = ImageData(cfg.data, sorted({seen, *sizes}), 0)
+    sections = choose(cfg.metrics, OFFERS, scenes=False)
+    makers = {name: section.load(Tools(str(device))) for name, section in sections.items()}
+    metrics: dict[str, Metric] = {name: make() for name, make in makers.items()}
+    if len(sizes) > 1:
+        metrics |= {f"{name}_{size}": make() for name, make in makers.items() for size in sizes}
+    shown: list[np.ndarray] = []
+    for start in range(0, min(cfg.count, len(data)), cfg.batch_size):
+        index = np.arange(start, min(start + cfg.batch_size, cfg.count, len(data)))
+        pixels = data.batch(0, index).pixels
+        codes = bit.encode(to_tensor(pixels[seen]).to(device))
+        for size in sizes:
+            restored, originals = to_pixels(bit.decode(codes, size, size)), pixels[size]
+            # Two sizes of one picture are no two pictures: the interval draws them together.
+            groups = [str(number) for number in index]
+            batch = Batch([f"{group} at {size}" for group in groups], restored, originals, groups=groups)
+            for name in makers:
+                for key in {name, f"{name}_{size}"} & set(metrics):
+                    metrics[key].update(batch)
+            if size == sizes[-1] and len(shown) * cfg.batch_size < cfg.shown:
+                shown.append(np.stack((originals, restored)))
+    rows = np.concatenate(shown, axis=1)[:, : cfg.shown]
+    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    return Measured(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), picture)
+
+
+def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
+    """The stage's validation with its sizes and absolute paths; None where it asks for none.
+
+    UserError for held-out shards without pictures and for sizes that the model cannot decode to.
+    """
+    if not isinstance(stage, ValidatedTokenizer) or (cfg := stage.validation) is None:
+        return None
+    sizes, multiple = cfg.sizes or stage.sizes, stage.model.decode_multiple
+    if wrong := [size for size in sizes if size <= 0 or size % multiple]:
+        raise UserError(f"validation.sizes {wrong[0]}: not a multiple of {multiple}")
+    require_pictures(cfg.data)
+    sections: dict[str, Any] = {name: absolute(section) for name, section in cfg.metrics.sections().items()}
+    metrics = cfg.metrics.model_copy(update=sections)
+    return cfg.model_copy(update={"data": storage.absolute(cfg.data), "sizes": sizes, "metrics": metrics})
+
+
+def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:
+    """What measures the stage's checkpoints, where it asks for that."""
+    cfg = complete_validation(stage)
+    return TokenizerValidator(cfg, stage.train.run_dir) if cfg else None
+
+
+def run_validated_stages(cfg: ValidatedStages) -> Path:
+    """:func:`..training.stages.run_stages` with validation beside each stage, all of it checked before the first one."""
+    for stage in cfg.each().values() or [cfg.single()]:
+        complete_validation(stage)
+    return run_stages(cfg, lambda stage: validating(tokenizer_validator(stage)))

@@ -16,6 +16,7 @@ import pydantic
 from .. import storage
 from ..config import Config
 from ..errors import UserError
+from .rows import both_captions
 
 T = TypeVar("T")
 
@@ -80,9 +81,7 @@ class CodesWriter:
         return len(views)
 
     def _facts(self, row: dict[str, Any]) -> dict[str, Any]:
-        meta = json.loads(row["meta"])
-        names = {"caption_long": meta.get("caption_long"), "caption_short": meta.get("caption_short")}
-        captions = {name: text if isinstance(text, str) and text else row["caption"] for name, text in names.items()}
+        captions = both_captions(row["caption"], json.loads(row["meta"]))
         facts = {name: row[name] for name in ("key", "shard", "row", "width", "height")}
         return {**facts, **captions, "source": self.source}
 

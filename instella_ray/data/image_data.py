@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from .. import storage
 from ..errors import UserError
 from .codes import LRUCache
 from .decode import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
+from .loader import CAPTIONS, CaptionChoice
 from .order import FileOrder, Order, sample_uniforms, split_epochs
 from .shards import find_files, find_shards
 from .sources import require_captions
@@ -45,12 +46,22 @@ class ImageData:
     """
 
     def __init__(
-        self, pattern: str, sizes: Sequence[int], seed: int, *, cache_bytes: int = 2 << 30, window: int = 256
+        self,
+        pattern: str,
+        sizes: Sequence[int],
+        seed: int,
+        *,
+        captions: bool = False,
+        cache_bytes: int = 2 << 30,
+        window: int = 256,
     ) -> None:
+        """``captions`` makes :meth:`column` know them too."""
         self.sizes, self.largest, self.seed = tuple(sizes), max(sizes), seed
         shards = find_files(pattern)
         self.urls = [shard.url for shard in shards]
-        self._indexes = LRUCache(lambda n: (read_index(self.urls[i]) for i in n), lambda t: t.nbytes, 256 << 20)
+        self._indexes = LRUCache(
+            lambda n: (read_index(self.urls[i], captions=captions) for i in n), lambda t: t.nbytes, 256 << 20
+        )
         uncounted = sum(shard.rows is None for shard in shards)
         numbered = enumerate(tqdm(shards, desc="counting pictures", unit="shard", disable=uncounted < SILENT))
         counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
@@ -73,13 +84,20 @@ class ImageData:
         pixels = {size: np.stack([_resized(crop, size) for crop in crops]) for size in self.sizes}
         return ImageBatch(pixels, [key for key, _ in items])
 
+    def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
+        """What the tars' indexes say of the samples at ``index``, by the name of its column."""
+        return [row[name] for _, row in self._rows(index)]
+
+    def _rows(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, dict[str, Any]]]:
+        """The shard of each picture, and its row there."""
+        shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
+        places = [number - int(self._starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
+        found = [self._indexes[shard].slice(place, 1) for shard, place in zip(shards, places, strict=True)]
+        return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
+
     def _decoded(self, numbers: list[int]) -> list[tuple[str, np.ndarray]]:
         """(key, uint8 ``[H, W, 3]`` with the shorter edge at the largest size) of each picture."""
-        shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
-        rows = [
-            self._indexes[shard].slice(number - int(self._starts[shard]), 1).to_pylist()[0]
-            for shard, number in zip(shards, numbers, strict=True)
-        ]
+        shards, rows = zip(*self._rows(numbers), strict=True)
         urls = [self.urls[shard] for shard in shards]
         files = read_ranges(urls, [row["offset"] for row in rows], [row["bytes"] for row in rows])
         return list(self._threads.map(self._decode, urls, (row["key"] for row in rows), files))
@@ -90,6 +108,42 @@ class ImageData:
         except UndecodableError as error:
             raise UserError(f"{url}: sample {key}: {error}; curate the shards first") from None
         return key, np.asarray(resize_shorter_edge(image, self.largest))
+
+
+class PicturesBatch(NamedTuple):
+    """A generator's training batch, to be encoded."""
+
+    pixels: np.ndarray
+    """uint8 ``[B, size, size, 3]``."""
+    captions: list[str]
+    """Empty where the caption was dropped."""
+    keys: list[str]
+
+
+class PicturesData:
+    """Pictures as :class:`ImageData` crops them, with captions chosen as those of codes are."""
+
+    def __init__(
+        self, pattern: str, size: int, seed: int, captions: CaptionChoice = CaptionChoice(), **options: Any
+    ) -> None:
+        """``options`` are those of :class:`ImageData`."""
+        self.images = ImageData(pattern, (size,), seed, captions=True, **options)
+        self.size, self.seed, self.captions, self.order = size, seed, captions, self.images.order
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, epoch: int, samples: np.ndarray) -> PicturesBatch:
+        """The samples as they look in their epoch."""
+        epochs, index = split_epochs(len(self), epoch, samples)
+        chance = sample_uniforms(self.seed, epochs, index)[:, 2:]  # the first two place the crop
+        captions = self.captions.choose(chance, *(self.images.column(index, name) for name in CAPTIONS))
+        found = self.images.batch(epoch, samples)
+        return PicturesBatch(found.pixels[self.size], captions, found.keys)
+
+    def long_captions(self, index: np.ndarray) -> list[str]:
+        """Of the samples at ``index``."""
+        return self.images.column(index, CAPTIONS[0])
 
 
 def require_pictures(pattern: str) -> None:

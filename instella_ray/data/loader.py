@@ -21,6 +21,7 @@ from .codes import CodesReader
 from .order import FileOrder, Order, sample_uniforms, split_epochs
 
 T = TypeVar("T")
+CAPTIONS = ("caption_long", "caption_short")
 
 
 class CodesBatch(NamedTuple):
@@ -33,6 +34,21 @@ class CodesBatch(NamedTuple):
     keys: list[str]
 
 
+class CaptionChoice(NamedTuple):
+    """Which of its captions a sample is trained with."""
+
+    short: float = 0.5
+    """Chance of the short one."""
+    dropped: float = 0.1
+    """Chance of none, for guidance."""
+
+    def choose(self, chance: np.ndarray, long: Sequence[str], short: Sequence[str]) -> list[str]:
+        """A caption each of ``long [N]`` and ``short [N]``, or '', by uniforms ``chance [N, 2]``."""
+        captions = np.where(chance[:, 1] < self.short, np.array(short, object), np.array(long, object))
+        captions[chance[:, 0] < self.dropped] = ""
+        return captions.tolist()
+
+
 class CodesData:
     """Packed codes with captions: long or short by chance, dropped by chance (for guidance).
 
@@ -43,13 +59,11 @@ class CodesData:
         self,
         reader: CodesReader,
         seed: int,
+        captions: CaptionChoice = CaptionChoice(),
         *,
-        short_probability: float = 0.5,
-        drop_probability: float = 0.1,
         window: int = 64,
     ) -> None:
-        self.reader, self.seed = reader, seed
-        self.short_probability, self.drop_probability = short_probability, drop_probability
+        self.reader, self.seed, self.captions = reader, seed, captions
         self.order: Callable[[int], Order] = lru_cache(2)(lambda epoch: FileOrder(reader.starts, seed, epoch, window))
 
     def __len__(self) -> int:
@@ -59,12 +73,12 @@ class CodesData:
         """The samples as they look in their epoch."""
         epochs, index = split_epochs(len(self), epoch, samples)
         chance = sample_uniforms(self.seed, epochs, index)
-        dropped, short = chance[:, 0] < self.drop_probability, chance[:, 1] < self.short_probability
-        captions = np.where(
-            short, self.reader.column(index, "caption_short"), self.reader.column(index, "caption_long")
-        )
-        captions[dropped] = ""
-        return CodesBatch(self.reader.codes(index), captions.tolist(), self.reader.column(index, "key"))
+        captions = self.captions.choose(chance[:, :2], *(self.reader.column(index, name) for name in CAPTIONS))
+        return CodesBatch(self.reader.codes(index), captions, self.reader.column(index, "key"))
+
+    def long_captions(self, index: np.ndarray) -> list[str]:
+        """Of the samples at ``index``."""
+        return self.reader.column(index, CAPTIONS[0])
 
 
 class Data(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -60,6 +60,12 @@ def json_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:
+    """``caption_long`` and ``caption_short`` of a sample; its one caption stands in for what ``meta`` does not have."""
+    given = {name: meta.get(name) for name in ("caption_long", "caption_short")}
+    return {name: text if isinstance(text, str) and text else caption for name, text in given.items()}
 
 
 def blocks(rows: Iterable[dict[str, Any]], rows_per_block: int) -> Iterator[pa.Table]:

@@ -15,7 +15,7 @@ from .. import storage
 from ..errors import UserError
 from .parts import refuse_unfinished
 from .shard_list import SHARD_LIST, ShardEntry, ShardList, read_shard_list, write_shard_list
-from .tar_index import index_url, write_index
+from .tar_index import index_row, index_url, write_index
 
 Sample = tuple[str, bytes, str, dict[str, Any]]
 """(key, encoded picture, caption, metadata)."""
@@ -102,7 +102,7 @@ def write_tar(url: str, samples: Iterable[Sample]) -> int:
         for key, image, caption, meta in samples:
             _add(tar, f"{key}.{image_extension(image)}", image)
             # What was just added ends here, filled up to whole blocks.
-            index.append({"key": key, "offset": tar.offset - -len(image) // 512 * -512, "bytes": len(image)})
+            index.append(index_row(key, tar.offset - -len(image) // 512 * -512, image, caption, meta))
             _add(tar, f"{key}.txt", caption.encode())
             _add(tar, f"{key}.json", json.dumps(meta, sort_keys=True).encode())
     write_index(url, index)

@@ -1,19 +1,23 @@
-"""Where in a tar its pictures lie, so that any of them can be read without the rest."""
+"""Where in a tar its pictures lie, with their captions, so that any of them can be read without the rest."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from .. import storage
+from .rows import both_captions
 from .tar_source import read_samples
 
 INDEX = "index"
-SCHEMA = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("bytes", pa.int64())])
+PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("bytes", pa.int64())])
 """One row a usable picture, in the tar's order: its bytes are ``[offset, offset + bytes)``."""
+SCHEMA = pa.schema([*PLACES, ("caption_long", pa.string()), ("caption_short", pa.string())])
+"""What an index holds."""
 
 
 def index_url(shard: str) -> str:
@@ -22,12 +26,17 @@ def index_url(shard: str) -> str:
     return storage.join(folder, INDEX, f"{name.removesuffix('.tar')}.parquet")
 
 
-def read_index(shard: str) -> pa.Table:
-    """The index of a tar, as :data:`SCHEMA`: from its file where there is one, else by reading the tar to its end."""
-    url = index_url(shard)
+def read_index(shard: str, *, captions: bool = False) -> pa.Table:
+    """The index of a tar, as :data:`PLACES`, or :data:`SCHEMA` with ``captions``.
+
+    From its file where there is one that has them, else by reading the tar to its end.
+    """
+    url, schema = index_url(shard), SCHEMA if captions else PLACES
     if storage.exists(url):
-        return storage.read_parquet(url, schema=SCHEMA)
-    return scan_index(shard)
+        table = storage.read_parquet(url, schema=schema)
+        if not captions or not table["caption_long"].null_count:  # null where the file has no such column
+            return table
+    return scan_index(shard).select(schema.names)
 
 
 def write_index(shard: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -39,11 +48,16 @@ def scan_index(shard: str) -> pa.Table:
     """The index by reading the tar: samples that nothing is wrong with."""
     with storage.open_file(shard) as stream:
         found = [
-            {"key": row["key"], "offset": row["offset"], "bytes": len(row["image"])}
+            index_row(row["key"], row["offset"], row["image"], row["caption"], json.loads(row["meta"]))
             for row in read_samples(stream, shard)
             if row["image"] and not row["problem"]
         ]
     return pa.Table.from_pylist(found, SCHEMA)
+
+
+def index_row(key: str, offset: int, image: bytes, caption: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of :data:`SCHEMA`."""
+    return {"key": key, "offset": offset, "bytes": len(image), **both_captions(caption, meta)}
 
 
 def read_ranges(shards: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:

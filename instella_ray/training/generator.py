@@ -1,22 +1,24 @@
-"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes and a frozen text encoder."""
+"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes or pictures and a frozen text encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import storage
 from ..accelerator import compute_dtype
 from ..config import Config
-from ..data.codes import CodesReader
+from ..data.codes import CodesManifest, CodesReader
 from ..data.decode import to_pixels
-from ..data.loader import CodesBatch, CodesData, Data, Mixture
+from ..data.image_data import PicturesBatch, PicturesData
+from ..data.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..diffusion import (
     TimeDistribution,
     ar_loss,
@@ -28,13 +30,14 @@ from ..diffusion import (
 )
 from ..errors import UserError
 from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
-from ..models.bit import BIT
+from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams, generate
 from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
+from .online import OnlineEncoder, require_encodable
 from .settings import TrainingRun
 
 CALIBRATION_CAPTIONS = 512
@@ -63,10 +66,13 @@ class GeneratorRunConfig(TrainingRun):
     """A generator run. Code sizes and the text encoder's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
 
     model: GeneratorConfig
-    codes: str | tuple[CodesSource, ...]
+    codes: str | tuple[CodesSource, ...] | None = None
     """Folder of packed codes, made by ``tokenizer``; or several, each with its weight."""
+    images: str | None = None
+    """Instead of codes: curated WebDataset tars, whose pictures ``tokenizer`` encodes on the worker's device while training
+    goes on, each epoch in other crops."""
     tokenizer: str
-    """Model folder of the BIT that made the codes; decodes the previews."""
+    """Model folder of the BIT that made the codes, or makes them; decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     short_caption_probability: float = 0.5
     caption_drop_probability: float = 0.1
@@ -76,10 +82,16 @@ class GeneratorRunConfig(TrainingRun):
     """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions: word order is learned sooner."""
     preview: PreviewConfig = PreviewConfig()
 
+    @model_validator(mode="after")
+    def _one_kind_of_data(self) -> GeneratorRunConfig:
+        if (self.codes is None) == (self.images is None):
+            raise ValueError("codes, images: expected exactly one of them, the other null")
+        return self
+
     @property
     def sources(self) -> tuple[CodesSource, ...]:
         """The folders of codes and their weights."""
-        return (CodesSource(folder=self.codes),) if isinstance(self.codes, str) else self.codes
+        return (CodesSource(folder=self.codes),) if isinstance(self.codes, str) else self.codes or ()
 
 
 class DiffusionLoss(nn.Module):
@@ -141,18 +153,18 @@ class GeneratorTask:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
-        self.readers = open_codes(cfg)
-        parts = [
-            CodesData(
-                reader,
-                cfg.train.seed + number,
-                short_probability=cfg.short_caption_probability,
-                drop_probability=cfg.caption_drop_probability,
-            )
-            for number, reader in enumerate(self.readers)
-        ]
+        self.encoder: OnlineEncoder | None = None
+        self.sources: Sequence[CodesData | PicturesData]
+        captions = CaptionChoice(cfg.short_caption_probability, cfg.caption_drop_probability)
+        if cfg.images is not None:
+            self.encoder = OnlineEncoder(cfg.tokenizer, device)
+            self.sources = [PicturesData(cfg.images, self.encoder.size, cfg.train.seed, captions)]
+        else:
+            seeds = itertools.count(cfg.train.seed)
+            self.sources = [CodesData(reader, next(seeds), captions) for reader in open_codes(cfg)]
         weights = [source.weight for source in cfg.sources]
-        self.data: Data = Mixture(parts, weights, cfg.train.seed) if len(parts) > 1 else parts[0]
+        mixed = len(self.sources) > 1
+        self.data: Data = Mixture(self.sources, weights, cfg.train.seed) if mixed else self.sources[0]
         # A CPU keeps to float32: the features of a run there do not depend on what its processor is fast at.
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
         self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
@@ -169,11 +181,13 @@ class GeneratorTask:
         else:
             self.step_module = DiffusionLoss(model)
 
-    def micro_batches(self, batch: CodesBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
+    def micro_batches(
+        self, batch: CodesBatch | PicturesBatch, size: int, generator: torch.Generator
+    ) -> list[dict[str, Any]]:
         parts = []
         before = self.text.positions
         for start in range(0, len(batch.captions), size):
-            codes = torch.from_numpy(batch.codes[start : start + size]).float()
+            codes = self._codes(batch, slice(start, start + size))
             features, mask = self.text.encode(batch.captions[start : start + size])
             inputs = {"codes": codes, "features": features, "mask": mask}
             if isinstance(self.step_module, DiffusionLoss):
@@ -183,15 +197,21 @@ class GeneratorTask:
         self.encoded = self.text.positions - before
         return parts
 
-    def begin(self, batch: CodesBatch) -> None:
+    def _codes(self, batch: CodesBatch | PicturesBatch, rows: slice) -> Tensor:
+        """0/1 float32 ``[B, L, K]``."""
+        if isinstance(batch, CodesBatch):
+            return torch.from_numpy(batch.codes[rows]).float()
+        assert self.encoder is not None
+        return self.encoder.encode(batch.pixels[rows])
+
+    def begin(self, batch: CodesBatch | PicturesBatch) -> None:
         """Bits need no calibration; text projections get theirs from captions all over the set."""
         if not self.cfg.calibrate_text:
             return
         captions: set[str] = set()
-        for reader in self.readers:
-            count = min(CALIBRATION_CAPTIONS // len(self.readers), len(reader))
-            rows = np.linspace(0, len(reader) - 1, count).astype(int)
-            captions.update(reader.column(rows, "caption_long"))
+        for source in self.sources:
+            count = min(CALIBRATION_CAPTIONS // len(self.sources), len(source))
+            captions.update(source.long_captions(np.linspace(0, len(source) - 1, count).astype(int)))
         features, mask = self.text.encode(sorted(captions))
         assert not isinstance(self.model, BIT)
         device = next(self.model.parameters()).device
@@ -201,13 +221,14 @@ class GeneratorTask:
         """Nothing is scheduled but the learning rate."""
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """The generator on every sample; the text encoder on captions that it was run on."""
+        """The generator on every sample, the tokenizer on every picture, the text encoder on captions that it was run on."""
         length = parts[0]["features"].shape[2]
         if self.text_sizes is None:
             self.text_sizes = TextEncoderSizes.of(self.text.encoder.model)
         text = text_encoder_forward(self.text_sizes, length) / length * self.encoded
         learning = [generator_training(self.cfg.model, p["features"].shape[2]).model * len(p["codes"]) for p in parts]
-        return text + sum(learning)
+        each = self.encoder.flops if self.encoder else 0.0
+        return text + sum(learning) + each * sum(len(p["codes"]) for p in parts)
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Diffusion: bit accuracy by t."""
@@ -229,7 +250,7 @@ class GeneratorTask:
         size = bit.cfg.image_size
         return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)
 
-    def keys(self, batch: CodesBatch) -> list[str]:
+    def keys(self, batch: CodesBatch | PicturesBatch) -> list[str]:
         return batch.keys
 
     def extra(self) -> Mapping[str, Any]:
@@ -244,11 +265,11 @@ def open_codes(cfg: GeneratorRunConfig) -> list[CodesReader]:
     return [CodesReader(source.folder, tokenizer_hash=weight_hash(cfg.tokenizer)) for source in cfg.sources]
 
 
-def generator_config(model: GeneratorConfig, reader: CodesReader, text: TextEncoder) -> GeneratorConfig:
+def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, text: TextEncoder) -> GeneratorConfig:
     """``model`` with the sizes that the codes and the text encoder dictate; UserError if the file says otherwise."""
     facts = {
-        "num_tokens": reader.manifest.num_tokens,
-        "bits_per_token": reader.manifest.bits_per_token,
+        "num_tokens": codes.num_tokens,
+        "bits_per_token": codes.bits_per_token,
         "layers": text.num_layers,
         "text_width": text.width,
     }
@@ -274,13 +295,20 @@ def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     """``cfg`` as workers need it: the model's sizes filled in, paths absolute.
 
-    UserError for codes of another tokenizer, a text encoder that cannot be loaded, sizes that do not fit them.
+    UserError for codes of another tokenizer, shards without pictures, a text encoder that cannot be loaded, sizes that
+    do not fit them.
     """
-    reader = open_codes(cfg)[0]
-    name = cfg.text_encoder.name
+    name, folders = cfg.text_encoder.name, None
+    codes: CodesManifest | BITConfig
+    if cfg.images is None:
+        codes = open_codes(cfg)[0].manifest
+        folders = tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources)
+    else:
+        codes = require_encodable(cfg.images, cfg.tokenizer)
     facts = {
-        "model": generator_config(cfg.model, reader, try_text_encoder(cfg.text_encoder)),
-        "codes": tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources),
+        "model": generator_config(cfg.model, codes, try_text_encoder(cfg.text_encoder)),
+        "codes": folders,
+        "images": cfg.images and storage.absolute(cfg.images),
         "tokenizer": storage.absolute(cfg.tokenizer),
         "text_encoder": cfg.text_encoder.model_copy(
             update={"name": storage.absolute(name) if Path(name).is_dir() else name}

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..config import Config
 from ..data.codes import MANIFEST
+from ..data.shards import find_files
 from ..errors import UserError
 from ..flops import (
     ACCELERATORS,
@@ -59,7 +60,7 @@ class PlanOptions(Config):
     gradient_checkpointing: bool = False
     """Compute each block's forward pass again in the backward pass."""
     from_pictures: bool = False
-    """Encode raw pictures within a generator's training loop, in place of reading packed codes."""
+    """Encode raw pictures within a generator's training loop, in place of reading packed codes; so it is with images."""
     text_tokens: int | None = Field(None, ge=1)
     """Tokens of a caption, padding included; none means the text encoder's limit."""
     pictures: int = Field(100_000_000, ge=1)
@@ -251,7 +252,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     model = run.model.model_copy(update={name: value for name, value in facts.items() if name not in given})
     tokens = options.text_tokens or run.text_encoder.max_length
     again, bf16 = options.gradient_checkpointing, run.train.precision != "fp32"
-    pictures = bit if options.from_pictures else None
+    pictures = bit if options.from_pictures or run.images else None
     flops = generator_training(model, tokens, encoder, tokenizer=pictures, gradient_checkpointing=again)
     text = text_encoder_forward(encoder, tokens)
     frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if pictures else {})
@@ -260,7 +261,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     accumulation = run.train.global_batch // run.train.workers.count // micro
     # Those of all micro-batches; of the one at work a copy without padding, and one in the weights' dtype.
     inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
-    rows = _codes_rows(run)
+    rows = _rows(run)
     count = rows or options.pictures
     kind, each = ("pictures", options.picture_bytes) if pictures else ("codes", bit.code_bytes)
     assumptions = [f"captions of {tokens} tokens, encoded anew each time"]
@@ -333,8 +334,14 @@ def _tokenizer_sizes(folder: str) -> BITConfig | None:
     return model if isinstance(model, BITConfig) else None
 
 
-def _codes_rows(run: GeneratorRunConfig) -> int | None:
-    """Rows of all folders of codes; None where one is not there yet."""
+def _rows(run: GeneratorRunConfig) -> int | None:
+    """Rows of all folders of codes, or of all shards of pictures; None where one is not there yet, or was not counted."""
+    if run.images is not None:
+        try:
+            counts = [shard.rows for shard in find_files(run.images)]
+        except UserError:
+            return None
+        return sum(filter(None, counts)) if None not in counts else None
     files = [storage.join(source.folder, MANIFEST) for source in run.sources]
     if not all(storage.exists(file) for file in files):
         return None

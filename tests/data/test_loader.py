@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from instella_ray.data.codes import CodesReader
 from instella_ray.data.image_data import ImageData
-from instella_ray.data.loader import CodesData, Mixture, Prefetcher
+from instella_ray.data.loader import CaptionChoice, CodesData, Mixture, Prefetcher
 from instella_ray.data.order import BatchPlan, FileOrder, Order, SampleOrder, sample_uniforms, split_epochs
 from instella_ray.data.shards import write_tar
 from instella_ray.data.tar_index import read_index, scan_index
@@ -117,7 +117,7 @@ def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
 
 def test_captions_are_long_short_or_dropped_with_the_asked_probabilities(tmp_path: Path) -> None:
     write_folder(tmp_path, [2000])
-    data = CodesData(CodesReader(str(tmp_path)), 0, short_probability=0.25, drop_probability=0.1)
+    data = CodesData(CodesReader(str(tmp_path)), 0, CaptionChoice(short=0.25, dropped=0.1))
     kinds = Counter(caption.partition(" ")[0] for caption in data.batch(0, np.arange(2000)).captions)
     assert abs(kinds[""] / 2000 - 0.1) < 0.03
     assert abs(kinds["short"] / 2000 - 0.9 * 0.25) < 0.04
@@ -168,7 +168,9 @@ def test_an_index_beside_a_tar_saves_reading_it(tmp_path: Path) -> None:
     scanned = ImageData(folder, (16,), 0).batch(0, np.arange(6))
     (tmp_path / "elsewhere").rename(tmp_path / "index")
     for name in ("a", "b"):
-        assert read_index(str(tmp_path / f"{name}.tar")).equals(scan_index(str(tmp_path / f"{name}.tar")))
+        assert read_index(str(tmp_path / f"{name}.tar"), captions=True).equals(
+            scan_index(str(tmp_path / f"{name}.tar"))
+        )
     by_index = ImageData(folder, (16,), 0)
     # Only the pictures' own bytes are there any more.
     for name in ("a", "b"):

@@ -184,16 +184,18 @@ class GeneratorTask:
     def micro_batches(
         self, batch: CodesBatch | PicturesBatch, size: int, generator: torch.Generator
     ) -> list[dict[str, Any]]:
-        parts = []
-        before = self.text.positions
+        before, parts = self.text.positions, []
+        noise: dict[str, Tensor] = {}
+        if isinstance(self.step_module, DiffusionLoss):
+            # For all samples before they are parted: how they are must not change what is learned.
+            shape = (len(batch.captions), self.cfg.model.num_tokens, self.cfg.model.bits_per_token)
+            noise["t"] = sample_timesteps(shape[0], generator, self.cfg.timesteps)
+            noise["u"] = torch.rand(shape, generator=generator)
         for start in range(0, len(batch.captions), size):
-            codes = self._codes(batch, slice(start, start + size))
-            features, mask = self.text.encode(batch.captions[start : start + size])
-            inputs = {"codes": codes, "features": features, "mask": mask}
-            if isinstance(self.step_module, DiffusionLoss):
-                inputs["t"] = sample_timesteps(len(codes), generator, self.cfg.timesteps)
-                inputs["u"] = torch.rand(codes.shape, generator=generator)
-            parts.append(inputs)
+            rows = slice(start, start + size)
+            features, mask = self.text.encode(batch.captions[rows])
+            inputs = {"codes": self._codes(batch, rows), "features": features, "mask": mask}
+            parts.append(inputs | {name: value[rows] for name, value in noise.items()})
         self.encoded = self.text.positions - before
         return parts
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,21 +181,28 @@ def _first(sample: tuple[bytes], size: int) -> np.ndarray:
     return _square(sample[0], size).copy()  # torch wants to own what it stacks
 
 
+def write_codes(folder: Path, captions: Sequence[str], manifest: CodesManifest) -> None:
+    """A folder of random codes, one for each of ``captions``, in files of a thousand; ``manifest`` tells their sizes."""
+    rng = np.random.default_rng(0)
+    facts = {"shard": "0", "width": 512, "height": 512, "source": "bench", "caption_short": "a short caption"}
+    files = []
+    for start in range(0, len(captions), 1000):
+        part, name = captions[start : start + 1000], f"{start // 1000}.parquet"
+        packed = pack_codes(rng.integers(0, 2, (len(part), manifest.num_tokens, manifest.bits_per_token), np.uint8))
+        rows = [
+            {"key": f"{start + i:09d}", "row": i, **facts, "caption_long": caption, "codes": packed[i]}
+            for i, caption in enumerate(part)
+        ]
+        write_codes_file(str(folder / name), rows)
+        files.append(CodesFile(name=name, rows=len(rows)))
+    whole = manifest.model_copy(update={"rows": len(captions), "files": tuple(files)})
+    write_json(str(folder / MANIFEST), whole.model_dump(mode="json"))
+
+
 def _codes(cfg: DataBench, folder: Path) -> float:
     """Samples a second of the generators' loader, files read and unpacked, in the order of training."""
-    rng = np.random.default_rng(0)
-    facts = {"shard": "0", "width": 512, "height": 512, "source": "bench"}
-    files = []
-    for number in range(max(1, cfg.codes // 1000)):
-        count = min(1000, cfg.codes)
-        packed = pack_codes(rng.integers(0, 2, (count, 128, 64), np.uint8))
-        captions = {"caption_long": "a long caption of a picture " * 8, "caption_short": "a short caption"}
-        rows = [{"key": f"{i:09d}", "row": i, **facts, **captions, "codes": codes} for i, codes in enumerate(packed)]
-        write_codes_file(str(folder / f"{number}.parquet"), rows)
-        files.append(CodesFile(name=f"{number}.parquet", rows=count))
-    about = {"tokenizer_hash": "bench", "num_tokens": 128, "bits_per_token": 64}
-    manifest = CodesManifest(**about, rows=sum(f.rows for f in files), files=tuple(files))
-    write_json(str(folder / MANIFEST), manifest.model_dump(mode="json"))
+    sizes = CodesManifest(tokenizer_hash="bench", num_tokens=128, bits_per_token=64, rows=0, files=())
+    write_codes(folder, ["a long caption of a picture " * 8] * cfg.codes, sizes)
     data = CodesData(CodesReader(str(folder)), 0)
     plan = BatchPlan(len(data), min(cfg.batch, len(data)), data.order)
     steps = len(data) // plan.global_batch

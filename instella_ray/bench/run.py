@@ -17,14 +17,15 @@ from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import Result, write_results
 from .serving import ServingBench, run_serving
+from .training import TrainingBench, run_training
 
-Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data"]
+Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "training"]
 
 
 class BenchConfig(Config):
     """Which subjects to measure, and how thoroughly."""
 
-    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data")
+    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data", "training")
     repeats: int = Field(5, ge=1)
     """Rounds that count, in the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -36,6 +37,7 @@ class BenchConfig(Config):
     bulk: BulkBench = BulkBench()
     metrics: MetricsBench = MetricsBench()
     data: DataBench = DataBench()
+    training: TrainingBench = TrainingBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[Result]:
@@ -47,6 +49,7 @@ def run_bench(cfg: BenchConfig) -> list[Result]:
         "bulk": lambda: run_bulk(cfg.bulk),
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),
+        "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

@@ -19,6 +19,7 @@ from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import Goal, Result, table
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
+from instella_ray.bench.training import RandomText, TrainingBench, run_training
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.sampling_config import SamplingConfig
@@ -166,3 +167,24 @@ def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
         "curating 2 shards",
     ]
     assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 4
+
+
+@pytest.mark.ray
+def test_training_is_measured_at_any_size(ray_session: None) -> None:
+    text = RandomText(layers=2, width=16, heads=2, feed_forward=32, words=100)
+    sizes = {"width": 32, "heads": 1, "text": None, "random_text": text, "tokenizer": MODEL, "steps_a_round": 2}
+    result = run_training(TrainingBench(**sizes, turns=1), repeats=2, threads=1)
+    rows = {str(row["what"]).strip(): row for row in result.rows}
+    assert (
+        float(rows["this loop"]["GFLOP/s"]) > 0 and "images/s" in rows["bare loop"] and "MFU" not in rows["this loop"]
+    )
+    phases = {"waiting for data", "text encoder", "forward", "backward", "optimizer and average", "logging", "all else"}
+    assert {name.removeprefix("codes: ") for name in rows if name.startswith("codes: ")} == phases
+    assert {name.removeprefix("pictures: ") for name in rows if name.startswith("pictures: ")} == {*phases, "tokenizer"}
+    for source in ("codes", "pictures"):
+        shares = [float(str(row["share of a step"])[:-1]) for n, row in rows.items() if n.startswith(f"{source}: ")]
+        assert sum(shares) == pytest.approx(100, abs=1) and min(shares) >= 0
+    assert {"writing a checkpoint", "this loop / bare loop, seconds a step", "pictures / codes, seconds a step"} <= set(
+        rows
+    )
+    assert [goal.kind for goal in result.goals] == ["<="] and result.setting["weights"] > 10_000

@@ -1,0 +1,186 @@
+"""What happens inside the training worker: a bare loop takes turns with this one's steps, and phases are timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import storage
+from ..accelerator import compute_dtype
+from ..data.loader import CodesBatch, Prefetcher
+from ..data.order import BatchPlan
+from ..diffusion import flip_noise, sample_timesteps, x0_logits
+from ..models.generator import DiffusionGenerator
+from ..models.text_encoder import TextFeatureCache
+from ..training import loop
+from ..training.effort import bf16_peak, peak_memory
+from ..training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
+from ..training.learner import Learner
+from ..training.metrics_log import MetricsLog
+from ..training.online import OnlineEncoder
+from ..training.optim import EMA
+
+OURS, BARE = "ours", "bare"
+DATA, TEXT, TOKENIZER, FORWARD, BACKWARD, OPTIMIZER, REPORT = (
+    *("waiting for data", "text encoder", "tokenizer", "forward", "backward", "optimizer and average", "logging"),
+)
+CHECKPOINT = "writing a checkpoint"
+RESULT, SAVED = "measured.json", "checkpoint.json"
+"""Files in the run directory: what was measured up to the last step, and seconds of the checkpoint after it."""
+PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
+    TEXT: ((TextFeatureCache, "encode"),),
+    TOKENIZER: ((OnlineEncoder, "encode"),),
+    FORWARD: ((DiffusionLoss, "forward"),),
+    BACKWARD: ((Learner, "backward"),),
+    OPTIMIZER: ((Learner, "clip"), (Learner, "step"), (EMA, "update")),
+    REPORT: ((MetricsLog, "step"),),
+    CHECKPOINT: ((loop, "_save"),),
+}
+"""Functions whose time is a phase's. That of :data:`BACKWARD` holds the forward pass too, which is taken off at the end."""
+
+
+class Turns(NamedTuple):
+    """How a bare loop and this one alternate: a round of ``each`` steps that warms up, and ``rounds`` that count."""
+
+    each: int
+    rounds: int
+    """0: there is no bare loop."""
+
+    @property
+    def steps(self) -> int:
+        """Of this loop; at least one that warms up."""
+        return (1 + self.rounds) * self.each
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Measured(GeneratorTask):
+    """First a bare loop takes turns with this one's steps, where it is asked for, then phases are timed, step by step.
+
+    What was found goes to :data:`RESULT` at the run's last step, which has no other use. The functions of :data:`PHASES`
+    are wrapped from outside, once and for all: the worker's process has no other use either. While they are not timed,
+    a GPU is not waited for.
+    """
+
+    def __init__(self, cfg: GeneratorRunConfig, device: torch.device, turns: Turns) -> None:
+        super().__init__(cfg, device)
+        self.device, self.turns = device, turns
+        self.bare: BareLoop | None = None
+        self.rounds: dict[str, list[float]] = {OURS: [], BARE: []}
+        self.steps: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.timing, self.since, self.work = False, 0.0, 0.0
+        for phase, functions in PHASES.items():
+            for owner, name in functions:
+                setattr(owner, name, self._timed(phase, getattr(owner, name)))
+        Prefetcher.__iter__ = self._waiting(Prefetcher.__iter__)  # type: ignore[method-assign]
+
+    def flops(self, parts: list[dict[str, Any]]) -> float:
+        self.work = super().flops(parts)
+        return self.work
+
+    def before_step(self, step: int) -> None:
+        ended = now(self.device)
+        if step > self.turns.steps:
+            self.steps.append({**self.seconds, "all": ended - self.since})
+        elif self.turns.rounds and step % self.turns.each == 0:
+            self._take_turns(step, ended)
+        train = self.cfg.train
+        if step + 1 == train.steps:
+            peak = bf16_peak(self.device, train.precision)
+            facts = {"flop": self.work / train.global_batch, "peak": peak, "memory": peak_memory(self.device)}
+            storage.write_json(storage.join(train.run_dir, RESULT), {**self.rounds, "steps": self.steps, **facts})
+        self.timing = step >= self.turns.steps
+        if self.timing or step % self.turns.each == 0:
+            self.seconds.clear()
+            self.since = now(self.device)
+
+    def _take_turns(self, step: int, ended: float) -> None:
+        """Note this loop's round, unless it was the first one, which warms up, and let the bare loop have its own."""
+        if self.bare is None:
+            self.bare = BareLoop(self)
+        elif step > self.turns.each:
+            self.rounds[OURS].append(ended - self.since)
+        if step == self.turns.steps:
+            self.bare = None  # its memory is free for what is timed
+            return
+        batches = self.bare.batches(range(step, step + self.turns.each))
+        began = now(self.device)
+        for batch in batches:
+            self.bare.step(batch)
+        if step:
+            self.rounds[BARE].append(now(self.device) - began)
+
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            if not self.timing:
+                return function(*given, **named)
+            began = now(self.device)
+            try:
+                return function(*given, **named)
+            finally:
+                self.seconds[phase] += now(self.device) - began
+                if phase == CHECKPOINT:
+                    storage.write_json(storage.join(self.cfg.train.run_dir, SAVED), self.seconds[phase])
+
+        return run
+
+    def _waiting(self, iterate: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
+        def run(batches: Any) -> Iterator[Any]:
+            source = iterate(batches)
+            while True:
+                began = time.perf_counter()
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+                self.seconds[DATA] += time.perf_counter() - began
+                yield item
+
+        return run
+
+
+class BareLoop:
+    """What one writes without a library: forward, backward, clip, AdamW, for a copy of the task's model."""
+
+    def __init__(self, task: GeneratorTask) -> None:
+        self.data, self.train = task.data, task.cfg.train
+        self.text, self.model = task.text.encoder, copy.deepcopy(task.model)
+        asked = self.train.optimizer
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), asked.lr, betas=asked.betas, fused=True)
+        self.device = next(self.model.parameters()).device
+        self.dtype = compute_dtype(self.device, self.train.precision)
+
+    def batches(self, steps: Sequence[int]) -> list[CodesBatch]:
+        """What this loop's worker reads at ``steps``, ready in memory."""
+        plan = BatchPlan(len(self.data), self.train.global_batch, self.data.order)
+        return [self.data.batch(plan.place(step).epoch, plan.samples(step)) for step in steps]
+
+    def step(self, batch: CodesBatch) -> None:
+        assert isinstance(self.model, DiffusionGenerator)
+        size = self.train.micro_batch_size or self.train.global_batch
+        count = len(batch.captions) // size
+        for start in range(0, count * size, size):
+            codes = torch.from_numpy(batch.codes[start : start + size]).float().to(self.device)
+            features, mask = self.text.encode(batch.captions[start : start + size])
+            t, u = sample_timesteps(size).to(self.device), torch.rand(codes.shape).to(self.device)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                z_t = flip_noise(codes, t, u)
+                out = self.model(z_t, t, self.model.text_kv(features, mask))
+                loss = F.binary_cross_entropy_with_logits(x0_logits(out, z_t), codes)
+            (loss / count).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.train.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

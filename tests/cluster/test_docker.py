@@ -1,0 +1,165 @@
+"""``cluster/docker``: images that build from what is here, with rules as hadolint has them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from ..test_repository import PROJECT, ROOT, tracked
+from .test_kuberay import OVERLAYS, templates
+
+FOLDER = ROOT / "cluster" / "docker"
+FILES = sorted(FOLDER.glob("Dockerfile.*"))
+INSTALLER = FOLDER / "install.sh"
+KNOWN = {"ARG", "FROM", "SHELL", "RUN", "ENV", "WORKDIR", "COPY", "USER"}
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """(instruction, its arguments on one line), comments left out."""
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n\s*", " ", lines)
+    found = [line.partition(" ") for line in joined.splitlines() if line.strip()]
+    return [(name.upper(), rest.strip()) for name, _, rest in found]
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with a Dockerfile, an entry each."""
+    steps, found, user, copied = instructions(text), [], "root", set[str]()
+    arguments = dict(rest.split("=", 1) for name, rest in steps if name == "ARG" and "=" in rest)
+    for name, rest in steps:
+        if name not in KNOWN:
+            found.append(f"{name}: not used here (COPY in place of ADD)")
+        if name == "FROM":
+            image = re.sub(r"\$\{(\w+)\}", lambda match: arguments.get(match[1], ""), rest)
+            tag = image.rpartition(":")[2] if ":" in image else ""
+            if not re.search(r"\d+\.\d+", tag):
+                found.append(f"FROM {image}: expected a tag with a version")
+        if name == "USER":
+            user = rest
+        if name == "WORKDIR" and not rest.startswith("/"):
+            found.append(f"WORKDIR {rest}: not absolute")
+        if name == "COPY":
+            *sources, _ = rest.split()
+            copied |= set(sources)
+            found += [f"COPY {source}: not there" for source in sources if not (ROOT / source).exists()]
+            found += [f"COPY {source}: kept out by .dockerignore" for source in sources if not in_context(source)]
+        if name == "RUN":
+            found += problems_of_command(rest)
+            if "install-instella-ray" in rest and not {"pyproject.toml", "instella_ray"} & copied:
+                found.append("the package is installed before it is copied")
+    if user.split(":")[0] in ("root", "0"):
+        found.append("USER: root")
+    return found
+
+
+def problems_of_command(command: str) -> list[str]:
+    found = []
+    if "apt-get install" in command:
+        if "apt-get update" not in command or "rm -rf /var/lib/apt/lists/*" not in command:
+            found.append("apt-get install without update before it, or with the lists left behind")
+        if "--no-install-recommends" not in command or not re.search(r"--yes|-y\b", command):
+            found.append("apt-get install without --yes --no-install-recommends")
+    if re.search(r"\bsudo\b|\bcurl\b|\bwget\b|\bapt \b|apt-get (dist-)?upgrade", command):
+        found.append(f"RUN {command}: sudo, downloads, apt and upgrades are not for images")
+    if "pip install" in command and ("--no-cache-dir" not in command or "--constraint" not in command):
+        found.append("pip install without --no-cache-dir or without the constraints")
+    return found
+
+
+def in_context(source: str) -> bool:
+    """Whether .dockerignore leaves a file or folder in what the build sees."""
+    inside = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip()
+        if pattern and not pattern.startswith("#") and fnmatch(source, pattern.lstrip("!").replace("**/", "")):
+            inside = pattern.startswith("!")
+    return inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+def test_the_dockerfile_keeps_the_rules(path: Path) -> None:
+    assert problems(path.read_text()) == []
+    if hadolint := shutil.which("hadolint"):
+        rules = ["--ignore", "DL3008", "--ignore", "DL3006"]  # apt's versions follow the base, which is an argument
+        done = subprocess.run([hadolint, *rules, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_rules_find_what_they_are_for() -> None:
+    good = FILES[0].read_text()
+    for change, expected in {
+        ("USER 1000:1000", "USER root"): "USER: root",
+        ("USER 1000:1000", ""): "USER: root",
+        (":3.11.14-slim-bookworm", ":latest"): "expected a tag",
+        ("python:3.11.14-slim-bookworm", "python"): "expected a tag",
+        ("COPY jobs jobs", "ADD https://example.org/jobs jobs"): "ADD: not used",
+        ("COPY jobs jobs", "COPY jobz jobs"): "COPY jobz: not there",
+        ("COPY jobs jobs", "COPY tests tests"): "COPY tests: kept out",
+        (" && rm -rf /var/lib/apt/lists/*", ""): "lists left behind",
+        ("--no-install-recommends", ""): "without --yes",
+        ("WORKDIR /opt", "WORKDIR opt"): "not absolute",
+    }.items():
+        flat = re.sub(r"\\\n\s*", " ", good).replace("  ", " ")
+        assert change[0] in flat, change
+        assert any(expected in problem for problem in problems(flat.replace(*change))), change
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+def test_extras_that_are_installed_exist(path: Path) -> None:
+    (extras,) = re.findall(r"install-instella-ray (\S+)$", path.read_text(), re.M)
+    assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"]) - {"dev"}
+
+
+def test_every_file_that_the_build_needs_of_the_project_is_copied() -> None:
+    """What pyproject.toml names, and what jobs and their configurations are."""
+    needed = {"pyproject.toml", "constraints.txt", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    needed |= {"instella_ray", "jobs", "configs", "cluster/docker/install.sh"}
+    for path in FILES:
+        copies = [rest.split()[:-1] for name, rest in instructions(path.read_text()) if name == "COPY"]
+        assert {source for sources in copies for source in sources} == needed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+def test_images_and_manifests_name_the_same_user(path: Path) -> None:
+    (user,) = [rest for name, rest in instructions(path.read_text()) if name == "USER"]
+    for overlay in OVERLAYS:
+        for template in templates(overlay):
+            context = template["spec"]["securityContext"]
+            assert f"{context['runAsUser']}:{context['runAsGroup']}" == user
+
+
+def test_a_rocm_image_keeps_its_torch_and_lets_ray_hand_out_gpus() -> None:
+    text = (FOLDER / "Dockerfile.rocm").read_text()
+    assert "KEEP_TORCH=1 sh /usr/local/bin/install-instella-ray" in text
+    assert re.search(r"RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES= ", text) and "ROCR_VISIBLE_DEVICES=" not in text
+
+
+def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_path: Path) -> None:
+    """Run with a python that only tells what it was asked for."""
+    for name in ("constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ncase "$1" in -c) echo 2.9.1;; *) echo "$@"; cat "$6";; esac\n')
+    fake.chmod(0o755)
+
+    def run(keep: str) -> str:
+        environment = {"PATH": f"{fake.parent}:/usr/bin:/bin", "KEEP_TORCH": keep}
+        command = ["sh", str(INSTALLER), "gcs,gguf"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    kept, whole = run("1"), run("0")
+    assert whole.splitlines()[0].endswith("--constraint constraints.txt .[gcs,gguf]")
+    left_out = set(whole.splitlines()[1:]) - set(kept.splitlines())
+    assert {line.split("==")[0] for line in left_out} >= {"torch", "torchvision"}
+    assert all(re.match(r"torch|torchvision|triton|cuda-|nvidia-", line) for line in left_out)
+    assert "ray==" in kept and "transformers==" in kept
+
+
+def test_the_files_of_the_folder_are_known() -> None:
+    assert {path.name for path in tracked() if path.parent == FOLDER} == {*(p.name for p in FILES), "install.sh"}

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from instella_ray.errors import UserError
 
+from ..commands import check_job
 from ..test_repository import ROOT, tracked
-from .commands import check_job
 from .kustomize import KustomizeError, Object, build, load_documents, walk
 from .manifests import as_text, check_object, crd_validator, serve_args
 

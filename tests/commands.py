@@ -11,7 +11,7 @@ import pytest
 from instella_ray import cli
 from instella_ray.config import load_config
 
-from ..test_repository import ROOT, job
+from .test_repository import ROOT, job
 
 
 class Loaded(Exception):

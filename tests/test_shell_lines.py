@@ -1,0 +1,59 @@
+"""Every shell line that a README shows could be typed: its files, flags and keys exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from instella_ray.errors import UserError
+
+from .shell_lines import check_line, commands, shell_lines
+from .test_repository import ROOT
+
+READMES = [ROOT / "README.md", ROOT / "cluster" / "README.md"]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_lines_of_the_readmes_could_be_typed(path: Path) -> None:
+    lines = list(shell_lines(path.read_text()))
+    assert len(lines) > 10
+    for line in lines:
+        try:
+            check_line(line)
+        except (AssertionError, UserError, SystemExit, ValueError) as error:
+            pytest.fail(f"{line}\n{error}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python jobs/curat.py --config configs/data/curate.yaml",
+        "python jobs/curate.py --config configs/data/curated.yaml --set input=a --set output=b",
+        "python jobs/curate.py --config configs/data/curate.yaml --set input=a --set outputs=b",
+        "python jobs/curate.py --confg configs/data/curate.yaml",
+        "ray job submit -- python jobs/encode.py --config configs/data/encode.yaml --set input=a",
+        "instella-ray plann configs/generator/paper.yaml",
+        "instella-ray plan configs/generator/paper.yaml --gpu-days 3 --frm-pictures",
+        "instella-ray plan configs/generator/papers.yaml",
+        "make demmo",
+        "kubectl apply -k cluster/kuberay/overlays/mi300",
+        "docker build --file cluster/docker/Dockerfile.roc .",
+        "ray up cluster/vm/aws.yaml",
+        "make test && mkae demo",
+        "echo 'open",
+    ],
+)
+def test_a_slip_in_a_line_is_found(line: str) -> None:
+    with pytest.raises((AssertionError, UserError, SystemExit, ValueError)):
+        check_line(line)
+
+
+def test_lines_come_apart_into_commands() -> None:
+    text = "x\n```sh\n# a remark\nmake test  # all\nA=1 curl -s 'a|b' \\\n  -d x | sed s/a/b/ > out.txt\n```\n"
+    text += "```yaml\na: b\n```\n"
+    assert [words for line in shell_lines(text) for words in commands(line)] == [
+        ["make", "test"],
+        ["curl", "-s", "a|b", "-d", "x"],
+        ["sed", "s/a/b/"],
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..test_repository import PROJECT, ROOT, tracked
-from .test_kuberay import OVERLAYS, templates
+from .overlays import OVERLAYS, templates
 
 FOLDER = ROOT / "cluster" / "docker"
 FILES = sorted(FOLDER.glob("Dockerfile.*"))

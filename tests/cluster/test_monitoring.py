@@ -14,7 +14,7 @@ import pytest
 from ..test_repository import PACKAGE, ROOT, texts
 from .kustomize import build
 from .manifests import check_object
-from .test_kuberay import clusters
+from .overlays import clusters
 
 FOLDER = ROOT / "cluster" / "monitoring"
 WORDS = re.compile(

@@ -12,7 +12,7 @@ from instella_ray import cli
 
 from ..shell_lines import shell_lines
 from ..test_repository import ROOT
-from .test_kuberay import FOLDER, objects
+from .overlays import FOLDER, objects
 
 README = (ROOT / "cluster" / "README.md").read_text()
 PLANS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray plan")]

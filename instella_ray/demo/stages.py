@@ -30,7 +30,7 @@ from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png
 from ..serving.app import build
 from ..training.generator import run_generator
-from ..training.launch import read_metrics
+from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
 from .pictures import Pictures
 from .recipe import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from .. import storage
 from ..config import Config
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS
-from ..training.launch import finished_checkpoints
+from ..training.run_dir import checkpoint_step, finished_checkpoints, located
 from .metrics.base import better
 
 FOLDER, ROWS, BEST = "validation", "validation.json", "best.json"
@@ -40,8 +39,8 @@ class Validator(ABC):
     """Measures checkpoints of a run into ``RUN_DIR/validation``: a folder each, and a row each in ``validation.json``."""
 
     def __init__(self, schedule: ValidationSchedule, run_dir: str) -> None:
-        self.schedule, self.run_dir = schedule, Path(run_dir).absolute()
-        self.folder = self.run_dir / FOLDER
+        self.schedule, self.run_dir = schedule, located(run_dir)
+        self.folder = Path(self.run_dir) / FOLDER
         self.error: BaseException | None = None
         self.given_up = threading.Event()
 
@@ -55,26 +54,26 @@ class Validator(ABC):
         rows: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
         return rows
 
-    def due(self, ended: bool) -> list[Path]:
+    def due(self, ended: bool) -> list[str]:
         """Finished checkpoints that are to be measured; once training has ``ended``, the last one among them."""
         last, found = max((row["step"] for row in self.rows()), default=0), []
-        checkpoints = [c for c in finished_checkpoints(self.run_dir) if ended or _settled(c)]
+        checkpoints = finished_checkpoints(self.run_dir)
         for checkpoint in checkpoints:
-            final = ended and checkpoint == checkpoints[-1] and _step(checkpoint) > last
-            if final or _step(checkpoint) - last >= self.schedule.every_steps:
+            step = checkpoint_step(checkpoint)
+            if step - last >= self.schedule.every_steps or (ended and checkpoint == checkpoints[-1] and step > last):
                 found.append(checkpoint)
-                last = _step(checkpoint)
+                last = step
         return found
 
-    def validate(self, checkpoint: Path) -> dict[str, Any]:
+    def validate(self, checkpoint: str) -> dict[str, Any]:
         """Measure a checkpoint; returns its row. It is copied first, as training deletes old ones."""
-        folder = self.folder / checkpoint.name
+        folder = self.folder / Path(checkpoint).name
         model = folder / "model"
         if not model.exists():
             with storage.atomic_dir(model) as copy:
                 for name in (WEIGHTS, EMA, CONFIG):
-                    shutil.copy(checkpoint / name, copy / name)
-        return self.add({"step": _step(checkpoint), "metrics": self.measure(str(model), folder)})
+                    shutil.copy(Path(checkpoint, name), copy / name)
+        return self.add({"step": checkpoint_step(checkpoint), "metrics": self.measure(str(model), folder)})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Note a row, mark the best one in ``best.json``, and drop the copies of all other models."""
@@ -100,7 +99,7 @@ class Validator(ABC):
                     try:
                         self.validate(checkpoint)
                     except FileNotFoundError:  # deleted by training in the meantime, which had come further
-                        print(f"validation: {checkpoint.name} was gone before it could be copied", flush=True)
+                        print(f"validation: {checkpoint} was gone before it could be copied", flush=True)
                 if last_look:
                     return
                 ended.wait(POLL)
@@ -114,6 +113,8 @@ def validating(validator: Validator | None) -> Iterator[None]:
     if validator is None:
         yield
         return
+    if not storage.is_local(validator.run_dir):
+        raise UserError(f"train.run_dir {validator.run_dir}: validation beside training needs a folder, not a URL")
     ended = threading.Event()
     thread = threading.Thread(target=validator.follow, args=(ended,), daemon=True, name="validation")
     thread.start()
@@ -141,15 +142,3 @@ def require_best_by(best_by: str, measured: Collection[str]) -> None:
 def numbers(results: Iterable[tuple[str, dict[str, Any]]]) -> Numbers:
     """Of each metric's result as JSON what a row holds."""
     return {name: {key: result[key] for key in ("name", "value", "low", "high")} for name, result in results}
-
-
-def _settled(checkpoint: Path) -> bool:
-    """Whether all of it has been there for a while: its files are copied one after another."""
-    try:
-        return max(path.stat().st_mtime for path in checkpoint.iterdir()) < time.time() - POLL
-    except FileNotFoundError:
-        return False
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))

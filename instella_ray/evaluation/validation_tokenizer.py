@@ -158,7 +158,7 @@ def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:
     return TokenizerValidator(cfg, stage.train.run_dir) if cfg else None
 
 
-def run_validated_stages(cfg: ValidatedStages) -> Path:
+def run_validated_stages(cfg: ValidatedStages) -> str:
     """:func:`..training.stages.run_stages` with validation beside each stage, all of it checked before the first one."""
     for stage in cfg.each().values() or [cfg.single()]:
         complete_validation(stage)

@@ -319,7 +319,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     return cfg.model_copy(update=facts)
 
 
-def run_generator(cfg: GeneratorRunConfig) -> Path:
+def run_generator(cfg: GeneratorRunConfig) -> str:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_config(cfg)  # here, before anything is written and any worker starts
     return launch(cfg, lambda device: GeneratorTask(cfg, device), description=f"{cfg.model.kind} generator")

@@ -2,72 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 from tqdm import tqdm
 
 from .. import storage
 from ..config import dump_yaml, load_config
 from ..data.pipeline import init_ray
 from ..errors import UserError
+from .attempts import Attempt
+from .elastic import DivisorTrainer
 from .loggers import check_loggers
 from .loop import Task, train_worker
-from .settings import TrainingRun, WorkersConfig, first_difference
+from .rocm import RocmTorchConfig
+from .run_dir import CONFIG, checkpoint_step, latest_checkpoint, located, look_anew, read_metrics
+from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 
-CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
-log = logging.getLogger(__name__)
 
-
-def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, description: str) -> Path:
+def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, description: str) -> str:
     """Train ``build_task(device)`` on ``run.train.workers`` and return the final checkpoint's folder.
 
     ``build_task`` is called on every worker with what that computes on. The run directory's ``config.yaml`` holds all
     of ``run``. UserError when the directory belongs to another run already, when there is nothing to resume or it was
-    begun with other settings, when a logger or the workers' resources are missing, and for bad input that only a worker met.
+    begun with other settings, when a logger or the workers' resources are missing, when another start has taken the run
+    over, when the last checkpoint cannot be written, and for bad input that only a worker met.
     """
-    cfg = run.train.model_copy(update={"run_dir": str(Path(run.train.run_dir).absolute())})
+    cfg = run.train.model_copy(update={"run_dir": located(run.train.run_dir)})
     run = run.model_copy(update={"train": cfg})
-    run_dir = Path(cfg.run_dir)
     check_loggers(cfg.loggers)
     check_run_dir(run)
     init_ray()
     check_resources(cfg.workers, ray.cluster_resources())
-    run_dir.mkdir(parents=True, exist_ok=True)
-    storage.write_text(str(run_dir / CONFIG), dump_yaml(run))
-    if cfg.resume:
-        _forget_after_checkpoint(run_dir)
+    attempt = Attempt.begin(cfg.run_dir, resume=cfg.resume)
+    storage.write_text(storage.join(cfg.run_dir, CONFIG), dump_yaml(run))
 
-    def worker() -> None:
-        train_worker(build_task(ray.train.torch.get_device()), cfg)
+    def worker() -> bool:
+        return train_worker(build_task(ray.train.torch.get_device()), cfg, attempt)
 
-    resources: dict[str, float] = {"CPU": cfg.workers.cpus}
-    if cfg.workers.gpu:
-        resources["GPU"] = 1
-    trainer = TorchTrainer(
-        worker,
-        scaling_config=ScalingConfig(
-            num_workers=cfg.workers.count, use_gpu=cfg.workers.gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=CHECKPOINTS,
-            storage_path=str(run_dir),
-            failure_config=FailureConfig(max_failures=cfg.workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
-        ),
-    )
-    with _Progress(run_dir / "metrics.jsonl", cfg.steps, description):
+    with _Progress(cfg, description):
         try:
-            result = trainer.fit()
+            while not _fit(worker, cfg):
+                # Left for a node that is taken away, before Ray Train had noticed that itself: on other nodes then.
+                continue
         except SystemExit:
             # Ray Train answers Ctrl-C by ending the process; what to end, and with which code, is the caller's.
             raise KeyboardInterrupt from None
@@ -77,71 +61,79 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
             if mistakes:
                 raise mistakes[0] from None
             raise
-    if result.checkpoint is None:
-        raise UserError(f"run_dir {run_dir}: the run ended without a checkpoint")
-    return Path(result.checkpoint.path)
+    final = latest_checkpoint(cfg.run_dir)
+    if checkpoint_step(final) < cfg.steps:
+        raise UserError(f"run_dir {cfg.run_dir}: the run ended without the checkpoint of step {cfg.steps}")
+    return final
 
 
-def latest_checkpoint(run_dir: str | Path) -> Path:
-    """The newest complete checkpoint folder of a run; UserError where there is none."""
-    folders = finished_checkpoints(run_dir)
-    if not folders:
-        raise UserError(f"run_dir {run_dir}: no finished checkpoint")
-    return folders[-1]
-
-
-def finished_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The complete checkpoint folders that a run has kept, oldest first."""
-    return sorted(path.parent for path in Path(run_dir, CHECKPOINTS).glob("step-*/state.json"))
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order."""
-    path = Path(run_dir, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _forget_after_checkpoint(run_dir: Path) -> None:
-    """Drop logged steps after the checkpoint that the run goes on from: they will be trained, and logged, anew."""
-    try:
-        step = json.loads((latest_checkpoint(run_dir) / "state.json").read_text())["step"]
-    except UserError:
-        step = 0
-    kept = [json.dumps(m) + "\n" for m in read_metrics(run_dir) if m["step"] <= step]
-    storage.write_text(str(run_dir / "metrics.jsonl"), "".join(kept))
+def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
+    """Run ``worker`` on every rank, anew after failures and preemptions; returns what it returned on rank 0."""
+    resources: dict[str, float] = {"CPU": cfg.workers.cpus}
+    if cfg.workers.gpu:
+        resources["GPU"] = 1
+    counts = cfg.worker_counts()
+    # Checkpoints are this package's own, in the run directory; what Ray Train writes for itself is of no use later.
+    with tempfile.TemporaryDirectory(prefix="instella-ray-") as scratch:
+        trainer = DivisorTrainer(
+            worker,
+            counts=counts,
+            torch_config=RocmTorchConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
+                use_gpu=cfg.workers.gpu,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=cfg.run_dir.rstrip("/").rpartition("/")[2],
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=cfg.workers.max_failures, max_preemption_failures=-1),
+            ),
+        )
+        result: Any = trainer.fit()  # declared as what the first version of Ray Train returned
+        return bool(result.return_value)
 
 
 def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
     """UserError for workers that cannot be placed on what there is: the run would wait silently for ever."""
-    need = {"CPU": workers.count * workers.cpus, "GPU": workers.count * float(workers.gpu)}
+    count = workers.min_count or workers.count
+    need = {"CPU": count * workers.cpus, "GPU": count * float(workers.gpu)}
     for name, amount in need.items():
         if amount > have.get(name, 0):
-            raise UserError(f"{workers.count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
+            raise UserError(f"{count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
 
 
 def check_run_dir(run: TrainingRun) -> None:
     """UserError unless ``run.train.run_dir`` is free, or holds the same run where that is to be resumed."""
-    run_dir = Path(run.train.run_dir)
-    config_file = run_dir / CONFIG
+    run_dir = run.train.run_dir
+    config_file = storage.join(run_dir, CONFIG)
     if not run.train.resume:
-        if not storage.is_empty(str(run_dir)):
-            raise UserError(
-                f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
-            )
+        check_free(run_dir)
         return
-    if not config_file.exists():
+    look_anew(config_file)
+    if not storage.exists(config_file):
         raise UserError(f"run_dir {run_dir}: nothing to resume (no {CONFIG})")
-    if different := first_difference(load_config(type(run), str(config_file)), run):
+    if different := first_difference(load_config(type(run), config_file), run):
         key, old, new = different
         raise UserError(f"run_dir {run_dir}: cannot resume with {key} = {new!r}, the run began with {old!r}")
+
+
+def check_free(run_dir: str) -> None:
+    """UserError unless ``run_dir`` is not there yet, or holds nothing."""
+    look_anew(run_dir)
+    if not storage.is_empty(run_dir):
+        raise UserError(
+            f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
+        )
 
 
 class _Progress:
     """A progress bar fed from metrics.jsonl, which the workers write wherever they run."""
 
-    def __init__(self, path: Path, steps: int, description: str) -> None:
-        self.path, self.ended = path, threading.Event()
-        self.bar = tqdm(total=steps, desc=description, unit="step", dynamic_ncols=True)
+    def __init__(self, cfg: TrainConfig, description: str) -> None:
+        self.run_dir, self.ended = cfg.run_dir, threading.Event()
+        self.interval = 1.0 if storage.is_local(cfg.run_dir) else 15.0
+        self.bar = tqdm(total=cfg.steps, desc=description, unit="step", dynamic_ncols=True)
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -154,13 +146,13 @@ class _Progress:
         self.bar.close()
 
     def _follow(self) -> None:
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(self.interval):
             self._update()
 
     def _update(self) -> None:
         try:
-            last = json.loads(self.path.read_text().splitlines()[-1])
-        except (OSError, IndexError, ValueError):
+            last = read_metrics(self.run_dir)[-1]
+        except Exception:  # not there yet, or a store out of reach for a moment: a bar is no reason to stop
             return
         self.bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=last["images_per_second"], refresh=False)
         self.bar.update(last["step"] - self.bar.n)

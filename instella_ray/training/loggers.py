@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +21,15 @@ import numpy as np
 from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
+from .run_dir import CONFIG, located
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 RUN_IDS = "loggers.json"
 """File of a run directory that names the run as trackers know it."""
 PROJECT = "instella-ray"
+COPY_EVERY = 60.0
+"""Seconds between two copies of event files to where they cannot grow."""
+log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
@@ -39,40 +46,57 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Event files in ``RUN/tensorboard``."""
+    """Event files in ``RUN/tensorboard``; they grow there, or on this machine and are copied from time to time."""
 
-    def __init__(self, run_dir: Path, start: int) -> None:
+    def __init__(self, run_dir: str, start: int) -> None:
         _import("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
+        self.url = storage.join(run_dir, "tensorboard")
+        self.copied = time.monotonic()
+        self.local = storage.is_local(run_dir)
+        folder = self.url if self.local else tempfile.mkdtemp(prefix="instella-ray-")
         # What an earlier attempt logged after the checkpoint that the run goes on from is logged anew: readers drop it.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self.writer = SummaryWriter(folder, purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
+        if not self.local and time.monotonic() - self.copied > COPY_EVERY:
+            self._copy()
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         self.writer.add_image("preview", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
+        if not self.local:
+            self._copy()
+            shutil.rmtree(self.writer.log_dir)
+
+    def _copy(self) -> None:
+        try:
+            for file in Path(self.writer.log_dir).iterdir():
+                storage.write_bytes(storage.join(self.url, file.name), file.read_bytes())
+        except Exception as error:  # each store has errors of its own, and none of them is worth a run
+            log.error("%s: could not be written (%s)", self.url, error)
+        self.copied = time.monotonic()
 
 
 class WandbLogger:
     """A run at Weights & Biases, which ignores steps that it has seen; the ``WANDB_*`` variables say where and how."""
 
-    def __init__(self, run_dir: Path, start: int) -> None:
+    def __init__(self, run_dir: str, start: int) -> None:
         self.wandb = _import("wandb")
         known = _run_ids(run_dir).get("wandb")
         self.run = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_dir.name,
-            dir=str(run_dir),
+            name=_name(run_dir),
+            dir=run_dir if storage.is_local(run_dir) else None,
             id=known,
             resume="allow" if known else None,
-            config=read_yaml(str(run_dir / "config.yaml")),
+            config=read_yaml(storage.join(run_dir, CONFIG)),
         )
         _remember(run_dir, "wandb", self.run.id)
 
@@ -89,11 +113,11 @@ class WandbLogger:
 class MlflowLogger:
     """A run on the MLflow server that ``MLFLOW_TRACKING_URI`` names, with what it has seen already left out."""
 
-    def __init__(self, run_dir: Path, start: int) -> None:
+    def __init__(self, run_dir: str, start: int) -> None:
         self.mlflow = _import("mlflow")
         self.client = self.mlflow.MlflowClient(tracking_uri=_tracking_uri())
         known = _run_ids(run_dir).get("mlflow")
-        self.run_id = known or self._create(run_dir.name)
+        self.run_id = known or self._create(_name(run_dir))
         self.seen = 0
         if known:
             self.client.update_run(known, status="RUNNING")
@@ -120,7 +144,7 @@ class MlflowLogger:
         self.client.set_terminated(self.run_id)
 
 
-LOGGERS: dict[LoggerName, Callable[[Path, int], Logger]] = {
+LOGGERS: dict[LoggerName, Callable[[str, int], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
     "mlflow": MlflowLogger,
@@ -139,7 +163,7 @@ def check_loggers(names: Sequence[LoggerName] | None) -> None:
 def open_loggers(names: Sequence[LoggerName] | None, run_dir: str | Path, start: int) -> list[Logger]:
     """Those named, for a run that has ``start`` steps behind it; None means TensorBoard where it is installed."""
     default: tuple[LoggerName, ...] = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
-    return [LOGGERS[name](Path(run_dir), start) for name in (default if names is None else names)]
+    return [LOGGERS[name](located(run_dir), start) for name in (default if names is None else names)]
 
 
 def _import(name: str) -> Any:
@@ -156,10 +180,15 @@ def _tracking_uri() -> str:
     raise UserError("train.loggers: mlflow needs the server's address in MLFLOW_TRACKING_URI")
 
 
-def _run_ids(run_dir: Path) -> dict[str, str]:
-    file = str(run_dir / RUN_IDS)
+def _name(run_dir: str) -> str:
+    """A run's name among others: its directory's."""
+    return run_dir.rstrip("/").rpartition("/")[2]
+
+
+def _run_ids(run_dir: str) -> dict[str, str]:
+    file = storage.join(run_dir, RUN_IDS)
     return storage.read_json(file) if storage.exists(file) else {}
 
 
-def _remember(run_dir: Path, tracker: str, run_id: str) -> None:
-    storage.write_json(str(run_dir / RUN_IDS), {**_run_ids(run_dir), tracker: run_id})
+def _remember(run_dir: str, tracker: str, run_id: str) -> None:
+    storage.write_json(storage.join(run_dir, RUN_IDS), {**_run_ids(run_dir), tracker: run_id})

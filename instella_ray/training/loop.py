@@ -18,11 +18,13 @@ from ..accelerator import compute_dtype
 from ..data.loader import Data, Prefetcher
 from ..data.order import BatchPlan
 from ..models.checkpoint import Model
+from .attempts import Attempt
 from .checkpoint import restore_checkpoint, restore_discriminator, save_checkpoint, save_discriminator
 from .learner import Learner
 from .metrics_log import MetricsLog
 from .optim import EMA
-from .reporting import report_checkpoint
+from .preemption import PreemptionNotice
+from .reporting import Checkpoints
 from .settings import OptimizerConfig, TrainConfig
 
 
@@ -91,8 +93,11 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; nothing of that step was saved."""
 
 
-def train_worker(task: Task, cfg: TrainConfig) -> None:
-    """Run ``task`` to ``cfg.steps`` on this rank, from the run's last checkpoint where there is one."""
+def train_worker(task: Task, cfg: TrainConfig, attempt: Attempt) -> bool:
+    """Run ``task`` to ``cfg.steps`` on this rank, from the run's last checkpoint where there is one.
+
+    Returns False where it stopped before, with a checkpoint, because a node is about to be taken away.
+    """
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -104,13 +109,13 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
     if task.discriminator is not None:
         rival = task.discriminator
         learners.append(Learner(rival.step_module, rival.model, rival.optimizer, device))
-    start = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            start = restore_checkpoint(Path(folder), model, ema, learner.optimizers)["step"]
+    start, checkpoints = 0, Checkpoints(cfg, attempt, rank)
+    with checkpoints.last() as folder:
+        if folder is not None:
+            start = restore_checkpoint(folder, model, ema, learner.optimizers)["step"]
             for other in learners[1:]:
-                restore_discriminator(Path(folder), other.model, other.optimizers)
-    else:
+                restore_discriminator(folder, other.model, other.optimizers)
+    if folder is None:
         torch.manual_seed(cfg.seed)
         task.begin(task.data.batch(0, plan.samples(0)))
         ema = EMA(model, cfg.ema_decay)
@@ -119,8 +124,9 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
             each.distribute()
     size = cfg.micro_batch_size or cfg.global_batch // world
     dtype = compute_dtype(device, cfg.precision)
-    log = MetricsLog(cfg, rank, task.summary, start, device)
+    log = MetricsLog(cfg, attempt, rank, task.summary, start, device)
     batches = Prefetcher(lambda step: task.data.batch(plan.place(step).epoch, plan.samples(step)), start, cfg.steps)
+    notice, leaving = PreemptionNotice(start), False
     waited = time.perf_counter()
     for step, batch in enumerate(batches, start):
         data_wait = time.perf_counter() - waited
@@ -153,10 +159,16 @@ def train_worker(task: Task, cfg: TrainConfig) -> None:
         final = done == cfg.steps
         if rank == 0 and (final or done % cfg.preview_every == 0):
             log.preview(done, _preview(task, model, ema))
-        if final or done % cfg.checkpoint_every == 0:
-            report_checkpoint(done, log.last, partial(_save, task, learners, ema, done, rank))
+        leaving = not final and notice.given(done)
+        if final or leaving or done % cfg.checkpoint_every == 0:
+            log.sync()
+            checkpoints.save(done, log.last, partial(_save, task, learners, ema, done, rank))
+        if leaving:
+            break
         waited = time.perf_counter()
     log.close()
+    checkpoints.finish()
+    return not leaving
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +13,73 @@ import torch
 from torch import Tensor
 
 from .. import storage
+from ..errors import UserError
 from ..rendering import encode_png
+from .attempts import Attempt
 from .effort import bf16_peak, effort, peak_memory
 from .loggers import open_loggers
+from .run_dir import METRICS, read_metrics
 from .settings import TrainConfig
 
 Summary = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
 """Single numbers of a step's means, as :meth:`.loop.Task.summary`."""
 
 
-class MetricsLog:
-    """Rank 0 appends one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
+WRITE_EVERY = 15.0
+"""Seconds between two writes of metrics.jsonl where it has to be written anew each time."""
+log = logging.getLogger(__name__)
 
-    def __init__(self, cfg: TrainConfig, rank: int, summary: Summary, start: int, device: torch.device) -> None:
-        self.cfg, self.rank, self.summary, self.device = cfg, rank, summary, device
+
+class MetricsFile:
+    """``metrics.jsonl`` of an attempt: appended to on a disk, written anew now and then elsewhere, as objects have no end
+    to append to.
+    """
+
+    def __init__(self, attempt: Attempt, start: int) -> None:
+        """Drops what was logged after step ``start``, which is trained, and logged, anew."""
+        self.attempt, self.path = attempt, storage.join(attempt.run_dir, METRICS)
+        self.local = storage.is_local(self.path)
+        rows = read_metrics(attempt.run_dir)
+        self.lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= start]
+        self.unsaved = len(rows) > len(self.lines)
+        self.written = 0.0
+        self.sync()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Log one step; UserError when a newer attempt writes there."""
+        self.lines.append(json.dumps(row) + "\n")
+        if self.local:
+            self.attempt.check()
+            with Path(storage.filesystem(self.path)[1]).open("a") as stream:
+                stream.write(self.lines[-1])
+            return
+        self.unsaved = True
+        if time.monotonic() - self.written > WRITE_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        """Write what is not yet there. A store that fails is tried again the next time."""
+        if not self.unsaved:
+            return
+        try:
+            self.attempt.check()
+            storage.retry(lambda: storage.write_text(self.path, "".join(self.lines)))
+            self.unsaved = False
+        except UserError:
+            raise
+        except Exception as error:
+            log.error("%s: could not be written (%s)", self.path, error)
+        self.written = time.monotonic()
+
+
+class MetricsLog:
+    """Rank 0 logs one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
+
+    def __init__(
+        self, cfg: TrainConfig, attempt: Attempt, rank: int, summary: Summary, start: int, device: torch.device
+    ) -> None:
+        self.cfg, self.summary, self.device = cfg, summary, device
+        self.file = MetricsFile(attempt, start) if rank == 0 else None
         self.last: dict[str, Any] = {}
         self.seen = 0
         self.waited = 0.0
@@ -56,10 +110,8 @@ class MetricsLog:
         speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self.last = {"step": step + 1, **facts, "lr": rate, "gradient_norm": round(float(norm), 5), **speed}
         self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
-        if self.rank == 0:
-            path = Path(self.cfg.run_dir) / "metrics.jsonl"
-            with path.open("a") as stream:
-                stream.write(json.dumps(self.last) + "\n")
+        if self.file is not None:
+            self.file.add(self.last)
         figures = {name: value for name, value in self.last.items() if name != "step"}
         for logger in self.loggers:
             logger.scalars(step + 1, figures)
@@ -70,6 +122,12 @@ class MetricsLog:
             for logger in self.loggers:
                 logger.picture(step, picture)
 
+    def sync(self) -> None:
+        """Write metrics.jsonl as far as it goes; before each checkpoint, so that a run that goes on has it up to there."""
+        if self.file is not None:
+            self.file.sync()
+
     def close(self) -> None:
+        self.sync()
         for logger in self.loggers:
             logger.close()

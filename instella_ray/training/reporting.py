@@ -1,23 +1,83 @@
-"""Hand checkpoints of a run to Ray Train."""
+"""The checkpoints of a run as its workers see them: the one to go on from, and those that they save."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import Checkpoint
+from ray.train.collective import barrier, broadcast_from_rank_zero
+
+from .. import storage
+from ..errors import UserError
+from .attempts import Attempt
+from .run_dir import SCORES, checkpoint_name, download, finished_checkpoints, scratch_folder
+from .settings import TrainConfig
+from .uploads import Uploads
 
 
-def report_checkpoint(step: int, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
-    """Save after ``step`` steps and hand it over. A barrier: every rank calls it equally.
+class Checkpoints:
+    """What a run has in its directory's ``checkpoints``. Every rank has one; rank 0's writes."""
 
-    ``save`` is called on every rank, as parts of a model may have to be gathered; rank 0 brings the folder that counts.
-    """
-    name = f"step-{step:07d}"
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        checkpoint = Checkpoint.from_directory(folder) if ray.train.get_context().get_world_rank() == 0 else None
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+    def __init__(self, cfg: TrainConfig, attempt: Attempt, rank: int) -> None:
+        """UserError where another attempt has taken the run over, or the run directory is not shared by all nodes."""
+        self.cfg, self.attempt = cfg, attempt
+        attempt.check_storage()
+        attempt.check()
+        self.scratch = scratch_folder(f"{attempt.run_dir}#saved")
+        self.uploads = Uploads(attempt, cfg.keep_checkpoints, cfg.keep_best) if rank == 0 else None
+        if self.uploads is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a worker that was killed
+            self.uploads.sweep()
+
+    @contextmanager
+    def last(self) -> Iterator[Path | None]:
+        """The run's last complete checkpoint as a folder of this machine, None in a new run. A barrier at either end."""
+        found = finished_checkpoints(self.attempt.run_dir) if self.uploads is not None else []
+        url = broadcast_from_rank_zero(found[-1] if found else "")
+        with _on_this_node(url) if url else nullcontext() as folder:
+            yield folder
+
+    def save(self, step: int, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Save after ``step`` steps, and upload it while training goes on.
+
+        ``write(folder)`` is called on every rank, as parts of a model may have to be gathered; rank 0's folder counts.
+        """
+        if self.uploads is None:
+            with tempfile.TemporaryDirectory() as unused:
+                write(Path(unused))
+            return
+        if (best := self.cfg.keep_best) is not None and metrics and best.metric not in metrics:
+            raise UserError(f"train.keep_best: {best.metric} is not logged; expected one of {', '.join(metrics)}")
+        folder = self.scratch / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        write(folder)
+        storage.write_json(str(folder / SCORES), metrics)
+        self.uploads.hand_over(folder)
+
+    def finish(self) -> None:
+        """Wait until all that was saved is in the run directory; UserError where the last one could not be."""
+        if self.uploads is not None:
+            self.uploads.finish()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+@contextmanager
+def _on_this_node(url: str) -> Iterator[Path]:
+    """A checkpoint's folder, or one copy of it for all workers of a node. Every rank takes part."""
+    if storage.is_local(url):
+        yield Path(storage.filesystem(url)[1])
+        return
+    copy, first = scratch_folder(url), ray.train.get_context().get_local_rank() == 0
+    if first:
+        shutil.rmtree(copy, ignore_errors=True)
+        download(url, copy)
+    barrier()
+    yield copy
+    barrier()
+    if first:
+        shutil.rmtree(copy)

@@ -36,6 +36,9 @@ class WorkersConfig(Config):
 
     count: int = Field(1, ge=1)
     """Training workers (ranks)."""
+    min_count: int | None = Field(None, ge=1)
+    """Go on with so few where the cluster has no room for ``count``, and with more again once it has: with the largest
+    number that the global batch is a multiple of, in whole micro-batches. None: always ``count``."""
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs a worker reserves."""
     threads: int = Field(1, ge=1)
@@ -43,14 +46,23 @@ class WorkersConfig(Config):
     gpu: bool = False
     """One GPU a worker."""
     max_failures: int = Field(2, ge=0)
-    """Restarts from the last checkpoint after a worker is lost."""
+    """Restarts from the last checkpoint after a worker is lost; those after a node was preempted do not count."""
+
+
+class BestConfig(Config):
+    """How the best checkpoint is told."""
+
+    metric: str
+    """A figure of metrics.jsonl, as logged last before the checkpoint."""
+    order: Literal["lower", "higher"]
+    """Which of two figures is better."""
 
 
 class TrainConfig(Config):
     """Steps, batches, intervals. A run directory belongs to one run; going on with it is asked for."""
 
     run_dir: str
-    """Receives config.yaml, metrics.jsonl, checkpoints/ and previews/."""
+    """Receives config.yaml, metrics.jsonl, checkpoints/ and previews/: a folder that all nodes share, or a URL (gs://..)."""
     resume: bool = False
     """Go on with an interrupted run in ``run_dir``, under the settings that it began with."""
     seed: int = 0
@@ -67,21 +79,34 @@ class TrainConfig(Config):
     workers: WorkersConfig = WorkersConfig()
     log_every: int = Field(20, ge=1)
     checkpoint_every: int = Field(500, ge=1)
+    """Steps between two checkpoints: what a lost worker may cost. They are uploaded while training goes on."""
     keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last checkpoints are kept."""
+    keep_best: BestConfig | None = None
+    """Keep the best one as well."""
     preview_every: int = Field(500, ge=1)
     loggers: tuple[LoggerName, ...] | None = None
     """Where figures and previews go beside metrics.jsonl: tensorboard, wandb, mlflow; none means TensorBoard if installed."""
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainConfig:
-        share, rest = divmod(self.global_batch, self.workers.count)
-        if rest:
-            raise ValueError(f"global_batch {self.global_batch} is not a multiple of {self.workers.count} workers")
-        if self.micro_batch_size is not None and share % self.micro_batch_size:
-            raise ValueError(
-                f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
+        least, most = self.workers.min_count or self.workers.count, self.workers.count
+        if least > most:
+            raise ValueError(f"workers.min_count {least} is more than workers.count {most}")
+        for count in {least, most}:
+            share, rest = divmod(self.global_batch, count)
+            if rest:
+                raise ValueError(f"global_batch {self.global_batch} is not a multiple of {count} workers")
+            if self.micro_batch_size is not None and share % self.micro_batch_size:
+                raise ValueError(
+                    f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}"
+                )
         return self
+
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers that the run may have, ascending: those that a global batch can be shared by."""
+        least, most, unit = self.workers.min_count or self.workers.count, self.workers.count, self.micro_batch_size or 1
+        return [count for count in range(least, most + 1) if self.global_batch % (count * unit) == 0]
 
 
 class TrainingRun(Config):
@@ -93,7 +118,7 @@ class TrainingRun(Config):
 MAY_CHANGE: dict[str, Any] = {
     "train": {
         *("run_dir", "resume", "micro_batch_size", "workers"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "preview_every", "loggers"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "preview_every", "loggers"),
     },
     "preview": True,
     "validation": True,

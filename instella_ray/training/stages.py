@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -13,7 +11,8 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..config import validate
 from ..errors import UserError
-from .launch import CONFIG, check_run_dir, finished_checkpoints
+from .launch import check_free, check_run_dir
+from .run_dir import CONFIG, checkpoint_step, finished_checkpoints, located, look_anew
 from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer
 
 
@@ -55,7 +54,7 @@ class TokenizerStagesConfig(TokenizerConfig):
 
 def run_stages(
     cfg: TokenizerStagesConfig, beside: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
-) -> Path:
+) -> str:
     """Train all stages on Ray Train; returns the last one's final checkpoint, which is a model folder.
 
     ``train.resume`` skips stages that are finished and goes on with one that has begun. All stages are checked before
@@ -65,18 +64,17 @@ def run_stages(
         with beside(single := cfg.single()):
             return run_tokenizer(single)
     stages = {name: complete_tokenizer(stage) for name, stage in cfg.each().items()}
-    run_dir = Path(cfg.train.run_dir).absolute()
-    begun = [name for name in stages if (run_dir / name / CONFIG).exists()]
+    run_dir = located(cfg.train.run_dir)
+    look_anew(run_dir)
+    begun = [name for name in stages if storage.exists(storage.join(run_dir, name, CONFIG))]
     if cfg.train.resume and not begun:
         raise UserError(f"run_dir {run_dir}: nothing to resume (no stage has begun)")
-    if not cfg.train.resume and not storage.is_empty(str(run_dir)):
-        raise UserError(
-            f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
-        )
-    previous: Path | None = None
+    if not cfg.train.resume:
+        check_free(run_dir)
+    previous: str | None = None
     for name, stage in stages.items():
-        train = stage.train.model_copy(update={"resume": name in begun, "run_dir": str(run_dir / name)})
-        start_from = stage.start_from if previous is None else str(previous)
+        train = stage.train.model_copy(update={"resume": name in begun, "run_dir": storage.join(run_dir, name)})
+        start_from = stage.start_from if previous is None else previous
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
         with beside(stage):
             previous = _finished(stage)
@@ -88,10 +86,10 @@ def run_stages(
     return previous
 
 
-def _finished(stage: TokenizerConfig) -> Path | None:
+def _finished(stage: TokenizerConfig) -> str | None:
     """A stage's final checkpoint, where it was trained to its end; UserError if that was under other settings."""
     checkpoints = finished_checkpoints(stage.train.run_dir)
-    if not checkpoints or json.loads((checkpoints[-1] / "state.json").read_text())["step"] < stage.train.steps:
+    if not checkpoints or checkpoint_step(checkpoints[-1]) < stage.train.steps:
         return None
     check_run_dir(stage)
     return checkpoints[-1]

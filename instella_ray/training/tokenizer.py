@@ -25,6 +25,7 @@ from .adversarial import DRAWS, AdversarialConfig, Adversary
 from .bits import SHARE, CollapseWatch, bit_share, bit_summary
 from .launch import launch
 from .losses import PerceptualConfig, ReconstructionLoss, TokenizerLossConfig, psnr
+from .run_dir import local_folder
 from .settings import TrainingRun
 
 F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
@@ -181,7 +182,8 @@ class TokenizerTask:
 
 def trained_model(folder: str, expected: BITConfig) -> BIT:
     """The tokenizer to start from; UserError where ``folder`` holds none, or one of other sizes."""
-    bit = load_expected(folder, BIT)
+    with local_folder(folder) as here:
+        bit = load_expected(here, BIT)
     for name in BITConfig.model_fields:
         if (found := getattr(bit.cfg, name)) != (asked := getattr(expected, name)):
             raise UserError(f"start_from {folder}: its model.{name} is {found!r}, this run's is {asked!r}")
@@ -248,7 +250,7 @@ def _with_absolute_weights(cfg: F) -> F:
     return cfg.model_copy(update={"weights": storage.absolute(cfg.weights)}) if Path(cfg.weights).is_file() else cfg
 
 
-def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> Path:
+def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
     return launch(cfg, lambda device: TokenizerTask(cfg), description=description)

@@ -20,7 +20,7 @@ from instella_ray.models.generator import ARGenerator, DiffusionGenerator, Gener
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, PreviewConfig, complete_config
-from instella_ray.training.launch import latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 
 KINDS: dict[Literal["diffusion", "ar"], type] = {"diffusion": DiffusionGenerator, "ar": ARGenerator}
@@ -69,7 +69,7 @@ def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
         patch.setattr(module, "GeneratorTask", Stopping)
         with pytest.raises(Exception, match="stopped on purpose"):
             module.run_generator(cfg)
-    assert latest_checkpoint(tmp_path / "run").name == "step-0000003"
+    assert Path(latest_checkpoint(tmp_path / "run")).name == "step-0000003"
 
     going_on = cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": True})})
     folder = module.run_generator(going_on)

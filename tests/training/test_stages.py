@@ -18,9 +18,9 @@ from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
 from instella_ray.training import tokenizer as module
 from instella_ray.training.checkpoint import save_checkpoint
-from instella_ray.training.launch import latest_checkpoint, read_metrics
 from instella_ray.training.learner import Learner
 from instella_ray.training.optim import EMA, build_optimizers
+from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig
 from instella_ray.training.stages import TokenizerStagesConfig, run_stages
 from instella_ray.training.tokenizer import TokenizerTask, complete_tokenizer, evaluate_tokenizer, psnr
@@ -184,7 +184,7 @@ def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
         }
     assert {"discriminator", "adversarial", "adversarial_weight", "output_size", "dead_bits"} <= set(one[8])
     for name in ("model", "ema", "discriminator", "discriminator_optimizer"):
-        assert (final / f"{name}.safetensors").read_bytes() == (again / f"{name}.safetensors").read_bytes(), name
+        assert Path(final, f"{name}.safetensors").read_bytes() == Path(again, f"{name}.safetensors").read_bytes(), name
     # It began with the first stage's weights, and its encoder is still theirs.
     first = load_expected(latest_checkpoint(whole / "first"), BIT)
     for ema in (True, False):
@@ -192,7 +192,7 @@ def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
         for name, value in first.encoder.state_dict().items():
             assert torch.equal(third.encoder.state_dict()[name], value), name
         assert any(not torch.equal(value, third.state_dict()[name]) for name, value in first.state_dict().items())
-    assert json.loads((final / "state.json").read_text())["step"] == 8
+    assert json.loads(Path(final, "state.json").read_text())["step"] == 8
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from instella_ray.models.checkpoint import load_expected, load_model
 from instella_ray.training.adversarial import DRAWS
 from instella_ray.training.bits import bit_share, bit_summary
 from instella_ray.training.checkpoint import restore_checkpoint, save_checkpoint
-from instella_ray.training.launch import latest_checkpoint, read_metrics
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
 from instella_ray.training.muon import orthogonalize
 from instella_ray.training.optim import EMA, Optimizers, build_optimizers, rate_share
+from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
 
@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
     assert losses[0] == losses[1] and set(losses[0]) == set(range(1, 13))
     a, b = (load_model(folder).state_dict() for folder in (whole, latest_checkpoint(killed)))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
-    files = {p.name for p in whole.iterdir()}
+    files = {p.name for p in Path(whole).iterdir()}
     assert {"model.safetensors", "ema.safetensors", "config.yaml", "state.json", "optimizer.safetensors"} <= files
     assert sorted(p.name for p in (tmp_path / "whole" / "previews").iterdir()) == [
         "step-0000006.png",

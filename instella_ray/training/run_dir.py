@@ -1,0 +1,121 @@
+"""What lies where in a run directory, which may be any folder that fsspec reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .. import storage
+from ..errors import UserError
+
+CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+STATE = "state.json"
+"""File of a checkpoint that is written last: a folder with it is complete, one without is not there yet."""
+SCORES = "metrics.json"
+"""File of a checkpoint with what was logged last when it was saved."""
+
+
+def located(run_dir: str | Path) -> str:
+    """The run directory under a name that means the same in another working directory: workers have their own."""
+    return str(run_dir) if "://" in str(run_dir) else str(Path(run_dir).absolute())
+
+
+def look_anew(url: str) -> None:
+    """Forget listings that a client of an object store keeps: other machines write there too."""
+    storage.filesystem(url)[0].invalidate_cache()
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of the checkpoint after ``step`` steps; the names sort by step."""
+    return f"step-{step:07d}"
+
+
+def checkpoint_step(folder: str) -> int:
+    """Steps that a checkpoint's folder has behind it."""
+    return int(folder.rpartition("/step-")[2])
+
+
+def checkpoint_folders(run_dir: str | Path) -> dict[str, bool]:
+    """Each folder of a checkpoint, oldest first, and whether it is complete."""
+    base = storage.join(located(run_dir), CHECKPOINTS)
+    look_anew(base)
+    fs, path = storage.filesystem(base)
+    found = [PurePosixPath(name).relative_to(path.rstrip("/")) for name in storage.retry(lambda: fs.find(path))]
+    complete = {name.parts[0] for name in found if name.parts[1:] == (STATE,)}
+    names = sorted({name.parts[0] for name in found if name.parts[0].startswith("step-")})
+    return {storage.join(base, name): name in complete for name in names}
+
+
+def finished_checkpoints(run_dir: str | Path) -> list[str]:
+    """The complete checkpoint folders that a run has kept, oldest first."""
+    return [folder for folder, complete in checkpoint_folders(run_dir).items() if complete]
+
+
+def latest_checkpoint(run_dir: str | Path) -> str:
+    """The newest complete checkpoint folder of a run; UserError where there is none."""
+    folders = finished_checkpoints(run_dir)
+    if not folders:
+        raise UserError(f"run_dir {run_dir}: no finished checkpoint")
+    return folders[-1]
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order; a line that is just being written is left out."""
+    path = storage.join(located(run_dir), METRICS)
+    look_anew(path)
+    lines = storage.read_text(path).splitlines(keepends=True) if storage.exists(path) else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
+    """Copy a checkpoint's files to ``url``, its state last; ``before_each`` file is asked whether that is still wanted."""
+    fs, path = storage.filesystem(url)
+    fs.makedirs(path, exist_ok=True)
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == STATE)
+    for file in files:
+        before_each()
+        target = storage.join(path, file.relative_to(folder).as_posix())
+        if file.name == STATE:
+            storage.write_bytes(storage.join(url, STATE), file.read_bytes())
+        else:
+            fs.makedirs(fs._parent(target), exist_ok=True)
+            storage.retry(partial(fs.put_file, str(file), target))
+
+
+def remove_checkpoint(url: str) -> None:
+    """Delete a checkpoint, its state first: what is half deleted is not taken for a complete one."""
+    fs, path = storage.filesystem(url)
+    if fs.exists(state := storage.join(path, STATE)):
+        fs.rm_file(state)
+    storage.remove_tree(url)
+
+
+@contextmanager
+def local_folder(url: str) -> Iterator[Path]:
+    """A folder of files as one on this machine: itself, or a copy that is deleted when the block ends."""
+    if storage.is_local(url):
+        yield Path(storage.filesystem(url)[1])
+        return
+    with tempfile.TemporaryDirectory(prefix="instella-ray-") as copy:
+        download(url, Path(copy))
+        yield Path(copy)
+
+
+def download(url: str, to: Path) -> None:
+    """Copy all files of a folder into one on this machine."""
+    fs, path = storage.filesystem(url)
+    for name in storage.retry(lambda: fs.find(path)):
+        target = to / PurePosixPath(name).relative_to(path.rstrip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.retry(partial(fs.get_file, name, str(target)))
+
+
+def scratch_folder(url: str) -> Path:
+    """A folder of this machine's own for what is on its way to or from ``url``: the same for every process."""
+    return Path(tempfile.gettempdir(), f"instella-ray-{hashlib.sha256(url.encode()).hexdigest()[:16]}")

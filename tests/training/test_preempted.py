@@ -1,0 +1,89 @@
+"""A node taken away with notice: a checkpoint at once, and the run goes on with as many workers as there is room for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+
+from ..data.test_gcs import ROOT
+from .chaos import effective_history, notes_of
+
+DRIVER = """
+import json, sys, threading, time
+from pathlib import Path
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from tests.processes import wait_until
+from tests.training.chaos import fragile_run, notes_of
+
+given = json.loads(sys.argv[1])
+run, notes = Path(given["run_dir"]), Path(given["notes"])
+quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+cluster = Cluster(
+    initialize_head=True,
+    head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick},
+)
+ray.init(address=cluster.address, log_to_driver=False)
+nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))}
+
+def take_away():
+    begun = lambda: {note["rank"]: note["node"] for note in notes_of(notes) if note["step"] > 2}
+    assert wait_until(lambda: len(begun()) == 2, 120)
+    lost = begun()[1]
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(address=cluster.address).drain_node(lost, reason, "", int((time.time() + 90) * 1000))
+    assert accepted, why
+    assert wait_until(lambda: any((run / "checkpoints").glob("*/state.json")), 60)
+    (notes / "drained").touch()
+    cluster.remove_node(nodes[lost])
+
+thread = threading.Thread(target=take_away)
+thread.start()
+fragile_run(**given)
+thread.join()
+ray.shutdown()
+cluster.shutdown()
+"""
+"""Two nodes of one worker each; that of rank 1 is drained, and gone once there is a checkpoint."""
+STEPS = 400
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_node_taken_away_costs_no_step_and_the_run_goes_on_with_one_worker(shards: str, tmp_path: Path) -> None:
+    workers = {"count": 2, "min_count": 1, "cpus": 1, "max_failures": 0}
+    # There is no checkpoint before the last step but for the notice.
+    train = {"steps": STEPS, "checkpoint_every": STEPS, "preview_every": STEPS, "workers": workers}
+    run, notes = tmp_path / "run", tmp_path / "notes"
+    given = {"shards": shards, "run_dir": str(run), "notes": str(notes), "train": train, "slow_on_first": True}
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "PYTHONPATH": str(ROOT),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(given)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(latest_checkpoint(run)).name == f"step-{STEPS:07d}"
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, STEPS + 1))
+    # Rank 0's steps on either side of the notice: each was done once.
+    steps = [note["step"] for note in notes_of(notes) if note["rank"] == 0]
+    assert steps == list(range(STEPS))
+    shares = [len(note["keys"]) for note in notes_of(notes) if note["rank"] == 0]
+    assert shares[0] == 8 and shares[-1] == 16
+    assert all(len(keys) == 16 for keys in effective_history(notes).values())

@@ -23,9 +23,10 @@ from .test_training import config
 
 
 class Fragile(TokenizerTask):
-    """Notes step, rank, node and keys of each batch in ``notes``. Rank 1 may kill itself in step ``kill_at``, all ranks may
-    stand still there (``hold_at``) once a checkpoint is complete, or be slow (``slow_on_first``) until a node is drained;
-    the checkpoint after step ``obstruct_at`` cannot be uploaded.
+    """Notes step, rank, node, process and keys of each batch in ``notes``.
+
+    Rank 1 may kill itself in step ``kill_at``, all ranks may stand still in ``hold_at`` once a checkpoint is complete, or
+    be slow (``slow_on_first``) until a node is drained; the checkpoint after step ``obstruct_at`` cannot be uploaded.
     """
 
     def __init__(self, cfg: TokenizerConfig, notes: str, **harm: Any) -> None:
@@ -39,7 +40,7 @@ class Fragile(TokenizerTask):
         self.at = step
 
     def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        note = {"step": self.at, "rank": self.rank, "node": self.node, "keys": self.keys(batch)}
+        note = {"step": self.at, "rank": self.rank, "node": self.node, "pid": os.getpid(), "keys": self.keys(batch)}
         with (self.notes / f"rank{self.rank}.jsonl").open("a") as stream:
             stream.write(json.dumps(note) + "\n")
         if self.at == self.harm.get("kill_at") and self.rank == 1 and self._first("killed"):

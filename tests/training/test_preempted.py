@@ -32,28 +32,32 @@ cluster = Cluster(
     initialize_head=True,
     head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick},
 )
+ray._common.utils.reset_ray_address()  # or whoever else starts a Ray on this machine would land in this one
 ray.init(address=cluster.address, log_to_driver=False)
 nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))}
 
 def take_away():
-    begun = lambda: {note["rank"]: note["node"] for note in notes_of(notes) if note["step"] > 2}
+    begun = lambda: {note["rank"]: note for note in notes_of(notes) if note["step"] > 2}
     assert wait_until(lambda: len(begun()) == 2, 120)
-    lost = begun()[1]
+    lost, process = begun()[1]["node"], begun()[1]["pid"]
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, why = GcsClient(address=cluster.address).drain_node(lost, reason, "", int((time.time() + 90) * 1000))
     assert accepted, why
     assert wait_until(lambda: any((run / "checkpoints").glob("*/state.json")), 60)
     (notes / "drained").touch()
+    assert wait_until(lambda: not Path(f"/proc/{process}").exists(), 60)
     cluster.remove_node(nodes[lost])
 
 thread = threading.Thread(target=take_away)
 thread.start()
-fragile_run(**given)
-thread.join()
-ray.shutdown()
-cluster.shutdown()
+try:
+    fragile_run(**given)
+    thread.join()
+finally:
+    ray.shutdown()
+    cluster.shutdown()
 """
-"""Two nodes of one worker each; that of rank 1 is drained, and gone once there is a checkpoint."""
+"""Two nodes of one worker each; that of rank 1 is drained, and gone once its worker is, after a checkpoint."""
 STEPS = 400
 
 

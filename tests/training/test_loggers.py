@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instella_ray import storage
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError
 from instella_ray.training.loggers import RUN_IDS, LoggerName, check_loggers, open_loggers
@@ -46,6 +47,16 @@ def test_tensorboard_shows_a_resumed_run_without_double_steps(tmp_path: Path) ->
         (step, step / 10) for step in range(1, 11)
     ]
     assert [(image.step, image.width, image.height) for image in events.Images("preview")] == [(10, 16, 8)]
+
+
+def test_event_files_are_copied_to_where_they_cannot_grow(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    run_dir = f"memory://{tmp_path.name}/run"
+    (logger,) = open_loggers(["tensorboard"], run_dir, 0)
+    logger.scalars(1, {"loss": 0.5})
+    logger.close()
+    (events,) = storage.glob(f"{run_dir}/tensorboard/*")
+    assert b"loss" in storage.read_bytes(events)
 
 
 def test_none_means_tensorboard_where_it_is_installed(tmp_path: Path) -> None:

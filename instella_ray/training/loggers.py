@@ -21,9 +21,10 @@ import numpy as np
 from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
+from .prometheus import PrometheusLogger
 from .run_dir import CONFIG, located
 
-LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 RUN_IDS = "loggers.json"
 """File of a run directory that names the run as trackers know it."""
 PROJECT = "instella-ray"
@@ -148,13 +149,14 @@ LOGGERS: dict[LoggerName, Callable[[str, int], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
     "mlflow": MlflowLogger,
+    "prometheus": PrometheusLogger,
 }
 
 
 def check_loggers(names: Sequence[LoggerName] | None) -> None:
     """UserError for a logger whose package is not installed, or that would not know where to log."""
     for name in names or ():
-        if importlib.util.find_spec(name) is None:
+        if name != "prometheus" and importlib.util.find_spec(name) is None:  # that one Ray brings
             raise UserError(f"train.loggers: {name} is not installed (pip install {name})")
         if name == "mlflow":
             _tracking_uri()

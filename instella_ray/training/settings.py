@@ -86,7 +86,8 @@ class TrainConfig(Config):
     """Keep the best one as well."""
     preview_every: int = Field(500, ge=1)
     loggers: tuple[LoggerName, ...] | None = None
-    """Where figures and previews go beside metrics.jsonl: tensorboard, wandb, mlflow; none means TensorBoard if installed."""
+    """Where figures and previews go beside metrics.jsonl: tensorboard, wandb, mlflow, prometheus (gauges of
+    Ray's endpoint); none means TensorBoard if installed."""
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainConfig:

@@ -62,6 +62,8 @@ def test_event_files_are_copied_to_where_they_cannot_grow(tmp_path: Path) -> Non
 def test_none_means_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
     names = [type(logger).__name__ for logger in open_loggers(None, tmp_path, 0)]
     assert names == (["TensorBoardLogger"] if importlib.util.find_spec("tensorboard") else [])
+    check_loggers(["prometheus"])  # Ray brings it
+    assert type(open_loggers(["prometheus"], tmp_path, 0)[0]).__name__ == "PrometheusLogger"
     assert open_loggers((), tmp_path, 0) == []
 
 

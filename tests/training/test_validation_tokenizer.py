@@ -88,7 +88,7 @@ def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
     shared = stage(shards, tmp_path / "run", **asked).model_dump(exclude_unset=True)
     second = {"output_sizes": [32, 40], "validation": {"every_steps": 4}}
     final = run_validated_stages(ValidatedStages.model_validate({**shared, "stages": {"first": {}, "second": second}}))
-    assert final.parent.parent == tmp_path / "run" / "second"
+    assert Path(final).parent.parent == tmp_path / "run" / "second"
     for name, measured in (("first", {"psnr", "ssim"}), ("second", {"psnr", "psnr_32", "psnr_40"})):
         folder = tmp_path / "run" / name / "validation"
         rows = storage.read_json(str(folder / "validation.json"))

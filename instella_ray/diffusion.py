@@ -17,13 +17,10 @@ def per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def sample_timesteps(
-    count: int, generator: torch.Generator | None = None, kind: TimeDistribution = "logit_normal"
-) -> Tensor:
-    """Training times ``[count]`` in (0, 1): sigmoid of a standard normal (Esser et al., 2024), or uniform."""
-    if kind == "uniform":
-        return torch.rand(count, generator=generator)
-    return torch.randn(count, generator=generator).sigmoid()
+def timesteps(u: Tensor, kind: TimeDistribution = "logit_normal") -> Tensor:
+    """Training times in (0, 1) of uniforms ``u``: sigmoid of a standard normal (Esser et al., 2024), or ``u`` itself."""
+    u = u.clamp(1e-7, 1 - 1e-7)
+    return u if kind == "uniform" else torch.special.ndtri(u).sigmoid()
 
 
 def noise_probability(z: Tensor, t: Tensor) -> Tensor:

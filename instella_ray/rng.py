@@ -15,7 +15,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
-DIFFUSION, AR = 0, 1
+DIFFUSION, AR, TRAINING = 0, 1, 2
 """Streams: draws for different purposes never share a number. Within one, a draw is told by its count."""
 
 
@@ -61,3 +61,15 @@ def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int 
     # 24 bits are what a float32 in [0, 1) holds evenly, so no value rounds up to 1.
     values = torch.stack(words, dim=-1).flatten(1)[:, :count] >> 8
     return (values.float() * 2.0**-24).unflatten(1, (tokens, bits))
+
+
+def sample_seeds(seed: int, step: int, positions: Tensor) -> Tensor:
+    """A seed for each sample of a training step, int64 ``[B]``: of its place in the global batch, ``positions [B]``.
+
+    So what is random about a sample depends neither on the number of workers nor on how they cut their shares.
+    """
+    zero = torch.zeros_like(positions)
+    # The last word of the counter sets these apart from the draws of :func:`uniforms`, where it is 0.
+    counter = (positions & _MASK, zero + (step & _MASK), zero + (step >> 32), zero + _MASK)
+    high, low, *_ = philox(counter, (zero + (seed & _MASK), zero + ((seed >> 32) & _MASK)))
+    return (high << 32) | low

@@ -83,7 +83,7 @@ def test_neighbouring_seeds_are_independent() -> None:
 
 def test_draws_streams_and_seeds_share_no_number() -> None:
     one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    parts = [rng.uniforms(seed, draw, 8, 8, stream=s) for seed in (zero, one) for draw in (zero, one) for s in (0, 1)]
+    parts = [rng.uniforms(seed, draw, 8, 8, stream=s) for seed in (zero, one) for draw in (zero, one) for s in range(3)]
     for i, a in enumerate(parts):
         assert all((a != b).float().mean() > 0.99 for b in parts[:i])
     far = rng.uniforms(EXTREME_SEEDS, torch.zeros_like(EXTREME_SEEDS), 8, 8).flatten(1)
@@ -96,6 +96,17 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows: list[tuple[int, int]], b
     together = rng.uniforms(seed, draw, 3, bits)
     for i in range(len(rows)):
         assert torch.equal(together[i], rng.uniforms(seed[i : i + 1], draw[i : i + 1], 3, bits)[0])
+
+
+@given(INT64, st.integers(0, 2**40), st.lists(st.integers(0, 2**40), min_size=1, max_size=8, unique=True))
+def test_a_samples_seed_in_a_step_is_its_own_and_the_same_on_any_worker(
+    seed: int, step: int, positions: list[int]
+) -> None:
+    together = rng.sample_seeds(seed, step, torch.tensor(positions))
+    alone = [rng.sample_seeds(seed, step, torch.tensor([position])).item() for position in positions]
+    assert together.tolist() == alone and len(set(alone)) == len(alone)
+    for other in ((seed, step + 1), (seed ^ 1, step)):
+        assert not set(alone) & set(rng.sample_seeds(*other, torch.tensor(positions)).tolist())
 
 
 def test_more_tokens_leave_the_first_ones_as_they_are() -> None:

@@ -16,16 +16,16 @@ from .. import storage
 from ..accelerator import compute_dtype
 from ..data.loader import CodesBatch, Prefetcher
 from ..data.order import BatchPlan
-from ..diffusion import flip_noise, sample_timesteps, x0_logits
+from ..diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache
-from ..training import loop
 from ..training.effort import bf16_peak, peak_memory
 from ..training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
 from ..training.learner import Learner
 from ..training.metrics_log import MetricsLog
 from ..training.online import OnlineEncoder
 from ..training.optim import EMA
+from ..training.trainer import Trainer
 
 OURS, BARE = "ours", "bare"
 DATA, TEXT, TOKENIZER, FORWARD, BACKWARD, OPTIMIZER, REPORT = (
@@ -39,9 +39,9 @@ PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
     TOKENIZER: ((OnlineEncoder, "encode"),),
     FORWARD: ((DiffusionLoss, "forward"),),
     BACKWARD: ((Learner, "backward"),),
-    OPTIMIZER: ((Learner, "clip"), (Learner, "step"), (EMA, "update")),
+    OPTIMIZER: ((Learner, "update"), (EMA, "update")),
     REPORT: ((MetricsLog, "step"),),
-    CHECKPOINT: ((loop, "_save"),),
+    CHECKPOINT: ((Trainer, "save"),),
 }
 """Functions whose time is a phase's. That of :data:`BACKWARD` holds the forward pass too, which is taken off at the end."""
 
@@ -175,7 +175,7 @@ class BareLoop:
         for start in range(0, count * size, size):
             codes = torch.from_numpy(batch.codes[start : start + size]).float().to(self.device)
             features, mask = self.text.encode(batch.captions[start : start + size])
-            t, u = sample_timesteps(size).to(self.device), torch.rand(codes.shape).to(self.device)
+            t, u = timesteps(torch.rand(size)).to(self.device), torch.rand(codes.shape).to(self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 z_t = flip_noise(codes, t, u)
                 out = self.model(z_t, t, self.model.text_kv(features, mask))

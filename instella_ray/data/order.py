@@ -117,13 +117,17 @@ class BatchPlan:
         """The place of the first sample of global step ``step``."""
         return Place(*divmod(step * self.global_batch, self.count))
 
+    def positions(self) -> np.ndarray:
+        """Places in every global batch, int64 ``[global_batch / world_size]``, of this rank's samples."""
+        return np.arange(self.rank, self.global_batch, self.world_size)
+
     def samples(self, step: int) -> np.ndarray:
         """Sample numbers, int64 ``[global_batch / world_size]``, of this rank at global step ``step``.
 
         Counted from the epoch of :meth:`place`: numbers of ``count`` and above belong to the epochs after it.
         """
         first, start = self.place(step)
-        epochs, index = np.divmod(np.arange(start + self.rank, start + self.global_batch, self.world_size), self.count)
+        epochs, index = np.divmod(start + self.positions(), self.count)
         samples = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch

@@ -236,15 +236,21 @@ class BIT(nn.Module):
         return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0].float()
 
     def forward(
-        self, images: Tensor, *, temperature: float, height: int | None = None, width: int | None = None
+        self,
+        images: Tensor,
+        *,
+        temperature: float,
+        u: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> BITOutput:
         """One training pass: encode, draw bits at ``temperature`` (Eq. 4), decode at ``height x width`` pixels.
 
-        Without a size the output has the input's.
+        Bits are drawn by uniforms ``u [B, L, K]``, or by torch's own generator. Without a size the output has the input's.
         """
         logits = self.encode_logits(images)
         soft = logits.sigmoid()
-        bits = self.quantizer.quantize(logits, temperature)
+        bits = self.quantizer.quantize(logits, temperature, u)
         output, repa = self._decode(bits, height or images.shape[-2], width or images.shape[-1])
         return BITOutput(output, logits, (soft * (1 - soft)).mean(), repa)
 

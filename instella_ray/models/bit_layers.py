@@ -132,12 +132,16 @@ class BinaryQuantizer(nn.Module):
         logits = self.proj(tokens)
         return logits if self.norm is None else self.norm(logits.flatten(1)).view_as(logits)
 
-    def quantize(self, logits: Tensor, temperature: float) -> Tensor:
-        """Bits 0/1 of ``logits [B, L, K]``, with the straight-through gradient of ``sigmoid(logits)``."""
+    def quantize(self, logits: Tensor, temperature: float, u: Tensor | None = None) -> Tensor:
+        """Bits 0/1 of ``logits [B, L, K]``, with the straight-through gradient of ``sigmoid(logits)``.
+
+        With a temperature they are drawn by uniforms ``u`` of the same shape; without those, by torch's own generator.
+        """
         soft = logits.sigmoid()
         if temperature > 0:
             # Not torch.bernoulli, which raises on NaN: a loss that is not finite is the training loop's to report.
-            bits = (torch.rand_like(logits) < (logits / temperature).sigmoid()).to(logits.dtype)
+            u = torch.rand_like(logits) if u is None else u
+            bits = (u < (logits / temperature).sigmoid()).to(logits.dtype)
         else:
             bits = (soft > 0.5).to(logits.dtype)
         return bits + soft - soft.detach()

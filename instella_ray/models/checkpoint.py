@@ -32,11 +32,22 @@ def save_model(
 
     ``extra`` are further sections of ``config.yaml``: the text encoder and tokenizer hash of a generator, say.
     """
-    folder = Path(folder)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-    if ema is not None:
-        save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, folder / EMA)
-    config = {"model": model.cfg.model_dump(mode="json"), **(extra or {})}
+    save_weights(Path(folder), model.cfg, model.state_dict(), ema=ema, extra=extra)
+
+
+def save_weights(
+    folder: Path,
+    cfg: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    ema: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """:func:`save_model` of a model's tensors, which need not be where the model is."""
+    for name, state in ((WEIGHTS, weights), (EMA, ema)):
+        if state is not None:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name)
+    config = {"model": cfg.model_dump(mode="json"), **(extra or {})}
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
 
 

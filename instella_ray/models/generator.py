@@ -5,11 +5,13 @@ Block i reads the text encoder's layer i through its own projection, and image t
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
 from ..errors import UserError
@@ -94,6 +96,8 @@ class Generator(nn.Module):
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.gradient_checkpointing = False
+        """Keep no more of a block for the backward pass than what goes in, and compute the rest again there."""
         self.x_embedder = nn.Linear(cfg.bits_per_token, cfg.width)
         self.proj_out = nn.Linear(cfg.width, cfg.bits_per_token)
 
@@ -112,8 +116,14 @@ class Generator(nn.Module):
         # A masked softmax weight is 0, but 0 * NaN is NaN: so padded features are cleared first.
         features = features.masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
         blocks = cast(list[GeneratorBlock], list(self.transformer_blocks))
-        pairs = [block.text_kv(f) for block, f in zip(blocks, features, strict=True)]
+        pairs = [self._run(block.text_kv, f) for block, f in zip(blocks, features, strict=True)]
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
+
+    def _run(self, function: Callable[..., Any], *given: Any) -> Any:
+        """``function(*given)``, which nothing random is in, kept or computed again for the backward pass."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+        return function(*given)
 
     @torch.no_grad()
     def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.1) -> None:
@@ -165,7 +175,7 @@ class DiffusionGenerator(Generator):
         image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
         mask = torch.cat((text.mask, image), dim=1)[:, None, None]
         for i, block in enumerate(self.transformer_blocks):
-            x = block(x, embedding, text, i, mask)
+            x = self._run(block, x, embedding, text, i, mask)
         scale, shift = self.norm_out(embedding)
         return self.proj_out(layer_norm(x) * (1 + scale) + shift)
 
@@ -192,7 +202,7 @@ class ARGenerator(Generator):
         seen_text = text.mask[:, None, None].expand(-1, -1, count, -1)
         mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
         for i, block in enumerate(self.transformer_blocks):
-            x = block(x, text, i, mask)
+            x = self._run(block, x, text, i, mask)
         return self.proj_out(self.norm_out(x))
 
     def step(self, previous: Tensor, position: Tensor, cache: JointCache) -> Tensor:

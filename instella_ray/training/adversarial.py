@@ -70,7 +70,7 @@ class Learned(nn.Module):
 
 
 class Adversary:
-    """The discriminator of a run; satisfies :class:`.loop.DiscriminatorTask`.
+    """The discriminator of a run; satisfies :class:`.task.DiscriminatorTask`.
 
     The adaptive weight is that of the last step of the same output size (0 before there is one): a ratio of the whole batch's
     gradients, so that it depends neither on how the batch is cut into micro-batches nor on the number of workers.

@@ -1,6 +1,7 @@
 """Training checkpoints: a model folder plus the optimizer and the step, in safetensors and JSON. No pickles.
 
-A run with a discriminator keeps that and its optimizer beside them.
+Tensors are whole, however they were spread over the ranks: a run goes on with another number of those, or sharding. A run
+with a discriminator keeps that and its optimizer beside them.
 """
 
 from __future__ import annotations
@@ -8,70 +9,53 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
-from ..models.checkpoint import EMA as EMA_FILE
-from ..models.checkpoint import WEIGHTS, Model, save_model
-from .optim import EMA, Optimizers
+from ..models.checkpoint import EMA, WEIGHTS, ModelConfig, read_tensors, save_weights
+from .run_dir import STATE
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER = "optimizer.safetensors"
 DISCRIMINATOR, DISCRIMINATOR_OPTIMIZER = "discriminator.safetensors", "discriminator_optimizer.safetensors"
 
 
-def save_checkpoint(
-    folder: Path,
-    model: Model,
-    ema: EMA,
-    optimizers: Optimizers,
-    state: Mapping[str, Any],
-    extra: Mapping[str, Any],
-) -> None:
-    """Write everything that :func:`restore_checkpoint` needs into ``folder``, which must exist."""
-    save_model(folder, model, ema=ema.state, extra=extra)
-    _save_optimizers(folder / OPTIMIZER, optimizers)
+class Discriminator(NamedTuple):
+    """What is kept of a second model: its state, and its optimizer's."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on."""
+
+    step: int
+    """Steps that it has behind it."""
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    """The optimizer's state, as :meth:`.learner.Learner.moments`."""
+    discriminator: Discriminator | None
+
+
+def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
+    """Write what :func:`read_checkpoint` reads into ``folder``, which must exist."""
+    save_weights(folder, cfg, checkpoint.weights, ema=checkpoint.average, extra=extra)
+    save_file(dict(checkpoint.moments), folder / OPTIMIZER)
+    if checkpoint.discriminator is not None:
+        save_file(dict(checkpoint.discriminator.weights), folder / DISCRIMINATOR)
+        save_file(dict(checkpoint.discriminator.moments), folder / DISCRIMINATOR_OPTIMIZER)
     # Last: a folder with its state is a complete one.
-    (folder / STATE).write_text(json.dumps(dict(state), indent=1))
+    (folder / STATE).write_text(json.dumps({"step": checkpoint.step}, indent=1))
 
 
-def restore_checkpoint(folder: Path, model: Model, ema: EMA, optimizers: Optimizers) -> dict[str, Any]:
-    """Load weights, average and optimizer in place; returns the saved state."""
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    for name, value in load_file(folder / EMA_FILE).items():
-        ema.state[name].copy_(value)
-    _restore_optimizers(folder / OPTIMIZER, optimizers)
-    return json.loads((folder / STATE).read_text())
-
-
-def save_discriminator(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Write what :func:`restore_discriminator` needs into ``folder``; before :func:`save_checkpoint` completes it."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / DISCRIMINATOR)
-    _save_optimizers(folder / DISCRIMINATOR_OPTIMIZER, optimizers)
-
-
-def restore_discriminator(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Load weights and optimizer in place."""
-    model.load_state_dict(load_file(folder / DISCRIMINATOR))
-    _restore_optimizers(folder / DISCRIMINATOR_OPTIMIZER, optimizers)
-
-
-def _save_optimizers(path: Path, optimizers: Optimizers) -> None:
-    tensors = {
-        f"{number}.{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for number, member in enumerate(optimizers.members)
-        for index, values in member.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    save_file(tensors, path)
-
-
-def _restore_optimizers(path: Path, optimizers: Optimizers) -> None:
-    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers.members]
-    for key, value in load_file(path).items():
-        number, index, name = key.split(".")
-        moments[int(number)].setdefault(int(index), {})[name] = value
-    for member, state in zip(optimizers.members, moments, strict=True):
-        member.load_state_dict({"state": state, "param_groups": member.state_dict()["param_groups"]})
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """What is in ``folder``; tensors are mapped into memory, and read where they are used."""
+    rival = None
+    if (folder / DISCRIMINATOR).is_file():
+        rival = Discriminator(read_tensors(folder / DISCRIMINATOR), read_tensors(folder / DISCRIMINATOR_OPTIMIZER))
+    step = json.loads((folder / STATE).read_text())["step"]
+    weights, average, moments = (read_tensors(folder / name) for name in (WEIGHTS, EMA, OPTIMIZER))
+    return Checkpoint(step, weights, average, moments, rival)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .. import storage
+from .. import rng, storage
 from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.codes import CodesManifest, CodesReader
@@ -25,7 +25,7 @@ from ..diffusion import (
     bit_accuracy,
     diffusion_loss,
     flip_noise,
-    sample_timesteps,
+    timesteps,
     x0_logits,
 )
 from ..errors import UserError
@@ -80,6 +80,8 @@ class GeneratorRunConfig(TrainingRun):
     timesteps: TimeDistribution = "logit_normal"
     calibrate_text: bool = False
     """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions: word order is learned sooner."""
+    gradient_checkpointing: bool = False
+    """Keep little of a block for the backward pass, and compute the rest again there: larger micro-batches, slower steps."""
     preview: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="after")
@@ -95,21 +97,28 @@ class GeneratorRunConfig(TrainingRun):
 
 
 class DiffusionLoss(nn.Module):
-    """Eq. 5 on one micro-batch."""
+    """Eq. 5 on one micro-batch, at times drawn from ``times``."""
 
-    def __init__(self, model: DiffusionGenerator) -> None:
+    def __init__(self, model: DiffusionGenerator, times: TimeDistribution = "logit_normal") -> None:
         super().__init__()
         self.model = model
+        self.times: TimeDistribution = times
 
-    def forward(
-        self, codes: Tensor, features: Tensor, mask: Tensor, t: Tensor, u: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``codes [B, L, K]`` 0/1, text ``features [layers, B, T, W]``, times ``t [B]``, uniforms ``u`` like codes."""
+    def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """``codes [B, L, K]`` 0/1, text ``features [layers, B, T, W]``; a sample's time and noise come from its seed."""
+        t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times)
         z_t = flip_noise(codes, t, u)
         out = self.model(z_t, t, self.model.text_kv(features, mask))
         accuracy = bit_accuracy(x0_logits(out, z_t), codes)
         facts = {"bit_accuracy": accuracy.mean(), BY_TIME: accuracy_by_time(accuracy, t)}
         return diffusion_loss(out, z_t, codes), facts
+
+
+def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution) -> tuple[Tensor, Tensor]:
+    """Times ``[B]`` and uniforms ``[B, tokens, bits]`` of ``seeds [B]``."""
+    first = torch.zeros_like(seeds)
+    t = timesteps(rng.uniforms(seeds, first, 1, 1, stream=rng.TRAINING)[:, 0, 0], times)
+    return t, rng.uniforms(seeds, first + 1, tokens, bits, stream=rng.TRAINING)
 
 
 def accuracy_by_time(accuracy: Tensor, t: Tensor) -> Tensor:
@@ -141,13 +150,14 @@ class ARLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, codes: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :class:`DiffusionLoss`; nothing is random."""
         out = self.model(codes[:, :-1], self.model.text_kv(features, mask))
         return ar_loss(out, codes), {"bit_accuracy": bit_accuracy(out, codes).mean()}
 
 
 class GeneratorTask:
-    """Trains a generator whose sizes are filled in, with the text encoder on ``device``; a :class:`.loop.Task`."""
+    """Trains a generator whose sizes are filled in, with the text encoder on ``device``; a :class:`.task.Task`."""
 
     def __init__(self, cfg: GeneratorRunConfig, device: torch.device) -> None:
         torch.manual_seed(cfg.train.seed)
@@ -173,29 +183,22 @@ class GeneratorTask:
         self.text_sizes: TextEncoderSizes | None = None
         model = build_model(cfg.model.model_dump())
         assert not isinstance(model, BIT)
+        model.gradient_checkpointing = cfg.gradient_checkpointing
         self.model: Model = model
         self.discriminator = None
         self.step_module: nn.Module
         if isinstance(model, ARGenerator):
             self.step_module = ARLoss(model)
         else:
-            self.step_module = DiffusionLoss(model)
+            self.step_module = DiffusionLoss(model, cfg.timesteps)
 
-    def micro_batches(
-        self, batch: CodesBatch | PicturesBatch, size: int, generator: torch.Generator
-    ) -> list[dict[str, Any]]:
+    def micro_batches(self, batch: CodesBatch | PicturesBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         before, parts = self.text.positions, []
-        noise: dict[str, Tensor] = {}
-        if isinstance(self.step_module, DiffusionLoss):
-            # For all samples before they are parted: how they are must not change what is learned.
-            shape = (len(batch.captions), self.cfg.model.num_tokens, self.cfg.model.bits_per_token)
-            noise["t"] = sample_timesteps(shape[0], generator, self.cfg.timesteps)
-            noise["u"] = torch.rand(shape, generator=generator)
         for start in range(0, len(batch.captions), size):
             rows = slice(start, start + size)
             features, mask = self.text.encode(batch.captions[rows])
-            inputs = {"codes": self._codes(batch, rows), "features": features, "mask": mask}
-            parts.append(inputs | {name: value[rows] for name, value in noise.items()})
+            codes = self._codes(batch, rows)
+            parts.append({"codes": codes, "features": features, "mask": mask, "seeds": seeds[rows]})
         self.encoded = self.text.positions - before
         return parts
 

@@ -21,10 +21,12 @@ from ..errors import UserError
 from .attempts import Attempt
 from .elastic import DivisorTrainer
 from .loggers import check_loggers
-from .loop import Task, train_worker
+from .loop import train_worker
 from .rocm import RocmTorchConfig
 from .run_dir import CONFIG, checkpoint_step, latest_checkpoint, located, look_anew, read_metrics
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
+from .task import Task
+from .zero import require_deepspeed
 
 
 def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, description: str) -> str:
@@ -38,6 +40,8 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
     cfg = run.train.model_copy(update={"run_dir": located(run.train.run_dir)})
     run = run.model_copy(update={"train": cfg})
     check_loggers(cfg.loggers)
+    if cfg.sharding == "zero2":
+        require_deepspeed()
     check_run_dir(run)
     init_ray()
     check_resources(cfg.workers, ray.cluster_resources())

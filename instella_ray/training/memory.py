@@ -6,13 +6,12 @@ somewhat less. The allocator's fragments and the libraries' own buffers (a few G
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
-
-Sharding = Literal["ddp", "zero2", "fsdp2"]
-"""Whole copies on every worker; gradients and optimizer shared out (DeepSpeed ZeRO-2); weights as well (FSDP2)."""
+from .settings import Sharding
+from .zero import BUCKET
 
 
 class Bytes(NamedTuple):
@@ -35,7 +34,7 @@ class Memory(NamedTuple):
     weights: float
     gradients: float
     optimizer: float
-    """AdamW's two moments, and with ZeRO-2 the float32 weights that they belong to."""
+    """AdamW's two moments, and with ZeRO-2 another copy of the weights that they belong to."""
     ema: float
     buffers: float
     """What is gathered or reduced, and bfloat16 copies of the weights under autocast."""
@@ -53,15 +52,15 @@ class Memory(NamedTuple):
 def states(parameters: float, sharding: Sharding, world: int, *, bf16: bool) -> Memory:
     """Weights, gradients, AdamW and EMA of ``parameters`` weights on each of ``world`` workers; all else is 0.
 
-    With ZeRO-2 weights and gradients are bfloat16 beside float32 ones that are shared out, as DeepSpeed keeps them; the
-    others keep float32 alone. Everyone holds the average of the weights whose optimizer state it holds.
+    All are float32. With ZeRO-2 each worker holds its share of the weights once more, in the form that the optimizer
+    changes, and the whole average; with FSDP2 a share of that too.
     """
     n = parameters
-    if sharding == "zero2":
-        half = 2 if bf16 else 4
-        # The whole gradient lives while it is reduced, bucket by bucket; after that a share.
-        return Memory(half * n, half * n / world, 12 * n / world, 4 * n / world, half * n / 8, 0, 0, 0)
     copies = 2 * n if bf16 else 0
+    if sharding == "zero2":
+        # Gradients live in two buckets until they are reduced, one that fills and one on its way; after that a share.
+        buckets = 2 * 4 * min(BUCKET, n)
+        return Memory(4 * n, 4 * n / world, 12 * n / world, 4 * n, copies + buckets, 0, 0, 0)
     if sharding == "fsdp2":
         share = 4 * n / world
         return Memory(share, share, 2 * share, share, copies / 8, 0, 0, 0)

@@ -20,9 +20,11 @@ from .effort import bf16_peak, effort, peak_memory
 from .loggers import open_loggers
 from .run_dir import METRICS, read_metrics
 from .settings import TrainConfig
+from .shards import ranks
+from .trainer import Stepped
 
 Summary = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
-"""Single numbers of a step's means, as :meth:`.loop.Task.summary`."""
+"""Single numbers of a step's means, as :meth:`.task.Task.summary`."""
 
 
 WRITE_EVERY = 15.0
@@ -85,30 +87,29 @@ class MetricsLog:
         self.waited = 0.0
         self.work = 0.0
         self.peak = bf16_peak(device, cfg.precision)
-        self.world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        _, self.world = ranks()
         self.loggers = open_loggers(cfg.loggers, cfg.run_dir, start) if rank == 0 else []
         self.since = time.perf_counter()
 
-    def step(
-        self, step: int, totals: dict[str, Tensor], rate: float, norm: Tensor, data_wait: float, flops: float
-    ) -> None:
+    def step(self, step: int, found: Stepped, data_wait: float) -> None:
+        """Note what a step was like; ``data_wait`` seconds were spent waiting for its batch."""
         self.seen += self.cfg.global_batch
         self.waited += data_wait
-        self.work += flops
+        self.work += found.flops
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
-        values = torch.cat([value.flatten() for value in totals.values()])
+        values = torch.cat([value.flatten() for value in found.means.values()])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
             values /= self.world
-        parts = values.split([value.numel() for value in totals.values()])
-        means = {name: part.view_as(value) for (name, value), part in zip(totals.items(), parts, strict=True)}
+        parts = values.split([value.numel() for value in found.means.values()])
+        means = {name: part.view_as(value) for (name, value), part in zip(found.means.items(), parts, strict=True)}
         elapsed = time.perf_counter() - self.since
         facts = {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
         speed |= effort(self.work / elapsed, self.world, self.peak)
         speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
-        self.last = {"step": step + 1, **facts, "lr": rate, "gradient_norm": round(float(norm), 5), **speed}
+        self.last = {"step": step + 1, **facts, "lr": found.rate, "gradient_norm": round(float(found.norm), 5), **speed}
         self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
         if self.file is not None:
             self.file.add(self.last)

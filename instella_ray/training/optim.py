@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .muon import Muon
 from .settings import OptimizerConfig
+from .shards import local
 
 
 def rate_share(step: int, steps: int, cfg: OptimizerConfig) -> float:
@@ -58,7 +59,7 @@ def _is_inner(name: str) -> bool:
 
 
 class EMA:
-    """Exponential moving average of a model's weights, by name; buffers are copied."""
+    """Exponential moving average of a model's weights, by name, of as much as this rank holds; buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -73,8 +74,8 @@ class EMA:
         parameters = dict(model.named_parameters())
         for name, value in model.state_dict().items():
             if name in parameters:
-                averaged.append(self.state[name])
-                current.append(value)
+                averaged.append(local(self.state[name]))
+                current.append(local(value))
             else:
                 self.state[name].copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)

@@ -32,7 +32,7 @@ from ..models.checkpoint import build_model, parse_model, read_checkpoint_config
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig, resolve_name
 from .generator import GeneratorRunConfig
-from .memory import Sharding, generator_activations, states, tokenizer_activations
+from .memory import generator_activations, states, tokenizer_activations
 from .settings import TrainConfig
 from .tokenizer import TokenizerConfig
 
@@ -55,10 +55,6 @@ class PlanOptions(Config):
     """Measured throughput of one GPU, in place of mfu."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
     """In any currency."""
-    sharding: Sharding = "ddp"
-    """How weights, gradients and optimizer are spread over the GPUs."""
-    gradient_checkpointing: bool = False
-    """Compute each block's forward pass again in the backward pass."""
     from_pictures: bool = False
     """Encode raw pictures within a generator's training loop, in place of reading packed codes; so it is with images."""
     text_tokens: int | None = Field(None, ge=1)
@@ -177,7 +173,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
         )
     samples = train.steps * train.global_batch
     hours = samples / speed / 3600
-    held = states(subject.parameters, options.sharding, gpus, bf16=bf16)
+    held = states(subject.parameters, train.sharding, gpus, bf16=bf16)
     memory = held._replace(frozen=subject.frozen_bytes, inputs=subject.inputs, activations=subject.activations)
     recomputed = {"recomputed": subject.flops.recomputed} if subject.flops.recomputed else {}
     flops = {"forward": subject.flops.forward, "backward": subject.flops.backward, **subject.frozen, **recomputed}
@@ -198,14 +194,14 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
         device_memory=device.memory,
         storage=subject.data | {"checkpoints": checkpoints},
         network={
-            "sent_per_step": _sent_per_step(subject.parameters, options.sharding, train, bf16),
+            "sent_per_step": _sent_per_step(subject.parameters, train, bf16),
             "read_per_second": speed * gpus * subject.sample_bytes,
         },
         cost=None if options.price_per_gpu_hour is None else hours * options.price_per_gpu_hour,
         assumptions=[
             f"speed: {source}",
             f"{device.label}: {device.peak / 1e12:,.0f} TFLOP/s bf16 dense, {device.memory / 1e9:.0f} GB ({device.source})",
-            f"{options.sharding}, {'with' if options.gradient_checkpointing else 'without'} gradient checkpointing, "
+            f"{train.sharding}, {'with' if subject.flops.recomputed else 'without'} gradient checkpointing, "
             f"{'bf16 autocast' if bf16 else 'float32 (slower than the bf16 peak that MFU is a share of)'}, "
             f"micro-batch {_micro_batch(train)}",
             "fits means within nine tenths of the memory; restarts, previews and validation are not in the time",
@@ -251,7 +247,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     given = run.model.model_fields_set
     model = run.model.model_copy(update={name: value for name, value in facts.items() if name not in given})
     tokens = options.text_tokens or run.text_encoder.max_length
-    again, bf16 = options.gradient_checkpointing, run.train.precision != "fp32"
+    again, bf16 = run.gradient_checkpointing, run.train.precision != "fp32"
     pictures = bit if options.from_pictures or run.images else None
     flops = generator_training(model, tokens, encoder, tokenizer=pictures, gradient_checkpointing=again)
     text = text_encoder_forward(encoder, tokens)
@@ -285,10 +281,8 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
 
 
 def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
-    if options.gradient_checkpointing or options.sharding != "ddp" or options.from_pictures:
-        raise UserError(
-            "a tokenizer is trained as a whole on every GPU: expected none of sharding, gradient_checkpointing"
-        )
+    if options.from_pictures:
+        raise UserError("a tokenizer is always trained from pictures: expected from_pictures to be left out")
     size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
     micro, frozen = _micro_batch(run.train), run.freeze_encoder
     each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
@@ -314,15 +308,15 @@ def _micro_batch(train: TrainConfig) -> int:
     return train.micro_batch_size or train.global_batch // train.workers.count
 
 
-def _sent_per_step(parameters: int, sharding: Sharding, train: TrainConfig, bf16: bool) -> float:
+def _sent_per_step(parameters: int, train: TrainConfig, bf16: bool) -> float:
     """Bytes that each worker sends in ring collectives: every one passes on all shares but its own."""
     workers = train.workers.count
     share, half = (workers - 1) / workers, 2 if bf16 else 4
     accumulation = train.global_batch // workers // _micro_batch(train)
-    if sharding == "ddp":  # all-reduce = reduce-scatter, then all-gather; once a step
+    if train.sharding == "ddp":  # all-reduce = reduce-scatter, then all-gather; once a step
         return share * 2 * 4 * parameters
-    if sharding == "zero2":  # gradients are scattered after each micro-batch, weights gathered once
-        return share * half * parameters * (accumulation + 1)
+    if train.sharding == "zero2":  # gradients are scattered after each micro-batch, weights gathered once
+        return share * 4 * parameters * (accumulation + 1)
     return share * (2 * half + 4) * parameters * accumulation  # weights gathered forward and backward
 
 

@@ -42,20 +42,20 @@ class Checkpoints:
         with _on_this_node(url) if url else nullcontext() as folder:
             yield folder
 
-    def save(self, step: int, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+    def save(self, step: int, metrics: dict[str, Any], write: Callable[[Path, int], None]) -> None:
         """Save after ``step`` steps, and upload it while training goes on.
 
-        ``write(folder)`` is called on every rank, as parts of a model may have to be gathered; rank 0's folder counts.
+        ``write(folder, step)`` is called on every rank, as parts of a model may have to be gathered; rank 0's folder counts.
         """
         if self.uploads is None:
             with tempfile.TemporaryDirectory() as unused:
-                write(Path(unused))
+                write(Path(unused), step)
             return
         if (best := self.cfg.keep_best) is not None and metrics and best.metric not in metrics:
             raise UserError(f"train.keep_best: {best.metric} is not logged; expected one of {', '.join(metrics)}")
         folder = self.scratch / checkpoint_name(step)
         folder.mkdir(parents=True)
-        write(folder)
+        write(folder, step)
         storage.write_json(str(folder / SCORES), metrics)
         self.uploads.hand_over(folder)
 

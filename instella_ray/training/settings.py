@@ -31,6 +31,10 @@ class OptimizerConfig(Config):
     """Largest gradient norm."""
 
 
+Sharding = Literal["ddp", "zero2", "fsdp2"]
+"""Whole copies on every worker; gradients and optimizer shared out (DeepSpeed ZeRO-2); weights as well (FSDP2)."""
+
+
 class WorkersConfig(Config):
     """How the run is spread."""
 
@@ -77,6 +81,9 @@ class TrainConfig(Config):
     """Decay of the weights' moving average, reached gradually."""
     precision: Precision = "auto"
     workers: WorkersConfig = WorkersConfig()
+    sharding: Sharding = "ddp"
+    """How weights, gradients and optimizer are spread over the workers: ddp, zero2 or fsdp2. Of generators only, with AdamW;
+    a checkpoint of one can be resumed with another."""
     log_every: int = Field(20, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     """Steps between two checkpoints: what a lost worker may cost. They are uploaded while training goes on."""
@@ -102,6 +109,8 @@ class TrainConfig(Config):
                 raise ValueError(
                     f"a worker's share of {share} is not a multiple of micro_batch_size {self.micro_batch_size}"
                 )
+        if self.sharding != "ddp" and self.optimizer.name != "adamw":
+            raise ValueError(f"sharding {self.sharding}: {self.optimizer.name} needs whole matrices, expected adamw")
         return self
 
     def worker_counts(self) -> list[int]:
@@ -118,9 +127,10 @@ class TrainingRun(Config):
 
 MAY_CHANGE: dict[str, Any] = {
     "train": {
-        *("run_dir", "resume", "micro_batch_size", "workers"),
+        *("run_dir", "resume", "micro_batch_size", "workers", "sharding"),
         *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "preview_every", "loggers"),
     },
+    "gradient_checkpointing": True,
     "preview": True,
     "validation": True,
     "collapse_limit": True,

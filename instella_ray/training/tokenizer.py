@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import storage
+from .. import rng, storage
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
@@ -58,6 +58,12 @@ class TokenizerConfig(TrainingRun):
     """Share of dead bits in a batch above which a warning is given, once, from the end of warm-up on."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
 
+    @model_validator(mode="after")
+    def _whole_on_every_worker(self) -> TokenizerConfig:
+        if self.train.sharding != "ddp":
+            raise ValueError(f"train.sharding {self.train.sharding}: a tokenizer is small, expected ddp")
+        return self
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Pixels a side of what is decoded."""
@@ -75,13 +81,17 @@ class TokenizerLoss(nn.Module):
         self.adversary = adversary  # no module: its weights are its own to train
 
     def forward(
-        self, images: Tensor, targets: Tensor, draws: Tensor, temperature: float
+        self, images: Tensor, targets: Tensor, seeds: Tensor, temperature: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``images [B, 3, H, W]`` in [-1, 1] restored at the size of ``targets``, and its parts.
 
-        ``draws [B, DRAWS]``, uniform, say where crops lie and how the discriminator's view is changed.
+        A sample's seed says where its crops lie, how the discriminator's view is changed, and which bits are drawn.
         """
-        out = self.bit(images, temperature=temperature, height=targets.shape[-2], width=targets.shape[-1])
+        first, sizes = torch.zeros_like(seeds), self.bit.cfg
+        draws = rng.uniforms(seeds, first, 1, DRAWS, stream=rng.TRAINING)[:, 0]
+        u = rng.uniforms(seeds, first + 1, sizes.num_tokens, sizes.bits_per_token, stream=rng.TRAINING)
+        height, width = targets.shape[-2:]
+        out = self.bit(images, temperature=temperature, u=u, height=height, width=width)
         loss, parts = self.supervised(out.images, targets, draws[:, :2])
         parts |= {"code_loss": out.code_loss, SHARE: bit_share(out.logits)}
         if self.code_weight:
@@ -98,7 +108,7 @@ def last_layer(bit: BIT) -> Tensor:
 
 
 class TokenizerTask:
-    """Trains a :class:`BIT`; satisfies :class:`.loop.Task`."""
+    """Trains a :class:`BIT`; satisfies :class:`.task.Task`."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
@@ -123,9 +133,8 @@ class TokenizerTask:
         self.size = cfg.sizes[0]
         self.watch = CollapseWatch(cfg.collapse_limit)
 
-    def micro_batches(self, batch: ImageBatch, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        inputs = {"images": self._images(batch), "targets": to_tensor(batch.pixels[self.size])}
-        inputs["draws"] = torch.rand(len(batch.keys), DRAWS, generator=generator)
+    def micro_batches(self, batch: ImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
+        inputs = {"images": self._images(batch), "targets": to_tensor(batch.pixels[self.size]), "seeds": seeds}
         parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
         return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 

@@ -39,7 +39,7 @@ class Fragile(TokenizerTask):
         super().before_step(step)
         self.at = step
 
-    def micro_batches(self, batch: Any, size: int, generator: torch.Generator) -> list[dict[str, Any]]:
+    def micro_batches(self, batch: Any, size: int, seeds: torch.Tensor) -> list[dict[str, Any]]:
         note = {"step": self.at, "rank": self.rank, "node": self.node, "pid": os.getpid(), "keys": self.keys(batch)}
         with (self.notes / f"rank{self.rank}.jsonl").open("a") as stream:
             stream.write(json.dumps(note) + "\n")
@@ -57,7 +57,7 @@ class Fragile(TokenizerTask):
             Path(self.cfg.train.run_dir, CHECKPOINTS, checkpoint_name((self.at // every + 1) * every)).touch()
         if self.harm.get("slow_on_first") and self.at > 2 and not (self.notes / "drained").exists():
             time.sleep(0.2)
-        return super().micro_batches(batch, size, generator)
+        return super().micro_batches(batch, size, seeds)
 
     def _first(self, mark: str) -> bool:
         """Whether this has not happened yet."""

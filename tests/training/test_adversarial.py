@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from instella_ray.data.image_data import ImageBatch
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 from instella_ray.models.discriminator import DiscriminatorConfig
-from instella_ray.training.adversarial import AdversarialConfig, gradient_ratio, last_layer_gradients
-from instella_ray.training.checkpoint import restore_discriminator, save_discriminator
-from instella_ray.training.learner import Learner
+from instella_ray.training.adversarial import AdversarialConfig, Adversary, gradient_ratio, last_layer_gradients
 from instella_ray.training.settings import OptimizerConfig, TrainConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, last_layer
+from instella_ray.training.trainer import Trainer
 
 from .test_training import MODEL, PLAIN
 
@@ -41,33 +39,16 @@ def third_stage(shards: str, **changes: Any) -> TokenizerConfig:
     return TokenizerConfig(model=SMALL, data=shards, loss=PLAIN, train=train, **{**settings, **changes})
 
 
-class Trainer:
-    """A task's steps as the loop takes them, in this process."""
+def begun(cfg: TokenizerConfig, last: Path | None = None) -> tuple[Trainer, TokenizerTask, Adversary]:
+    """A run's trainer, its task, and the discriminator of that."""
+    task = TokenizerTask(cfg)
+    assert task.discriminator is not None
+    return Trainer(task, cfg.train, CPU, last), task, task.discriminator
 
-    def __init__(self, cfg: TokenizerConfig) -> None:
-        self.task, self.cfg = TokenizerTask(cfg), cfg
-        rival = self.task.discriminator
-        assert rival is not None
-        self.rival = rival
-        self.learners = [
-            Learner(self.task.step_module, self.task.model, cfg.train.optimizer, CPU),
-            Learner(rival.step_module, rival.model, rival.optimizer, CPU),
-        ]
 
-    def step(self, step: int, size: int = 8) -> dict[str, Tensor]:
-        batch: ImageBatch = self.task.data.batch(0, np.arange(step * 8, step * 8 + 8))
-        self.task.before_step(step)
-        parts = self.task.micro_batches(batch, size, torch.Generator().manual_seed(step))
-        totals: dict[str, Tensor] = {}
-        for inputs in parts:
-            facts = self.learners[0].backward(inputs, len(parts), True, torch.float32)
-            facts = {**self.learners[1].backward(self.rival.inputs(), len(parts), True, torch.float32), **facts}
-            totals = {name: totals.get(name, 0) + value.detach() / len(parts) for name, value in facts.items()}
-        self.rival.after_backward()
-        for name, learner in zip(("norm", "discriminator_norm"), self.learners, strict=True):
-            totals[name] = learner.clip()
-            learner.step(step, self.cfg.train.steps)
-        return totals
+def stepped(trainer: Trainer, step: int) -> dict[str, Tensor]:
+    found = trainer.step(step, trainer.batch(step))
+    return {**found.means, "norm": found.norm}
 
 
 def state(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -93,11 +74,11 @@ def test_the_last_layer_is_what_makes_pixels(head: str, channels: int) -> None:
 def test_the_third_stage_leaves_the_encoder_and_the_features_bit_identical(shards: str) -> None:
     cfg = third_stage(shards)
     settings = cfg.train.model_copy(update={"optimizer": OptimizerConfig(lr=1e-3, warmup_steps=0, weight_decay=0.1)})
-    trainer = Trainer(cfg.model_copy(update={"train": settings}))
-    bit, rival = trainer.task.bit, trainer.rival
+    trainer, task, rival = begun(cfg.model_copy(update={"train": settings}))
+    bit = task.bit
     parts = (bit.encoder, rival.step_module.features, bit.quantizer, bit.decoder, bit.to_pixel, rival.model.heads)
     before = [state(part) for part in parts]
-    facts = [trainer.step(step) for step in range(4)]
+    facts = [stepped(trainer, step) for step in range(4)]
     changed = [
         any(not torch.equal(value, old[name]) for name, value in part.state_dict().items())
         for part, old in zip(parts, before, strict=True)
@@ -114,46 +95,51 @@ def test_the_third_stage_leaves_the_encoder_and_the_features_bit_identical(shard
 
 
 def test_the_tokenizers_loss_leaves_the_discriminator_without_gradient_and_the_other_way_round(shards: str) -> None:
-    trainer = Trainer(third_stage(shards))
-    trainer.task.before_step(5)
-    trainer.rival.model.ratios.fill_(1.0)
-    batch = trainer.task.data.batch(0, np.arange(4))
-    (inputs,) = trainer.task.micro_batches(batch, 4, torch.Generator().manual_seed(0))
-    trainer.learners[0].backward(inputs, 1, True, torch.float32)
-    assert all(p.grad is None for p in trainer.rival.model.parameters())
-    tokenizer = [p.grad.clone() for p in trainer.task.model.parameters() if p.grad is not None]
-    trainer.learners[1].backward(trainer.rival.inputs(), 1, True, torch.float32)
-    assert all(p.grad is not None for p in trainer.rival.model.parameters())
-    after = [p.grad for p in trainer.task.model.parameters() if p.grad is not None]
+    trainer, task, rival = begun(third_stage(shards))
+    task.before_step(5)
+    rival.model.ratios.fill_(1.0)
+    (inputs,) = task.micro_batches(task.data.batch(0, np.arange(4)), 4, torch.arange(4))
+    trainer.learners[0].backward(inputs, 1, True)
+    assert all(p.grad is None for p in rival.model.parameters())
+    tokenizer = [p.grad.clone() for p in task.model.parameters() if p.grad is not None]
+    trainer.learners[1].backward(rival.inputs(), 1, True)
+    assert all(p.grad is not None for p in rival.model.parameters())
+    after = [p.grad for p in task.model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(tokenizer, after, strict=True))
 
 
 def test_gradient_accumulation_equals_the_large_batch_with_a_discriminator_and_several_sizes(shards: str) -> None:
-    trainers = [Trainer(third_stage(shards, output_sizes=(32, 40))) for _ in range(2)]
+    cfg = third_stage(shards, output_sizes=(32, 40))
+    trainers, tasks, rivals = zip(
+        *(
+            begun(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": n})}))
+            for n in (8, 2)
+        ),
+        strict=True,
+    )
     for step in range(6):
-        whole, cut = (trainer.step(step, size) for trainer, size in zip(trainers, (8, 2), strict=True))
+        whole, cut = (stepped(trainer, step) for trainer in trainers)
         assert whole.keys() == cut.keys()
         for name, value in whole.items():
             torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
         # Adam turns a rounding of a gradient near zero into a step of another sign: every step starts from equal weights.
-        trainers[1].task.model.load_state_dict(trainers[0].task.model.state_dict())
-        trainers[1].rival.model.heads.load_state_dict(trainers[0].rival.model.heads.state_dict())
-    a, b = (trainer.rival.model.ratios for trainer in trainers)
+        tasks[1].model.load_state_dict(tasks[0].model.state_dict())
+        rivals[1].model.heads.load_state_dict(rivals[0].model.heads.state_dict())
+    a, b = (rival.model.ratios for rival in rivals)
     assert (a > 0).all() and torch.allclose(a, b, rtol=1e-4)
 
 
 def test_a_checkpoint_brings_the_discriminator_back(shards: str, tmp_path: Path) -> None:
-    trainer, other = Trainer(third_stage(shards)), Trainer(third_stage(shards))
+    trainer, _, rival = begun(third_stage(shards))
     for step in range(3):
-        trainer.step(step)
-    learner = trainer.learners[1]
-    save_discriminator(tmp_path, learner.model, learner.optimizers)
-    restore_discriminator(tmp_path, other.learners[1].model, other.learners[1].optimizers)
-    other.task.model.load_state_dict(trainer.task.model.state_dict())
-    first, second = trainer.step(3), other.step(3)
+        stepped(trainer, step)
+    trainer.save(tmp_path, 3)
+    other, _, other_rival = begun(third_stage(shards), tmp_path)
+    assert other.start == 3
+    first, second = stepped(trainer, 3), stepped(other, 3)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    after = state(other.rival.model)
-    assert all(torch.equal(value, after[name]) for name, value in state(trainer.rival.model).items())
+    after = state(other_rival.model)
+    assert all(torch.equal(value, after[name]) for name, value in state(rival.model).items())
 
 
 def test_a_stage_starts_from_the_average_of_the_one_before_and_is_not_calibrated_again(

@@ -49,9 +49,10 @@ def config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "sharding"), [("diffusion", "fsdp2"), ("ar", "zero2")])
 def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
     kind: Literal["diffusion", "ar"],
+    sharding: str,
     ray_session: None,
     codes: str,
     tokenizer: str,
@@ -59,6 +60,7 @@ def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = config(kind, codes, tokenizer, tmp_path / "run")
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"sharding": sharding})})
 
     class Stopping(GeneratorTask):
         def before_step(self, step: int) -> None:

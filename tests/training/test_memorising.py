@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from instella_ray.diffusion import bit_accuracy, flip_noise, sample_timesteps, x0_logits
+from instella_ray import rng
+from instella_ray.diffusion import bit_accuracy, flip_noise, x0_logits
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask, complete_config
 from instella_ray.training.learner import Learner
@@ -26,21 +27,17 @@ SIZES = {"num_tokens": 4, "bits_per_token": 8, "width": 128, "heads": 2, "layers
 def facts() -> dict[str, Tensor]:
     """Random codes, each with a text of its own."""
     torch.manual_seed(0)
-    codes = torch.randint(0, 2, (COUNT, 4, 8)).float()
-    return {"codes": codes, "features": torch.randn(2, COUNT, 2, 32), "mask": torch.ones(COUNT, 2, dtype=torch.bool)}
+    features = torch.randn(2, COUNT, 2, 32)
+    codes, mask = torch.randint(0, 2, (COUNT, 4, 8)).float(), torch.ones(COUNT, 2, dtype=torch.bool)
+    return {"codes": codes, "features": features, "mask": mask, "seeds": torch.arange(COUNT)}
 
 
 def learn(loss: DiffusionLoss | ARLoss, data: dict[str, Tensor]) -> None:
     learner = Learner(loss, loss.model, OptimizerConfig(name="muon", lr=3e-3, warmup_steps=20, decay_fraction=0.5), CPU)
-    generator, steps = torch.Generator().manual_seed(1), STEPS if isinstance(loss, DiffusionLoss) else STEPS // 5
+    steps = STEPS if isinstance(loss, DiffusionLoss) else STEPS // 5
     for step in range(steps):
-        inputs = dict(data)
-        if isinstance(loss, DiffusionLoss):
-            inputs["t"] = sample_timesteps(COUNT, generator)
-            inputs["u"] = torch.rand(data["codes"].shape, generator=generator)
-        learner.backward(inputs, 1, True, torch.float32)
-        learner.clip()
-        learner.step(step, steps)
+        learner.backward({**data, "seeds": rng.sample_seeds(1, step, data["seeds"])}, 1, True)
+        learner.update(step, steps)
 
 
 @torch.no_grad()
@@ -75,8 +72,8 @@ def test_gradient_accumulation_equals_the_large_batch(
     for size in (8, 2):
         task = GeneratorTask(complete_config(cfg), CPU)
         learner = Learner(task.step_module, task.model, OptimizerConfig(), CPU)
-        parts = task.micro_batches(task.data.batch(0, np.arange(8)), size, torch.Generator().manual_seed(0))
-        losses = [learner.backward(inputs, len(parts), True, torch.float32)["loss"] for inputs in parts]
+        parts = task.micro_batches(task.data.batch(0, np.arange(8)), size, torch.arange(8))
+        losses = [learner.backward(inputs, len(parts), True)["loss"] for inputs in parts]
         gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
         found.append((torch.stack(losses).mean(), gradients))
     (loss, whole), (other, summed) = found

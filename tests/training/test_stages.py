@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from instella_ray import rng
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.image_data import ImageData
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
 from instella_ray.training import tokenizer as module
-from instella_ray.training.checkpoint import save_checkpoint
+from instella_ray.training.checkpoint import Checkpoint, save_checkpoint
 from instella_ray.training.learner import Learner
-from instella_ray.training.optim import EMA, build_optimizers
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig
 from instella_ray.training.stages import TokenizerStagesConfig, run_stages
@@ -50,7 +50,8 @@ def finish_first(cfg: TokenizerStagesConfig) -> None:
     folder.mkdir(parents=True)
     torch.manual_seed(5)
     bit = BIT(MODEL)
-    save_checkpoint(folder, bit, EMA(bit, 0.9), build_optimizers(bit, stage.train.optimizer), {"step": 4}, {})
+    moments = Learner(bit, bit, stage.train.optimizer, CPU).moments()
+    save_checkpoint(folder, bit.cfg, Checkpoint(4, bit.state_dict(), bit.state_dict(), moments, None), {})
     Path(stage.train.run_dir, "config.yaml").write_text(dump_yaml(stage))
 
 
@@ -118,7 +119,7 @@ def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_p
         for task in tasks:
             task.before_step(step)
         assert tasks[0].size == tasks[1].size
-        (inputs,) = tasks[0].micro_batches(batch, 2, torch.Generator())
+        (inputs,) = tasks[0].micro_batches(batch, 2, torch.arange(2))
         assert inputs["images"].shape[-2:] == (32, 32) and inputs["targets"].shape[-2:] == (tasks[0].size,) * 2
         seen.add(tasks[0].size)
         if step < 3:
@@ -139,11 +140,10 @@ def test_a_handful_of_pictures_is_learned_by_heart_to_30_db(shards: str, tmp_pat
     task.begin(batch)
     for step in range(OVERFIT):
         task.before_step(step)
-        (inputs,) = task.micro_batches(batch, 4, torch.Generator())
-        learner.backward(inputs, 1, True, torch.float32)
-        learner.clip()
-        learner.step(step, OVERFIT)
-    images = task.micro_batches(batch, 4, torch.Generator())[0]["images"]
+        (inputs,) = task.micro_batches(batch, 4, rng.sample_seeds(0, step, torch.arange(4)))
+        learner.backward(inputs, 1, True)
+        learner.update(step, OVERFIT)
+    images = task.micro_batches(batch, 4, torch.arange(4))[0]["images"]
     assert evaluate_tokenizer(task.bit.eval(), images, title="overfitted").psnr >= 30
 
 

@@ -13,12 +13,12 @@ from instella_ray.config import load_config
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import load_expected, load_model
-from instella_ray.training.adversarial import DRAWS
 from instella_ray.training.bits import bit_share, bit_summary
-from instella_ray.training.checkpoint import restore_checkpoint, save_checkpoint
+from instella_ray.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
 from instella_ray.training.muon import orthogonalize
-from instella_ray.training.optim import EMA, Optimizers, build_optimizers, rate_share
+from instella_ray.training.optim import EMA, build_optimizers, rate_share
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
@@ -92,7 +92,7 @@ def test_loss_parts_add_up() -> None:
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     look = PerceptualConfig(weights="random", size=48, crop=16, weight=2.0, crop_weight=3.0)
     cfg = TokenizerLossConfig(gradient_weight=0.5, code_weight=0.1, perceptual=look)
-    loss, parts = TokenizerLoss(bit, cfg)(images, images, torch.rand(4, DRAWS), temperature=0.5)
+    loss, parts = TokenizerLoss(bit, cfg)(images, images, torch.arange(4), temperature=0.5)
     perceptual = 2 * parts["lpips_vgg_random"] + 3 * parts["lpips_vgg_random_crop"]
     supervised = parts["reconstruction"] + 0.5 * parts["edges"] + perceptual
     torch.testing.assert_close(loss, supervised + 0.1 * parts["code_loss"])
@@ -129,28 +129,31 @@ def test_every_group_follows_the_schedule_from_its_own_peak() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, name: str) -> None:
-    torch.manual_seed(0)
-    bit = BIT(MODEL).train()
-    cfg = OptimizerConfig(name=name)
-    optimizers, ema = build_optimizers(bit, cfg), EMA(bit, 0.9)
-    images = torch.rand(4, 3, 32, 32)
+    cfg, cpu = OptimizerConfig(name=name), torch.device("cpu")
 
-    def step(model: BIT, opt: Optimizers) -> None:
-        torch.manual_seed(1)
-        model(images, temperature=0.5).images.square().mean().backward()
-        opt.step(1.0)
+    def new(seed: int) -> tuple[BIT, Learner]:
+        torch.manual_seed(seed)
+        bit = BIT(MODEL).train()
+        return bit, Learner(TokenizerLoss(bit, PLAIN), bit, cfg, cpu)
 
-    step(bit, optimizers)
-    ema.update(bit, 0)
-    save_checkpoint(tmp_path, bit, ema, optimizers, {"step": 1}, {})
-    other = BIT(MODEL).train()
-    other_optimizers, other_ema = build_optimizers(other, cfg), EMA(other, 0.9)
-    assert restore_checkpoint(tmp_path, other, other_ema, other_optimizers) == {"step": 1}
-    step(bit, optimizers)
-    step(other, other_optimizers)
+    def step(learner: Learner) -> None:
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        learner.backward({"images": images, "targets": images, "seeds": torch.arange(4), "temperature": 0.5}, 1, True)
+        learner.update(1, 2)
+
+    bit, learner = new(0)
+    step(learner)
+    average = EMA(bit, 0.9).state
+    saved = Checkpoint(1, bit.state_dict(), average, learner.moments(), None)
+    save_checkpoint(tmp_path, bit.cfg, saved, {})
+    found, (other, other_learner) = read_checkpoint(tmp_path), new(1)
+    assert found.step == 1 and all(torch.equal(value, found.average[name]) for name, value in average.items())
+    other.load_state_dict(found.weights)
+    other_learner.load_moments(found.moments)
+    step(learner)
+    step(other_learner)
     for (key, a), b in zip(bit.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
-    assert all(torch.equal(value, other_ema.state[name]) for name, value in ema.state.items())
 
 
 @pytest.mark.ray
@@ -218,8 +221,9 @@ def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     ray_session: None, shards: str, tmp_path: Path
 ) -> None:
-    cfg = config(shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))
-    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"workers": WorkersConfig(max_failures=0)})})
+    # Though two failures may be mended by trying again: this one would come again.
+    workers = WorkersConfig(max_failures=2)
+    cfg = config(shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0), workers=workers)
     with pytest.raises(Exception, match="NonFiniteLoss"):
         run_tokenizer(cfg)
     report = json.loads(next((tmp_path / "run").glob("nonfinite-*.json")).read_text())

@@ -1,0 +1,163 @@
+"""However weights, gradients and moments are spread over ranks, a run is the same run: on two real processes (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from instella_ray.config import dump_yaml, load_config
+from instella_ray.models.checkpoint import load_model, read_tensors
+from instella_ray.training.checkpoint import OPTIMIZER
+from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
+from instella_ray.training.settings import TrainConfig
+from instella_ray.training.trainer import Trainer
+
+from .test_generator_run import config
+
+STEPS, SAVED = 6, 3
+CPU = torch.device("cpu")
+Kind = Literal["diffusion", "ar"]
+
+
+class Case(NamedTuple):
+    """A run by two ranks."""
+
+    kind: Kind
+    sharding: str
+    precision: str = "fp32"
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.sharding}-{self.precision}{'-again' if self.checkpointing else ''}"
+
+
+CASES = [
+    *(Case(kind, sharding) for kind in ("diffusion", "ar") for sharding in ("ddp", "zero2", "fsdp2")),
+    Case("diffusion", "fsdp2", checkpointing=True),
+    *(Case("diffusion", sharding, "bf16") for sharding in ("ddp", "zero2", "fsdp2")),
+]
+WHOLE = [case for case in CASES if case.precision == "fp32"]
+
+
+def run_config(case: Case, folder: Path, codes: str, tokenizer: str) -> GeneratorRunConfig:
+    """Two ranks take two micro-batches of two each."""
+    cfg = config(case.kind, codes, tokenizer, folder)
+    given = {"sharding": case.sharding, "precision": case.precision, "micro_batch_size": 2, "steps": STEPS}
+    train = TrainConfig.model_validate({**cfg.train.model_dump(), **given})
+    return cfg.model_copy(update={"train": train, "gradient_checkpointing": case.checkpointing})
+
+
+def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[float]:
+    """This rank's losses from the checkpoint ``last`` to the end; those after ``SAVED`` and all steps go to ``save``."""
+    trainer = Trainer(GeneratorTask(cfg, CPU), cfg.train, CPU, last)
+    losses = []
+    for step in range(trainer.start, STEPS):
+        losses.append(float(trainer.step(step, trainer.batch(step)).means["loss"]))
+        if step + 1 in (SAVED, STEPS):
+            (save / str(step + 1)).mkdir(parents=True, exist_ok=True)
+            trainer.save(save / str(step + 1), step + 1)
+    picture = trainer.preview()
+    assert (picture is None) == (trainer.rank != 0)
+    return losses
+
+
+def rank_main(rank: int, folder: str, store: str) -> None:
+    """Every case as one of two ranks, whole and again from its checkpoint in the middle."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # as whatever starts workers does
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for case in CASES:
+        here = Path(folder, case.name)
+        cfg = load_config(GeneratorRunConfig, str(here / "config.yaml"))
+        whole = trained(cfg, None, here / "whole")
+        torch.distributed.barrier()  # rank 0 writes what the other one reads
+        again = trained(cfg, here / "whole" / str(SAVED), here / "again")
+        (here / f"rank{rank}.json").write_text(json.dumps({"whole": whole, "again": again}))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(codes: str, tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for case in CASES:
+        (folder / case.name).mkdir()
+        cfg = complete_config(run_config(case, folder / case.name / "run", codes, tokenizer))
+        (folder / case.name / "config.yaml").write_text(dump_yaml(cfg))
+    torch.multiprocessing.spawn(rank_main, (str(folder), str(folder / "store")), nprocs=2)
+    return folder
+
+
+def losses_of(runs: Path, case: Case, which: str) -> list[float]:
+    ranks = [json.loads((runs / case.name / f"rank{rank}.json").read_text())[which] for rank in (0, 1)]
+    return [sum(pair) / 2 for pair in zip(*ranks, strict=True)]
+
+
+def alone(case: Case, runs: Path, last: Path | None, save: Path) -> list[float]:
+    """The same by one process."""
+    cfg = load_config(GeneratorRunConfig, str(runs / case.name / "config.yaml"))
+    train = cfg.train.model_copy(update={"workers": cfg.train.workers.model_copy(update={"count": 1})})
+    return trained(cfg.model_copy(update={"train": train}), last, save)
+
+
+@pytest.fixture(scope="module")
+def single(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, tuple[list[float], Path]]:
+    """Losses and checkpoints of one process without any sharding."""
+    found: dict[Kind, tuple[list[float], Path]] = {}
+    for kind in ("diffusion", "ar"):
+        folder = tmp_path_factory.mktemp(kind)
+        found[kind] = alone(Case(kind, "ddp"), runs, None, folder), folder
+    return found
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_two_ranks_learn_what_one_process_does_however_it_is_shared_out(
+    case: Case, runs: Path, single: dict[Kind, tuple[list[float], Path]]
+) -> None:
+    losses, folder = single[case.kind]
+    assert len(set(losses)) == STEPS
+    assert losses_of(runs, case, "whole") == pytest.approx(losses, rel=1e-6)
+    last = runs / case.name / "whole" / str(STEPS)
+    for name in ("model.safetensors", "ema.safetensors", OPTIMIZER):
+        close(read_tensors(last / name), read_tensors(folder / str(STEPS) / name))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_go_on_as_if_they_had_never_stopped(case: Case, runs: Path) -> None:
+    assert losses_of(runs, case, "again") == losses_of(runs, case, "whole")[SAVED:]
+    ends = [load_model(runs / case.name / which / str(STEPS)).state_dict() for which in ("whole", "again")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_one_process_goes_on_with_what_two_ranks_have_saved(
+    case: Case, runs: Path, single: dict[Kind, tuple[list[float], Path]], tmp_path: Path
+) -> None:
+    losses = alone(case, runs, runs / case.name / "whole" / str(SAVED), tmp_path)
+    assert losses == pytest.approx(single[case.kind][0][SAVED:], rel=1e-6)
+
+
+def test_lower_precision_costs_digits_and_nothing_else(runs: Path) -> None:
+    ddp, *others = (losses_of(runs, case, "whole") for case in CASES if case.precision == "bf16")
+    full = losses_of(runs, Case("diffusion", "ddp"), "whole")
+    assert ddp != full and ddp == pytest.approx(full, rel=0.02)
+    assert all(losses == pytest.approx(ddp, rel=0.01) for losses in others)
+
+
+def test_settings_that_cannot_be_shared_out_are_refused(codes: str, tokenizer: str, tmp_path: Path) -> None:
+    good: dict[str, Any] = {"run_dir": "run", "sharding": "fsdp2"}
+    TrainConfig.model_validate(good)
+    with pytest.raises(ValueError, match="sharding fsdp2: muon needs whole matrices, expected adamw"):
+        TrainConfig.model_validate({**good, "optimizer": {"name": "muon"}})

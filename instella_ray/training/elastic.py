@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from .mistakes import MistakePolicy
 
 
 class DivisorPolicy(ElasticScalingPolicy):
@@ -23,13 +25,14 @@ class DivisorPolicy(ElasticScalingPolicy):
 
 
 class DivisorTrainer(TorchTrainer):
-    """A trainer on as many workers, of ``counts``, as there is room for."""
+    """A trainer on as many workers, of ``counts``, as there is room for, that does not repeat mistakes."""
 
     def __init__(self, *args: Any, counts: Sequence[int], **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = counts
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = MistakePolicy(cast(FailureConfig, self.run_config.failure_config))
         if len(self.counts) > 1:
             parts["scaling_policy"] = DivisorPolicy(cast(ScalingConfig, self.scaling_config), self.counts)
         return super()._initialize_and_run_controller(**parts)

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from instella_ray import storage
 from instella_ray.errors import UserError
 from instella_ray.training.attempts import Attempt
 from instella_ray.training.elastic import DivisorPolicy
 from instella_ray.training.metrics_log import MetricsFile
+from instella_ray.training.mistakes import MistakePolicy
 from instella_ray.training.run_dir import (
     SCORES,
     checkpoint_folders,
@@ -27,6 +30,7 @@ from instella_ray.training.run_dir import (
     read_metrics,
 )
 from instella_ray.training.settings import BestConfig, TrainConfig, WorkersConfig
+from instella_ray.training.trainer import NonFiniteLoss
 from instella_ray.training.uploads import Uploads, best_checkpoint
 
 
@@ -189,3 +193,18 @@ def test_a_range_of_workers_means_those_numbers_that_share_a_batch(
     policy = DivisorPolicy(ScalingConfig(num_workers=(least, most), resources_per_worker={"CPU": 2}), counts)
     found = policy._count_possible_workers({"node": {"CPU": 2.0 * room}})
     assert found == max((count for count in counts if count <= room), default=0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "decision"),
+    [
+        (UserError("input"), FailureDecision.RAISE),
+        (NonFiniteLoss("step 3"), FailureDecision.RAISE),
+        (RuntimeError("a node is gone"), FailureDecision.RETRY),
+    ],
+)
+def test_what_would_happen_again_is_not_tried_again(failure: Exception, decision: FailureDecision) -> None:
+    policy = MistakePolicy(FailureConfig(max_failures=1))
+    error = WorkerGroupError("failed", {0: RuntimeError("connection lost"), 1: failure})
+    assert policy.make_decision(error) == decision
+    assert policy.make_decision(error) == FailureDecision.RAISE

@@ -31,8 +31,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup.sh
 demo: venv
 	$(BIN)/instella-ray demo $(DEMO)
 
+# Tests with Ray in one process, one after another; those without in the other.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "$(FAST)"

@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_compare(commands)
     _add_shards(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -151,6 +152,32 @@ def _plan(args: argparse.Namespace) -> None:
         print(json.dumps(figures.get("", figures), indent=1))
     else:
         print("\n\n".join((f"{name}\n" if name else "") + plan.text() for name, plan in plans.items()))
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "simulate",
+        help="replicas for a load, CPU workers for GPUs, and where a run's time goes, by simulation",
+        description="Simulate an endpoint, the data jobs and a training run as discrete events from stage times: how many "
+        "replicas meet a load's limits, how many CPUs keep GPUs busy, how long it takes, and what is the bottleneck.",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/simulation")
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key"
+    )
+    command.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    command.add_argument("--output", metavar="FILE", help="also write the tables to a Markdown file")
+    command.set_defaults(run=_simulate)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from . import storage
+    from .simulation.run import SimulateConfig, run_simulation
+
+    report = run_simulation(load_config(SimulateConfig, args.config, args.overrides))
+    print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
+    if args.output:
+        storage.write_text(args.output, f"{report.text()}\n")
 
 
 if __name__ == "__main__":

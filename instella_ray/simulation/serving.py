@@ -210,7 +210,16 @@ class _Simulation:
         env.run()
         share = self.turned_away / self.came if self.came else 0.0
         return ServingOutcome(
-            load.seconds, self.arrived, self.answered, self.refused, rate, np.array(self.latencies), share, busy, waiting, inside
+            load.seconds,
+            self.arrived,
+            self.answered,
+            self.refused,
+            rate,
+            np.array(self.latencies),
+            share,
+            busy,
+            waiting,
+            inside,
         )
 
     # --- what comes in

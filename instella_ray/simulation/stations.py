@@ -68,7 +68,12 @@ class Deployment:
     """Replicas behind a handle: of two picked at random the one with fewer calls, first come first served when all are full."""
 
     def __init__(
-        self, env: simpy.Environment, replicas: Sequence[Replica], ongoing: int, meters: Meters, rng: np.random.Generator
+        self,
+        env: simpy.Environment,
+        replicas: Sequence[Replica],
+        ongoing: int,
+        meters: Meters,
+        rng: np.random.Generator,
     ) -> None:
         """``ongoing``: calls that a replica holds at once."""
         self.env, self.replicas, self.ongoing, self.meters, self.rng = env, replicas, ongoing, meters, rng

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 from scipy.special import ndtri
-from tqdm import tqdm
 
 from ..config import Config
 
@@ -106,38 +105,37 @@ def simulate_training(run: Run, cluster: Cluster, seed: int = 0) -> TrainingOutc
     upload_end, uploaded = 0.0, 0
     next_failure = rng.exponential(mtbf_s)
     loader = _Loader(load_s, run.prefetch)
-    since = dict(spent)
-    """Time since the last step that is safe, which a failure makes worthless."""
-    with tqdm(total=run.steps, desc="training", unit="step", delay=3, leave=False) as bar:
-        while step < run.steps:
-            slowest = _slowest(rng, run.gpus, cluster.straggling, min(4096, run.steps - step))
-            for factor in slowest:
-                waited = loader.take(now)
-                late = run.step_s * (factor - 1)
-                exposed = max(0.0, sending - run.step_s * factor * BACKWARD / run.accumulation)
-                now += waited + run.step_s * factor + exposed
-                step += 1
-                for name, value in ((DATA, waited), (COMPUTE, run.step_s), (STRAGGLERS, late), (NETWORK, exposed)):
-                    since[name] += value
-                if step % run.checkpoint_every == 0:
-                    # One upload at a time: the next checkpoint waits for the one before.
-                    pause = writing + max(0.0, upload_end - now - writing)
-                    now, since[CHECKPOINTS] = now + pause, since[CHECKPOINTS] + pause
-                    upload_end, uploaded = now + uploading, step
-                if uploaded > safe and upload_end <= now:
-                    safe = uploaded
-                    _move(since, spent)
-                if now >= next_failure:
-                    failures += 1
-                    lost = sum(since.values()) if step > safe else 0.0
-                    since = dict.fromkeys(since, 0.0)
-                    spent[FAILURES] += lost + cluster.restart_s
-                    now, step, uploaded = now + cluster.restart_s, safe, safe
-                    next_failure = now + rng.exponential(mtbf_s)
-                    loader = _Loader(load_s, run.prefetch, now)
-                    break
-            bar.n = step
-            bar.refresh()
+    since, pending = dict(spent), dict(spent)
+    """Time since the last checkpoint, and before that since the last one that is uploaded: a failure makes it worthless."""
+    while step < run.steps:
+        for factor in _slowest(rng, run.gpus, cluster.straggling, min(4096, run.steps - step)):
+            waited = loader.take(now)
+            exposed = max(0.0, sending - run.step_s * factor * BACKWARD / run.accumulation)
+            now += waited + run.step_s * factor + exposed
+            step += 1
+            since[COMPUTE] += run.step_s
+            since[STRAGGLERS] += run.step_s * (factor - 1)
+            since[DATA] += waited
+            since[NETWORK] += exposed
+            if step % run.checkpoint_every == 0:
+                # One upload at a time: the next checkpoint waits for the one before.
+                pause = max(writing, upload_end - now)
+                now, since[CHECKPOINTS] = now + pause, since[CHECKPOINTS] + pause
+                _move(pending, spent)
+                _move(since, pending)
+                safe, uploaded, upload_end = uploaded, step, now + uploading
+            if uploaded > safe and upload_end <= now:
+                _move(pending, spent)
+                safe = uploaded
+            if now >= next_failure:
+                failures += 1
+                spent[FAILURES] += sum(since.values()) + sum(pending.values()) + cluster.restart_s
+                since, pending = dict.fromkeys(since, 0.0), dict.fromkeys(since, 0.0)
+                now, step, uploaded = now + cluster.restart_s, safe, safe
+                next_failure = now + rng.exponential(mtbf_s)
+                loader = _Loader(load_s, run.prefetch, now)
+                break
+    _move(pending, spent)
     _move(since, spent)
     return TrainingOutcome(now, {name: value / now for name, value in spent.items()}, failures)
 

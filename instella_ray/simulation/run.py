@@ -1,0 +1,249 @@
+"""``instella-ray simulate``: what a configuration asks to be simulated, as tables with everything that was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from ..config import Config, load_config
+from ..errors import UserError
+from ..rendering import Cell, table
+from .pipeline import DataJobs, LineOutcome, LineStage, simulate_line
+from .serving import ServingConfig, ServingOutcome, simulate_serving
+from .sizing import Slo, size_cpus, size_serving
+from .stage_time import StageTime
+from .training import Cluster, Run, TrainingOutcome, simulate_training
+
+DAY_S = 86400
+
+
+class TrainingJob(Config):
+    """A run of ``jobs/train_generator.py`` on the simulated GPUs."""
+
+    run: str
+    """Its configuration."""
+    overrides: tuple[str, ...] = ()
+    """``key=value`` for keys of it."""
+    images_per_second: float = Field(gt=0)
+    """Of one GPU, computing alone."""
+    speed_source: str
+    """Where that comes from."""
+    largest_micro_batch: int = Field(64, ge=1)
+    """Samples a forward pass has memory for; a smaller share of the batch is one micro-batch."""
+    loader: StageTime
+    """Making a batch of so many samples, in the loader's thread."""
+    cluster: Cluster
+
+
+class SimulateConfig(Config):
+    """What to simulate: any of an endpoint, the data jobs, a training run."""
+
+    seed: int = 0
+    gpus: int = Field(8, ge=1)
+    """Of the encoding job and of the training run."""
+    serving: ServingConfig | None = None
+    slo: Slo | None = None
+    """Find the endpoint's replicas for its load; none simulates those of ``serving.replicas``."""
+    data: DataJobs | None = None
+    busy: float = Field(0.95, gt=0, lt=1)
+    """Find the CPU workers that keep the encoding GPUs at work for this share of the time."""
+    training: TrainingJob | None = None
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One subject's figures, to read and to compute with."""
+
+    title: str
+    figures: dict[str, Any]
+    rows: list[dict[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All subjects, and what was assumed."""
+
+    gpus: int
+    subjects: dict[str, Simulated]
+    assumptions: list[str]
+
+    def text(self) -> str:
+        """Markdown."""
+        parts = [f"## {subject.title}\n\n{table(subject.rows)}" for subject in self.subjects.values()]
+        return "\n\n".join([*parts, "Assumed:\n\n" + "\n".join(f"- {line}" for line in self.assumptions)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        figures = {name: subject.figures for name, subject in self.subjects.items()}
+        return {"gpus": self.gpus, **figures, "assumptions": self.assumptions}
+
+
+def run_simulation(cfg: SimulateConfig) -> Report:
+    """Simulate every subject of ``cfg``; UserError when it has none, or limits that cannot be met."""
+    subjects = {}
+    if cfg.serving is not None:
+        subjects["serving"] = _serving(cfg, cfg.serving)
+    if cfg.data is not None:
+        subjects["data"] = _data(cfg, cfg.data)
+    if cfg.training is not None:
+        subjects["training"] = _training(cfg, cfg.training)
+    if not subjects:
+        raise UserError("nothing to simulate: expected at least one of serving, data, training")
+    return Report(cfg.gpus, subjects, list(_assumptions(cfg)))
+
+
+def _serving(cfg: SimulateConfig, serving: ServingConfig) -> Simulated:
+    if cfg.slo is not None:
+        layout = size_serving(serving, cfg.slo, cfg.seed)
+        replicas, outcome = layout.replicas, layout.outcome
+    else:
+        outcome = simulate_serving(serving, cfg.seed)
+        replicas = {name: serving.count(name) for name in outcome.utilisation}
+    app = serving.app()
+    gpus = sum(
+        count * app.gpus(app.models.get(name, getattr(app, name, app.text)))
+        for name, count in replicas.items()
+        if name != "ingress"
+    )
+    figures = {
+        "replicas": replicas,
+        "gpus": gpus,
+        "pictures_per_s": outcome.pictures_per_s,
+        "p50_s": outcome.percentile(50),
+        "p99_s": outcome.percentile(99),
+        "refused_share": outcome.refused_share,
+        "bottleneck": _bottleneck(replicas, outcome),
+        "utilisation": outcome.utilisation,
+        "waiting": outcome.waiting,
+    }
+    rows: list[dict[str, Cell]] = [
+        {
+            "deployment": name,
+            "replicas": count,
+            "busy": f"{outcome.utilisation[name]:.0%}",
+            "pictures waiting": outcome.waiting[name],
+        }
+        for name, count in replicas.items()
+    ]
+    load = serving.load
+    asked = f"{load.rate:g} requests/s" if load.rate is not None else f"{load.in_flight} requests in flight"
+    title = (
+        f"Serving {asked}: {outcome.pictures_per_s:.1f} pictures/s, p50 {outcome.percentile(50):.2f} s, "
+        f"p99 {outcome.percentile(99):.2f} s, {outcome.refused_share:.1%} refused; {gpus:.1f} GPUs, "
+        f"bottleneck: {figures['bottleneck']}"
+    )
+    return Simulated(title, figures, rows)
+
+
+def _bottleneck(replicas: dict[str, int], outcome: ServingOutcome) -> str:
+    return max(replicas, key=lambda name: outcome.utilisation[name])
+
+
+def _data(cfg: SimulateConfig, jobs: DataJobs) -> Simulated:
+    lines = {"curation": jobs.curation(), "encoding": jobs.encoding(cfg.gpus)}
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Cell]] = []
+    for name, stages in lines.items():
+        outcome = simulate_line(stages, variation=jobs.variation, seed=cfg.seed)
+        figures[name] = _line(jobs, stages, outcome)
+        rows.append({"job": name, **{key: value for key, value in figures[name].items() if key != "utilisation"}})
+        rows[-1] |= {f"{stage} busy": f"{share:.0%}" for stage, share in outcome.utilisation.items()}
+    figures["cpus_to_keep_gpus_busy"] = cpus = size_cpus(jobs, cfg.gpus, cfg.busy, cfg.seed)
+    need = "storage is too slow for any number of" if cpus is None else f"{cpus}"
+    title = f"{jobs.pictures:,} pictures, encoding on {cfg.gpus} GPUs: {need} CPU workers keep them busy"
+    return Simulated(title, figures, rows)
+
+
+def _line(jobs: DataJobs, stages: list[LineStage], outcome: LineOutcome) -> dict[str, Any]:
+    rate = jobs.pictures_per_s(outcome)
+    return {
+        "CPU workers": stages[1].workers,
+        "pictures_per_s": round(rate, 1),
+        "days": jobs.pictures / rate / DAY_S,
+        "bottleneck": outcome.bottleneck,
+        "utilisation": outcome.utilisation,
+    }
+
+
+def _training(cfg: SimulateConfig, job: TrainingJob) -> Simulated:
+    run = planned(job, cfg.gpus)
+    outcome = simulate_training(run, job.cluster, cfg.seed)
+    figures = {
+        "days": outcome.seconds / DAY_S,
+        "busy": outcome.busy,
+        "bottleneck": outcome.bottleneck,
+        "failures": outcome.failures,
+        "shares": outcome.shares,
+    }
+    rows: list[dict[str, Cell]] = [
+        {"time goes to": name, "share": f"{share:.1%}"} for name, share in outcome.shares.items()
+    ]
+    title = (
+        f"Training {run.steps:,} steps on {cfg.gpus} GPUs: {outcome.seconds / DAY_S:.2f} days, GPUs busy {outcome.busy:.0%}, "
+        f"{_failed(outcome)}, bottleneck: {outcome.bottleneck}"
+    )
+    return Simulated(title, figures, rows)
+
+
+def _failed(outcome: TrainingOutcome) -> str:
+    return f"{outcome.failures} failure{'' if outcome.failures == 1 else 's'}"
+
+
+def planned(job: TrainingJob, gpus: int) -> Run:
+    """What the run's own plan says of it on ``gpus``; UserError where its batch cannot be shared by them."""
+    from ..evaluation.validation_generator import ValidatedRun
+    from ..training.plan import PlanOptions, plan_run
+
+    batch = load_config(ValidatedRun, job.run, job.overrides).train.global_batch
+    share, rest = divmod(batch, gpus)
+    if rest:
+        raise UserError(f"gpus {gpus}: the run's global batch of {batch} is not a multiple of it")
+    micro = next(size for size in range(min(job.largest_micro_batch, share), 0, -1) if share % size == 0)
+    sizes = [f"train.workers.count={gpus}", f"train.micro_batch_size={micro}"]
+    run = load_config(ValidatedRun, job.run, [*job.overrides, *sizes])
+    plan = plan_run(run, PlanOptions(images_per_second=job.images_per_second))
+    per_sample = plan.network["read_per_second"] / (plan.images_per_second * gpus)
+    return Run(
+        gpus=gpus,
+        steps=run.train.steps,
+        step_s=share / job.images_per_second,
+        accumulation=share // micro,
+        sent_bytes=plan.network["sent_per_step"],
+        batch_bytes=per_sample * batch,
+        batch_s=job.loader.of(share),
+        # Weights, their average and the optimizer's two moments in float32.
+        checkpoint_bytes=16.0 * plan.parameters,
+        checkpoint_every=run.train.checkpoint_every,
+    )
+
+
+def _assumptions(cfg: SimulateConfig) -> Iterator[str]:
+    if cfg.serving is not None:
+        times = cfg.serving.times
+        yield from _sources("serving.times", times)
+        yield f"serving.times.hop_s: {times.hop_s:g} s ({times.hop_source}); every time varies by {times.variation:.0%}"
+        yield "serving: steady load, replicas as many as stated, no deadline missed and none lost"
+    if cfg.data is not None:
+        yield from _sources("data", cfg.data)
+        yield f"data.storage: {cfg.data.storage.bytes_per_s / 1e9:g} GB/s in all ({cfg.data.storage.source})"
+    if cfg.training is not None:
+        yield f"training: {cfg.training.images_per_second:g} images/s a GPU ({cfg.training.speed_source})"
+        yield from _sources("training", cfg.training)
+        cluster = cfg.training.cluster
+        yield (
+            f"training.cluster: {cluster.network_bytes_per_s / 1e9:g} GB/s a GPU in a ring, of which the last micro-batch's "
+            f"backward pass hides what it can; a node fails once in {cluster.node_mtbf_days:g} days ({cluster.source})"
+        )
+
+
+def _sources(prefix: str, cfg: Config) -> Iterator[str]:
+    """A line for each stage time below ``cfg``."""
+    for name in type(cfg).model_fields:
+        value = getattr(cfg, name)
+        each = value.items() if isinstance(value, dict) else [("", value)]
+        for key, found in each:
+            if isinstance(found, StageTime):
+                yield f"{prefix}.{name}{f'.{key}' if key else ''}: {found.of(1):.4g} s for one ({found.source})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,22 +122,17 @@ def _goals(loads: dict[tuple[int, str], Load]) -> list[Goal]:
 
 
 @contextmanager
-def endpoints(cfg: ServingBench, folder: Path) -> Iterator[dict[str, str]]:
-    """All three contestants, deployed side by side; idle ones compute nothing. Yields their addresses."""
+def endpoints(
+    cfg: ServingBench, folder: Path, contestants: Sequence[str] = (GRAPH, SINGLE, STATIC)
+) -> Iterator[dict[str, str]]:
+    """All ``contestants``, deployed side by side; idle ones compute nothing. Yields their addresses."""
     from ray import serve
 
     from ..serving.app import ServeArgs, build
     from .rivals import one_at_a_time, static_batches
 
     models = save_models(cfg, folder)
-    args: dict[str, Any] = {
-        "tokenizer": models["tokenizer"],
-        "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots}},
-        "text_length": cfg.text_length,
-        "sizes": cfg.sizes,
-        "num_cpus": cfg.num_cpus,
-        "threads": cfg.threads,
-    }
+    args = graph_args(cfg, models)
     rival: dict[str, Any] = {**models, "text": cfg.text, "threads": cfg.rival_threads}
     apps = {
         GRAPH: lambda: build(ServeArgs.model_validate(args)),
@@ -151,13 +146,25 @@ def endpoints(cfg: ServingBench, folder: Path) -> Iterator[dict[str, str]]:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         urls = {}
-        for name, app in apps.items():
+        for name in contestants:
             prefix = "/" + name.replace(" ", "-")
-            serve.run(app(), name=prefix[1:], route_prefix=prefix)
+            serve.run(apps[name](), name=prefix[1:], route_prefix=prefix)
             urls[name] = f"http://127.0.0.1:{port}{prefix}"
         yield urls
     finally:
         serve.shutdown()
+
+
+def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:
+    """What :class:`..serving.config.ServeArgs` is made of, for the folders that :func:`save_models` gives."""
+    return {
+        "tokenizer": models["tokenizer"],
+        "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots}},
+        "text_length": cfg.text_length,
+        "sizes": cfg.sizes,
+        "num_cpus": cfg.num_cpus,
+        "threads": cfg.threads,
+    }
 
 
 def save_models(cfg: ServingBench, folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from .stations import Batches, Deployment, Meters, Process, Replica, Steps
 
 INGRESS, TEXT, DECODER = "ingress", "text", "decoder"
 CALLS, TEXT_BATCH, DECODER_BATCH, FILE_THREADS, WAIT_S = 64, 32, 8, 2, 0.005
-"""Of the real deployments: calls that a replica holds, largest batches, threads for picture files, time to collect a batch."""
+"""Of the real deployments: calls a replica holds, largest batches, threads for picture files, seconds to collect a batch."""
 
 
 class Machine(Config):
@@ -97,7 +97,7 @@ class ServingConfig(Config):
     """A file of ``jobs/serve.py`` (its section ``app``): slots, queues and the rest are taken from there."""
     overrides: tuple[str, ...] = ()
     """``key=value`` for keys of that section."""
-    replicas: dict[str, int] = {}
+    replicas: dict[str, int] = Field(default_factory=dict)
     """By deployment: ingress, text, decoder and each generator; 1 where nothing is said."""
     buckets: tuple[int, ...] | None = None
     """Batch sizes that the step engine may use; none means 1, 2, 4, ... up to its slots."""

@@ -65,7 +65,7 @@ class Meters:
 
 
 class Deployment:
-    """Replicas behind a handle: of two picked at random the one with fewer calls, first come first served when all are full."""
+    """Replicas behind a handle: of two picked at random the one with fewer calls; a queue when all are full."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Batches:
         queue = self._queues[key]
         while True:
             batch = [(yield queue.get())]
-            deadline = self.env.timeout(self.wait_s) if self.size > 1 else None
+            deadline = self.env.timeout(self.wait_s if self.size > 1 else 0.0)
             while len(batch) < self.size:
                 following = queue.get()
                 yield following | deadline

@@ -1,0 +1,267 @@
+"""The simulation against the real thing: stage times in isolation, the prediction from them, and what then happens."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from pydantic import Field
+
+from .. import storage
+from ..config import Config
+from ..data.encode import EncodeConfig, run_encode
+from ..data.pipeline import init_ray
+from ..models.bit import BIT, BITConfig
+from ..models.checkpoint import save_model
+from ..simulation.pipeline import CPUS, ENCODERS, LineStage, simulate_line
+from ..simulation.serving import (
+    INGRESS,
+    LoadConfig,
+    Machine,
+    RequestKind,
+    ServingConfig,
+    ServingTimes,
+    simulate_serving,
+)
+from ..simulation.stage_time import StageTime
+from .data import DataBench, _write_shards
+from .load import Load, closed_loop, mixed_requests, open_loop
+from .measure import Spread
+from .memory import processes
+from .report import Cell, Goal, Result
+from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_models
+from .stage_times import DataStages, Stages
+
+LOW, HIGH = 0.8, 1.25
+"""A prediction is good within a fifth: neither of the two numbers is more than a quarter above the other."""
+
+
+class SimulationBench(Config):
+    """What is predicted and measured."""
+
+    graph: ServingBench = ServingBench()
+    """Models and slots; its loads are not used."""
+    in_flight: tuple[int, ...] = (2, 8, 16)
+    open_share: float = Field(0.7, gt=0, lt=1)
+    """Of the real throughput at the most in flight: the rate of a load at random moments."""
+    seconds: float = Field(10.0, gt=0)
+    rounds: int = Field(2, ge=1)
+    repeats: int = Field(15, ge=1)
+    """Calls of a stage in isolation, of which the middle one counts."""
+    tokenizers: dict[str, BITConfig] = Field(default_factory=lambda: {"small": DEMO_BIT.model_copy(update={"image_size": 256})})
+    shards: tuple[int, int] = (6, 30)
+    """Of a small and a large encoding job, whose difference is free of what starting costs."""
+    pictures_per_shard: int = Field(64, ge=1)
+
+
+def run_simulation_bench(cfg: SimulationBench) -> Result:
+    """A row a load or job: predicted, real and their ratio."""
+    init_ray(log_to_driver=False)
+    rows: list[dict[str, Cell]] = []
+    goals: list[Goal] = []
+    with tempfile.TemporaryDirectory() as name:
+        found = _serving(cfg, Path(name), rows)
+        _encoding(cfg, Path(name), found["together"], rows)
+    for row in rows:
+        for what in ("throughput", "p50"):
+            if f"{what} ratio" in row:
+                ratio = float(row[f"{what} ratio"])
+                goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, LOW, ">="))
+                goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, HIGH, "<="))
+    about = {**cfg.model_dump(mode="json"), "load before": found["load"], **{k: str(v) for k, v in found.items()}}
+    return Result("The simulation against the real thing", about, rows, goals)
+
+
+def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"load": os.getloadavg()[0]}
+    models_at = folder / "models"
+    models_at.mkdir()
+    models = save_models(cfg.graph, models_at)
+    found |= _alone(cfg, models)
+    (folder / "graph").mkdir()
+    with endpoints(cfg.graph, folder / "graph", (GRAPH,)) as urls:
+        url = urls[GRAPH]
+        closed_loop(url, _bodies(cfg, 0, 512), 4, cfg.seconds)
+        found |= _around(cfg, url, found)
+        predicted_by = _prediction(cfg, found, folder, models)
+        real: dict[str, list[Load]] = {}
+        loads = {f"{n} in flight": {"in_flight": n} for n in cfg.in_flight}
+        for number in range(cfg.rounds):
+            for place, (name, load) in enumerate(loads.items()):
+                bodies = _bodies(cfg, 1 + number * 10 + place, 512)
+                real.setdefault(name, []).append(closed_loop(url, bodies, load["in_flight"], cfg.seconds))
+        rate = cfg.open_share * Load.joined(real[list(loads)[-1]]).rate
+        random = f"{rate:.1f}/s at random"
+        for number in range(cfg.rounds):
+            bodies = _bodies(cfg, 1000 + number, 512)
+            real.setdefault(random, []).append(open_loop(url, bodies, rate, cfg.seconds, number))
+    for name, parts in real.items():
+        load = LoadConfig(mix=_mix(cfg), seconds=300, warm_up_s=20, **loads.get(name, {"rate": rate}))
+        outcome = simulate_serving(predicted_by.model_copy(update={"load": load}))
+        seen = Load.joined(parts)
+        rows.append(
+            _compared(f"serving, {name}", outcome.pictures_per_s, seen.rate)
+            | {
+                "p50 s predicted": outcome.percentile(50),
+                "p50 s real": seen.percentile(50),
+                "p50 ratio": outcome.percentile(50) / seen.percentile(50),
+                "p99 s predicted": outcome.percentile(99),
+                "p99 s real": seen.percentile(99),
+            }
+        )
+    return found
+
+
+def _compared(what: str, predicted: float, real: float) -> dict[str, Cell]:
+    return {
+        "what": what,
+        "pictures/s predicted": predicted,
+        "pictures/s real": real,
+        "throughput ratio": predicted / real,
+    }
+
+
+def _bodies(cfg: SimulationBench, seed: int, count: int) -> list[dict[str, Any]]:
+    """Prompts that no cache has seen."""
+    bodies = mixed_requests(count, cfg.graph.sizes, cfg.graph.steps, seed)
+    return [{**body, "prompt": f"{body['prompt']}, {seed} {i}"} for i, body in enumerate(bodies)]
+
+
+def _mix(cfg: SimulationBench) -> tuple[RequestKind, ...]:
+    sizes = [f"{width}x{height}" for width in cfg.graph.sizes for height in cfg.graph.sizes]
+    return tuple(RequestKind(model="diffusion", steps=cfg.graph.steps, size=size) for size in sizes)
+
+
+def _alone(cfg: SimulationBench, models: dict[str, str]) -> dict[str, Any]:
+    """Stage times of one process alone, and how fast it is beside as many others as there are cores."""
+    import ray
+
+    actor = ray.remote(num_cpus=0)(Stages)
+    actors = [actor.remote(cfg.graph, models, cfg.repeats) for _ in range(_cores())]
+    rows = cfg.graph.slots
+    ray.get([each.step.remote(rows) for each in actors])  # all are there
+    found = ray.get(actors[0].measure.remote())
+    alone = ray.get(actors[0].step.remote(rows))
+    # Several times, because they begin and end a little apart.
+    beside = [ray.get([each.step.remote(rows) for each in actors]) for _ in range(3)]
+    for each in actors:
+        ray.kill(each)
+    found["together"] = min(1.0, alone / Spread.of([seconds for both in beside for seconds in both]).median)
+    return found
+
+
+def _around(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str, float]:
+    """What a request costs outside of the stages, from requests of few steps one at a time: CPU time, and time besides."""
+    began, used = time.perf_counter(), _cpu_seconds()
+    time.sleep(cfg.seconds / 2)
+    idle = (_cpu_seconds() - used) / (time.perf_counter() - began)
+    few = cfg.graph.steps[0]
+    bodies = [{**body, "num_inference_steps": few} for body in _bodies(cfg, 2000, 512)]
+    began, used = time.perf_counter(), _cpu_seconds()
+    load = closed_loop(url, bodies, 1, cfg.seconds)
+    passed = time.perf_counter() - began
+    requests = load.answered * passed / load.window_s
+    cpu = (_cpu_seconds() - used - idle * passed) / requests
+    mean = sum(load.latencies) / len(load.latencies)
+    decode = sum(times[1] for times in stages["decode"].values()) / len(stages["decode"])
+    file = sum(stages["file"].values()) / len(stages["file"])
+    inside = stages["text"] + stages["admit"] + few * stages["step"][1] + decode + file
+    # The decoder waits for others to come, which is simulated.
+    return {
+        "ingress": max(0.0, cpu - inside),
+        "hop": max(0.0, (mean - max(cpu, inside) - 0.005) / 3),
+        "one request": mean,
+        "inside": inside,
+        "cpu": cpu,
+        "idle": idle,
+    }
+
+
+def _cpu_seconds() -> float:
+    total = 0.0
+    for pid in processes(with_ray=True):
+        try:
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system
+        except psutil.Error:
+            continue  # it ended while we looked
+    return total
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _prediction(cfg: SimulationBench, found: dict[str, Any], folder: Path, models: dict[str, str]) -> ServingConfig:
+    def time_of(seconds: dict[int, float]) -> StageTime:
+        return StageTime(seconds=seconds, source="measured alone")
+
+    endpoint = folder / "endpoint.yaml"
+    args = {**graph_args(cfg.graph, models), "sizes": list(cfg.graph.sizes)}
+    storage.write_text(str(endpoint), yaml.safe_dump({"app": args}))
+    times = ServingTimes(
+        ingress=time_of({1: found["ingress"]}),
+        text=time_of({1: found["text"]}),
+        admit=time_of({1: found["admit"]}),
+        step={"diffusion": time_of(found["step"])},
+        decode={size: time_of(seconds) for size, seconds in found["decode"].items()},
+        file={size: time_of({1: seconds}) for size, seconds in found["file"].items()},
+        hop_s=found["hop"],
+    )
+    return ServingConfig(
+        endpoint=str(endpoint),
+        # Client, proxy and ingress are processes of their own, and each works on another request.
+        replicas={INGRESS: 3},
+        buckets=tuple(found["buckets"]),
+        machine=Machine(cores=_cores(), together=found["together"]),
+        times=times,
+        load=LoadConfig(in_flight=1, mix=_mix(cfg)),
+    )
+
+
+def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[dict[str, Cell]]) -> None:
+    """The encoding job with one process that reads and decodes and one that encodes."""
+    import ray
+
+    made = DataBench(pictures_per_shard=cfg.pictures_per_shard)
+    few, many = cfg.shards
+    shards = _write_shards(made, folder / "shards", many)
+    for name, sizes in cfg.tokenizers.items():
+        at = folder / name
+        at.mkdir()
+        save_model(at, BIT(sizes))
+        actor = ray.remote(num_cpus=0)(DataStages).remote(str(at), shards[0], sizes.image_size)
+        alone = ray.get(actor.measure.remote(max(2, cfg.repeats // 5)))
+        ray.kill(actor)
+        stages = [LineStage(CPUS, 1, alone["decode"]), LineStage(ENCODERS, 1, alone["encode"])]
+        stages = [replace(stage, block_s=stage.block_s * cfg.pictures_per_shard) for stage in stages]
+        machine = Machine(cores=_cores(), together=together)
+        predicted = simulate_line(stages, machine=machine).blocks_per_s * cfg.pictures_per_shard
+        took = [_job(cfg, at, shards[:count], folder / f"{name}-{count}") for count in (few, many)]
+        real = (many - few) * cfg.pictures_per_shard / (took[1] - took[0])
+        rows.append(
+            _compared(f"encoding with the {name} tokenizer", predicted, real)
+            | {"decode ms": alone["decode"] * 1000, "encode ms": alone["encode"] * 1000}
+        )
+
+
+def _job(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], output: Path) -> float:
+    """Seconds of the whole job."""
+    began = time.perf_counter()
+    run_encode(
+        EncodeConfig(
+            input=",".join(shards),
+            output=str(output),
+            tokenizer=str(tokenizer),
+            rows_per_file=cfg.pictures_per_shard,
+            actors=1,
+        )
+    )
+    return time.perf_counter() - began

@@ -1,0 +1,141 @@
+"""What each stage of the graph takes in isolation, by batch size: in a process of its own, as a replica is, with no Serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.sources import read_blocks
+from ..serving.buckets import bucket_sizes
+from .serving import ServingBench
+
+STEPS = 1000
+"""More than any measurement takes, so that a slot stays taken."""
+
+
+def _median(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the middle one of ``repeats`` runs, after one that does not count."""
+    took = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    return float(np.median(took[1:]))
+
+
+class Stages:
+    """Text encoder, engine and decoder of a serving bench in one process."""
+
+    def __init__(self, cfg: ServingBench, models: dict[str, str], repeats: int) -> None:
+        import torch
+
+        from ..models.text_encoder import TextEncoder
+        from ..serving.deployments import DecoderStage, TextEncoderStage
+        from ..serving.engine import EngineOptions
+        from ..serving.weights import load_engine
+
+        self.cfg, self.repeats = cfg, repeats
+        text = cfg.text.model_copy(update={"max_length": cfg.text_length})
+        empty = TextEncoder.from_config(text).encode([""])
+        self.text = TextEncoderStage(text, cfg.threads, "cpu")
+        self.decoder = DecoderStage(models["tokenizer"], cfg.threads, "cpu")
+        options = EngineOptions(cfg.slots, cfg.text_length)
+        self.engine = load_engine(
+            models["generator"], empty.features[:, 0, empty.mask[0]], options, torch.device("cpu"), "auto"
+        )
+        self.number = 0
+
+    def measure(self) -> dict[str, Any]:
+        """``buckets`` that the engine uses, and seconds: ``text``, ``admit``, by rows ``step``, by size ``decode``, ``file``."""
+        prompt = "a photo of a red circle above a blue square"
+
+        def encode() -> None:
+            self.number += 1  # so that the cache has not seen it
+            self.text._encode([f"{prompt}, number {self.number}"])
+
+        step = {rows: self.step(rows) for rows in bucket_sizes(self.cfg.slots)}
+
+        def one_step_picture() -> None:
+            self._submit(1)
+            self.engine.step()
+
+        admit = max(0.0, _median(one_step_picture, self.repeats) - step[1])
+        decode: dict[str, dict[int, float]] = {}
+        file: dict[str, float] = {}
+        for height in self.cfg.sizes:
+            for width in self.cfg.sizes:
+                name = f"{width}x{height}"
+                decode[name] = {count: self._decode(count, height, width) for count in (1, 2, 4, 8)}
+                picture = self.decoder._decode(self._codes(1), height, width)[0]
+                file[name] = _median(lambda picture=picture: self.decoder._to_file(picture, "png", {}), self.repeats)
+        text = _median(encode, self.repeats)
+        return {
+            "buckets": self.engine.buckets,
+            "text": text,
+            "admit": admit,
+            "step": step,
+            "decode": decode,
+            "file": file,
+        }
+
+    def step(self, rows: int) -> float:
+        """Seconds of a step with so many slots taken."""
+        names = [self._submit(STEPS) for _ in range(rows)]
+        self.engine.step()
+        seconds = _median(self.engine.step, self.repeats)
+        for name in names:
+            self.engine.cancel(name)
+        self.engine.step()
+        return seconds
+
+    def _submit(self, steps: int) -> str:
+        from ..sampling import SamplingParams
+        from ..serving.engine import Request
+
+        self.number += 1
+        import torch
+
+        features = torch.randn(self.cfg.text_layers, 12, self.cfg.text_width)
+        request = Request(str(self.number), features, SamplingParams.of(1, num_inference_steps=steps))
+        self.engine.submit(request)
+        return request.id
+
+    def _codes(self, count: int) -> list[np.ndarray]:
+        shape = (self.decoder.bit.cfg.num_tokens, self.decoder.bit.cfg.bits_per_token)
+        return [np.random.default_rng(i).integers(0, 2, shape, np.uint8) for i in range(count)]
+
+    def _decode(self, count: int, height: int, width: int) -> float:
+        codes = self._codes(count)
+        return _median(lambda: self.decoder._decode(codes, height, width), self.repeats)
+
+
+class DataStages:
+    """Reading with decoding, and encoding, of the encoding job, in one process without Ray Data."""
+
+    def __init__(self, tokenizer: str, shard: str, size: int) -> None:
+        import torch
+
+        from ..data.encode import EncodeConfig, Encoder
+        from ..data.views import Decoder
+
+        torch.set_num_threads(1)
+        self.shard, self.decoder = shard, Decoder(size, 1, False)
+        self.encoder = Encoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
+
+    def measure(self, repeats: int) -> dict[str, float]:
+        """Seconds a picture: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""
+        tables: list[Any] = []
+
+        def decode() -> None:
+            tables[:] = [
+                part for block in read_blocks(self.shard, Path(self.shard).name, 1000) for part in self.decoder(block)
+            ]
+
+        decoding = _median(decode, repeats)
+        count = sum(table.num_rows for table in tables)
+        encoding = _median(lambda: [self.encoder(table) for table in tables], repeats)
+        return {"decode": decoding / count, "encode": encoding / count}

@@ -83,7 +83,7 @@ def _make(words: Sequence[str]) -> None:
 
 def _instella_ray(words: Sequence[str]) -> None:
     check_cli(words)
-    if words[1] == "plan":
+    if words[1] in ("plan", "simulate"):
         _exist([words[2]])
 
 

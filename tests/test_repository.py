@@ -35,6 +35,7 @@ FLOORS = [
     {"training"},
     {"serving"},
     {"evaluation"},
+    {"simulation"},
     {"demo", "bench"},
     {"cli"},
 ]
@@ -65,6 +66,7 @@ WITHOUT_RAY = (
     "evaluation/statistics.py",
     "evaluation/sampler.py",
     "evaluation/sample_set.py",
+    "simulation",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
@@ -83,7 +85,9 @@ JOB_OF = {
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 # Ray Serve's own form; tests/serving/test_configs.py checks it.
 DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path != DEPLOY)
+# Read by ``instella-ray simulate``; tests/simulation checks them.
+SIMULATIONS = sorted((ROOT / "configs" / "simulation").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in (DEPLOY, *SIMULATIONS))
 
 
 @cache

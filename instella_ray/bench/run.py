@@ -17,9 +17,10 @@ from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import Result, write_results
 from .serving import ServingBench, run_serving
+from .simulation import SimulationBench, run_simulation_bench
 from .training import TrainingBench, run_training
 
-Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "training"]
+Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "training", "simulation"]
 
 
 class BenchConfig(Config):
@@ -38,6 +39,7 @@ class BenchConfig(Config):
     metrics: MetricsBench = MetricsBench()
     data: DataBench = DataBench()
     training: TrainingBench = TrainingBench()
+    simulation: SimulationBench = SimulationBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[Result]:
@@ -50,6 +52,7 @@ def run_bench(cfg: BenchConfig) -> list[Result]:
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
+        "simulation": lambda: run_simulation_bench(cfg.simulation),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

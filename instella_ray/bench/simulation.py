@@ -55,7 +55,9 @@ class SimulationBench(Config):
     rounds: int = Field(2, ge=1)
     repeats: int = Field(15, ge=1)
     """Calls of a stage in isolation, of which the middle one counts."""
-    tokenizers: dict[str, BITConfig] = Field(default_factory=lambda: {"small": DEMO_BIT.model_copy(update={"image_size": 256})})
+    tokenizers: dict[str, BITConfig] = Field(
+        default_factory=lambda: {"small": DEMO_BIT.model_copy(update={"image_size": 256})}
+    )
     shards: tuple[int, int] = (6, 30)
     """Of a small and a large encoding job, whose difference is free of what starting costs."""
     pictures_per_shard: int = Field(64, ge=1)

@@ -50,7 +50,7 @@ class Stages:
         self.number = 0
 
     def measure(self) -> dict[str, Any]:
-        """``buckets`` that the engine uses, and seconds: ``text``, ``admit``, by rows ``step``, by size ``decode``, ``file``."""
+        """``buckets`` of the engine, and seconds: ``text``, ``admit``, by rows ``step``, by size ``decode`` and ``file``."""
         prompt = "a photo of a red circle above a blue square"
 
         def encode() -> None:

@@ -81,8 +81,8 @@ def size_cpus(jobs: DataJobs, gpus: int, busy: float = 0.95, seed: int = 0) -> i
     storage, cpus, encoders = jobs.encoding(gpus, 1)
     if storage.capacity < busy * encoders.capacity:
         return None
-    low = max(1, int(0.9 * busy * encoders.capacity / cpus.capacity))
-    high = 2 * low + 2
+    low = max(1, int(busy * encoders.capacity / cpus.capacity))
+    high = ceil(1.1 * low) + 1
     while not enough(high):
         if high > 100 * low:
             return None

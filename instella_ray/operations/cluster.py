@@ -1,0 +1,49 @@
+"""A cluster as seen from outside: through the address of its dashboard, with its token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from ..errors import UserError
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+LOCAL = "http://127.0.0.1:8265"
+MOST_NODES = 10_000
+
+
+class Cluster:
+    """The jobs and nodes behind ``address``; UserError names it where nothing answers or the token is refused."""
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or LOCAL
+        os.environ[ADDRESS] = self.address  # Ray's clients prefer this variable to what they are given
+        with self.reached():
+            self.jobs = JobSubmissionClient(self.address)
+
+    def nodes(self) -> list[dict[str, float]]:
+        """Amounts of all resources of each living node, by Ray's names."""
+        with self.reached():
+            states = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
+            return [dict(state.resources_total) for state in states]
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Says in one line why the cluster could not be asked."""
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(
+                f"{self.address}: the token is missing or wrong; expected RAY_AUTH_MODE=token, and this cluster's token "
+                "in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from None
+        except (ConnectionError, requests.RequestException, RayStateApiException) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"{self.address}: expected the dashboard of a running Ray cluster ({said})") from None

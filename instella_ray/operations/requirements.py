@@ -1,0 +1,121 @@
+"""What a job needs at least, from its configuration, held against the nodes of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import singledispatch
+from typing import NamedTuple
+
+from ..config import Config
+from ..data.curate import CurateConfig
+from ..data.encode import EncodeConfig
+from ..data.recaption import RecaptionConfig
+from ..data.synthesize import SynthesizeConfig
+from ..evaluation.decode import DecodeConfig
+from ..evaluation.evaluate import EvaluateConfig
+from ..evaluation.plan import SampleConfig
+from ..serving.config import ServeArgs
+from ..training.settings import TrainingRun
+from ..training.stages import TokenizerStagesConfig
+
+
+class Group(NamedTuple):
+    """Processes that run at the same time, each with the same claim."""
+
+    processes: int
+    cpus: float
+    gpus: float
+
+
+Needs = tuple[Group, ...]
+"""Groups that run at the same time."""
+READER: Needs = (Group(1, 1, 0),)
+"""The one CPU that a driver's tasks need to get anywhere at all."""
+
+
+@singledispatch
+def least(config: Config) -> Needs:
+    """The fewest processes that the job of ``config`` can do its work with.
+
+    A configuration that is not known here is that of a job made of others, whose parts run one after another.
+    """
+    parts = [getattr(config, name) for name in type(config).model_fields]
+    return largest([READER, *(least(part) for part in parts if isinstance(part, Config))])
+
+
+@least.register
+def _(config: TrainingRun) -> Needs:
+    # Measuring checkpoints meanwhile needs more, but waits until there is room.
+    workers = config.train.workers
+    return (Group(workers.min_count or workers.count, workers.cpus, float(workers.gpu)),)
+
+
+@least.register
+def _(config: TokenizerStagesConfig) -> Needs:
+    stages = config.each() or {"": config.single()}
+    return largest([least(stage) for stage in stages.values()])
+
+
+@least.register
+def _(config: CurateConfig) -> Needs:
+    return actors((section.actors, section.gpus_per_actor) for section in config.filters.of_pictures().values())
+
+
+@least.register
+def _(config: SynthesizeConfig) -> Needs:
+    return largest([actors([(model.actors, model.gpus_per_actor)]) for model in config.models.values()])
+
+
+@least.register(RecaptionConfig)
+@least.register(EncodeConfig)
+@least.register(SampleConfig)
+@least.register(DecodeConfig)
+@least.register(EvaluateConfig)
+def _(config: RecaptionConfig | EncodeConfig | SampleConfig | DecodeConfig | EvaluateConfig) -> Needs:
+    return actors([(config.actors, config.gpus_per_actor)])
+
+
+@least.register
+def _(config: ServeArgs) -> Needs:
+    stages = [config.text, config.decoder, *config.models.values()]
+    return tuple(Group(stage.least_replicas, config.cpus(stage), config.gpus(stage)) for stage in stages)
+
+
+def actors(pools: Iterable[tuple[int | None, float]]) -> Needs:
+    """Needs of pools of (actors, GPUs an actor); on CPUs they share what there is, however many they are."""
+    return READER + tuple(Group(count or 1, 0, gpus) for count, gpus in pools if gpus)
+
+
+def largest(needs: Sequence[Needs]) -> Needs:
+    """The most demanding of several that are met one after another: by GPUs, then by CPUs."""
+    return max(needs, key=lambda groups: (totals(groups)["GPU"], totals(groups)["CPU"]))
+
+
+def totals(needs: Needs) -> dict[str, float]:
+    """Amounts by Ray's names of resources."""
+    return {
+        "GPU": sum(group.processes * group.gpus for group in needs),
+        "CPU": sum(group.processes * group.cpus for group in needs),
+    }
+
+
+def lacking(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What ``nodes`` do not have of ``needs``, in words: in total, or for one process on one node; None if nothing."""
+    wanted = totals(needs)
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}
+    short = [name for name, amount in wanted.items() if amount > have[name]]
+    if short:
+        return f"needs {amounts(wanted, short)}, the cluster has {amounts(have, short)}"
+    for group in needs:
+        claim = {"GPU": group.gpus, "CPU": group.cpus}
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in claim.items()) for node in nodes):
+            names = [name for name, amount in claim.items() if amount]
+            most = " or ".join(sorted({amounts(node, names) for node in nodes}))
+            return f"needs {amounts(claim, names)} on one node, nodes of the cluster have {most}"
+    return None
+
+
+def amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
+    """``16 GPUs and 128 CPUs``."""
+    found = {name: resources.get(name, 0.0) for name in names}
+    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in found.items())

@@ -36,7 +36,7 @@ FLOORS = [
     {"serving"},
     {"evaluation"},
     {"simulation"},
-    {"demo", "bench"},
+    {"demo", "bench", "operations"},
     {"cli"},
 ]
 UPWARDS = {
@@ -82,7 +82,8 @@ JOB_OF = {
     "evaluation": ("evaluate", ["samples=a", "output=b"]),
     "evaluation/reconstruction": ("evaluate", ["pictures=a", "tokenizer=b", "output=c"]),
 }
-JOBS = sorted((ROOT / "jobs").glob("*.py"))
+SUBMIT = ROOT / "jobs" / "submit.py"  # sends the others to a cluster
+JOBS = sorted(set((ROOT / "jobs").glob("*.py")) - {SUBMIT})
 # Ray Serve's own form; tests/serving/test_configs.py checks it.
 DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
 # Read by ``instella-ray simulate``; tests/simulation checks them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ class Cluster:
     def __init__(self, address: str | None) -> None:
         self.address = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or LOCAL
         os.environ[ADDRESS] = self.address  # Ray's clients prefer this variable to what they are given
+        for module in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and of each connection that ends
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with self.reached():
             self.jobs = JobSubmissionClient(self.address)
 

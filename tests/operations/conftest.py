@@ -1,0 +1,15 @@
+"""One head with a token for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .head import Head, token_head
+
+
+@pytest.fixture(scope="package")
+def head() -> Iterator[Head]:
+    with token_head() as started:
+        yield started

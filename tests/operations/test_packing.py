@@ -1,0 +1,79 @@
+"""What goes with a job: the code and configurations, and neither data nor weights nor what git ignores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from instella_ray.errors import UserError
+from instella_ray.operations import packing
+from instella_ray.operations.packing import find_package
+
+from ..test_repository import ROOT
+
+WANTED = {"instella_ray/demo/run.py", "jobs/mine.py", "configs/a.yaml", "notes.txt", "out/metrics.jsonl.txt"}
+UNWANTED = {
+    *(".venv/bin/python", "__pycache__/a.pyc", "jobs/__pycache__/a.pyc", ".mypy_cache/x", "instella_ray.egg-info/PKG"),
+    *("demo/report.html", "demo-tiny/state.json", "runs/bench.json", "models/bit/model.safetensors"),
+    *("curated/0.tar", "codes/0.parquet", "secret/keys.txt", "big.log"),
+    *("trained/config.yaml", "trained/metrics.jsonl", "trained/previews/1.png"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in WANTED | UNWANTED:
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "project" / ".gitignore").write_text("/secret/\n*.log\n")
+    return tmp_path / "project"
+
+
+def git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "no checkout"])
+def test_code_and_configurations_are_packed_and_nothing_else(folder: Path, checkout: bool) -> None:
+    if checkout:
+        git(folder, "init")
+        git(
+            folder, "add", "jobs/mine.py", "configs", "curated/0.tar"
+        )  # untracked files go along, tracked data does not
+    assert set(find_package(folder).sizes) == WANTED | {".gitignore"}
+
+
+def test_a_package_of_the_same_files_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    find_package(folder).write(tmp_path / "a.zip")
+    os.utime(folder / "jobs" / "mine.py", (1, 1))
+    find_package(folder).write(tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.read("jobs/mine.py") == b"jobs/mine.py" and set(archive.namelist()) == WANTED | {".gitignore"}
+
+
+def test_too_much_is_refused_and_the_largest_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "LIMIT", 1 << 20)
+    for name, size in {"video.bin": 3 << 20, "deep/table.csv": 2 << 20}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+    with pytest.raises(
+        UserError, match=r"5\.0 MiB to pack, expected at most 1\.0 MiB.*video\.bin 3\.0 MiB, deep/table"
+    ):
+        find_package(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--working-dir .*nowhere: expected a folder"):
+        find_package(tmp_path / "nowhere")
+
+
+def test_this_project_packs_its_own_jobs_and_rooms() -> None:
+    package = find_package(ROOT)
+    assert {"jobs/curate.py", "configs/generator/tiny.yaml", "instella_ray/demo/run.py"} <= set(package.sizes)
+    assert package.total < 20 << 20

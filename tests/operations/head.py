@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
+import requests
 from ray.job_submission import JobSubmissionClient
 
 from ..processes import wait_until
@@ -101,11 +102,12 @@ class Head:
         return f"{(self.folder / 't' / 'ray_current_cluster').read_text().strip()}"
 
     def has_a_node(self) -> bool:
+        time.sleep(0.5)  # a head that starts has better things to do than to answer
         headers = {"authorization": f"Bearer {self.token}"}
         try:
-            answer = httpx.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=10)
+            answer = requests.get(f"{self.address}/api/v0/nodes", headers=headers, timeout=10)
             return answer.status_code == 200 and answer.json()["data"]["result"]["total"] > 0
-        except httpx.HTTPError:
+        except requests.RequestException:
             return False
 
     def submit(self, *argv: str, address: str | None = None, **env: str) -> Submitted:
@@ -131,7 +133,7 @@ class Head:
         self.submitter = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
         process = self.start_head()
         try:
-            assert wait_until(self.has_a_node, 120), (self.folder / "node-4.log").read_text()
+            assert wait_until(self.has_a_node, 240), (self.folder / "node-4.log").read_text()
             self.client = JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
             yield self
         finally:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from typing import Any
 
 import pytest
 
 from instella_ray import cli
-from instella_ray.config import load_config
+from instella_ray.config import job_config
+from instella_ray.operations.submission import Submission
 
 from .test_repository import ROOT, job
 
 
 class Loaded(Exception):
-    """A job has read its configuration, which is all that a check wants of it."""
+    """A command has read its command line, which is all that a check wants of it."""
 
 
 def check_job(words: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:
     """The configuration that ``python jobs/X.py ...`` would run with; UserError or SystemExit for one that it refuses."""
     python, script, *arguments = [_filled(word, variables or {}) for word in words]
     assert python.rpartition("/")[2] == "python" and script.startswith("jobs/") and (ROOT / script).is_file(), words
-    main = job(script.removeprefix("jobs/").removesuffix(".py"))
+    with chdir(ROOT):
+        return job_config(job(script.removeprefix("jobs/").removesuffix(".py")), arguments)
+
+
+def check_submission(words: Sequence[str]) -> None:
+    """SystemExit or UserError for a line of ``jobs/submit.py`` whose flags, or whose job, would be refused."""
+    orders: list[Submission] = []
+    main = job("submit")
+
+    def submit(order: Submission) -> int:
+        orders.append(order)
+        return 0
+
     patch = pytest.MonkeyPatch()
     try:
-        patch.chdir(ROOT)
-        patch.setitem(main.__globals__, "parse_job", _parse)  # type: ignore[attr-defined]
-        main(arguments)
-    except Loaded as loaded:
-        return loaded.args[0]
+        patch.setitem(main.__globals__, "submit", submit)  # type: ignore[attr-defined]
+        main(list(words[2:]))
     finally:
         patch.undo()
-    raise AssertionError(f"{script} did not read its configuration")
+    command = [word for word in orders[0].command if word != "python"]
+    check_job(["python", *command])
 
 
 def check_cli(words: Sequence[str]) -> None:
@@ -50,17 +61,6 @@ def check_cli(words: Sequence[str]) -> None:
     finally:
         patch.undo()
     raise AssertionError(f"{words}: not parsed")
-
-
-def _parse(cls: type, argv: Sequence[str], *, flags: Mapping[str, str] | None = None, **about: str) -> None:
-    parser = argparse.ArgumentParser(prog=about["prog"], exit_on_error=False)
-    parser.add_argument("--config")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    for flag, key in (flags or {}).items():
-        parser.add_argument(f"--{flag}", dest=key)
-    args = parser.parse_args(argv)
-    given = [f"{key}={value}" for key in (flags or {}).values() if (value := getattr(args, key)) is not None]
-    raise Loaded(load_config(cls, args.config, [*args.overrides, *given]))
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:

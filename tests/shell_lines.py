@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from instella_ray.config import parse_override
 
-from .commands import check_cli, check_job
+from .commands import check_cli, check_job, check_submission
 from .test_repository import MAKEFILE, ROOT
 
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.M | re.S)
@@ -67,6 +67,8 @@ def _python(words: Sequence[str]) -> None:
         assert importlib.util.find_spec(words[2]), words[2]
     elif words[1] == "-c":
         compile(words[2], "-c", "exec")
+    elif words[1] == "jobs/submit.py":
+        check_submission(words)
     elif "..." in words:
         assert (ROOT / words[1]).is_file(), words[1]
         for flag, value in pairwise(words):

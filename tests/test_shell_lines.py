@@ -33,6 +33,8 @@ def test_shell_lines_of_the_readmes_could_be_typed(path: Path) -> None:
         "python jobs/curate.py --config configs/data/curate.yaml --set input=a --set outputs=b",
         "python jobs/curate.py --confg configs/data/curate.yaml",
         "ray job submit -- python jobs/encode.py --config configs/data/encode.yaml --set input=a",
+        "python jobs/submit.py --adress http://127.0.0.1:8265 -- jobs/curate.py --set input=a --set output=b",
+        "python jobs/submit.py --address http://127.0.0.1:8265 -- jobs/curate.py --set input=a",
         "instella-ray plann configs/generator/paper.yaml",
         "instella-ray plan configs/generator/paper.yaml --gpu-days 3 --frm-pictures",
         "instella-ray plan configs/generator/papers.yaml",

@@ -1,10 +1,9 @@
-"""What a job needs at least, from its configuration, held against the nodes of a cluster."""
+"""What a job needs at least, from its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
-from typing import NamedTuple
 
 from ..config import Config
 from ..data.curate import CurateConfig
@@ -17,18 +16,8 @@ from ..evaluation.plan import SampleConfig
 from ..serving.config import ServeArgs
 from ..training.settings import TrainingRun
 from ..training.stages import TokenizerStagesConfig
+from .claims import Group, Needs, totals
 
-
-class Group(NamedTuple):
-    """Processes that run at the same time, each with the same claim."""
-
-    processes: int
-    cpus: float
-    gpus: float
-
-
-Needs = tuple[Group, ...]
-"""Groups that run at the same time."""
 READER: Needs = (Group(1, 1, 0),)
 """The one CPU that a driver's tasks need to get anywhere at all."""
 
@@ -89,33 +78,3 @@ def actors(pools: Iterable[tuple[int | None, float]]) -> Needs:
 def largest(needs: Sequence[Needs]) -> Needs:
     """The most demanding of several that are met one after another: by GPUs, then by CPUs."""
     return max(needs, key=lambda groups: (totals(groups)["GPU"], totals(groups)["CPU"]))
-
-
-def totals(needs: Needs) -> dict[str, float]:
-    """Amounts by Ray's names of resources."""
-    return {
-        "GPU": sum(group.processes * group.gpus for group in needs),
-        "CPU": sum(group.processes * group.cpus for group in needs),
-    }
-
-
-def lacking(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """What ``nodes`` do not have of ``needs``, in words: in total, or for one process on one node; None if nothing."""
-    wanted = totals(needs)
-    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}
-    short = [name for name, amount in wanted.items() if amount > have[name]]
-    if short:
-        return f"needs {amounts(wanted, short)}, the cluster has {amounts(have, short)}"
-    for group in needs:
-        claim = {"GPU": group.gpus, "CPU": group.cpus}
-        if not any(all(node.get(name, 0.0) >= amount for name, amount in claim.items()) for node in nodes):
-            names = [name for name, amount in claim.items() if amount]
-            most = " or ".join(sorted({amounts(node, names) for node in nodes}))
-            return f"needs {amounts(claim, names)} on one node, nodes of the cluster have {most}"
-    return None
-
-
-def amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
-    """``16 GPUs and 128 CPUs``."""
-    found = {name: resources.get(name, 0.0) for name in names}
-    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in found.items())

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from ..config import Config, add_config_arguments, job_config
 from ..errors import UserError
+from .claims import amounts, lacking, totals
 from .cluster import Cluster
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes
-from .requirements import amounts, lacking, least, totals
+from .requirements import least
 from .waiting import queued
 
 RUN_ID = "INSTELLA_RAY_RUN_ID"

@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from ..errors import UserError, run_main
-from .requirements import Group, Needs, amounts, totals
+from .claims import Group, Needs, amounts, totals
 
 LOOK_S = 30.0
 

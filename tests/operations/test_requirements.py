@@ -6,7 +6,8 @@ import pytest
 
 from instella_ray.config import job_config
 from instella_ray.errors import UserError
-from instella_ray.operations.requirements import Group, lacking, least, totals
+from instella_ray.operations.claims import Group, lacking, totals
+from instella_ray.operations.requirements import least
 
 from ..test_repository import ROOT, job
 

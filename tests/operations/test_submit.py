@@ -108,7 +108,9 @@ def test_a_job_that_the_cluster_has_no_room_for_is_refused_before_anything_is_se
     assert (packages(head), [job.submission_id for job in head.client.list_jobs()]) == before
 
 
-@pytest.mark.parametrize("env", [{"RAY_AUTH_TOKEN": "wrong" * 8}, {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"}], ids=["wrong", "none"])
+@pytest.mark.parametrize(
+    "env", [{"RAY_AUTH_TOKEN": "wrong" * 8}, {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"}], ids=["wrong", "none"]
+)
 def test_a_token_that_is_missing_or_wrong_is_refused_in_one_line(
     head: Head, trial: list[str], env: dict[str, str]
 ) -> None:

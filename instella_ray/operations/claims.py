@@ -1,0 +1,48 @@
+"""Claims on a cluster, in numbers and in words, and whether its nodes have room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Group(NamedTuple):
+    """Processes that run at the same time, each with the same claim."""
+
+    processes: int
+    cpus: float
+    gpus: float
+
+
+Needs = tuple[Group, ...]
+"""Groups that run at the same time."""
+
+
+def totals(needs: Needs) -> dict[str, float]:
+    """Amounts by Ray's names of resources."""
+    return {
+        "GPU": sum(group.processes * group.gpus for group in needs),
+        "CPU": sum(group.processes * group.cpus for group in needs),
+    }
+
+
+def lacking(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What ``nodes`` do not have of ``needs``, in words: in total, or for one process on one node; None if nothing."""
+    wanted = totals(needs)
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}
+    short = [name for name, amount in wanted.items() if amount > have[name]]
+    if short:
+        return f"needs {amounts(wanted, short)}, the cluster has {amounts(have, short)}"
+    for group in needs:
+        claim = {"GPU": group.gpus, "CPU": group.cpus}
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in claim.items()) for node in nodes):
+            names = [name for name, amount in claim.items() if amount]
+            most = " or ".join(sorted({amounts(node, names) for node in nodes}))
+            return f"needs {amounts(claim, names)} on one node, nodes of the cluster have {most}"
+    return None
+
+
+def amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
+    """``16 GPUs and 128 CPUs``."""
+    found = {name: resources.get(name, 0.0) for name in names}
+    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in found.items())

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ def free_port() -> int:
 def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it has started, and nothing else."""
     with_children = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    process.terminate()
+    for each in with_children:
+        with suppress(psutil.NoSuchProcess):
+            each.terminate()
     _, alive = psutil.wait_procs(with_children, timeout=20)
     for left in alive:
-        left.kill()
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
     psutil.wait_procs(alive, timeout=20)
     process.wait()
 
@@ -83,7 +86,13 @@ class Head:
 
     def start_node(self, *arguments: str, cpus: int) -> subprocess.Popen[Any]:
         command = [*RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=150000000"]
-        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", *arguments]
+        command += [
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+            "--include-log-monitor=false",
+            *arguments,
+        ]
         with (self.folder / f"node-{cpus}.log").open("w") as log:
             return subprocess.Popen(
                 command, env=self.env, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
@@ -91,7 +100,7 @@ class Head:
 
     def start_head(self) -> subprocess.Popen[Any]:
         places = [f"--temp-dir={self.folder}/t", f"--port={self.gcs_port}", f"--ray-client-server-port={free_port()}"]
-        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}", "--include-log-monitor=false"]
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.port}"]
         return self.start_node("--head", *places, *dashboard, cpus=4)
 
     def join(self, cpus: int) -> subprocess.Popen[Any]:

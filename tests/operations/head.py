@@ -51,7 +51,7 @@ class Submitted:
     """One ``jobs/submit.py`` that runs, or has run."""
 
     def __init__(self, pid: int, path: Path) -> None:
-        self.pid, self.path = pid, path
+        self.pid, self.path, self._code = pid, path, Path(f"{path}.code")
 
     @property
     def output(self) -> str:
@@ -62,10 +62,13 @@ class Submitted:
         """The id that it was submitted under, known once it has been."""
         return next((line.split(":")[0] for line in self.output.splitlines() if ": submitted to " in line), "")
 
+    @property
+    def ended(self) -> bool:
+        return self._code.exists()
+
     def wait(self, seconds: float = 300) -> int:
-        code = Path(f"{self.path}.code")
-        assert wait_until(code.exists, seconds), self.output
-        return int(code.read_text())
+        assert wait_until(lambda: self.ended, seconds), self.output
+        return int(self._code.read_text())
 
     def interrupt(self) -> None:
         os.kill(self.pid, signal.SIGINT)

@@ -89,7 +89,8 @@ def test_captions_pictures_and_measurements_are_made_at_the_same_time(head: Head
     question = {"prompt": "a red ball", "max_new_tokens": 4}
     recaption = {"model": str(models["captioner"]), "long": question, "short": question, "max_pixels": 900}
     on_cpu = {"actors": 1, "gpus_per_actor": 0, "batch_size": 4}
-    pipeline = {"pipeline": str(models["sd3"]), "num_inference_steps": 1, "height": 32, "width": 32, **on_cpu}
+    pipeline = {"pipeline": str(models["sd3"]), "num_inference_steps": 2, "guidance_scale": 3.0, **on_cpu}
+    pipeline |= {"height": 32, "width": 32}
     orders = [
         head.submit(
             *words(

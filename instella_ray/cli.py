@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_shards(commands)
     _add_plan(commands)
     _add_simulate(commands)
+    _add_lineage(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -178,6 +179,31 @@ def _simulate(args: argparse.Namespace) -> None:
     print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
     if args.output:
         storage.write_text(args.output, f"{report.text()}\n")
+
+
+def _add_lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "lineage",
+        help="what is behind a picture, model, run, or set of codes or samples, down to the source shards",
+        description="Print the chain of runs, checkpoints and data behind THING, and whether each of them is still what it "
+        "was. Exit code 1 where one is not; what is missing is named at its place.",
+    )
+    command.add_argument(
+        "thing", metavar="THING", help="a picture's file, model folder, run directory, or output folder of a job"
+    )
+    command.add_argument(
+        "--models", metavar="FOLDER", nargs="+", default=[], help="where to look for models, by weights"
+    )
+    command.add_argument("--json", action="store_true", help="print the chain as JSON")
+    command.set_defaults(run=_lineage)
+
+
+def _lineage(args: argparse.Namespace) -> int:
+    from .operations.lineage import trace, tree
+
+    link = trace(args.thing, args.models)
+    print(link.model_dump_json(indent=1) if args.json else tree(link))
+    return int(any(each.state == "changed" for each in link.walk()))
 
 
 if __name__ == "__main__":

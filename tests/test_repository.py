@@ -27,9 +27,10 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
+    {"logs"},
     {"errors"},
     {"config", "storage", "packages", "accelerator", "rng", "diffusion", "rendering"},
-    {"models"},
+    {"models", "runs"},
     {"sampling", "sampling_config", "flops"},
     {"data"},
     {"training"},

@@ -10,6 +10,7 @@ from pydantic import Field
 from .. import storage
 from ..config import Config
 from ..errors import UserError
+from ..runs import recorded
 from .curation_notes import CurationNotes, shown_shards
 from .curation_report import write_report
 from .deduplicate import deduplicate
@@ -18,6 +19,7 @@ from .filters.config import FilterConfig
 from .fingerprint import Fingerprinter
 from .judge import Judge
 from .ledger import Ledger
+from .origins import output_origin, shard_origins
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
 from .scoring import with_scores
@@ -59,35 +61,37 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, _settings(cfg))
     shown = shown_shards(shards.values())
-    if todo := {url: label for url, label in shards.items() if label not in done}:
-        init_ray()
-        storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
-        notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-        rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
-        if inputs.links:
-            rows = with_downloads(rows, cfg.download)
-        rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
-        rows = with_scores(rows, cfg.filters)
+    with recorded(cfg.output, "curate", cfg, shard_origins("shards", cfg.input)) as outputs:
+        if todo := {url: label for url, label in shards.items() if label not in done}:
+            init_ray()
+            storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
+            notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
+            rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
+            if inputs.links:
+                rows = with_downloads(rows, cfg.download)
+            rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
+            rows = with_scores(rows, cfg.filters)
+            if cfg.filters.duplicates:
+                rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)
+            write_parts(
+                rows,
+                PartWriter(cfg.output, ".tar", cfg.rows_per_shard, _write, notes),
+                shards=shards,
+                done=done,
+                title="curate",
+                abort=cfg.abort,
+            )
         if cfg.filters.duplicates:
-            rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)
-        write_parts(
-            rows,
-            PartWriter(cfg.output, ".tar", cfg.rows_per_shard, _write, notes),
-            shards=shards,
-            done=done,
-            title="curate",
-            abort=cfg.abort,
-        )
-    if cfg.filters.duplicates:
-        init_ray()
-        deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
-    ledger = close_with_list(folder, shards.values())
-    write_report(cfg.output, cfg.filters, folder.parts(), ledger)
-    if not ledger.kept:
-        raise UserError(
-            f"input {cfg.input}: no sample left ({ledger.summary()}); see {storage.join(cfg.output, 'ledger.json')}"
-        )
-    return ledger
+            init_ray()
+            deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
+        ledger = close_with_list(folder, shards.values())
+        write_report(cfg.output, cfg.filters, folder.parts(), ledger)
+        if not ledger.kept:
+            raise UserError(
+                f"input {cfg.input}: no sample left ({ledger.summary()}); see {storage.join(cfg.output, 'ledger.json')}"
+            )
+        outputs.append(output_origin("shards", cfg.output, ledger))
+        return ledger
 
 
 def _settings(cfg: CurateConfig) -> dict[str, object]:

@@ -12,8 +12,10 @@ from ..config import Config
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
+from ..runs import recorded
 from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
+from .origins import model_origin, output_origin, shard_origins
 from .parts import Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
 from .sources import find_pictures, open_source
@@ -93,30 +95,33 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor", "abort"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
     done = folder.open(cfg.mode, settings)
-    if todo := {url: label for url, label in shards.items() if label not in done}:
-        init_ray()
-        samples = open_source(todo, rows_per_block=cfg.rows_per_file)
-        decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=None)
-        encoded = decoded.map_batches(
-            Encoder,
-            fn_constructor_args=(cfg, size),
-            batch_format="pyarrow",
-            batch_size=4 * cfg.batch_size,
-            **actor_pool(cfg.actors, cfg.gpus_per_actor),
+    inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer, tokenizer_hash))
+    with recorded(cfg.output, "encode", cfg, inputs) as outputs:
+        if todo := {url: label for url, label in shards.items() if label not in done}:
+            init_ray()
+            samples = open_source(todo, rows_per_block=cfg.rows_per_file)
+            decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=None)
+            encoded = decoded.map_batches(
+                Encoder,
+                fn_constructor_args=(cfg, size),
+                batch_format="pyarrow",
+                batch_size=4 * cfg.batch_size,
+                **actor_pool(cfg.actors, cfg.gpus_per_actor),
+            )
+            writer = PartWriter(cfg.output, ".parquet", cfg.rows_per_file, CodesWriter(cfg.source))
+            write_parts(encoded, writer, shards=shards, done=done, title="encode", abort=cfg.abort)
+        ledger = folder.close(shards.values())
+        if not ledger.kept:
+            raise UserError(f"input {cfg.input}: nothing to encode ({ledger.summary()})")
+        files = [CodesFile(name=part.file, rows=part.records) for part in folder.parts() if part.file]
+        manifest = CodesManifest(
+            tokenizer_hash=tokenizer_hash,
+            num_tokens=bit.cfg.num_tokens,
+            bits_per_token=bit.cfg.bits_per_token,
+            rows=sum(file.rows for file in files),
+            files=tuple(files),
         )
-        writer = PartWriter(cfg.output, ".parquet", cfg.rows_per_file, CodesWriter(cfg.source))
-        write_parts(encoded, writer, shards=shards, done=done, title="encode", abort=cfg.abort)
-    ledger = folder.close(shards.values())
-    if not ledger.kept:
-        raise UserError(f"input {cfg.input}: nothing to encode ({ledger.summary()})")
-    files = [CodesFile(name=part.file, rows=part.records) for part in folder.parts() if part.file]
-    manifest = CodesManifest(
-        tokenizer_hash=tokenizer_hash,
-        num_tokens=bit.cfg.num_tokens,
-        bits_per_token=bit.cfg.bits_per_token,
-        rows=sum(file.rows for file in files),
-        files=tuple(files),
-    )
-    # Last, so that a folder with a manifest is a complete one.
-    storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
-    return manifest
+        # Last, so that a folder with a manifest is a complete one.
+        storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
+        outputs.append(output_origin("codes", cfg.output, ledger))
+        return manifest

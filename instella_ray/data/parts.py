@@ -20,6 +20,7 @@ from pydantic import Field
 from .. import storage
 from ..config import Config
 from ..errors import UserError
+from ..runs import RECORD
 from .ledger import KEPT, QUARANTINED, Ledger
 from .tar_index import INDEX
 
@@ -126,7 +127,7 @@ class PartFolder:
         whole = [part for part in parts if part.shard in done]
         keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}
         current = {part.file.rpartition(".")[0] for part in whole if part.file}
-        files = {part.file for part in whole} | {SETTINGS, DUPLICATES}
+        files = {part.file for part in whole} | {SETTINGS, DUPLICATES, RECORD}
         fs, root = storage.filesystem(self.url)
         for path in fs.find(root):
             below, name = path[len(root) :].strip("/"), path.rsplit("/", 1)[-1]

@@ -14,10 +14,12 @@ from .. import storage
 from ..accelerator import Precision, pick_device, precision_of_actors
 from ..config import Config
 from ..errors import UserError
+from ..runs import Origin, recorded
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
 from .decode import UndecodableError
 from .ledger import DROPPED, KEPT, QUARANTINED, Ledger
 from .loader import Prefetcher
+from .origins import output_origin, shard_origins
 from .parts import LEDGER, Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
 from .pretrained import located, short_name
@@ -146,19 +148,22 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     shards = find_pictures(cfg.input)
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, recaption_settings(cfg))
-    if todo := {url: label for url, label in shards.items() if label not in done}:
-        init_ray()
-        described = open_source(todo, rows_per_block=cfg.rows_per_shard).map_batches(
-            Recaptioner,
-            fn_constructor_args=(cfg,),
-            batch_format="pyarrow",
-            batch_size=8 * cfg.batch_size,
-            **actor_pool(cfg.actors, cfg.gpus_per_actor),
-        )
-        writer = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples)
-        write_parts(described, writer, shards=shards, done=done, title="recaption", abort=cfg.abort)
-    ledger = close_with_list(folder, shards.values())
-    if not ledger.kept:
-        where = storage.join(cfg.output, LEDGER)
-        raise UserError(f"input {cfg.input}: no picture got its captions ({ledger.summary()}); see {where}")
-    return ledger
+    inputs = (*shard_origins("shards", cfg.input), Origin(role="captioner", kind="name", path=cfg.model))
+    with recorded(cfg.output, "recaption", cfg, inputs) as outputs:
+        if todo := {url: label for url, label in shards.items() if label not in done}:
+            init_ray()
+            described = open_source(todo, rows_per_block=cfg.rows_per_shard).map_batches(
+                Recaptioner,
+                fn_constructor_args=(cfg,),
+                batch_format="pyarrow",
+                batch_size=8 * cfg.batch_size,
+                **actor_pool(cfg.actors, cfg.gpus_per_actor),
+            )
+            writer = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples)
+            write_parts(described, writer, shards=shards, done=done, title="recaption", abort=cfg.abort)
+        ledger = close_with_list(folder, shards.values())
+        if not ledger.kept:
+            where = storage.join(cfg.output, LEDGER)
+            raise UserError(f"input {cfg.input}: no picture got its captions ({ledger.summary()}); see {where}")
+        outputs.append(output_origin("shards", cfg.output, ledger))
+        return ledger

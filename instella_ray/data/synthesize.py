@@ -19,7 +19,9 @@ from .. import storage
 from ..accelerator import precision_of_actors
 from ..config import Config
 from ..errors import UserError
+from ..runs import Origin, recorded
 from .ledger import KEPT, Ledger
+from .origins import output_origin
 from .painter import Painter, PipelineConfig, check_pipeline
 from .parts import LEDGER, Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
@@ -148,18 +150,22 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
     folder = PartFolder(cfg.output)
     done = folder.open(cfg.mode, synthesize_settings(cfg, prompts))
-    labels: list[str] = []
-    for name in cfg.models:
-        of_model = chunks(cfg, prompts, name)
-        labels += of_model
-        if todo := {label: chunk for label, chunk in of_model.items() if label not in done}:
-            init_ray()
-            _make(cfg, name, todo, of_model)
-    ledger = close_with_list(folder, labels)
-    if not ledger.kept:
-        where = storage.join(cfg.output, LEDGER)
-        raise UserError(f"prompts {cfg.prompts}: no picture came of them ({ledger.summary()}); see {where}")
-    return ledger
+    asked = Origin(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
+    painters = [Origin(role="painter", kind="name", path=model.pipeline) for model in cfg.models.values()]
+    with recorded(cfg.output, "synthesize", cfg, (asked, *painters)) as outputs:
+        labels: list[str] = []
+        for name in cfg.models:
+            of_model = chunks(cfg, prompts, name)
+            labels += of_model
+            if todo := {label: chunk for label, chunk in of_model.items() if label not in done}:
+                init_ray()
+                _make(cfg, name, todo, of_model)
+        ledger = close_with_list(folder, labels)
+        if not ledger.kept:
+            where = storage.join(cfg.output, LEDGER)
+            raise UserError(f"prompts {cfg.prompts}: no picture came of them ({ledger.summary()}); see {where}")
+        outputs.append(output_origin("shards", cfg.output, ledger))
+        return ledger
 
 
 def _make(

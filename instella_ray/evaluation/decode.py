@@ -97,6 +97,7 @@ class Worker:
         sampling = samples.run.sampling.model_dump(mode="json")
         for i, picture in enumerate(self.decoder.pictures(block.codes)):
             about = {"model": samples.run.model_hash, "prompt": block.prompts[i], **sampling, "seed": block.seeds[i]}
+            about["weights"] = {"generator": samples.run.model_hash, "tokenizer": samples.run.tokenizer_hash}
             yield encode_image(picture, kind, about)
 
 

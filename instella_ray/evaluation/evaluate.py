@@ -11,9 +11,11 @@ from typing import Any
 
 from .. import storage
 from ..accelerator import hardware_summary
+from ..data.origins import model_origin
 from ..data.parts import open_output
 from ..data.pipeline import init_ray
 from ..errors import UserError
+from ..runs import Origin, recorded
 from .choice import Choice, choose_pictures
 from .gallery import Order, paint
 from .measure import Record, States, Task, load_reference, measure
@@ -24,6 +26,7 @@ from .metrics.presets import preset
 from .reading import ReaderOptions
 from .report import write_report
 from .results import RESULTS, STATES
+from .sample_set import samples_origin
 from .subject import EvaluateConfig, Subject
 from .units import picture_units
 
@@ -42,28 +45,39 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     sections = choose(cfg.metrics, frozenset(subject.offers), scenes=subject.scenes)
     sections = {name: absolute(section) for name, section in sections.items()}
     open_output(cfg.output, cfg.mode, _identity(cfg, subject, sections))
-    init_ray()
-    spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
-    fid = sections.get("fid")
-    reference = _reference(cfg, fid, spread) if isinstance(fid, FID) else None
-    captions = any("prompts" in section.needs for section in sections.values())
-    reader = ReaderOptions(cfg.tokenizer, subject.size, cfg.batch_size, captions)
-    gpu = cfg.gpus_per_actor > 0
-    task = Task(storage.join(cfg.output, STATES), sections, reader, subject.per_prompt, reference, gpu)
-    measured = measure(task, subject.all_units, **spread, title="evaluate")
-    records: dict[str, list[Record]] = {name: [] for name in subject.units}
-    for record in measured:
-        records[record.unit.setting].append(record)
-    choices, settings = {}, []
-    for name, found in records.items():
-        metrics = _merged(task, name, found)
-        choices[name] = choose_pictures(found, metrics, cfg.show, len(records))
-        settings.append(_summary(name, subject.about[name], found, metrics, choices[name], cfg.seed))
-    if "images" in subject.offers:
-        paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, **spread)
-    card = _card(cfg, subject, measured)
-    storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
-    return write_report(cfg.output)
+    with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, subject)):
+        init_ray()
+        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
+        fid = sections.get("fid")
+        reference = _reference(cfg, fid, spread) if isinstance(fid, FID) else None
+        captions = any("prompts" in section.needs for section in sections.values())
+        reader = ReaderOptions(cfg.tokenizer, subject.size, cfg.batch_size, captions)
+        gpu = cfg.gpus_per_actor > 0
+        task = Task(storage.join(cfg.output, STATES), sections, reader, subject.per_prompt, reference, gpu)
+        measured = measure(task, subject.all_units, **spread, title="evaluate")
+        records: dict[str, list[Record]] = {name: [] for name in subject.units}
+        for record in measured:
+            records[record.unit.setting].append(record)
+        choices, settings = {}, []
+        for name, found in records.items():
+            metrics = _merged(task, name, found)
+            choices[name] = choose_pictures(found, metrics, cfg.show, len(records))
+            settings.append(_summary(name, subject.about[name], found, metrics, choices[name], cfg.seed))
+        if "images" in subject.offers:
+            paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, **spread)
+        card = _card(cfg, subject, measured)
+        storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
+        return write_report(cfg.output)
+
+
+def _inputs(cfg: EvaluateConfig, subject: Subject) -> tuple[Origin, ...]:
+    if cfg.samples is not None:
+        read = samples_origin("samples", cfg.samples)
+    else:
+        read = Origin(role="pictures", kind="name", path=str(cfg.pictures))
+    if cfg.tokenizer is None:
+        return (read,)
+    return (read, model_origin("tokenizer", cfg.tokenizer, subject.tokenizer_hash))
 
 
 def _identity(cfg: EvaluateConfig, subject: Subject, sections: dict[str, Section]) -> dict[str, Any]:

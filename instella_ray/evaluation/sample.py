@@ -12,12 +12,14 @@ from tqdm import tqdm
 
 from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
+from ..data.origins import model_origin
 from ..data.parts import QUARANTINE, open_output
 from ..data.pipeline import actor_pool, init_ray, on_actors
 from ..data.prompts import prompts_hash, read_prompts
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
+from ..runs import Origin, recorded
 from ..serving.engine import EngineOptions
 from ..serving.weights import Identity
 from .plan import Planned, SampleConfig, plan_samples, settings_of
@@ -92,13 +94,20 @@ def run_sample(cfg: SampleConfig) -> dict[str, SampleManifest]:
     """
     job = plan_job(cfg)
     resuming = open_output(job.folder, cfg.mode, _settings(cfg, job))
-    done = _look_through(job) if resuming else {}
-    if set(job.runs) != {""}:
-        storage.write_json(storage.join(job.folder, SWEEP), {"settings": list(job.runs)})
-    todo = [(n, [name for name in job.runs if (name, n) not in done]) for n in range(job.units)]
-    if todo := [(number, names) for number, names in todo if names]:
-        _sample(cfg, job, todo)
-    return {name: _close(cfg, job, name, done) for name in job.runs}
+    with recorded(job.folder, "sample", cfg, _inputs(cfg, job)):
+        done = _look_through(job) if resuming else {}
+        if set(job.runs) != {""}:
+            storage.write_json(storage.join(job.folder, SWEEP), {"settings": list(job.runs)})
+        todo = [(n, [name for name in job.runs if (name, n) not in done]) for n in range(job.units)]
+        if todo := [(number, names) for number, names in todo if names]:
+            _sample(cfg, job, todo)
+        return {name: _close(cfg, job, name, done) for name in job.runs}
+
+
+def _inputs(cfg: SampleConfig, job: Job) -> tuple[Origin, ...]:
+    run = next(iter(job.runs.values()))
+    prompts = Origin(role="prompts", kind="name", path=cfg.prompts, identity=run.prompts_hash)
+    return (model_origin("generator", run.model, run.model_hash), prompts)
 
 
 def plan_job(cfg: SampleConfig) -> Job:

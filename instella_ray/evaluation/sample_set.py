@@ -22,6 +22,7 @@ from ..config import Config
 from ..data.codes import pack_codes, unpack_codes
 from ..data.parts import finished_file
 from ..errors import UserError
+from ..runs import Origin, read_record
 from ..sampling_config import SamplingConfig
 
 MANIFEST, SWEEP = "manifest.json", "sweep.json"
@@ -161,6 +162,25 @@ def find_sample_sets(folder: str) -> dict[str, SampleSet]:
     path = storage.join(folder, SWEEP)
     names = storage.read_json(path)["settings"] if storage.exists(path) else [""]
     return {name: SampleSet(storage.join(folder, name) if name else folder) for name in names}
+
+
+def samples_origin(role: str, folder: str) -> Origin:
+    """A folder of samples, one set or a sweep, by the runs that made it; without a record its manifest names the model."""
+    sets = find_sample_sets(folder)
+    run = next(iter(sets.values())).run
+    identity = hashlib.sha256(" ".join(found.manifest.run_id for found in sets.values()).encode()).hexdigest()
+    facts = {"samples": sum(len(found) for found in sets.values()), "model": run.kind, "seed": run.seed}
+    record = read_record(folder)
+    model = Origin(role="generator", kind="model", path=run.model, identity=run.model_hash)
+    prompts = Origin(role="prompts", kind="name", path=run.prompts, identity=run.prompts_hash)
+    return Origin(
+        role=role,
+        kind="samples",
+        path=storage.absolute(folder),
+        identity=identity,
+        facts={**(record.facts if record is not None else {}), **facts},
+        inputs=record.inputs if record is not None else (model, prompts),
+    )
 
 
 def sample_id(prompt_id: str, index: int) -> str:

@@ -51,6 +51,12 @@ def save_weights(
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
 
 
+def add_section(folder: str | Path, name: str, section: Mapping[str, Any]) -> None:
+    """Add a section to the ``config.yaml`` of a model folder."""
+    config = {**read_checkpoint_config(folder), name: dict(section)}
+    (Path(folder) / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+
+
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     """The folder's ``config.yaml``; UserError where it is no model folder."""
     path = Path(folder) / CONFIG

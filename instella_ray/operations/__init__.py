@@ -1,1 +1,1 @@
-"""What it takes to run jobs on machines of one's own: a job is packed, held against the cluster, sent and followed."""
+"""Jobs on machines of one's own: are those in order, how a job gets there, and where a result comes from."""

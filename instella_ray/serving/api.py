@@ -45,6 +45,7 @@ class Served:
     bits: int
     kinds: dict[str, str]
     """``diffusion`` or ``ar``, by model."""
+    tokenizer_hash: str
 
 
 class Service:
@@ -68,11 +69,12 @@ class Service:
         as_codes = request.response_format == "codes"
 
         async def one(picture: Picture) -> ImageData:
-            codes = await self.graph.codes(picture, deadline)
-            seen = {"seed": picture.sampling["seed"], "prompt": picture.prompt}
+            made = await self.graph.codes(picture, deadline)
+            seen: dict[str, Any] = {"seed": picture.sampling["seed"], "prompt": picture.prompt}
+            seen["weights"] = self.graph.weights(made)
             if as_codes:
-                return ImageData(codes=pack(codes), **seen)
-            return ImageData(b64_json=_base64(await self.graph.file(picture, codes, deadline)), **seen)
+                return ImageData(codes=pack(made.codes), **seen)
+            return ImageData(b64_json=_base64(await self.graph.file(picture, made, deadline)), **seen)
 
         model = pictures[0].model
         with self.gates[model].enter(len(pictures)):

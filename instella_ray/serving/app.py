@@ -48,7 +48,10 @@ class Ingress:
         generators: dict[str, DeploymentHandle],
     ) -> None:
         count = None if args.limits.prompt_tokens is None else partial(_count_tokens, _tokenizer(text_config))
-        self.service, self.keys = Service(args, served, Graph(text, decoder, generators), count), keys
+        self.service, self.keys = (
+            Service(args, served, Graph(text, decoder, generators, served.tokenizer_hash), count),
+            keys,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self.service, self.keys)
@@ -190,4 +193,4 @@ def _look_into_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
         encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
     if any(encoder != encoders[0] for encoder in encoders):
         raise UserError("models: all generators of one endpoint must read the same text encoder")
-    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds), encoders[0]
+    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), encoders[0]

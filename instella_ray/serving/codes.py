@@ -1,13 +1,23 @@
-"""A picture's bits as text: 1,024 bytes at full size, in base64."""
+"""A picture's bits, and the same as text: 1,024 bytes at full size, in base64."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
+
+
+class Generated(NamedTuple):
+    """What a generator has made of a request."""
+
+    codes: np.ndarray
+    """uint8 0/1 ``[L, K]``."""
+    weights: str
+    """Hash of the weights that made them: they may be swapped at any time."""
 
 
 def pack(codes: np.ndarray) -> str:

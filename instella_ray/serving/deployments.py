@@ -23,10 +23,11 @@ from ..accelerator import Precision, pick_device
 from ..data.decode import to_pixels
 from ..errors import UserError
 from ..models.bit import BIT
-from ..models.checkpoint import load_expected
+from ..models.checkpoint import load_expected, weight_hash
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..sampling import SamplingParams
 from .batching import MicroBatcher
+from .codes import Generated
 from .engine import EngineOptions, Progress
 from .images import OPTIONS, encode_image
 from .metrics import EngineMetrics, StageTimes
@@ -106,6 +107,8 @@ class GeneratorStage:
         self.times, self.metrics = StageTimes(), EngineMetrics()
         self._runners: dict[int, EngineRunner] = {0: EngineRunner(self._load(path))}
         """By number; the last one takes new requests, those before it end what they have."""
+        self._hash = weight_hash(path)
+        """Of the weights that take new requests."""
         self._swap, self._retiring = asyncio.Lock(), set[asyncio.Task[None]]()
         self._reporter: asyncio.Task[None] | None = None
         self._in_service = False
@@ -117,15 +120,17 @@ class GeneratorStage:
 
     async def generate(
         self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
-    ) -> np.ndarray:
-        """Codes, uint8 0/1 ``[L, K]``, of ``features [layers, T, width]``.
+    ) -> Generated:
+        """Codes of ``features [layers, T, width]``, and whose they are.
 
         ``sampling`` holds the fields of :class:`SamplingParams`.
         """
         # A copy: arrays from the object store are read-only.
         prompt, params = torch.tensor(features), _params(sampling)
+        runner, weights = self.runner, self._hash  # others may take their place meanwhile
         with self.times.measure("generate"):
-            return (await self.runner.generate(prompt, params, timeout_s=timeout_s)).numpy()
+            codes = await runner.generate(prompt, params, timeout_s=timeout_s)
+        return Generated(codes.numpy(), weights)
 
     async def follow(
         self,
@@ -134,18 +139,21 @@ class GeneratorStage:
         timeout_s: float = float("inf"),
         preview_every: int = 1,
     ) -> AsyncIterator[dict[str, Any]]:
-        """As :meth:`generate`, with ``{"step", "steps", "codes"}`` after every ``preview_every`` steps, where codes are
-        the most likely bits as of then, and ``{"codes", "done": True}`` at the end. 0 gives the end alone."""
+        """As :meth:`generate`, with ``{"step", "steps", "codes", "weights"}`` after every ``preview_every`` steps, where
+        codes are the most likely bits as of then, and ``{"codes", "weights", "done": True}`` at the end. 0 gives the end
+        alone."""
         prompt, params = torch.tensor(features), _params(sampling)
+        weights = self._hash
         events = self.runner.follow(prompt, params, timeout_s=timeout_s, preview_every=preview_every)
         with self.times.measure("generate"):
             # Closed here and now when the caller leaves, not when the garbage is collected: the slot waits for it.
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Progress):
-                        yield {"step": event.step, "steps": event.steps, "codes": event.estimate.numpy()}
+                        about = {"step": event.step, "steps": event.steps, "weights": weights}
+                        yield {**about, "codes": event.estimate.numpy()}
                     else:
-                        yield {"codes": event.codes.numpy(), "done": True}
+                        yield {"codes": event.codes.numpy(), "weights": weights, "done": True}
 
     async def check_health(self) -> None:
         """:class:`.runner.EngineFailed` when an engine has died or hangs. Serve asks now and then."""
@@ -200,9 +208,10 @@ class GeneratorStage:
         self.identity.check(Identity.of(weights.path), weights.path)
         # In a thread, because reading weights takes seconds in which the old engine's callers want their events.
         engine = await asyncio.to_thread(self._load, weights.path)
+        new_hash = await asyncio.to_thread(weight_hash, weights.path)
         old = next(reversed(self._runners))
         self._runners[old + 1] = EngineRunner(engine)
-        self.weights = weights
+        self.weights, self._hash = weights, new_hash
         task = asyncio.create_task(self._retire(old))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

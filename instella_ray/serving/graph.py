@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
+from .codes import Generated
 from .retry import with_retries
 
 T = TypeVar("T")
@@ -38,28 +39,32 @@ class Picture:
     width: int
     output_format: str
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What is written into the file."""
-        return {"model": self.model, "prompt": self.prompt, **self.sampling}
+    def metadata(self, weights: Mapping[str, str]) -> dict[str, Any]:
+        """What is written into the file; ``weights`` are the hashes of the models that made it."""
+        return {"model": self.model, "prompt": self.prompt, **self.sampling, "weights": dict(weights)}
 
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes ``{"step", "steps", "codes"}``, once for every ``preview_every`` steps and in their order."""
+"""Takes ``{"step", "steps", "codes", "weights"}``, once for every ``preview_every`` steps and in their order."""
 
 
 class Graph:
     """Handles of the stages."""
 
     def __init__(
-        self, text: DeploymentHandle, decoder: DeploymentHandle, generators: Mapping[str, DeploymentHandle]
+        self,
+        text: DeploymentHandle,
+        decoder: DeploymentHandle,
+        generators: Mapping[str, DeploymentHandle],
+        tokenizer_hash: str,
     ) -> None:
         self.text, self.decoder, self.generators = text, decoder, generators
+        self.tokenizer_hash = tokenizer_hash
 
-    async def codes(self, picture: Picture, deadline: float) -> np.ndarray:
-        """Bits, uint8 0/1 ``[L, K]``; ``deadline`` in terms of ``time.monotonic()``."""
+    async def codes(self, picture: Picture, deadline: float) -> Generated:
+        """Bits, and whose they are; ``deadline`` in terms of ``time.monotonic()``."""
 
-        async def attempt() -> np.ndarray:
+        async def attempt() -> Generated:
             # The features are made anew for every try: those of the last one may have died with their replica.
             async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
                 call = self.generators[picture.model].generate.remote(
@@ -70,11 +75,11 @@ class Graph:
 
         return await with_retries(attempt, deadline=deadline)
 
-    async def follow(self, picture: Picture, deadline: float, preview_every: int, report: Report) -> np.ndarray:
+    async def follow(self, picture: Picture, deadline: float, preview_every: int, report: Report) -> Generated:
         """As :meth:`codes`, with a ``report`` on the way. A second try does not report again what the first one did."""
         reported = 0
 
-        async def attempt() -> np.ndarray:
+        async def attempt() -> Generated:
             nonlocal reported
             generator = self.generators[picture.model].options(stream=True)
             async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
@@ -84,7 +89,7 @@ class Graph:
                 async with _cancelling(call) as updates:
                     async for update in updates:
                         if update.get("done"):
-                            return update["codes"]
+                            return Generated(update["codes"], update["weights"])
                         if update["step"] > reported:
                             reported = update["step"]
                             report(update)
@@ -110,11 +115,14 @@ class Graph:
 
         return await with_retries(attempt, deadline=deadline)
 
-    async def file(self, picture: Picture, codes: np.ndarray, deadline: float) -> bytes:
-        """The file of ``picture``, which has the bits ``codes``."""
-        return await self.decode(
-            codes, picture.height, picture.width, picture.output_format, picture.metadata, deadline
-        )
+    async def file(self, picture: Picture, made: Generated, deadline: float) -> bytes:
+        """The file of ``picture``, which has the bits of ``made``."""
+        metadata = picture.metadata(self.weights(made))
+        return await self.decode(made.codes, picture.height, picture.width, picture.output_format, metadata, deadline)
+
+    def weights(self, made: Generated) -> dict[str, str]:
+        """Hashes of the models behind a picture."""
+        return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
 
     async def ailing(self) -> list[str]:
         """Stages without a replica that passed its last health check, with what Serve says of them.

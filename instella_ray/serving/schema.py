@@ -121,6 +121,8 @@ class ImageData(BaseModel):
     """Base64 of the bits, packed as ``numpy.packbits`` does it."""
     seed: int | None = None
     prompt: str | None = None
+    weights: dict[str, str] | None = None
+    """Hashes of the weights of ``generator`` and ``tokenizer``, by which ``instella-ray lineage`` finds them."""
 
 
 class ImageResponse(BaseModel):

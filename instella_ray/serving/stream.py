@@ -9,11 +9,10 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import numpy as np
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .codes import pack
+from .codes import Generated, pack
 from .failures import ApiError, api_error
 from .graph import Graph, Picture, all_or_none
 
@@ -95,15 +94,16 @@ class PictureStream:
                 previews.append(asyncio.create_task(self._preview(picture, update, len(previews), before)))
 
         try:
-            codes = await self.graph.follow(picture, self.deadline, self.every, report)
-            shown = await self._shown(picture, codes)
+            made = await self.graph.follow(picture, self.deadline, self.every, report)
+            shown = await self._shown(picture, made)
             await asyncio.gather(*previews)
         finally:
             for preview in previews:
                 preview.cancel()
         # The codes stand beside the file: 1 KiB that can be decoded again at another size.
         more = {
-            "codes": pack(codes),
+            "codes": pack(made.codes),
+            "weights": self.graph.weights(made),
             "seed": picture.sampling["seed"],
             "prompt": picture.prompt,
             "model": picture.model,
@@ -113,7 +113,7 @@ class PictureStream:
     async def _preview(
         self, picture: Picture, update: dict[str, Any], number: int, before: asyncio.Task[None] | None
     ) -> None:
-        shown = await self._shown(picture, update["codes"])
+        shown = await self._shown(picture, Generated(update["codes"], update["weights"]))
         if before is not None:
             await before
         self._tell(
@@ -127,10 +127,10 @@ class PictureStream:
             **shown,
         )
 
-    async def _shown(self, picture: Picture, codes: np.ndarray) -> dict[str, str]:
+    async def _shown(self, picture: Picture, made: Generated) -> dict[str, str]:
         if self.as_codes:
-            return {"codes": pack(codes)}
-        return {"b64_json": base64.b64encode(await self.graph.file(picture, codes, self.deadline)).decode()}
+            return {"codes": pack(made.codes)}
+        return {"b64_json": base64.b64encode(await self.graph.file(picture, made, self.deadline)).decode()}
 
     def _format(self, picture: Picture) -> dict[str, str]:
         return {"size": f"{picture.width}x{picture.height}", "output_format": picture.output_format}

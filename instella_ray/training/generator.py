@@ -19,6 +19,7 @@ from ..data.codes import CodesManifest, CodesReader
 from ..data.decode import to_pixels
 from ..data.image_data import PicturesBatch, PicturesData
 from ..data.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
+from ..data.origins import data_origin, model_origin, shard_origins, text_encoder_origin
 from ..diffusion import (
     TimeDistribution,
     ar_loss,
@@ -34,6 +35,7 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..runs import Origin
 from ..sampling import SamplingParams, generate
 from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
@@ -325,4 +327,15 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
 def run_generator(cfg: GeneratorRunConfig) -> str:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_config(cfg)  # here, before anything is written and any worker starts
-    return launch(cfg, lambda device: GeneratorTask(cfg, device), description=f"{cfg.model.kind} generator")
+    description = f"{cfg.model.kind} generator"
+    inputs = generator_inputs(cfg)
+    return launch(
+        cfg, lambda device: GeneratorTask(cfg, device), description=description, job="train_generator", inputs=inputs
+    )
+
+
+def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Origin, ...]:
+    """What a complete run learns from."""
+    made = (data_origin("codes", source.folder) for source in cfg.sources)
+    data = tuple(made) if cfg.images is None else shard_origins("shards", cfg.images)
+    return (*data, model_origin("tokenizer", cfg.tokenizer), text_encoder_origin(cfg.text_encoder))

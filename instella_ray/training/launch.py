@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from .. import storage
 from ..config import dump_yaml, load_config
 from ..data.pipeline import init_ray
 from ..errors import UserError
+from ..runs import Origin, recorded
 from .attempts import Attempt
 from .elastic import DivisorTrainer
 from .loggers import check_loggers
@@ -29,11 +30,19 @@ from .task import Task
 from .zero import require_deepspeed
 
 
-def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, description: str) -> str:
+def launch(
+    run: TrainingRun,
+    build_task: Callable[[torch.device], Task],
+    *,
+    description: str,
+    job: str = "train",
+    inputs: Sequence[Origin] = (),
+) -> str:
     """Train ``build_task(device)`` on ``run.train.workers`` and return the final checkpoint's folder.
 
     ``build_task`` is called on every worker with what that computes on. The run directory's ``config.yaml`` holds all
-    of ``run``. UserError when the directory belongs to another run already, when there is nothing to resume or it was
+    of ``run``, and its ``run.json`` names the ``inputs``, as every checkpoint does. UserError when the directory belongs
+    to another run already, when there is nothing to resume or it was
     begun with other settings, when a logger or the workers' resources are missing, when another start has taken the run
     over, when the last checkpoint cannot be written, and for bad input that only a worker met.
     """
@@ -51,7 +60,7 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
     def worker() -> bool:
         return train_worker(build_task(ray.train.torch.get_device()), cfg, attempt)
 
-    with _Progress(cfg, description):
+    with recorded(cfg.run_dir, job, run, inputs) as outputs, _Progress(cfg, description):
         try:
             while not _fit(worker, cfg):
                 # Left for a node that is taken away, before Ray Train had noticed that itself: on other nodes then.
@@ -65,9 +74,10 @@ def launch(run: TrainingRun, build_task: Callable[[torch.device], Task], *, desc
             if mistakes:
                 raise mistakes[0] from None
             raise
-    final = latest_checkpoint(cfg.run_dir)
-    if checkpoint_step(final) < cfg.steps:
-        raise UserError(f"run_dir {cfg.run_dir}: the run ended without the checkpoint of step {cfg.steps}")
+        final = latest_checkpoint(cfg.run_dir)
+        if checkpoint_step(final) < cfg.steps:
+            raise UserError(f"run_dir {cfg.run_dir}: the run ended without the checkpoint of step {cfg.steps}")
+        outputs.append(Origin(role="checkpoint", kind="model", path=final, facts={"step": cfg.steps}))
     return final
 
 

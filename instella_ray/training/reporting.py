@@ -13,7 +13,10 @@ import ray.train
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from .. import storage
+from ..data.origins import LINEAGE, lineage_section
 from ..errors import UserError
+from ..models.checkpoint import add_section
+from ..runs import read_record
 from .attempts import Attempt
 from .run_dir import SCORES, checkpoint_name, download, finished_checkpoints, scratch_folder
 from .settings import TrainConfig
@@ -56,6 +59,8 @@ class Checkpoints:
         folder = self.scratch / checkpoint_name(step)
         folder.mkdir(parents=True)
         write(folder, step)
+        if (record := read_record(self.attempt.run_dir)) is not None:
+            add_section(folder, LINEAGE, lineage_section(record, step))
         storage.write_json(str(folder / SCORES), metrics)
         self.uploads.hand_over(folder)
 

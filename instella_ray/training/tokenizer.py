@@ -16,6 +16,7 @@ from .. import rng, storage
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
+from ..data.origins import model_origin, shard_origins
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models.bit import BIT, BITConfig
@@ -262,4 +263,9 @@ def _with_absolute_weights(cfg: F) -> F:
 def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
     """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
-    return launch(cfg, lambda device: TokenizerTask(cfg), description=description)
+    inputs = shard_origins("shards", cfg.data)
+    if cfg.start_from is not None:
+        with local_folder(cfg.start_from) as here:
+            parent = model_origin("parent", here)
+        inputs = (*inputs, parent.model_copy(update={"path": cfg.start_from}))
+    return launch(cfg, lambda device: TokenizerTask(cfg), description=description, job="train_tokenizer", inputs=inputs)

@@ -106,7 +106,7 @@ def test_a_killed_generator_is_told_at_once_and_replaced(serving: None, folders:
 
     def call(number: int) -> np.ndarray:
         params = sampling(number, num_inference_steps=STEPS)
-        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120)
+        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120).codes
         return codes
 
     with Load(call, 8) as load:
@@ -131,7 +131,7 @@ def test_weights_are_swapped_under_load_and_nobody_is_dropped(serving: None, fol
 
     def call(number: int) -> np.ndarray:
         params = sampling(number, num_inference_steps=STEPS)
-        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120)
+        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120).codes
         return codes
 
     with Load(call, 8) as load:
@@ -157,7 +157,7 @@ def test_a_rolling_update_of_the_code_drops_nobody(serving: None, folders: dict[
 
     def call(number: int) -> np.ndarray:
         params = sampling(number, num_inference_steps=STEPS)
-        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120)
+        codes: np.ndarray = handle.generate.remote(features(number), params).result(timeout_s=120).codes
         return codes
 
     with Load(call, 8) as load:
@@ -177,5 +177,5 @@ def test_a_generator_whose_steps_hang_is_replaced(serving: None, folders: dict[s
     eventually(lambda: len(found := pids(handle)) == 1 and before not in found)
     with pytest.raises(Exception):  # noqa: B017 - whatever a stopped replica ends its calls with
         endless.result(timeout_s=30)
-    codes = handle.generate.remote(features(1), sampling(1)).result(timeout_s=60)
+    codes = handle.generate.remote(features(1), sampling(1)).result(timeout_s=60).codes
     assert np.array_equal(codes, codes_alone(folders["old"], 1))

@@ -89,12 +89,12 @@ def test_the_same_bits_alone_in_company_and_on_every_replica(
     handle, wanted = handles[kind], codes_alone(folders[kind], 7)
     replicas = handle.broadcast("generate", features(7), sampling(7)).results()
     assert len(replicas) == (2 if kind == "diffusion" else 1)
-    assert all(np.array_equal(codes, wanted) for codes in replicas)
+    assert all(np.array_equal(made.codes, wanted) for made in replicas)
     crowd = random.Random(0).sample(range(8, 200), 15)
     answers = {n: handle.generate.remote(features(n), sampling(n)) for n in (*crowd[:8], 7, *crowd[8:])}
     for number, answer in answers.items():
-        assert np.array_equal(answer.result(timeout_s=60), codes_alone(folders[kind], number)), number
-    assert np.array_equal(answers[7].result(), wanted)
+        assert np.array_equal(answer.result(timeout_s=60).codes, codes_alone(folders[kind], number)), number
+    assert np.array_equal(answers[7].result().codes, wanted)
 
 
 def test_the_same_bits_while_neighbours_join_leave_and_are_cancelled(
@@ -107,10 +107,10 @@ def test_the_same_bits_while_neighbours_join_leave_and_are_cancelled(
         endless = handle.generate.remote(features(number), sampling(number, num_inference_steps=FOREVER))
         time.sleep(0.02)
         endless.cancel()
-        assert brief.result(timeout_s=60).shape == (4, 6)
+        assert brief.result(timeout_s=60).codes.shape == (4, 6)
     for number, answer in enumerate(watched):
         wanted = codes_alone(folders["diffusion"], number, num_inference_steps=400)
-        assert np.array_equal(answer.result(timeout_s=60), wanted)
+        assert np.array_equal(answer.result(timeout_s=60).codes, wanted)
     eventually(lambda: sum(active(handle)) == 0)
 
 
@@ -149,9 +149,9 @@ def test_errors_arrive_as_what_they_are(handles: dict[str, Any]) -> None:
     eventually(lambda: sum(active(handle)) == 0, 10)
 
 
-def test_stages_are_chained_without_passing_through_the_caller(handles: dict[str, Any]) -> None:
+def test_features_reach_the_generator_without_passing_through_the_caller(handles: dict[str, Any]) -> None:
     text = handles["text"].encode.remote("a photo of a red circle")
-    codes = handles["ar"].generate.remote(text, sampling(3))
+    codes = handles["ar"].generate.remote(text, sampling(3)).result(timeout_s=60).codes
     metadata = {"model": "ar", "prompt": "a photo of a red circle", **sampling(3)}
     file = handles["decoder"].decode.remote(codes, 32, 64, "webp", metadata).result(timeout_s=60)
     assert read_metadata(file) == metadata
@@ -201,7 +201,7 @@ def test_a_swap_that_does_not_fit_leaves_the_deployment_serving(
     (after,) = handle.broadcast("status").results()
     assert after["pid"] == before["pid"] and after["path"] == folders["ar"]
     assert "another tokenizer" in after["refused"]
-    codes = handle.generate.remote(features(3), sampling(3)).result(timeout_s=60)
+    codes = handle.generate.remote(features(3), sampling(3)).result(timeout_s=60).codes
     assert np.array_equal(codes, codes_alone(folders["ar"], 3))
 
 

@@ -220,7 +220,7 @@ def test_serves_own_bound_reaches_the_endpoint_as_429(ray_session: None, url: st
     @serve.deployment(ray_actor_options={"num_cpus": 0})
     class Caller:
         def __init__(self, busy: Any, text: Any) -> None:
-            self.graph = Graph(text, text, {"busy": busy})
+            self.graph = Graph(text, text, {"busy": busy}, "0" * 64)
 
         async def ask(self, stream: bool) -> tuple[int, float]:
             import asyncio

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from instella_ray.errors import UserError
+from instella_ray.models.checkpoint import weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.serving import deployments
 from instella_ray.serving.deployments import DecoderStage, GeneratorStage, TextEncoderStage
@@ -60,7 +61,7 @@ def test_generate_and_follow_end_in_the_same_codes(folders: dict[str, str]) -> N
         generator = stage(folders)
         wanted = codes_alone(folders["old"], 7, num_inference_steps=9)
         request = features(7), sampling(7, num_inference_steps=9)
-        assert np.array_equal(await generator.generate(*request, 60.0), wanted)
+        assert np.array_equal((await generator.generate(*request, 60.0)).codes, wanted)
         events = [event async for event in generator.follow(*request, 60.0, preview_every=4)]
         assert [(e["step"], e["steps"]) for e in events[:-1]] == [(4, 9), (8, 9)]
         assert all(e["codes"].dtype == np.uint8 and e["codes"].shape == (4, 6) for e in events)
@@ -72,7 +73,7 @@ def test_generate_and_follow_end_in_the_same_codes(folders: dict[str, str]) -> N
         with pytest.raises(DeadlineExceeded):
             await generator.generate(features(7), sampling(7, **FOREVER), 0.1)
         # None of these broke the engine for the others.
-        assert np.array_equal(await generator.generate(*request, 60.0), wanted)
+        assert np.array_equal((await generator.generate(*request, 60.0)).codes, wanted)
 
     asyncio.run(run())
 
@@ -106,11 +107,14 @@ def test_weights_are_swapped_and_the_old_ones_are_freed(folders: dict[str, str])
         assert (status["path"], status["engines"], status["refused"]) == (folders["new"], 2, None)
         assert status["active"] + status["waiting"] == 8  # those with the old weights count as load
         assert (await generator.record_autoscaling_stats())["slots"] == OPTIONS.slots
-        new = await generator.generate(features(5), sampling(5), 60.0)
+        made = await generator.generate(features(5), sampling(5), 60.0)
+        new = made.codes
+        assert made.weights == weight_hash(folders["new"])
         assert np.array_equal(new, codes_alone(folders["new"], 5))
         assert not np.array_equal(new, codes_alone(folders["old"], 5))
         wanted = codes_alone(folders["old"], 3, num_inference_steps=1000)
-        assert all(np.array_equal(codes, wanted) for codes in await asyncio.gather(*running))
+        for old_one in await asyncio.gather(*running):
+            assert np.array_equal(old_one.codes, wanted) and old_one.weights == weight_hash(folders["old"])
         await until(lambda: len(generator._runners) == 1)
         running.clear()
         gc.collect()
@@ -124,7 +128,7 @@ def test_a_generator_of_the_other_kind_can_take_over(folders: dict[str, str]) ->
     async def run() -> None:
         generator = stage(folders)
         await generator.reconfigure({"path": folders["ar"]})
-        codes = await generator.generate(features(5), sampling(5), 60.0)
+        codes = (await generator.generate(features(5), sampling(5), 60.0)).codes
         assert np.array_equal(codes, codes_alone(folders["ar"], 5))
 
     asyncio.run(run())
@@ -154,7 +158,7 @@ def test_a_swap_that_does_not_fit_is_refused(folders: dict[str, str], config: di
         await generator.reconfigure(config)
         status = await generator.status()
         assert message in status["refused"] and status["path"] == folders["old"]
-        codes = await generator.generate(features(5), sampling(5), 60.0)
+        codes = (await generator.generate(features(5), sampling(5), 60.0)).codes
         assert np.array_equal(codes, codes_alone(folders["old"], 5))
         await generator.reconfigure({"path": folders["new"]})
         assert (await generator.status())["refused"] is None
@@ -203,9 +207,9 @@ def test_half_precision_is_for_gpus_unless_asked_for(folders: dict[str, str]) ->
     async def run() -> None:
         generator = stage(folders, precision="bf16")
         assert generator.runner.engine.model.x_embedder.weight.dtype == torch.bfloat16
-        alone = await generator.generate(features(5), sampling(5), 60.0)
+        alone = (await generator.generate(features(5), sampling(5), 60.0)).codes
         jobs = [generator.generate(features(n), sampling(n), 60.0) for n in range(12)]
-        assert np.array_equal((await asyncio.gather(*jobs))[5], alone)
+        assert np.array_equal((await asyncio.gather(*jobs))[5].codes, alone)
         exact, half = (DecoderStage(folders["bit"], device="cpu", precision=p) for p in ("fp32", "bf16"))  # type: ignore[arg-type]
         files = [await decoder.decode(alone, 32, 32) for decoder in (exact, half)]
         pixels = [np.asarray(Image.open(io.BytesIO(file))).astype(int) for file in files]

@@ -1,0 +1,100 @@
+"""Log records of every process of a run: JSON lines for machines, plain lines for people.
+
+``INSTELLA_RAY_LOG=json`` asks for the former. What a record carries beside its message, the run's id, the job and the
+rank, lies in this process's :class:`Context`; driver and workers set theirs up by :func:`set_up`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT, RUN_ID, JOB = "INSTELLA_RAY_LOG", "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
+PACKAGE = __name__.partition(".")[0]
+STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+"""What Python's own records hold; anything else is a field that was logged with ``extra``."""
+
+_context: dict[str, Any] = {}
+
+
+def run_id(job: str) -> str:
+    """The id of the run that this process is part of: ``INSTELLA_RAY_RUN_ID``, which is set where it is not.
+
+    What is started from here inherits it.
+    """
+    return os.environ.setdefault(
+        RUN_ID, f"{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    )
+
+
+def context() -> dict[str, Any]:
+    """What this process's records carry, to be handed to :func:`set_up` in a worker's process."""
+    known = {"job": os.environ.get(JOB), "run": os.environ.get(RUN_ID)}
+    return {"format": os.environ.get(FORMAT, "text"), **{k: v for k, v in known.items() if v}, **_context}
+
+
+def begin_job(job: str) -> None:
+    """Set up the records of a driver, whose processes inherit its run id and job."""
+    os.environ[JOB] = job
+    run_id(job)
+    set_up({})
+
+
+def set_up(fields: Mapping[str, Any]) -> None:
+    """Log this package's records to stderr, each with ``fields`` (run, job, rank, attempt) and those of the environment.
+
+    A second call replaces the fields; ``format`` among them is ``json`` or ``text``, and by default the environment's.
+    """
+    _context.clear()
+    _context.update(fields)
+    found = context()
+    logger = logging.getLogger(PACKAGE)
+    for handler in [h for h in logger.handlers if isinstance(h, RecordHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(RecordHandler(found["format"] == "json"))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if found["format"] not in ("json", "text"):
+        logger.warning("%s=%s: expected json or text; lines of text it is", FORMAT, found["format"])
+
+
+class RecordHandler(logging.StreamHandler[Any]):
+    """Writes to whatever stderr is at that moment."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.setFormatter(JsonFormatter() if as_json else TextFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record: time (UTC), level, job, run, rank and attempt where known, message, further fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        about: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        about |= {name: value for name, value in context().items() if name != "format"}
+        about |= {"message": record.getMessage(), "logger": record.name, "process": record.process}
+        about |= {name: value for name, value in vars(record).items() if name not in STANDARD}
+        if record.exc_info:
+            about["error"] = self.formatException(record.exc_info)
+        return json.dumps(about, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """The message, after the level's name where something is wrong."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        rank = f"rank {_context['rank']}: " if _context.get("rank") else ""
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return f"{level}{rank}{record.getMessage()}{trace}"

@@ -114,6 +114,8 @@ class Shelf:
         if place is not None and origin.kind == "model" and not origin.inputs:
             told = model_origin(origin.role, place, origin.identity)
             origin = origin.model_copy(update={"facts": {**told.facts, **origin.facts}, "inputs": told.inputs})
+        if place is not None and origin.kind == "model" and not origin.inputs:
+            note = "; ".join(filter(None, (note, "says nothing of what it was trained on")))
         return Link(
             role=origin.role,
             path=place or origin.path,

@@ -7,10 +7,13 @@ import json
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from instella_ray.runs import RECORD
 
 Members = list[tuple[str, bytes]]
 
@@ -39,6 +42,12 @@ def tar_bytes(members: Members) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a job has made, by the names of the files: all but its record, which is another one each time."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def bomb(width: int = 50_000, height: int = 50_000) -> bytes:

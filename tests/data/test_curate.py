@@ -21,7 +21,7 @@ from instella_ray.data.shards import find_shards
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 
-from .samples import HOSTILE, picture, sample, tar_bytes
+from .samples import HOSTILE, contents, picture, sample, tar_bytes
 
 LIMITS = FilterConfig(resolution=Resolution(target_size=64))
 
@@ -37,11 +37,6 @@ def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
         }
         | more
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def curated_keys(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from instella_ray.data.views import Decoder
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import load_model, save_model, weight_hash
+from instella_ray.runs import read_record
 
 from .samples import picture
 
@@ -64,6 +65,10 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
     reader = CodesReader(str(out), tokenizer_hash=weight_hash(tokenizer))
     assert manifest.rows == len(reader) == 10
     assert json.loads((out / "ledger.json").read_text())["quarantined"] == {"undecodable": 2}
+    record = read_record(str(out))
+    assert record is not None and record.attempts[-1].status == "finished"
+    assert [(each.role, each.facts.get("files")) for each in record.inputs] == [("shards", 2), ("tokenizer", None)]
+    assert record.inputs[1].identity == manifest.tokenizer_hash and record.outputs[0].facts["kept"] == 10
     index = np.arange(10)
     assert reader.column(index, "key") == [f"{n}{i}" for n in range(2) for i in range(5)]
     assert reader.column(index, "caption_short") == [f"short {i}" for _ in range(2) for i in range(5)]

@@ -20,8 +20,7 @@ from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.checkpoint import save_model
 
 from ..processes import descendants, wait_until
-from .samples import picture
-from .test_curate import contents
+from .samples import contents, picture
 from .test_encode import SIZES, WIDTHS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -30,7 +30,7 @@ from instella_ray.data.shards import find_shards, write_samples, write_tar
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from .samples import HOSTILE, picture, sample, tar_bytes
+from .samples import HOSTILE, contents, picture, sample, tar_bytes
 from .tiny_models import save_captioner
 
 LONG, SHORT = Question(prompt="a red ball", max_new_tokens=24), Question(prompt="box", max_new_tokens=7)
@@ -55,10 +55,6 @@ def config(shards: Path, model: Path, output: Path, **more: Any) -> RecaptionCon
 def pictures(count: int) -> list[Image.Image]:
     """Of growing size, which the model reads as more and more tokens."""
     return [decode_for_captioner(picture(i, (12 + 6 * i, 24)), 900) for i in range(count)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def rows(data: bytes) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from instella_ray.data.synthesize import (
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from .samples import tar_bytes
+from .samples import contents, tar_bytes
 from .tiny_models import save_flux, save_prudish_stable_diffusion, save_stable_diffusion_3
 
 TEXTS = ["a red ball", "a blue box on a round box.", "under", "a square ball beside a box", "what no tokenizer knows"]
@@ -73,10 +73,6 @@ def made(cfg: SynthesizeConfig, name: str) -> list[dict[str, Any]]:
 
 def pixels(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.stack([np.asarray(decode_rgb(row["image"])).astype(int) for row in rows])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])

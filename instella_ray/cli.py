@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import logs
 from .config import add_config_arguments, describe, load_config, read_yaml, validate
 from .errors import run_main
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_lineage(commands)
     _add_doctor(commands)
     args = parser.parse_args(argv)
+    logs.begin_job(args.command)
     return run_main(lambda: args.run(args))
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from . import logs
 from .errors import UserError
 
 C = TypeVar("C", bound="Config")
@@ -103,6 +104,7 @@ def parse_job(
 
     ``flags`` are keys that have a flag of their own beside ``--set``: flag name to dotted key.
     """
+    logs.begin_job(prog.removesuffix(".py"))
     flags = flags or {}
     parser = argparse.ArgumentParser(
         prog=prog,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
+
+from . import logs
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -12,11 +16,17 @@ class UserError(Exception):
 
 def run_main(command: Callable[[], int | None]) -> int:
     """Run ``command`` and return the process's exit code: its own, 2 on a :class:`UserError`, 130 on Ctrl-C."""
+    logs.set_up({})
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        log.info("interrupted")
         return 130
+    except Exception as error:
+        if not logs.for_machines():
+            raise
+        log.exception("%s: %s", type(error).__name__, error)
+        return 1

@@ -1,7 +1,7 @@
 """Log records of every process of a run: JSON lines for machines, plain lines for people.
 
-``INSTELLA_RAY_LOG=json`` asks for the former. What a record carries beside its message, the run's id, the job and the
-rank, lies in this process's :class:`Context`; driver and workers set theirs up by :func:`set_up`.
+``INSTELLA_RAY_LOG=json`` asks for the former on stderr, ``INSTELLA_RAY_LOG_FILE`` for a file of them beside. What a record
+carries beside its message, the run's id, the job and the rank, is what :func:`set_up` was told in its process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT, RUN_ID, JOB = "INSTELLA_RAY_LOG", "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
+FORMAT, FILE = "INSTELLA_RAY_LOG", "INSTELLA_RAY_LOG_FILE"
+RUN_ID, JOB = "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
 PACKAGE = __name__.partition(".")[0]
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 """What Python's own records hold; anything else is a field that was logged with ``extra``."""
@@ -34,42 +35,52 @@ def run_id(job: str) -> str:
 
 
 def context() -> dict[str, Any]:
-    """What this process's records carry, to be handed to :func:`set_up` in a worker's process."""
-    known = {"job": os.environ.get(JOB), "run": os.environ.get(RUN_ID)}
-    return {"format": os.environ.get(FORMAT, "text"), **{k: v for k, v in known.items() if v}, **_context}
+    """What this process's records carry and where they go, to be handed to :func:`set_up` in a worker's process."""
+    places = {"format": FORMAT, "file": FILE, "job": JOB, "run": RUN_ID}
+    return {**{name: os.environ[key] for name, key in places.items() if os.environ.get(key)}, **_context}
 
 
 def begin_job(job: str) -> None:
-    """Set up the records of a driver, whose processes inherit its run id and job."""
+    """Set up the records of a job's driver, whose processes inherit its run id."""
     os.environ[JOB] = job
     run_id(job)
     set_up({})
 
 
 def set_up(fields: Mapping[str, Any]) -> None:
-    """Log this package's records to stderr, each with ``fields`` (run, job, rank, attempt) and those of the environment.
+    """Log this package's records to stderr, as lines for people or as JSON, and to a file of JSON where one is asked for.
 
-    A second call replaces the fields; ``format`` among them is ``json`` or ``text``, and by default the environment's.
+    ``fields`` (run, job, rank, attempt, ...) are added to those that this process's records carry; ``format`` and
+    ``file`` among them say what the environment says elsewhere.
     """
-    _context.clear()
     _context.update(fields)
     found = context()
     logger = logging.getLogger(PACKAGE)
-    for handler in [h for h in logger.handlers if isinstance(h, RecordHandler)]:
+    for handler in [h for h in logger.handlers if isinstance(h.formatter, JsonFormatter | TextFormatter)]:
         logger.removeHandler(handler)
-    logger.addHandler(RecordHandler(found["format"] == "json"))
+        handler.close()
+    logger.addHandler(StderrHandler(JsonFormatter() if found.get("format") == "json" else TextFormatter()))
+    if file := found.get("file"):
+        lines = logging.FileHandler(file, delay=True)
+        lines.setFormatter(JsonFormatter())
+        logger.addHandler(lines)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
-    if found["format"] not in ("json", "text"):
+    if found.get("format", "text") not in ("json", "text"):
         logger.warning("%s=%s: expected json or text; lines of text it is", FORMAT, found["format"])
 
 
-class RecordHandler(logging.StreamHandler[Any]):
+def for_machines() -> bool:
+    """Whether records are asked for as JSON, on stderr or in a file."""
+    found = context()
+    return found.get("format") == "json" or bool(found.get("file"))
+
+
+class StderrHandler(logging.StreamHandler[Any]):
     """Writes to whatever stderr is at that moment."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
-        self.setFormatter(JsonFormatter() if as_json else TextFormatter())
+        self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -82,9 +93,10 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         about: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
-        about |= {name: value for name, value in context().items() if name != "format"}
+        about |= {name: value for name, value in context().items() if name not in ("format", "file")}
         about |= {"message": record.getMessage(), "logger": record.name, "process": record.process}
-        about |= {name: value for name, value in vars(record).items() if name not in STANDARD}
+        # What is logged with extra never takes the place of what every record has.
+        about = {**{name: value for name, value in vars(record).items() if name not in STANDARD}, **about}
         if record.exc_info:
             about["error"] = self.formatException(record.exc_info)
         return json.dumps(about, default=str)

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
@@ -14,6 +15,7 @@ from pydantic import Field
 from ray.data import ActorPoolStrategy, Dataset
 from tqdm import tqdm
 
+from .. import logs
 from ..config import Config
 from ..errors import UserError
 from .ledger import Ledger
@@ -49,10 +51,27 @@ def init_ray(*, log_to_driver: bool = True) -> None:
     """
     if ray.is_initialized():
         return
+    here: dict[str, Any] = {"log_to_driver": log_to_driver}
+    if logs.for_machines():
+        here["logging_config"] = WorkerLogging("JSON", fields=logs.context())
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=log_to_driver)
+        ray.init(**here)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=log_to_driver)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, **here)
+
+
+@dataclass
+class WorkerLogging(ray.LoggingConfig):
+    """Ray's setting of the logs of every process of a job, with this package's own records beside those of others."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What each of the package's records carries, and where they go."""
+
+    def _apply(self) -> None:
+        super()._apply()
+        logs.set_up(self.fields)
+        # Ray has given a handler to the root of all loggers, which would write them once more.
+        logging.getLogger(logs.PACKAGE).propagate = False
 
 
 def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:

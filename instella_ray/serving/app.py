@@ -13,7 +13,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from .. import storage
+from .. import logs, storage
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
@@ -47,6 +47,7 @@ class Ingress:
         decoder: DeploymentHandle,
         generators: dict[str, DeploymentHandle],
     ) -> None:
+        logs.set_up({"job": "serve", "stage": "ingress"})
         count = None if args.limits.prompt_tokens is None else partial(_count_tokens, _tokenizer(text_config))
         self.service, self.keys = (
             Service(args, served, Graph(text, decoder, generators, served.tokenizer_hash), count),

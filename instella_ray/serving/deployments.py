@@ -19,6 +19,7 @@ import numpy as np
 import pydantic
 import torch
 
+from .. import logs
 from ..accelerator import Precision, pick_device
 from ..data.decode import to_pixels
 from ..errors import UserError
@@ -58,6 +59,7 @@ class TextEncoderStage:
         """``batch_invariant`` runs each prompt that is not in the cache by itself: padded beside others its features
         differ in the last digits, and a picture would depend on who else was asking."""
         torch.set_num_threads(threads)
+        logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
         encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
         self.cache = TextFeatureCache(encoder, cache_bytes)
@@ -98,6 +100,7 @@ class GeneratorStage:
         """``empty_prompt [layers, T, width]``: features without a prompt. A step that takes ``longest_step_s`` counts as
         hung: Serve then replaces the replica."""
         torch.set_num_threads(threads)
+        logs.set_up({"job": "serve", "stage": "generator"})
         self.options = options or EngineOptions()
         self.longest_step_s = longest_step_s
         self._empty, self._device, self._precision = torch.tensor(empty_prompt), pick_device(device), precision
@@ -252,6 +255,7 @@ class DecoderStage:
     ) -> None:
         """A picture of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
         torch.set_num_threads(threads)
+        logs.set_up({"job": "serve", "stage": "decoder"})
         self.device = pick_device(device)
         self.bit = load_expected(path, BIT, device=self.device)
         self.dtype = serving_dtype(self.device, precision)

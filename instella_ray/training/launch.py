@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..config import dump_yaml, load_config
 from ..data.pipeline import init_ray
 from ..errors import UserError
@@ -28,6 +29,8 @@ from .run_dir import CONFIG, checkpoint_step, latest_checkpoint, located, look_a
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 from .task import Task
 from .zero import require_deepspeed
+
+log = logging.getLogger(__name__)
 
 
 def launch(
@@ -57,7 +60,10 @@ def launch(
     attempt = Attempt.begin(cfg.run_dir, resume=cfg.resume)
     storage.write_text(storage.join(cfg.run_dir, CONFIG), dump_yaml(run))
 
+    fields = {"job": job, "run": logs.run_id(job), **logs.context(), "attempt": attempt.number}
+
     def worker() -> bool:
+        logs.set_up({**fields, "rank": ray.train.get_context().get_world_rank()})
         return train_worker(build_task(ray.train.torch.get_device()), cfg, attempt)
 
     with recorded(cfg.run_dir, job, run, inputs) as outputs, _Progress(cfg, description):
@@ -69,6 +75,8 @@ def launch(
             # Ray Train answers Ctrl-C by ending the process; what to end, and with which code, is the caller's.
             raise KeyboardInterrupt from None
         except WorkerGroupError as error:
+            for rank, failure in error.worker_failures.items():
+                log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
             # Bad input that only a worker could meet, an undecodable picture say, is as much one line as any other.
             mistakes = [failure for failure in error.worker_failures.values() if isinstance(failure, UserError)]
             if mistakes:

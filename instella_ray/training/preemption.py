@@ -29,5 +29,6 @@ class PreemptionNotice:
         self.next = step + max(1, int(broadcast_from_rank_zero(steps_in_interval)))
         self.step, self.since = step, now
         if info is not None:
-            log.warning("step %d: node(s) %s will be taken away", step, ", ".join(info.preempted_node_ids))
+            nodes = ", ".join(info.preempted_node_ids)
+            log.warning("step %d: node(s) %s will be taken away", step, nodes, extra={"step": step})
         return info is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from ..errors import UserError
 from ..models.checkpoint import add_section
 from ..runs import read_record
 from .attempts import Attempt
-from .run_dir import SCORES, checkpoint_name, download, finished_checkpoints, scratch_folder
+from .run_dir import SCORES, checkpoint_name, checkpoint_step, download, finished_checkpoints, scratch_folder
 from .settings import TrainConfig
 from .uploads import Uploads
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -42,6 +45,10 @@ class Checkpoints:
         """The run's last complete checkpoint as a folder of this machine, None in a new run. A barrier at either end."""
         found = finished_checkpoints(self.attempt.run_dir) if self.uploads is not None else []
         url = broadcast_from_rank_zero(found[-1] if found else "")
+        if self.uploads is not None:
+            step = checkpoint_step(url) if url else 0
+            how = "goes on" if url else "begins"
+            log.info("training %s at step %d of %d", how, step, self.cfg.steps, extra={"step": step})
         with _on_this_node(url) if url else nullcontext() as folder:
             yield folder
 

@@ -15,6 +15,7 @@ from .run_dir import (
     CHECKPOINTS,
     SCORES,
     checkpoint_folders,
+    checkpoint_step,
     finished_checkpoints,
     remove_checkpoint,
     upload,
@@ -68,10 +69,11 @@ class Uploads:
             raise
         except Exception as error:  # each store has errors of its own, and none of them is worth a run
             self.failure = f"checkpoint {url}: could not be uploaded ({type(error).__name__}: {error})"
-            log.error("%s; training goes on to the next one", self.failure)
+            log.error("%s; training goes on to the next one", self.failure, extra={"step": checkpoint_step(url)})
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        log.info("checkpoint %s is complete", url, extra={"step": checkpoint_step(url)})
         self._forget_others()
 
     def _forget_others(self) -> None:

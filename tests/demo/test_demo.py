@@ -15,7 +15,10 @@ from instella_ray import storage
 from instella_ray.demo.recipe import DemoConfig
 from instella_ray.demo.state import DemoState
 from instella_ray.errors import UserError
+from instella_ray.operations.lineage import trace
 from instella_ray.rendering import svg_curves
+
+from ..operations.chain import below
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
@@ -78,6 +81,11 @@ def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_
         assert words in page
     state = storage.read_json(str(folder / "state.json"))["stages"]
     assert set(state["score"]) >= {"diffusion", "ar"}
+    picture = trace(str(folder / "samples" / "diffusion" / "0000.png"), [str(folder / "runs")])
+    curated = below(picture, "generator", "codes", "shards")
+    assert curated.path == str(folder / "curated") and curated.facts["kept"] == 240
+    assert below(curated, "shards").facts["files"] == 1
+    assert {each.state for each in picture.walk() if each.role != "text encoder"} == {"here", "moved"}
     assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
 
 

@@ -29,6 +29,7 @@ from instella_ray.data.sources import find_pictures, read_blocks
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import add_section, save_model, weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.operations.lineage import Link
 from instella_ray.runs import Origin, read_record, recorded
 from instella_ray.training.settings import TrainConfig, TrainingRun
 
@@ -115,3 +116,10 @@ def encode(chain: Chain, tokenizer: Path) -> None:
         )
         storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
         outputs.append(output_origin("codes", cfg.output, ledger))
+
+
+def below(link: Link, *roles: str) -> Link:
+    """The one that is reached by the roles of inputs."""
+    for role in roles:
+        (link,) = [each for each in link.inputs if each.role == role]
+    return link

@@ -16,7 +16,7 @@ from instella_ray.operations.lineage import Link, trace, tree
 from instella_ray.serving.images import encode_image
 
 from ..serving.models import make_generator
-from .chain import Chain, make_chain
+from .chain import Chain, below, make_chain
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def chain(tmp_path: Path) -> Chain:
     """A chain of the test's own, to do harm to."""
     return make_chain(tmp_path / "chain")
-
-
-def below(link: Link, *roles: str) -> Link:
-    """The one that is reached by the roles of inputs."""
-    for role in roles:
-        (link,) = [each for each in link.inputs if each.role == role]
-    return link
 
 
 def write_picture(path: Path, weights: dict[str, str] | None) -> str:

@@ -158,7 +158,12 @@ def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, nam
 
 
 @pytest.mark.ray
-def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, shards: str, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
+    ray_session: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lines of the run's workers, each with run, job and rank.
+    monkeypatch.setenv("INSTELLA_RAY_LOG_FILE", str(tmp_path / "log.jsonl"))
+    monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
     whole = run_tokenizer(config(shards, tmp_path / "whole"))
     # A worker that dies at step 9 goes on from the checkpoint of step 6, with nobody asking.
     killed = tmp_path / "killed"
@@ -179,6 +184,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(ray_session: None, sha
                 os.kill(os.getpid(), 9)
 
     module.launch(cfg, lambda device: Mortal(cfg), description="killed")
+    said = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    starts = [(each["message"], each["step"]) for each in said if each["message"].startswith("training")]
+    begins, goes_on = ("training begins at step 0 of 12", 0), ("training goes on at step 6 of 12", 6)
+    assert starts == [begins, begins, goes_on]
+    assert [each["step"] for each in said if "is complete" in each["message"]] == [6, 12, 6, 12]
+    assert {(each["run"], each["rank"], each["attempt"]) for each in said} == {("night-7", 0, 1)}
+    assert {each["job"] for each in said} == {"train_tokenizer", "train"}
     losses = [{m["step"]: m["loss"] for m in read_metrics(tmp_path / name)} for name in ("whole", "killed")]
     assert losses[0] == losses[1] and set(losses[0]) == set(range(1, 13))
     a, b = (load_model(folder).state_dict() for folder in (whole, latest_checkpoint(killed)))

@@ -1,0 +1,143 @@
+"""Log records: JSON with run, job and rank for machines, plain lines for people, the same ones from every process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instella_ray import logs
+from instella_ray.config import Config, parse_job
+from instella_ray.data.pipeline import WorkerLogging
+from instella_ray.errors import UserError, run_main
+
+log = logging.getLogger("instella_ray.somewhere")
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test's own fields and variables; what other tests have set up comes back."""
+    monkeypatch.setattr(logs, "_context", {})
+    for name in (logs.FORMAT, logs.FILE, logs.RUN_ID, logs.JOB):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    root, package, ray = (logging.getLogger(name) for name in (None, logs.PACKAGE, "ray"))
+    before = [(each, list(each.handlers), each.propagate, each.level) for each in (root, package, ray)]
+    yield
+    for each, handlers, propagate, level in before:
+        each.handlers[:], each.propagate = handlers, propagate
+        each.setLevel(level)
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Settings(Config):
+    """Of a job."""
+
+    rows: int = 3
+
+
+def run(fail: BaseException | None = None) -> int:
+    """A job, as the files of jobs/ are written."""
+
+    def main() -> None:
+        parse_job(Settings, [], prog="curate.py", description="")
+        log.info("%d rows", 3, extra={"step": 7})
+        if fail is not None:
+            raise fail
+
+    return run_main(main)
+
+
+def test_a_job_asked_for_json_writes_records_that_name_run_and_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
+    monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
+    assert run(UserError("input a: no such file")) == 2
+    said, failed = records(capsys.readouterr().err)
+    assert {name: said[name] for name in ("level", "job", "run", "message", "step")} == {
+        "level": "info", "job": "curate", "run": "night-7", "message": "3 rows", "step": 7
+    }  # fmt: skip
+    assert said["time"].endswith("Z") and len(said["time"]) == len("2026-01-31T12:00:00.000Z") and "rank" not in said
+    assert (failed["level"], failed["message"]) == ("error", "input a: no such file")
+
+
+def test_without_being_asked_people_read_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(UserError("input a: no such file")) == 2
+    log.warning("mind the gap")
+    assert capsys.readouterr().err == "3 rows\nerror: input a: no such file\nwarning: mind the gap\n"
+    assert run(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    with pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError("as Python shows it"))
+
+
+def test_an_unexpected_failure_is_one_record_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
+    assert run(ZeroDivisionError("half")) == 1
+    failed = records(capsys.readouterr().err)[-1]
+    assert failed["message"] == "ZeroDivisionError: half" and "Traceback" in failed["error"]
+
+
+def test_a_file_of_records_stands_beside_the_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG_FILE", str(tmp_path / "log.jsonl"))
+    assert run() == 0 and run() == 0
+    assert capsys.readouterr().err == "3 rows\n3 rows\n"
+    assert [each["message"] for each in records((tmp_path / "log.jsonl").read_text())] == ["3 rows", "3 rows"]
+
+
+def test_a_run_without_an_id_gets_one_that_its_processes_inherit(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logs.run_id("curate")
+    assert first.startswith("curate-") and logs.run_id("encode") == first
+    monkeypatch.delenv(logs.RUN_ID)
+    assert logs.run_id("curate") != first
+
+
+def test_a_format_that_is_none_is_named_and_lines_are_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "xml")
+    assert run() == 0
+    assert "INSTELLA_RAY_LOG=xml: expected json or text" in capsys.readouterr().err
+
+
+def test_ray_sets_up_the_same_records_in_its_workers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
+    logs.begin_job("encode")
+    sent = pickle.dumps(WorkerLogging("JSON", fields=logs.context()))
+    for name in (logs.FORMAT, logs.RUN_ID, logs.JOB):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(logs, "_context", {})  # another process, on another machine
+    pickle.loads(sent)._apply()
+    log.info("hello")
+    (record,) = records(capsys.readouterr().err)
+    assert (record["job"], record["message"]) == ("encode", "hello") and record["run"].startswith("encode-")
+
+
+def test_what_json_cannot_hold_is_written_as_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
+    logs.set_up({"rank": 1})
+    log.info("a picture of \ud83d %s", "two\nlines", extra={"path": Path("a"), "level": "mine"})
+    (record,) = records(capsys.readouterr().err)
+    assert (
+        record["path"] == "a"
+        and record["rank"] == 1
+        and record["level"] == "info"
+        and record["message"].endswith("two\nlines")
+    )

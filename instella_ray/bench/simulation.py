@@ -105,8 +105,9 @@ def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) ->
             bodies = _bodies(cfg, 1000 + number, 512)
             real.setdefault(random, []).append(open_loop(url, bodies, rate, cfg.seconds, number))
     for name, parts in real.items():
-        load = LoadConfig(mix=_mix(cfg), seconds=300, warm_up_s=20, **loads.get(name, {"rate": rate}))
-        outcome = simulate_serving(predicted_by.model_copy(update={"load": load}))
+        asked: dict[str, Any] = {**loads.get(name, {"rate": rate})}
+        simulated = LoadConfig(mix=_mix(cfg), seconds=300, warm_up_s=20, **asked)
+        outcome = simulate_serving(predicted_by.model_copy(update={"load": simulated}))
         seen = Load.joined(parts)
         rows.append(
             _compared(f"serving, {name}", outcome.pictures_per_s, seen.rate)
@@ -145,7 +146,7 @@ def _alone(cfg: SimulationBench, models: dict[str, str]) -> dict[str, Any]:
     """Stage times of one process alone, and how fast it is beside as many others as there are cores."""
     import ray
 
-    actor = ray.remote(num_cpus=0)(Stages)
+    actor: Any = ray.remote(num_cpus=0)(Stages)
     actors = [actor.remote(cfg.graph, models, cfg.repeats) for _ in range(_cores())]
     rows = cfg.graph.slots
     ray.get([each.step.remote(rows) for each in actors])  # all are there
@@ -239,7 +240,8 @@ def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[di
         at = folder / name
         at.mkdir()
         save_model(at, BIT(sizes))
-        actor = ray.remote(num_cpus=0)(DataStages).remote(str(at), shards[0], sizes.image_size)
+        kind: Any = ray.remote(num_cpus=0)(DataStages)
+        actor = kind.remote(str(at), shards[0], sizes.image_size)
         alone = ray.get(actor.measure.remote(max(2, cfg.repeats // 5)))
         ray.kill(actor)
         stages = [LineStage(CPUS, 1, alone["decode"]), LineStage(ENCODERS, 1, alone["encode"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Stages:
                 name = f"{width}x{height}"
                 decode[name] = {count: self._decode(count, height, width) for count in (1, 2, 4, 8)}
                 picture = self.decoder._decode(self._codes(1), height, width)[0]
-                file[name] = _median(lambda picture=picture: self.decoder._to_file(picture, "png", {}), self.repeats)
+                file[name] = _median(partial(self.decoder._to_file, picture, "png", {}), self.repeats)
         text = _median(encode, self.repeats)
         return {
             "buckets": self.engine.buckets,

@@ -107,7 +107,8 @@ class Head:
         return self.start_node("--head", *places, *dashboard, cpus=4)
 
     def join(self, cpus: int) -> subprocess.Popen[Any]:
-        return self.start_node(f"--address={self.gcs_address}", cpus=cpus)
+        """Another node, which on a machine of its own would have a folder of its own too."""
+        return self.start_node(f"--address={self.gcs_address}", f"--temp-dir={self.folder}/n", cpus=cpus)
 
     @property
     def gcs_address(self) -> str:

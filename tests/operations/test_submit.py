@@ -198,7 +198,8 @@ def test_a_job_may_wait_for_a_cluster_that_grows(head: Head, project: str) -> No
 
     try:
         assert wait_until(ended, 300), order.output
-        assert order.wait() == 0 and "began with 6 workers" in order.output
+        assert order.wait() == 0, order.output
+        assert "began with 6 workers" in order.output
     finally:
         if nodes and nodes[-1].poll() is None:
             end(nodes[-1])

@@ -29,9 +29,12 @@ def run_id(job: str) -> str:
 
     What is started from here inherits it.
     """
-    return os.environ.setdefault(
-        RUN_ID, f"{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
-    )
+    return os.environ.setdefault(RUN_ID, new_run_id(job))
+
+
+def new_run_id(name: str) -> str:
+    """``name``, the time (UTC) and six random digits."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def context() -> dict[str, Any]:

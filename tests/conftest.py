@@ -45,13 +45,21 @@ def ray_session() -> Iterator[None]:
     """A local Ray with more logical CPUs than this machine has cores."""
     import ray
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 << 20,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
+    for left in (2, 1, 0):
+        try:
+            ray.init(
+                num_cpus=4,
+                include_dashboard=False,
+                object_store_memory=256 << 20,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
+            break
+        except Exception:
+            # A node gives its agent 15 seconds to start, which a busy machine may not have for it.
+            ray.shutdown()
+            if not left:
+                raise
     yield
     ray.shutdown()
 

@@ -8,8 +8,6 @@ import re
 import shlex
 import sys
 import tempfile
-import time
-import uuid
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path, PurePosixPath
@@ -17,16 +15,13 @@ from typing import NamedTuple
 
 from ..config import Config, add_config_arguments, job_config
 from ..errors import UserError
+from ..logs import RUN_ID, new_run_id
 from .claims import amounts, lacking, totals
 from .cluster import Cluster
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes
 from .requirements import least
 from .waiting import queued
-
-RUN_ID = "INSTELLA_RAY_RUN_ID"
-"""Variable that tells a job, and all its processes, under which id it was submitted."""
-
 
 class Submission(NamedTuple):
     """A job and where it goes."""
@@ -107,10 +102,10 @@ def read_job(root: Path, script: str, arguments: Sequence[str]) -> Config:
 
 
 def new_id(name: str) -> str:
-    """``name``, the time (UTC) and six random digits; UserError for a name that Ray could not take."""
+    """A new job's id, which is its run's too; UserError for a name that Ray could not take."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name {name}: expected letters, digits and . _ -")
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    return new_run_id(name)
 
 
 def _parted(command: Sequence[str]) -> tuple[str, list[str]]:

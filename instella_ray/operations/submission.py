@@ -23,6 +23,7 @@ from .packing import Package, find_package, mebibytes
 from .requirements import least
 from .waiting import queued
 
+
 class Submission(NamedTuple):
     """A job and where it goes."""
 

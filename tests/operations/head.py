@@ -33,9 +33,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def of_session(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    """What lives of a process that was started in a session of its own, and of all that it has started."""
+    found = {}
+    for each in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(each.pid) == process.pid:
+                found |= {below.pid: below for below in (each, *each.children(recursive=True))}
+    return list(found.values())
+
+
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it has started, and nothing else."""
-    with_children = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    """End a process of a session of its own and all that it has started, and nothing else."""
+    with_children = of_session(process)
     for each in with_children:
         with suppress(psutil.NoSuchProcess):
             each.terminate()
@@ -86,6 +96,7 @@ class Head:
         # Jobs say python, and mean the one with the packages.
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.client: JobSubmissionClient
+        self.submitter: subprocess.Popen[Any] | None = None
 
     def start_node(self, *arguments: str, cpus: int) -> subprocess.Popen[Any]:
         command = [*RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=150000000"]
@@ -128,7 +139,7 @@ class Head:
         self.count += 1
         output = self.folder / f"submit-{self.count}"
         given = {"argv": ["--address", address or self.address, *argv], "env": env, "output": str(output)}
-        assert self.submitter.stdin and self.submitter.stdout
+        assert self.submitter and self.submitter.stdin and self.submitter.stdout
         self.submitter.stdin.write(json.dumps(given) + "\n")
         self.submitter.stdin.flush()
         return Submitted(int(self.submitter.stdout.readline()), output)
@@ -143,15 +154,24 @@ class Head:
         command = [sys.executable, "-m", "tests.operations.submitter"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = self.env | {"PYTHONPATH": str(ROOT)}
-        self.submitter = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
-        process = self.start_head()
+        heads = [self.start_head()]
+
+        def up() -> bool:
+            # On a busy machine a node may give up before it has begun.
+            if heads[-1].poll() is not None:
+                end(heads[-1])
+                heads.append(self.start_head())
+            return self.has_a_node()
+
         try:
-            assert wait_until(self.has_a_node, 240), (self.folder / "node-4.log").read_text()
+            assert wait_until(up, 300), (self.folder / "node-4.log").read_text()
+            self.submitter = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
             self.client = JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
             yield self
         finally:
-            end(self.submitter)
-            end(process)
+            if self.submitter:
+                end(self.submitter)
+            end(heads[-1])
 
 
 @contextmanager

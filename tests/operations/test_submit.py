@@ -201,5 +201,5 @@ def test_a_job_may_wait_for_a_cluster_that_grows(head: Head, project: str) -> No
         assert order.wait() == 0, order.output
         assert "began with 6 workers" in order.output
     finally:
-        if nodes and nodes[-1].poll() is None:
-            end(nodes[-1])
+        for node in nodes:
+            end(node)

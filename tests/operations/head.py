@@ -76,7 +76,7 @@ class Submitted:
     def ended(self) -> bool:
         return self._code.exists()
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 600) -> int:
         assert wait_until(lambda: self.ended, seconds), self.output
         return int(self._code.read_text())
 

@@ -54,10 +54,14 @@ def files_identity(entries: Sequence[ShardEntry]) -> str:
 
 
 def data_origin(role: str, folder: str) -> Origin:
-    """A data job's finished output, with its record; of one without a record, its settings say what it was made from."""
-    ledger = storage.read_json(storage.join(folder, LEDGER))
+    """A data job's finished output, with its record; of one without a record, its settings say what it was made from.
+
+    Codes that came without a ledger are known by their manifest.
+    """
+    ledger = storage.join(folder, LEDGER)
+    found = storage.read_json(ledger) if storage.exists(ledger) else {}
     about = {"path": storage.absolute(folder), "identity": data_identity(folder)}
-    counts = {"in": ledger["in"], "kept": ledger["kept"]}
+    counts = {name: found[name] for name in ("in", "kept") if name in found}
     record = read_record(folder)
     if record is not None:
         facts = {**record.facts, **counts}

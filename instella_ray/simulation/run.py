@@ -31,7 +31,7 @@ class TrainingJob(Config):
     """Of one GPU, computing alone."""
     speed_source: str
     """Where that comes from."""
-    largest_micro_batch: int = Field(64, ge=1)
+    largest_micro_batch: int = Field(512, ge=1)
     """Samples a forward pass has memory for; a smaller share of the batch is one micro-batch."""
     loader: StageTime
     """Making a batch of so many samples, in the loader's thread."""
@@ -210,7 +210,7 @@ def planned(job: TrainingJob, gpus: int) -> Run:
         gpus=gpus,
         steps=run.train.steps,
         step_s=share / job.images_per_second,
-        accumulation=share // micro,
+        sends_after=micro / share if run.train.sharding == "ddp" else 1.0,
         sent_bytes=plan.network["sent_per_step"],
         batch_bytes=per_sample * batch,
         batch_s=job.loader.of(share),
@@ -235,7 +235,7 @@ def _assumptions(cfg: SimulateConfig) -> Iterator[str]:
         yield from _sources("training", cfg.training)
         cluster = cfg.training.cluster
         yield (
-            f"training.cluster: {cluster.network_bytes_per_s / 1e9:g} GB/s a GPU in a ring, of which the last micro-batch's "
+            f"training.cluster: {cluster.network_bytes_per_s / 1e9:g} GB/s a GPU in a ring, of which the "
             f"backward pass hides what it can; a node fails once in {cluster.node_mtbf_days:g} days ({cluster.source})"
         )
 

@@ -57,8 +57,9 @@ class Run:
     steps: int
     step_s: float
     """Computing a step, when all GPUs are equally fast."""
-    accumulation: int
-    """Micro-batches a step; sending hides behind the last one's backward pass."""
+    sends_after: float
+    """Share of a step's backward passes behind which sending hides: the last micro-batch's of copies that are reduced once a
+    step (DDP), all of a run whose gradients or weights are sharded."""
     sent_bytes: float
     """A GPU sends each step."""
     batch_bytes: float
@@ -110,7 +111,7 @@ def simulate_training(run: Run, cluster: Cluster, seed: int = 0) -> TrainingOutc
     while step < run.steps:
         for factor in _slowest(rng, run.gpus, cluster.straggling, min(4096, run.steps - step)):
             waited = loader.take(now)
-            exposed = max(0.0, sending - run.step_s * factor * BACKWARD / run.accumulation)
+            exposed = max(0.0, sending - run.step_s * factor * BACKWARD * run.sends_after)
             now += waited + run.step_s * factor + exposed
             step += 1
             since[COMPUTE] += run.step_s

@@ -41,7 +41,7 @@ QUIET = Cluster(
     source="a test",
 )
 RUN = Run(
-    gpus=16, steps=2000, step_s=1.0, accumulation=1, sent_bytes=0.0, batch_bytes=0.0, batch_s=0.0,
+    gpus=16, steps=2000, step_s=1.0, sends_after=1.0, sent_bytes=0.0, batch_bytes=0.0, batch_s=0.0,
     checkpoint_bytes=1e9, checkpoint_every=100,
 )  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_a_run_without_trouble_computes_all_the_time() -> None:
         ({"batch_bytes": 3e9}, {"storage_bytes_per_s": 1e9}, DATA, 3.0),
         # Two thirds of a step hide what is sent.
         ({"sent_bytes": 1e9}, {"network_bytes_per_s": 1e9}, NETWORK, 1 + 1 / 3),
-        ({"sent_bytes": 1e9, "accumulation": 4}, {"network_bytes_per_s": 1e9}, NETWORK, 1 + 5 / 6),
+        ({"sent_bytes": 1e9, "sends_after": 0.25}, {"network_bytes_per_s": 1e9}, NETWORK, 1 + 5 / 6),
         ({}, {"hop_s": 0.1}, NETWORK, 1 + 3 - 2 / 3),
         ({}, {"disk_bytes_per_s": 1e9 / 50}, CHECKPOINTS, 1.5),
         # The next checkpoint waits until the last one is uploaded: 250 s for every 100 steps.

@@ -39,7 +39,7 @@ from .report import Cell, Goal, Result
 from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_models
 from .stage_times import DataStages, Stages
 
-LOW, HIGH = 0.8, 1.25
+LOW, HIGH = 0.8, 1.2
 """A prediction is good within a fifth: neither of the two numbers is more than a quarter above the other."""
 
 

@@ -40,7 +40,7 @@ from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_
 from .stage_times import DataStages, Stages
 
 LOW, HIGH = 0.8, 1.2
-"""A prediction is good within a fifth: neither of the two numbers is more than a quarter above the other."""
+"""Shares of what was measured between which a prediction is good."""
 
 
 class SimulationBench(Config):

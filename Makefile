@@ -31,9 +31,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup.sh
 demo: venv
 	$(BIN)/instella-ray demo $(DEMO)
 
-# Tests with Ray in one process, one after another; those without in the other.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "$(FAST)"

@@ -25,16 +25,13 @@ ROOT = Path(__file__).parents[1]
 MARKERS = ("gpu", "slow", "ray")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a marker are unit tests; fast ones run first, those that kill things last.
-
-    Where several processes share the tests, one of them gets all that have a marker: one Ray at a time is enough.
-    """
+    """Tests without a marker are unit tests; fast ones run first, those that kill things last."""
 
     def rank(item: pytest.Item) -> int:
         found = [len(MARKERS) - i for i, name in enumerate(MARKERS) if item.get_closest_marker(name)]
-        item.add_marker(pytest.mark.xdist_group("one at a time") if found else "unit")
+        if not found:
+            item.add_marker("unit")
         return max(found, default=0)
 
     items.sort(key=rank)

@@ -276,7 +276,7 @@ def test_the_readme_names_every_folder_and_room() -> None:
 
 def test_markers_are_declared_and_the_fast_tests_leave_out_all_but_one() -> None:
     declared = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-    of_pytest = {"parametrize", "skipif", "skip", "xfail", "usefixtures", "filterwarnings", "xdist_group"}
+    of_pytest = {"parametrize", "skipif", "skip", "xfail", "usefixtures", "filterwarnings"}
     used = {name for path in python_files() for name in re.findall(r"pytest\.mark\.(\w+)", path.read_text())}
     assert declared == {"unit", "ray", "slow", "gpu"} and used - of_pytest <= declared
     fast = re.search(r"^FAST := (.*)$", MAKEFILE, re.M)

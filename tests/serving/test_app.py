@@ -47,7 +47,7 @@ def test_prompts_become_pictures_of_the_size_asked_for(client: httpx.Client) -> 
     for model in KINDS:
         shown = pictures(client, model=model, prompt=["a circle", ""], n=2, size="64x32", num_inference_steps=3)
         assert [p.shape for p in shown] == [(32, 64, 3)] * 4
-    assert generate(client, size="auto").json()["data"][0].keys() == {"b64_json", "seed", "prompt"}
+    assert generate(client, size="auto").json()["data"][0].keys() == {"b64_json", "seed", "prompt", "weights"}
 
 
 @pytest.mark.ray

@@ -37,7 +37,7 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
     env.pop("RAY_ADDRESS", None)
     job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     # Should nothing ever be printed, the loop below ends with the process.
-    watchdog = threading.Timer(180, job.kill)
+    watchdog = threading.Timer(300, job.kill)
     watchdog.start()
     try:
         assert job.stdout is not None

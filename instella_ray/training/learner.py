@@ -32,10 +32,10 @@ class Learner:
         """Ranks start from rank 0's weights. ``dtype`` is what is computed in; weights stay float32."""
         self.cfg, self.device, self.dtype, self.model = cfg, device, dtype, model.to(device)
         self.step_module = step_module.to(device)
-        self.world = ranks()[1]
-        if self.world > 1:
+        self._forward = self.step_module
+        if ranks()[1] > 1:
             broadcast(model)
-        self._forward = self._distributed() if self.world > 1 else self.step_module
+            self._forward = self._distributed()
         self.optimizers = build_optimizers(model, cfg)
 
     def _distributed(self) -> nn.Module:

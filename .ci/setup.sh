@@ -93,4 +93,5 @@ else
     rm -f "$kept"
 fi
 
-"$uv" pip install --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev]'
+# Compiled here once: where Python is told to write no bytecode, every worker of Ray would compile torch and Ray anew.
+"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev]'

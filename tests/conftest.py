@@ -18,6 +18,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
 )
+# Without bytecode on the disk every worker of Ray compiles the project's files anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 

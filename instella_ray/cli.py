@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import logs
-from .config import add_config_arguments, describe, load_config, read_yaml, validate
+from .config import add_config_arguments, add_overrides, describe, load_config, read_yaml, validate
 from .errors import run_main
 
 
@@ -119,9 +119,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "sample from the networks' sizes, time from a measured throughput or MFU, and all that was assumed.",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file of the job")
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as of the job"
-    )
+    add_overrides(command)
     command.add_argument("--gpus", metavar="N", help="the same as --set train.workers.count=N")
     for name, field in PlanOptions.model_fields.items():
         about: dict[str, Any] = {"help": f"{field.description} (default: {field.default})", "default": None}
@@ -166,9 +164,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "replicas meet a load's limits, how many CPUs keep GPUs busy, how long it takes, and what is the bottleneck.",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/simulation")
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key"
-    )
+    add_overrides(command)
     command.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     command.add_argument("--output", metavar="FILE", help="also write the tables to a Markdown file")
     command.set_defaults(run=_simulate)

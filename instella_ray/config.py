@@ -82,6 +82,11 @@ def dump_yaml(config: Config) -> str:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The two flags that every job has."""
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key has a default")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The flag for single keys."""
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -22,6 +22,7 @@ from .ledger import Ledger
 from .origins import output_origin, shard_origins
 from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
 from .pipeline import AbortConfig, init_ray, write_parts
+from .pools import CpuPool
 from .scoring import with_scores
 from .shard_list import close_with_list
 from .shards import write_samples
@@ -44,6 +45,8 @@ class CurateConfig(Config):
     filters: FilterConfig = FilterConfig()
     rows_per_shard: int = Field(1000, ge=1)
     """Samples looked at for one output tar."""
+    cpu_pool: CpuPool | None = None
+    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
     abort: AbortConfig = AbortConfig()
 
 
@@ -63,7 +66,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     shown = shown_shards(shards.values())
     with recorded(cfg.output, "curate", cfg, shard_origins("shards", cfg.input)) as outputs:
         if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray()
+            init_ray(cpu_pool=cfg.cpu_pool)
             storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
             notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
             rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
@@ -82,7 +85,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
                 abort=cfg.abort,
             )
         if cfg.filters.duplicates:
-            init_ray()
+            init_ray(cpu_pool=cfg.cpu_pool)
             deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
         ledger = close_with_list(folder, shards.values())
         write_report(cfg.output, cfg.filters, folder.parts(), ledger)
@@ -98,7 +101,8 @@ def _settings(cfg: CurateConfig) -> dict[str, object]:
     """What the output depends on: not how many actors made it."""
     spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_pictures()}
     links = set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"}
-    volatile: dict[str, Any] = {"mode": True, "output": True, "abort": True, "download": links, "filters": spread}
+    whole = dict.fromkeys(("mode", "output", "abort", "cpu_pool"), True)
+    volatile: dict[str, Any] = {**whole, "download": links, "filters": spread}
     return cfg.model_dump(mode="json", exclude=volatile)
 
 

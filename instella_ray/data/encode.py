@@ -17,7 +17,8 @@ from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
 from .origins import model_origin, output_origin, shard_origins
 from .parts import Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
+from .pipeline import AbortConfig, init_ray, write_parts
+from .pools import CpuPool, actor_pool
 from .sources import find_pictures, open_source
 from .views import Decoder
 
@@ -49,6 +50,8 @@ class EncodeConfig(Config):
     """Encoder actors; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each encoder actor; 0 encodes on the CPU."""
+    cpu_pool: CpuPool | None = None
+    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
     abort: AbortConfig = AbortConfig()
 
 
@@ -92,13 +95,13 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
     folder = PartFolder(cfg.output)
-    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor", "abort"}
+    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor", "cpu_pool", "abort"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
     done = folder.open(cfg.mode, settings)
     inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer, tokenizer_hash))
     with recorded(cfg.output, "encode", cfg, inputs) as outputs:
         if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray()
+            init_ray(cpu_pool=cfg.cpu_pool)
             samples = open_source(todo, rows_per_block=cfg.rows_per_file)
             decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=None)
             encoded = decoded.map_batches(

@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from pydantic import Field
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 from tqdm import tqdm
 
 from .. import logs
@@ -20,6 +20,7 @@ from ..config import Config
 from ..errors import UserError
 from .ledger import Ledger
 from .parts import PartFolder, PartWriter
+from .pools import actor_pool, keep_to
 
 
 class AbortConfig(Config):
@@ -44,13 +45,18 @@ class AbortConfig(Config):
                 raise UserError(f"{folder}: stopped, {share} {name.replace('_', ' ')} ({ledger.summary()}); {hint}")
 
 
-def init_ray(*, log_to_driver: bool = True) -> None:
+def init_ray(*, cpu_pool: str | None = None, log_to_driver: bool = True) -> None:
     """Connect to the cluster a job was submitted to, or start a local one on loopback.
 
-    ``log_to_driver`` shows here what other processes print.
+    Datasets made from now on keep their work on CPUs to the nodes with the label ``cpu_pool``. ``log_to_driver`` shows
+    here what other processes print.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _connect(log_to_driver)
+    keep_to(cpu_pool)
+
+
+def _connect(log_to_driver: bool) -> None:
     here: dict[str, Any] = {"log_to_driver": log_to_driver}
     if logs.for_machines():
         here["logging_config"] = WorkerLogging("JSON", fields=logs.context())
@@ -72,58 +78,6 @@ class WorkerLogging(ray.LoggingConfig):
         logs.set_up(self.fields)
         # Ray has given a handler to the root of all loggers, which would write them once more.
         logging.getLogger(logs.PACKAGE).propagate = False
-
-
-def actor_pool(actors: int | None, gpus_per_actor: float) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for so many actors; none means one a GPU, or one for every two CPUs.
-
-    UserError for more GPUs than the cluster has.
-    """
-    return actor_pools([(actors, gpus_per_actor)])[0]
-
-
-def actor_pools(wanted: Sequence[tuple[int | None, float]]) -> list[dict[str, Any]]:
-    """:func:`actor_pool` for each of several pools that one dataset runs at the same time."""
-    resources = ray.cluster_resources()
-    claims = share(wanted, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
-    return [
-        {"compute": ActorPoolStrategy(size=claim.actors), "num_cpus": claim.cpus}
-        | ({"num_gpus": claim.gpus} if claim.gpus else {})
-        for claim in claims
-    ]
-
-
-class Claim(NamedTuple):
-    """A pool's size, and what each of its actors claims of the cluster."""
-
-    actors: int
-    cpus: float
-    gpus: float
-
-
-def share(wanted: Sequence[tuple[int | None, float]], cpus: int, gpus: int) -> list[Claim]:
-    """Claims of pools, each of (actors, GPUs an actor), that all run at the same time and leave a CPU to the readers.
-
-    Ray starts no actor that its claim has no room for, and a pool without actors would make the job wait for ever. So
-    pools that are given no number share the GPUs that are left; and where actors on CPUs are as many as the CPUs or
-    more, they claim half of these together. They are no fewer for that: mostly one pool has nearly all the work, and
-    the others' actors only wait. UserError for more GPUs than there are.
-    """
-    gpu_of = [gpu for _, gpu in wanted]
-    sizes = [actors or (1 if gpu else max(1, cpus // 2)) for actors, gpu in wanted]
-    free = gpus - sum(size * gpu for size, gpu in zip(sizes, gpu_of, strict=True)) + 1e-9
-    if free < 0:
-        pools = [f"actors {size} x gpus_per_actor {gpu:g}" for size, gpu in zip(sizes, gpu_of, strict=True) if gpu]
-        raise UserError(f"{' + '.join(pools)}: the cluster has {gpus} GPUs")
-    unset = [index for index, (actors, gpu) in enumerate(wanted) if gpu and not actors]
-    while room := [index for index in unset if gpu_of[index] <= free]:
-        least = min(room, key=lambda index: sizes[index] * gpu_of[index])
-        sizes[least] += 1
-        free -= gpu_of[least]
-    on_cpu = sum(size for size, gpu in zip(sizes, gpu_of, strict=True) if not gpu)
-    half = int(1e4 * cpus / 2 / on_cpu) / 1e4 if on_cpu and cpus > 1 else 0.0  # Ray counts in ten-thousandths
-    claim = 1.0 if on_cpu < cpus else half
-    return [Claim(size, 0.0 if gpu else claim, gpu) for size, gpu in zip(sizes, gpu_of, strict=True)]
 
 
 def quiet(dataset: Dataset) -> Dataset:

@@ -21,7 +21,8 @@ from .ledger import DROPPED, KEPT, QUARANTINED, Ledger
 from .loader import Prefetcher
 from .origins import output_origin, shard_origins
 from .parts import LEDGER, Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
+from .pipeline import AbortConfig, init_ray, write_parts
+from .pools import CpuPool, actor_pool
 from .pretrained import located, short_name
 from .rows import SCHEMA
 from .shard_list import close_with_list
@@ -65,6 +66,8 @@ class RecaptionConfig(Config):
     """GPU share of each captioner; 0 computes on the CPU."""
     rows_per_shard: int = Field(1000, ge=1)
     """Pictures looked at for one output tar."""
+    cpu_pool: CpuPool | None = None
+    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
     abort: AbortConfig = AbortConfig()
 
 
@@ -132,7 +135,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """What must be equal for a run to go on; UserError for a model that describes no pictures."""
-    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor", "abort"}
+    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor", "cpu_pool", "abort"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
@@ -151,7 +154,7 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     inputs = (*shard_origins("shards", cfg.input), Origin(role="captioner", kind="name", path=cfg.model))
     with recorded(cfg.output, "recaption", cfg, inputs) as outputs:
         if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray()
+            init_ray(cpu_pool=cfg.cpu_pool)
             described = open_source(todo, rows_per_block=cfg.rows_per_shard).map_batches(
                 Recaptioner,
                 fn_constructor_args=(cfg,),

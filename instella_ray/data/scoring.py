@@ -15,7 +15,7 @@ from .decode import UndecodableError, decode_rgb
 from .filters.base import PictureFilter, bounded
 from .filters.config import FilterConfig
 from .ledger import DROPPED, KEPT, QUARANTINED
-from .pipeline import actor_pools
+from .pools import actor_pools
 
 THREADS = 2
 """Threads an actor that decode the next batch while the model has the last."""

@@ -24,7 +24,8 @@ from .ledger import KEPT, Ledger
 from .origins import output_origin
 from .painter import Painter, PipelineConfig, check_pipeline
 from .parts import LEDGER, Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, actor_pool, init_ray, write_parts
+from .pipeline import AbortConfig, init_ray, write_parts
+from .pools import CpuPool, actor_pool
 from .pretrained import located, short_name
 from .prompts import Prompt, prompts_hash, read_prompts
 from .rows import SCHEMA
@@ -57,6 +58,8 @@ class SynthesizeConfig(Config):
     """Of JPEG and WebP."""
     prompts_per_shard: int = Field(256, ge=1)
     """Pictures of one tar, and what is lost at most when an actor dies."""
+    cpu_pool: CpuPool | None = None
+    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
     abort: AbortConfig = AbortConfig()
 
 
@@ -158,7 +161,7 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
             of_model = chunks(cfg, prompts, name)
             labels += of_model
             if todo := {label: chunk for label, chunk in of_model.items() if label not in done}:
-                init_ray()
+                init_ray(cpu_pool=cfg.cpu_pool)
                 _make(cfg, name, todo, of_model)
         ledger = close_with_list(folder, labels)
         if not ledger.kept:

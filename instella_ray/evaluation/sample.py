@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
 from ..data.origins import model_origin
 from ..data.parts import QUARANTINE, open_output
-from ..data.pipeline import actor_pool, init_ray, on_actors
+from ..data.pipeline import init_ray, on_actors
+from ..data.pools import actor_pool
 from ..data.prompts import prompts_hash, read_prompts
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
@@ -36,6 +38,8 @@ from .sample_set import (
     write_block,
 )
 from .sampler import Sampler, SamplerOptions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def _look_through(job: Job) -> dict[tuple[str, int], SampleFile]:
 def _set_aside(url: str, why: str) -> None:
     folder, _, name = url.rpartition("/")
     to = storage.join(folder, QUARANTINE, name)
-    print(f"{why}: moved to {QUARANTINE}/, to be made anew", flush=True)
+    log.warning("%s: moved to %s/, to be made anew", why, QUARANTINE)
     storage.move(url, to)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .metrics.base import better
 FOLDER, ROWS, BEST = "validation", "validation.json", "best.json"
 POLL = 2.0
 """Seconds between two looks for new checkpoints."""
+log = logging.getLogger(__name__)
 Numbers = dict[str, dict[str, Any]]
 """Of each metric its name, value, and ends of the interval, ``low`` and ``high``."""
 
@@ -33,6 +36,9 @@ class ValidationSchedule(Config):
     """Steps between two checkpoints that are measured; the last one always is."""
     best_by: str
     """Metric that tells the best checkpoint."""
+    folder: str | None = None
+    """A folder that all nodes share, for what is measured: a folder in it for each run. None means
+    ``RUN_DIR/validation``, which cannot be where the run directory is a URL."""
 
 
 class Validator(ABC):
@@ -40,7 +46,13 @@ class Validator(ABC):
 
     def __init__(self, schedule: ValidationSchedule, run_dir: str) -> None:
         self.schedule, self.run_dir = schedule, located(run_dir)
-        self.folder = Path(self.run_dir) / FOLDER
+        if not storage.is_local(schedule.folder or self.run_dir):
+            raise UserError(
+                f"{schedule.folder or self.run_dir}: validation beside training loads models from a folder that all "
+                "nodes share, not from a URL; name one as validation.folder"
+            )
+        name = self.run_dir.rstrip("/").rpartition("/")[2]
+        self.folder = Path(schedule.folder, name).absolute() if schedule.folder else Path(self.run_dir, FOLDER)
         self.error: BaseException | None = None
         self.given_up = threading.Event()
 
@@ -71,8 +83,9 @@ class Validator(ABC):
         model = folder / "model"
         if not model.exists():
             with storage.atomic_dir(model) as copy:
+                fs, path = storage.filesystem(checkpoint)
                 for name in (WEIGHTS, EMA, CONFIG):
-                    shutil.copy(Path(checkpoint, name), copy / name)
+                    storage.retry(partial(fs.get_file, storage.join(path, name), str(copy / name)))
         return self.add({"step": checkpoint_step(checkpoint), "metrics": self.measure(str(model), folder)})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +112,7 @@ class Validator(ABC):
                     try:
                         self.validate(checkpoint)
                     except FileNotFoundError:  # deleted by training in the meantime, which had come further
-                        print(f"validation: {checkpoint} was gone before it could be copied", flush=True)
+                        log.warning("validation: %s was gone before it could be copied", checkpoint)
                 if last_look:
                     return
                 ended.wait(POLL)
@@ -113,8 +126,6 @@ def validating(validator: Validator | None) -> Iterator[None]:
     if validator is None:
         yield
         return
-    if not storage.is_local(validator.run_dir):
-        raise UserError(f"train.run_dir {validator.run_dir}: validation beside training needs a folder, not a URL")
     ended = threading.Event()
     thread = threading.Thread(target=validator.follow, args=(ended,), daemon=True, name="validation")
     thread.start()
@@ -129,7 +140,8 @@ def validating(validator: Validator | None) -> Iterator[None]:
         raise UserError(f"validation: {validator.error}") from validator.error
     best = storage.read_json(str(validator.folder / BEST))
     value = best["metrics"][best["best_by"]]["value"]
-    print(f"best by {best['best_by']}: step {best['step']}, {value:.4g}; model {best['model']}", flush=True)
+    about = {"step": best["step"], best["best_by"]: value}
+    log.info("best by %s: step %d, %.4g; model %s", best["best_by"], best["step"], value, best["model"], extra=about)
 
 
 def require_best_by(best_by: str, measured: Collection[str]) -> None:

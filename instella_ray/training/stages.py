@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ from ..errors import UserError
 from .launch import check_free, check_run_dir
 from .run_dir import CONFIG, checkpoint_step, finished_checkpoints, located, look_anew
 from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class TokenizerStagesConfig(TokenizerConfig):
@@ -81,7 +84,7 @@ def run_stages(
             if previous is None:
                 previous = run_tokenizer(stage, f"tokenizer, {name}")
             else:
-                print(f"{name}: finished already, {previous}", flush=True)
+                log.info("%s: finished already, %s", name, previous, extra={"stage": name})
     assert previous is not None
     return previous
 

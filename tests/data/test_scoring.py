@@ -15,7 +15,7 @@ from PIL import Image
 
 from instella_ray.data.filters.base import Limits, PictureFilter, Scale, Scorer, Scores
 from instella_ray.data.filters.config import FilterConfig
-from instella_ray.data.pipeline import share
+from instella_ray.data.pools import share
 from instella_ray.data.rows import SCHEMA
 from instella_ray.data.scoring import Score, with_scores
 from instella_ray.errors import UserError

@@ -237,7 +237,7 @@ def test_two_actors_a_sweep_and_other_files_change_no_bit(
 
 @pytest.mark.ray
 def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
-    finished: Path, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -258,7 +258,7 @@ def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
             samples.block(number)
     kept = files[4].stat().st_mtime_ns
     run_sample(cfg.model_copy(update={"mode": "resume"}))
-    said = capsys.readouterr().out
+    said = caplog.text
     assert contents(out) == whole and files[4].stat().st_mtime_ns == kept
     assert all(f"{name}: " in said for name in (files[0], files[1], files[3], out / "samples-00099.parquet"))
     aside = {path.name for path in (out / "quarantine").iterdir()}

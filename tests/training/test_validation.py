@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from instella_ray import storage
 from instella_ray.data.scenes import scene_prompts
-from instella_ray.evaluation.validation import validating
+from instella_ray.errors import UserError
+from instella_ray.evaluation.validation import Numbers, ValidationSchedule, Validator, validating
 from instella_ray.evaluation.validation_generator import (
     GeneratorValidator,
     ValidatedRun,
@@ -18,6 +20,7 @@ from instella_ray.evaluation.validation_generator import (
 from instella_ray.models.checkpoint import load_model
 from instella_ray.training.generator import run_generator
 
+from ..processes import wait_until
 from .test_generator_run import config
 
 
@@ -44,6 +47,31 @@ def test_checkpoints_are_due_every_so_many_steps_and_at_the_end(tmp_path: Path) 
     assert validator.due(False) == [] and validator.due(True) == [folders[210]]
 
 
+class NamedValidator(Validator):
+    """Measures nothing but how long the weights are."""
+
+    def measure(self, model: str, folder: Path) -> Numbers:
+        found = {path.name: path.stat().st_size for path in Path(model).iterdir()}
+        assert set(found) == {"config.yaml", "model.safetensors", "ema.safetensors"}
+        return {"scene_score": {"name": "scene_score", "value": found["model.safetensors"], "low": 0, "high": 9}}
+
+
+def test_checkpoints_of_a_run_directory_that_is_a_url_are_measured_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    run_dir = f"memory://{tmp_path.name}/runs/bit"
+    for step, size in ((100, 3), (200, 5)):
+        for name in ("config.yaml", "model.safetensors", "ema.safetensors", "metrics.json", "state.json"):
+            storage.write_bytes(storage.join(run_dir, "checkpoints", f"step-{step:07d}", name), b"x" * size)
+    with pytest.raises(UserError, match="name one as validation"):
+        NamedValidator(ValidationSchedule(best_by="scene_score"), run_dir)
+    shared = ValidationSchedule(every_steps=100, best_by="scene_score", folder=str(tmp_path / "measured"))
+    with validating(validator := NamedValidator(shared, run_dir)):
+        assert wait_until(lambda: len(validator.rows()) == 2, 30)
+    best = storage.read_json(str(tmp_path / "measured" / "bit" / "best.json"))
+    assert best["step"] == 200 and Path(best["model"], "model.safetensors").read_bytes() == b"x" * 5
+    with pytest.raises(UserError, match="memory://out: validation beside training"):
+        NamedValidator(ValidationSchedule(best_by="scene_score", folder="memory://out"), run_dir)
+
+
 def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
     validator = GeneratorValidator(ValidationConfig(), str(tmp_path), "bit")
     for step, value, best in ((1, None, 1), (2, 0.4, 2), (3, 0.7, 3), (4, 0.7, 3), (5, 0.2, 3)):
@@ -65,12 +93,12 @@ def test_a_best_that_cannot_be_told_is_refused() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
-    ray_session: None, codes: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
     run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
-    with validating(generator_validator(run)):
+    with validating(generator_validator(run)), caplog.at_level(logging.INFO, "instella_ray"):
         run_generator(run)
     folder = tmp_path / "run" / "validation"
     rows = storage.read_json(str(folder / "validation.json"))
@@ -78,5 +106,5 @@ def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
     assert all((folder / f"step-{r['step']:07d}" / "evaluation" / "report.html").exists() for r in rows)
     best = storage.read_json(str(folder / "best.json"))
     assert load_model(best["model"]).cfg.kind == "diffusion"
-    assert f"best by scene_score: step {best['step']}" in capsys.readouterr().out
+    assert f"best by scene_score: step {best['step']}" in caplog.text
     assert scene_prompts(2, 0)[0].caption in (folder / "step-0000003" / "evaluation" / "report.html").read_text()

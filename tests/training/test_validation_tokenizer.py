@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,13 @@ def test_a_validation_that_cannot_be_made_is_refused_before_training(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
-    ray_session: None, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     list(write_webdataset(scene_rows(6, 1, 32), str(tmp_path / "held_out"), 6))
     asked = {"data": f"{tmp_path}/held_out/*.tar", "every_steps": 2}
     shared = stage(shards, tmp_path / "run", **asked).model_dump(exclude_unset=True)
     second = {"output_sizes": [32, 40], "validation": {"every_steps": 4}}
+    caplog.set_level(logging.INFO, "instella_ray")
     final = run_validated_stages(ValidatedStages.model_validate({**shared, "stages": {"first": {}, "second": second}}))
     assert Path(final).parent.parent == tmp_path / "run" / "second"
     for name, measured in (("first", {"psnr", "ssim"}), ("second", {"psnr", "psnr_32", "psnr_40"})):
@@ -97,4 +99,4 @@ def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
         best = storage.read_json(str(folder / "best.json"))
         assert load_expected(best["model"], BIT).cfg.image_size == 32
         assert best["metrics"]["psnr"]["value"] == max(row["metrics"]["psnr"]["value"] for row in rows)
-    assert capsys.readouterr().out.count("best by psnr: step ") == 2
+    assert caplog.text.count("best by psnr: step ") == 2

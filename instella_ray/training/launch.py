@@ -25,7 +25,7 @@ from .elastic import DivisorTrainer
 from .loggers import check_loggers
 from .loop import train_worker
 from .rocm import RocmTorchConfig
-from .run_dir import CONFIG, checkpoint_step, latest_checkpoint, located, look_anew, read_metrics
+from .run_dir import CONFIG, checkpoint_step, last_metrics, latest_checkpoint, located, look_anew
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 from .task import Task
 from .zero import require_deepspeed
@@ -173,8 +173,10 @@ class _Progress:
 
     def _update(self) -> None:
         try:
-            last = read_metrics(self.run_dir)[-1]
-        except Exception:  # not there yet, or a store out of reach for a moment: a bar is no reason to stop
+            last = last_metrics(self.run_dir)
+        except Exception:  # a store out of reach for a moment: a bar is no reason to stop
+            return
+        if last is None:
             return
         self.bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=last["images_per_second"], refresh=False)
         self.bar.update(last["step"] - self.bar.n)

@@ -46,21 +46,24 @@ class MetricsFile:
         self.unsaved = len(rows) > len(self.lines)
         self.written = 0.0
         self.sync()
+        if self.local:
+            self.lines.clear()  # what is appended to needs no copy
 
     def add(self, row: dict[str, Any]) -> None:
         """Log one step; UserError when a newer attempt writes there."""
-        self.lines.append(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
         if self.local:
             self.attempt.check()
             with Path(storage.filesystem(self.path)[1]).open("a") as stream:
-                stream.write(self.lines[-1])
+                stream.write(line)
             return
+        self.lines.append(line)
         self.unsaved = True
         if time.monotonic() - self.written > WRITE_EVERY:
             self.sync()
 
     def sync(self) -> None:
-        """Write what is not yet there. A store that fails is tried again the next time."""
+        """Write what is not yet there. A store that fails is tried again the next time, a disk is not."""
         if not self.unsaved:
             return
         try:
@@ -70,6 +73,8 @@ class MetricsFile:
         except UserError:
             raise
         except Exception as error:
+            if self.local:
+                raise
             log.error("%s: could not be written (%s)", self.path, error)
         self.written = time.monotonic()
 

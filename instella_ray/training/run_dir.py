@@ -21,6 +21,10 @@ SCORES = "metrics.json"
 """File of a checkpoint with what was logged last when it was saved."""
 
 
+TAIL = 1 << 16
+"""Bytes at the end of metrics.jsonl that hold its last line for certain."""
+
+
 def located(run_dir: str | Path) -> str:
     """The run directory under a name that means the same in another working directory: workers have their own."""
     return str(run_dir) if "://" in str(run_dir) else str(Path(run_dir).absolute())
@@ -71,6 +75,18 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     look_anew(path)
     lines = storage.read_text(path).splitlines(keepends=True) if storage.exists(path) else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_metrics(run_dir: str | Path) -> dict[str, Any] | None:
+    """The last of :func:`read_metrics`, from the file's end; None where nothing was logged yet."""
+    path = storage.join(located(run_dir), METRICS)
+    look_anew(path)
+    fs, name = storage.filesystem(path)
+    size = fs.size(name) if fs.exists(name) else 0
+    lines = fs.cat_file(name, start=max(0, size - TAIL), end=size).splitlines(keepends=True) if size else []
+    # The first may be cut, the last be just being written.
+    whole = [line for line in lines[size > TAIL :] if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else None
 
 
 def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from instella_ray.training.run_dir import (
     SCORES,
     checkpoint_folders,
     finished_checkpoints,
+    last_metrics,
     latest_checkpoint,
     local_folder,
     read_metrics,
@@ -164,6 +165,14 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1}] and read_metrics(tmp_path / "nowhere") == []
     with pytest.raises(UserError, match="no finished checkpoint"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5000])
+def test_the_last_line_is_found_from_the_end_of_a_file_of_any_length(run_dir: str, rows: int) -> None:
+    assert last_metrics(run_dir) is None
+    lines = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(1, rows + 1))
+    storage.write_text(storage.join(run_dir, "metrics.jsonl"), lines + '{"step": 9')
+    assert last_metrics(run_dir) == {"step": rows, "loss": 0.5}
 
 
 @given(st.dictionaries(st.text(min_size=1), st.floats(-1e6, 1e6), min_size=1), st.booleans())

@@ -49,6 +49,7 @@ def check_store(url: str) -> Finding:
     name, text = f"instella-ray-doctor-{uuid.uuid4().hex[:12]}", "is anybody there?"
     target, step = storage.join(url, name), "open"
     try:
+        was_there = storage.exists(url)
         step = "write"
         storage.write_text(target, text)
         step = "read"
@@ -60,6 +61,8 @@ def check_store(url: str) -> Finding:
         step = "delete"
         fs, path = storage.filesystem(target)
         fs.rm(path)
+        if storage.is_local(url) and not was_there:
+            Path(path).parent.rmdir()
     except Exception as error:  # each store has errors of its own, and what they say is the finding
         advice = "look at the name, the credentials and their rights (read, write, list, delete), and the network"
         found = f"{url}: cannot {step} ({type(error).__name__}: {error})"

@@ -124,6 +124,7 @@ def test_this_machine_has_facts() -> None:
 
 def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert check_store(str(tmp_path)).level == "ok" and list(tmp_path.iterdir()) == []
+    assert check_store(str(tmp_path / "new")).level == "ok" and not (tmp_path / "new").exists()
     assert check_store("memory://doctor").level == "ok" and storage.is_empty("memory://doctor")
     (tmp_path / "file").write_text("")
     found = check_store(str(tmp_path / "file"))

@@ -16,6 +16,7 @@ os.environ.update(
     RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S="0.5",
     RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S="0.5",
     OMP_NUM_THREADS="1",
+    RAY_metrics_report_interval_ms="1000",
     HF_HUB_OFFLINE="1",
 )
 # Without bytecode on the disk every worker of Ray compiles the project's files anew.
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return max(found, default=0)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(autouse=True)
+def records_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test lets its process's log records carry, the next one's do not."""
+    monkeypatch.setattr("instella_ray.logs._context", {})
 
 
 @pytest.fixture(scope="session")

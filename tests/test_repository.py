@@ -174,6 +174,13 @@ def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
     assert [f"{f}: {name}" for f in files for name in imports(f) if name.split(".")[0] == "ray"] == []
 
 
+def test_curation_and_its_workers_never_load_torch() -> None:
+    """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run."""
+    parts = ", ".join(f"instella_ray.data.{name}" for name in ("curate", "judge", "views", "codes", "deduplicate"))
+    code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_files_can_be_read_in_one_sitting() -> None:
     by_machine = ("LICENSE", "constraints.txt")
 

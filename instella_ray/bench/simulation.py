@@ -37,6 +37,7 @@ from .measure import Spread
 from .memory import processes
 from .report import Cell, Goal, Result
 from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_models
+from .simulated_training import TrainingStages, predicted_rate, real_rate, training_config
 from .stage_times import DataStages, Stages
 
 LOW, HIGH = 0.8, 1.2
@@ -61,6 +62,15 @@ class SimulationBench(Config):
     shards: tuple[int, int] = (6, 30)
     """Of a small and a large encoding job, whose difference is free of what starting costs."""
     pictures_per_shard: int = Field(64, ge=1)
+    trained: dict[str, BITConfig] = Field(
+        default_factory=lambda: {
+            "small": DEMO_BIT.model_copy(update={"image_size": 64}),
+            "larger": DEMO_BIT.model_copy(update={"image_size": 64, "encoder_layers": 12, "decoder_layers": 12}),
+        }
+    )
+    """Tokenizers that are trained from pictures: one that waits for them, and one that does not."""
+    training_steps: int = Field(160, ge=8)
+    global_batch: int = Field(8, ge=1)
 
 
 def run_simulation_bench(cfg: SimulationBench) -> Result:
@@ -71,6 +81,7 @@ def run_simulation_bench(cfg: SimulationBench) -> Result:
     with tempfile.TemporaryDirectory() as name:
         found = _serving(cfg, Path(name), rows)
         _encoding(cfg, Path(name), found["together"], rows)
+        _training(cfg, Path(name), found["together"], rows)
     for row in rows:
         for what in ("throughput", "p50"):
             if f"{what} ratio" in row:
@@ -253,6 +264,24 @@ def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[di
         rows.append(
             _compared(f"encoding with the {name} tokenizer", predicted, real)
             | {"decode ms": alone["decode"] * 1000, "encode ms": alone["encode"] * 1000}
+        )
+
+
+def _training(cfg: SimulationBench, folder: Path, together: float, rows: list[dict[str, Cell]]) -> None:
+    """Training from the pictures of the encoding jobs."""
+    import ray
+
+    for name, sizes in cfg.trained.items():
+        run = training_config(
+            sizes, f"{folder}/shards/*.tar", folder / f"trained-{name}", cfg.training_steps, cfg.global_batch
+        )
+        kind: Any = ray.remote(num_cpus=0)(TrainingStages)
+        actor = kind.remote(run)
+        alone = ray.get(actor.measure.remote(cfg.repeats))
+        ray.kill(actor)
+        found: dict[str, Cell] = {f"{key} ms": alone[key] * 1000 for key in ("batch", "step", "save")}
+        rows.append(
+            _compared(f"training the {name} tokenizer", predicted_rate(run, alone, together), real_rate(run)) | found
         )
 
 

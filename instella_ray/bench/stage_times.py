@@ -18,7 +18,7 @@ STEPS = 1000
 """More than any measurement takes, so that a slot stays taken."""
 
 
-def _median(run: Callable[[], object], repeats: int) -> float:
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
     """Seconds of the middle one of ``repeats`` runs, after one that does not count."""
     took = []
     for _ in range(repeats + 1):
@@ -64,7 +64,7 @@ class Stages:
             self._submit(1)
             self.engine.step()
 
-        admit = max(0.0, _median(one_step_picture, self.repeats) - step[1])
+        admit = max(0.0, median_seconds(one_step_picture, self.repeats) - step[1])
         decode: dict[str, dict[int, float]] = {}
         file: dict[str, float] = {}
         for height in self.cfg.sizes:
@@ -72,8 +72,8 @@ class Stages:
                 name = f"{width}x{height}"
                 decode[name] = {count: self._decode(count, height, width) for count in (1, 2, 4, 8)}
                 picture = self.decoder._decode(self._codes(1), height, width)[0]
-                file[name] = _median(partial(self.decoder._to_file, picture, "png", {}), self.repeats)
-        text = _median(encode, self.repeats)
+                file[name] = median_seconds(partial(self.decoder._to_file, picture, "png", {}), self.repeats)
+        text = median_seconds(encode, self.repeats)
         return {
             "buckets": self.engine.buckets,
             "text": text,
@@ -87,7 +87,7 @@ class Stages:
         """Seconds of a step with so many slots taken."""
         names = [self._submit(STEPS) for _ in range(rows)]
         self.engine.step()
-        seconds = _median(self.engine.step, self.repeats)
+        seconds = median_seconds(self.engine.step, self.repeats)
         for name in names:
             self.engine.cancel(name)
         self.engine.step()
@@ -111,7 +111,7 @@ class Stages:
 
     def _decode(self, count: int, height: int, width: int) -> float:
         codes = self._codes(count)
-        return _median(lambda: self.decoder._decode(codes, height, width), self.repeats)
+        return median_seconds(lambda: self.decoder._decode(codes, height, width), self.repeats)
 
 
 class DataStages:
@@ -136,7 +136,7 @@ class DataStages:
                 part for block in read_blocks(self.shard, Path(self.shard).name, 1000) for part in self.decoder(block)
             ]
 
-        decoding = _median(decode, repeats)
+        decoding = median_seconds(decode, repeats)
         count = sum(table.num_rows for table in tables)
-        encoding = _median(lambda: [self.encoder(table) for table in tables], repeats)
+        encoding = median_seconds(lambda: [self.encoder(table) for table in tables], repeats)
         return {"decode": decoding / count, "encode": encoding / count}

@@ -15,7 +15,8 @@ from ..models.checkpoint import load_expected, weight_hash
 from ..runs import recorded
 from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
-from .origins import model_origin, output_origin, shard_origins
+from .model_origins import model_origin
+from .origins import output_origin, shard_origins
 from .parts import Mode, PartFolder, PartWriter
 from .pipeline import AbortConfig, init_ray, write_parts
 from .pools import CpuPool, actor_pool

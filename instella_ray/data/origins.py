@@ -5,16 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import pydantic
 
 from .. import storage
-from ..errors import UserError
-from ..models.checkpoint import CONFIG, read_checkpoint_config, weight_hash
-from ..models.text_encoder import TextEncoderConfig
-from ..runs import Origin, RunRecord, read_record
+from ..runs import Origin, read_record
 from .codes import MANIFEST
 from .ledger import Ledger
 from .parts import LEDGER, SETTINGS
@@ -22,8 +15,6 @@ from .shard_list import SHARD_LIST, ShardEntry
 from .shards import find_files
 from .sources import SUFFIXES
 
-LINEAGE = "lineage"
-"""Section of a model folder's config.yaml."""
 ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
 """Files in which a data job says what it has made, as far as it writes them."""
 
@@ -85,32 +76,3 @@ def data_identity(folder: str) -> str:
         if storage.exists(path := storage.join(folder, name)):
             digest.update(f"{name} {storage.file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def model_origin(role: str, folder: str | Path, identity: str | None = None) -> Origin:
-    """A model folder of this machine, with the lineage that it carries; ``identity`` where its hash is known already."""
-    section = read_checkpoint_config(folder)
-    about = section.get(LINEAGE) or {}
-    try:
-        return Origin(
-            role=role,
-            kind="model",
-            path=storage.absolute(str(folder)),
-            identity=identity or weight_hash(folder),
-            facts={"model": section["model"].get("kind"), **{k: v for k, v in about.items() if k != "inputs"}},
-            inputs=about.get("inputs", ()),
-        )
-    except (pydantic.ValidationError, AttributeError, TypeError):
-        raise UserError(f"{Path(folder) / CONFIG}: the section {LINEAGE} is not one that training writes") from None
-
-
-def text_encoder_origin(cfg: TextEncoderConfig) -> Origin:
-    """A text encoder, which is known by its name."""
-    facts = {name: value for name in ("gguf_file", "layers") if (value := getattr(cfg, name)) is not None}
-    return Origin(role="text encoder", kind="name", path=cfg.name, facts=facts)
-
-
-def lineage_section(record: RunRecord, step: int) -> dict[str, Any]:
-    """What a checkpoint after ``step`` steps of a run says of where it comes from."""
-    facts = {name: value for name, value in record.facts.items() if name != "status"}
-    return {**facts, "step": step, "inputs": [origin.model_dump(mode="json") for origin in record.inputs]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import storage
 from ..accelerator import hardware_summary
-from ..data.origins import model_origin
+from ..data.model_origins import model_origin
 from ..data.parts import open_output
 from ..data.pipeline import init_ray
 from ..errors import UserError

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
-from ..data.origins import model_origin
+from ..data.model_origins import model_origin
 from ..data.parts import QUARANTINE, open_output
 from ..data.pipeline import init_ray, on_actors
 from ..data.pools import actor_pool

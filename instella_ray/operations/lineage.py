@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from .. import storage
 from ..config import Config
-from ..data.origins import data_identity, data_origin, files_identity, model_origin
+from ..data.model_origins import model_origin
+from ..data.origins import data_identity, data_origin, files_identity
 from ..data.parts import LEDGER
 from ..data.shards import find_files
 from ..data.sources import SUFFIXES

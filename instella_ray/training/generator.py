@@ -19,7 +19,8 @@ from ..data.codes import CodesManifest, CodesReader
 from ..data.decode import to_pixels
 from ..data.image_data import PicturesBatch, PicturesData
 from ..data.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
-from ..data.origins import data_origin, model_origin, shard_origins, text_encoder_origin
+from ..data.model_origins import model_origin, text_encoder_origin
+from ..data.origins import data_origin, shard_origins
 from ..diffusion import (
     TimeDistribution,
     ar_loss,

@@ -14,7 +14,7 @@ import ray.train
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from .. import storage
-from ..data.origins import LINEAGE, lineage_section
+from ..data.model_origins import LINEAGE, lineage_section
 from ..errors import UserError
 from ..models.checkpoint import add_section
 from ..runs import read_record

@@ -16,7 +16,8 @@ from .. import rng, storage
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
-from ..data.origins import model_origin, shard_origins
+from ..data.model_origins import model_origin
+from ..data.origins import shard_origins
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models.bit import BIT, BITConfig

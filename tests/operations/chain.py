@@ -13,15 +13,8 @@ from instella_ray import storage
 from instella_ray.data.codes import MANIFEST, CodesFile, CodesManifest, pack_codes, write_codes_file
 from instella_ray.data.curate import CurateConfig
 from instella_ray.data.encode import EncodeConfig
-from instella_ray.data.origins import (
-    LINEAGE,
-    data_origin,
-    lineage_section,
-    model_origin,
-    output_origin,
-    shard_origins,
-    text_encoder_origin,
-)
+from instella_ray.data.model_origins import LINEAGE, lineage_section, model_origin, text_encoder_origin
+from instella_ray.data.origins import data_origin, output_origin, shard_origins
 from instella_ray.data.parts import PartFolder, PartWriter
 from instella_ray.data.shard_list import close_with_list
 from instella_ray.data.shards import write_samples, write_tar

@@ -232,7 +232,7 @@ def test_it_scales_with_the_rows_and_back_without_losing_one(serving: None, fold
     try:
         eventually(lambda: running("scaled") == 2, 180)  # a replica imports torch first
         # These end by their deadline, if by nothing else. All of them fit one replica.
-        lasting = ask(OPTIONS.slots - 1, 60)
+        lasting = ask(OPTIONS.slots - 1, 25)
         for answer in crowd:
             answer.cancel()
         eventually(lambda: sum(active(handle)) == len(lasting))

@@ -20,9 +20,11 @@ from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
 from instella_ray.training.muon import orthogonalize
 from instella_ray.training.optim import EMA, build_optimizers, rate_share
-from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
+
+from ..processes import wait_until
 
 MODEL = BITConfig(
     image_size=32,
@@ -181,6 +183,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
                     os.remove(tmp_path / "kill-at-9")
                 except FileNotFoundError:
                     return
+                # The checkpoint is uploaded meanwhile; without it the run would rightly begin anew.
+                assert wait_until(lambda: finished_checkpoints(killed) != [], 60)
                 os.kill(os.getpid(), 9)
 
     module.launch(cfg, lambda device: Mortal(cfg), description="killed")

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+HALF := tests/evaluation tests/training tests/simulation
 FAST := not ray and not slow and not gpu
 DEMO ?=
 BENCH ?=
@@ -31,8 +32,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup.sh
 demo: venv
 	$(BIN)/instella-ray demo $(DEMO)
 
+# Tests without Ray take one core: half of them beside the other half, then all others alone, which want the machine.
 test: venv
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m unit $(HALF) & half=$$!; \
+	$(BIN)/python -m pytest -m unit $(addprefix --ignore=,$(HALF)); other=$$?; \
+	wait $$half && test $$other = 0
+	$(BIN)/python -m pytest -m "not unit"
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "$(FAST)"

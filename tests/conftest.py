@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def records_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test lets its process's log records carry, the next one's do not."""
     monkeypatch.setattr("instella_ray.logs._context", {})
+    for name in ("INSTELLA_RAY_JOB", "INSTELLA_RAY_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
@@ -20,7 +20,7 @@ from ..data.encode import EncodeConfig, run_encode
 from ..data.pipeline import init_ray
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model
-from ..simulation.pipeline import CPUS, ENCODERS, LineStage, simulate_line
+from ..simulation.pipeline import ENCODERS, LineStage, simulate_line
 from ..simulation.serving import (
     INGRESS,
     LoadConfig,
@@ -40,6 +40,7 @@ from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_
 from .simulated_training import TrainingStages, predicted_rate, real_rate, training_config
 from .stage_times import DataStages, Stages
 
+T = TypeVar("T")
 LOW, HIGH = 0.8, 1.2
 """Shares of what was measured between which a prediction is good."""
 
@@ -80,8 +81,9 @@ def run_simulation_bench(cfg: SimulationBench) -> Result:
     goals: list[Goal] = []
     with tempfile.TemporaryDirectory() as name:
         found = _serving(cfg, Path(name), rows)
-        _encoding(cfg, Path(name), found["together"], rows)
-        _training(cfg, Path(name), found["together"], rows)
+        machine = _machine(found)
+        _encoding(cfg, Path(name), machine, rows)
+        _training(cfg, Path(name), machine.together, rows)
     for row in rows:
         for what in ("throughput", "p50"):
             if f"{what} ratio" in row:
@@ -198,6 +200,11 @@ def _around(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str,
     }
 
 
+def _machine(found: Mapping[str, Any]) -> Machine:
+    """This machine: of its cores' time, what Ray's own processes use while nobody asks for anything is gone."""
+    return Machine(cores=_cores(), together=max(0.1, found["together"] - found["idle"] / _cores()))
+
+
 def _cpu_seconds() -> float:
     total = 0.0
     for pid in processes(with_ray=True):
@@ -234,16 +241,14 @@ def _prediction(cfg: SimulationBench, found: dict[str, Any], folder: Path, model
         # Client, proxy and ingress are processes of their own, and each works on another request.
         replicas={INGRESS: 3},
         buckets=tuple(found["buckets"]),
-        machine=Machine(cores=_cores(), together=found["together"]),
+        machine=_machine(found),
         times=times,
         load=LoadConfig(in_flight=1, mix=_mix(cfg)),
     )
 
 
-def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[dict[str, Cell]]) -> None:
-    """The encoding job with one process that reads and decodes and one that encodes."""
-    import ray
-
+def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[dict[str, Cell]]) -> None:
+    """The encoding job with one actor, which decodes too: Ray Data joins the two where neither asks for a GPU."""
     made = DataBench(pictures_per_shard=cfg.pictures_per_shard)
     few, many = cfg.shards
     shards = _write_shards(made, folder / "shards", many)
@@ -251,15 +256,10 @@ def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[di
         at = folder / name
         at.mkdir()
         save_model(at, BIT(sizes))
-        kind: Any = ray.remote(num_cpus=0)(DataStages)
-        actor = kind.remote(str(at), shards[0], sizes.image_size)
-        alone = ray.get(actor.measure.remote(max(2, cfg.repeats // 5)))
-        ray.kill(actor)
-        stages = [LineStage(CPUS, 1, alone["decode"]), LineStage(ENCODERS, 1, alone["encode"])]
-        stages = [replace(stage, block_s=stage.block_s * cfg.pictures_per_shard) for stage in stages]
-        machine = Machine(cores=_cores(), together=together)
+        given, repeats = (str(at), shards[0], sizes.image_size), max(2, cfg.repeats // 5)
+        took, alone = _around_it(DataStages, given, repeats, partial(_jobs, cfg, at, shards, folder))
+        stages = [LineStage(ENCODERS, 1, (alone["decode"] + alone["encode"]) * cfg.pictures_per_shard)]
         predicted = simulate_line(stages, machine=machine).blocks_per_s * cfg.pictures_per_shard
-        took = [_job(cfg, at, shards[:count], folder / f"{name}-{count}") for count in (few, many)]
         real = (many - few) * cfg.pictures_per_shard / (took[1] - took[0])
         rows.append(
             _compared(f"encoding with the {name} tokenizer", predicted, real)
@@ -269,20 +269,32 @@ def _encoding(cfg: SimulationBench, folder: Path, together: float, rows: list[di
 
 def _training(cfg: SimulationBench, folder: Path, together: float, rows: list[dict[str, Cell]]) -> None:
     """Training from the pictures of the encoding jobs."""
-    import ray
-
     for name, sizes in cfg.trained.items():
         run = training_config(
             sizes, f"{folder}/shards/*.tar", folder / f"trained-{name}", cfg.training_steps, cfg.global_batch
         )
-        kind: Any = ray.remote(num_cpus=0)(TrainingStages)
-        actor = kind.remote(run)
-        alone = ray.get(actor.measure.remote(cfg.repeats))
-        ray.kill(actor)
+        real, alone = _around_it(TrainingStages, (run,), cfg.repeats, partial(real_rate, run))
         found: dict[str, Cell] = {f"{key} ms": alone[key] * 1000 for key in ("batch", "step", "save")}
-        rows.append(
-            _compared(f"training the {name} tokenizer", predicted_rate(run, alone, together), real_rate(run)) | found
-        )
+        rows.append(_compared(f"training the {name} tokenizer", predicted_rate(run, alone, together), real) | found)
+
+
+def _around_it(kind: type, given: tuple[Any, ...], repeats: int, work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What ``work`` gives, and stage times that ``kind`` measures: means of before and after, as a machine's speed drifts."""
+    import ray
+
+    def measure() -> dict[str, float]:
+        actor: Any = ray.remote(num_cpus=0)(kind).remote(*given)
+        found: dict[str, float] = ray.get(actor.measure.remote(repeats))
+        ray.kill(actor)
+        return found
+
+    before, done, after = measure(), work(), measure()
+    return done, {name: (before[name] + after[name]) / 2 for name in before}
+
+
+def _jobs(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], folder: Path) -> list[float]:
+    """Seconds of the small and of the large job."""
+    return [_job(cfg, tokenizer, shards[:count], folder / f"{tokenizer.name}-{count}") for count in cfg.shards]
 
 
 def _job(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], output: Path) -> float:

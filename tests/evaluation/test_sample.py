@@ -285,7 +285,7 @@ def test_pictures_that_are_there_are_not_decoded_again(finished: Path, folders: 
 def test_killed_actors_and_drivers_cost_time_and_nothing_else(
     ray_session: None, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    slow = {"num_inference_steps": 800, "guidance_scale": 2.0}
+    slow = {"num_inference_steps": 400, "guidance_scale": 2.0}
     cfg = config(folders, tmp_path / "out", sampling=slow, samples_per_file=1, batch_size=2)
     job = command(cfg, tmp_path)
 

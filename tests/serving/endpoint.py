@@ -46,7 +46,8 @@ def serving(args: ServeArgs, name: str = "test") -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    # One proxy: those of several nodes on one machine would share the port, and take connections with them when they go.
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(build(args), name=name, route_prefix="/")
         yield f"http://127.0.0.1:{port}"

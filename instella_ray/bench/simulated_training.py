@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.image_data import DECODERS
 from ..models.bit import BITConfig
 from ..simulation.training import Cluster, Run, simulate_training
 from ..training.losses import PerceptualConfig, TokenizerLossConfig
@@ -74,14 +75,12 @@ class TrainingStages:
         return found
 
 
-def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], together: float) -> float:
-    """Pictures a second of the run of ``cfg``, from the times of :class:`TrainingStages`.
+def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int) -> float:
+    """Pictures a second of the run of ``cfg`` on so many cores, from the times of :class:`TrainingStages`.
 
-    ``together``: the speed of a core when another computes too, which holds for as long as the other one does.
+    While a batch is decoded its threads and the step's share the cores evenly.
     """
-    step, batch = alone["step"], alone["batch"]
-    step_s = step / (1 - (1 - together) * min(1.0, batch / step))
-    batch_s = batch / (1 - (1 - together) * min(1.0, step / batch))
+    step_s = alone["step"] + alone["batch"] * (1 - min(1.0, cores / (DECODERS + 1)))
     train = cfg.train
     run = Run(
         gpus=1,
@@ -90,7 +89,7 @@ def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], together: f
         sends_after=1.0,
         sent_bytes=0.0,
         batch_bytes=0.0,
-        batch_s=batch_s,
+        batch_s=alone["batch"],
         checkpoint_bytes=alone["bytes"],
         checkpoint_every=train.checkpoint_every,
     )

@@ -83,7 +83,7 @@ def run_simulation_bench(cfg: SimulationBench) -> Result:
         found = _serving(cfg, Path(name), rows)
         machine = _machine(found)
         _encoding(cfg, Path(name), machine, rows)
-        _training(cfg, Path(name), machine.together, rows)
+        _training(cfg, Path(name), rows)
     for row in rows:
         for what in ("throughput", "p50"):
             if f"{what} ratio" in row:
@@ -267,7 +267,7 @@ def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[d
         )
 
 
-def _training(cfg: SimulationBench, folder: Path, together: float, rows: list[dict[str, Cell]]) -> None:
+def _training(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> None:
     """Training from the pictures of the encoding jobs."""
     for name, sizes in cfg.trained.items():
         run = training_config(
@@ -275,7 +275,7 @@ def _training(cfg: SimulationBench, folder: Path, together: float, rows: list[di
         )
         real, alone = _around_it(TrainingStages, (run,), cfg.repeats, partial(real_rate, run))
         found: dict[str, Cell] = {f"{key} ms": alone[key] * 1000 for key in ("batch", "step", "save")}
-        rows.append(_compared(f"training the {name} tokenizer", predicted_rate(run, alone, together), real) | found)
+        rows.append(_compared(f"training the {name} tokenizer", predicted_rate(run, alone, _cores()), real) | found)
 
 
 def _around_it(kind: type, given: tuple[Any, ...], repeats: int, work: Callable[[], T]) -> tuple[T, dict[str, float]]:

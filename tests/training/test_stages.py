@@ -217,6 +217,6 @@ EMOJI = [
     *("model.num_tokens=24", "model.encoder_width=64", "model.decoder_width=64"),
     *("model.encoder_heads=2", "model.decoder_heads=2"),
     *("train.optimizer.lr=0.003", "train.optimizer.warmup_steps=20", "train.optimizer.decay_fraction=0.5"),
-    *("stages.stage1.train.steps=900", "stages.stage1.late_temperature=0.1", "stages.stage1.late_fraction=0.5"),
-    *("train.checkpoint_every=900", "train.preview_every=900", "train.log_every=50"),
+    *("stages.stage1.train.steps=600", "stages.stage1.late_temperature=0.1", "stages.stage1.late_fraction=0.5"),
+    *("train.checkpoint_every=600", "train.preview_every=600", "train.log_every=50"),
 ]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from instella_ray.data.curate import CurateConfig
 from instella_ray.data.filters.base import Limits, PictureFilter, Scale, Scorer, Scores
 from instella_ray.data.filters.config import FilterConfig
 from instella_ray.data.pools import share
@@ -162,3 +163,9 @@ def test_two_filters_score_on_ray_and_a_broken_picture_costs_one_row(ray_session
         ["before", "nsfw", "text_density"] if row["verdict"] == "kept" else ["before"] for row in scored
     ]
     assert [row["image"] for row in scored] == images
+
+
+@pytest.mark.parametrize("pool", ["cpu", "=cpu", "pool=", "pool=a b", "pool=!cpu"])
+def test_a_pool_that_is_no_label_is_refused(pool: str) -> None:
+    with pytest.raises(ValueError, match="cpu_pool"):
+        CurateConfig.model_validate({"input": "a", "output": "b", "cpu_pool": pool})

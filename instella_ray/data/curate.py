@@ -56,6 +56,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     UserError when a filter lacks its package or weights, when there is no input, no caption in it, too much of it is
     damaged, nothing is left of it, or when the output exists unasked.
     """
+    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
     for section in cfg.filters.sections().values():
         section.check()
     inputs = find_inputs(cfg.input)

@@ -72,9 +72,12 @@ def test_hostile_shards_are_accounted_for_to_the_row(ray_session: None, hostile_
 
 
 @pytest.mark.ray
-def test_a_second_run_refuses_resumes_or_starts_over(ray_session: None, hostile_shards: Path, tmp_path: Path) -> None:
+def test_a_second_run_refuses_resumes_or_starts_over(
+    ray_session: None, hostile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    run_curate(config(hostile_shards, out))
+    monkeypatch.chdir(tmp_path)
+    run_curate(config(hostile_shards, Path("out")))  # by a relative name, as people give it
     before = contents(out)
     with pytest.raises(UserError, match="exists already"):
         run_curate(config(hostile_shards, out))

@@ -46,9 +46,9 @@ class Validator(ABC):
 
     def __init__(self, schedule: ValidationSchedule, run_dir: str) -> None:
         self.schedule, self.run_dir = schedule, located(run_dir)
-        if not storage.is_local(schedule.folder or self.run_dir):
+        if not storage.is_local(place := schedule.folder or self.run_dir):
             raise UserError(
-                f"{schedule.folder or self.run_dir}: validation beside training loads models from a folder that all "
+                f"{place}: validation beside training loads models from a folder that all "
                 "nodes share, not from a URL; name one as validation.folder"
             )
         name = self.run_dir.rstrip("/").rpartition("/")[2]

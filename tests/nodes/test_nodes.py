@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from instella_ray.data.shards import write_tar
-from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import save_model, weight_hash
 
 from ..data.samples import picture
-from ..serving.models import make_generator
+from ..serving.models import make_generator, make_tokenizer
 from ..test_repository import ROOT
-from ..training.test_training import MODEL
 from . import driver
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,11 +31,8 @@ def make_inputs(folder: Path) -> None:
         seeds = range(number * (ROWS - 5), number * (ROWS - 5) + ROWS)  # five of the shard before it
         samples = [(f"{number}-{seed}", picture(seed, (400, 300)), f"picture {seed}", {}) for seed in seeds]
         write_tar(str(folder / "shards" / f"{number:03d}.tar"), samples)
-    (folder / "models" / "bit").mkdir(parents=True)
-    torch.manual_seed(0)
-    bit = BIT(MODEL)
-    save_model(folder / "models" / "bit", bit)
-    make_generator(folder / "models" / "diffusion", weight_hash(bit))
+    (folder / "models").mkdir()
+    make_generator(folder / "models" / "diffusion", make_tokenizer(folder / "models" / "bit"))
     (folder / "prompts.txt").write_text("".join(f"{number} red circles\n" for number in range(PROMPTS)))
 
 

@@ -18,25 +18,16 @@ from .chaos import effective_history, notes_of
 DRIVER = """
 import json, sys, threading, time
 from pathlib import Path
-import ray
 from ray._raylet import GcsClient
-from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
+from tests.nodes.simulated import simulated
 from tests.processes import wait_until
 from tests.training.chaos import fragile_run, notes_of
 
 given = json.loads(sys.argv[1])
 run, notes = Path(given["run_dir"]), Path(given["notes"])
-quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-cluster = Cluster(
-    initialize_head=True,
-    head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick},
-)
-ray._common.utils.reset_ray_address()  # or whoever else starts a Ray on this machine would land in this one
-ray.init(address=cluster.address, log_to_driver=False)
-nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))}
 
-def take_away():
+def take_away(cluster, nodes):
     begun = lambda: {note["rank"]: note for note in notes_of(notes) if note["step"] > 2}
     assert wait_until(lambda: len(begun()) == 2, 120)
     lost, process = begun()[1]["node"], begun()[1]["pid"]
@@ -48,14 +39,13 @@ def take_away():
     assert wait_until(lambda: not Path(f"/proc/{process}").exists(), 60)
     cluster.remove_node(nodes[lost])
 
-thread = threading.Thread(target=take_away)
-thread.start()
-try:
+with simulated() as simulation:
+    cluster = simulation.cluster
+    nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))}
+    thread = threading.Thread(target=take_away, args=(cluster, nodes))
+    thread.start()
     fragile_run(**given)
     thread.join()
-finally:
-    ray.shutdown()
-    cluster.shutdown()
 """
 """Two nodes of one worker each; that of rank 1 is drained, and gone once its worker is, after a checkpoint."""
 STEPS = 400

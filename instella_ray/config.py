@@ -104,13 +104,15 @@ def parse_job(
     prog: str,
     description: str,
     flags: Mapping[str, str] | None = None,
+    switches: Mapping[str, str] | None = None,
 ) -> C:
     """Parse a job's command line into its configuration, and print that.
 
-    ``flags`` are keys that have a flag of their own beside ``--set``: flag name to dotted key.
+    ``flags`` are keys that have a flag of their own beside ``--set``: flag name to dotted key. ``switches`` are flags
+    without a value, which set their key to true.
     """
     logs.begin_job(prog.removesuffix(".py"))
-    flags = flags or {}
+    flags, switches = flags or {}, switches or {}
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -120,13 +122,22 @@ def parse_job(
     add_config_arguments(parser)
     for flag, key in flags.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
+    for flag, key in switches.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=f"{_summary(cls, key)} (--set {key}=true)")
     args = parser.parse_args(argv)
     given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
+    given += [f"{key}=true" for flag, key in switches.items() if getattr(args, flag)]
     config = load_config(cls, args.config, [*args.overrides, *given])
     if _only_read.get():
         raise _Read(config)
     print(dump_yaml(config), end="", flush=True)
     return config
+
+
+def _summary(cls: type[Config], dotted: str) -> str:
+    """The first line of a key's docstring."""
+    lines = (line.strip() for line in describe(cls))
+    return next(line for line in lines if line.startswith(f"{dotted} ")).partition(")  ")[2]
 
 
 class _Read(Exception):

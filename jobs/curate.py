@@ -11,7 +11,13 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = parse_job(CurateConfig, argv, prog="curate.py", description="Curate captioned WebDataset shards.")
+    cfg = parse_job(
+        CurateConfig,
+        argv,
+        prog="curate.py",
+        description="Curate captioned WebDataset shards.",
+        switches={"local": "local"},
+    )
     ledger = run_curate(cfg)
     print(f"{cfg.output}: {ledger.summary()}")
     return 0

@@ -11,7 +11,13 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = parse_job(EncodeConfig, argv, prog="encode.py", description="Encode curated shards as packed BIT codes.")
+    cfg = parse_job(
+        EncodeConfig,
+        argv,
+        prog="encode.py",
+        description="Encode curated shards as packed BIT codes.",
+        switches={"local": "local"},
+    )
     manifest = run_encode(cfg)
     made = f"{manifest.rows} codes of tokenizer {manifest.tokenizer_hash[:12]}"
     print(f"{cfg.output}: {made} in {len(manifest.files)} files")

@@ -12,7 +12,7 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 
 def main(argv: Sequence[str] | None = None) -> int:
     about = "Measure samples, or a tokenizer's reconstructions, and write report.html."
-    cfg = parse_job(EvaluateConfig, argv, prog="evaluate.py", description=about)
+    cfg = parse_job(EvaluateConfig, argv, prog="evaluate.py", description=about, switches={"local": "local"})
     print(f"report: {run_evaluate(cfg)}")
     return 0
 

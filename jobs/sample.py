@@ -23,13 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = (
         "Sample pictures in bulk, as codes; with --decode also as pictures. Run again with sample.mode=resume to go on."
     )
-    cfg = parse_job(SampleJobConfig, argv, prog="sample.py", description=about, flags={"decode": "decode.format"})
+    own = {"flags": {"decode": "decode.format"}, "switches": {"local": "sample.local"}}
+    cfg = parse_job(SampleJobConfig, argv, prog="sample.py", description=about, **own)
     for name, manifest in run_sample(cfg.sample).items():
         cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
         made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"
         print(f"{cfg.sample.output}{f'/{name}' if name else ''}: {made}, {manifest.seconds:.0f} actor seconds{cost}")
     if cfg.decode.format is not None:
-        print(f"{cfg.sample.output}: {run_decode(cfg.decode, cfg.sample.output)} pictures as {cfg.decode.format}")
+        count = run_decode(cfg.decode, cfg.sample.output, local=cfg.sample.local)
+        print(f"{cfg.sample.output}: {count} pictures as {cfg.decode.format}")
     return 0
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from ray import serve
 
 from instella_ray.config import Config, parse_job
-from instella_ray.data.pipeline import init_ray
+from instella_ray.data.ray_data import init_ray
 from instella_ray.errors import run_main
 from instella_ray.serving.access import ApiKeys, check_address, require_free_port
 from instella_ray.serving.app import ServeArgs, build

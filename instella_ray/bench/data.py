@@ -22,9 +22,10 @@ from ..data.curate import CurateConfig, run_curate
 from ..data.decode import decode_rgb, fit_square
 from ..data.loader import CodesData
 from ..data.order import BatchPlan
-from ..data.pipeline import init_ray, quiet
+from ..data.pipeline import Stage
+from ..data.ray_data import init_ray, tables_dataset, unwrapped
 from ..data.shards import find_shards, write_tar
-from ..data.sources import open_source
+from ..data.sources import shard_sources
 from ..data.tar_source import read_samples
 from ..data.views import Decoder
 from ..errors import UserError
@@ -150,14 +151,16 @@ def _alone(cfg: DataBench, urls: list[str]) -> int:
 
 def _pipeline(cfg: DataBench, urls: list[str]) -> int:
     """As the encoding job reads, with all pixels handed to this process."""
-    samples = open_source(find_shards(",".join(urls)), rows_per_block=cfg.pictures_per_shard)
-    decoder = Decoder(cfg.size, 1, False)
-    views = quiet(samples.map_batches(decoder, batch_format="pyarrow", batch_size=None))
+    sources = shard_sources(find_shards(",".join(urls)), cfg.pictures_per_shard)
+    decoder = Stage(Decoder(cfg.size, 1, False))
     batch: Any
     seen = 0
-    for batch in views.iter_batches(batch_format="pyarrow", batch_size=None):
-        pixels = np.frombuffer(b"".join(batch["views"].to_pylist()), np.uint8)
-        seen += len(pixels.reshape(-1, cfg.size, cfg.size, 3))
+    for batch in tables_dataset(list(sources.values()), [decoder]).iter_batches(
+        batch_format="pyarrow", batch_size=None
+    ):
+        for table in unwrapped(batch):
+            pixels = np.frombuffer(b"".join(table["views"].to_pylist()), np.uint8)
+            seen += len(pixels.reshape(-1, cfg.size, cfg.size, 3))
     return seen
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..data.pipeline import init_ray
+from ..data.ray_data import init_ray
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator

@@ -17,7 +17,7 @@ from pydantic import Field
 from .. import storage
 from ..config import Config
 from ..data.encode import EncodeConfig, run_encode
-from ..data.pipeline import init_ray
+from ..data.ray_data import init_ray
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model
 from ..simulation.pipeline import ENCODERS, LineStage, simulate_line

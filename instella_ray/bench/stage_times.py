@@ -132,9 +132,7 @@ class DataStages:
         tables: list[Any] = []
 
         def decode() -> None:
-            tables[:] = [
-                part for block in read_blocks(self.shard, Path(self.shard).name, 1000) for part in self.decoder(block)
-            ]
+            tables[:] = map(self.decoder, read_blocks(self.shard, Path(self.shard).name, 1000))
 
         decoding = median_seconds(decode, repeats)
         count = sum(table.num_rows for table in tables)

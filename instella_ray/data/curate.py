@@ -1,4 +1,4 @@
-"""Curation job: captioned shards in, clean shards, a ledger and a report out, on Ray Data."""
+"""Curation job: captioned shards in, clean shards, a ledger and a report out."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from typing import Any
 from pydantic import Field
 
 from .. import storage
-from ..config import Config
-from ..errors import UserError
-from ..runs import recorded
 from .curation_notes import CurationNotes, shown_shards
 from .curation_report import write_report
 from .deduplicate import deduplicate
-from .download import DownloadConfig, with_downloads
+from .download import DownloadConfig, download_stage
 from .filters.config import FilterConfig
 from .fingerprint import Fingerprinter
+from .job import HOW, DataJobConfig, data_job
 from .judge import Judge
 from .ledger import Ledger
-from .origins import output_origin, shard_origins
-from .parts import DUPLICATES, Mode, PartFolder, PartWriter, Row
-from .pipeline import AbortConfig, init_ray, write_parts
-from .pools import CpuPool
-from .scoring import with_scores
-from .shard_list import close_with_list
+from .origins import shard_origins
+from .parts import DUPLICATES, PartWriter, Row
+from .pipeline import Stage
+from .scoring import score_stages
 from .shards import write_samples
-from .sources import find_inputs, open_source, require_captions
+from .sources import find_inputs, require_captions, shard_sources
 
 
-class CurateConfig(Config):
+class CurateConfig(DataJobConfig):
     """Which shards are read, what may stay, and where it goes."""
 
     input: str
@@ -39,15 +35,10 @@ class CurateConfig(Config):
     """
     output: str
     """Folder for the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
-    mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
     download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
     rows_per_shard: int = Field(1000, ge=1)
-    """Samples looked at for one output tar."""
-    cpu_pool: CpuPool | None = None
-    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
-    abort: AbortConfig = AbortConfig()
+    """Samples looked at for one output tar; fewer where their images are large."""
 
 
 def run_curate(cfg: CurateConfig) -> Ledger:
@@ -60,50 +51,38 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     for section in cfg.filters.sections().values():
         section.check()
     inputs = find_inputs(cfg.input)
-    shards = inputs.shards
-    require_captions(list(shards))
-    folder = PartFolder(cfg.output)
-    done = folder.open(cfg.mode, _settings(cfg))
-    shown = shown_shards(shards.values())
-    with recorded(cfg.output, "curate", cfg, shard_origins("shards", cfg.input)) as outputs:
-        if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray(cpu_pool=cfg.cpu_pool)
+    require_captions(list(inputs.shards))
+    labels = tuple(inputs.shards.values())
+    shown = shown_shards(labels)
+    settings = _settings(cfg, bool(inputs.links))
+    with data_job(cfg, "curate", "shards", settings, shard_origins("shards", cfg.input)) as job:
+        if not job.done.issuperset(labels):
             storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
             notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-            rows = open_source(todo, rows_per_block=cfg.rows_per_shard)
-            if inputs.links:
-                rows = with_downloads(rows, cfg.download)
-            rows = rows.map_batches(Judge(cfg.filters, shown, notes.examples), batch_format="pyarrow", batch_size=None)
-            rows = with_scores(rows, cfg.filters)
+            stages = [Stage(Judge(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
             if cfg.filters.duplicates:
-                rows = rows.map_batches(Fingerprinter(), batch_format="pyarrow", batch_size=None)
-            write_parts(
-                rows,
-                PartWriter(cfg.output, ".tar", cfg.rows_per_shard, _write, notes),
-                shards=shards,
-                done=done,
-                title="curate",
-                abort=cfg.abort,
-            )
+                stages.append(Stage(Fingerprinter()))
+            rows_per_block = cfg.rows_per_shard
+            if inputs.links:
+                stages.insert(0, download_stage(cfg.download))
+                rows_per_block = min(rows_per_block, cfg.download.batch_size)
+            sources = shard_sources(inputs.shards, rows_per_block)
+            job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes))
         if cfg.filters.duplicates:
-            init_ray(cpu_pool=cfg.cpu_pool)
-            deduplicate(folder, shards.values(), shown, cfg.filters.duplicates)
-        ledger = close_with_list(folder, shards.values())
-        write_report(cfg.output, cfg.filters, folder.parts(), ledger)
-        if not ledger.kept:
-            raise UserError(
-                f"input {cfg.input}: no sample left ({ledger.summary()}); see {storage.join(cfg.output, 'ledger.json')}"
-            )
-        outputs.append(output_origin("shards", cfg.output, ledger))
+            deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
+        ledger = job.close(labels)
+        write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
+        job.require_kept(f"input {cfg.input}: no sample left")
         return ledger
 
 
-def _settings(cfg: CurateConfig) -> dict[str, object]:
+def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
     """What the output depends on: not how many actors made it."""
     spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_pictures()}
-    links = set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"}
-    whole = dict.fromkeys(("mode", "output", "abort", "cpu_pool"), True)
-    volatile: dict[str, Any] = {**whole, "download": links, "filters": spread}
+    links = (
+        set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
+    )
+    volatile: dict[str, Any] = {**dict.fromkeys(HOW, True), "download": links, "filters": spread}
     return cfg.model_dump(mode="json", exclude=volatile)
 
 

@@ -7,12 +7,10 @@ import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from tqdm import tqdm
 
 from .. import storage
@@ -22,7 +20,7 @@ from .filters.duplicates import DuplicateConfig
 from .fingerprint import FIELDS
 from .ledger import DROPPED
 from .parts import DUPLICATES, Part, PartFolder, Row
-from .pipeline import quiet
+from .pipeline import Stage, run_rows
 from .shards import remove_shard, write_samples
 from .tar_source import read_samples
 
@@ -39,10 +37,18 @@ DECISIONS = pa.schema(
 READERS = 16
 
 
-def deduplicate(folder: PartFolder, shards: Collection[str], shown: Collection[str], cfg: DuplicateConfig) -> None:
+def deduplicate(
+    folder: PartFolder,
+    shards: Collection[str],
+    shown: Collection[str],
+    cfg: DuplicateConfig,
+    *,
+    local: bool,
+    cpu_pool: str | None = None,
+) -> None:
     """Take the copies out of the finished parts of ``shards``; going on after a kill where it was.
 
-    ``shown`` names the shards of whose copies thumbnails are kept.
+    ``shown`` names the shards of whose copies thumbnails are kept; ``local`` and ``cpu_pool`` say where it is done.
     """
     parts = folder.all_done(shards)
     url = storage.join(folder.url, DUPLICATES)
@@ -56,10 +62,9 @@ def deduplicate(folder: PartFolder, shards: Collection[str], shown: Collection[s
     if not todo:
         return
     given = [{"part": part.model_dump_json(), "drops": json.dumps(drops[part.name])} for part in todo]
-    dataset = ray.data.from_items(given, override_num_blocks=len(given))
-    work = dataset.map(Remover(folder.url, decided, frozenset(shown)))
+    remover = Stage(Remover(folder.url, decided, frozenset(shown)))
     with tqdm(total=len(todo), desc="duplicates", unit="part") as bar:
-        for _ in quiet(work).iter_rows():
+        for _ in run_rows(given, remover, local=local, cpu_pool=cpu_pool):
             bar.update()
 
 
@@ -69,10 +74,16 @@ class Remover:
     def __init__(self, folder: str, decided: str, shown: Collection[str]) -> None:
         self.folder, self.decided, self.shown = folder, decided, shown
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
         part, drops = Part.model_validate_json(row["part"]), json.loads(row["drops"])
+        self.remove(part, drops)
+        return pa.table({"part": [part.name]})
+
+    def remove(self, part: Part, drops: dict[str, str]) -> None:
+        """Take the samples ``drops`` (key -> reason) out of ``part``."""
         if PartFolder(self.folder).part(part.name).decided == self.decided or part.file is None:
-            return {"part": part.name}  # a worker that was lost after its work was done
+            return  # by a worker that was lost after its work was done
         old = storage.join(self.folder, part.file)
         gone: list[Row] = []
         file = f"{part.name}.{self.decided}.tar"
@@ -88,7 +99,6 @@ class Remover:
         changed = {"file": file if kept else None, "records": kept, "ledger": ledger, "decided": self.decided}
         PartFolder(self.folder).replace(part.model_copy(update=changed))
         remove_shard(old)
-        return {"part": part.name}
 
     def _staying(self, url: str, drops: dict[str, str], gone: list[Row]) -> Iterator[Row]:
         with storage.open_file(url) as stream:

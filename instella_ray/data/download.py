@@ -23,17 +23,18 @@ import zlib
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import aiohttp
 import pyarrow as pa
 from pydantic import Field
-from ray.data import ActorPoolStrategy, Dataset
 from yarl import URL
 
 from ..config import Config
 from .addresses import PublicResolver, RefusedAddressError, check_literal
 from .ledger import DOWNLOAD
+from .pipeline import Pool, Stage
 
 REDIRECTS = (301, 302, 303, 307, 308)
 OPT_OUTS = {"noai", "noimageai"}
@@ -57,7 +58,7 @@ class DownloadConfig(Config):
     per_host: int = Field(4, ge=1)
     """Requests at once to one host."""
     batch_size: int = Field(512, ge=1)
-    """Rows that are fetched together; their pictures are in memory at once."""
+    """Rows that are fetched together, and looked at for one output tar at most; their pictures are in memory at once."""
     timeout_s: float = Field(30, gt=0)
     """For one request, from connecting to the last byte (s); a redirect is a new request."""
     connect_timeout_s: float = Field(10, gt=0)
@@ -80,19 +81,10 @@ class DownloadConfig(Config):
     """Leave pictures whose server says ``X-Robots-Tag: noai`` or ``noimageai``, to whichever robot it says so."""
 
 
-def with_downloads(dataset: Dataset, cfg: DownloadConfig) -> Dataset:
-    """``dataset`` (:data:`.rows.SCHEMA`) with the pictures that its rows link to."""
-    pool = ActorPoolStrategy(
-        size=cfg.actors, max_concurrent_calls_per_actor=TABLES_AT_ONCE, enable_true_multi_threading=True
-    )
-    return dataset.map_batches(
-        Downloader,
-        fn_constructor_args=(cfg,),
-        batch_format="pyarrow",
-        batch_size=cfg.batch_size,
-        compute=pool,
-        num_cpus=0.25,  # it waits, most of the time
-    )
+def download_stage(cfg: DownloadConfig) -> Stage:
+    """The stage that fetches the pictures that rows (:data:`.rows.SCHEMA`) link to."""
+    # It waits, most of the time: a quarter of a CPU is enough.
+    return Stage(partial(Downloader, cfg), Pool(cfg.actors, cpus=0.25, calls_at_once=TABLES_AT_ONCE))
 
 
 class Downloader:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from .. import storage
 from ..accelerator import pick_device
-from ..config import Config
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
-from ..runs import recorded
 from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .decode import to_tensor
+from .job import HOW, DataJobConfig, data_job
 from .model_origins import model_origin
-from .origins import output_origin, shard_origins
-from .parts import Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, init_ray, write_parts
-from .pools import CpuPool, actor_pool
-from .sources import find_pictures, open_source
+from .origins import shard_origins
+from .parts import PartWriter
+from .pipeline import Pool, Stage
+from .rows import BLOCK_BYTES
+from .sources import find_pictures, shard_sources
 from .views import Decoder
 
 
-class EncodeConfig(Config):
+class EncodeConfig(DataJobConfig):
     """Which pictures become codes, by which tokenizer, in how many views."""
 
     input: str
@@ -33,8 +34,6 @@ class EncodeConfig(Config):
     """Folder for the parquet files, ``manifest.json`` and ``ledger.json``."""
     tokenizer: str
     """Model folder of the BIT."""
-    mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
     size: int | None = Field(None, ge=1)
     """Size the encoder reads (px); none means the tokenizer's own."""
     crops: int = Field(1, ge=1)
@@ -44,16 +43,13 @@ class EncodeConfig(Config):
     source: str = "laion"
     """Name of this set, for mixtures and lineage."""
     rows_per_file: int = Field(1000, ge=1)
-    """Pictures looked at for one parquet file."""
+    """Pictures looked at for one parquet file; fewer where their views would take more than 128 MB."""
     batch_size: int = Field(64, ge=1)
     """Views an encoder call."""
     actors: int | None = Field(None, ge=1)
     """Encoder actors; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each encoder actor; 0 encodes on the CPU."""
-    cpu_pool: CpuPool | None = None
-    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
-    abort: AbortConfig = AbortConfig()
 
 
 class Encoder:
@@ -95,29 +91,18 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     if size % (multiple := bit.cfg.encode_multiple):
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
-    folder = PartFolder(cfg.output)
-    volatile = {"mode", "output", "tokenizer", "batch_size", "actors", "gpus_per_actor", "cpu_pool", "abort"}
+    volatile = {*HOW, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
-    done = folder.open(cfg.mode, settings)
     inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer, tokenizer_hash))
-    with recorded(cfg.output, "encode", cfg, inputs) as outputs:
-        if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray(cpu_pool=cfg.cpu_pool)
-            samples = open_source(todo, rows_per_block=cfg.rows_per_file)
-            decoded = samples.map_batches(Decoder(size, cfg.crops, cfg.flips), batch_format="pyarrow", batch_size=None)
-            encoded = decoded.map_batches(
-                Encoder,
-                fn_constructor_args=(cfg, size),
-                batch_format="pyarrow",
-                batch_size=4 * cfg.batch_size,
-                **actor_pool(cfg.actors, cfg.gpus_per_actor),
-            )
-            writer = PartWriter(cfg.output, ".parquet", cfg.rows_per_file, CodesWriter(cfg.source))
-            write_parts(encoded, writer, shards=shards, done=done, title="encode", abort=cfg.abort)
-        ledger = folder.close(shards.values())
-        if not ledger.kept:
-            raise UserError(f"input {cfg.input}: nothing to encode ({ledger.summary()})")
-        files = [CodesFile(name=part.file, rows=part.records) for part in folder.parts() if part.file]
+    with data_job(cfg, "encode", "codes", settings, inputs) as job:
+        decoder = Decoder(size, cfg.crops, cfg.flips)
+        rows_per_file = min(cfg.rows_per_file, decoder.rows_within(BLOCK_BYTES))
+        encoder = Stage(partial(Encoder, cfg, size), Pool(cfg.actors, cfg.gpus_per_actor))
+        writer = PartWriter(cfg.output, ".parquet", CodesWriter(cfg.source))
+        job.write(shard_sources(shards, rows_per_file), [Stage(decoder), encoder], writer)
+        job.close(shards.values(), listed=False)
+        job.require_kept(f"input {cfg.input}: nothing to encode")
+        files = [CodesFile(name=part.file, rows=part.records) for part in job.folder.parts() if part.file]
         manifest = CodesManifest(
             tokenizer_hash=tokenizer_hash,
             num_tokens=bit.cfg.num_tokens,
@@ -127,5 +112,4 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
         )
         # Last, so that a folder with a manifest is a complete one.
         storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
-        outputs.append(output_origin("codes", cfg.output, ledger))
         return manifest

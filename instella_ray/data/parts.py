@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -141,36 +140,31 @@ class PartFolder:
 
 
 class PartWriter:
-    """Ray Data's last stage: writes a block's rows as parts, and passes on one small row a part.
+    """A job's last stage: writes a table's rows as a part, and passes on one small row about it.
 
-    A block is an Arrow table with ``key, shard, row, last, caption, meta, image`` and ``verdict`` (see
-    :class:`.ledger.Ledger`), consecutive rows of a shard next to each other. ``write_file(url, kept rows)`` writes the
-    data file and returns the number of records in it. ``note(part's name, all rows)`` gives the entry's ``notes``, and may
-    write further files named after the part.
+    A table has consecutive rows of one shard, with ``key, shard, row, last, caption, meta, image`` and ``verdict`` (see
+    :class:`.ledger.Ledger`). ``write_file(url, kept rows)`` writes the data file and returns the number of records in it.
+    ``note(part's name, all rows)`` gives the entry's ``notes``, and may write further files named after the part.
     """
 
     def __init__(
         self,
         folder: str,
         suffix: str,
-        rows_per_file: int,
         write_file: Callable[[str, list[Row]], int],
         note: Callable[[str, list[Row]], dict[str, Any]] | None = None,
     ) -> None:
-        self.folder, self.suffix, self.rows_per_file = folder, suffix, rows_per_file
-        self.write_file, self.note = write_file, note
+        self.folder, self.suffix, self.write_file, self.note = folder, suffix, write_file, note
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        # Ray joins and cuts blocks by their bytes; files are cut at fixed rows of the shard.
-        runs = groupby(table.to_pylist(), key=lambda row: (row["shard"], row["row"] // self.rows_per_file))
-        parts = [self._write(shard, list(rows)) for (shard, _), rows in runs]
-        reports = [{"shard": p.shard, "last": p.last, "ledger": json.dumps(p.ledger)} for p in parts]
-        return pa.Table.from_pylist(reports)
+        part = self._write(table.to_pylist())
+        return pa.Table.from_pylist([{"shard": part.shard, "last": part.last, "ledger": json.dumps(part.ledger)}])
 
-    def _write(self, shard: str, rows: list[Row]) -> Part:
+    def _write(self, rows: list[Row]) -> Part:
         kept = [row for row in rows if row["verdict"] == KEPT]
         bad = [row for row in rows if row["verdict"].startswith(QUARANTINED)]
-        facts = {"shard": shard, "first_row": rows[0]["row"], "rows": len(rows), "last": rows[-1]["last"]}
+        first = rows[0]
+        facts = {"shard": first["shard"], "first_row": first["row"], "rows": len(rows), "last": rows[-1]["last"]}
         ledger = Ledger().count(row["verdict"] for row in rows).to_json()
         part = Part(**facts, file=None, records=0, ledger=ledger)
         if kept:

@@ -1,129 +1,128 @@
-"""How data jobs run on Ray Data: where Ray comes from, a progress bar, and one way to write the output."""
+"""Stages of data jobs, and the two ways to run them: on Ray Data, or one after another in this process.
+
+A source gives the tables of one shard, each of consecutive rows; every stage turns one table into one. A table stays what
+it is from its source to its file, so both ways write the same files.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
-import ray
+import pyarrow as pa
 from pydantic import Field
-from ray.data import Dataset
-from tqdm import tqdm
 
-from .. import logs
-from ..config import Config
-from ..errors import UserError
-from .ledger import Ledger
-from .parts import PartFolder, PartWriter
-from .pools import actor_pool, keep_to
+CpuPool = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]*=[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A label of nodes, KEY=VALUE."""
+Source = Callable[[], Iterator[pa.Table]]
+"""Tables of one shard, in order; each call begins anew."""
+Work = Callable[[pa.Table], pa.Table]
 
 
-class AbortConfig(Config):
-    """When a job stops because too much is wrong with its input; what it has done stays, and resume goes on from there."""
+@dataclass(frozen=True)
+class Pool:
+    """The actors that hold what a stage needs, a model mostly."""
 
-    quarantined: float = Field(0.2, ge=0, le=1)
-    """Share of samples that are damaged. Above it the job stops."""
-    failed_downloads: float = Field(0.9, ge=0, le=1)
-    """Share of samples whose picture could not be fetched. Above it the job stops: rather the network's fault."""
-    after_rows: int = Field(1000, ge=1)
-    """Shares of fewer samples say nothing yet. At the job's end they are looked at in any case."""
-
-    def check(self, ledger: Ledger, folder: str, *, at_end: bool = False) -> None:
-        """UserError when ``ledger`` is past a limit."""
-        if not ledger.total or (ledger.total < self.after_rows and not at_end):
-            return
-        found = {"quarantined": ledger.quarantined.total(), "failed_downloads": ledger.failed_downloads}
-        for name, number in found.items():
-            if number > getattr(self, name) * ledger.total:
-                share = f"{number} of {ledger.total} samples"
-                hint = f"the limit is abort.{name}={getattr(self, name):g}; mend the input, or raise it and set mode=resume"
-                raise UserError(f"{folder}: stopped, {share} {name.replace('_', ' ')} ({ledger.summary()}); {hint}")
+    actors: int | None = None
+    """None means one a GPU, or one for every two CPUs."""
+    gpus_per_actor: float = 0.0
+    cpus: float | None = None
+    """Logical CPUs that each claims; None shares out what the cluster has."""
+    calls_at_once: int = 1
+    """Tables that each works on at the same time, in threads."""
 
 
-def init_ray(*, cpu_pool: str | None = None, log_to_driver: bool = True) -> None:
-    """Connect to the cluster a job was submitted to, or start a local one on loopback.
+@dataclass(frozen=True)
+class Stage:
+    """One step of a data job."""
 
-    Datasets made from now on keep their work on CPUs to the nodes with the label ``cpu_pool``. ``log_to_driver`` shows
-    here what other processes print.
-    """
-    if not ray.is_initialized():
-        _connect(log_to_driver)
-    keep_to(cpu_pool)
+    work: Callable[..., Any]
+    """Turns a table of rows into one; with a ``pool`` makes such a function, once an actor."""
+    pool: Pool | None = None
+    """None: any process may do it."""
 
+    @property
+    def name(self) -> str:
+        work = self.work.func if isinstance(self.work, partial) else self.work
+        return str(getattr(work, "__name__", type(work).__name__))
 
-def _connect(log_to_driver: bool) -> None:
-    here: dict[str, Any] = {"log_to_driver": log_to_driver}
-    if logs.for_machines():
-        here["logging_config"] = WorkerLogging("JSON", fields=logs.context())
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**here)
-    else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, **here)
-
-
-@dataclass
-class WorkerLogging(ray.LoggingConfig):
-    """Ray's setting of the logs of every process of a job, with this package's own records beside those of others."""
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    """What each of the package's records carries, and where they go."""
-
-    def _apply(self) -> None:
-        super()._apply()
-        logs.set_up(self.fields)
-        # Ray has given a handler to the root of all loggers, which would write them once more.
-        logging.getLogger(logs.PACKAGE).propagate = False
+    def open(self) -> Work:
+        """The function that tables go through."""
+        made: Work = self.work() if self.pool else self.work
+        return made
 
 
-def quiet(dataset: Dataset) -> Dataset:
-    """``dataset`` without Ray Data's own bars, a line for every operator and second: a job shows one of its own."""
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    return dataset
-
-
-def on_actors(
-    work: type, arguments: tuple[Any, ...], rows: Sequence[Any], *, actors: int | None, gpus_per_actor: float
-) -> Iterator[dict[str, Any]]:
-    """Rows that actors made by ``work(*arguments)`` give for ``rows``, of which they take one after another, in any order.
-
-    An actor that is lost is replaced, and its row done again.
-    """
-    given = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    pool = actor_pool(actors and min(actors, len(rows)), gpus_per_actor)
-    made = given.map_batches(work, fn_constructor_args=arguments, batch_format="pyarrow", batch_size=1, **pool)
-    yield from quiet(made).iter_rows()
-
-
-def write_parts(
-    dataset: Dataset,
-    writer: PartWriter,
+def run_stages(
+    sources: Sequence[Source],
+    stages: Sequence[Stage],
     *,
-    shards: Collection[str],
-    done: Collection[str],
-    title: str,
-    abort: AbortConfig,
-) -> None:
-    """Run ``dataset`` to its end and let ``writer`` write its rows, under a progress bar.
+    local: bool,
+    cpu_pool: str | None = None,
+    most_actors: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the last stage's tables, for every table of ``sources``: on Ray in any order, ``local`` in theirs.
 
-    ``done`` are those of ``shards`` that an earlier run has finished. UserError when more is wrong with the input than
-    ``abort`` allows.
+    What is lost with a process of Ray is done again. ``cpu_pool`` keeps work on CPUs to the nodes with that label, and no
+    pool has more than ``most_actors``. UserError for more GPUs than the cluster has.
     """
-    reports = quiet(dataset.map_batches(writer, batch_format="pyarrow", batch_size=None))
-    ledger = Ledger.of(part.ledger for part in PartFolder(writer.folder).parts())
-    before, began = ledger.total, time.perf_counter()
-    with tqdm(total=len(shards), initial=len(done), desc=title, unit="shard") as bar:
-        for report in reports.iter_rows():
-            ledger.add(json.loads(report["ledger"]))
-            rows = ledger.total - before
-            bar.set_postfix_str(f"{rows} rows, {rows / (time.perf_counter() - began):.0f}/s", refresh=False)
-            bar.update(int(report["last"]))
-            abort.check(ledger, writer.folder)
-    abort.check(ledger, writer.folder, at_end=True)
+    if local:
+        return _run_here(sources, stages)
+    from .ray_data import run_on_ray
+
+    return run_on_ray(sources, stages, cpu_pool, most_actors)
+
+
+def run_rows(
+    rows: Sequence[Mapping[str, Any]], stage: Stage, *, local: bool, cpu_pool: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """:func:`run_stages` of one stage that takes a table of one row at a time."""
+    sources = [partial(row_table, row) for row in rows]
+    return run_stages(sources, [stage], local=local, cpu_pool=cpu_pool, most_actors=len(rows))
+
+
+def pool_size(pool: Pool, rows: int, *, local: bool) -> int:
+    """How many actors :func:`run_rows` of so many rows has; 1 in this process."""
+    if local:
+        return 1
+    from .ray_data import actor_pools, init_ray
+
+    init_ray()
+    (actors,) = actor_pools([pool], rows)
+    return int(actors["compute"].max_size)
+
+
+def row_table(row: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """A :data:`Source` of one row."""
+    yield pa.Table.from_pylist([dict(row)])
+
+
+def _run_here(sources: Sequence[Source], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+    torch_was_there = "torch" in sys.modules
+    with _one_thread():
+        works = [stage.open() for stage in stages]
+        # A stage that has only now loaded torch has asked for no number of threads of its own.
+        with nullcontext() if torch_was_there else _one_thread():
+            for source in sources:
+                for table in source():
+                    for work in works:
+                        table = work(table)
+                    yield from table.to_pylist()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch, where it is loaded, compute with one thread as in Ray's actors: with others it rounds differently."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

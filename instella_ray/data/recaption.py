@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -12,22 +13,19 @@ from pydantic import Field
 
 from .. import storage
 from ..accelerator import Precision, pick_device, precision_of_actors
-from ..config import Config
-from ..errors import UserError
-from ..runs import Origin, recorded
+from ..runs import Origin
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
 from .decode import UndecodableError
+from .job import HOW, DataJobConfig, data_job
 from .ledger import DROPPED, KEPT, QUARANTINED, Ledger
 from .loader import Prefetcher
-from .origins import output_origin, shard_origins
-from .parts import LEDGER, Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, init_ray, write_parts
-from .pools import CpuPool, actor_pool
+from .origins import shard_origins
+from .parts import PartWriter
+from .pipeline import Pool, Stage
 from .pretrained import located, short_name
 from .rows import SCHEMA
-from .shard_list import close_with_list
 from .shards import write_samples
-from .sources import find_pictures, open_source
+from .sources import find_pictures, shard_sources
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
 LONG = Question(
@@ -41,15 +39,13 @@ SHORT = Question(
 )
 
 
-class RecaptionConfig(Config):
+class RecaptionConfig(DataJobConfig):
     """Which pictures are described, by which model, and what it is asked."""
 
     input: str
     """Curated tars, or parquet with pictures (a path, glob, folder, commas between); captions need not be there."""
     output: str
     """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
-    mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Vision-language model: hub name, or local folder."""
     long: Question = LONG
@@ -66,9 +62,6 @@ class RecaptionConfig(Config):
     """GPU share of each captioner; 0 computes on the CPU."""
     rows_per_shard: int = Field(1000, ge=1)
     """Pictures looked at for one output tar."""
-    cpu_pool: CpuPool | None = None
-    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
-    abort: AbortConfig = AbortConfig()
 
 
 class Recaptioner:
@@ -135,7 +128,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """What must be equal for a run to go on; UserError for a model that describes no pictures."""
-    volatile = {"mode", "output", "model", "batch_size", "actors", "gpus_per_actor", "cpu_pool", "abort"}
+    volatile = {*HOW, "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
@@ -149,24 +142,11 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
     shards = find_pictures(cfg.input)
-    folder = PartFolder(cfg.output)
-    done = folder.open(cfg.mode, recaption_settings(cfg))
     inputs = (*shard_origins("shards", cfg.input), Origin(role="captioner", kind="name", path=cfg.model))
-    with recorded(cfg.output, "recaption", cfg, inputs) as outputs:
-        if todo := {url: label for url, label in shards.items() if label not in done}:
-            init_ray(cpu_pool=cfg.cpu_pool)
-            described = open_source(todo, rows_per_block=cfg.rows_per_shard).map_batches(
-                Recaptioner,
-                fn_constructor_args=(cfg,),
-                batch_format="pyarrow",
-                batch_size=8 * cfg.batch_size,
-                **actor_pool(cfg.actors, cfg.gpus_per_actor),
-            )
-            writer = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples)
-            write_parts(described, writer, shards=shards, done=done, title="recaption", abort=cfg.abort)
-        ledger = close_with_list(folder, shards.values())
-        if not ledger.kept:
-            where = storage.join(cfg.output, LEDGER)
-            raise UserError(f"input {cfg.input}: no picture got its captions ({ledger.summary()}); see {where}")
-        outputs.append(output_origin("shards", cfg.output, ledger))
+    with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs) as job:
+        captioner = Stage(partial(Recaptioner, cfg), Pool(cfg.actors, cfg.gpus_per_actor))
+        sources = shard_sources(shards, cfg.rows_per_shard)
+        job.write(sources, [captioner], PartWriter(cfg.output, ".tar", write_samples))
+        ledger = job.close(shards.values())
+        job.require_kept(f"input {cfg.input}: no picture got its captions")
         return ledger

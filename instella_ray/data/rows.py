@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +27,8 @@ SCHEMA = pa.schema(
 
 MAX_IMAGE_BYTES = 64 << 20
 """Pictures above this size are not read: none of a training set is so large."""
+BLOCK_BYTES = 128 << 20
+"""Images, or their pixels, that are in work together: what Ray Data aims at."""
 
 
 class Keys:
@@ -69,10 +70,17 @@ def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def blocks(rows: Iterable[dict[str, Any]], rows_per_block: int) -> Iterator[pa.Table]:
-    """Rows of one shard as tables of :data:`SCHEMA`, the final row marked as ``last``."""
-    marked = _with_last(rows)
-    while block := list(islice(marked, rows_per_block)):
-        yield pa.Table.from_pylist(block, SCHEMA)
+    """Rows of one shard as tables of :data:`SCHEMA`, the final row marked as ``last``.
+
+    A table has ``rows_per_block`` rows, or fewer where their images reach :data:`BLOCK_BYTES`.
+    """
+    block, size = list[dict[str, Any]](), 0
+    for row in _with_last(rows):
+        block.append(row)
+        size += len(row["image"] or b"")
+        if row["last"] or len(block) == rows_per_block or size >= BLOCK_BYTES:
+            yield pa.Table.from_pylist(block, SCHEMA)
+            block, size = [], 0
 
 
 def _with_last(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Scores of pictures on Ray Data: an actor pool for each picture filter, which adds its scores and its verdict to rows."""
+"""Scores of pictures: a stage for each picture filter, which adds its scores and its verdict to rows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pyarrow as pa
 from PIL import Image
-from ray.data import Dataset
 
 from .decode import UndecodableError, decode_rgb
 from .filters.base import PictureFilter, bounded
 from .filters.config import FilterConfig
 from .ledger import DROPPED, KEPT, QUARANTINED
-from .pools import actor_pools
+from .pipeline import Pool, Stage
 
 THREADS = 2
 """Threads an actor that decode the next batch while the model has the last."""
@@ -73,19 +73,7 @@ class Score:
         return bounded(decode_rgb(data, at_least=size), size)
 
 
-def with_scores(dataset: Dataset, filters: FilterConfig) -> Dataset:
-    """``dataset``, of rows as :class:`Score` takes them, through every filter of pictures, a pool of actors each.
-
-    UserError for more GPUs than the cluster has.
-    """
+def score_stages(filters: FilterConfig) -> list[Stage]:
+    """A stage for every filter of pictures, for rows as :class:`Score` takes them; a pool of actors each."""
     sections = [section.resolved() for section in filters.of_pictures().values()]
-    pools = actor_pools([(section.actors, section.gpus_per_actor) for section in sections])
-    for section, pool in zip(sections, pools, strict=True):
-        dataset = dataset.map_batches(
-            Score,
-            fn_constructor_args=(section,),
-            batch_format="pyarrow",
-            batch_size=4 * section.batch_size,
-            **pool,
-        )
-    return dataset
+    return [Stage(partial(Score, each), Pool(each.actors, each.gpus_per_actor)) for each in sections]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from .. import storage
 from ..config import Config
 from ..errors import UserError
-from .ledger import Ledger
-from .parts import Part, PartFolder
+from .parts import Part
 
 SHARD_LIST = "shards.json"
 """Its name in the folder of its shards: a job that is given the folder reads it."""
@@ -54,13 +53,6 @@ def part_entries(folder: str, parts: Iterable[Part]) -> list[ShardEntry]:
     sizes = storage.sizes(storage.join(folder, "*"))
     files = ((part.file, part.records) for part in parts if part.file)
     return [ShardEntry(url=name, bytes=sizes[storage.join(folder, name)], rows=records) for name, records in files]
-
-
-def close_with_list(folder: PartFolder, shards: Collection[str]) -> Ledger:
-    """End a job that wrote tars (:meth:`.parts.PartFolder.close`), and leave the list of them."""
-    ledger = folder.close(shards)
-    write_shard_list(folder.url, part_entries(folder.url, folder.parts()))
-    return ledger
 
 
 def read_shard_list(path: str) -> list[ShardEntry]:

@@ -1,4 +1,4 @@
-"""Where jobs get their samples: WebDataset tars and parquet files, as one Ray dataset of :data:`.rows.SCHEMA`.
+"""Where jobs get their samples: WebDataset tars and parquet files, as tables of :data:`.rows.SCHEMA`.
 
 Ray's own readers decode while they read, so that one corrupt picture fails a whole shard. Here bytes stay bytes, and
 whatever is wrong with a sample is written in its row's ``problem`` column, for the ledger to count.
@@ -14,14 +14,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from ray.data import Dataset, read_datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from .. import storage
 from ..errors import UserError
 from .parquet_source import Footer, read_footer, read_parquet
-from .rows import SCHEMA, blocks
+from .pipeline import Source
+from .rows import blocks
 from .shards import find_shards, refuse_twins
 from .tar_source import read_samples
 
@@ -36,7 +34,7 @@ class Inputs(NamedTuple):
     """What a job reads."""
 
     shards: dict[str, str]
-    """URL -> label, for :func:`open_source`. The URLs of a cut file end with its rows."""
+    """URL -> label, for :func:`shard_sources`. The URLs of a cut file end with its rows."""
     links: tuple[str, ...]
     """The shards among them whose pictures have to be downloaded."""
 
@@ -71,40 +69,12 @@ def find_pictures(pattern: str) -> dict[str, str]:
     return inputs.shards
 
 
-def open_source(shards: Mapping[str, str], rows_per_block: int = 256) -> Dataset:
-    """A Ray dataset over tars and parquet files (URL -> label), wherever they lie: one read task a shard.
+def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
+    """What reads each of the tars and parquet files (URL -> label), wherever they lie, by label.
 
-    A block holds up to ``rows_per_block`` consecutive rows of one shard.
+    Tables hold up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
     """
-    return read_datasource(ShardDatasource(shards, rows_per_block), override_num_blocks=len(shards))
-
-
-class ShardDatasource(Datasource):
-    """Columns of :data:`.rows.SCHEMA`. Nothing is listed or opened here: who knows the shards has done that."""
-
-    def __init__(self, shards: Mapping[str, str], rows_per_block: int) -> None:
-        super().__init__()
-        self.shards, self.rows_per_block = dict(shards), rows_per_block
-
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """A task for each shard, whatever ``parallelism`` is: its rows then come from one process, in order."""
-        return [
-            ReadTask(
-                partial(read_blocks, url, label, self.rows_per_block),
-                BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=(url,)),
-                schema=SCHEMA,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for url, label in self.shards.items()
-        ]
+    return {label: partial(read_blocks, url, label, rows_per_block) for url, label in shards.items()}
 
 
 def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]:

@@ -6,30 +6,26 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import ray
 from PIL import Image
 from pydantic import Field
 
 from .. import storage
 from ..accelerator import precision_of_actors
-from ..config import Config
-from ..errors import UserError
-from ..runs import Origin, recorded
+from ..runs import Origin
+from .job import DataJobConfig, data_job
 from .ledger import KEPT, Ledger
-from .origins import output_origin
 from .painter import Painter, PipelineConfig, check_pipeline
-from .parts import LEDGER, Mode, PartFolder, PartWriter
-from .pipeline import AbortConfig, init_ray, write_parts
-from .pools import CpuPool, actor_pool
+from .parts import PartWriter
+from .pipeline import Pool, Stage, row_table
 from .pretrained import located, short_name
 from .prompts import Prompt, prompts_hash, read_prompts
 from .rows import SCHEMA
-from .shard_list import close_with_list
 from .shards import write_samples
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
@@ -37,7 +33,7 @@ ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
-class SynthesizeConfig(Config):
+class SynthesizeConfig(DataJobConfig):
     """Which prompts become pictures, by which models."""
 
     prompts: str
@@ -46,8 +42,6 @@ class SynthesizeConfig(Config):
     """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
     models: dict[ModelName, PipelineConfig] = Field(min_length=1)
     """By the name that keys and metadata give them. They run one after another."""
-    mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
     count: int | None = Field(None, ge=1)
     """Draw so many of the prompts; none means all."""
     seed: int = Field(0, ge=0)
@@ -58,9 +52,6 @@ class SynthesizeConfig(Config):
     """Of JPEG and WebP."""
     prompts_per_shard: int = Field(256, ge=1)
     """Pictures of one tar, and what is lost at most when an actor dies."""
-    cpu_pool: CpuPool | None = None
-    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
-    abort: AbortConfig = AbortConfig()
 
 
 class Synthesizer:
@@ -151,42 +142,22 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
     models = {n: m.model_copy(update={"pipeline": located(m.pipeline)}) for n, m in cfg.models.items()}
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "models": models})
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
-    folder = PartFolder(cfg.output)
-    done = folder.open(cfg.mode, synthesize_settings(cfg, prompts))
     asked = Origin(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
     painters = [Origin(role="painter", kind="name", path=model.pipeline) for model in cfg.models.values()]
-    with recorded(cfg.output, "synthesize", cfg, (asked, *painters)) as outputs:
+    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (asked, *painters)) as job:
         labels: list[str] = []
-        for name in cfg.models:
+        for name, model in cfg.models.items():
             of_model = chunks(cfg, prompts, name)
+            pool = Pool(model.actors and min(model.actors, len(of_model)), model.gpus_per_actor)
+            sources = {label: partial(row_table, _chunk_row(label, chunk)) for label, chunk in of_model.items()}
+            writer = PartWriter(cfg.output, ".tar", write_samples)
+            job.write(sources, [Stage(partial(Synthesizer, cfg, name), pool)], writer, title=f"synthesize {name}")
             labels += of_model
-            if todo := {label: chunk for label, chunk in of_model.items() if label not in done}:
-                init_ray(cpu_pool=cfg.cpu_pool)
-                _make(cfg, name, todo, of_model)
-        ledger = close_with_list(folder, labels)
-        if not ledger.kept:
-            where = storage.join(cfg.output, LEDGER)
-            raise UserError(f"prompts {cfg.prompts}: no picture came of them ({ledger.summary()}); see {where}")
-        outputs.append(output_origin("shards", cfg.output, ledger))
+        ledger = job.close(labels)
+        job.require_kept(f"prompts {cfg.prompts}: no picture came of them")
         return ledger
 
 
-def _make(
-    cfg: SynthesizeConfig, name: str, todo: dict[str, Sequence[Prompt]], of_model: dict[str, Sequence[Prompt]]
-) -> None:
-    # A chunk is a row, which an actor makes whole: its batches do not depend on how Ray cuts and joins blocks.
-    rows = [
-        {"shard": label, "ids": [p.id for p in chunk], "texts": [p.text for p in chunk]}
-        for label, chunk in todo.items()
-    ]
-    model = cfg.models[name]
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Synthesizer,
-        fn_constructor_args=(cfg, name),
-        batch_format="pyarrow",
-        batch_size=1,
-        **actor_pool(model.actors and min(model.actors, len(rows)), model.gpus_per_actor),
-    )
-    writer = PartWriter(cfg.output, ".tar", cfg.prompts_per_shard, write_samples)
-    done = of_model.keys() - todo.keys()
-    write_parts(made, writer, shards=of_model, done=done, title=f"synthesize {name}", abort=cfg.abort)
+def _chunk_row(label: str, chunk: Sequence[Prompt]) -> dict[str, Any]:
+    """A chunk as one row, which an actor makes whole: its batches are cut from its start alone."""
+    return {"shard": label, "ids": [p.id for p in chunk], "texts": [p.text for p in chunk]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from .decode import UndecodableError, decode_rgb, fit_square
 from .ledger import KEPT
 
 AT_ONCE = 64
-"""Pictures whose pixels are handed on together."""
+"""Pictures that are decoded before their pixels become columns."""
 PIXELS = pa.schema(
     [
         ("key", pa.string()),
@@ -37,14 +36,15 @@ class Decoder:
     def __init__(self, size: int, crops: int, flips: bool) -> None:
         self.size, self.crops, self.flips = size, crops, flips
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """A few pictures at a time: a whole block of pixels would be a hundred times its files.
+    def __call__(self, table: pa.Table) -> pa.Table:
+        # A few at a time: as Python objects a whole table would be in memory twice.
+        parts = (table.slice(start, AT_ONCE).to_pylist() for start in range(0, table.num_rows, AT_ONCE))
+        return pa.concat_tables(pa.Table.from_pylist([self.decoded(row) for row in rows], PIXELS) for rows in parts)
 
-        Ray is asked for no batch size, or it would not decode in the task that reads.
-        """
-        for start in range(0, table.num_rows, AT_ONCE):
-            rows = table.slice(start, AT_ONCE).to_pylist()
-            yield pa.Table.from_pylist([self.decoded(row) for row in rows], PIXELS)
+    def rows_within(self, size: int) -> int:
+        """Pictures whose views take no more than so many bytes; one at least."""
+        views = self.crops * (2 if self.flips else 1)
+        return max(1, size // (3 * views * self.size**2))
 
     def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from .. import storage
 from ..accelerator import pick_device
 from ..config import Config
 from ..data.decode import to_pixels
-from ..data.pipeline import init_ray, on_actors
+from ..data.pipeline import Pool, Stage, run_rows
 from ..data.shards import write_tar
 from ..errors import UserError
 from ..models.bit import BIT
@@ -116,8 +117,10 @@ def picture_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[
     return [storage.join(folder, f"{picture_name(block, row)}.{kind}") for row in range(len(block))]
 
 
-def run_decode(cfg: DecodeConfig, folder: str) -> int:
-    """Decode the finished samples of ``folder``; pictures that are there already stay. Returns how many there are.
+def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
+    """Decode the finished samples of ``folder``, on Ray or in this process; pictures that are there already stay.
+
+    Returns how many there are.
 
     UserError for samples that are not finished or damaged, or codes of another tokenizer.
     """
@@ -135,10 +138,9 @@ def run_decode(cfg: DecodeConfig, folder: str) -> int:
             if not there.issuperset(picture_urls(samples, number, size, str(cfg.format))):
                 todo.append({"setting": name, "number": number, "rows": file.rows})
     if todo:
-        init_ray()
-        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
+        worker = Stage(partial(Worker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))
         left = sum(unit["rows"] for unit in todo)
         with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="picture") as bar:
-            for report in on_actors(Worker, (cfg, folder, size), todo, **spread):
+            for report in run_rows(todo, worker, local=local):
                 bar.update(report["pictures"])
     return total

@@ -1,4 +1,4 @@
-"""Evaluation job: samples, or a tokenizer's reconstructions, are measured on actors and become ``report.html``."""
+"""Evaluation job: samples, or a tokenizer's reconstructions, are measured and become ``report.html``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .. import storage
 from ..accelerator import hardware_summary
 from ..data.model_origins import model_origin
 from ..data.parts import open_output
-from ..data.pipeline import init_ray
+from ..data.pipeline import Pool
 from ..errors import UserError
 from ..runs import Origin, recorded
 from .choice import Choice, choose_pictures
 from .gallery import Order, paint
 from .measure import Record, States, Task, load_reference, measure
-from .metric_settings import FID, LpipsDiversity, Reference, Section, absolute, choose
+from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
 from .metrics.base import Metric
 from .metrics.frechet import Frechet
 from .metrics.presets import preset
@@ -44,17 +44,18 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     subject = Subject(cfg)
     sections = choose(cfg.metrics, frozenset(subject.offers), scenes=subject.scenes)
     sections = {name: absolute(section) for name, section in sections.items()}
+    if cfg.local and isinstance(sections.get("geneval"), GenEval):
+        raise UserError("metrics.geneval: its detector needs an environment that Ray makes; expected local=false")
     open_output(cfg.output, cfg.mode, _identity(cfg, subject, sections))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, subject)):
-        init_ray()
-        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
+        pool = Pool(cfg.actors, cfg.gpus_per_actor)
         fid = sections.get("fid")
-        reference = _reference(cfg, fid, spread) if isinstance(fid, FID) else None
+        reference = _reference(cfg, fid, pool) if isinstance(fid, FID) else None
         captions = any("prompts" in section.needs for section in sections.values())
         reader = ReaderOptions(cfg.tokenizer, subject.size, cfg.batch_size, captions)
         gpu = cfg.gpus_per_actor > 0
         task = Task(storage.join(cfg.output, STATES), sections, reader, subject.per_prompt, reference, gpu)
-        measured = measure(task, subject.all_units, **spread, title="evaluate")
+        measured = measure(task, subject.all_units, pool, local=cfg.local, title="evaluate")
         records: dict[str, list[Record]] = {name: [] for name in subject.units}
         for record in measured:
             records[record.unit.setting].append(record)
@@ -64,7 +65,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             choices[name] = choose_pictures(found, metrics, cfg.show, len(records))
             settings.append(_summary(name, subject.about[name], found, metrics, choices[name], cfg.seed))
         if "images" in subject.offers:
-            paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, **spread)
+            paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, pool, local=cfg.local)
         card = _card(cfg, subject, measured)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
@@ -95,7 +96,7 @@ def _identity(cfg: EvaluateConfig, subject: Subject, sections: dict[str, Section
     }
 
 
-def _reference(cfg: EvaluateConfig, fid: FID, spread: dict[str, Any]) -> tuple[str, str]:
+def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
     """Where the statistics of FID's reference are, gathered from its pictures where they are not stored, and its name."""
     if fid.reference.endswith(".npz"):
         return fid.reference, fid.reference
@@ -107,7 +108,7 @@ def _reference(cfg: EvaluateConfig, fid: FID, spread: dict[str, Any]) -> tuple[s
         reader = ReaderOptions(None, fid.images.size, cfg.batch_size, images=fid.images)
         task = Task(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
         units = picture_units(fid.reference, cfg.rows_per_unit)
-        measure(task, units, **spread, title="reference")
+        measure(task, units, pool, local=cfg.local, title="reference")
         gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
         assert isinstance(gathered, Frechet)
         gathered.gaussian().save(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..accelerator import pick_device
-from ..data.pipeline import on_actors
+from ..data.pipeline import Pool, Stage, run_rows
 from ..errors import UserError
 from ..rendering import thumbnail
 from .choice import Choice
@@ -73,9 +74,9 @@ def paint(
     order: Order,
     records: Mapping[str, Sequence[Record]],
     choices: Mapping[str, Choice],
+    pool: Pool,
     *,
-    actors: int | None,
-    gpus_per_actor: float,
+    local: bool,
 ) -> None:
     """Write ``gallery.parquet`` with the chosen pictures of every setting."""
     rows = []
@@ -88,7 +89,7 @@ def paint(
         ]
     made: list[dict[str, Any]] = []
     if rows:
-        painted = on_actors(Painter, (order,), rows, actors=actors, gpus_per_actor=gpus_per_actor)
+        painted = run_rows(rows, Stage(partial(Painter, order), pool), local=local)
         made = sorted(painted, key=lambda row: (row["setting"], row["id"]))
     storage.write_parquet(storage.join(output, GALLERY), pa.Table.from_pylist(made, SCHEMA))
 

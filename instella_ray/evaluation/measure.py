@@ -1,4 +1,4 @@
-"""Measuring on actors: each takes a unit of work and stores what every metric gathered from it; the driver merges.
+"""Measuring: an actor takes a unit of work and stores what every metric gathered from it; the driver merges.
 
 A unit's folder holds a state a metric and, last of all, ``rows.json``: with it the unit is finished. So whatever was killed
 at whatever point, measuring again adds what is missing and gives the same numbers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from .. import storage
 from ..accelerator import device_label, pick_device
 from ..config import Config
-from ..data.pipeline import on_actors
+from ..data.pipeline import Pool, Stage, run_rows
 from ..errors import UserError
 from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric, load_state, save_state
@@ -166,10 +167,8 @@ class Measurer:
 REPORT = pa.schema([("pictures", pa.int64()), ("problem", pa.string())])
 
 
-def measure(
-    task: Task, units: Sequence[Unit], *, actors: int | None, gpus_per_actor: float, title: str
-) -> list[Record]:
-    """Measure what is not finished yet on a pool of actors; returns the records of all ``units``.
+def measure(task: Task, units: Sequence[Unit], pool: Pool, *, local: bool, title: str) -> list[Record]:
+    """Measure what is not finished yet, on a pool of actors or in this process; returns the records of all ``units``.
 
     UserError with the first problem that an actor met: a file of samples that is not whole, weights that are not there.
     """
@@ -179,7 +178,7 @@ def measure(
     with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="picture") as bar:
         if todo:
             rows = [{"unit": unit.model_dump_json()} for unit in todo]
-            for report in on_actors(Measurer, (task,), rows, actors=actors, gpus_per_actor=gpus_per_actor):
+            for report in run_rows(rows, Stage(partial(Measurer, task), pool), local=local):
                 if report["problem"]:
                     raise UserError(report["problem"])
                 bar.update(report["pictures"])

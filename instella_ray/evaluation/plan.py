@@ -48,6 +48,8 @@ class SampleConfig(Config):
     """Folder for the parquet files and ``manifest.json``; a sweep has a folder a setting within."""
     mode: Mode = "new"
     """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    local: bool = False
+    """Work in this process, one file after another, without Ray; the samples are the same."""
     count: int | None = Field(None, ge=1)
     """Draw so many of the prompts; none means all."""
     images_per_prompt: int = Field(1, ge=1)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +16,7 @@ from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
 from ..data.model_origins import model_origin
 from ..data.parts import QUARANTINE, open_output
-from ..data.pipeline import init_ray, on_actors
-from ..data.pools import actor_pool
+from ..data.pipeline import Pool, Stage, pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
@@ -194,10 +194,10 @@ def _set_aside(url: str, why: str) -> None:
 
 
 def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) -> None:
-    init_ray()
     rows = [{"unit": number, "settings": names} for number, names in todo]
-    actors = min(actor_pool(cfg.actors, cfg.gpus_per_actor)["compute"].max_size, len(rows))
-    reports = on_actors(Worker, (job,), rows, actors=actors, gpus_per_actor=cfg.gpus_per_actor)
+    pool = Pool(cfg.actors, cfg.gpus_per_actor)
+    actors = pool_size(pool, len(rows), local=cfg.local) if cfg.price_per_hour is not None else 0
+    reports = run_rows(rows, Stage(partial(Worker, job), pool), local=cfg.local)
     total = len(job.samples) * len(job.runs)
     left = sum(len(job.unit(number)) * len(names) for number, names in todo)
     with tqdm(total=total, initial=total - left, desc="sample", unit="picture", smoothing=0.1) as bar:

@@ -37,6 +37,8 @@ class EvaluateConfig(Config):
     """Pixels a side of the pictures that are measured; none means the tokenizer's own."""
     mode: Mode = "new"
     """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    local: bool = False
+    """Work in this process, one unit after another, without Ray; the numbers are the same."""
     metrics: MetricsConfig | None = None
     """Those to measure; none means those that need no file beside."""
     preset: str | None = None

@@ -15,7 +15,7 @@ from .. import storage
 from ..accelerator import pick_device
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageData, require_pictures
-from ..data.pipeline import init_ray
+from ..data.ray_data import init_ray
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected

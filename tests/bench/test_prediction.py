@@ -8,7 +8,7 @@ import pytest
 
 from instella_ray.bench.simulated_training import predicted_rate, training_config
 
-from ..training.test_training import MODEL
+from ..kit.models import TINY_BIT
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,6 @@ from ..training.test_training import MODEL
 def test_a_run_is_as_fast_as_its_slowest_part(
     tmp_path: Path, step: float, batch: float, cores: int, seconds: float
 ) -> None:
-    cfg = training_config(MODEL, "a.tar", tmp_path / "run", 40, 8)
+    cfg = training_config(TINY_BIT, "a.tar", tmp_path / "run", 40, 8)
     alone = {"step": step, "batch": batch, "save": 0.02, "bytes": 1e6}
     assert predicted_rate(cfg, alone, cores) == pytest.approx(8 / seconds, rel=0.01)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ..test_repository import PROJECT, ROOT, tracked
-from .overlays import OVERLAYS, templates
+from ..kit.overlays import OVERLAYS, templates
+from ..kit.project import PROJECT, ROOT, tracked
 
 FOLDER = ROOT / "cluster" / "docker"
 FILES = sorted(FOLDER.glob("Dockerfile.*"))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ..commands import check_job
-from ..test_repository import ROOT, tracked
-from .kustomize import KustomizeError, build, load_documents, walk
-from .manifests import as_text, serve_args
-from .overlays import FOLDER, GPUS, OVERLAYS, clusters, objects, of_kind, templates
+from ..kit.commands import check_job
+from ..kit.kustomize import KustomizeError, build, load_documents, walk
+from ..kit.manifests import as_text, serve_args
+from ..kit.overlays import FOLDER, GPUS, OVERLAYS, clusters, objects, of_kind, templates
+from ..kit.project import ROOT, tracked
 
 # --- no copies
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from instella_ray.errors import UserError
 
-from .kustomize import Object
-from .manifests import check_object, crd_validator
-from .overlays import OVERLAYS, objects, of_kind
+from ..kit.kustomize import Object
+from ..kit.manifests import check_object, crd_validator
+from ..kit.overlays import OVERLAYS, objects, of_kind
 
 REFUSED = (
     pydantic.ValidationError,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ..test_repository import PACKAGE, ROOT, texts
-from .kustomize import build
-from .manifests import check_object
-from .overlays import clusters
+from ..kit.kustomize import build
+from ..kit.manifests import check_object
+from ..kit.overlays import clusters
+from ..kit.project import PACKAGE, ROOT, texts
 
 FOLDER = ROOT / "cluster" / "monitoring"
 WORDS = re.compile(

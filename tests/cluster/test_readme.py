@@ -13,9 +13,9 @@ from instella_ray.config import load_config
 from instella_ray.simulation.run import SimulateConfig
 from instella_ray.simulation.serving import simulate_serving
 
-from ..shell_lines import shell_lines
-from ..test_repository import ROOT
-from .overlays import FOLDER, objects
+from ..kit.overlays import FOLDER, objects
+from ..kit.project import ROOT
+from ..kit.shell_lines import shell_lines
 
 README = (ROOT / "cluster" / "README.md").read_text()
 SIMULATIONS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray simulate")]

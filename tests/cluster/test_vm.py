@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ..test_repository import ROOT
+from ..kit.project import ROOT
 
 FILES = sorted((ROOT / "cluster" / "vm").glob("*.yaml"))
 NODE_TYPES = "available_node_types"

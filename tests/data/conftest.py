@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .samples import HOSTILE, sample, tar_bytes
+from ..kit.shards import HOSTILE, sample, tar_bytes
 
 
 @pytest.fixture

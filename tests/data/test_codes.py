@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray import storage
 from instella_ray.data.codes import (
-    CodesFile,
-    CodesManifest,
     CodesReader,
     pack_codes,
     unpack_codes,
@@ -20,30 +17,9 @@ from instella_ray.data.codes import (
 )
 from instella_ray.errors import UserError
 
+from ..kit.codes import BITS, TOKENS, write_codes
+
 pytestmark = pytest.mark.unit
-TOKENS, BITS = 5, 7
-
-
-def random_codes(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 2, (count, TOKENS, BITS), np.uint8)
-
-
-def write_folder(folder: Path, counts: list[int], tokenizer_hash: str = "a" * 64) -> np.ndarray:
-    codes = random_codes(sum(counts))
-    start, files = 0, []
-    for number, count in enumerate(counts):
-        rows = [
-            {"key": f"k{i}", "shard": "s", "row": i, "caption_long": f"long {i}", "caption_short": f"short {i}"}
-            | {"codes": pack_codes(codes[i : i + 1])[0], "width": 8, "height": 8, "source": "test"}
-            for i in range(start, start + count)
-        ]
-        write_codes_file(str(folder / f"{number}.parquet"), rows)
-        files.append(CodesFile(name=f"{number}.parquet", rows=count))
-        start += count
-    sizes = {"num_tokens": TOKENS, "bits_per_token": BITS, "rows": start}
-    manifest = CodesManifest(tokenizer_hash=tokenizer_hash, files=tuple(files), **sizes)
-    storage.write_json(str(folder / "manifest.json"), manifest.model_dump(mode="json"))
-    return codes
 
 
 @given(st.integers(0, 4), st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
@@ -60,7 +36,7 @@ def test_full_size_codes_take_one_kibibyte() -> None:
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 20])
 def test_rows_are_found_by_index(tmp_path: Path, cache_bytes: int) -> None:
-    codes = write_folder(tmp_path, [4, 1, 6])
+    codes = write_codes(tmp_path, [4, 1, 6])
     reader = CodesReader(str(tmp_path), cache_bytes=cache_bytes)
     index = np.array([10, 0, 4, 4, 3])
     assert len(reader) == 11
@@ -71,14 +47,14 @@ def test_rows_are_found_by_index(tmp_path: Path, cache_bytes: int) -> None:
 
 
 def test_memory_stays_within_the_cache(tmp_path: Path) -> None:
-    write_folder(tmp_path, [50] * 8)
+    write_codes(tmp_path, [50] * 8)
     reader = CodesReader(str(tmp_path), cache_bytes=6000)
     reader.codes(np.arange(400))
     assert 0 < reader._files.used <= 6000
 
 
 def test_codes_of_another_tokenizer_are_refused_naming_both(tmp_path: Path) -> None:
-    write_folder(tmp_path, [2], tokenizer_hash="a" * 64)
+    write_codes(tmp_path, [2], tokenizer_hash="a" * 64)
     CodesReader(str(tmp_path), tokenizer_hash="a" * 64)
     with pytest.raises(UserError, match=r"tokenizer a{12}, expected b{12}"):
         CodesReader(str(tmp_path), tokenizer_hash="b" * 64)
@@ -87,7 +63,7 @@ def test_codes_of_another_tokenizer_are_refused_naming_both(tmp_path: Path) -> N
 def test_unfinished_and_damaged_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a finished folder of codes"):
         CodesReader(str(tmp_path))
-    write_folder(tmp_path, [3])
+    write_codes(tmp_path, [3])
     write_codes_file(str(tmp_path / "0.parquet"), [])
     with pytest.raises(UserError, match=r"0 rows, the manifest says 3"):
         CodesReader(str(tmp_path)).codes([0])

@@ -21,7 +21,8 @@ from instella_ray.data.shards import find_shards
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 
-from .samples import HOSTILE, contents, picture, sample, tar_bytes
+from ..kit.curation import curated_keys
+from ..kit.shards import HOSTILE, contents, picture, sample, tar_bytes
 
 LIMITS = FilterConfig(resolution=Resolution(target_size=64))
 
@@ -37,12 +38,6 @@ def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
         }
         | more
     )
-
-
-def curated_keys(folder: Path) -> list[str]:
-    return [
-        row["key"] for url in find_shards(str(folder)) for row in read_samples(io.BytesIO(Path(url).read_bytes()), "")
-    ]
 
 
 @pytest.mark.unit

@@ -19,27 +19,12 @@ from instella_ray.data.pipeline import AbortConfig
 from instella_ray.data.shards import write_tar
 from instella_ray.errors import UserError
 
-from .samples import picture
-from .test_curate import contents, curated_keys
-from .test_duplicates import copy_of
-
-FILTERS = {"resolution": {"target_size": 64}, "duplicates": {"max_distance": 4}}
-
-
-def shards_with_copies(folder: Path) -> Path:
-    """Three shards of ten pictures; the second has three copies of the first's, the third is one copy alone."""
-    first = [(f"{i}", picture(i, (96, 96)), f"picture {i}", {"pwatermark": 0.1 * i}) for i in range(10)]
-    second = [(f"{i}", picture(50 + i, (96, 96)), "<b>other</b>", {}) for i in range(10)]
-    second[2] = ("2", first[4][1], "the same to the byte", {})
-    second[5] = ("5", copy_of(first[1][1], quality=50), "squeezed", {})
-    second[7] = ("7", copy_of(first[3][1], scale=2.0), "enlarged", {})
-    for name, samples in (("a", first), ("b", second), ("c", [("0", first[0][1], "alone", {})])):
-        write_tar(str(folder / f"{name}.tar"), samples)
-    return folder
+from ..kit.curation import COPY_FILTERS, curated_keys, shards_with_copies
+from ..kit.shards import contents, picture
 
 
 def config(shards: Path, output: Path, **more: Any) -> CurateConfig:
-    given = {"input": str(shards), "output": str(output), "filters": FILTERS, "rows_per_shard": 5}
+    given = {"input": str(shards), "output": str(output), "filters": COPY_FILTERS, "rows_per_shard": 5}
     return CurateConfig.model_validate({**given, **more})
 
 
@@ -121,7 +106,7 @@ def test_the_funnel_ends_with_what_is_kept() -> None:
         "quarantined:undecodable",
     ]
     ledger = Ledger().count(verdicts)
-    steps = list(funnel(ledger, FilterConfig.model_validate(FILTERS)))
+    steps = list(funnel(ledger, FilterConfig.model_validate(COPY_FILTERS)))
     assert steps[0] == {"step": "undecodable", "kind": "quarantined", "lost": 1, "left": 8}
     assert [row["step"] for row in steps[1:3]] == ["download_dns", "small"]
     assert steps[-1] == {"step": "near_duplicate", "kind": "dropped", "lost": 1, "left": 5}

@@ -20,8 +20,8 @@ from instella_ray.data.rows import SCHEMA
 from instella_ray.data.sources import find_inputs, open_source, read_rows
 from instella_ray.errors import UserError
 
-from .picture_server import GOOD, PictureServer, serving
-from .samples import picture, sample, tar_bytes
+from ..kit.picture_server import GOOD, PictureServer, serving
+from ..kit.shards import picture, sample, tar_bytes
 
 Make = Callable[..., Downloader]
 

@@ -13,7 +13,8 @@ from PIL import Image
 from instella_ray.data.duplicates import Fingerprints, find_duplicates, near_pairs
 from instella_ray.data.fingerprint import fingerprint
 
-from .samples import picture
+from ..kit.curation import copy_of
+from ..kit.shards import picture
 
 pytestmark = pytest.mark.unit
 
@@ -26,13 +27,6 @@ def prints_of(pictures: list[bytes]) -> Fingerprints:
         np.array([list(f["colors"]) for f in found], np.uint8),
         np.array([f["pixels"] for f in found], np.int64),
     )
-
-
-def copy_of(data: bytes, kind: str = "JPEG", scale: float = 1.0, **save: int) -> bytes:
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    buffer = io.BytesIO()
-    image.resize((round(image.width * scale), round(image.height * scale))).save(buffer, kind, **save)
-    return buffer.getvalue()
 
 
 def hashes_about(centres: list[int], flips: list[list[int]]) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from instella_ray.data.codes import CodesReader
 from instella_ray.data.decode import decode_rgb, fit_square, to_tensor
@@ -18,25 +17,17 @@ from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.shards import write_tar
 from instella_ray.data.views import Decoder
 from instella_ray.errors import UserError
-from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_model, save_model, weight_hash
 from instella_ray.runs import read_record
 
-from .samples import picture
-
-SIZES = {"image_size": 32, "patch_size": 8, "num_tokens": 4, "bits_per_token": 6, "rope_axes": (4, 6, 6)}
-WIDTHS = {
-    f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("width", 32), ("layers", 1), ("heads", 2))
-}
+from ..kit.models import ONE_LAYER_BIT, write_tokenizer
+from ..kit.shards import picture
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    folder = tmp_path / "bit"
-    folder.mkdir()
-    torch.manual_seed(0)
-    save_model(folder, BIT(BITConfig(**SIZES, **WIDTHS, downsample_after=(), upsample_after=())))
-    return folder
+    return Path(write_tokenizer(tmp_path / "bit"))
 
 
 @pytest.fixture
@@ -88,7 +79,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
     (out / "manifest.json").unlink()
     (out / "parts" / "1-0000003.json").unlink()
     assert run_encode(config(shards, tokenizer, out, mode="resume")) == manifest
-    save_model(tokenizer, BIT(BITConfig(**SIZES, **WIDTHS, downsample_after=(), upsample_after=())))
+    save_model(tokenizer, BIT(ONE_LAYER_BIT))
     with pytest.raises(UserError, match="made with tokenizer_hash="):
         run_encode(config(shards, tokenizer, out, mode="resume"))
 

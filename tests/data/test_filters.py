@@ -16,7 +16,7 @@ from instella_ray.data.filters.base import Limits, Sample, Scale
 from instella_ray.data.filters.config import FilterConfig
 from instella_ray.data.histograms import BINS, histograms, merged
 
-from .samples import bomb, picture
+from ..kit.shards import bomb, picture
 
 pytestmark = pytest.mark.unit
 

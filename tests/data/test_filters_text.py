@@ -10,7 +10,7 @@ from instella_ray.data.filters.base import Scorer, bounded
 from instella_ray.data.filters.text import Text
 from instella_ray.data.scenes import render, scene_at
 
-from .samples import SIZES
+from ..kit.shards import PICTURE_SIZES
 
 pytest.importorskip("rapidocr_onnxruntime", reason="the extra 'curate' is not installed")
 LINE = "seven wizards quietly brew a green potion"
@@ -62,7 +62,7 @@ def test_size_of_the_picture_and_direction_of_the_text_make_little_difference(sc
 
 def test_any_picture_is_taken_and_scores_the_same_alone_and_in_a_batch(score: Scorer) -> None:
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]
     images.append(page(1, 20, (2000, 40)))
     together = score(images)
     assert together[-1:] == score(images[-1:])

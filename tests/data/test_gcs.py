@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +14,8 @@ import pytest
 from instella_ray import cli, storage
 from instella_ray.data.image_data import ImageData
 
-from .test_deduplicate import FILTERS, shards_with_copies
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("gcsfs", reason="the extra 'gcs' is not installed")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the extra 'dev' is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    yield "gs://bucket"
-    server.stop()
+from ..kit.curation import COPY_FILTERS, shards_with_copies
+from ..kit.project import ROOT
 
 
 @pytest.mark.ray
@@ -56,7 +38,7 @@ def test_shards_in_a_bucket_are_listed_curated_and_read_by_range(
         "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": where}}),
         "PYTHONPATH": str(ROOT),
     }
-    sets = [f"input={bucket}/in", f"output={bucket}/out", f"filters={json.dumps(FILTERS)}", "rows_per_shard=5"]
+    sets = [f"input={bucket}/in", f"output={bucket}/out", f"filters={json.dumps(COPY_FILTERS)}", "rows_per_shard=5"]
     command = [sys.executable, str(ROOT / "jobs" / "curate.py"), *(w for item in sets for w in ("--set", item))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -10,18 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from instella_ray.data.curate import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.shards import write_tar
-from instella_ray.models.bit import BIT, BITConfig
-from instella_ray.models.checkpoint import save_model
 
-from ..processes import descendants, wait_until
-from .samples import contents, picture
-from .test_encode import SIZES, WIDTHS
+from ..kit.models import write_tokenizer
+from ..kit.processes import descendants, wait_until
+from ..kit.shards import contents, picture
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -111,9 +108,7 @@ def test_killed_curation_makes_the_same_set(ray_session: None, shards: str, tmp_
 
 
 def test_killed_encoders_make_the_same_codes(ray_session: None, shards: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    (tmp_path / "bit").mkdir()
-    save_model(tmp_path / "bit", BIT(BITConfig(**SIZES, **WIDTHS, downsample_after=(), upsample_after=())))
+    write_tokenizer(tmp_path / "bit")
 
     def encoding(output: str, mode: str = "new") -> EncodeConfig:
         given = {"input": shards, "output": str(tmp_path / output), "tokenizer": str(tmp_path / "bit"), "mode": mode}

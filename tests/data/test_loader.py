@@ -21,8 +21,8 @@ from instella_ray.data.shards import write_tar
 from instella_ray.data.tar_index import read_index, scan_index
 from instella_ray.errors import UserError
 
-from .samples import picture
-from .test_codes import write_folder
+from ..kit.codes import write_codes
+from ..kit.shards import picture
 
 pytestmark = pytest.mark.unit
 RANKS = st.sampled_from([1, 2, 4])
@@ -116,7 +116,7 @@ def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
 
 
 def test_captions_are_long_short_or_dropped_with_the_asked_probabilities(tmp_path: Path) -> None:
-    write_folder(tmp_path, [2000])
+    write_codes(tmp_path, [2000])
     data = CodesData(CodesReader(str(tmp_path)), 0, CaptionChoice(short=0.25, dropped=0.1))
     kinds = Counter(caption.partition(" ")[0] for caption in data.batch(0, np.arange(2000)).captions)
     assert abs(kinds[""] / 2000 - 0.1) < 0.03
@@ -125,7 +125,7 @@ def test_captions_are_long_short_or_dropped_with_the_asked_probabilities(tmp_pat
 
 
 def test_a_sample_looks_the_same_in_any_batch(tmp_path: Path) -> None:
-    codes = write_folder(tmp_path, [30, 30])
+    codes = write_codes(tmp_path, [30, 30])
     data = CodesData(CodesReader(str(tmp_path)), 5)
     whole = data.batch(1, np.arange(60))
     part = data.batch(0, np.array([60 + 41, 60 + 3]))

@@ -11,7 +11,7 @@ from instella_ray.bench.memory import peak_memory
 from instella_ray.data.curate import CurateConfig, run_curate
 from instella_ray.data.shards import write_tar
 
-from .samples import picture
+from ..kit.shards import picture
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SHARDS, PICTURES = 6, 5

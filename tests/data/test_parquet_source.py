@@ -18,7 +18,7 @@ from instella_ray.data import parquet_source
 from instella_ray.data.parquet_source import read_footer, read_parquet
 from instella_ray.errors import UserError
 
-from .samples import picture
+from ..kit.shards import picture
 
 
 def file(columns: dict[str, Any], **write: Any) -> bytes:

@@ -30,8 +30,8 @@ from instella_ray.data.shards import find_shards, write_samples, write_tar
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from .samples import HOSTILE, contents, picture, sample, tar_bytes
-from .tiny_models import save_captioner
+from ..kit.pretrained import save_captioner
+from ..kit.shards import HOSTILE, contents, picture, sample, tar_bytes
 
 LONG, SHORT = Question(prompt="a red ball", max_new_tokens=24), Question(prompt="box", max_new_tokens=7)
 

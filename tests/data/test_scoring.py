@@ -21,7 +21,7 @@ from instella_ray.data.rows import SCHEMA
 from instella_ray.data.scoring import Score, with_scores
 from instella_ray.errors import UserError
 
-from .samples import picture
+from ..kit.shards import picture
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
 

@@ -15,7 +15,7 @@ from instella_ray.data.sources import require_captions
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from .samples import HOSTILE, picture, sample, tar_bytes
+from ..kit.shards import HOSTILE, picture, sample, tar_bytes
 
 pytestmark = pytest.mark.unit
 

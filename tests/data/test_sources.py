@@ -17,7 +17,7 @@ from instella_ray.data.shards import find_shards, list_shards
 from instella_ray.data.sources import SUFFIXES, find_inputs, read_blocks, require_captions
 from instella_ray.errors import UserError
 
-from .samples import picture, sample, tar_bytes
+from ..kit.shards import picture, sample, tar_bytes
 
 
 def write_pictures(path: Path, count: int, **columns: Any) -> Path:

@@ -38,8 +38,8 @@ from instella_ray.data.synthesize import (
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from .samples import contents, tar_bytes
-from .tiny_models import save_flux, save_prudish_stable_diffusion, save_stable_diffusion_3
+from ..kit.pretrained import save_flux, save_prudish_stable_diffusion, save_stable_diffusion_3
+from ..kit.shards import contents, tar_bytes
 
 TEXTS = ["a red ball", "a blue box on a round box.", "under", "a square ball beside a box", "what no tokenizer knows"]
 SIZES = {"num_inference_steps": 2, "height": 32, "width": 32, "batch_size": 2, "actors": 1}

@@ -18,7 +18,7 @@ from instella_ray.errors import UserError
 from instella_ray.operations.lineage import trace
 from instella_ray.rendering import svg_curves
 
-from ..operations.chain import below
+from ..kit.chain import below
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from instella_ray.demo.state import DemoState
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 
-from ..data.samples import HOSTILE, Members, picture, sample, tar_bytes
+from ..kit.shards import HOSTILE, Members, picture, sample, tar_bytes
 
 
 def write_tars(folder: Path, *contents: Members) -> str:

@@ -18,7 +18,8 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.sampling_config import SamplingConfig
 
-from .samples import make_tokenizer, noise, write_samples, write_sweep
+from ..kit.models import write_tokenizer
+from ..kit.sample_sets import noise, write_samples, write_sweep
 
 PROMPTS = read_prompts("scenes", count=24)
 
@@ -35,7 +36,7 @@ def rows_of(a: str, b: str, **more: Any) -> dict[str, Row]:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> str:
-    return make_tokenizer(tmp_path / "bit")
+    return write_tokenizer(tmp_path / "bit")
 
 
 def test_equal_runs_are_equal(in_process: None, tmp_path: Path, tokenizer: str) -> None:
@@ -67,7 +68,7 @@ def test_the_better_picture_quality_is_told_with_its_page(
 ) -> None:
     scenes = list(scene_rows(24, 1, 32))
     write_tar(str(tmp_path / "t" / "0.tar"), scenes)
-    other = make_tokenizer(tmp_path / "other", seed=5)
+    other = write_tokenizer(tmp_path / "other", seed=5)
     outputs = [
         evaluated(tmp_path / name, pictures=str(tmp_path / "t"), tokenizer=folder)
         for name, folder in (("a", tokenizer), ("b", other))

@@ -27,7 +27,9 @@ from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
 from instella_ray.evaluation.units import picture_units, read_pictures_unit
 
-from .samples import SIZE, make_tokenizer, noise, write_samples
+from ..kit.evaluation import numbers
+from ..kit.models import write_tokenizer
+from ..kit.sample_sets import SIZE, noise, write_samples
 
 PROMPTS = read_prompts("scenes", count=12)
 CODES = noise(12, 3)
@@ -39,12 +41,6 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def numbers(output: Path | str) -> dict[str, Any]:
-    """Every metric of every setting."""
-    results = json.loads((Path(output) / "results.json").read_text())
-    return {setting["name"]: setting["metrics"] for setting in results["settings"]}
-
-
 def evaluate(output: Path, **more: Any) -> dict[str, Any]:
     run_evaluate(EvaluateConfig(output=str(output), **{"batch_size": 5, **more}))
     return numbers(output)
@@ -52,7 +48,7 @@ def evaluate(output: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> str:
-    return make_tokenizer(tmp_path / "bit")
+    return write_tokenizer(tmp_path / "bit")
 
 
 # --- samples
@@ -112,7 +108,7 @@ def test_a_file_that_is_not_whole_stops_the_job_and_is_named(
 
 def test_what_does_not_fit_together_is_refused(in_process: None, tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
-    other = make_tokenizer(tmp_path / "other", seed=1)
+    other = write_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="codes of tokenizer"):
         evaluate(tmp_path / "o", samples=samples, tokenizer=other)
     with pytest.raises(UserError, match="size 36: not a multiple of 8"):

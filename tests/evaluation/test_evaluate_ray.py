@@ -18,12 +18,10 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.sample import run_sample
 
-from ..processes import descendants, wait_until
-from ..serving.models import make_generator
-from ..serving.models import make_tokenizer as make_serving_tokenizer
-from .conftest import without_actors
-from .samples import make_tokenizer, noise, write_samples
-from .test_evaluate import numbers
+from ..kit.evaluation import numbers, without_actors
+from ..kit.models import make_generator, make_tokenizer, write_tokenizer
+from ..kit.processes import descendants, wait_until
+from ..kit.sample_sets import noise, write_samples
 
 pytestmark = pytest.mark.ray
 JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
@@ -42,7 +40,7 @@ def measuring_processes() -> list[int]:
 
 @pytest.fixture
 def config(ray_session: None, tmp_path: Path) -> Callable[..., EvaluateConfig]:
-    tokenizer = make_tokenizer(tmp_path / "bit")
+    tokenizer = write_tokenizer(tmp_path / "bit")
     prompts = read_prompts("scenes", count=2 * FILES)
     samples = write_samples(tmp_path / "s", prompts, noise(2 * FILES, 4), tokenizer, rows_per_file=8)
 
@@ -110,7 +108,7 @@ def test_an_actors_bad_file_and_bad_weights_end_the_job_in_one_line(
 
 
 def test_a_sweep_of_the_sampling_job_becomes_a_report(ray_session: None, tmp_path: Path) -> None:
-    tokenizer = make_serving_tokenizer(tmp_path / "bit")
+    tokenizer = make_tokenizer(tmp_path / "bit")
     model = make_generator(tmp_path / "model", tokenizer)
     sampling = {"num_inference_steps": 2, "temperature": 0.5}
     places = {"model": model, "output": str(tmp_path / "s")}

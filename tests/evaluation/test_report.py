@@ -22,7 +22,8 @@ from instella_ray.evaluation.report import best, metric_rows
 from instella_ray.rendering import number, svg_curves, table, thumbnail
 from instella_ray.sampling_config import SamplingConfig
 
-from .samples import make_tokenizer, noise, write_samples, write_sweep
+from ..kit.models import write_tokenizer
+from ..kit.sample_sets import noise, write_samples, write_sweep
 
 PROMPTS = read_prompts("scenes", count=12)
 SWEEP = {
@@ -49,7 +50,7 @@ def report(output: Path, **more: Any) -> tuple[str, Any]:
 
 
 def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(in_process: None, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(tmp_path / "bit")
+    tokenizer = write_tokenizer(tmp_path / "bit")
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, results = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, preset="paper-table3")
     text = set(re.findall(r"-?\d[\d.]*(?:e[+-]\d+)?", re.sub(r"data:image/[^\"]*", "", page)))
@@ -72,7 +73,7 @@ def test_text_stays_text(in_process: None, tmp_path: Path) -> None:
         "&lt;b&gt; '\"",
     ]
     prompts = [Prompt(f"<i>{i}</i>", text, category=f"<u>{i}</u>") for i, text in enumerate(nasty)]
-    tokenizer = make_tokenizer(tmp_path / "bit")
+    tokenizer = write_tokenizer(tmp_path / "bit")
     samples = write_samples(tmp_path / "s", prompts, noise(4, 2), tokenizer, model="<b>model</b>")
     page, _ = report(tmp_path / "o", samples=samples, tokenizer=tokenizer)
     assert not re.search(r"<script|<img src=http|<b>model|<i>|<u>", page) and "49" not in re.sub(
@@ -83,7 +84,7 @@ def test_text_stays_text(in_process: None, tmp_path: Path) -> None:
 
 
 def test_reconstructions_stand_beside_their_originals_with_best_and_worst(in_process: None, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(tmp_path / "bit")
+    tokenizer = write_tokenizer(tmp_path / "bit")
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(20, 1, 48))
     show = ShowConfig(prompts=6, extremes=3)
     given = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "preset": "paper-table2-coco", "show": show}
@@ -99,7 +100,7 @@ def test_reconstructions_stand_beside_their_originals_with_best_and_worst(in_pro
 
 
 def test_a_sweep_of_many_settings_shows_no_more_pictures_than_asked_for(in_process: None, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(tmp_path / "bit")
+    tokenizer = write_tokenizer(tmp_path / "bit")
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, _ = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, show=ShowConfig(most=60))
     assert 0 < page.count("<figure") <= 60

@@ -34,9 +34,9 @@ from instella_ray.sampling_config import SamplingConfig
 from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 from instella_ray.serving.images import read_metadata
 
-from ..processes import descendants
-from ..serving.models import make_generator, make_tokenizer
-from ..test_repository import ROOT
+from ..kit.models import make_generator, make_tokenizer
+from ..kit.processes import descendants
+from ..kit.project import ROOT
 
 PROMPTS = ["a cat", "", "two red squares", "a cat", "words " * 60, "été 猫"]
 SETTINGS = {

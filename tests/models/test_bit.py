@@ -11,26 +11,12 @@ from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.bit_layers import DOWN, UP, BinaryQuantizer
 from instella_ray.models.rope import apply_rope, grid_positions, rope_table
 
-SMALL = BITConfig(
-    image_size=32,
-    patch_size=4,
-    num_tokens=6,
-    bits_per_token=5,
-    encoder_width=16,
-    encoder_layers=3,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_layers=3,
-    decoder_heads=2,
-    rope_axes=(2, 4, 2),
-    downsample_after=(1,),
-    upsample_after=(0,),
-)
+from ..kit.models import RESAMPLING_BIT
 
 
 def small(**changes: object) -> BIT:
     torch.manual_seed(0)
-    return BIT(BITConfig(**{**SMALL.model_dump(), **changes}))
+    return BIT(BITConfig(**{**RESAMPLING_BIT.model_dump(), **changes}))
 
 
 @pytest.mark.parametrize("resample", ["linear", "conv"])
@@ -184,4 +170,4 @@ def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
 )
 def test_sizes_that_cannot_work_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        BITConfig(**{**SMALL.model_dump(), **change})
+        BITConfig(**{**RESAMPLING_BIT.model_dump(), **change})

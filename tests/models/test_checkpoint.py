@@ -14,12 +14,12 @@ from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_model, save_model, weight_hash
 
-from .test_bit import SMALL
+from ..kit.models import RESAMPLING_BIT
 
 
 def test_saved_models_come_back_equal_with_the_same_hash(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    bit = BIT(SMALL)
+    bit = BIT(RESAMPLING_BIT)
     ema = {name: value + 1 for name, value in bit.state_dict().items()}
     save_model(tmp_path, bit, ema=ema)
     assert weight_hash(tmp_path, ema=False) == weight_hash(bit)
@@ -38,7 +38,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path, content: str | None) 
 
 @pytest.mark.parametrize("content", ["model: 3", "model: [", "[1, 2]", "model: {kind: bit, patch_size: "])
 def test_a_config_that_is_none_is_named(tmp_path: Path, content: str) -> None:
-    save_model(tmp_path, BIT(SMALL))
+    save_model(tmp_path, BIT(RESAMPLING_BIT))
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=rf"^{tmp_path}/config.yaml[^\n]*$"):
         load_model(tmp_path)
@@ -56,8 +56,8 @@ def test_a_config_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     ],
 )
 def test_a_key_that_cannot_be_is_named_with_its_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    save_model(tmp_path, BIT(SMALL))
-    config = {"model": {**SMALL.model_dump(mode="json"), **change}}
+    save_model(tmp_path, BIT(RESAMPLING_BIT))
+    config = {"model": {**RESAMPLING_BIT.model_dump(mode="json"), **change}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=rf"^{tmp_path}/config.yaml: [^\n]*{message}[^\n]*$"):
         load_model(tmp_path)
@@ -65,7 +65,7 @@ def test_a_key_that_cannot_be_is_named_with_its_file(tmp_path: Path, change: dic
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
 def test_a_weight_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
-    bit = BIT(SMALL)
+    bit = BIT(RESAMPLING_BIT)
     save_model(tmp_path, bit, ema=bit.state_dict())
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-100])
@@ -75,7 +75,7 @@ def test_a_weight_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> 
 
 
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
-    bit = BIT(SMALL)
+    bit = BIT(RESAMPLING_BIT)
     save_model(tmp_path, bit)
     path, state = tmp_path / "model.safetensors", bit.state_dict()
     for change, message in (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from instella_ray.models import golden
 
-from .recordings import record
+from ..kit.recordings import record
 
 OTHER_SIZES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -20,10 +20,10 @@ from instella_ray.evaluation.sample import run_sample
 from instella_ray.evaluation.sample_set import find_sample_sets
 from instella_ray.serving.app import ModelArgs, ServeArgs
 
-from ..data.samples import contents
-from ..processes import wait_until
-from ..serving.endpoint import pictures, serving
-from .simulated import POOL, Nodes, beside, simulated
+from ..kit.clusters import POOL, Nodes, beside, simulated
+from ..kit.endpoint import pictures, serving
+from ..kit.processes import wait_until
+from ..kit.shards import contents
 
 CPU_POOL = f"{POOL}=cpu"
 

@@ -14,9 +14,9 @@ import pytest
 
 from instella_ray.data.shards import write_tar
 
-from ..data.samples import picture
-from ..serving.models import make_generator, make_tokenizer
-from ..test_repository import ROOT
+from ..kit.models import make_generator, make_tokenizer
+from ..kit.project import ROOT
+from ..kit.shards import picture
 from . import driver
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .head import Head, token_head
+from ..kit.head import Head, token_head
 
 
 @pytest.fixture(scope="package")

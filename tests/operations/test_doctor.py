@@ -24,7 +24,7 @@ from instella_ray.operations.doctor import (
 )
 from instella_ray.operations.facts import Facts, _amd_gpus, _nvidia_driver, gather
 
-from ..serving.models import TEXT, make_tokenizer
+from ..kit.models import TEXT, make_tokenizer
 
 WELL = Facts(
     host="a",

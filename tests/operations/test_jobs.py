@@ -11,10 +11,10 @@ from instella_ray.data.scenes import scene_rows
 from instella_ray.data.shards import find_shards, write_webdataset
 from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
 
-from ..data.tiny_models import save_captioner, save_stable_diffusion_3
-from ..processes import wait_until
-from ..test_repository import JOBS
-from .head import Head
+from ..kit.head import Head
+from ..kit.pretrained import save_captioner, save_stable_diffusion_3
+from ..kit.processes import wait_until
+from ..kit.project import JOBS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 300

@@ -15,8 +15,8 @@ from instella_ray.models.checkpoint import weight_hash
 from instella_ray.operations.lineage import Link, trace, tree
 from instella_ray.serving.images import encode_image
 
-from ..serving.models import make_generator
-from .chain import Chain, below, make_chain
+from ..kit.chain import Chain, below, make_chain
+from ..kit.models import make_generator
 
 
 @pytest.fixture(scope="module")

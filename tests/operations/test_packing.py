@@ -13,7 +13,7 @@ from instella_ray.errors import UserError
 from instella_ray.operations import packing
 from instella_ray.operations.packing import find_package
 
-from ..test_repository import ROOT
+from ..kit.project import ROOT
 
 WANTED = {"instella_ray/demo/run.py", "jobs/mine.py", "configs/a.yaml", "notes.txt", "out/metrics.jsonl.txt"}
 UNWANTED = {

@@ -9,7 +9,7 @@ from instella_ray.errors import UserError
 from instella_ray.operations.claims import Group, lacking, totals
 from instella_ray.operations.requirements import least
 
-from ..test_repository import ROOT, job
+from ..kit.project import ROOT, job
 
 SERVE = ["--config", str(ROOT / "configs" / "serve" / "paper.yaml")]
 

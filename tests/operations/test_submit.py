@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ..processes import wait_until
-from ..test_repository import ROOT
-from .head import Head, end
-from .proxy import Wire
+from ..kit.head import Head, end
+from ..kit.processes import wait_until
+from ..kit.project import ROOT
+from ..kit.proxy import Wire
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

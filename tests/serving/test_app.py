@@ -23,9 +23,9 @@ from instella_ray.serving.app import ServeArgs, build
 from instella_ray.serving.config import Autoscaling, Limits, ModelArgs
 from instella_ray.serving.images import read_metadata
 
-from ..test_repository import job
-from ..training.test_training import MODEL
-from .endpoint import KINDS, events, generate, make_folders, opened, pictures, rows, serve_args, serving
+from ..kit.endpoint import KINDS, events, generate, make_folders, opened, pictures, rows, serve_args, serving
+from ..kit.models import TINY_BIT
+from ..kit.project import job
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_models_that_do_not_belong_together_are_refused(folders: dict[str, str],
     with pytest.raises(UserError, match="sizes 36: not a multiple of 8"):
         build(serve_args(folders, sizes=(36,)))
     torch.manual_seed(1)
-    save_model(tmp_path, BIT(MODEL))
+    save_model(tmp_path, BIT(TINY_BIT))
     with pytest.raises(UserError, match="another tokenizer"):
         build(serve_args(folders, tokenizer=str(tmp_path)))
     with pytest.raises(UserError, match="not a model folder"):

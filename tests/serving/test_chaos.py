@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .models import EMPTY, OPTIONS, codes_alone, deployment, features, make_generator, make_tokenizer, sampling
-from .test_deployments import FOREVER, eventually
+from ..kit.models import make_generator, make_tokenizer
+from ..kit.stages import EMPTY, FOREVER, OPTIONS, codes_alone, deployment, eventually, features, sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 100

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import typing
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from instella_ray.errors import UserError
-from instella_ray.serving.config import ServeArgs
 
-from ..test_repository import DEPLOY
-
-
-def models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    """Pydantic models that a field of this type may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
-
-
-def unknown_keys(data: Any, schema: type[pydantic.BaseModel], where: str = "") -> list[str]:
-    """Keys that Serve would ignore in silence, dotted."""
-    found = []
-    for key, value in data.items():
-        field = schema.model_fields.get(key)
-        if field is None:
-            found.append(where + key)
-            continue
-        for inner in models_in(field.annotation):
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict):
-                    found += unknown_keys(item, inner, f"{where}{key}.")
-    return found
-
-
-def check(data: dict[str, Any]) -> None:
-    """AssertionError or UserError for anything that Serve would trip over, or not read."""
-    assert unknown_keys(data, ServeDeploySchema) == []
-    ServeDeploySchema.model_validate(data)
-    for app in data["applications"]:
-        module, _, name = app["import_path"].partition(":")
-        builder = getattr(importlib.import_module(module), name)
-        assert callable(builder)
-        ServeArgs.model_validate(app["args"]).check()
+from ..kit.project import DEPLOY
+from ..kit.serve_config import check_serve_config
 
 
 def deploy_file() -> dict[str, Any]:
@@ -57,7 +21,7 @@ def deploy_file() -> dict[str, Any]:
 
 
 def test_the_deploy_file_is_one_that_serve_reads_wholly() -> None:
-    check(deploy_file())
+    check_serve_config(deploy_file())
     host = deploy_file()["http_options"]["host"]
     assert host == "127.0.0.1"
 
@@ -81,7 +45,7 @@ def test_a_misspelt_key_at_any_depth_is_found(path: tuple[Any, ...]) -> None:
         place = place[part]
     place[path[-1]] = {"nn": 3}
     with pytest.raises((AssertionError, pydantic.ValidationError, UserError)):
-        check(data)
+        check_serve_config(data)
 
 
 def test_serve_knows_the_type_of_the_arguments() -> None:
@@ -104,7 +68,7 @@ def test_the_job_refuses_to_listen_for_others_without_keys(
 
     from instella_ray.errors import run_main
 
-    from ..test_repository import job
+    from ..kit.project import job
 
     def started() -> None:
         raise AssertionError("Ray was started")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,10 @@ from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded
 
-from .models import (
-    EMPTY,
-    OPTIONS,
-    TEXT,
-    codes_alone,
-    deployment,
-    features,
-    make_generator,
-    make_tokenizer,
-    sampling,
-)
+from ..kit.models import TEXT, make_generator, make_tokenizer
+from ..kit.stages import EMPTY, FOREVER, OPTIONS, codes_alone, deployment, eventually, features, sampling
 
 pytestmark = pytest.mark.ray
-FOREVER = 100_000_000
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +63,6 @@ def handles(serving: None, folders: dict[str, str]) -> dict[str, Any]:
 def active(handle: Any) -> list[int]:
     """Rows on their way, a number a replica."""
     return [status["active"] + status["waiting"] for status in handle.broadcast("status").results()]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from ..test_repository import ROOT
-from .endpoint import generate, make_folders, serve_args
+from ..kit.endpoint import generate, make_folders, serve_args
+from ..kit.project import ROOT
 
 KEY = "correct-horse-battery"
 

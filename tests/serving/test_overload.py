@@ -16,7 +16,7 @@ import pytest
 from instella_ray.serving.access import KEYS_VARIABLE
 from instella_ray.serving.config import Limits
 
-from .endpoint import events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
+from ..kit.endpoint import events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
 
 KEY = "correct-horse-battery"
 HEADERS = {"authorization": f"Bearer {KEY}"}

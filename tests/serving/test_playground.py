@@ -13,17 +13,11 @@ import httpx
 import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from .browser import CONTROL, Browser, Page, chromium
-from .contract import PAGE, Contract, codes_of, drawing, error_body, running
+from ..kit.browser import CONTROL, Browser, Page
+from ..kit.contract import PAGE, Contract, codes_of, drawing, error_body, running
+from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_pictures
 
-SHOWN = "!document.querySelector('#error').hidden"
 NASTY = """it's <img src=x onerror="window.hacked=1"> "$HOME" `id` \\ $(id) & été 猫"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -40,29 +34,6 @@ def page(browser: Browser, server: Contract) -> Iterator[Page]:
         page.wait("document.querySelector('[name=size] option')")
         yield page
         assert page.complaints == []
-
-
-def ask(page: Page, prompt: str = "a red circle", seed: int | str | None = None) -> None:
-    page.fill("[name=prompt]", prompt)
-    if seed is not None:
-        page.fill("[name=seed]", str(seed))
-    page.press("Enter", CONTROL)
-
-
-def wait_for_pictures(page: Page, count: int = 1) -> None:
-    done = f"document.querySelectorAll('article:not(.waiting)').length === {count}"
-    page.wait(f"{done} && document.querySelector('#progress').hidden")
-
-
-def shown(page: Page, card: str = "article") -> bytes:
-    """The file that a card shows."""
-    source = page.js(f"document.querySelector('{card} img').src")
-    return base64.b64decode(source.removeprefix("data:image/png;base64,"))
-
-
-def complaint(page: Page) -> str:
-    page.wait(SHOWN)
-    return page.text("#error p")
 
 
 def downloaded(folder: Path, pattern: str) -> Path:

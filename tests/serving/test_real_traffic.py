@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .browser import CONTROL, Browser
-from .endpoint import KINDS, events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
-from .test_playground import ask, browser, complaint, shown, wait_for_pictures  # noqa: F401
+from ..kit.browser import CONTROL, Browser
+from ..kit.endpoint import KINDS, events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
+from ..kit.playground import ask, complaint, shown, wait_for_pictures
 
 REQUESTS, IN_FLIGHT = 500, 16
 APP = "random-requests"
@@ -168,7 +168,7 @@ def test_five_hundred_random_requests(client: httpx.Client) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:  # noqa: F811
+def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:
     url = str(client.base_url)
     with browser.page() as page:
         page.look()

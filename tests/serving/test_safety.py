@@ -14,7 +14,7 @@ from instella_ray.errors import UserError
 from instella_ray.serving.deployments import DecoderStage
 from instella_ray.serving.safety import Flagged, SafetyConfig, load_checker
 
-from .models import make_tokenizer
+from ..kit.models import make_tokenizer
 
 PICTURE = np.full((64, 64, 3), 200, np.uint8)
 

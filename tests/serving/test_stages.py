@@ -24,7 +24,8 @@ from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed
 from instella_ray.serving.weights import serving_dtype
 
-from .models import EMPTY, OPTIONS, TEXT, codes_alone, features, make_generator, make_tokenizer, sampling
+from ..kit.models import TEXT, make_generator, make_tokenizer
+from ..kit.stages import EMPTY, OPTIONS, codes_alone, features, sampling
 
 FOREVER = {"num_inference_steps": 100_000_000}
 

@@ -27,7 +27,7 @@ from instella_ray.simulation.training import (
     simulate_training,
 )
 
-from ..test_repository import ROOT, SIMULATIONS
+from ..kit.project import ROOT, SIMULATIONS
 
 FAR = 1e18
 QUIET = Cluster(

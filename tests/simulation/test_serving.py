@@ -19,7 +19,7 @@ from instella_ray.simulation import serving as simulated
 from instella_ray.simulation.serving import Machine, simulate_serving
 from instella_ray.simulation.sizing import Slo, size_serving
 
-from .configs import seconds, serving
+from ..kit.simulation import seconds, serving
 
 STEP = {1: 0.01, 4: 0.016}
 STAGES: dict[str, Any] = {"ingress": 0.002, "text": 0.004, "admit": 0.001, "step": STEP, "decode": {1: 0.02, 8: 0.05}}

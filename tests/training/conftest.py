@@ -13,7 +13,7 @@ from instella_ray.data.shards import write_webdataset
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model, weight_hash
 
-from .test_training import MODEL
+from ..kit.models import TINY_BIT
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     torch.manual_seed(0)
-    save_model(folder, BIT(MODEL))
+    save_model(folder, BIT(TINY_BIT))
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def codes(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("codes"))
-    tokens, bits, count = MODEL.num_tokens, MODEL.bits_per_token, 24
+    tokens, bits, count = TINY_BIT.num_tokens, TINY_BIT.bits_per_token, 24
     packed = pack_codes(np.random.default_rng(0).integers(0, 2, (count, tokens, bits), np.uint8))
     facts = {"shard": "0", "width": 32, "height": 32, "source": "test"}
     captions = [{"caption_long": f"picture number {i % 4}", "caption_short": f"number {i % 4}"} for i in range(count)]
@@ -49,3 +49,13 @@ def codes(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"))
     return folder
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts Ray fails."""
+
+    def init_ray(*args: object, **options: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("instella_ray.training.launch.init_ray", init_ray)

@@ -12,31 +12,22 @@ from torch import Tensor
 
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
-from instella_ray.models.discriminator import DiscriminatorConfig
-from instella_ray.training.adversarial import AdversarialConfig, Adversary, gradient_ratio, last_layer_gradients
+from instella_ray.training.adversarial import Adversary, gradient_ratio, last_layer_gradients
 from instella_ray.training.settings import OptimizerConfig, TrainConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, last_layer
 from instella_ray.training.trainer import Trainer
 
-from .test_training import MODEL, PLAIN
+from ..kit.models import TINY_BIT
+from ..kit.training import ADVERSARIAL, CPU, PLAIN_LOSS
 
-CPU = torch.device("cpu")
-ADVERSARIAL = AdversarialConfig(
-    discriminator=DiscriminatorConfig(
-        backbone="vit_tiny_patch16_224", weights="random", size=16, blocks=(0, 1), width=8
-    ),
-    start_step=2,
-    weight=0.5,
-    optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
-)
-SMALL = MODEL.model_copy(update={"normalize_logits": False})
+SMALL = TINY_BIT.model_copy(update={"normalize_logits": False})
 """Without batch statistics, which depend on how a batch is cut."""
 
 
 def third_stage(shards: str, **changes: Any) -> TokenizerConfig:
     train = TrainConfig(run_dir="run", steps=10, global_batch=8, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0))
     settings = {"freeze_encoder": True, "adversarial": ADVERSARIAL, "temperature": 0.0, "late_temperature": 0.0}
-    return TokenizerConfig(model=SMALL, data=shards, loss=PLAIN, train=train, **{**settings, **changes})
+    return TokenizerConfig(model=SMALL, data=shards, loss=PLAIN_LOSS, train=train, **{**settings, **changes})
 
 
 def begun(cfg: TokenizerConfig, last: Path | None = None) -> tuple[Trainer, TokenizerTask, Adversary]:

@@ -11,17 +11,10 @@ from instella_ray.errors import UserError, run_main
 from instella_ray.training.settings import TrainConfig, first_difference
 from instella_ray.training.tokenizer import run_tokenizer
 
-from ..data.samples import picture, tar_bytes
-from ..test_repository import ROOT, job
-from .test_training import MODEL, config
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init_ray(*args: object, **options: object) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr("instella_ray.training.launch.init_ray", init_ray)
+from ..kit.models import TINY_BIT
+from ..kit.project import ROOT, job
+from ..kit.shards import picture, tar_bytes
+from ..kit.training import tokenizer_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], name: str, config: Path, *overrides: str) -> str:
@@ -88,7 +81,7 @@ def test_a_generator_that_cannot_be_trained_is_refused(
 
 
 def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() -> None:
-    run = config("data", Path("run"))
+    run = tokenizer_config("data", Path("run"))
 
     def changed(**train: object) -> tuple[str, object, object] | None:
         settings = TrainConfig.model_validate({**run.train.model_dump(), **train})
@@ -105,14 +98,14 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
 def test_a_run_is_not_resumed_with_other_settings(
     key: str, value: int, no_ray: None, shards: str, tmp_path: Path
 ) -> None:
-    begun = config(shards, tmp_path / "run")
+    begun = tokenizer_config(shards, tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
     old = getattr(begun.train, key)
     with pytest.raises(UserError, match=rf"cannot resume with train\.{key} = {value}, the run began with {old}"):
-        run_tokenizer(config(shards, tmp_path / "run", **{"resume": True, key: value}))
-    other = config(shards, tmp_path / "run", resume=True).model_copy(
-        update={"model": MODEL.model_copy(update={"encoder_layers": 3})}
+        run_tokenizer(tokenizer_config(shards, tmp_path / "run", **{"resume": True, key: value}))
+    other = tokenizer_config(shards, tmp_path / "run", resume=True).model_copy(
+        update={"model": TINY_BIT.model_copy(update={"encoder_layers": 3})}
     )
     with pytest.raises(UserError, match=r"cannot resume with model\.encoder_layers = 3"):
         run_tokenizer(other)
@@ -125,6 +118,6 @@ def test_bad_input_that_only_a_worker_meets_is_one_line_too(ray_session: None, t
         (f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", picture()[:-300]), ("txt", b"cut off"))
     ]
     (tmp_path / "cut.tar").write_bytes(tar_bytes(members))
-    cfg = config(str(tmp_path / "cut.tar"), tmp_path / "run", workers={"cpus": 0.5, "max_failures": 0})
+    cfg = tokenizer_config(str(tmp_path / "cut.tar"), tmp_path / "run", workers={"cpus": 0.5, "max_failures": 0})
     with pytest.raises(UserError, match=r"cut\.tar: sample \d: undecodable; curate the shards first"):
         run_tokenizer(cfg)

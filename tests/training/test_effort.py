@@ -29,9 +29,8 @@ from instella_ray.training.generator import (
 )
 from instella_ray.training.tokenizer import TokenizerTask
 
-from .test_generator_run import config
-from .test_training import MODEL
-from .test_training import config as tokenizer_config
+from ..kit.models import TINY_BIT
+from ..kit.training import generator_config, tokenizer_config
 
 
 def test_accuracy_by_time_is_that_of_the_whole_batch_however_it_is_cut() -> None:
@@ -67,7 +66,7 @@ def test_counts_are_exact_under_autocast() -> None:
 def test_a_generator_counts_its_text_encoder_where_it_ran(
     kind: str, codes: str, tokenizer: str, tmp_path: Path
 ) -> None:
-    task = GeneratorTask(complete_config(config(kind, codes, tokenizer, tmp_path)), torch.device("cpu"))  # type: ignore[arg-type]
+    task = GeneratorTask(complete_config(generator_config(kind, codes, tokenizer, tmp_path)), torch.device("cpu"))  # type: ignore[arg-type]
     batch = task.data.batch(0, np.arange(8))
     parts = task.micro_batches(batch, 4, torch.arange(8))
     learned = sum(4 * generator_training(task.cfg.model, p["features"].shape[2]).model for p in parts)
@@ -84,7 +83,7 @@ def test_a_generator_counts_its_text_encoder_where_it_ran(
 def test_a_tokenizer_counts_every_picture(shards: str, tmp_path: Path) -> None:
     task = TokenizerTask(tokenizer_config(shards, tmp_path))
     parts = task.micro_batches(task.data.batch(0, np.arange(6)), 4, torch.arange(6))
-    assert task.flops(parts) == 6 * tokenizer_training(MODEL, 32, 32).model
+    assert task.flops(parts) == 6 * tokenizer_training(TINY_BIT, 32, 32).model
 
 
 def test_mfu_is_a_share_of_a_known_peak_only(monkeypatch: pytest.MonkeyPatch) -> None:

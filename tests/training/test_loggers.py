@@ -18,10 +18,7 @@ from instella_ray.errors import UserError
 from instella_ray.training.loggers import RUN_IDS, LoggerName, check_loggers, open_loggers
 from instella_ray.training.tokenizer import run_tokenizer
 
-from .test_bad_input import no_ray
-from .test_training import config
-
-__all__ = ["no_ray"]
+from ..kit.training import tokenizer_config
 
 PICTURE = np.zeros((8, 16, 3), np.uint8)
 
@@ -74,7 +71,7 @@ def test_a_logger_that_is_not_installed_stops_the_run_before_it_begins(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else find(asked))
     with pytest.raises(UserError, match=rf"train\.loggers: {name} is not installed \(pip install {name}\)"):
-        run_tokenizer(config(shards, tmp_path / "run", loggers=(name,)))
+        run_tokenizer(tokenizer_config(shards, tmp_path / "run", loggers=(name,)))
     assert not (tmp_path / "run").exists()
     # A worker may lack what the machine has that started the run.
     monkeypatch.setitem(sys.modules, name, None)
@@ -112,7 +109,7 @@ class FakeWandb:
 def test_wandb_goes_on_with_the_run_that_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    (tmp_path / "config.yaml").write_text(dump_yaml(config("data", tmp_path)))
+    (tmp_path / "config.yaml").write_text(dump_yaml(tokenizer_config("data", tmp_path)))
     log(["wandb"], tmp_path, 0, range(1, 3))
     log(["wandb"], tmp_path, 2, range(3, 5))
     assert [(begun["id"], begun["resume"]) for begun in fake.begun] == [(None, None), ("abc", "allow")]

@@ -17,7 +17,7 @@ from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask
 from instella_ray.training.learner import Learner
 from instella_ray.training.settings import OptimizerConfig
 
-from .test_generator_run import config
+from ..kit.training import generator_config
 
 CPU = torch.device("cpu")
 COUNT, STEPS = 32, 500
@@ -66,7 +66,7 @@ def test_gradient_accumulation_equals_the_large_batch(
     kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, tmp_path: Path
 ) -> None:
     found = []
-    plain = config(kind, codes, tokenizer, tmp_path)
+    plain = generator_config(kind, codes, tokenizer, tmp_path)
     # With modulation that starts at zero, nearly all gradients of the first step are zero too.
     cfg = plain.model_copy(update={"model": plain.model.model_copy(update={"zero_init": False})})
     for size in (8, 2):

@@ -17,7 +17,7 @@ from instella_ray.training.memory import generator_activations, states, tokenize
 from instella_ray.training.settings import Sharding
 from instella_ray.training.tokenizer import TokenizerLoss
 
-from ..test_flops import SMALL
+from ..kit.models import BIT_SIZES
 
 
 def saved_bytes(module: nn.Module, inputs: dict[str, Any], *, bf16: bool) -> float:
@@ -61,7 +61,7 @@ def test_a_generators_activations_are_within_two_per_cent_of_what_pytorch_keeps(
 def test_a_tokenizers_activations_are_within_two_per_cent_of_what_pytorch_keeps(
     merges: tuple[int, ...], bf16: bool
 ) -> None:
-    cfg = BITConfig(**SMALL, downsample_after=merges, upsample_after=merges)
+    cfg = BITConfig(**BIT_SIZES, downsample_after=merges, upsample_after=merges)
     module = TokenizerLoss(BIT(cfg).train(), TokenizerLossConfig(perceptual=PerceptualConfig(network="none")))
     images = torch.rand(8, 3, 64, 64)
     inputs = {"images": images, "targets": images, "seeds": torch.arange(8), "temperature": 0.5}

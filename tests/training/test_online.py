@@ -26,9 +26,9 @@ from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, c
 from instella_ray.training.learner import Learner
 from instella_ray.training.plan import PlanOptions, plan_run
 
-from ..data.samples import picture
-from .test_generator_run import config
-from .test_training import MODEL
+from ..kit.models import TINY_BIT
+from ..kit.shards import picture
+from ..kit.training import generator_config
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def online(kind: Literal["diffusion", "ar"], pictures: str, tokenizer: str, run_dir: Path) -> GeneratorRunConfig:
-    plain = config(kind, "none", tokenizer, run_dir).model_dump(exclude_unset=True)
+    plain = generator_config(kind, "none", tokenizer, run_dir).model_dump(exclude_unset=True)
     return complete_config(GeneratorRunConfig.model_validate({**plain, "codes": None, "images": pictures}))
 
 
@@ -60,13 +60,13 @@ def test_the_same_picture_and_crop_has_the_codes_of_the_encoding_job(
     # The encoding job's own code, with the crops that this epoch has at random.
     rows = [row for name in ("a", "b") for row in _rows(pictures.replace("*", name))]
     places = sample_uniforms(0, np.full(4, epoch), index)[:, :2]
-    size = MODEL.image_size
+    size = TINY_BIT.image_size
     whole = [decode_rgb(rows[i], at_least=2 * size) for i in index]
     crops = [fit_square(image, size, (x, y)) for image, (x, y) in zip(whole, places, strict=True)]
     encoder = Encoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
     packed = encoder.encode(np.stack(crops))
     assert pack_codes(codes.numpy().astype(np.uint8)) == packed
-    assert np.array_equal(unpack_codes(packed, MODEL.num_tokens, MODEL.bits_per_token), codes.numpy())
+    assert np.array_equal(unpack_codes(packed, TINY_BIT.num_tokens, TINY_BIT.bits_per_token), codes.numpy())
 
 
 def _rows(shard: str) -> list[bytes]:
@@ -80,7 +80,7 @@ def test_the_tokenizer_gets_no_gradient_does_not_change_and_is_counted(
 ) -> None:
     # Its averaged weights are those that encode.
     torch.manual_seed(7)
-    averaged = BIT(MODEL)
+    averaged = BIT(TINY_BIT)
     save_model(tmp_path, load_expected(tokenizer, BIT), ema=averaged.state_dict())
     task = GeneratorTask(online(kind, pictures, str(tmp_path), tmp_path / "run"), CPU)
     learner = Learner(task.step_module, task.model, task.cfg.train.optimizer, CPU)
@@ -99,7 +99,7 @@ def test_the_tokenizer_gets_no_gradient_does_not_change_and_is_counted(
     # All captions are in the cache now, so what is left is the generator and the tokenizer's encoder.
     parts = task.micro_batches(task.data.batch(1, np.arange(4)), 4, torch.arange(4))
     length = parts[0]["features"].shape[2]
-    with_encoder = generator_training(task.cfg.model, length, tokenizer=MODEL)
+    with_encoder = generator_training(task.cfg.model, length, tokenizer=TINY_BIT)
     assert with_encoder.frozen > 0 and task.flops(parts) == pytest.approx(4 * with_encoder.model)
 
 
@@ -140,7 +140,7 @@ def test_an_index_without_captions_is_made_up_for_by_reading_the_tar(tmp_path: P
 def test_data_is_either_codes_or_pictures(
     changes: dict[str, Any], message: str, codes: str, tokenizer: str, tmp_path: Path
 ) -> None:
-    plain = config("ar", codes, tokenizer, tmp_path).model_dump(exclude_unset=True)
+    plain = generator_config("ar", codes, tokenizer, tmp_path).model_dump(exclude_unset=True)
     with pytest.raises((UserError, ValueError), match=message):
         complete_config(GeneratorRunConfig.model_validate({**plain, **changes}))
 
@@ -148,7 +148,9 @@ def test_data_is_either_codes_or_pictures(
 def test_a_plan_counts_the_encoder_and_stores_pictures_instead_of_codes(
     pictures: str, codes: str, tokenizer: str, tmp_path: Path
 ) -> None:
-    from_codes = plan_run(complete_config(config("diffusion", codes, tokenizer, tmp_path)), PlanOptions(pictures=6))
+    from_codes = plan_run(
+        complete_config(generator_config("diffusion", codes, tokenizer, tmp_path)), PlanOptions(pictures=6)
+    )
     planned = plan_run(online("diffusion", pictures, tokenizer, tmp_path), PlanOptions(pictures=6))
     assert planned.storage["pictures"] == 6 * (150_000 + 500) and "codes" not in planned.storage
     more = planned.flop_per_sample["model"] - from_codes.flop_per_sample["model"]

@@ -16,7 +16,7 @@ from instella_ray.training.generator import GeneratorRunConfig
 from instella_ray.training.plan import Plan, PlanOptions, paper_mfu, plan_run, text_encoder_sizes
 from instella_ray.training.stages import TokenizerStagesConfig
 
-from ..test_repository import ROOT
+from ..kit.project import ROOT
 
 GENERATOR, TOKENIZER = (str(ROOT / "configs" / kind / "paper.yaml") for kind in ("generator", "tokenizer"))
 AS_PUBLISHED: dict[str, Any] = {"from_pictures": True}

@@ -12,17 +12,17 @@ import pytest
 
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 
-from ..data.test_gcs import ROOT
-from .chaos import effective_history, notes_of
+from ..kit.chaos import effective_history, notes_of
+from ..kit.project import ROOT
 
 DRIVER = """
 import json, sys, threading, time
 from pathlib import Path
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
-from tests.nodes.simulated import simulated
-from tests.processes import wait_until
-from tests.training.chaos import fragile_run, notes_of
+from tests.kit.chaos import fragile_run, notes_of
+from tests.kit.clusters import simulated
+from tests.kit.processes import wait_until
 
 given = json.loads(sys.argv[1])
 run, notes = Path(given["run_dir"]), Path(given["notes"])

@@ -18,7 +18,7 @@ from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, c
 from instella_ray.training.settings import TrainConfig
 from instella_ray.training.trainer import Trainer
 
-from .test_generator_run import config
+from ..kit.training import generator_config
 
 STEPS, SAVED = 6, 3
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ WHOLE = [case for case in CASES if case.precision == "fp32"]
 
 def run_config(case: Case, folder: Path, codes: str, tokenizer: str) -> GeneratorRunConfig:
     """Two ranks take two micro-batches of two each."""
-    cfg = config(case.kind, codes, tokenizer, folder)
+    cfg = generator_config(case.kind, codes, tokenizer, folder)
     given = {"sharding": case.sharding, "precision": case.precision, "micro_batch_size": 2, "steps": STEPS}
     train = TrainConfig.model_validate({**cfg.train.model_dump(), **given})
     return cfg.model_copy(update={"train": train, "gradient_checkpointing": case.checkpointing})

@@ -25,9 +25,9 @@ from instella_ray.training.settings import OptimizerConfig
 from instella_ray.training.stages import TokenizerStagesConfig, run_stages
 from instella_ray.training.tokenizer import TokenizerTask, complete_tokenizer, evaluate_tokenizer, psnr
 
-from ..test_repository import ROOT
-from .test_adversarial import ADVERSARIAL, CPU
-from .test_training import MODEL, config
+from ..kit.models import TINY_BIT
+from ..kit.project import ROOT
+from ..kit.training import ADVERSARIAL, CPU, tokenizer_config
 
 FIRST: dict[str, Any] = {"train": {"steps": 4}}
 THIRD: dict[str, Any] = {
@@ -39,7 +39,7 @@ THIRD: dict[str, Any] = {
 
 
 def chain(shards: str, run_dir: Path, **changes: Any) -> TokenizerStagesConfig:
-    shared = config(shards, run_dir, checkpoint_every=4, **changes).model_dump(exclude_unset=True)
+    shared = tokenizer_config(shards, run_dir, checkpoint_every=4, **changes).model_dump(exclude_unset=True)
     return TokenizerStagesConfig.model_validate({**shared, "stages": {"first": FIRST, "third": THIRD}})
 
 
@@ -49,7 +49,7 @@ def finish_first(cfg: TokenizerStagesConfig) -> None:
     folder = Path(stage.train.run_dir, "checkpoints", "step-0000004")
     folder.mkdir(parents=True)
     torch.manual_seed(5)
-    bit = BIT(MODEL)
+    bit = BIT(TINY_BIT)
     moments = Learner(bit, bit, stage.train.optimizer, CPU).moments()
     save_checkpoint(folder, bit.cfg, Checkpoint(4, bit.state_dict(), bit.state_dict(), moments, None), {})
     Path(stage.train.run_dir, "config.yaml").write_text(dump_yaml(stage))
@@ -99,19 +99,19 @@ def test_a_stage_that_does_not_fit_is_named(override: str, message: str) -> None
 def test_a_stage_that_cannot_be_trained_is_refused(
     changes: dict[str, Any], message: str, shards: str, tmp_path: Path
 ) -> None:
-    plain = config(shards, tmp_path / "run").model_dump(exclude_unset=True)
+    plain = tokenizer_config(shards, tmp_path / "run").model_dump(exclude_unset=True)
     with pytest.raises(UserError, match=message):
         complete_tokenizer(module.TokenizerConfig.model_validate({**plain, **changes}))
 
 
 def test_weights_of_another_model_are_not_trained_on(shards: str, tmp_path: Path) -> None:
-    save_model(tmp_path, BIT(MODEL.model_copy(update={"num_tokens": 8})))
+    save_model(tmp_path, BIT(TINY_BIT.model_copy(update={"num_tokens": 8})))
     with pytest.raises(UserError, match=r"its model\.num_tokens is 8, this run's is 4"):
-        complete_tokenizer(config(shards, tmp_path / "run").model_copy(update={"start_from": str(tmp_path)}))
+        complete_tokenizer(tokenizer_config(shards, tmp_path / "run").model_copy(update={"start_from": str(tmp_path)}))
 
 
 def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_path: Path) -> None:
-    cfg = config(shards, tmp_path, steps=40).model_copy(update={"output_sizes": (32, 40, 48)})
+    cfg = tokenizer_config(shards, tmp_path, steps=40).model_copy(update={"output_sizes": (32, 40, 48)})
     tasks = [TokenizerTask(cfg) for _ in range(2)]  # of two ranks, or before and after a restart
     batch = tasks[0].data.batch(0, np.arange(2))
     seen = set()
@@ -131,8 +131,10 @@ def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_p
 
 
 def test_a_handful_of_pictures_is_learned_by_heart_to_30_db(shards: str, tmp_path: Path) -> None:
-    cfg = config(shards, tmp_path, steps=OVERFIT, optimizer=OptimizerConfig(name="muon", lr=3e-3, decay_fraction=0.5))
-    model = MODEL.model_copy(update={"bits_per_token": 16, "encoder_width": 64, "decoder_width": 64})
+    cfg = tokenizer_config(
+        shards, tmp_path, steps=OVERFIT, optimizer=OptimizerConfig(name="muon", lr=3e-3, decay_fraction=0.5)
+    )
+    model = TINY_BIT.model_copy(update={"bits_per_token": 16, "encoder_width": 64, "decoder_width": 64})
     model = model.model_copy(update={"encoder_heads": 2, "decoder_heads": 2})
     task = TokenizerTask(cfg.model_copy(update={"model": model, "late_temperature": 0.0}))
     learner = Learner(task.step_module, task.model, cfg.train.optimizer, CPU)

@@ -11,7 +11,7 @@ import torch
 
 from instella_ray.config import load_config
 from instella_ray.errors import UserError
-from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, load_model, read_checkpoint_config
 from instella_ray.runs import read_record
 from instella_ray.training.bits import bit_share, bit_summary
@@ -21,44 +21,12 @@ from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, 
 from instella_ray.training.muon import orthogonalize
 from instella_ray.training.optim import EMA, build_optimizers, rate_share
 from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
-from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
+from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
 
-from ..processes import wait_until
-
-MODEL = BITConfig(
-    image_size=32,
-    patch_size=8,
-    num_tokens=4,
-    bits_per_token=6,
-    encoder_width=32,
-    encoder_layers=2,
-    encoder_heads=1,
-    decoder_width=32,
-    decoder_layers=2,
-    decoder_heads=1,
-    rope_axes=(8, 12, 12),
-    downsample_after=(),
-    upsample_after=(),
-    token_positions=True,
-    normalize_logits=True,
-)
-PLAIN = TokenizerLossConfig(perceptual=PerceptualConfig(network="none"))
-
-
-def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
-    settings = {
-        "run_dir": str(run_dir),
-        "steps": steps,
-        "global_batch": 16,
-        "log_every": 1,
-        "checkpoint_every": 6,
-        "preview_every": 6,
-        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
-        "workers": WorkersConfig(count=2, cpus=0.5),
-        **train,
-    }
-    return TokenizerConfig(model=MODEL, data=shards, loss=PLAIN, train=TrainConfig(**settings))
+from ..kit.models import TINY_BIT
+from ..kit.processes import wait_until
+from ..kit.training import PLAIN_LOSS, tokenizer_config
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
@@ -91,7 +59,7 @@ def test_psnr_and_bit_statistics_are_what_they_say() -> None:
 
 def test_loss_parts_add_up() -> None:
     torch.manual_seed(0)
-    bit = BIT(MODEL).train()
+    bit = BIT(TINY_BIT).train()
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     look = PerceptualConfig(weights="random", size=48, crop=16, weight=2.0, crop_weight=3.0)
     cfg = TokenizerLossConfig(gradient_weight=0.5, code_weight=0.1, perceptual=look)
@@ -113,7 +81,7 @@ def test_muons_updates_have_singular_values_near_one_and_the_same_singular_vecto
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
-    bit = BIT(MODEL)
+    bit = BIT(TINY_BIT)
     adamw, muon = build_optimizers(bit, OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.1)).members
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name for name, p in bit.named_parameters() if id(p) in taken}
@@ -123,7 +91,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
 
 
 def test_every_group_follows_the_schedule_from_its_own_peak() -> None:
-    bit = BIT(MODEL)
+    bit = BIT(TINY_BIT)
     optimizers = build_optimizers(bit, OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.1))
     for share in (0.5, 0.25):
         optimizers.step(share)
@@ -136,8 +104,8 @@ def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, nam
 
     def new(seed: int) -> tuple[BIT, Learner]:
         torch.manual_seed(seed)
-        bit = BIT(MODEL).train()
-        return bit, Learner(TokenizerLoss(bit, PLAIN), bit, cfg, cpu)
+        bit = BIT(TINY_BIT).train()
+        return bit, Learner(TokenizerLoss(bit, PLAIN_LOSS), bit, cfg, cpu)
 
     def step(learner: Learner) -> None:
         images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -166,11 +134,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     # Lines of the run's workers, each with run, job and rank.
     monkeypatch.setenv("INSTELLA_RAY_LOG_FILE", str(tmp_path / "log.jsonl"))
     monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
-    whole = run_tokenizer(config(shards, tmp_path / "whole"))
+    whole = run_tokenizer(tokenizer_config(shards, tmp_path / "whole"))
     # A worker that dies at step 9 goes on from the checkpoint of step 6, with nobody asking.
     killed = tmp_path / "killed"
     (tmp_path / "kill-at-9").touch()
-    cfg = config(shards, killed)
+    cfg = tokenizer_config(shards, killed)
     import instella_ray.training.tokenizer as module
 
     class Mortal(module.TokenizerTask):
@@ -207,7 +175,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     ]
     assert {"reconstruction", "psnr", "dead_bits", "images_per_second"} <= set(read_metrics(tmp_path / "whole")[0])
     written = load_config(TokenizerConfig, str(tmp_path / "whole" / "config.yaml"))
-    assert written == config(shards, tmp_path / "whole")
+    assert written == tokenizer_config(shards, tmp_path / "whole")
     record, killed_record = read_record(str(tmp_path / "whole")), read_record(str(killed))
     assert record is not None and killed_record is not None
     assert (record.job, record.attempts[-1].status, record.outputs[0].path) == ("train_tokenizer", "finished", whole)
@@ -228,18 +196,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
 def test_workers_do_not_wait_for_gradients_of_the_repa_projection(
     ray_session: None, shards: str, tmp_path: Path
 ) -> None:
-    cfg = config(shards, tmp_path / "run", steps=3)
-    run_tokenizer(cfg.model_copy(update={"model": MODEL.model_copy(update={"repa_layer": 1})}))
+    cfg = tokenizer_config(shards, tmp_path / "run", steps=3)
+    run_tokenizer(cfg.model_copy(update={"model": TINY_BIT.model_copy(update={"repa_layer": 1})}))
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.ray
 def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp_path: Path) -> None:
-    cfg = config(shards, tmp_path / "run", workers=WorkersConfig(count=2, cpus=50))
+    cfg = tokenizer_config(shards, tmp_path / "run", workers=WorkersConfig(count=2, cpus=50))
     with pytest.raises(UserError, match="2 workers need 100 CPU, the cluster has 4"):
         run_tokenizer(cfg)
     with pytest.raises(UserError, match="nothing to resume"):
-        run_tokenizer(config(shards, tmp_path / "run", resume=True))
+        run_tokenizer(tokenizer_config(shards, tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -249,7 +217,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
 ) -> None:
     # Though two failures may be mended by trying again: this one would come again.
     workers = WorkersConfig(max_failures=2)
-    cfg = config(shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0), workers=workers)
+    cfg = tokenizer_config(
+        shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0), workers=workers
+    )
     with pytest.raises(Exception, match="NonFiniteLoss"):
         run_tokenizer(cfg)
     report = json.loads(next((tmp_path / "run").glob("nonfinite-*.json")).read_text())

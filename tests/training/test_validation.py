@@ -20,8 +20,8 @@ from instella_ray.evaluation.validation_generator import (
 from instella_ray.models.checkpoint import load_model
 from instella_ray.training.generator import run_generator
 
-from ..processes import wait_until
-from .test_generator_run import config
+from ..kit.processes import wait_until
+from ..kit.training import generator_config
 
 
 def checkpoint(run_dir: Path, step: int) -> str:
@@ -95,7 +95,7 @@ def test_a_best_that_cannot_be_told_is_refused() -> None:
 def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
     ray_session: None, codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = config("diffusion", codes, tokenizer, tmp_path / "run")
+    plain = generator_config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
     run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
     with validating(generator_validator(run)), caplog.at_level(logging.INFO, "instella_ray"):

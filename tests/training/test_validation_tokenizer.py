@@ -27,11 +27,11 @@ from instella_ray.models.checkpoint import load_expected
 from instella_ray.training.settings import WorkersConfig
 from instella_ray.training.tokenizer import evaluate_tokenizer, to_tensor
 
-from .test_training import config
+from ..kit.training import tokenizer_config
 
 
 def stage(shards: str, run_dir: Path, **validation: Any) -> ValidatedTokenizer:
-    plain = config(shards, run_dir, steps=4, checkpoint_every=2, workers=WorkersConfig(cpus=0.5)).model_dump(
+    plain = tokenizer_config(shards, run_dir, steps=4, checkpoint_every=2, workers=WorkersConfig(cpus=0.5)).model_dump(
         exclude_unset=True
     )
     return ValidatedTokenizer.model_validate({**plain, "validation": {"data": shards, **validation}})
@@ -60,7 +60,7 @@ def test_a_stage_is_validated_at_the_sizes_that_it_trains(shards: str, tmp_path:
     trained = stage(shards, tmp_path).model_copy(update={"output_sizes": (32, 40)})
     completed = complete_validation(trained)
     assert completed is not None and completed.sizes == (32, 40)
-    assert complete_validation(config(shards, tmp_path)) is None
+    assert complete_validation(tokenizer_config(shards, tmp_path)) is None
 
 
 @pytest.mark.parametrize(

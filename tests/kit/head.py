@@ -21,8 +21,8 @@ import psutil
 import requests
 from ray.job_submission import JobSubmissionClient
 
-from ..processes import wait_until
-from ..test_repository import ROOT
+from .processes import wait_until
+from .project import ROOT
 
 RAY = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; sys.exit(main())"]
 
@@ -151,7 +151,7 @@ class Head:
 
     @contextmanager
     def started(self) -> Iterator[Head]:
-        command = [sys.executable, "-m", "tests.operations.submitter"]
+        command = [sys.executable, "-m", "tests.kit.submitter"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = self.env | {"PYTHONPATH": str(ROOT)}
         heads = [self.start_head()]

@@ -15,7 +15,7 @@ from itertools import pairwise
 from instella_ray.config import parse_override
 
 from .commands import check_cli, check_job, check_submission
-from .test_repository import MAKEFILE, ROOT
+from .project import MAKEFILE, ROOT
 
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.M | re.S)
 BETWEEN = {"|", "||", "&&", ";", "&"}

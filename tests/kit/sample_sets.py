@@ -1,4 +1,4 @@
-"""Folders of samples as the sampling job leaves them, with codes of the test's choice, and small tokenizers."""
+"""Folders of samples as the sampling job leaves them, with codes of the test's choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from instella_ray import storage
 from instella_ray.data.prompts import Prompt, prompts_hash
@@ -21,23 +20,12 @@ from instella_ray.evaluation.sample_set import (
     sample_id,
     write_block,
 )
-from instella_ray.models.bit import BIT, BITConfig
-from instella_ray.models.checkpoint import save_model, weight_hash
+from instella_ray.models.checkpoint import weight_hash
 from instella_ray.sampling_config import SamplingConfig
 
-TOKENS, BITS, SIZE = 4, 6, 32
-BIT_SIZES = {"image_size": SIZE, "patch_size": 8, "num_tokens": TOKENS, "bits_per_token": BITS, "rope_axes": (4, 6, 6)}
-WIDTHS = {
-    f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("width", 32), ("layers", 1), ("heads", 2))
-}
+from .models import ONE_LAYER_BIT
 
-
-def make_tokenizer(folder: Path, seed: int = 0) -> str:
-    """Writes a random BIT of 32 px; returns its folder."""
-    folder.mkdir(parents=True)
-    torch.manual_seed(seed)
-    save_model(folder, BIT(BITConfig(**BIT_SIZES, **WIDTHS, downsample_after=(), upsample_after=())))
-    return str(folder)
+TOKENS, BITS, SIZE = ONE_LAYER_BIT.num_tokens, ONE_LAYER_BIT.bits_per_token, ONE_LAYER_BIT.image_size
 
 
 def noise(prompts: int, images: int, seed: int = 0) -> np.ndarray:

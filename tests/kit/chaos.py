@@ -18,8 +18,8 @@ from instella_ray.training.launch import launch
 from instella_ray.training.run_dir import CHECKPOINTS, STATE, checkpoint_name
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask
 
-from ..processes import wait_until
-from .test_training import config
+from .processes import wait_until
+from .training import tokenizer_config
 
 
 class Fragile(TokenizerTask):
@@ -72,7 +72,7 @@ def fragile_run(shards: str, run_dir: str, notes: str, train: dict[str, Any], **
     """Train a :class:`Fragile`; returns the final checkpoint's folder."""
     Path(notes).mkdir(parents=True, exist_ok=True)
     given = {"checkpoint_every": 4, "preview_every": 12, "loggers": (), **train}
-    cfg = config(shards, Path("unused")).model_copy()
+    cfg = tokenizer_config(shards, Path("unused")).model_copy()
     cfg = TokenizerConfig.model_validate(
         {**cfg.model_dump(exclude_unset=True), "train": {**cfg.train.model_dump(), "run_dir": run_dir, **given}}
     )

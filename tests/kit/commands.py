@@ -12,7 +12,7 @@ from instella_ray import cli
 from instella_ray.config import job_config
 from instella_ray.operations.submission import Submission
 
-from .test_repository import ROOT, job
+from .project import ROOT, job
 
 
 class Loaded(Exception):

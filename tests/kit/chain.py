@@ -26,9 +26,8 @@ from instella_ray.operations.lineage import Link
 from instella_ray.runs import Origin, read_record, recorded
 from instella_ray.training.settings import TrainConfig, TrainingRun
 
-from ..data.samples import picture
-from ..serving.models import TEXT, make_generator
-from ..training.test_training import MODEL
+from .models import TEXT, TINY_BIT, make_generator
+from .shards import picture
 
 
 class Chain(NamedTuple):
@@ -80,7 +79,7 @@ def train(run_dir: Path, job: str, inputs: tuple[Origin, ...], tokenizer_hash: s
         else:
             checkpoint.mkdir()
             torch.manual_seed(0)
-            save_model(checkpoint, BIT(MODEL))
+            save_model(checkpoint, BIT(TINY_BIT))
         record = read_record(str(run_dir))
         assert record is not None
         add_section(checkpoint, LINEAGE, lineage_section(record, 12))
@@ -94,7 +93,7 @@ def encode(chain: Chain, tokenizer: Path) -> None:
     folder.open("new", {"input": cfg.input})
     inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer))
     with recorded(cfg.output, "encode", cfg, inputs) as outputs:
-        packed = pack_codes(np.zeros((6, MODEL.num_tokens, MODEL.bits_per_token), np.uint8))
+        packed = pack_codes(np.zeros((6, TINY_BIT.num_tokens, TINY_BIT.bits_per_token), np.uint8))
         facts = {"shard": "0", "caption_long": "", "caption_short": "", "width": 40, "height": 40, "source": "test"}
         rows = [{"key": f"{i}", "row": i, **facts, "codes": packed[i]} for i in range(6)]
         write_codes_file(storage.join(cfg.output, "0.parquet"), rows)
@@ -102,8 +101,8 @@ def encode(chain: Chain, tokenizer: Path) -> None:
         storage.write_json(storage.join(cfg.output, "ledger.json"), ledger.to_json())
         manifest = CodesManifest(
             tokenizer_hash=weight_hash(tokenizer),
-            num_tokens=MODEL.num_tokens,
-            bits_per_token=MODEL.bits_per_token,
+            num_tokens=TINY_BIT.num_tokens,
+            bits_per_token=TINY_BIT.bits_per_token,
             rows=6,
             files=(CodesFile(name="0.parquet", rows=6),),
         )

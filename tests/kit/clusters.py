@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from ..processes import descendants, wait_until
+from .processes import descendants, wait_until
 
 POOL = "instella-ray/pool"
 QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}

@@ -15,7 +15,7 @@ from pydantic import Field, StringConstraints
 
 from instella_ray.serving.config import ServeArgs
 
-from ..serving.test_configs import check as check_serve_config
+from .serve_config import check_serve_config
 
 KUBERNETES = "1.34"
 Duration = Annotated[str, StringConstraints(pattern=r"^\d+(ms|s|m|h|d)$")]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from .samples import picture
+from .shards import picture
 
 GOOD = picture(1)
 JPEG = {"Content-Type": "image/jpeg"}

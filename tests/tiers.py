@@ -21,13 +21,13 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 SLOWEST = 15
 PARTS = {
-    # Without Ray: a process for every core, and whole files to each, for their fixtures' sake.
-    "without Ray": ("unit and not nightly", ("-n", "logical", "--dist", "loadfile")),
-    # On the real parts: these want the machine for themselves, and share one Ray session and one endpoint.
-    "on the real parts": ("not unit and not nightly", ()),
+    # A process for every core; each takes whole files, whose tests share fixtures.
+    "without Ray": ("(unit or process) and not nightly", ("-n", "logical", "--dist", "loadfile")),
+    # These want the machine for themselves, and share one Ray session and one endpoint.
+    "on Ray": ("not unit and not process and not nightly", ()),
     "nightly": ("nightly", ()),
 }
-TIERS = {"fast": ("without Ray",), "default": ("without Ray", "on the real parts"), "all": tuple(PARTS)}
+TIERS = {"fast": ("without Ray",), "default": ("without Ray", "on Ray"), "all": tuple(PARTS)}
 NO_TESTS = 5
 """Pytest's exit code where a part has none of the tests that were asked for."""
 

@@ -35,6 +35,7 @@ def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
             "filters": LIMITS,
             "rows_per_shard": 5,
             "abort": {"quarantined": 1},
+            "local": True,
         }
         | more
     )
@@ -48,8 +49,7 @@ def test_every_hostile_sample_gets_its_verdict(name: str) -> None:
     assert Judge(LIMITS).verdict(row)[0] == HOSTILE[name][1]
 
 
-@pytest.mark.ray
-def test_hostile_shards_are_accounted_for_to_the_row(ray_session: None, hostile_shards: Path, tmp_path: Path) -> None:
+def test_hostile_shards_are_accounted_for_to_the_row(hostile_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ledger = run_curate(config(hostile_shards, out)).to_json()
     assert ledger == json.loads((out / "ledger.json").read_text())
@@ -66,9 +66,8 @@ def test_hostile_shards_are_accounted_for_to_the_row(ray_session: None, hostile_
     assert next(row for row in aside if row["key"] == "html")["image"] == b"<html>gone</html>"
 
 
-@pytest.mark.ray
 def test_a_second_run_refuses_resumes_or_starts_over(
-    ray_session: None, hostile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hostile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
@@ -134,7 +133,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.ray
 def test_real_shards(ray_session: None, emoji_shards: str, tmp_path: Path) -> None:
-    ledger = run_curate(config(emoji_shards, tmp_path / "out", rows_per_shard=500))
+    ledger = run_curate(config(emoji_shards, tmp_path / "out", rows_per_shard=500, local=False))
     assert ledger.to_json()["in"] == 1601
     assert ledger.kept == len(curated_keys(tmp_path / "out")) > 1500
     url = next(iter(find_shards(str(tmp_path / "out"))))

@@ -14,8 +14,8 @@ from instella_ray.data.curation_report import funnel, svg_histogram
 from instella_ray.data.filters.base import Limits, Scale
 from instella_ray.data.filters.config import FilterConfig
 from instella_ray.data.histograms import BINS
+from instella_ray.data.job import AbortConfig
 from instella_ray.data.ledger import Ledger
-from instella_ray.data.pipeline import AbortConfig
 from instella_ray.data.shards import write_tar
 from instella_ray.errors import UserError
 
@@ -24,12 +24,11 @@ from ..kit.shards import contents, picture
 
 
 def config(shards: Path, output: Path, **more: Any) -> CurateConfig:
-    given = {"input": str(shards), "output": str(output), "filters": COPY_FILTERS, "rows_per_shard": 5}
+    given = {"input": str(shards), "output": str(output), "filters": COPY_FILTERS, "rows_per_shard": 5, "local": True}
     return CurateConfig.model_validate({**given, **more})
 
 
-@pytest.mark.ray
-def test_copies_leave_the_output_and_the_report_shows_them(ray_session: None, tmp_path: Path) -> None:
+def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> None:
     shards, out = shards_with_copies(tmp_path / "in"), tmp_path / "out"
     ledger = run_curate(config(shards, out))
     # 9 was dropped for its watermark; 3 of the first shard is the smaller one of its pair.
@@ -67,8 +66,7 @@ def test_copies_leave_the_output_and_the_report_shows_them(ray_session: None, tm
     assert fresh == grown and curated_keys(tmp_path / "other") == curated_keys(out)
 
 
-@pytest.mark.ray
-def test_too_much_damage_stops_the_job_and_says_how_to_go_on(ray_session: None, tmp_path: Path) -> None:
+def test_too_much_damage_stops_the_job_and_says_how_to_go_on(tmp_path: Path) -> None:
     good = [(f"g{i}", picture(i, (96, 96)), "fine", {}) for i in range(4)]
     write_tar(str(tmp_path / "in" / "a.tar"), [*good, *((f"b{i}", b"junk", "broken", {}) for i in range(4))])
     cfg = config(tmp_path / "in", tmp_path / "out")

@@ -15,9 +15,10 @@ import pytest
 
 from instella_ray.data import addresses
 from instella_ray.data.curate import CurateConfig, run_curate
-from instella_ray.data.download import DownloadConfig, Downloader, with_downloads
+from instella_ray.data.download import DownloadConfig, Downloader, download_stage
+from instella_ray.data.pipeline import run_stages
 from instella_ray.data.rows import SCHEMA
-from instella_ray.data.sources import find_inputs, open_source, read_rows
+from instella_ray.data.sources import find_inputs, read_rows, shard_sources
 from instella_ray.errors import UserError
 
 from ..kit.picture_server import GOOD, PictureServer, serving
@@ -258,14 +259,11 @@ def test_public_addresses_are_known(address: str, public: bool) -> None:
 # --- the whole stage
 
 
-@pytest.mark.ray
-def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(
-    ray_session: None, server: PictureServer, tmp_path: Path
-) -> None:
+def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(server: PictureServer, tmp_path: Path) -> None:
     paths = ["good", "status/404", "html", "good", "robots/plain"]
     columns = {"URL": [server.url(path) for path in paths], "TEXT": ["one", "two", "three", "four", "five"]}
     pq.write_table(pa.table({**columns, "pwatermark": [0.1, 0.1, 0.1, 0.99, 0.1]}), tmp_path / "laion.parquet")
-    given = {"input": str(tmp_path / "laion.parquet"), "output": str(tmp_path / "out")}
+    given = {"input": str(tmp_path / "laion.parquet"), "output": str(tmp_path / "out"), "local": True}
     filters = {"resolution": {"target_size": 16}, "duplicates": {}}
     download = {"allow_private": True, "backoff_s": 0.01}
     ledger = run_curate(CurateConfig.model_validate({**given, "filters": filters, "download": download}))
@@ -294,7 +292,8 @@ def test_tars_and_links_become_rows_with_pictures_each_once_under_its_label(
     inputs = find_inputs(f"{tmp_path}/*", rows_per_shard=3)
     assert [inputs.shards[url] for url in inputs.links] == ["laion__000000000", "laion__000000003"]
     cfg = DownloadConfig(allow_private=True, backoff_s=0.01)
-    rows = with_downloads(open_source(inputs.shards, rows_per_block=2), cfg).take_all()
+    sources = list(shard_sources(inputs.shards, rows_per_block=2).values())
+    rows = list(run_stages(sources, [download_stage(cfg)], local=False))
     found = {(row["shard"], row["row"], row["last"]): row["image"] or row["problem"] for row in rows}
     assert len(found) == len(rows) and found == {
         ("laion__000000000", 0, False): GOOD,

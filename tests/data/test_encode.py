@@ -44,12 +44,11 @@ def shards(tmp_path: Path) -> Path:
 
 def config(shards: Path, tokenizer: Path, output: Path, **more: Any) -> EncodeConfig:
     places = {"input": str(shards), "tokenizer": str(tokenizer), "output": str(output)}
-    return EncodeConfig(**{**places, "rows_per_file": 3, "batch_size": 4, "actors": 1, "source": "test", **more})
+    return EncodeConfig(**{**places, "rows_per_file": 3, "batch_size": 4, "source": "test", "local": True, **more})
 
 
-@pytest.mark.ray
 def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
-    ray_session: None, shards: Path, tokenizer: Path, tmp_path: Path
+    shards: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes"
     manifest = run_encode(config(shards, tokenizer, out))
@@ -87,7 +86,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
 @pytest.mark.unit
 def test_crops_and_flips_are_views_of_one_decode() -> None:
     row = {"image": picture(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
-    (table,) = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
+    table = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
     views = np.frombuffer(table["views"][0].as_py(), np.uint8).reshape(6, 32, 32, 3)
     whole = np.asarray(decode_rgb(row["image"], at_least=64))
     for number, left in enumerate((0, 16, 32)):

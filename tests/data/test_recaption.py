@@ -27,6 +27,7 @@ from instella_ray.data.pretrained import fingerprint, located, short_name
 from instella_ray.data.recaption import RecaptionConfig, Recaptioner, recaption_settings, run_recaption
 from instella_ray.data.rows import SCHEMA
 from instella_ray.data.shards import find_shards, write_samples, write_tar
+from instella_ray.data.sources import read_blocks
 from instella_ray.data.tar_source import read_samples
 from instella_ray.errors import UserError
 
@@ -48,7 +49,7 @@ def captioner(model: Path) -> Captioner:
 
 def config(shards: Path, model: Path, output: Path, **more: Any) -> RecaptionConfig:
     places = {"input": str(shards), "model": str(model), "output": str(output)}
-    sizes = {"max_pixels": 900, "batch_size": 4, "actors": 1, "rows_per_shard": 5}
+    sizes = {"max_pixels": 900, "batch_size": 4, "rows_per_shard": 5, "local": True}
     return RecaptionConfig(**{**places, "long": LONG, "short": SHORT, **sizes, **more})
 
 
@@ -161,15 +162,13 @@ def test_a_picture_is_dropped_for_the_first_caption_that_it_lacks(model: Path, t
 def make_parts(cfg: RecaptionConfig, shards: Sequence[str]) -> None:
     """What a run leaves that was killed when it had come so far, without Ray."""
     PartFolder(cfg.output).open("new", recaption_settings(cfg))
-    write, work = PartWriter(cfg.output, ".tar", cfg.rows_per_shard, write_samples), Recaptioner(cfg)
+    write, work = PartWriter(cfg.output, ".tar", write_samples), Recaptioner(cfg)
     for name in shards:
-        of_shard = list(read_samples(io.BytesIO(Path(cfg.input, f"{name}.tar").read_bytes()), name))
-        marked = [{**row, "last": row is of_shard[-1]} for row in of_shard]
-        write(work(pa.Table.from_pylist(marked, SCHEMA)))
+        for table in read_blocks(str(Path(cfg.input, f"{name}.tar")), name, cfg.rows_per_shard):
+            write(work(table))
 
 
-@pytest.mark.ray
-def test_a_killed_run_goes_on_to_the_same_files(ray_session: None, model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> None:
     for number in range(2):
         samples = [(f"{number}-{i}", picture(10 * number + i), f"old {i}", {"n": i}) for i in range(10)]
         write_tar(str(tmp_path / "in" / f"{number}.tar"), [*samples, (f"{number}-bad", b"no picture", "caption", {})])

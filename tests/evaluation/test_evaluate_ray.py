@@ -1,4 +1,4 @@
-"""The evaluation job on real actors: a driver or an actor that is killed costs time and changes no number."""
+"""The evaluation job as a whole: a driver or an actor that is killed costs time and changes no number."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.sample import run_sample
 
-from ..kit.evaluation import numbers, without_actors
+from ..kit.evaluation import numbers
 from ..kit.models import make_generator, make_tokenizer, write_tokenizer
 from ..kit.processes import descendants, wait_until
 from ..kit.sample_sets import noise, write_samples
 
-pytestmark = pytest.mark.ray
 JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
 FILES = 60
 
@@ -39,7 +38,7 @@ def measuring_processes() -> list[int]:
 
 
 @pytest.fixture
-def config(ray_session: None, tmp_path: Path) -> Callable[..., EvaluateConfig]:
+def config(tmp_path: Path) -> Callable[..., EvaluateConfig]:
     tokenizer = write_tokenizer(tmp_path / "bit")
     prompts = read_prompts("scenes", count=2 * FILES)
     samples = write_samples(tmp_path / "s", prompts, noise(2 * FILES, 4), tokenizer, rows_per_file=8)
@@ -52,15 +51,14 @@ def config(ray_session: None, tmp_path: Path) -> Callable[..., EvaluateConfig]:
     return make
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_killed_drivers_and_actors_change_no_number(
-    config: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, config: Callable[..., EvaluateConfig], tmp_path: Path
 ) -> None:
     import ray
 
-    with monkeypatch.context() as patch:
-        without_actors(patch)
-        run_evaluate(config("whole"))
+    run_evaluate(config("whole", local=True))
     expected = numbers(tmp_path / "whole")
     assert len(finished(tmp_path / "whole")) == FILES and expected[""]["bit_usage"]["count"] == 8 * FILES
 
@@ -96,26 +94,30 @@ def test_killed_drivers_and_actors_change_no_number(
     assert numbers(tmp_path / "actor") == expected
 
 
-def test_an_actors_bad_file_and_bad_weights_end_the_job_in_one_line(
-    config: Callable[..., EvaluateConfig], tmp_path: Path
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.ray)])
+def test_a_bad_file_and_bad_weights_end_the_job_in_one_line(
+    config: Callable[..., EvaluateConfig], tmp_path: Path, local: bool, request: pytest.FixtureRequest
 ) -> None:
+    if not local:
+        request.getfixturevalue("ray_session")
+    metrics = {"diversity_features": {"weights": "nothing.pth"}}
     with pytest.raises(UserError, match=r"metric fid: weights nothing\.pth: expected a local file"):
-        run_evaluate(config("o", metrics={"diversity_features": {"weights": "nothing.pth"}}, actors=1))
+        run_evaluate(config("o", metrics=metrics, actors=1, local=local))
     (tmp_path / "s" / "00031.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"00031\.parquet: damaged"):
-        run_evaluate(config("p", actors=1))
+        run_evaluate(config("p", actors=1, local=local))
     assert not (tmp_path / "p" / "results.json").exists()
 
 
-def test_a_sweep_of_the_sampling_job_becomes_a_report(ray_session: None, tmp_path: Path) -> None:
+def test_a_sweep_of_the_sampling_job_becomes_a_report(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path / "bit")
     model = make_generator(tmp_path / "model", tokenizer)
     sampling = {"num_inference_steps": 2, "temperature": 0.5}
     places = {"model": model, "output": str(tmp_path / "s")}
-    sampled = {**places, "count": 12, "images_per_prompt": 2, "text_length": 24, "actors": 1}
+    sampled = {**places, "count": 12, "images_per_prompt": 2, "text_length": 24, "local": True}
     run_sample(SampleConfig.model_validate({**sampled, "sampling": sampling, "sweep": {"guidance_scale": [0, 2.5]}}))
     cfg = EvaluateConfig(
-        samples=str(tmp_path / "s"), tokenizer=str(tmp_path / "bit"), output=str(tmp_path / "o"), actors=1
+        samples=str(tmp_path / "s"), tokenizer=str(tmp_path / "bit"), output=str(tmp_path / "o"), local=True
     )
     page = Path(run_evaluate(cfg)).read_text()
     found = numbers(tmp_path / "o")

@@ -45,11 +45,11 @@ def figures(results: Any) -> Iterator[float]:
 
 
 def report(output: Path, **more: Any) -> tuple[str, Any]:
-    run_evaluate(EvaluateConfig(output=str(output), **more))
+    run_evaluate(EvaluateConfig(output=str(output), local=True, **more))
     return (output / "report.html").read_text(), storage.read_json(str(output / "results.json"))
 
 
-def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(in_process: None, tmp_path: Path) -> None:
+def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "bit")
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, results = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, preset="paper-table3")
@@ -65,7 +65,7 @@ def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(in_process:
     assert all(note in unescape(page) for note in TABLE3.notes)
 
 
-def test_text_stays_text(in_process: None, tmp_path: Path) -> None:
+def test_text_stays_text(tmp_path: Path) -> None:
     nasty = [
         "<script>alert(1)</script>",
         '"><img src=http://evil.example/x.png>',
@@ -83,7 +83,7 @@ def test_text_stays_text(in_process: None, tmp_path: Path) -> None:
     assert {unescape(caption) for caption in captions} == set(nasty)
 
 
-def test_reconstructions_stand_beside_their_originals_with_best_and_worst(in_process: None, tmp_path: Path) -> None:
+def test_reconstructions_stand_beside_their_originals_with_best_and_worst(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "bit")
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(20, 1, 48))
     show = ShowConfig(prompts=6, extremes=3)
@@ -99,7 +99,7 @@ def test_reconstructions_stand_beside_their_originals_with_best_and_worst(in_pro
     assert row and "21.59" in row[0]
 
 
-def test_a_sweep_of_many_settings_shows_no_more_pictures_than_asked_for(in_process: None, tmp_path: Path) -> None:
+def test_a_sweep_of_many_settings_shows_no_more_pictures_than_asked_for(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "bit")
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, _ = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, show=ShowConfig(most=60))

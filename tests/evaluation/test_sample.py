@@ -67,7 +67,7 @@ def config(folders: dict[str, str], output: Path, kind: str = "diffusion", **cha
         "sampling": SETTINGS["quick"],
         "samples_per_file": 4,
         "text_length": 24,
-        "actors": 1,
+        "local": True,
     }
     return SampleConfig.model_validate({**given, **changes})
 
@@ -144,18 +144,17 @@ def test_everything_that_counts_is_part_of_the_run(folders: dict[str, str], tmp_
     assert {plan_job(config(folders, tmp_path, **change)).runs[""].id for change in same} == {base.id}
 
 
-# --- files, without Ray
+# --- files
 
 
 @pytest.fixture(scope="module")
-def finished(ray_session: None, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder of 18 samples in 5 files; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     run_sample(config(folders, folder))
     return folder
 
 
-@pytest.mark.ray
 def test_an_output_is_never_overwritten_or_mixed(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
     cfg, before = config(folders, finished), contents(finished)
     with pytest.raises(UserError, match="exists already"):
@@ -172,7 +171,6 @@ def test_an_output_is_never_overwritten_or_mixed(finished: Path, folders: dict[s
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tar"])
 def test_codes_become_pictures_of_any_size(finished: Path, folders: dict[str, str], tmp_path: Path, kind: Any) -> None:
     out = tmp_path / "out"
@@ -203,7 +201,6 @@ def members(path: Path) -> list[tuple[str, bytes]]:
         return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
-@pytest.mark.ray
 def test_codes_of_another_tokenizer_are_not_decoded(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
     bit = load_model(folders["bit"])
     for parameter in bit.parameters():
@@ -224,7 +221,7 @@ def test_two_actors_a_sweep_and_other_files_change_no_bit(
     ray_session: None, folders: dict[str, str], tmp_path: Path
 ) -> None:
     sweep = Sweep(num_inference_steps=(2, 9), guidance_scale=(0, 3))
-    cfg = config(folders, tmp_path / "out", sweep=sweep, actors=2, samples_per_file=5)
+    cfg = config(folders, tmp_path / "out", sweep=sweep, actors=2, samples_per_file=5, local=False)
     manifests = run_sample(cfg)
     assert len(manifests) == 4 and all(m.rows == 18 and len(m.files) == 4 for m in manifests.values())
     found = contents(tmp_path / "out")
@@ -235,7 +232,6 @@ def test_two_actors_a_sweep_and_other_files_change_no_bit(
         assert {k.removeprefix(f"/{name}"): v for k, v in found.items() if k.startswith(f"/{name}:")} == directly(cfg)
 
 
-@pytest.mark.ray
 def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
     finished: Path, folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,15 +261,14 @@ def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
     assert aside == {files[0].name, files[1].name, files[3].name, "samples-00099.parquet"}
 
 
-@pytest.mark.ray
 def test_pictures_that_are_there_are_not_decoded_again(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    cfg = DecodeConfig(format="png", tokenizer=folders["bit"], batch_size=4, actors=1)
-    assert run_decode(cfg, str(out)) == 18
+    cfg = DecodeConfig(format="png", tokenizer=folders["bit"], batch_size=4)
+    assert run_decode(cfg, str(out), local=True) == 18
     made = {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()}
     assert len(made) == 18
-    assert run_decode(cfg, str(out)) == 18
+    assert run_decode(cfg, str(out), local=True) == 18
     assert {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()} == made
 
 
@@ -286,7 +281,7 @@ def test_killed_actors_and_drivers_cost_time_and_nothing_else(
     ray_session: None, folders: dict[str, str], tmp_path: Path
 ) -> None:
     slow = {"num_inference_steps": 400, "guidance_scale": 2.0}
-    cfg = config(folders, tmp_path / "out", sampling=slow, samples_per_file=1, batch_size=2)
+    cfg = config(folders, tmp_path / "out", sampling=slow, samples_per_file=1, batch_size=2, actors=1, local=False)
     job = command(cfg, tmp_path)
 
     def files() -> list[Path]:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
 import torch
 
-from instella_ray import storage
-from instella_ray.data.codes import MANIFEST, CodesFile, CodesManifest, pack_codes, write_codes_file
-from instella_ray.data.curate import CurateConfig
-from instella_ray.data.encode import EncodeConfig
+from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.model_origins import LINEAGE, lineage_section, model_origin, text_encoder_origin
-from instella_ray.data.origins import data_origin, output_origin, shard_origins
-from instella_ray.data.parts import PartFolder, PartWriter
-from instella_ray.data.shard_list import close_with_list
-from instella_ray.data.shards import write_samples, write_tar
-from instella_ray.data.sources import find_pictures, read_blocks
+from instella_ray.data.origins import data_origin, shard_origins
+from instella_ray.data.shards import write_tar
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import add_section, save_model, weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig
@@ -58,15 +51,14 @@ def make_chain(folder: Path) -> Chain:
 
 
 def curate(chain: Chain) -> None:
-    cfg = CurateConfig(input=str(chain.source), output=str(chain.curated))
-    folder, shards = PartFolder(cfg.output), find_pictures(cfg.input)
-    folder.open("new", {"input": cfg.input})
-    with recorded(cfg.output, "curate", cfg, shard_origins("shards", cfg.input)) as outputs:
-        for url, label in shards.items():
-            for table in read_blocks(url, label, 10):
-                kept = table.append_column("verdict", pa.array(["kept"] * len(table)))
-                PartWriter(cfg.output, ".tar", 10, write_samples)(kept)
-        outputs.append(output_origin("shards", cfg.output, close_with_list(folder, shards.values())))
+    filters = {"resolution": {"target_size": 40}}
+    given = {"input": str(chain.source), "output": str(chain.curated), "filters": filters, "local": True}
+    run_curate(CurateConfig.model_validate(given))
+
+
+def encode(chain: Chain, tokenizer: Path) -> None:
+    places = {"input": str(chain.curated), "output": str(chain.codes), "tokenizer": str(tokenizer)}
+    run_encode(EncodeConfig(**places, local=True))
 
 
 def train(run_dir: Path, job: str, inputs: tuple[Origin, ...], tokenizer_hash: str) -> Path:
@@ -85,29 +77,6 @@ def train(run_dir: Path, job: str, inputs: tuple[Origin, ...], tokenizer_hash: s
         add_section(checkpoint, LINEAGE, lineage_section(record, 12))
         (checkpoint / "state.json").write_text("{}")
     return checkpoint
-
-
-def encode(chain: Chain, tokenizer: Path) -> None:
-    cfg = EncodeConfig(input=str(chain.curated), output=str(chain.codes), tokenizer=str(tokenizer))
-    folder = PartFolder(cfg.output)
-    folder.open("new", {"input": cfg.input})
-    inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer))
-    with recorded(cfg.output, "encode", cfg, inputs) as outputs:
-        packed = pack_codes(np.zeros((6, TINY_BIT.num_tokens, TINY_BIT.bits_per_token), np.uint8))
-        facts = {"shard": "0", "caption_long": "", "caption_short": "", "width": 40, "height": 40, "source": "test"}
-        rows = [{"key": f"{i}", "row": i, **facts, "codes": packed[i]} for i in range(6)]
-        write_codes_file(storage.join(cfg.output, "0.parquet"), rows)
-        ledger = folder.close([]).count(["kept"] * 6)
-        storage.write_json(storage.join(cfg.output, "ledger.json"), ledger.to_json())
-        manifest = CodesManifest(
-            tokenizer_hash=weight_hash(tokenizer),
-            num_tokens=TINY_BIT.num_tokens,
-            bits_per_token=TINY_BIT.bits_per_token,
-            rows=6,
-            files=(CodesFile(name="0.parquet", rows=6),),
-        )
-        storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
-        outputs.append(output_origin("codes", cfg.output, ledger))
 
 
 def below(link: Link, *roles: str) -> Link:

@@ -230,7 +230,7 @@ def test_local_jobs_never_load_ray(shards: str, tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "bit")
     write_tar(str(tmp_path / "one" / "0.tar"), [("a", picture(1), "a ball", {})])
     jobs = {
-        "curate": ["input={tmp}/one", "output={tmp}/curated"],
+        "curate": ["input={tmp}/one", "output={tmp}/curated", "filters.resolution.target_size=16"],
         "encode": ["input={tmp}/curated", "tokenizer={tmp}/bit", "output={tmp}/codes"],
         "evaluate": ["pictures={tmp}/curated", "tokenizer={tmp}/bit", "output={tmp}/measured"],
     }

@@ -33,6 +33,7 @@ from ..kit.pretrained import save_captioner, save_flux
 from ..kit.project import ROOT
 from ..kit.shards import contents, picture
 
+SIZE = {"height": 32, "width": 32}
 TIMES = {"run.json", "results.json", "report.html", "manifest.json", "rows.json"}
 """Files that also say when, and how long it took."""
 
@@ -84,7 +85,7 @@ def test_recaptioning_on_ray_and_here(ray_session: None, shards: str, tmp_path: 
 def test_synthesis_on_ray_and_here(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="the extra 'synthesize' is not installed")
     (tmp_path / "prompts.txt").write_text("a red ball\na blue box\na round box\n")
-    pipeline = {"pipeline": str(save_flux(tmp_path / "flux")), "num_inference_steps": 2, "height": 32, "width": 32}
+    pipeline = {"pipeline": str(save_flux(tmp_path / "flux")), "num_inference_steps": 2, "guidance_scale": 0.0, **SIZE}
     given = {"prompts": str(tmp_path / "prompts.txt"), "output": "x", "models": {"flux": pipeline}}
     cfg = SynthesizeConfig.model_validate({**given, "prompts_per_shard": 2})
     assert_same(run_synthesize, cfg, tmp_path, 6)

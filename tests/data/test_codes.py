@@ -9,12 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.codes import (
-    CodesReader,
-    pack_codes,
-    unpack_codes,
-    write_codes_file,
-)
+from instella_ray.data.codes import CodesReader, pack_codes, unpack_codes, write_codes_file
 from instella_ray.errors import UserError
 
 from ..kit.codes import BITS, TOKENS, write_codes

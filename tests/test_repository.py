@@ -28,7 +28,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
     {"logs"},
-    {"errors"},
+    {"errors", "retries"},
+    {"transient"},
     {"config", "storage", "packages", "accelerator", "rng", "diffusion", "rendering"},
     {"models", "runs"},
     {"sampling", "sampling_config", "flops"},

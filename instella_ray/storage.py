@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,12 @@ from typing import IO, Any, TypeVar
 import fsspec
 
 from .errors import UserError
+from .retries import RetryPolicy
+from .transient import transient
 
 T = TypeVar("T")
 
-TRANSIENT = ("429", "500", "502", "503", "504", "rateLimitExceeded", "Connection reset", "timed out", "Timeout")
-"""Words in an error that mean: the same call may go through a moment later."""
+RETRIES = RetryPolicy(transient, tries=5, first_wait_s=0.5)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -32,28 +32,17 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from None
 
 
-def retry(call: Callable[[], T], *, attempts: int = 5, first_wait: float = 0.5) -> T:
-    """``call()``, repeated with doubling waits on transient errors."""
-    return next(retry_iter(lambda: iter([call()]), attempts=attempts, first_wait=first_wait))
+def retry(call: Callable[[], T], policy: RetryPolicy = RETRIES) -> T:
+    """``call()``, repeated with growing waits on transient errors."""
+    return policy.call(call)
 
 
-def retry_iter(make: Callable[[], Iterator[T]], *, attempts: int = 5, first_wait: float = 0.5) -> Iterator[T]:
+def retry_iter(make: Callable[[], Iterator[T]], policy: RetryPolicy = RETRIES) -> Iterator[T]:
     """What ``make()`` iterates over; after a transient error it is made anew and goes on behind what was given.
 
     ``make`` has to give the same items every time.
     """
-    given = 0
-    for attempt in range(attempts):
-        try:
-            for item in islice(make(), given, None):
-                yield item
-                given += 1
-            return
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-            if missing or attempt == attempts - 1 or not any(word in str(error) for word in TRANSIENT):
-                raise
-            time.sleep(first_wait * 2**attempt)
+    return policy.iterate(make)
 
 
 def is_local(url: str) -> bool:

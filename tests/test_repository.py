@@ -25,7 +25,8 @@ from .tiers import PARTS, TIERS
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
     {"logs"},
-    {"errors"},
+    {"errors", "retries", "philox"},
+    {"transient"},
     {"config", "storage", "packages", "accelerator", "rng", "diffusion", "rendering"},
     {"models", "runs"},
     {"sampling", "sampling_config", "flops"},
@@ -44,6 +45,7 @@ UPWARDS = {
 WITHOUT_RAY = (
     "models",
     "rng.py",
+    "philox.py",
     "diffusion.py",
     "sampling.py",
     "sampling_config.py",
@@ -132,9 +134,13 @@ def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
     assert [f"{f}: {name}" for f in files for name in imports(f) if name.split(".")[0] == "ray"] == []
 
 
-def test_curation_and_its_workers_never_load_torch() -> None:
-    """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run."""
-    parts = ", ".join(f"instella_ray.data.{name}" for name in ("curate", "judge", "views", "codes", "deduplicate"))
+def test_curation_its_workers_and_the_loader_never_load_torch() -> None:
+    """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run.
+
+    Training's batches are made without it too: tests/data/test_loader.py makes some.
+    """
+    modules = ("curate", "judge", "views", "codes", "deduplicate", "order", "loader", "image_data")
+    parts = ", ".join(f"instella_ray.data.{name}" for name in modules)
     code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

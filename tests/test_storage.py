@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from yarl import URL
 
 from instella_ray import storage
 from instella_ray.errors import UserError
@@ -42,16 +48,25 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["whole"]
 
 
+AT_ONCE = replace(storage.RETRIES, first_wait_s=0)
+
+
+def unavailable() -> Exception:
+    """What a busy store answers, of a class that is no OSError."""
+    asked = aiohttp.RequestInfo(URL("http://store/object"), "GET", {}, URL("http://store/object"))  # type: ignore[arg-type]
+    return aiohttp.ClientResponseError(asked, (), status=503)
+
+
 def test_transient_errors_are_tried_again_and_others_are_not() -> None:
     calls = []
 
     def flaky() -> str:
         calls.append(1)
         if len(calls) < 3:
-            raise OSError("503 Service Unavailable")
+            raise unavailable()
         return "done"
 
-    assert storage.retry(flaky, first_wait=0) == "done" and len(calls) == 3
+    assert storage.retry(flaky, AT_ONCE) == "done" and len(calls) == 3
 
     def broken() -> None:
         calls.append(1)
@@ -59,8 +74,24 @@ def test_transient_errors_are_tried_again_and_others_are_not() -> None:
 
     calls.clear()
     with pytest.raises(OSError, match="403"):
-        storage.retry(broken, first_wait=0)
+        storage.retry(broken, AT_ONCE)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("folder", ["step-0000500", "step-0000123"])
+def test_a_full_disk_is_tried_once_whatever_the_folder_is_called(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(fs: Any, source: str, target: str, **options: Any) -> None:
+        tried.append(target)
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    monkeypatch.setattr(LocalFileSystem, "mv", full)
+    with pytest.raises(OSError, match=f"No space left.*{folder}"):
+        storage.write_bytes(str(tmp_path / folder / "weights"), b"x")
+    assert len(tried) == 1 and not list((tmp_path / folder).iterdir())
 
 
 def test_absolute_paths_mean_the_same_elsewhere() -> None:
@@ -83,9 +114,9 @@ def test_reading_goes_on_behind_what_was_given_after_a_transient_error() -> None
         made.append(1)
         yield from range(2 * len(made))
         if len(made) < 3:
-            raise OSError("503 Service Unavailable")
+            raise unavailable()
 
-    assert list(storage.retry_iter(flaky, first_wait=0)) == list(range(6)) and len(made) == 3
+    assert list(storage.retry_iter(flaky, AT_ONCE)) == list(range(6)) and len(made) == 3
 
 
 @pytest.mark.parametrize("root", ["local", "memory://box"])

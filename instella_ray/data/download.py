@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -32,6 +31,7 @@ from pydantic import Field
 from yarl import URL
 
 from ..config import Config
+from ..retries import RetryPolicy
 from .addresses import PublicResolver, RefusedAddressError, check_literal
 from .ledger import DOWNLOAD
 from .pipeline import Pool, Stage
@@ -149,14 +149,20 @@ class Fetcher:
 
     async def fetch(self, link: str) -> bytes | str:
         """The bytes behind ``link``, or the reason that there are none."""
-        for attempt in itertools.count():
-            try:
-                return await self._follow(link)
-            except FetchError as error:
-                if not error.again or attempt >= self.cfg.retries or error.after > self.cfg.max_retry_after_s:
-                    return error.reason
-                await asyncio.sleep(max(error.after, self.cfg.backoff_s * 2**attempt * _jitter(link, attempt)))
-        raise AssertionError("a count has no end")
+        policy = RetryPolicy(
+            self._may_pass,
+            tries=self.cfg.retries + 1,
+            first_wait_s=self.cfg.backoff_s,
+            jitter=partial(_jitter, link),
+            asked_wait_s=_asked_wait_s,
+        )
+        try:
+            return await policy.call_async(partial(self._follow, link))
+        except FetchError as error:
+            return error.reason
+
+    def _may_pass(self, error: BaseException) -> bool:
+        return isinstance(error, FetchError) and error.again and error.after <= self.cfg.max_retry_after_s
 
     async def close(self) -> None:
         """End all connections."""
@@ -319,9 +325,13 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-def _jitter(link: str, attempt: int) -> float:
+def _asked_wait_s(error: BaseException) -> float:
+    return error.after if isinstance(error, FetchError) else 0.0
+
+
+def _jitter(link: str, failures: int) -> float:
     """0.5 to 1.5, by the link: those that failed together do not come back together."""
-    digest = hashlib.sha256(f"{attempt} {link}".encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(f"{failures - 1} {link}".encode("utf-8", "replace")).digest()
     return 0.5 + digest[0] / 255
 
 

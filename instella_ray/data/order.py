@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from .. import rng
+from .. import philox
 from ..errors import UserError
 
 
@@ -143,9 +142,8 @@ def split_epochs(count: int, epoch: int, samples: np.ndarray) -> tuple[np.ndarra
 
 def sample_uniforms(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Float64 ``[N, 4]`` in [0, 1): what is random about a sample depends on (seed, epoch, sample) alone."""
-    index, epoch = torch.as_tensor(samples), torch.as_tensor(epochs)
-    low, zero = 0xFFFFFFFF, torch.zeros_like(index)
+    index, epoch, low = np.asarray(samples, np.int64), np.asarray(epochs, np.int64), philox.MASK
     # The last word of the counter is never 0 here, which sets these draws apart from those of rng.uniforms.
-    counter = (index & low, (index >> 32) & low, zero, epoch + 1)
-    words = rng.philox(counter, (zero + (seed & low), zero + ((seed >> 32) & low)))
-    return torch.stack(words, dim=1).numpy() / 2.0**32
+    counter = (index & low, (index >> 32) & low, np.zeros_like(index), epoch + 1)
+    key = (np.array(seed & low), np.array((seed >> 32) & low))
+    return np.stack(philox.philox(counter, key), axis=1) / 2.0**32

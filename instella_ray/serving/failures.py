@@ -12,7 +12,8 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 
 from ..errors import UserError
-from .retry import causes, replica_failed
+from ..retries import causes
+from .retry import replica_failed
 from .runner import DeadlineExceeded
 from .safety import Flagged
 
@@ -64,7 +65,7 @@ def overloaded(retry_after_s: float) -> ApiError:
 
 def api_error(error: BaseException) -> ApiError:
     """The answer for an exception of ours, of a stage (where Ray wraps it) or of Serve."""
-    for cause in causes(error):
+    for cause in reversed(causes(error)):
         match cause:
             case ApiError():
                 return cause

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
 from .codes import Generated
-from .retry import with_retries
+from .retry import CALLS
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Graph:
                 async with _cancelling(call) as answer:
                     return await answer
 
-        return await with_retries(attempt, deadline=deadline)
+        return await CALLS.call_async(attempt, deadline=deadline)
 
     async def follow(self, picture: Picture, deadline: float, preview_every: int, report: Report) -> Generated:
         """As :meth:`codes`, with a ``report`` on the way. A second try does not report again what the first one did."""
@@ -95,7 +95,7 @@ class Graph:
                             report(update)
             raise RuntimeError("a followed picture ended without its codes")
 
-        return await with_retries(attempt, deadline=deadline)
+        return await CALLS.call_async(attempt, deadline=deadline)
 
     async def decode(
         self,
@@ -113,7 +113,7 @@ class Graph:
             async with _cancelling(call) as answer:
                 return await answer
 
-        return await with_retries(attempt, deadline=deadline)
+        return await CALLS.call_async(attempt, deadline=deadline)
 
     async def file(self, picture: Picture, made: Generated, deadline: float) -> bytes:
         """The file of ``picture``, which has the bits of ``made``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -140,6 +141,25 @@ def test_a_server_that_recovers_gives_its_picture(server: PictureServer, make: M
 def test_a_wait_that_the_server_asks_for_is_kept_or_its_picture_given_up(server: PictureServer, make: Make) -> None:
     assert results(make(max_retry_after_s=2), server.url("recovers/429,3600")) == ["http_429"]
     assert server.requests.total() == 1
+
+
+def test_waits_grow_and_differ_by_the_link_and_are_as_long_as_the_server_asks_for(
+    server: PictureServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(0))
+    downloader = make(retries=3, backoff_s=1)
+
+    def waits(path: str) -> list[float]:
+        slept.clear()
+        results(downloader, server.url(path))
+        return [seconds for seconds in slept if seconds]
+
+    first = waits("status/503")
+    assert [0.5 * 2**n <= wait <= 1.5 * 2**n for n, wait in enumerate(first)] == [True] * 3
+    assert waits("status/503") == first and waits("status/500") != first
+    assert waits("recovers/429,7") == [7]
 
 
 @pytest.mark.parametrize(

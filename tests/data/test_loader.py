@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 from functools import cache
@@ -25,6 +27,7 @@ from ..kit.codes import write_codes
 from ..kit.shards import picture
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
 RANKS = st.sampled_from([1, 2, 4])
 
 
@@ -113,6 +116,48 @@ def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
     assert len(np.unique(together)) == 12
     many = sample_uniforms(3, np.zeros(20_000, np.int64), np.arange(20_000))
     assert np.abs(many.mean(0) - 0.5).max() < 0.01
+
+
+def test_draws_never_change() -> None:
+    """A run that is resumed with a later version goes on with the samples as they were."""
+    assert sample_uniforms(2**63 - 1, np.array([0, 3]), np.array([7, 2**33 + 5])).tolist() == [
+        [0.2797385659068823, 0.6410426695365459, 0.7744013925548643, 0.505795287899673],
+        [0.4123096351977438, 0.9539809504058212, 0.2822318838443607, 0.4718185483943671],
+    ]
+    assert sample_uniforms(-1, np.array([1]), np.array([0])).tolist() == [
+        [0.879382508341223, 0.22375692846253514, 0.6919095574412495, 0.499925525393337]
+    ]
+    places = np.array([0, 1, 2, 999])
+    assert SampleOrder(1000, 5, 2)[places].tolist() == [648, 115, 192, 149]
+    assert FileOrder(np.arange(0, 1001, 100), 5, 2, 3)[places].tolist() == [136, 876, 143, 667]
+
+
+NO_TORCH = """
+import sys
+import numpy as np
+from instella_ray.data.codes import CodesReader
+from instella_ray.data.image_data import ImageData, PicturesData
+from instella_ray.data.loader import CodesData, Mixture, Prefetcher
+from instella_ray.data.order import BatchPlan
+
+codes, pictures = sys.argv[1:]
+data = Mixture([CodesData(CodesReader(codes), 0), CodesData(CodesReader(codes), 1)], [2, 1], 0)
+for data in (data, ImageData(pictures, (16, 8), 0), PicturesData(pictures, 16, 0)):
+    plan = BatchPlan(len(data), 4, data.order, 1, 2)
+    batches = list(Prefetcher(lambda step: data.batch(plan.place(step).epoch, plan.samples(step)), 0, 3))
+    assert [len(batch.keys) for batch in batches] == [2, 2, 2]
+sys.exit("torch is loaded" if "torch" in sys.modules else 0)
+"""
+
+
+def test_batches_are_made_without_torch(tmp_path: Path) -> None:
+    """Of every kind, in a process that has nothing else to do: whatever runs torch there loads it."""
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "pictures").mkdir()
+    write_folder(tmp_path / "codes", [20, 10])
+    command = [sys.executable, "-c", NO_TORCH, str(tmp_path / "codes"), image_folder(tmp_path / "pictures", 6)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_captions_are_long_short_or_dropped_with_the_asked_probabilities(tmp_path: Path) -> None:

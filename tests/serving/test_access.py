@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from instella_ray.serving.access import KEYS_VARIABLE, ApiKeys, BodyLimit, KeyCh
 from instella_ray.serving.admission import Gate
 from instella_ray.serving.codes import pack, unpack
 from instella_ray.serving.failures import ApiError, api_error
-from instella_ray.serving.retry import replica_failed, with_retries
+from instella_ray.serving.retry import CALLS, replica_failed
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed
 from instella_ray.serving.safety import Flagged
 from instella_ray.serving.stream import due, report_every
@@ -202,7 +204,12 @@ def test_retry_after_is_how_long_the_pictures_in_the_way_take() -> None:
 # --- second tries
 
 
-def run_tries(failures: list[Exception], **options: Any) -> tuple[Any, int]:
+def steady(failures: int) -> float:
+    """Instead of the jitter, which is random."""
+    return 1.0
+
+
+def run_tries(failures: list[Exception], *, deadline: float = math.inf, **changes: Any) -> tuple[Any, int]:
     """What came of a call that fails in these ways before it works, and how often it was made."""
     calls = 0
 
@@ -214,7 +221,8 @@ def run_tries(failures: list[Exception], **options: Any) -> tuple[Any, int]:
         return "picture"
 
     try:
-        return asyncio.run(with_retries(call, **{"pause_s": 0.0, **options})), calls
+        policy = replace(CALLS, **{"first_wait_s": 0.0, **changes})
+        return asyncio.run(policy.call_async(call, deadline=deadline)), calls
     except Exception as error:
         return error, calls
 
@@ -231,8 +239,9 @@ def test_what_would_fail_again_is_not_tried_again(error: Exception) -> None:
 
 
 def test_no_try_begins_after_the_deadline() -> None:
-    assert run_tries([ActorDiedError()], deadline=100, pause_s=1, clock=lambda: 99.5)[1] == 1
-    assert run_tries([ActorDiedError()], deadline=100, pause_s=0.01, clock=lambda: 99.5)[1] == 2
+    for wait_s, tries in [(1, 1), (0.01, 2)]:
+        changes = {"first_wait_s": wait_s, "jitter": steady, "clock": lambda: 99.5}
+        assert run_tries([ActorDiedError()], deadline=100, **changes)[1] == tries
 
 
 def test_pauses_double() -> None:
@@ -245,7 +254,7 @@ def test_pauses_double() -> None:
         with pytest.raises(ActorDiedError), pytest.MonkeyPatch.context() as patch:
             sleep = asyncio.sleep
             patch.setattr(asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(0))
-            await with_retries(call, pause_s=0.2, tries=4)
+            await replace(CALLS, tries=4, jitter=steady).call_async(call)
 
     asyncio.run(main())
     assert slept == [0.2, 0.4, 0.8]

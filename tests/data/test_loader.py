@@ -154,7 +154,7 @@ def test_batches_are_made_without_torch(tmp_path: Path) -> None:
     """Of every kind, in a process that has nothing else to do: whatever runs torch there loads it."""
     (tmp_path / "codes").mkdir()
     (tmp_path / "pictures").mkdir()
-    write_folder(tmp_path / "codes", [20, 10])
+    write_codes(tmp_path / "codes", [20, 10])
     command = [sys.executable, "-c", NO_TORCH, str(tmp_path / "codes"), image_folder(tmp_path / "pictures", 6)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -149,7 +149,7 @@ def test_a_status_may_be_a_word_or_a_member() -> None:
         (UserError(PATH), False),
         (MemoryError(), False),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
 def test_errors_without_a_number_are_told_by_their_type(error: Exception, expected: bool) -> None:
     assert transient(error) is expected

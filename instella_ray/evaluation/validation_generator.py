@@ -10,11 +10,9 @@ from pydantic import Field, model_validator
 from ..data.prompts import SCENES
 from ..sampling_config import SamplingConfig
 from ..training.generator import GeneratorRunConfig
-from .evaluate import EvaluateConfig, run_evaluate
 from .metric_settings import MetricsConfig
 from .plan import SampleConfig
-from .results import Evaluation
-from .sample import run_sample
+from .subject import EvaluateConfig
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 
 
@@ -55,16 +53,23 @@ class ValidatedRun(GeneratorRunConfig):
 class GeneratorValidator(Validator):
     """Samples a checkpoint and evaluates the samples, each as its job does."""
 
-    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str) -> None:
+    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str, *, here: bool) -> None:
+        """``here`` runs both in this process, as ``--local`` does."""
         super().__init__(cfg, run_dir)
         self.cfg, self.tokenizer = cfg, tokenizer
+        self.spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor, "local": here}
+        """How both jobs are run."""
 
     def measure(self, model: str, folder: Path) -> Numbers:
+        # Drawing and measuring are jobs of their own: a run that is not validated does without what they import.
+        from .evaluate import run_evaluate
+        from .results import Evaluation
+        from .sample import run_sample
+
         cfg = self.cfg
-        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
         places = {"model": model, "output": str(folder / "samples"), "mode": "resume"}
         asked = ("prompts", "count", "images_per_prompt", "seed", "sampling", "text_length", "batch_size")
-        run_sample(SampleConfig(**places, **{name: getattr(cfg, name) for name in asked}, **spread))
+        run_sample(SampleConfig(**places, **{name: getattr(cfg, name) for name in asked}, **self.spread))
         evaluation = EvaluateConfig(
             samples=places["output"],
             tokenizer=self.tokenizer,
@@ -73,7 +78,7 @@ class GeneratorValidator(Validator):
             size=cfg.size,
             metrics=cfg.metrics,
             batch_size=cfg.batch_size,
-            **spread,
+            **self.spread,
         )
         run_evaluate(evaluation)
         (setting,) = Evaluation(evaluation.output).settings.values()
@@ -82,4 +87,7 @@ class GeneratorValidator(Validator):
 
 def generator_validator(run: ValidatedRun) -> GeneratorValidator | None:
     """What measures the run's checkpoints, where it asks for that."""
-    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer) if run.validation else None
+    if run.validation is None:
+        return None
+    here = run.train.workers.count == 0
+    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer, here=here)

@@ -58,4 +58,4 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def init_ray(*args: object, **options: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("instella_ray.training.launch.init_ray", init_ray)
+    monkeypatch.setattr("instella_ray.training.ray_train.init_ray", init_ray)

@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 from ..data.prompts import SCENES
 from ..sampling_config import SamplingConfig
 from ..training.generator import GeneratorRunConfig
+from .evaluate import EvaluateConfig, run_evaluate
 from .metric_settings import MetricsConfig
 from .plan import SampleConfig
-from .subject import EvaluateConfig
+from .results import Evaluation
+from .sample import run_sample
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 
 
@@ -61,11 +63,6 @@ class GeneratorValidator(Validator):
         """How both jobs are run."""
 
     def measure(self, model: str, folder: Path) -> Numbers:
-        # Drawing and measuring are jobs of their own: a run that is not validated does without what they import.
-        from .evaluate import run_evaluate
-        from .results import Evaluation
-        from .sample import run_sample
-
         cfg = self.cfg
         places = {"model": model, "output": str(folder / "samples"), "mode": "resume"}
         asked = ("prompts", "count", "images_per_prompt", "seed", "sampling", "text_length", "batch_size")

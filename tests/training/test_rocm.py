@@ -50,7 +50,7 @@ TorchTrainer(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_workers_of_a_node_see_each_others_gpus_and_take_their_own(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(DRIVERS)

@@ -90,15 +90,14 @@ def test_a_best_that_cannot_be_told_is_refused() -> None:
         ValidationConfig.model_validate({"metrics": {"bit_usage": {}, "scene_score": {}}, "best_by": "bit_usage"})
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
-    ray_session: None, codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    no_ray: None, codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = generator_config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
     run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
-    with validating(generator_validator(run)), caplog.at_level(logging.INFO, "instella_ray"):
+    caplog.set_level(logging.INFO, "instella_ray")
+    with validating(generator_validator(run)):
         run_generator(run)
     folder = tmp_path / "run" / "validation"
     rows = storage.read_json(str(folder / "validation.json"))

@@ -46,7 +46,7 @@ class Alone:
         return value
 
     def barrier(self) -> None:
-        pass
+        """There is nobody to wait for."""
 
     def nodes_to_go(self) -> None:
         return None

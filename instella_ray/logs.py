@@ -12,7 +12,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 FORMAT, FILE = "INSTELLA_RAY_LOG", "INSTELLA_RAY_LOG_FILE"
@@ -70,6 +71,18 @@ def set_up(fields: Mapping[str, Any]) -> None:
     logger.setLevel(logging.INFO)
     if found.get("format", "text") not in ("json", "text"):
         logger.warning("%s=%s: expected json or text; lines of text it is", FORMAT, found["format"])
+
+
+@contextmanager
+def carrying(fields: Mapping[str, Any]) -> Iterator[None]:
+    """:func:`set_up` with ``fields`` for the time of the block."""
+    before = dict(_context)
+    set_up(fields)
+    try:
+        yield
+    finally:
+        _context.clear()
+        set_up(before)
 
 
 def for_machines() -> bool:

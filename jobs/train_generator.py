@@ -13,7 +13,9 @@ from instella_ray.training.generator import run_generator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = parse_job(ValidatedRun, argv, prog="train_generator.py", description="Train a generator on Ray Train.")
+    cfg = parse_job(
+        ValidatedRun, argv, prog="train_generator.py", description="Train a generator, on Ray Train or in this process."
+    )
     with validating(generator_validator(cfg)):
         print(f"model: {run_generator(cfg)}")
     return 0

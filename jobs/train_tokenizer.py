@@ -11,7 +11,7 @@ from instella_ray.evaluation.validation_tokenizer import ValidatedStages, run_va
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Train a tokenizer on Ray Train, in one stage or several."
+    about = "Train a tokenizer in one stage or several, on Ray Train or in this process."
     cfg = parse_job(ValidatedStages, argv, prog="train_tokenizer.py", description=about)
     print(f"model: {run_validated_stages(cfg)}")
     return 0

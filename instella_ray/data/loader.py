@@ -149,7 +149,7 @@ class Prefetcher(Generic[T]):
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._left = stop - start
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, start, stop), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make, start, stop), name="loader", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:

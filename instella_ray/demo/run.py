@@ -14,7 +14,7 @@ import torch
 from ..config import dump_yaml
 from ..errors import UserError
 from ..training.generator import try_text_encoder
-from ..training.launch import check_resources
+from ..training.ray_train import check_resources
 from . import stages
 from .pictures import Pictures, demo_prompts, own_pictures, scene_pictures
 from .recipe import KINDS, DemoConfig

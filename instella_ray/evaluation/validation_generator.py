@@ -55,16 +55,18 @@ class ValidatedRun(GeneratorRunConfig):
 class GeneratorValidator(Validator):
     """Samples a checkpoint and evaluates the samples, each as its job does."""
 
-    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str) -> None:
+    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str, *, here: bool) -> None:
+        """``here`` runs both in this process, as ``--local`` does."""
         super().__init__(cfg, run_dir)
         self.cfg, self.tokenizer = cfg, tokenizer
+        self.spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor, "local": here}
+        """How both jobs are run."""
 
     def measure(self, model: str, folder: Path) -> Numbers:
         cfg = self.cfg
-        spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor}
         places = {"model": model, "output": str(folder / "samples"), "mode": "resume"}
         asked = ("prompts", "count", "images_per_prompt", "seed", "sampling", "text_length", "batch_size")
-        run_sample(SampleConfig(**places, **{name: getattr(cfg, name) for name in asked}, **spread))
+        run_sample(SampleConfig(**places, **{name: getattr(cfg, name) for name in asked}, **self.spread))
         evaluation = EvaluateConfig(
             samples=places["output"],
             tokenizer=self.tokenizer,
@@ -73,7 +75,7 @@ class GeneratorValidator(Validator):
             size=cfg.size,
             metrics=cfg.metrics,
             batch_size=cfg.batch_size,
-            **spread,
+            **self.spread,
         )
         run_evaluate(evaluation)
         (setting,) = Evaluation(evaluation.output).settings.values()
@@ -82,4 +84,7 @@ class GeneratorValidator(Validator):
 
 def generator_validator(run: ValidatedRun) -> GeneratorValidator | None:
     """What measures the run's checkpoints, where it asks for that."""
-    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer) if run.validation else None
+    if run.validation is None:
+        return None
+    here = run.train.workers.count == 0
+    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer, here=here)

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import ray
 import torch
 from pydantic import Field, model_validator
-from ray.exceptions import RayTaskError
 
 from .. import storage
 from ..accelerator import pick_device
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageData, require_pictures
-from ..data.ray_data import init_ray
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
@@ -49,7 +46,8 @@ class TokenizerValidation(ValidationSchedule):
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs that measuring reserves. Where training leaves none, it waits until that has ended."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs that it reserves, or a part of one."""
+    """GPUs that it reserves, or a part of one. Beside a run in the calling process (train.workers.count 0) it reserves
+    nothing, and computes there, on the GPU unless this is 0."""
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> TokenizerValidation:
@@ -82,23 +80,34 @@ class Measured(NamedTuple):
 
 
 class TokenizerValidator(Validator):
-    """Restores pictures in a task of its own, on whichever node has room."""
+    """Restores pictures in a task of its own, on whichever node has room, or in this process."""
 
-    def __init__(self, cfg: TokenizerValidation, run_dir: str) -> None:
+    def __init__(self, cfg: TokenizerValidation, run_dir: str, *, here: bool) -> None:
         super().__init__(cfg, run_dir)
-        self.cfg = cfg
+        self.cfg, self.here = cfg, here
 
     def measure(self, model: str, folder: Path) -> Numbers:
-        init_ray()
-        if self.cfg.gpus > (have := ray.cluster_resources().get("GPU", 0)):
-            raise UserError(f"gpus {self.cfg.gpus:g}: the cluster has {have:g}")
-        task = ray.remote(num_cpus=self.cfg.cpus, num_gpus=self.cfg.gpus)(measure_restorations)
-        try:
-            measured: Measured = ray.get(task.remote(model, self.cfg))
-        except RayTaskError as error:
-            raise error.cause from None
+        measured = measure_restorations(model, self.cfg) if self.here else _on_cluster(model, self.cfg)
         storage.write_bytes(str(folder / PICTURE), encode_png(measured.picture))
         return measured.numbers
+
+
+def _on_cluster(model: str, cfg: TokenizerValidation) -> Measured:
+    """:func:`measure_restorations` in a task of Ray."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    from ..data.ray_data import init_ray
+
+    init_ray()
+    if cfg.gpus > (have := ray.cluster_resources().get("GPU", 0)):
+        raise UserError(f"gpus {cfg.gpus:g}: the cluster has {have:g}")
+    task = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus)(measure_restorations)
+    try:
+        measured: Measured = ray.get(task.remote(model, cfg))
+    except RayTaskError as error:
+        raise error.cause from None
+    return measured
 
 
 @torch.inference_mode()
@@ -107,7 +116,7 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
 
     A metric is over the pictures of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
     """
-    device = pick_device("auto" if cfg.gpus else "cpu")
+    device = pick_device("cuda" if cfg.gpus else "cpu")
     bit = load_expected(model, BIT, device=device)
     seen, sizes = bit.cfg.image_size, cfg.sizes or (bit.cfg.image_size,)
     data = ImageData(cfg.data, sorted({seen, *sizes}), 0)
@@ -139,10 +148,13 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
 def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
     """The stage's validation with its sizes and absolute paths; None where it asks for none.
 
-    UserError for held-out shards without pictures and for sizes that the model cannot decode to.
+    UserError for held-out shards without pictures, for sizes that the model cannot decode to, and for a GPU that the
+    calling process is to compute on where it has none.
     """
     if not isinstance(stage, ValidatedTokenizer) or (cfg := stage.validation) is None:
         return None
+    if cfg.gpus and stage.train.workers.count == 0 and not torch.cuda.is_available():
+        raise UserError(f"validation.gpus {cfg.gpus:g}: PyTorch sees no GPU here, where the run would compute")
     sizes, multiple = cfg.sizes or stage.sizes, stage.model.decode_multiple
     if wrong := [size for size in sizes if size <= 0 or size % multiple]:
         raise UserError(f"validation.sizes {wrong[0]}: not a multiple of {multiple}")
@@ -155,7 +167,8 @@ def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
 def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:
     """What measures the stage's checkpoints, where it asks for that."""
     cfg = complete_validation(stage)
-    return TokenizerValidator(cfg, stage.train.run_dir) if cfg else None
+    here = stage.train.workers.count == 0
+    return TokenizerValidator(cfg, stage.train.run_dir, here=here) if cfg else None
 
 
 def run_validated_stages(cfg: ValidatedStages) -> str:

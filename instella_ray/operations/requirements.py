@@ -36,7 +36,9 @@ def least(config: Config) -> Needs:
 def _(config: TrainingRun) -> Needs:
     # Measuring checkpoints meanwhile needs more, but waits until there is room.
     workers = config.train.workers
-    return (Group(workers.min_count or workers.count, workers.cpus, float(workers.gpu)),)
+    if workers.count == 0:
+        return ()  # trained in the job's own process
+    return (Group(workers.least, workers.cpus, float(workers.gpu)),)
 
 
 @least.register

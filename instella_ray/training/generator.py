@@ -326,7 +326,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
 
 
 def run_generator(cfg: GeneratorRunConfig) -> str:
-    """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
+    """Train on ``cfg.train.workers``; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_config(cfg)  # here, before anything is written and any worker starts
     description = f"{cfg.model.kind} generator"
     inputs = generator_inputs(cfg)

@@ -21,7 +21,6 @@ import numpy as np
 from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
-from .prometheus import PrometheusLogger
 from .run_dir import CONFIG, located
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
@@ -145,11 +144,17 @@ class MlflowLogger:
         self.client.set_terminated(self.run_id)
 
 
+def _prometheus(run_dir: str, start: int) -> Logger:
+    from .prometheus import PrometheusLogger  # and Ray with it, which no other logger needs
+
+    return PrometheusLogger(run_dir, start)
+
+
 LOGGERS: dict[LoggerName, Callable[[str, int], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
     "mlflow": MlflowLogger,
-    "prometheus": PrometheusLogger,
+    "prometheus": _prometheus,
 }
 
 

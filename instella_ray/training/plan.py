@@ -161,7 +161,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
     """What ``run`` needs on ``options.device``; UserError for a text encoder whose sizes cannot be known."""
     train, device = run.train, ACCELERATORS[options.device]
     subject = _generator(run, options) if isinstance(run, GeneratorRunConfig) else _tokenizer(run, options)
-    gpus, bf16 = train.workers.count, train.precision != "fp32"
+    gpus, bf16 = train.workers.ranks, train.precision != "fp32"
     if options.images_per_second is not None:
         speed, source = options.images_per_second, f"{options.images_per_second:g} images/s a GPU, as given"
     elif options.mfu is not None:
@@ -254,7 +254,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if pictures else {})
     size, micro = 2 if bf16 else 4, _micro_batch(run.train)
     features = model.layers * tokens * model.text_width
-    accumulation = run.train.global_batch // run.train.workers.count // micro
+    accumulation = run.train.global_batch // run.train.workers.ranks // micro
     # Those of all micro-batches; of the one at work a copy without padding, and one in the weights' dtype.
     inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
     rows = _rows(run)
@@ -305,12 +305,12 @@ def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
 
 
 def _micro_batch(train: TrainConfig) -> int:
-    return train.micro_batch_size or train.global_batch // train.workers.count
+    return train.micro_batch_size or train.global_batch // train.workers.ranks
 
 
 def _sent_per_step(parameters: int, train: TrainConfig, bf16: bool) -> float:
     """Bytes that each worker sends in ring collectives: every one passes on all shares but its own."""
-    workers = train.workers.count
+    workers = train.workers.ranks
     share, half = (workers - 1) / workers, 2 if bf16 else 4
     accumulation = train.global_batch // workers // _micro_batch(train)
     if train.sharding == "ddp":  # all-reduce = reduce-scatter, then all-gather; once a step

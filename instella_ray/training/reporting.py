@@ -8,10 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
-
-import ray.train
-from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from .. import storage
 from ..data.model_origins import LINEAGE, lineage_section
@@ -21,21 +19,27 @@ from ..runs import read_record
 from .attempts import Attempt
 from .run_dir import SCORES, checkpoint_name, checkpoint_step, download, finished_checkpoints, scratch_folder
 from .settings import TrainConfig
+from .shards import ranks
 from .uploads import Uploads
+from .workers import Workers
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """What a run has in its directory's ``checkpoints``. Every rank has one; rank 0's writes."""
+    """What a run has in its directory's ``checkpoints``. Every rank has one; rank 0's writes.
 
-    def __init__(self, cfg: TrainConfig, attempt: Attempt, rank: int) -> None:
+    Used as a context that ends when all that was saved is in the run directory: with a UserError where the last one could
+    not be, and otherwise as the block did.
+    """
+
+    def __init__(self, cfg: TrainConfig, attempt: Attempt, workers: Workers) -> None:
         """UserError where another attempt has taken the run over, or the run directory is not shared by all nodes."""
-        self.cfg, self.attempt = cfg, attempt
+        self.cfg, self.attempt, self.workers = cfg, attempt, workers
         attempt.check_storage()
         attempt.check()
         self.scratch = scratch_folder(f"{attempt.run_dir}#saved")
-        self.uploads = Uploads(attempt, cfg.keep_checkpoints, cfg.keep_best) if rank == 0 else None
+        self.uploads = Uploads(attempt, cfg.keep_checkpoints, cfg.keep_best) if ranks()[0] == 0 else None
         if self.uploads is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a worker that was killed
             self.uploads.sweep()
@@ -44,12 +48,12 @@ class Checkpoints:
     def last(self) -> Iterator[Path | None]:
         """The run's last complete checkpoint as a folder of this machine, None in a new run. A barrier at either end."""
         found = finished_checkpoints(self.attempt.run_dir) if self.uploads is not None else []
-        url = broadcast_from_rank_zero(found[-1] if found else "")
+        url = self.workers.broadcast(found[-1] if found else "")
         if self.uploads is not None:
             step = checkpoint_step(url) if url else 0
             how = "goes on" if url else "begins"
             log.info("training %s at step %d of %d", how, step, self.cfg.steps, extra={"step": step})
-        with _on_this_node(url) if url else nullcontext() as folder:
+        with _on_this_node(url, self.workers) if url else nullcontext() as folder:
             yield folder
 
     def save(self, step: int, metrics: dict[str, Any], write: Callable[[Path, int], None]) -> None:
@@ -71,25 +75,33 @@ class Checkpoints:
         storage.write_json(str(folder / SCORES), metrics)
         self.uploads.hand_over(folder)
 
-    def finish(self) -> None:
-        """Wait until all that was saved is in the run directory; UserError where the last one could not be."""
-        if self.uploads is not None:
-            self.uploads.finish()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.uploads is None:
+            return
+        try:
+            if kind is None:
+                self.uploads.finish()
+            else:
+                self.uploads.close()
+        finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @contextmanager
-def _on_this_node(url: str) -> Iterator[Path]:
+def _on_this_node(url: str, workers: Workers) -> Iterator[Path]:
     """A checkpoint's folder, or one copy of it for all workers of a node. Every rank takes part."""
     if storage.is_local(url):
         yield Path(storage.filesystem(url)[1])
         return
-    copy, first = scratch_folder(url), ray.train.get_context().get_local_rank() == 0
+    copy, first = scratch_folder(url), workers.local_rank == 0
     if first:
         shutil.rmtree(copy, ignore_errors=True)
         download(url, copy)
-    barrier()
+    workers.barrier()
     yield copy
-    barrier()
+    workers.barrier()
     if first:
         shutil.rmtree(copy)

@@ -38,19 +38,40 @@ Sharding = Literal["ddp", "zero2", "fsdp2"]
 class WorkersConfig(Config):
     """How the run is spread."""
 
-    count: int = Field(1, ge=1)
-    """Training workers (ranks)."""
+    count: int = Field(1, ge=0)
+    """Training workers (ranks) on Ray Train; 0 trains in the calling process, without Ray, where debuggers stop.
+
+    Losses, files and errors are those of one worker, to the last digit."""
     min_count: int | None = Field(None, ge=1)
     """Go on with so few where the cluster has no room for ``count``, and with more again once it has: with the largest
     number that the global batch is a multiple of, in whole micro-batches. None: always ``count``."""
     cpus: float = Field(1.0, ge=0)
-    """Logical CPUs a worker reserves."""
+    """Logical CPUs a worker reserves; the calling process (``count`` 0) reserves none."""
     threads: int = Field(1, ge=1)
     """Threads a worker computes with on the CPU."""
     gpu: bool = False
-    """One GPU a worker."""
+    """One GPU a worker; the calling process (``count`` 0) takes this machine's."""
     max_failures: int = Field(2, ge=0)
-    """Restarts from the last checkpoint after a worker is lost; those after a node was preempted do not count."""
+    """Restarts from the last checkpoint after a worker is lost; those after a node was preempted do not count. The calling
+    process (``count`` 0) is never restarted."""
+
+    @model_validator(mode="after")
+    def _range_fits(self) -> WorkersConfig:
+        if self.min_count is not None and self.count == 0:
+            raise ValueError(f"min_count {self.min_count}: the calling process (count 0) is one, expected null")
+        if self.min_count is not None and self.min_count > self.count:
+            raise ValueError(f"min_count {self.min_count} is more than count {self.count}")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share a batch, the calling one among them."""
+        return max(1, self.count)
+
+    @property
+    def least(self) -> int:
+        """The fewest ranks that the run goes on with."""
+        return self.min_count or self.ranks
 
 
 class BestConfig(Config):
@@ -98,10 +119,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainConfig:
-        least, most = self.workers.min_count or self.workers.count, self.workers.count
-        if least > most:
-            raise ValueError(f"workers.min_count {least} is more than workers.count {most}")
-        for count in {least, most}:
+        for count in {self.workers.least, self.workers.ranks}:
             share, rest = divmod(self.global_batch, count)
             if rest:
                 raise ValueError(f"global_batch {self.global_batch} is not a multiple of {count} workers")
@@ -111,12 +129,15 @@ class TrainConfig(Config):
                 )
         if self.sharding != "ddp" and self.optimizer.name != "adamw":
             raise ValueError(f"sharding {self.sharding}: {self.optimizer.name} needs whole matrices, expected adamw")
+        if self.workers.count == 0 and "prometheus" in (self.loggers or ()):
+            raise ValueError("loggers: prometheus needs Ray, which workers.count 0 does without")
         return self
 
     def worker_counts(self) -> list[int]:
         """The numbers of workers that the run may have, ascending: those that a global batch can be shared by."""
-        least, most, unit = self.workers.min_count or self.workers.count, self.workers.count, self.micro_batch_size or 1
-        return [count for count in range(least, most + 1) if self.global_batch % (count * unit) == 0]
+        workers, unit = self.workers, self.micro_batch_size or 1
+        counts = range(workers.least, workers.ranks + 1)
+        return [count for count in counts if self.global_batch % (count * unit) == 0]
 
 
 class TrainingRun(Config):

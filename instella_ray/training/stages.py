@@ -58,7 +58,7 @@ class TokenizerStagesConfig(TokenizerConfig):
 def run_stages(
     cfg: TokenizerStagesConfig, beside: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
 ) -> str:
-    """Train all stages on Ray Train; returns the last one's final checkpoint, which is a model folder.
+    """Train all stages; returns the last one's final checkpoint, which is a model folder.
 
     ``train.resume`` skips stages that are finished and goes on with one that has begun. All stages are checked before
     the first one starts. ``beside(stage)`` is open while a stage is trained, or found finished.

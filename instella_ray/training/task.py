@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..data.loader import Data
@@ -74,3 +75,7 @@ class Task(Protocol):
 
     def extra(self) -> Mapping[str, Any]:
         """Further sections of the checkpoint's config.yaml."""
+
+
+BuildTask = Callable[[torch.device], Task]
+"""Makes a run's task in each of its processes, from what that computes with."""

@@ -262,7 +262,7 @@ def _with_absolute_weights(cfg: F) -> F:
 
 
 def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
-    """Train on Ray Train; returns the final checkpoint's folder, which is a model folder."""
+    """Train on ``cfg.train.workers``; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
     inputs = shard_origins("shards", cfg.data)
     if cfg.start_from is not None:

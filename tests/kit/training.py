@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,11 @@ from instella_ray.training.tokenizer import TokenizerConfig
 from .models import TINY_BIT
 
 CPU = torch.device("cpu")
+HERE = WorkersConfig(count=0)
+"""Trains in the test's own process, without Ray."""
+TWO = WorkersConfig(count=2, cpus=0.5)
+TIMED = {"images_per_second", "data_wait", "flops_per_second", "memory_gb"}
+"""Figures of metrics.jsonl that are another each time."""
 PLAIN_LOSS = TokenizerLossConfig(perceptual=PerceptualConfig(network="none"))
 ADVERSARIAL = AdversarialConfig(
     discriminator=DiscriminatorConfig(
@@ -30,7 +35,20 @@ ADVERSARIAL = AdversarialConfig(
 )
 
 
-def generator_config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir: Path) -> GeneratorRunConfig:
+def generator_config(
+    kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir: Path, **train: object
+) -> GeneratorRunConfig:
+    settings = {
+        "run_dir": str(run_dir),
+        "steps": 6,
+        "global_batch": 8,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "preview_every": 3,
+        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "workers": HERE,
+        **train,
+    }
     return GeneratorRunConfig(
         model=GeneratorConfig(kind=kind, width=32, heads=1),
         codes=codes,
@@ -39,16 +57,7 @@ def generator_config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: st
         preview=PreviewConfig(
             prompts=("picture number 1", ""), num_inference_steps=3, sampler="posterior", rho=2.0, final_draw=True
         ),
-        train=TrainConfig(
-            run_dir=str(run_dir),
-            steps=6,
-            global_batch=8,
-            log_every=1,
-            checkpoint_every=3,
-            preview_every=3,
-            optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-            workers=WorkersConfig(count=2, cpus=0.5, max_failures=0),
-        ),
+        train=TrainConfig(**settings),
     )
 
 
@@ -61,7 +70,12 @@ def tokenizer_config(shards: str, run_dir: Path, steps: int = 12, **train: objec
         "checkpoint_every": 6,
         "preview_every": 6,
         "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
-        "workers": WorkersConfig(count=2, cpus=0.5),
+        "workers": HERE,
         **train,
     }
     return TokenizerConfig(model=TINY_BIT, data=shards, loss=PLAIN_LOSS, train=TrainConfig(**settings))
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged of each step, without :data:`TIMED`."""
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]

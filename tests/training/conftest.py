@@ -12,6 +12,7 @@ from instella_ray.data.scenes import scene_rows
 from instella_ray.data.shards import write_webdataset
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model, weight_hash
+from instella_ray.training.settings import WorkersConfig
 
 from ..kit.models import TINY_BIT
 
@@ -55,7 +56,15 @@ def codes(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever starts Ray fails."""
 
-    def init_ray(*args: object, **options: object) -> None:
+    def init(*args: object, **options: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("instella_ray.training.launch.init_ray", init_ray)
+    monkeypatch.setattr("ray.init", init)
+
+
+@pytest.fixture(params=[0, pytest.param(1, marks=[pytest.mark.ray, pytest.mark.nightly])], ids=["in_process", "on_ray"])
+def workers(request: pytest.FixtureRequest) -> WorkersConfig:
+    """Who trains: the test's own process, and by night a worker of Ray Train."""
+    if request.param:
+        request.getfixturevalue("ray_session")
+    return WorkersConfig(count=request.param, cpus=0.5)

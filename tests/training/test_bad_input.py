@@ -8,7 +8,7 @@ import pytest
 
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError, run_main
-from instella_ray.training.settings import TrainConfig, first_difference
+from instella_ray.training.settings import TrainConfig, WorkersConfig, first_difference
 from instella_ray.training.tokenizer import run_tokenizer
 
 from ..kit.models import TINY_BIT
@@ -112,12 +112,15 @@ def test_a_run_is_not_resumed_with_other_settings(
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_yaml(begun)
 
 
-@pytest.mark.ray
-def test_bad_input_that_only_a_worker_meets_is_one_line_too(ray_session: None, tmp_path: Path) -> None:
+def test_bad_input_that_is_met_in_training_is_one_line_too(
+    workers: WorkersConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     members = [
         (f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", picture()[:-300]), ("txt", b"cut off"))
     ]
     (tmp_path / "cut.tar").write_bytes(tar_bytes(members))
-    cfg = tokenizer_config(str(tmp_path / "cut.tar"), tmp_path / "run", workers={"cpus": 0.5, "max_failures": 0})
-    with pytest.raises(UserError, match=r"cut\.tar: sample \d: undecodable; curate the shards first"):
+    cfg = tokenizer_config(str(tmp_path / "cut.tar"), tmp_path / "run", workers=workers)
+    with pytest.raises(UserError, match=r"cut\.tar: sample \d: undecodable; curate the shards first") as found:
         run_tokenizer(cfg)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == [f"training failed on rank 0: {found.value}"]

@@ -74,7 +74,10 @@ def killed_driver(whole: Path, shards: str, tmp_path: Path) -> Iterator[dict[str
     yield given
 
 
-def test_a_worker_killed_in_mid_step_costs_no_more_than_one_interval(whole: Path, shards: str, tmp_path: Path) -> None:
+def test_a_worker_killed_in_mid_step_costs_no_more_than_one_interval(
+    whole: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG_FILE", str(tmp_path / "log.jsonl"))
     best = {"metric": "loss", "order": "lower"}
     final = fragile_run(
         shards, str(tmp_path / "run"), str(tmp_path / "notes"), {"keep_checkpoints": 1, "keep_best": best}, kill_at=9
@@ -82,12 +85,16 @@ def test_a_worker_killed_in_mid_step_costs_no_more_than_one_interval(whole: Path
     assert_nothing_was_lost(whole, tmp_path / "run", tmp_path / "notes")
     # It went on behind the checkpoint that ended the second epoch.
     assert steps_of(tmp_path / "notes", 1) == [*range(10), *range(8, 12)]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    starts = [record["message"] for record in records if "at step" in record["message"]]
+    assert starts == ["training begins at step 0 of 12", "training goes on at step 8 of 12"]
     losses = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "run")}
     kept = {min((4, 8, 12), key=lambda step: losses[step]), 12}
     folders = finished_checkpoints(tmp_path / "run")
     assert [int(folder.rpartition("-")[2]) for folder in folders] == sorted(kept) and folders[-1] == final
 
 
+@pytest.mark.nightly
 def test_a_killed_driver_and_then_a_failing_upload_cost_no_more_than_one_interval(
     whole: Path, killed_driver: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -106,6 +113,7 @@ def test_a_killed_driver_and_then_a_failing_upload_cost_no_more_than_one_interva
         Attempt(str(run), 1).check()
 
 
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_goes_on_after_a_killed_worker(whole: Path, shards: str, bucket: str, tmp_path: Path) -> None:
     where = {name: os.environ[name] for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")}
     given = {"shards": shards, "run_dir": f"{bucket}/run", "notes": str(tmp_path / "notes"), "kill_at": 9}

@@ -40,6 +40,7 @@ def learn(loss: DiffusionLoss | ARLoss, data: dict[str, Tensor]) -> None:
         learner.update(step, steps)
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_diffusion_memorises_32_codes_to_99_5_per_cent_of_their_bits_at_t_0_3() -> None:
     model, data = DiffusionGenerator(GeneratorConfig(kind="diffusion", position_std=0.3, **SIZES)), facts()
@@ -52,6 +53,7 @@ def test_diffusion_memorises_32_codes_to_99_5_per_cent_of_their_bits_at_t_0_3() 
     assert bit_accuracy(x0_logits(model(z_t, t, text), z_t), codes).mean() >= 0.995
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_ar_memorises_32_codes_to_99_5_per_cent_of_their_bits_given_the_tokens_before() -> None:
     model, data = ARGenerator(GeneratorConfig(kind="ar", **SIZES)), facts()

@@ -51,6 +51,7 @@ with simulated() as simulation:
 STEPS = 400
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_taken_away_costs_no_step_and_the_run_goes_on_with_one_worker(shards: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from instella_ray.training.rocm import mirror_visible_devices
+from instella_ray.training.ray_train import mirror_visible_devices
 
 ROOT = Path(__file__).parents[2]
 DRIVERS = """
@@ -27,7 +27,7 @@ import json, os, sys
 import ray, ray.train.torch
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from instella_ray.training.rocm import RocmTorchConfig
+from instella_ray.training.ray_train import RocmTorchConfig
 
 def worker(folder):
     rank = ray.train.get_context().get_world_rank()
@@ -50,7 +50,7 @@ TorchTrainer(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_workers_of_a_node_see_each_others_gpus_and_take_their_own(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(DRIVERS)

@@ -18,9 +18,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from instella_ray import storage
 from instella_ray.errors import UserError
 from instella_ray.training.attempts import Attempt
-from instella_ray.training.elastic import DivisorPolicy
 from instella_ray.training.metrics_log import MetricsFile
-from instella_ray.training.mistakes import MistakePolicy
+from instella_ray.training.ray_train import DivisorPolicy, HopelessPolicy
 from instella_ray.training.run_dir import (
     SCORES,
     checkpoint_folders,
@@ -213,7 +212,7 @@ def test_a_range_of_workers_means_those_numbers_that_share_a_batch(
     ],
 )
 def test_what_would_happen_again_is_not_tried_again(failure: Exception, decision: FailureDecision) -> None:
-    policy = MistakePolicy(FailureConfig(max_failures=1))
+    policy = HopelessPolicy(FailureConfig(max_failures=1))
     error = WorkerGroupError("failed", {0: RuntimeError("connection lost"), 1: failure})
     assert policy.make_decision(error) == decision
     assert policy.make_decision(error) == FailureDecision.RAISE

@@ -101,9 +101,7 @@ def losses_of(runs: Path, case: Case, which: str) -> list[float]:
 
 def alone(case: Case, runs: Path, last: Path | None, save: Path) -> list[float]:
     """The same by one process."""
-    cfg = load_config(GeneratorRunConfig, str(runs / case.name / "config.yaml"))
-    train = cfg.train.model_copy(update={"workers": cfg.train.workers.model_copy(update={"count": 1})})
-    return trained(cfg.model_copy(update={"train": train}), last, save)
+    return trained(load_config(GeneratorRunConfig, str(runs / case.name / "config.yaml")), last, save)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +120,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
 def test_two_ranks_learn_what_one_process_does_however_it_is_shared_out(
     case: Case, runs: Path, single: dict[Kind, tuple[list[float], Path]]
@@ -134,6 +133,7 @@ def test_two_ranks_learn_what_one_process_does_however_it_is_shared_out(
         close(read_tensors(last / name), read_tensors(folder / str(STEPS) / name))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_go_on_as_if_they_had_never_stopped(case: Case, runs: Path) -> None:
     assert losses_of(runs, case, "again") == losses_of(runs, case, "whole")[SAVED:]
@@ -141,6 +141,7 @@ def test_two_ranks_go_on_as_if_they_had_never_stopped(case: Case, runs: Path) ->
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
 def test_one_process_goes_on_with_what_two_ranks_have_saved(
     case: Case, runs: Path, single: dict[Kind, tuple[list[float], Path]], tmp_path: Path
@@ -149,6 +150,7 @@ def test_one_process_goes_on_with_what_two_ranks_have_saved(
     assert losses == pytest.approx(single[case.kind][0][SAVED:], rel=1e-6)
 
 
+@pytest.mark.process
 def test_lower_precision_costs_digits_and_nothing_else(runs: Path) -> None:
     ddp, *others = (losses_of(runs, case, "whole") for case in CASES if case.precision == "bf16")
     full = losses_of(runs, Case("diffusion", "ddp"), "whole")

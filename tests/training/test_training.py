@@ -1,4 +1,4 @@
-"""Training on real Ray Train workers: what is logged and saved, and that interrupted equals uninterrupted."""
+"""Training: schedules, averages and optimizers, what a run logs and saves, and that interrupted equals uninterrupted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from instella_ray.models.checkpoint import load_expected, load_model, read_check
 from instella_ray.runs import read_record
 from instella_ray.training.bits import bit_share, bit_summary
 from instella_ray.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from instella_ray.training.launch import launch
 from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
 from instella_ray.training.muon import orthogonalize
 from instella_ray.training.optim import EMA, build_optimizers, rate_share
-from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, WorkersConfig
-from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, run_tokenizer
+from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, TokenizerTask, run_tokenizer
+from instella_ray.training.trainer import NonFiniteLoss
 
 from ..kit.models import TINY_BIT
-from ..kit.processes import wait_until
-from ..kit.training import PLAIN_LOSS, tokenizer_config
+from ..kit.training import HERE, PLAIN_LOSS, TWO, tokenizer_config, untimed
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
@@ -127,45 +128,39 @@ def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, nam
         assert torch.equal(a, b), key
 
 
-@pytest.mark.ray
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
-    ray_session: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Lines of the run's workers, each with run, job and rank.
+    # Lines of the run, each with run, job, rank and attempt.
     monkeypatch.setenv("INSTELLA_RAY_LOG_FILE", str(tmp_path / "log.jsonl"))
     monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
     whole = run_tokenizer(tokenizer_config(shards, tmp_path / "whole"))
-    # A worker that dies at step 9 goes on from the checkpoint of step 6, with nobody asking.
-    killed = tmp_path / "killed"
-    (tmp_path / "kill-at-9").touch()
-    cfg = tokenizer_config(shards, killed)
-    import instella_ray.training.tokenizer as module
+    stopped = tmp_path / "stopped"
+    cfg = tokenizer_config(shards, stopped)
 
-    class Mortal(module.TokenizerTask):
+    class Stopping(TokenizerTask):
         def before_step(self, step: int) -> None:
-            import os
-
             super().before_step(step)
             if step == 9:
-                try:
-                    os.remove(tmp_path / "kill-at-9")
-                except FileNotFoundError:
-                    return
-                # The checkpoint is uploaded meanwhile; without it the run would rightly begin anew.
-                assert wait_until(lambda: finished_checkpoints(killed) != [], 60)
-                os.kill(os.getpid(), 9)
+                raise RuntimeError("stopped on purpose")
 
-    module.launch(cfg, lambda device: Mortal(cfg), description="killed")
+    with pytest.raises(RuntimeError, match="stopped on purpose"):
+        launch(cfg, lambda device: Stopping(cfg), description="stopped")
+    again = run_tokenizer(tokenizer_config(shards, stopped, resume=True))
     said = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    starts = [(each["message"], each["step"]) for each in said if each["message"].startswith("training")]
+    starts = [
+        (each["message"], each["step"]) for each in said if each["message"].startswith("training ") and "step" in each
+    ]
     begins, goes_on = ("training begins at step 0 of 12", 0), ("training goes on at step 6 of 12", 6)
     assert starts == [begins, begins, goes_on]
     assert [each["step"] for each in said if "is complete" in each["message"]] == [6, 12, 6, 12]
-    assert {(each["run"], each["rank"], each["attempt"]) for each in said} == {("night-7", 0, 1)}
+    assert [each["failed_rank"] for each in said if each["level"] == "error"] == [0]
+    assert {(each["run"], each["rank"]) for each in said} == {("night-7", 0)}
+    assert [each["attempt"] for each in said if each["message"].startswith("training ") and "step" in each] == [1, 1, 2]
     assert {each["job"] for each in said} == {"train_tokenizer", "train"}
-    losses = [{m["step"]: m["loss"] for m in read_metrics(tmp_path / name)} for name in ("whole", "killed")]
-    assert losses[0] == losses[1] and set(losses[0]) == set(range(1, 13))
-    a, b = (load_model(folder).state_dict() for folder in (whole, latest_checkpoint(killed)))
+    assert untimed(read_metrics(tmp_path / "whole")) == untimed(read_metrics(stopped))
+    assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 13))
+    a, b = (load_model(folder).state_dict() for folder in (whole, again))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     files = {p.name for p in Path(whole).iterdir()}
     assert {"model.safetensors", "ema.safetensors", "config.yaml", "state.json", "optimizer.safetensors"} <= files
@@ -176,9 +171,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     assert {"reconstruction", "psnr", "dead_bits", "images_per_second"} <= set(read_metrics(tmp_path / "whole")[0])
     written = load_config(TokenizerConfig, str(tmp_path / "whole" / "config.yaml"))
     assert written == tokenizer_config(shards, tmp_path / "whole")
-    record, killed_record = read_record(str(tmp_path / "whole")), read_record(str(killed))
-    assert record is not None and killed_record is not None
+    record, stopped_record = read_record(str(tmp_path / "whole")), read_record(str(stopped))
+    assert record is not None and stopped_record is not None
     assert (record.job, record.attempts[-1].status, record.outputs[0].path) == ("train_tokenizer", "finished", whole)
+    assert [attempt.status for attempt in stopped_record.attempts] == ["failed", "finished"]
     about = read_checkpoint_config(whole)["lineage"]
     assert (about["step"], about["run"], about["job"]) == (12, record.run, "train_tokenizer")
     assert (
@@ -186,43 +182,32 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
         and record.inputs[0].facts["files"] == 2
     )
     # The same directory again is refused; nothing in it changes.
-    before = (killed / "metrics.jsonl").read_bytes()
+    before = (stopped / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="holds a run already"):
         run_tokenizer(cfg)
-    assert (killed / "metrics.jsonl").read_bytes() == before
+    assert (stopped / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.ray
-def test_workers_do_not_wait_for_gradients_of_the_repa_projection(
-    ray_session: None, shards: str, tmp_path: Path
-) -> None:
-    cfg = tokenizer_config(shards, tmp_path / "run", steps=3)
-    run_tokenizer(cfg.model_copy(update={"model": TINY_BIT.model_copy(update={"repa_layer": 1})}))
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
-
-
-@pytest.mark.ray
-def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp_path: Path) -> None:
-    cfg = tokenizer_config(shards, tmp_path / "run", workers=WorkersConfig(count=2, cpus=50))
-    with pytest.raises(UserError, match="2 workers need 100 CPU, the cluster has 4"):
-        run_tokenizer(cfg)
-    with pytest.raises(UserError, match="nothing to resume"):
-        run_tokenizer(tokenizer_config(shards, tmp_path / "run", resume=True))
+def test_nothing_is_resumed_where_nothing_was_begun(no_ray: None, shards: str, tmp_path: Path) -> None:
+    for workers in (HERE, TWO):
+        with pytest.raises(UserError, match="nothing to resume"):
+            run_tokenizer(tokenizer_config(shards, tmp_path / "run", resume=True, workers=workers))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.ray
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
-    ray_session: None, shards: str, tmp_path: Path
+    workers: WorkersConfig, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Though two failures may be mended by trying again: this one would come again.
-    workers = WorkersConfig(max_failures=2)
+    assert workers.max_failures == 2
     cfg = tokenizer_config(
         shards, tmp_path / "run", optimizer=OptimizerConfig(lr=1e30, warmup_steps=0), workers=workers
     )
-    with pytest.raises(Exception, match="NonFiniteLoss"):
+    with pytest.raises(NonFiniteLoss, match="the batch's keys are in") as found:
         run_tokenizer(cfg)
-    report = json.loads(next((tmp_path / "run").glob("nonfinite-*.json")).read_text())
-    assert len(report["keys"]) == 16
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == [f"training failed on rank 0: {found.value}"]
+    (path,) = (tmp_path / "run").glob("nonfinite-*.json")
+    assert len(json.loads(path.read_text())["keys"]) == 16 and str(path) in str(found.value)
     with pytest.raises(UserError, match="no finished checkpoint"):
         load_expected(latest_checkpoint(tmp_path / "run"), BIT)

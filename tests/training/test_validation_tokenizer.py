@@ -24,16 +24,13 @@ from instella_ray.evaluation.validation_tokenizer import (
 )
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected
-from instella_ray.training.settings import WorkersConfig
 from instella_ray.training.tokenizer import evaluate_tokenizer, to_tensor
 
 from ..kit.training import tokenizer_config
 
 
 def stage(shards: str, run_dir: Path, **validation: Any) -> ValidatedTokenizer:
-    plain = tokenizer_config(shards, run_dir, steps=4, checkpoint_every=2, workers=WorkersConfig(cpus=0.5)).model_dump(
-        exclude_unset=True
-    )
+    plain = tokenizer_config(shards, run_dir, steps=4, checkpoint_every=2).model_dump(exclude_unset=True)
     return ValidatedTokenizer.model_validate({**plain, "validation": {"data": shards, **validation}})
 
 
@@ -79,10 +76,8 @@ def test_a_validation_that_cannot_be_made_is_refused_before_training(
         complete_validation(stage(shards, tmp_path, **asked))
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
-    ray_session: None, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    no_ray: None, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     list(write_webdataset(scene_rows(6, 1, 32), str(tmp_path / "held_out"), 6))
     asked = {"data": f"{tmp_path}/held_out/*.tar", "every_steps": 2}

@@ -11,28 +11,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-)
-
+from .ray_errors import is_loss
 from .runner import EngineFailed
 
 T = TypeVar("T")
-
-LOST = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-    EngineFailed,
-)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -49,7 +31,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def replica_failed(error: BaseException) -> bool:
     """True when the call may well succeed elsewhere: its replica, or one before it, died or broke."""
-    return any(isinstance(cause, LOST) for cause in causes(error))
+    return any(isinstance(cause, EngineFailed) or is_loss(cause) for cause in causes(error))
 
 
 async def with_retries(

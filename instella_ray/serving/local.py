@@ -18,6 +18,7 @@ from .api import make_api
 from .config import ServeArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .graph import Graph
+from .leaving import CancelOnLeave
 from .setup import Setup
 
 _END = object()
@@ -133,5 +134,6 @@ def build_local(args: ServeArgs) -> FastAPI:
 
     graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, ailing)
     api = make_api(setup.service(graph), setup.keys, lifespan)
+    api.add_middleware(CancelOnLeave)
     api.state.graph = graph
     return api

@@ -162,7 +162,8 @@ def test_serves_own_bound_becomes_429(serve_url: str, tmp_path: Path) -> None:
     caller = serve.run(full_graph(), name="full", route_prefix=None)
     try:
         for stream in (False, True):
-            assert caller.overflow.remote(stream, str(tmp_path / f"working-{stream}")).result() == 429
+            status, hold = caller.overflow.remote(stream, str(tmp_path / f"working-{stream}")).result()
+            assert status == 429 and hold >= 2
     finally:
         serve.delete("full")
 
@@ -199,16 +200,19 @@ def full_graph() -> Any:
         def __init__(self, busy: Any, text: Any) -> None:
             self.graph = Graph(text, text, {"busy": busy}, "0" * 64, ailing)
 
-        async def overflow(self, stream: bool, working: str) -> int:
-            """The status for the one of two calls that finds the place in the queue taken; all others are cancelled."""
-            first = asyncio.create_task(self.ask(stream, working))
+        async def overflow(self, stream: bool, working: str) -> tuple[int, int]:
+            """Calls until one is refused: its status, and how many were not. Those are cancelled."""
+            calls = [asyncio.create_task(self.ask(stream, working))]
             while not Path(working).exists():
                 await asyncio.sleep(0.01)
-            others = [asyncio.create_task(self.ask(stream, working)) for _ in range(2)]
-            (refused, *_), waiting = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED, timeout=60)
-            for call in (first, *waiting):
+            refused: set[asyncio.Task[None]] = set()
+            while not refused and len(calls) < 60:
+                calls.append(asyncio.create_task(self.ask(stream, working)))
+                # Serve counts who waits when the arguments are there: the next call must not come before.
+                refused, _ = await asyncio.wait(calls, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            for call in calls:
                 call.cancel()
-            return api_error(refused.exception()).status
+            return api_error(refused.pop().exception()).status, len(calls) - 1
 
         async def ask(self, stream: bool, working: str) -> None:
             picture, deadline = Picture(0, "busy", working, {}, 1, 1, "png"), time.monotonic() + 60

@@ -160,6 +160,7 @@ def test_it_ends_with_its_threads(folders: dict[str, str]) -> None:
     assert not any(name.startswith(("step-engine", "picture-files")) for name in left)
 
 
+@pytest.mark.process
 def test_it_needs_no_ray(folders: dict[str, str]) -> None:
     command = [sys.executable, "-c", NO_RAY, serve_args(folders).model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True)

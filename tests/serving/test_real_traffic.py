@@ -150,6 +150,7 @@ def memory_mb() -> float:
     return sum(found)
 
 
+@pytest.mark.process
 def test_a_hundred_random_requests_to_one_process(folders: dict[str, str]) -> None:
     with local_endpoint(args(folders)) as endpoint:
         many(endpoint, 100)

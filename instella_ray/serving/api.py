@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Lifespan
 
 from ..errors import UserError
 from .access import ApiKeys, BodyLimit, KeyCheck
@@ -217,10 +218,16 @@ class Service:
             return await work
 
 
-def make_api(service: Service, keys: ApiKeys) -> FastAPI:
-    """The routes over ``service``, behind ``keys``."""
-    # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
-    api = FastAPI(title="instella-ray", description="Text to image over binary tokens.", docs_url=None, redoc_url=None)
+def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """The routes over ``service``, behind ``keys``; ``lifespan`` surrounds the time in which they are served."""
+    api = FastAPI(
+        title="instella-ray",
+        description="Text to image over binary tokens.",
+        # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     api.add_middleware(BodyLimit, max_bytes=service.args.limits.body_bytes)
     # Added last, so it comes first: nobody without a key makes us read a body.
     api.add_middleware(KeyCheck, keys=keys)

@@ -3,27 +3,22 @@
 # No ``from __future__ import annotations`` here: Serve looks at what ``build`` is annotated with, and turns the arguments of
 # its file into a ServeArgs only where it finds the class itself.
 
-from functools import partial
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from .. import logs, storage
-from ..errors import UserError
-from ..models.bit import BIT
-from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
-from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
-from .access import ApiKeys
-from .api import Served, Service, make_api
+from .. import logs
+from .api import make_api
 from .config import ModelArgs, ServeArgs, StageArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .graph import Graph
+from .health import ailing
 from .scaling import generator_scaling, stage_scaling
+from .setup import Setup
 
 __all__ = ["ModelArgs", "ServeArgs", "build"]
 
@@ -38,19 +33,11 @@ class Ingress:
     """The HTTP API's replica. Its routes are made where it runs, because they close over its handles."""
 
     def __init__(
-        self,
-        args: ServeArgs,
-        served: Served,
-        text_config: TextEncoderConfig,
-        keys: ApiKeys,
-        text: DeploymentHandle,
-        decoder: DeploymentHandle,
-        generators: dict[str, DeploymentHandle],
+        self, setup: Setup, text: DeploymentHandle, decoder: DeploymentHandle, generators: dict[str, DeploymentHandle]
     ) -> None:
         logs.set_up({"job": "serve", "stage": "ingress"})
-        count = None if args.limits.prompt_tokens is None else partial(_count_tokens, _tokenizer(text_config))
-        graph = Graph(text, decoder, generators, served.tokenizer_hash)
-        self.service, self.keys = Service(args, served, graph, count), keys
+        graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, ailing)
+        self.service, self.keys = setup.service(graph), setup.keys
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self.service, self.keys)
@@ -59,57 +46,21 @@ class Ingress:
 def build(args: ServeArgs) -> Application:
     """The application, as ``serve run instella_ray.serving.app:build`` calls it with ``args`` from its file.
 
-    UserError when a folder is missing or its model does not belong to the tokenizer, or settings contradict.
+    UserError as :meth:`.setup.Setup.of`.
     """
-    args.check()
-    keys = ApiKeys.load(args.api_keys_file)
-    served, text_config = _look_into_folders(args)
-    # A longer prompt is cut, with a warning, to what a slot has room for.
-    limit = min(text_config.max_length, args.text_length)
-    text_config = text_config.model_copy(update={"max_length": limit})
-    empty = _empty_prompt(text_config)
-    generators = {name: _generator(args, name, model, empty) for name, model in args.models.items()}
-    text, decoder = _text(args, text_config), _decoder(args)
-    return _ingress(args).bind(args, served, text_config, keys, text, decoder, generators)
+    setup = Setup.of(args)
+    text = _stage(args, TextEncoderStage, "TextEncoder", args.text).bind(**setup.text())
+    decoder = _stage(args, DecoderStage, "Decoder", args.decoder).bind(**setup.decoder())
+    generators = {
+        name: _generator(args, name, model).bind(**setup.generator(name)) for name, model in args.models.items()
+    }
+    return _ingress(args).bind(setup, text, decoder, generators)
 
 
-def _text(args: ServeArgs, cfg: TextEncoderConfig) -> Application:
-    # Prompts in a batch change each other's last digits, and with them a bit of a picture here and there.
-    invariant = all(model.batch_invariant for model in args.models.values())
-    return _stage(args, TextEncoderStage, "TextEncoder", args.text).bind(
-        cfg, args.threads, _device(args, args.text), precision=args.precision, batch_invariant=invariant
-    )
-
-
-def _decoder(args: ServeArgs) -> Application:
-    return _stage(args, DecoderStage, "Decoder", args.decoder).bind(
-        storage.absolute(args.tokenizer),
-        args.threads,
-        _device(args, args.decoder),
-        precision=args.precision,
-        safety=args.safety,
-    )
-
-
-def _generator(args: ServeArgs, name: str, model: ModelArgs, empty_prompt: np.ndarray) -> Application:
-    stage = _stage(
-        args,
-        GeneratorStage,
-        f"Generator-{name}",
-        model,
-        ongoing=model.ongoing,
-        # A second bound behind the ingress's own gate, for the time when fewer replicas run than may.
-        max_queued_requests=model.capacity,
-    )
-    return stage.bind(
-        storage.absolute(model.path),
-        empty_prompt,
-        model.options(args.text_length),
-        args.threads,
-        _device(args, model),
-        model.longest_step_s,
-        precision=args.precision,
-    )
+def _generator(args: ServeArgs, name: str, model: ModelArgs) -> serve.Deployment:
+    # A second bound behind the ingress's own gate, for the time when fewer replicas run than may.
+    bound = {"ongoing": model.ongoing, "max_queued_requests": model.capacity}
+    return _stage(args, GeneratorStage, f"Generator-{name}", model, **bound)
 
 
 def _stage(
@@ -153,43 +104,3 @@ def _ingress(args: ServeArgs) -> serve.Deployment:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
     )(Ingress)
-
-
-def _device(args: ServeArgs, stage: StageArgs) -> str:
-    return "auto" if args.gpus(stage) else "cpu"
-
-
-def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:
-    empty = TextEncoder.from_config(cfg).encode([""])
-    return empty.features[:, 0, empty.mask[0]].numpy()
-
-
-def _tokenizer(cfg: TextEncoderConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
-    return AutoTokenizer.from_pretrained(resolve_name(cfg.name), **extra)
-
-
-def _count_tokens(tokenizer: Any, prompt: str) -> int:
-    return len(tokenizer(prompt, truncation=False)["input_ids"])
-
-
-def _look_into_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
-    bit = load_expected(args.tokenizer, BIT)
-    bit_hash, multiple = weight_hash(bit), bit.cfg.decode_multiple
-    wrong = next((size for size in args.sizes if size % multiple), None)
-    if wrong is not None:
-        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} needs to decode")
-    encoders, kinds = [], {}
-    for name, model in args.models.items():
-        config = read_checkpoint_config(model.path)
-        if config.get("tokenizer_hash") != bit_hash:
-            raise UserError(
-                f"models.{name}: {model.path} was trained on codes of another tokenizer than {args.tokenizer}"
-            )
-        kinds[name] = str(config["model"].get("kind"))
-        encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
-    if any(encoder != encoders[0] for encoder in encoders):
-        raise UserError("models: all generators of one endpoint must read the same text encoder")
-    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), encoders[0]

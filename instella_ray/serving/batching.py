@@ -29,6 +29,11 @@ class MicroBatcher(Generic[A, B]):
         await self._queue.put((item, future))
         return await future
 
+    def close(self) -> None:
+        """End the worker. No caller may be waiting any more."""
+        if self._worker is not None:
+            self._worker.cancel()
+
     async def _run(self) -> None:
         while True:
             batch = [await self._queue.get()]

@@ -1,6 +1,7 @@
 """The three stages of the sampling graph, each a Ray Serve deployment of its own.
 
-They import no Serve but for metrics: a stage is a plain class, and can be called without any deployment.
+They import no Serve but for metrics, and that only in a replica: a stage is a plain class, and can be called without any
+deployment. Who does so calls ``close`` at the end; a replica's process ends with it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .batching import MicroBatcher
 from .codes import Generated
 from .engine import EngineOptions, Progress
 from .images import OPTIONS, encode_image
-from .metrics import EngineMetrics, StageTimes
+from .metrics import EngineMetrics, StageTimes, in_replica
 from .runner import EngineRunner
 from .safety import SafetyConfig, load_checker
 from .scaling import ACTIVE, SLOTS, WAITING
@@ -74,6 +75,10 @@ class TextEncoderStage:
     async def check_health(self) -> None:
         """Answers while the event loop does."""
 
+    async def close(self) -> None:
+        """End what runs beside the calls, of which none may be under way."""
+        self.batcher.close()
+
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
         features, mask = self.cache.encode(prompts)
         return [features[:, i, mask[i]].float().cpu().numpy() for i in range(len(prompts))]
@@ -107,7 +112,7 @@ class GeneratorStage:
         self.weights, self.identity = Weights(path=path), Identity.of(path)
         self.refused: str | None = None
         """Why the last swap of weights was refused; None when what is served is what was asked for."""
-        self.times, self.metrics = StageTimes(), EngineMetrics()
+        self.times, self.metrics = StageTimes(), EngineMetrics() if in_replica() else None
         self._runners: dict[int, EngineRunner] = {0: EngineRunner(self._load(path))}
         """By number; the last one takes new requests, those before it end what they have."""
         self._hash = weight_hash(path)
@@ -162,7 +167,7 @@ class GeneratorStage:
         """:class:`.runner.EngineFailed` when an engine has died or hangs. Serve asks now and then."""
         for runner in self._runners.values():
             runner.check(self.longest_step_s)
-        if self._reporter is None or self._reporter.done():
+        if self.metrics is not None and (self._reporter is None or self._reporter.done()):
             self._reporter = asyncio.create_task(self._keep_reporting())
         # Serve asks for the first time when the replica has been made and configured.
         self._in_service = True
@@ -207,6 +212,13 @@ class GeneratorStage:
                 self.refused = str(error) or type(error).__name__
                 log.error("weights not swapped, %s goes on: %s", self.weights.path, self.refused)
 
+    async def close(self) -> None:
+        """End the engines and their threads, when they have finished what they have."""
+        await asyncio.gather(*self._retiring)
+        await self.runner.drain()
+        if self._reporter is not None:
+            self._reporter.cancel()
+
     async def _swap_to(self, weights: Weights) -> None:
         self.identity.check(Identity.of(weights.path), weights.path)
         # In a thread, because reading weights takes seconds in which the old engine's callers want their events.
@@ -236,7 +248,8 @@ class GeneratorStage:
             await asyncio.sleep(REPORT_EVERY_S)
 
     def _report(self) -> None:
-        self.metrics.report({number: runner.stats for number, runner in self._runners.items()})
+        if self.metrics is not None:
+            self.metrics.report({number: runner.stats for number, runner in self._runners.items()})
 
 
 class DecoderStage:
@@ -288,6 +301,12 @@ class DecoderStage:
 
     async def check_health(self) -> None:
         """Answers while the event loop does."""
+
+    async def close(self) -> None:
+        """End what runs beside the calls, of which none may be under way."""
+        for batcher in self._batchers.values():
+            batcher.close()
+        self._files.shutdown()
 
     def _check(self, codes: np.ndarray, output_format: str) -> None:
         # Before batching: what one caller got wrong must not reach the others of its batch.

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray.serve.exceptions import BackPressureError
-
 from ..errors import UserError
 from ..retries import causes
+from .ray_errors import full_queue_wait_s
 from .retry import replica_failed
 from .runner import DeadlineExceeded
 from .safety import Flagged
@@ -76,8 +75,8 @@ def api_error(error: BaseException) -> ApiError:
             case DeadlineExceeded() | TimeoutError():
                 message = "timeout_s: the deadline passed before the answer was ready"
                 return ApiError(504, message, kind="timeout_error", param="timeout_s", code="deadline_exceeded")
-            case BackPressureError():
-                return overloaded(cause.retry_after_s or 1)
+        if (wait_s := full_queue_wait_s(cause)) is not None:
+            return overloaded(wait_s)
     if replica_failed(error):
         message = "the replica that worked on this request failed, and so did those that took over; try again"
         return ApiError(503, message, kind="server_error", code="replica_failed", retry_after_s=1)

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatusOverview
 
 from .codes import Generated
 from .retry import CALLS
 
 T = TypeVar("T")
-
-HEALTH_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,35 @@ Report = Callable[[dict[str, Any]], None]
 """Takes ``{"step", "steps", "codes", "weights"}``, once for every ``preview_every`` steps and in their order."""
 
 
+class Handle(Protocol):
+    """Calls a stage: Serve's ``DeploymentHandle``, or :class:`.local.LocalHandle`.
+
+    ``handle.method.remote(...)`` begins a call at once. What it returns is awaited, or iterated over after
+    ``options(stream=True)``, and may be an argument of another call before that; ``cancel()`` ends it.
+    """
+
+    def options(self, *, stream: bool) -> Handle: ...
+
+    def __getattr__(self, method: str) -> Any: ...
+
+
+Health = Callable[[Mapping[str, Any]], Awaitable[list[str]]]
+"""Takes the stages' handles by name; returns the names of those that are ill, each with what is known of it."""
+
+
 class Graph:
     """Handles of the stages."""
 
     def __init__(
         self,
-        text: DeploymentHandle,
-        decoder: DeploymentHandle,
-        generators: Mapping[str, DeploymentHandle],
+        text: Handle,
+        decoder: Handle,
+        generators: Mapping[str, Handle],
         tokenizer_hash: str,
+        health: Health,
     ) -> None:
         self.text, self.decoder, self.generators = text, decoder, generators
-        self.tokenizer_hash = tokenizer_hash
+        self.tokenizer_hash, self.health = tokenizer_hash, health
 
     async def codes(self, picture: Picture, deadline: float) -> Generated:
         """Bits, and whose they are; ``deadline`` in terms of ``time.monotonic()``."""
@@ -125,20 +137,8 @@ class Graph:
         return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
 
     async def ailing(self) -> list[str]:
-        """Stages without a replica that passed its last health check, with what Serve says of them.
-
-        Serve is asked, not the replicas: a call to one that is full waits for its turn, and full is not ill.
-        """
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                deployments = await asyncio.to_thread(_deployments)
-        except Exception as error:
-            return [f"Serve: {type(error).__name__}"]
-        stages = {"text": self.text, "decoder": self.decoder, **self.generators}
-        found = {name: deployments.get(stage.deployment_name) for name, stage in stages.items()}
-        return [
-            f"{name}: {about.status.value if about else 'gone'}" for name, about in found.items() if not _alive(about)
-        ]
+        """Stages that are ill, with what is known of them."""
+        return await self.health({"text": self.text, "decoder": self.decoder, **self.generators})
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -160,13 +160,3 @@ async def _cancelling(call: Any) -> AsyncIterator[Any]:
     except BaseException:
         call.cancel()
         raise
-
-
-def _deployments() -> dict[str, DeploymentStatusOverview]:
-    return serve.status().applications[serve.get_replica_context().app_name].deployments
-
-
-def _alive(about: DeploymentStatusOverview | None) -> bool:
-    # One that is being given new settings goes on with its requests.
-    states = about.replica_states.items() if about is not None else ()
-    return any(count and state in ("RUNNING", "UPDATING") for state, count in states)

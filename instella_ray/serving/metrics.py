@@ -1,46 +1,70 @@
 """What the stages tell Ray's Prometheus endpoint, beside what Serve tells by itself.
 
-Ray prefixes each name with ``ray_``, gives counters the suffix ``_total``, and adds the tags deployment, replica and
-application.
+Only a replica of Serve tells anything: elsewhere nobody would read it, and Ray need not be loaded. Ray prefixes each name
+with ``ray_``, gives counters the suffix ``_total``, and adds the tags deployment, replica and application.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from ray.serve.metrics import Counter, Gauge, Histogram
+from typing import TYPE_CHECKING
 
 from .runner import EngineStats
 
+if TYPE_CHECKING:
+    from ray.serve.metrics import Counter, Histogram
+
 BOUNDARIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 """Seconds, upper bounds of the histogram's bins."""
+
+
+def in_replica() -> bool:
+    """True in a process that Serve runs as a replica."""
+    serve = sys.modules.get("ray.serve")
+    if serve is None:
+        return False
+    try:
+        serve.get_replica_context()
+    except serve.exceptions.RayServeException:
+        return False
+    return True
 
 
 class StageTimes:
     """Histogram ``instella_stage_seconds`` by the tag ``stage``: text, generate, decode, encode_file."""
 
     def __init__(self) -> None:
-        self._seconds = Histogram(
-            "instella_stage_seconds",
-            description="Time that a stage took for one call or batch, waiting within the stage included.",
-            boundaries=BOUNDARIES,
-            tag_keys=("stage",),
-        )
+        self._seconds = _stage_seconds() if in_replica() else None
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Times the block; one that ends in an exception is not counted."""
         began = time.perf_counter()
         yield
-        self._seconds.observe(time.perf_counter() - began, tags={"stage": stage})
+        if self._seconds is not None:
+            self._seconds.observe(time.perf_counter() - began, tags={"stage": stage})
+
+
+def _stage_seconds() -> Histogram:
+    from ray.serve.metrics import Histogram
+
+    return Histogram(
+        "instella_stage_seconds",
+        description="Time that a stage took for one call or batch, waiting within the stage included.",
+        boundaries=BOUNDARIES,
+        tag_keys=("stage",),
+    )
 
 
 class EngineMetrics:
     """Gauges of rows and slots; counters of steps, pictures and busy seconds, whose rates are steps/s and load."""
 
     def __init__(self) -> None:
+        from ray.serve.metrics import Counter, Gauge
+
         self._waiting = Gauge("instella_waiting_rows", description="Pictures without a slot.")
         self._active = Gauge("instella_active_rows", description="Pictures on their way.")
         self._slots = Gauge("instella_slots", description="Pictures that can be on their way at once.")

@@ -6,32 +6,14 @@ wherever it is run.
 
 from __future__ import annotations
 
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-)
-
 from ..retries import RetryPolicy, causes
+from .ray_errors import is_loss
 from .runner import EngineFailed
-
-LOST = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    WorkerCrashedError,
-    EngineFailed,
-)
 
 
 def replica_failed(error: BaseException) -> bool:
     """True when the call may well succeed elsewhere: its replica, or one before it, died or broke."""
-    return any(isinstance(cause, LOST) for cause in causes(error))
+    return any(isinstance(cause, EngineFailed) or is_loss(cause) for cause in causes(error))
 
 
 CALLS = RetryPolicy(replica_failed, tries=3, first_wait_s=0.2)

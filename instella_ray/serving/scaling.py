@@ -1,6 +1,7 @@
 """How many replicas each stage needs. The generator's follow the rows that wait for it and those on their way.
 
-Serve copies the policy into its controller, so nothing heavy may be imported here.
+Serve copies the policy into its controller, so nothing heavy may be imported here; and the stages, which report what it
+decides by, run without Ray too.
 """
 
 from __future__ import annotations
@@ -8,10 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-
 if TYPE_CHECKING:
-    from ray.serve.config import AutoscalingContext
+    from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 WAITING, ACTIVE, SLOTS = "waiting_rows", "active_rows", "slots"
 """What a generator replica's ``record_autoscaling_stats`` reports."""
@@ -55,6 +54,8 @@ def generator_scaling(
     look_back_s: float = 10.0,
 ) -> AutoscalingConfig:
     """Between ``lowest`` and ``highest`` generator replicas, by rows per slot."""
+    from ray.serve.config import AutoscalingPolicy
+
     policy = AutoscalingPolicy(policy_function=RowsPolicy, policy_kwargs={"utilisation": utilisation})
     return _config(lowest, highest, upscale_delay_s, downscale_delay_s, look_back_s, policy=policy)
 
@@ -75,6 +76,8 @@ def stage_scaling(
 def _config(
     lowest: int, highest: int, up_s: float, down_s: float, look_back_s: float, **more: Any
 ) -> AutoscalingConfig:
+    from ray.serve.config import AutoscalingConfig
+
     return AutoscalingConfig(
         min_replicas=lowest,
         max_replicas=highest,

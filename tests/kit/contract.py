@@ -8,19 +8,19 @@ import hashlib
 import io
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from PIL import Image, ImageDraw
 
 import instella_ray.serving
+
+from .asgi import listening
 
 PAGE = Path(instella_ray.serving.__file__).with_name("playground.html")
 POLICY = "default-src 'self' 'unsafe-inline' data:"
@@ -170,19 +170,9 @@ def application(contract: Contract) -> FastAPI:
 @contextmanager
 def running(contract: Contract) -> Iterator[Contract]:
     """The contract's server on a free port of loopback."""
-    config = uvicorn.Config(application(contract), port=0, log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        contract.url = f"http://127.0.0.1:{port}/"
-        yield contract
-    finally:
-        contract.go.set()
-        server.should_exit = True
-        with suppress(RuntimeError):
-            thread.join(10)
+    with listening(application(contract)) as url:
+        contract.url = f"{url}/"
+        try:
+            yield contract
+        finally:
+            contract.go.set()

@@ -1,4 +1,4 @@
-"""A tiny endpoint on a real Serve, for the tests that talk to it over HTTP."""
+"""Tiny endpoints, on a real Serve and in this process, for the tests that talk to them over HTTP."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ import io
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
-from instella_ray.serving.app import ModelArgs, ServeArgs, build
+from instella_ray.serving.config import Limits, ModelArgs, ServeArgs
+from instella_ray.serving.local import build_local
 
+from .asgi import listening
 from .models import make_generator, make_tokenizer
 
 KINDS = ("diffusion", "ar")
+KEY = "correct-horse-battery"
+HEADERS = {"authorization": f"Bearer {KEY}"}
+LONG = 1_000_000
+"""Steps that nobody waits for."""
+LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, pictures=4, steps=LONG, body_bytes=20_000, timeout_s=120)
 
 
 def make_folders(root: Path) -> dict[str, str]:
@@ -37,9 +47,14 @@ def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:
     return ServeArgs(**{**defaults, **changes})
 
 
+def small_args(folders: dict[str, str]) -> ServeArgs:
+    """An endpoint that six pictures of a model fill: two slots, two beside them in the replica, two in the queue."""
+    return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2})
+
+
 @contextmanager
-def serving(args: ServeArgs, name: str = "test") -> Iterator[str]:
-    """The address of an endpoint that is there within the block."""
+def serve_started() -> Iterator[str]:
+    """The address of a Serve that is there within the block, without applications."""
     from ray import serve
 
     _until_serve_is_gone()
@@ -49,10 +64,30 @@ def serving(args: ServeArgs, name: str = "test") -> Iterator[str]:
     # One proxy: those of several nodes on one machine would share the port, and take connections with them when they go.
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
-        serve.run(build(args), name=name, route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
+
+
+@contextmanager
+def deployed(args: ServeArgs, name: str, route_prefix: str | None = "/") -> Iterator[None]:
+    """An endpoint on the Serve that is there."""
+    from ray import serve
+
+    from instella_ray.serving.app import build
+
+    serve.run(build(args), name=name, route_prefix=route_prefix)
+    try:
+        yield
+    finally:
+        serve.delete(name)
+
+
+@contextmanager
+def serving(args: ServeArgs, name: str = "test") -> Iterator[str]:
+    """The address of an endpoint on a Serve of its own."""
+    with serve_started() as url, deployed(args, name):
+        yield url
 
 
 def _until_serve_is_gone(seconds: float = 120) -> None:
@@ -99,8 +134,30 @@ def events(client: httpx.Client, **body: Any) -> Iterator[dict[str, Any]]:
         assert done
 
 
-def rows(model: str, app: str = "test") -> float:
-    """Rows that a generator's replicas have waiting or active. Waits where a replica is full."""
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint that listens, and a look into its engines."""
+
+    url: str
+    rows: Callable[[str], float]
+    """Rows that a generator has waiting or active, by model."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def client(self, **options: Any) -> httpx.Client:
+        """A new client with the endpoint's key."""
+        return httpx.Client(base_url=self.url, headers=dict(self.headers), **{"timeout": 150, **options})
+
+    def wait_for_rows(self, model: str, expected: float, seconds: float = 10) -> float:
+        """Wait until a generator has so many rows; returns how long it took."""
+        began = time.monotonic()
+        while (found := self.rows(model)) != expected:
+            assert time.monotonic() - began < seconds, f"{found} rows after {seconds} s, expected {expected}"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+def serve_rows(app: str, model: str) -> float:
+    """Rows of a generator's replicas on Serve. Waits where a replica is full."""
     from ray import serve
 
     handle = serve.get_deployment_handle(f"Generator-{model}", app)
@@ -108,10 +165,15 @@ def rows(model: str, app: str = "test") -> float:
     return sum(value for replica in stats for key, value in replica.items() if key != "slots")
 
 
-def wait_for_rows(model: str, expected: float, app: str = "test", seconds: float = 10) -> float:
-    """Wait until a generator has so many rows; returns how long it took."""
-    began = time.monotonic()
-    while (found := rows(model, app)) != expected:
-        assert time.monotonic() - began < seconds, f"{found} rows after {seconds} s, expected {expected}"
-        time.sleep(0.02)
-    return time.monotonic() - began
+def local_rows(api: FastAPI, model: str) -> float:
+    """Rows of a generator of this process."""
+    stats = api.state.graph.generators[model].stage.runner.stats
+    return float(stats.waiting + stats.active)
+
+
+@contextmanager
+def local_endpoint(args: ServeArgs, headers: Mapping[str, str] | None = None) -> Iterator[Endpoint]:
+    """An endpoint of this process that listens on loopback."""
+    api = build_local(args)
+    with listening(api) as url:
+        yield Endpoint(url, partial(local_rows, api), headers or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,3 +70,47 @@ def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, f"not so within {seconds} s"
         time.sleep(0.1)
+
+
+def pids(handle: Any) -> set[int]:
+    """Processes of the replicas that answer; none while one is on its way out."""
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    try:
+        return {status["pid"] for status in handle.broadcast("status").results(timeout_s=10)}
+    except (RayActorError, DeploymentUnavailableError, TimeoutError):
+        return set()
+
+
+class Load:
+    """Callers of a generator in threads, each with a request of its own, again and again until told to stop."""
+
+    def __init__(self, handle: Any, *, callers: int, steps: int) -> None:
+        self.handle, self.steps = handle, steps
+        self.answers: list[tuple[float, int, np.ndarray]] = []
+        """When each answered call began, its request's number, and its codes."""
+        self.errors: list[tuple[float, Exception]] = []
+        """Seconds until each failure."""
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(n,)) for n in range(callers)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, number: int) -> None:
+        params = sampling(number, num_inference_steps=self.steps)
+        while not self._end.is_set():
+            began = time.monotonic()
+            try:
+                made = self.handle.generate.remote(features(number), params).result(timeout_s=120)
+                self.answers.append((began, number, made.codes))
+            except Exception as error:
+                self.errors.append((time.monotonic() - began, error))

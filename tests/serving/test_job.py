@@ -32,7 +32,7 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", str(config)]
-    # Not the tests' own Ray, and this package from wherever the job is started.
+    # A Ray and a Serve of its own, because the job starts them; and this package from wherever it is started.
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
     job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -1,27 +1,37 @@
-"""Real traffic: a browser on the playground page, and five hundred random requests at sixteen in flight."""
+"""Random requests, sixteen in flight: pictures, streams, mistakes, clients that leave, deadlines that pass."""
 
 from __future__ import annotations
 
 import base64
 import collections
-import io
 import json
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
-from ..kit.browser import CONTROL, Browser
-from ..kit.endpoint import KINDS, events, generate, make_folders, opened, pictures, serve_args, serving, wait_for_rows
-from ..kit.playground import ask, complaint, shown, wait_for_pictures
+from instella_ray.serving.config import ServeArgs
 
-REQUESTS, IN_FLIGHT = 500, 16
+from ..kit.endpoint import (
+    KINDS,
+    Endpoint,
+    deployed,
+    events,
+    generate,
+    local_endpoint,
+    opened,
+    pictures,
+    serve_args,
+    serve_rows,
+)
+
+IN_FLIGHT = 16
 APP = "random-requests"
 GROWTH_MB = 60
 """What all replicas together may grow by over the second half of the requests; a leak of pictures would be more."""
@@ -55,11 +65,8 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    args = serve_args(make_folders(tmp_path_factory.mktemp("models")), model={"slots": 4, "queue": 64})
-    with serving(args, APP) as url, httpx.Client(base_url=url, timeout=120) as client:
-        yield client
+def args(folders: dict[str, str]) -> ServeArgs:
+    return serve_args(folders, model={"slots": 4, "queue": 64})
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
@@ -143,52 +150,39 @@ def memory_mb() -> float:
     return sum(found)
 
 
+@pytest.mark.process
+def test_a_hundred_random_requests_to_one_process(folders: dict[str, str]) -> None:
+    with local_endpoint(args(folders)) as endpoint:
+        many(endpoint, 100)
+
+
 @pytest.mark.ray
-@pytest.mark.slow
-def test_five_hundred_random_requests(client: httpx.Client) -> None:
-    asked = {"model": "diffusion", "seed": 3, "num_inference_steps": 50}
-    (before,) = pictures(client, **asked)
-    kinds: collections.Counter[str] = collections.Counter()
-    memory = []
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        for quarter in range(4):
-            kinds.update(pool.map(lambda number: one(client, number), range(quarter, REQUESTS, 4)))
-            memory.append(memory_mb())
-    print(json.dumps(kinds), "memory", [f"{mb:.0f} MB" for mb in memory])
-    assert sum(kinds.values()) == REQUESTS and min(kinds.values()) > 10
-    for kind in KINDS:
-        wait_for_rows(kind, 0, APP)
-    # Nothing was left in the gate either: it lets in as many pictures at once as it ever did.
-    assert len(pictures(client, prompt=["x"] * 4, n=16, num_inference_steps=1)) == 64
-    assert client.get("/healthz").status_code == 200
-    (after,) = pictures(client, **asked)
-    assert np.array_equal(before, after)
+@pytest.mark.nightly
+def test_five_hundred_random_requests_to_serve(serve_url: str, folders: dict[str, str]) -> None:
+    with deployed(args(folders), APP, route_prefix=f"/{APP}"):
+        endpoint = Endpoint(f"{serve_url}/{APP}", partial(serve_rows, APP))
+        memory = many(endpoint, 500, memory_mb)
     assert memory[-1] - memory[1] < GROWTH_MB
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_page_works_with_the_real_endpoint(browser: Browser, client: httpx.Client) -> None:
-    url = str(client.base_url)
-    with browser.page() as page:
-        page.look()
-        page.goto(url)
-        page.wait("document.querySelector('[name=size] option')")
-        ask(page, "a photo of a red circle", seed=5)
-        wait_for_pictures(page)
-        assert pixels(shown(page)).shape == (32, 32, 3)
-        first = shown(page)
-        body: dict[str, Any] = {"prompt": "a photo of a red circle", "seed": 5}
-        answer = client.post("/v1/images/generations", json=body).json()["data"][0]["b64_json"]
-        assert np.array_equal(pixels(base64.b64decode(answer)), pixels(first))
-        page.choose("article select", "64x32")
-        page.wait("document.querySelector('.facts').textContent.startsWith('64 × 32')")
-        assert pixels(shown(page)).shape == (32, 64, 3)
-        page.fill("[name=num_inference_steps]", "0")
-        page.press("Enter", CONTROL)
-        assert "num_inference_steps" in complaint(page)
-        assert page.complaints == []
-
-
-def pixels(file: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(file)))
+def many(endpoint: Endpoint, requests: int, measure: Callable[[], float] = lambda: 0.0) -> list[float]:
+    """Sends ``requests``, after which all must be as before; returns what ``measure`` gave after each quarter of them."""
+    asked = {"model": "diffusion", "seed": 3, "num_inference_steps": 50}
+    kinds: collections.Counter[str] = collections.Counter()
+    measured = []
+    with endpoint.client() as client:
+        (before,) = pictures(client, **asked)
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            for quarter in range(4):
+                kinds.update(pool.map(lambda number: one(client, number), range(quarter, requests, 4)))
+                measured.append(measure())
+        print(json.dumps(kinds), "measured", [f"{value:.0f}" for value in measured])
+        assert sum(kinds.values()) == requests and min(kinds.values()) > requests // 50 and len(kinds) == 5
+        for kind in KINDS:
+            endpoint.wait_for_rows(kind, 0)
+        # Nothing was left in the gate either: it lets in as many pictures at once as it ever did.
+        assert len(pictures(client, prompt=["x"] * 4, n=16, num_inference_steps=1)) == 64
+        assert client.get("/healthz").status_code == 200
+        (after,) = pictures(client, **asked)
+    assert np.array_equal(before, after)
+    return measured

@@ -302,7 +302,7 @@ def test_make_explains_itself() -> None:
     assert all(re.search(rf"^{name}:", MAKEFILE, re.M) for name in targets[1].split())
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     found = ROOT / ".uv" / "bin" / "uv"
     uv = str(found) if found.exists() else shutil.which("uv")

@@ -108,7 +108,7 @@ def test_the_versions_seen_to_work_together_are_pinned() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_resolving_again_changes_nothing(tmp_path: Path, uv: str) -> None:
     house = copy_of_the_house(tmp_path / "house")
     (house / ".uv" / "bin").mkdir(parents=True)
@@ -317,7 +317,7 @@ def offline(tmp_path: Path, stand_ins: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_without_a_torch_the_pinned_pair_is_installed(house: Path, tmp_path: Path, stand_ins: Path) -> None:
     """The control of the next test; and Python has no pip here, and the path has a space."""
     done = set_up(house, bare_python(tmp_path / "bare"), **offline(tmp_path, stand_ins))
@@ -333,7 +333,7 @@ def test_without_a_torch_the_pinned_pair_is_installed(house: Path, tmp_path: Pat
     assert where.stdout.strip() == str(house / "instella_ray")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_torch_that_python_brings_is_kept(house: Path, tmp_path: Path, stand_ins: Path) -> None:
     python, environment = bare_python(tmp_path / "bare"), offline(tmp_path, stand_ins)
     add_module(python, "torch", STAND_IN_TORCH)
@@ -355,7 +355,7 @@ def test_a_torch_that_python_brings_is_kept(house: Path, tmp_path: Path, stand_i
     check(set_up(house, inner, **environment))  # and from the activated environment
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_torch_that_came_later_takes_over(house: Path, tmp_path: Path, stand_ins: Path) -> None:
     python, environment = bare_python(tmp_path / "bare"), offline(tmp_path, stand_ins)
     assert set_up(house, python, **environment).returncode == 0

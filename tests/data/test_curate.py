@@ -131,9 +131,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.ray
-def test_real_shards(ray_session: None, emoji_shards: str, tmp_path: Path) -> None:
-    ledger = run_curate(config(emoji_shards, tmp_path / "out", rows_per_shard=500, local=False))
+@pytest.mark.process  # a second for every two hundred images
+def test_real_shards(emoji_shards: str, tmp_path: Path) -> None:
+    ledger = run_curate(config(emoji_shards, tmp_path / "out", rows_per_shard=500))
     assert ledger.to_json()["in"] == 1601
     assert ledger.kept == len(curated_keys(tmp_path / "out")) > 1500
     url = next(iter(find_shards(str(tmp_path / "out"))))

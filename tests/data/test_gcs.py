@@ -18,27 +18,33 @@ from ..kit.curation import COPY_FILTERS, shards_with_copies
 from ..kit.project import ROOT
 
 
-@pytest.mark.ray
+@pytest.mark.parametrize(
+    "local",
+    [
+        pytest.param(True, marks=pytest.mark.process),
+        pytest.param(False, marks=[pytest.mark.ray, pytest.mark.nightly]),
+    ],
+)
 def test_shards_in_a_bucket_are_listed_curated_and_read_by_range(
-    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], local: bool, request: pytest.FixtureRequest
 ) -> None:
-    import ray
-
     shards_with_copies(tmp_path / "in")
     for path in (tmp_path / "in").glob("*.tar"):
         storage.write_bytes(f"{bucket}/in/{path.name}", path.read_bytes())
     assert cli.main(["shards", f"{bucket}/in/*.tar", "--output", f"{bucket}/in/shards.json"]) == 0
     assert "3 shards" in capsys.readouterr().out
 
-    # A driver of its own, whose workers know where the bucket is.
-    where = {name: os.environ[name] for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")}
-    env = {
-        **os.environ,
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": where}}),
-        "PYTHONPATH": str(ROOT),
-    }
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if not local:
+        # A driver of its own, whose workers know where the bucket is.
+        request.getfixturevalue("ray_session")
+        import ray
+
+        where = {name: os.environ[name] for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")}
+        env["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        env["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": where}})
     sets = [f"input={bucket}/in", f"output={bucket}/out", f"filters={json.dumps(COPY_FILTERS)}", "rows_per_shard=5"]
+    sets.append(f"local={str(local).lower()}")
     command = [sys.executable, str(ROOT / "jobs" / "curate.py"), *(w for item in sets for w in ("--set", item))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from instella_ray.data.shards import write_tar
 
 from ..kit.shards import picture
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 SHARDS, PICTURES = 6, 5
 
 

@@ -19,7 +19,7 @@ from ..kit.project import ROOT
 from ..kit.shards import picture
 from . import driver
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]  # clusters of several nodes, whole nodes killed
 SHARDS, ROWS = 16, 40
 PROMPTS = 60
 Told = Callable[[Callable[..., Any]], dict[str, Any]]

@@ -16,7 +16,7 @@ from ..kit.pretrained import save_captioner, save_stable_diffusion_3
 from ..kit.processes import wait_until
 from ..kit.project import JOBS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 STEPS = 300
 
 

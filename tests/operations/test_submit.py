@@ -185,6 +185,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, trial: 
     assert wait_until(lambda: head.client.get_job_status(order.job) == "SUCCEEDED", 60)
 
 
+@pytest.mark.nightly
 def test_a_job_may_wait_for_a_cluster_that_grows(head: Head, project: str) -> None:
     order = head.submit("--queue", "--working-dir", project, "--", *TRAINING)
     assert wait_until(lambda: "waiting for 6 CPUs" in order.output, 180), order.output

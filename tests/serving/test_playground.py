@@ -53,7 +53,7 @@ def test_the_page_is_one_file_that_asks_nobody_else() -> None:
     assert re.findall(r"localStorage|document\.cookie", text) == []
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_picture_appears_step_by_step(page: Page, server: Contract) -> None:
     server.stop_at = 4
     ask(page, seed=7)
@@ -78,7 +78,7 @@ def test_a_picture_appears_step_by_step(page: Page, server: Contract) -> None:
     assert server.bodies() == [{**asked, "stream": True, "partial_images": 6}]
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_what_the_form_says_is_what_is_asked_for(page: Page, server: Contract) -> None:
     page.choose("[name=model]", "big")
     assert page.js("document.querySelector('[name=guidance_scale]').value") == "1"
@@ -100,7 +100,7 @@ def test_what_the_form_says_is_what_is_asked_for(page: Page, server: Contract) -
         assert shown(page, f"article:nth-child({i + 1})") == drawing(codes_of("", 11 + i), "128x64")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_an_ar_model_has_no_steps_to_choose(page: Page, server: Contract) -> None:
     page.choose("[name=model]", "ar")
     ask(page)
@@ -110,7 +110,7 @@ def test_an_ar_model_has_no_steps_to_choose(page: Page, server: Contract) -> Non
     assert page.js("document.querySelector('[name=num_inference_steps]').value") == "8"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_seed_is_random_until_it_is_kept(page: Page, server: Contract) -> None:
     for i, choice in enumerate(["random", "random", "keep", "keep"]):
         page.click(f"label:has([value={choice}])")
@@ -120,7 +120,7 @@ def test_a_seed_is_random_until_it_is_kept(page: Page, server: Contract) -> None
     assert len(set(seeds)) == 2 and seeds[1] == seeds[2] == seeds[3]
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_cancelling_leaves_the_server_and_the_page_free(page: Page, server: Contract) -> None:
     server.stop_at = 2
     page.click("[name=n][value='2']")
@@ -145,7 +145,7 @@ REFUSALS: list[tuple[Response, str, str | None]] = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize(("answer", "line", "field"), REFUSALS, ids=["size", "prompt", "gateway"])
 def test_a_refusal_is_one_line_that_names_the_field(
     page: Page, server: Contract, answer: Response, line: str, field: str | None
@@ -161,7 +161,7 @@ def test_a_refusal_is_one_line_that_names_the_field(
     assert not page.js(SHOWN) and not page.js("document.querySelector('[aria-invalid]')")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_overload_says_when_to_try_again(page: Page, server: Contract) -> None:
     body = error_body("every slot is taken; try again later", kind="rate_limit_error")
     server.refusals.append(JSONResponse(body, 429, {"Retry-After": "4"}))
@@ -175,7 +175,7 @@ def test_overload_says_when_to_try_again(page: Page, server: Contract) -> None:
     assert first == second
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("trouble", "line"), [("break_at", "The connection was lost."), ("fail_at", "the engine failed")]
 )
@@ -193,7 +193,7 @@ def test_trouble_on_the_way_can_be_tried_again_with_the_same_seed(
     assert first == second
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_server_that_cannot_be_reached_is_said_so(page: Page, server: Contract) -> None:
     page.call("Network.enable")
     offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
@@ -205,7 +205,7 @@ def test_a_server_that_cannot_be_reached_is_said_so(page: Page, server: Contract
     wait_for_pictures(page)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_numbers_that_are_none_never_leave_the_page(page: Page, server: Contract) -> None:
     for seed in ("-1", "1.5", "abc", "9007199254740993"):
         ask(page, seed=seed)
@@ -213,7 +213,7 @@ def test_numbers_that_are_none_never_leave_the_page(page: Page, server: Contract
     assert server.bodies() == []
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Page, server: Contract) -> None:
     assert page.js("document.querySelector('#settings').hidden")
     server.keys.add("open-sesame-open")
@@ -237,7 +237,7 @@ def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Page, server: Con
     assert page.js("document.querySelector('#key').value") == "open-sesame-open"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("codes_in_answer", [True, False])
 def test_a_picture_is_drawn_again_at_another_size(page: Page, server: Contract, codes_in_answer: bool) -> None:
     server.codes_in_answer = codes_in_answer
@@ -256,7 +256,7 @@ def test_a_picture_is_drawn_again_at_another_size(page: Page, server: Contract, 
     assert page.js("document.querySelector('article select').value") == "128x64"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_pictures_and_codes_are_kept_as_files(page: Page, server: Contract, tmp_path: Path) -> None:
     page.downloads_to(tmp_path)
     ask(page, "A red circle!", seed=3)
@@ -279,7 +279,7 @@ def test_pictures_and_codes_are_kept_as_files(page: Page, server: Contract, tmp_
     assert page.js("!document.querySelector('#empty').hidden")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_prompt_is_text_in_the_page_and_in_the_shell(page: Page, server: Contract) -> None:
     ask(page, NASTY, seed=3)
     wait_for_pictures(page)
@@ -293,7 +293,7 @@ def test_a_prompt_is_text_in_the_page_and_in_the_shell(page: Page, server: Contr
     assert base64.b64decode(httpx.Response(200, text=done.stdout).json()["data"][0]["b64_json"]) == shown(page)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_picture_can_be_gone_on_from(page: Page, server: Contract) -> None:
     page.fill("[name=num_inference_steps]", "5")
     ask(page, "one", seed=21)
@@ -311,7 +311,7 @@ def test_a_picture_can_be_gone_on_from(page: Page, server: Contract) -> None:
     assert server.bodies()[2] == server.bodies()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_it_fits_the_window_and_everything_has_a_name(page: Page, server: Contract, width: int) -> None:
     page.look(width, 800, "dark" if width == 390 else "light")

@@ -26,6 +26,8 @@ from .asgi import listening
 from .models import make_generator, make_tokenizer
 
 KINDS = ("diffusion", "ar")
+APP = "test"
+"""Name of the endpoint's application on Serve."""
 KEY = "correct-horse-battery"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = 1_000_000
@@ -34,9 +36,11 @@ LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, pictures=4, steps=
 
 
 def make_folders(root: Path) -> dict[str, str]:
-    """A random tokenizer and one random generator of each kind."""
+    """A random tokenizer, one random generator of each kind, and a file with an API key."""
     tokenizer = make_tokenizer(root / "bit")
-    return {"bit": str(root / "bit"), **{kind: make_generator(root / kind, tokenizer, kind) for kind in KINDS}}
+    (root / "keys").write_text(KEY)
+    kinds = {kind: make_generator(root / kind, tokenizer, kind) for kind in KINDS}
+    return {"bit": str(root / "bit"), "keys": str(root / "keys"), **kinds}
 
 
 def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:
@@ -48,8 +52,8 @@ def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:
 
 
 def small_args(folders: dict[str, str]) -> ServeArgs:
-    """An endpoint that six pictures of a model fill: two slots, two beside them in the replica, two in the queue."""
-    return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2})
+    """An endpoint with keys that six pictures fill: two slots, two beside them in the replica, two in the queue."""
+    return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2}, api_keys_file=folders["keys"])
 
 
 @contextmanager
@@ -70,23 +74,30 @@ def serve_started() -> Iterator[str]:
 
 
 @contextmanager
-def deployed(args: ServeArgs, name: str, route_prefix: str | None = "/") -> Iterator[None]:
+def deployed(args: ServeArgs, name: str, route_prefix: str = "/") -> Iterator[None]:
     """An endpoint on the Serve that is there."""
     from ray import serve
 
-    from instella_ray.serving.app import build
-
-    serve.run(build(args), name=name, route_prefix=route_prefix)
+    deploy(args, name, route_prefix)
     try:
         yield
     finally:
         serve.delete(name)
 
 
+def deploy(args: ServeArgs, name: str, route_prefix: str) -> None:
+    from ray import serve
+
+    from instella_ray.serving.app import build
+
+    serve.run(build(args), name=name, route_prefix=route_prefix)
+
+
 @contextmanager
-def serving(args: ServeArgs, name: str = "test") -> Iterator[str]:
+def serving(args: ServeArgs) -> Iterator[str]:
     """The address of an endpoint on a Serve of its own."""
-    with serve_started() as url, deployed(args, name):
+    with serve_started() as url:
+        deploy(args, APP, "/")
         yield url
 
 

@@ -7,12 +7,8 @@ from functools import partial
 
 import pytest
 
-from instella_ray.serving.access import KEYS_VARIABLE
-
 from ..kit.browser import Browser, chromium
-from ..kit.endpoint import HEADERS, KEY, Endpoint, deployed, make_folders, serve_rows, serve_started, small_args
-
-APP = "test"
+from ..kit.endpoint import APP, HEADERS, Endpoint, deployed, make_folders, serve_rows, serve_started, small_args
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,5 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="package")
 def real(serve_url: str, folders: dict[str, str]) -> Iterator[Endpoint]:
     """The endpoint on a real Serve, with keys and little room."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(KEYS_VARIABLE, KEY)
-        with deployed(small_args(folders), APP):
-            yield Endpoint(serve_url, partial(serve_rows, APP), HEADERS)
+    with deployed(small_args(folders), APP):
+        yield Endpoint(serve_url, partial(serve_rows, APP), HEADERS)

@@ -15,7 +15,7 @@ from instella_ray.models.checkpoint import weight_hash
 from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded
 
-from ..kit.endpoint import Endpoint, generate
+from ..kit.endpoint import APP, Endpoint, generate
 from ..kit.models import make_generator
 from ..kit.stages import (
     EMPTY,
@@ -29,7 +29,6 @@ from ..kit.stages import (
     pids,
     sampling,
 )
-from .conftest import APP
 
 pytestmark = pytest.mark.ray
 

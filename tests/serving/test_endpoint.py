@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instella_ray.serving.access import KEYS_VARIABLE
 from instella_ray.serving.local import build_local
 
 from ..kit.asgi import in_process
 from ..kit.browser import CONTROL, Browser
-from ..kit.endpoint import HEADERS, KEY, KINDS, Endpoint, events, generate, opened, pictures, small_args
+from ..kit.endpoint import APP, HEADERS, KEY, KINDS, Endpoint, events, generate, opened, pictures, small_args
 from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_pictures
 from ..kit.stages import eventually
 
@@ -45,10 +44,7 @@ def client(real: Endpoint) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def local(folders: dict[str, str]) -> Iterator[httpx.Client]:
     """The same endpoint in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(KEYS_VARIABLE, KEY)
-        api = build_local(small_args(folders))
-    with in_process(api) as client:
+    with in_process(build_local(small_args(folders))) as client:
         client.headers.update(HEADERS)
         yield client
 
@@ -140,7 +136,7 @@ def test_a_replica_that_dies_costs_time_and_nothing_else(real: Endpoint, client:
     with ThreadPoolExecutor() as pool, real.client() as probe:
         answer = pool.submit(asked)
         real.wait_for_rows("diffusion", 1)
-        kill_the_replica("test#Generator-diffusion")
+        kill_the_replica(f"{APP}#Generator-diffusion")
         eventually(lambda: probe.get("/healthz").status_code == 503)
         assert "diffusion" in probe.get("/healthz").json()["error"]["message"]
         assert np.array_equal(answer.result(timeout=150), expected)

@@ -14,10 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from ..kit.endpoint import generate, make_folders, serve_args
+from ..kit.endpoint import HEADERS, generate, make_folders, serve_args
 from ..kit.project import ROOT
-
-KEY = "correct-horse-battery"
 
 
 @pytest.mark.ray
@@ -26,9 +24,8 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    keys = tmp_path / "keys"
-    keys.write_text(KEY)
-    args = serve_args(make_folders(tmp_path), api_keys_file=str(keys))
+    folders = make_folders(tmp_path)
+    args = serve_args(folders, api_keys_file=folders["keys"])
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", str(config)]
@@ -45,7 +42,7 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
         assert said == f"listening on http://127.0.0.1:{port} (with API keys)\n"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             assert generate(client).status_code == 401
-            client.headers["authorization"] = f"Bearer {KEY}"
+            client.headers.update(HEADERS)
             assert generate(client, size="32x32").status_code == 200
         # What a supervisor sends; the job answers as it does to Ctrl-C.
         job.send_signal(signal.SIGTERM)

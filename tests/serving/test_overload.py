@@ -15,17 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from instella_ray.serving.access import KEYS_VARIABLE
-
 from ..kit.endpoint import HEADERS, KEY, LONG, Endpoint, events, generate, local_endpoint, small_args
 
 
 @pytest.fixture(scope="module")
 def local(folders: dict[str, str]) -> Iterator[Endpoint]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(KEYS_VARIABLE, KEY)
-        with local_endpoint(small_args(folders), HEADERS) as endpoint:
-            yield endpoint
+    with local_endpoint(small_args(folders), HEADERS) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["local", pytest.param("real", marks=pytest.mark.ray)])

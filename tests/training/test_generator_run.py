@@ -43,6 +43,7 @@ def config(kind: Literal["diffusion", "ar"], codes: str, tokenizer: str, run_dir
             checkpoint_every=3,
             preview_every=3,
             optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+            precision="fp32",
             workers=WorkersConfig(count=2, cpus=0.5, max_failures=0),
         ),
     )

@@ -55,6 +55,7 @@ def config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> Toke
         "checkpoint_every": 6,
         "preview_every": 6,
         "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "precision": "fp32",
         "workers": WorkersConfig(count=2, cpus=0.5),
         **train,
     }

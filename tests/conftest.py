@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -33,6 +34,14 @@ hypothesis.settings.load_profile("tests")
 pytest.register_assert_rewrite("tests.kit")
 
 ROOT = Path(__file__).parents[1]
+PRETENDED = ROOT / "tests" / "pretended"
+if pretended := os.environ.get("INSTELLA_TEST_BF16"):
+    if pretended not in ("yes", "no"):
+        raise pytest.UsageError(f"INSTELLA_TEST_BF16={pretended}: expected yes or no")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PRETENDED), os.environ.get("PYTHONPATH")]))
+    spec = importlib.util.spec_from_file_location("pretended", PRETENDED / "sitecustomize.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 MARKERS = ("gpu", "nightly", "slow", "ray", "process")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +72,15 @@ def test_bfloat16_follows_the_processor(monkeypatch: pytest.MonkeyPatch, flags: 
     for device in (CPU, CUDA):
         assert compute_dtype(device, "fp32") == torch.float32
         assert compute_dtype(device, "bf16") == torch.bfloat16
+
+
+@pytest.mark.skipif(not os.environ.get("INSTELLA_TEST_BF16"), reason="no processor is pretended")
+def test_a_pretended_processor_is_that_of_every_process() -> None:
+    expected = {"yes": torch.bfloat16, "no": torch.float32}[os.environ["INSTELLA_TEST_BF16"]]
+    assert compute_dtype(CPU) == expected
+    code = "import torch, instella_ray.accelerator as a; print(a.compute_dtype(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(expected)
 
 
 def test_other_precisions_are_refused() -> None:

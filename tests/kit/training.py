@@ -46,6 +46,7 @@ def generator_config(
         "checkpoint_every": 3,
         "preview_every": 3,
         "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "precision": "fp32",  # auto is another on another processor
         "workers": HERE,
         **train,
     }
@@ -61,7 +62,7 @@ def generator_config(
     )
 
 
-def tokenizer_config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
+def tokenizer_config(shards: str, run_dir: Path | str, steps: int = 12, **train: object) -> TokenizerConfig:
     settings = {
         "run_dir": str(run_dir),
         "steps": steps,
@@ -70,6 +71,7 @@ def tokenizer_config(shards: str, run_dir: Path, steps: int = 12, **train: objec
         "checkpoint_every": 6,
         "preview_every": 6,
         "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=2),
+        "precision": "fp32",  # auto is another on another processor
         "workers": HERE,
         **train,
     }

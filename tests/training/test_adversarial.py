@@ -25,7 +25,8 @@ SMALL = TINY_BIT.model_copy(update={"normalize_logits": False})
 
 
 def third_stage(shards: str, **changes: Any) -> TokenizerConfig:
-    train = TrainConfig(run_dir="run", steps=10, global_batch=8, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0))
+    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0)
+    train = TrainConfig(run_dir="run", steps=10, global_batch=8, optimizer=optimizer, precision="fp32")
     settings = {"freeze_encoder": True, "adversarial": ADVERSARIAL, "temperature": 0.0, "late_temperature": 0.0}
     return TokenizerConfig(model=SMALL, data=shards, loss=PLAIN_LOSS, train=train, **{**settings, **changes})
 

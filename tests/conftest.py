@@ -26,6 +26,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 # Examples take longer on a busy machine, which is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)

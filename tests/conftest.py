@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ.update(
@@ -26,11 +26,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis
 import pytest
-from hypothesis import settings
-
-# How long an example takes depends on what else the machine does.
-settings.register_profile("untimed", settings(), deadline=None)
-settings.load_profile("untimed")
 
 # Examples take longer on a busy machine, which is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -60,6 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return max(found, default=0)
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Half of a surrogate pair in what a test has printed or logged cannot be sent from one process to another."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)

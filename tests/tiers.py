@@ -20,14 +20,16 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 SLOWEST = 15
+SPREAD = ("-n", "logical", "--dist", "loadfile")
+"""A process for every core; each takes whole files, whose tests share fixtures."""
 PARTS = {
-    # A process for every core; each takes whole files, whose tests share fixtures.
-    "without Ray": ("(unit or process) and not nightly", ("-n", "logical", "--dist", "loadfile")),
+    "units": ("unit and not nightly", SPREAD),
+    "without Ray": ("(unit or process) and not nightly", SPREAD),
     # These want the machine for themselves, and share one Ray session and one endpoint.
     "on Ray": ("not unit and not process and not nightly", ()),
     "nightly": ("nightly", ()),
 }
-TIERS = {"fast": ("without Ray",), "default": ("without Ray", "on Ray"), "all": tuple(PARTS)}
+TIERS = {"fast": ("units",), "default": ("without Ray", "on Ray"), "all": ("without Ray", "on Ray", "nightly")}
 NO_TESTS = 5
 """Pytest's exit code where a part has none of the tests that were asked for."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from instella_ray import logs
 from instella_ray.config import Config, parse_job
-from instella_ray.data.pipeline import WorkerLogging
+from instella_ray.data.ray_data import WorkerLogging
 from instella_ray.errors import UserError, run_main
 
 log = logging.getLogger("instella_ray.somewhere")

@@ -75,7 +75,7 @@ def fragile_run(shards: str, run_dir: str, notes: str, train: dict[str, Any], **
     given = {"checkpoint_every": 4, "preview_every": 12, "loggers": (), "workers": TWO, **train}
     # No loss reads the projection for other networks' features: workers must not wait for its gradients.
     model = TINY_BIT.model_copy(update={"repa_layer": 1})
-    cfg = tokenizer_config(shards, Path(run_dir), **given).model_copy(update={"model": model})
+    cfg = tokenizer_config(shards, run_dir, **given).model_copy(update={"model": model})
     return launch(cfg, lambda device: Fragile(cfg, notes, **harm), description=Path(notes).name)
 
 

@@ -61,7 +61,7 @@ def generator_config(
     )
 
 
-def tokenizer_config(shards: str, run_dir: Path, steps: int = 12, **train: object) -> TokenizerConfig:
+def tokenizer_config(shards: str, run_dir: Path | str, steps: int = 12, **train: object) -> TokenizerConfig:
     settings = {
         "run_dir": str(run_dir),
         "steps": steps,

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,16 +52,21 @@ def config(tmp_path: Path) -> Callable[..., EvaluateConfig]:
     return make
 
 
+@pytest.fixture
+def expected(config: Callable[..., EvaluateConfig], tmp_path: Path) -> dict[str, Any]:
+    """The numbers of an evaluation that nothing has disturbed."""
+    run_evaluate(config("whole", local=True))
+    found = numbers(tmp_path / "whole")
+    assert len(finished(tmp_path / "whole")) == FILES and found[""]["bit_usage"]["count"] == 8 * FILES
+    return found
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_drivers_and_actors_change_no_number(
-    ray_session: None, config: Callable[..., EvaluateConfig], tmp_path: Path
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(
+    ray_session: None, config: Callable[..., EvaluateConfig], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     import ray
-
-    run_evaluate(config("whole", local=True))
-    expected = numbers(tmp_path / "whole")
-    assert len(finished(tmp_path / "whole")) == FILES and expected[""]["bit_usage"]["count"] == 8 * FILES
 
     cfg = config("driver")
     sets = [f"{name}={getattr(cfg, name)}" for name in ("samples", "tokenizer", "output", "actors")]
@@ -74,10 +80,16 @@ def test_killed_drivers_and_actors_change_no_number(
     done = finished(tmp_path / "driver")
     assert 3 <= len(done) < FILES and not (tmp_path / "driver" / "results.json").exists()
     before = {path: path.stat().st_mtime_ns for unit in done for path in (tmp_path / "driver").rglob(f"{unit}/*")}
-    run_evaluate(config("driver", mode="resume"))
+    run_evaluate(config("driver", mode="resume", local=True))
     assert numbers(tmp_path / "driver") == expected
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_killed_measurer_is_replaced_and_changes_no_number(
+    ray_session: None, config: Callable[..., EvaluateConfig], expected: dict[str, Any], tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -94,7 +106,7 @@ def test_killed_drivers_and_actors_change_no_number(
     assert numbers(tmp_path / "actor") == expected
 
 
-@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.ray)])
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=[pytest.mark.ray, pytest.mark.nightly])])
 def test_a_bad_file_and_bad_weights_end_the_job_in_one_line(
     config: Callable[..., EvaluateConfig], tmp_path: Path, local: bool, request: pytest.FixtureRequest
 ) -> None:

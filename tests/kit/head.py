@@ -49,7 +49,8 @@ def end(process: subprocess.Popen[Any]) -> None:
     for each in with_children:
         with suppress(psutil.NoSuchProcess):
             each.terminate()
-    _, alive = psutil.wait_procs(with_children, timeout=20)
+    # Processes of Ray wait for one another before they end; nobody needs what they would still write down.
+    _, alive = psutil.wait_procs(with_children, timeout=3)
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()

@@ -294,7 +294,7 @@ def test_progress_comes_as_often_as_asked_and_ends_in_the_picture(kind: str) -> 
         assert torch.equal(told[0].estimate[:2], events[-1].codes[:2]) and not told[0].estimate[2:].any()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_engine_gives_the_same_pictures() -> None:
     torch.manual_seed(0)
     model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()

@@ -14,6 +14,8 @@ import httpx
 import pytest
 import yaml
 
+from instella_ray.serving.config import ModelArgs
+
 from ..kit.endpoint import HEADERS, generate, make_folders, serve_args
 from ..kit.project import ROOT
 
@@ -25,7 +27,7 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folders = make_folders(tmp_path)
-    args = serve_args(folders, api_keys_file=folders["keys"])
+    args = serve_args(folders, api_keys_file=folders["keys"], models={"ar": ModelArgs(path=folders["ar"])})
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", str(config)]

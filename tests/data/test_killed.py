@@ -121,7 +121,8 @@ def test_a_killed_worker_of_a_curation_is_replaced(
 
 
 def encoding(shards: str, tmp_path: Path, output: str, **more: Any) -> EncodeConfig:
-    write_tokenizer(tmp_path / "bit")
+    if not (tmp_path / "bit").exists():
+        write_tokenizer(tmp_path / "bit")
     given = {"input": shards, "output": str(tmp_path / output), "tokenizer": str(tmp_path / "bit"), **more}
     return EncodeConfig.model_validate({**given, "rows_per_file": 10, "batch_size": 4, "actors": 1})
 

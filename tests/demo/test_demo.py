@@ -86,7 +86,7 @@ def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_
     first = start(folder)
     # Ctrl-C in the middle of the tokenizer's training.
     assert wait_until((folder / "runs" / "tokenizer" / "config.yaml").exists, 240), first.communicate(timeout=5)
-    time.sleep(3)
+    assert wait_until(lambda: any("RayTrainWorker" in line for line in session_processes(first.pid)), 120)
     os.killpg(first.pid, signal.SIGINT)
     output, _ = first.communicate(timeout=120)
     assert first.returncode == 130, output

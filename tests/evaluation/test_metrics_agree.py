@@ -122,7 +122,7 @@ class PictureSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.images[index]
 
 
-@pytest.mark.process  # 280 pictures through Inception
+@pytest.mark.nightly  # 280 pictures through Inception, twice
 def test_fid_equals_torch_fidelity_on_pictures(inception_weights: str) -> None:
     """Early features of the network, as those are as many as a test has pictures for."""
     import torch_fidelity

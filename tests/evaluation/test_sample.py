@@ -217,6 +217,7 @@ def test_codes_of_another_tokenizer_are_not_decoded(finished: Path, folders: dic
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_two_actors_a_sweep_and_other_files_change_no_bit(
     ray_session: None, folders: dict[str, str], tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def real_stage(name: str) -> Any:
     return serve.get_deployment_handle(name, APP)
 
 
+@pytest.mark.nightly
 def test_metrics_reach_the_prometheus_endpoint(pair: Any, real: Endpoint) -> None:
     import ray
     from ray._common.test_utils import fetch_prometheus_metrics

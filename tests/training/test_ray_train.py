@@ -96,6 +96,7 @@ def test_a_tokenizer_is_the_same_in_a_worker_and_in_its_jobs_own_process(
         assert a == b, file
 
 
+@pytest.mark.nightly
 def test_a_generator_is_the_same_in_a_worker_and_in_its_jobs_own_process(
     ray_session: None, codes: str, tokenizer: str, tmp_path: Path
 ) -> None:

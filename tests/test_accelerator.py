@@ -75,6 +75,7 @@ def test_bfloat16_follows_the_processor(monkeypatch: pytest.MonkeyPatch, flags: 
 
 
 @pytest.mark.skipif(not os.environ.get("INSTELLA_TEST_BF16"), reason="no processor is pretended")
+@pytest.mark.process
 def test_a_pretended_processor_is_that_of_every_process() -> None:
     expected = {"yes": torch.bfloat16, "no": torch.float32}[os.environ["INSTELLA_TEST_BF16"]]
     assert compute_dtype(CPU) == expected

@@ -134,6 +134,7 @@ def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
     assert [f"{f}: {name}" for f in files for name in imports(f) if name.split(".")[0] == "ray"] == []
 
 
+@pytest.mark.process
 def test_curation_its_workers_and_the_loader_never_load_torch() -> None:
     """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run.
 
@@ -271,6 +272,28 @@ def test_no_module_imports_a_file_of_tests() -> None:
     assert of_tests and found == []
 
 
+def test_unit_tests_are_of_one_process(request: pytest.FixtureRequest) -> None:
+    """Neither they nor what their file gives them begin another."""
+    trees: dict[Path, set[str]] = {}
+    found = []
+    for item in request.session.items:
+        if item.get_closest_marker("unit"):
+            if item.path not in trees:
+                trees[item.path] = functions_with_processes(item.path)
+            found += [item.nodeid] if item.originalname in trees[item.path] else []  # type: ignore[attr-defined]
+    assert found == []
+
+
+def functions_with_processes(path: Path) -> set[str]:
+    """Functions at the top of a file that start a process, or name one that does."""
+    top = ast.parse(path.read_text()).body
+    names = {node.name: set(re.findall(r"\w+(?:\.\w+)*", ast.unparse(node))) for node in top if hasattr(node, "name")}
+    found = {name for name, words in names.items() if words & {"subprocess.run", "subprocess.Popen"}}
+    while more := {name for name, words in names.items() if words & found} - found:
+        found |= more
+    return found
+
+
 def test_tests_that_start_ray_are_marked(request: pytest.FixtureRequest) -> None:
     started = [item for item in request.session.items if "ray_session" in getattr(item, "fixturenames", ())]
     assert [item.nodeid for item in started if not item.get_closest_marker("ray")] == []
@@ -296,6 +319,7 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
     load_hooks(str(ROOT / ".pre-commit-config.yaml"))
 
 
+@pytest.mark.process
 def test_make_explains_itself() -> None:
     out = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
     targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)

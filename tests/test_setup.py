@@ -185,6 +185,7 @@ def house(tmp_path: Path) -> Path:
     return copy_of_the_house(tmp_path / "a house")
 
 
+@pytest.mark.process
 def test_a_python_that_is_not_there_is_named(house: Path) -> None:
     done = set_up(house, "python-of-nowhere", "--plan")
     assert done.returncode == 2 and done.stdout == ""
@@ -192,6 +193,7 @@ def test_a_python_that_is_not_there_is_named(house: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 def test_an_old_python_is_refused_in_one_line(house: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n")
@@ -202,6 +204,7 @@ def test_an_old_python_is_refused_in_one_line(house: Path, tmp_path: Path) -> No
     assert not (house / ".venv").exists() and not (house / ".uv").exists()
 
 
+@pytest.mark.process
 def test_where_uv_comes_from(house: Path, tmp_path: Path) -> None:
     python = bare_python(tmp_path / "bare")
     nothing = wrapped(tmp_path / "nothing", python, "-m\\ pip*|-m\\ venv*|*ensurepip*) exit 1;;")
@@ -246,6 +249,7 @@ def test_where_uv_comes_from(house: Path, tmp_path: Path) -> None:
         ),
     ],
 )
+@pytest.mark.process
 def test_which_torch_is_used(house: Path, tmp_path: Path, modules: dict[str, str], line: str) -> None:
     python = bare_python(tmp_path / "bare")
     for name, version in modules.items():
@@ -253,6 +257,7 @@ def test_which_torch_is_used(house: Path, tmp_path: Path, modules: dict[str, str
     assert line.format(folder=site_packages(python)) in set_up(house, python, "--plan").stdout
 
 
+@pytest.mark.process
 def test_the_torch_that_the_set_up_installed_is_not_one_to_keep(house: Path) -> None:
     """With .venv activated, `python3` is the one in it."""
     python = bare_python(house / ".venv")

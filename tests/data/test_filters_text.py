@@ -60,6 +60,7 @@ def test_size_of_the_picture_and_direction_of_the_text_make_little_difference(sc
         assert other["text_size"] == pytest.approx(plain["text_size"], rel=0.3)
 
 
+@pytest.mark.process
 def test_any_picture_is_taken_and_scores_the_same_alone_and_in_a_batch(score: Scorer) -> None:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]

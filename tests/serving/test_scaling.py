@@ -70,6 +70,7 @@ def test_serve_takes_the_configurations() -> None:
         generator_scaling(3, 2)
 
 
+@pytest.mark.process
 def test_the_controller_needs_no_model_code_to_run_the_policy() -> None:
     """Serve's controller unpickles the policy: in a process without our package, and without torch."""
     policy = generator_scaling(1, 2).policy.get_serialized_policy_def()

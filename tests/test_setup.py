@@ -339,6 +339,7 @@ def test_without_a_torch_the_pinned_pair_is_installed(house: Path, tmp_path: Pat
 
 
 @pytest.mark.process
+@pytest.mark.nightly
 def test_a_torch_that_python_brings_is_kept(house: Path, tmp_path: Path, stand_ins: Path) -> None:
     python, environment = bare_python(tmp_path / "bare"), offline(tmp_path, stand_ins)
     add_module(python, "torch", STAND_IN_TORCH)
@@ -361,6 +362,7 @@ def test_a_torch_that_python_brings_is_kept(house: Path, tmp_path: Path, stand_i
 
 
 @pytest.mark.process
+@pytest.mark.nightly
 def test_a_torch_that_came_later_takes_over(house: Path, tmp_path: Path, stand_ins: Path) -> None:
     python, environment = bare_python(tmp_path / "bare"), offline(tmp_path, stand_ins)
     assert set_up(house, python, **environment).returncode == 0

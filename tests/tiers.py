@@ -13,7 +13,6 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -23,18 +22,12 @@ SLOWEST = 15
 SPREAD = ("-n", "logical", "--dist", "loadfile")
 """A process for every core; each takes whole files, whose tests share fixtures."""
 PARTS = {
-    "processes": ("process and not nightly", SPREAD),
-    "on Ray": ("not unit and not process and not nightly", ()),
     "units": ("unit and not nightly", SPREAD),
+    "without Ray": ("(unit or process) and not nightly", SPREAD),
+    "on Ray": ("not unit and not process and not nightly", ()),
     "nightly": ("nightly", ()),
 }
-TIERS = {
-    "fast": (("units",),),
-    "default": (("processes",), ("on Ray", "units")),
-    "all": (("processes",), ("on Ray", "units"), ("nightly",)),
-}
-"""Groups of parts, one after another. Processes of Ray wait more than they work: the others of a group take what that
-leaves of the cores."""
+TIERS = {"fast": ("units",), "default": ("without Ray", "on Ray"), "all": ("without Ray", "on Ray", "nightly")}
 NO_TESTS = 5
 """Pytest's exit code where a part has none of the tests that were asked for."""
 
@@ -57,38 +50,24 @@ def main(argv: Sequence[str]) -> int:
     outcomes: list[Outcome] = []
     broken: list[str] = []
     took: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-        for group in TIERS[tier]:
-            runs = {part: threads.submit(run_part, part, Path(folder), arguments, part != group[0]) for part in group}
-            for part, run in runs.items():
-                code, took[part] = run.result()
-                if part != group[0]:
-                    print((Path(folder) / f"{part}.log").read_text(), flush=True)
-                report = report_of(part, Path(folder))
-                outcomes += read_report(report, part) if report.exists() else []
-                # A part may fail without a failed test: by an error at collection, or by its process's end.
-                if code not in (0, 1, NO_TESTS):
-                    broken.append(f"{part}: pytest ended with {code}")
+    with tempfile.TemporaryDirectory() as folder:
+        for part in TIERS[tier]:
+            report, began = Path(folder, f"{part}.xml"), time.monotonic()
+            print(f"--- {part}", flush=True)
+            code = run_part(part, report, arguments)
+            took[part] = time.monotonic() - began
+            outcomes += read_report(report, part) if report.exists() else []
+            # A part may fail without a failed test: by an error at collection, or by its process's end.
+            if code not in (0, 1, NO_TESTS):
+                broken.append(f"{part}: pytest ended with {code}")
     return summarise(outcomes, broken, took, budget_s())
 
 
-def run_part(part: str, folder: Path, arguments: Sequence[str], beside: bool) -> tuple[int, float]:
-    """Pytest's exit code for a part, and its seconds; ``beside`` another it is modest, and its output goes into a file."""
-    print(f"--- {part}{', beside' if beside else ''}", flush=True)
+def run_part(part: str, report: Path, arguments: Sequence[str]) -> int:
+    """Pytest's exit code for a part, whose outcomes it writes into ``report``."""
     markers, spread = PARTS[part]
-    report = f"--junitxml={report_of(part, folder)}"
-    command = [sys.executable, "-m", "pytest", "-m", markers, *spread, report, *arguments]
-    began = time.monotonic()
-    if not beside:
-        return subprocess.run(command, cwd=ROOT).returncode, time.monotonic() - began
-    with (folder / f"{part}.log").open("w") as output:
-        done = subprocess.run(["nice", "-n", "10", *command], cwd=ROOT, stdout=output, stderr=output)
-    return done.returncode, time.monotonic() - began
-
-
-def report_of(part: str, folder: Path) -> Path:
-    """Where a part writes what became of its tests."""
-    return folder / f"{part}.xml"
+    command = [sys.executable, "-m", "pytest", "-m", markers, *spread, f"--junitxml={report}", *arguments]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def read_report(report: Path, part: str) -> list[Outcome]:

@@ -153,6 +153,7 @@ def test_a_dry_run_says_what_would_be_packed_needed_and_run_and_sends_nothing(he
     assert f"\nneeds 0 GPUs and 1 CPU\nhas   0 GPUs and 4 CPUs on 1 nodes, {head.address}\n" in output
 
 
+@pytest.mark.nightly
 def test_a_lost_connection_repeats_no_line_and_the_jobs_own_exit_code_is_passed_on(
     head: Head, trial: list[str], wire: Wire, tmp_path: Path
 ) -> None:

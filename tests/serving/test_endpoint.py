@@ -151,6 +151,7 @@ def kill_the_replica(deployment: str) -> None:
     ray.kill(ray.get_actor(name, namespace="serve"))
 
 
+@pytest.mark.nightly
 def test_serves_own_bound_becomes_429(serve_url: str, tmp_path: Path) -> None:
     """The bound behind the gate: a handle inside a deployment raises it for calls and streams, and both become 429."""
     from ray import serve

@@ -192,6 +192,7 @@ def test_a_run_in_one_process_and_its_validation_never_import_ray(codes: str, to
 
 
 @pytest.mark.process
+@pytest.mark.nightly
 def test_a_debugger_stops_at_a_breakpoint_in_the_loss(codes: str, tokenizer: str, tmp_path: Path) -> None:
     lines, first = inspect.getsourcelines(diffusion.diffusion_loss)
     line = first + len(lines) - 1

@@ -110,7 +110,9 @@ def test_a_generator_is_the_same_in_a_worker_and_in_its_jobs_own_process(
     )
 
 
-@pytest.mark.parametrize(("kind", "sharding"), [("diffusion", "fsdp2"), ("ar", "zero2")])
+@pytest.mark.parametrize(
+    ("kind", "sharding"), [("diffusion", "fsdp2"), pytest.param("ar", "zero2", marks=pytest.mark.nightly)]
+)
 def test_a_run_begun_in_one_process_goes_on_spread_over_two_workers(
     kind: Literal["diffusion", "ar"],
     sharding: str,

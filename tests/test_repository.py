@@ -287,7 +287,7 @@ def functions_with_processes(path: Path) -> set[str]:
     """Functions at the top of a file that start a process, or name one that does."""
     top = ast.parse(path.read_text()).body
     names = {node.name: set(re.findall(r"\w+(?:\.\w+)*", ast.unparse(node))) for node in top if hasattr(node, "name")}
-    found = {name for name, words in names.items() if words & {"subprocess.run", "subprocess.Popen"}}
+    found = {name for name, words in names.items() if words & {f"subprocess.{start}" for start in ("run", "Popen")}}
     while more := {name for name, words in names.items() if words & found} - found:
         found |= more
     return found

@@ -44,7 +44,7 @@ def curation(shards: str, output: Path, mode: str = "new") -> CurateConfig:
 
 
 def start(job: str, cfg: CurateConfig | EncodeConfig, folder: Path) -> subprocess.Popen[str]:
-    """The job as a driver of its own on the Ray that runs already."""
+    """The job as a driver of its own, which is to be killed, on the Ray that runs already."""
     import ray
 
     file = folder / f"{job}.yaml"

@@ -1,4 +1,4 @@
-"""One head with a token for all tests of this folder."""
+"""One head for all tests of this folder: the session's Ray has neither a dashboard to submit to nor a token."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ def test_a_node_taken_away_costs_no_step_and_the_run_goes_on_with_one_worker(sha
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     }
+    # A cluster of its own, of which a node goes.
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(given)],
         cwd=ROOT,

@@ -58,6 +58,7 @@ def test_workers_of_a_node_see_each_others_gpus_and_take_their_own(tmp_path: Pat
     out.mkdir()
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    # A Ray of its own, whose node is told of AMD's GPUs when it starts.
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(out)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180
     )

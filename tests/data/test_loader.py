@@ -150,6 +150,7 @@ sys.exit("torch is loaded" if "torch" in sys.modules else 0)
 """
 
 
+@pytest.mark.process
 def test_batches_are_made_without_torch(tmp_path: Path) -> None:
     """Of every kind, in a process that has nothing else to do: whatever runs torch there loads it."""
     (tmp_path / "codes").mkdir()

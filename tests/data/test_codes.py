@@ -14,8 +14,6 @@ from instella_ray.errors import UserError
 
 from ..kit.codes import BITS, TOKENS, write_codes
 
-pytestmark = pytest.mark.unit
-
 
 @given(st.integers(0, 4), st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
 def test_packing_is_lossless(count: int, tokens: int, bits: int, seed: int) -> None:

@@ -41,7 +41,6 @@ def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
     )
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_hostile_sample_gets_its_verdict(name: str) -> None:
     everything = tar_bytes([member for members, _ in HOSTILE.values() for member in members])
@@ -95,7 +94,6 @@ def test_a_second_run_refuses_resumes_or_starts_over(
     assert contents(out) == before
 
 
-@pytest.mark.unit
 def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -107,7 +105,6 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     assert contents(out) == {"thesis.txt": b"mine"}
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -80,7 +80,6 @@ def test_too_much_damage_stops_the_job_and_says_how_to_go_on(tmp_path: Path) -> 
     assert run_curate(again).to_json() == json.loads((tmp_path / "out" / "ledger.json").read_text())
 
 
-@pytest.mark.unit
 def test_a_limit_is_asked_only_of_enough_samples_or_at_the_end() -> None:
     limits = AbortConfig(quarantined=0.1, failed_downloads=0.5, after_rows=10)
     few = Ledger().count(["quarantined:undecodable"] * 3 + ["kept"] * 6)
@@ -95,7 +94,6 @@ def test_a_limit_is_asked_only_of_enough_samples_or_at_the_end() -> None:
         limits.check(links.count(["dropped:download_dns"]), "out")
 
 
-@pytest.mark.unit
 def test_the_funnel_ends_with_what_is_kept() -> None:
     verdicts = ["kept"] * 5 + [
         "dropped:watermark",
@@ -110,7 +108,6 @@ def test_the_funnel_ends_with_what_is_kept() -> None:
     assert steps[-1] == {"step": "near_duplicate", "kind": "dropped", "lost": 1, "left": 5}
 
 
-@pytest.mark.unit
 def test_a_histogram_draws_its_limits_and_what_lies_beyond() -> None:
     svg = svg_histogram([1] * BINS, Scale(0, 1), Limits(minimum=0.25, maximum=0.5))
     assert svg.count('class="in"') == BINS // 4 and svg.count('class="out"') == BINS * 3 // 4

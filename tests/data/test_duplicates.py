@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,8 +14,6 @@ from instella_ray.data.fingerprint import fingerprint
 
 from ..kit.curation import copy_of
 from ..kit.shards import picture
-
-pytestmark = pytest.mark.unit
 
 
 def prints_of(pictures: list[bytes]) -> Fingerprints:

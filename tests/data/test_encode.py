@@ -83,7 +83,6 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
         run_encode(config(shards, tokenizer, out, mode="resume"))
 
 
-@pytest.mark.unit
 def test_crops_and_flips_are_views_of_one_decode() -> None:
     row = {"image": picture(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
     table = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
@@ -94,7 +93,6 @@ def test_crops_and_flips_are_views_of_one_decode() -> None:
         assert np.array_equal(views[3 + number], views[number][:, ::-1])
 
 
-@pytest.mark.unit
 def test_a_size_that_does_not_fit_the_tokenizer_is_a_user_error(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="size 36: not a multiple of 8"):
         run_encode(config(shards, tokenizer, tmp_path / "codes", size=36))
@@ -103,7 +101,6 @@ def test_a_size_that_does_not_fit_the_tokenizer_is_a_user_error(shards: Path, to
     assert not (tmp_path / "codes").exists()
 
 
-@pytest.mark.unit
 def test_links_without_pictures_are_a_user_error_that_says_to_curate_first(tokenizer: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"URL": ["http://a/b.jpg"], "TEXT": ["c"]}), tmp_path / "laion.parquet")
     with pytest.raises(UserError, match=r"laion\.parquet: links without pictures; curate first"):

@@ -18,8 +18,6 @@ from instella_ray.data.histograms import BINS, histograms, merged
 
 from ..kit.shards import bomb, picture
 
-pytestmark = pytest.mark.unit
-
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()

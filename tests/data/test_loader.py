@@ -26,7 +26,6 @@ from instella_ray.errors import UserError
 from ..kit.codes import write_codes
 from ..kit.shards import picture
 
-pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 RANKS = st.sampled_from([1, 2, 4])
 

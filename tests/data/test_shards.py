@@ -17,8 +17,6 @@ from instella_ray.errors import UserError
 
 from ..kit.shards import HOSTILE, picture, sample, tar_bytes
 
-pytestmark = pytest.mark.unit
-
 
 def rows(data: bytes) -> list[dict[str, Any]]:
     return list(read_samples(io.BytesIO(data), "shard"))

@@ -74,7 +74,7 @@ def misspelt(target: Object, seed: int) -> tuple[str, Object]:
     return key, target
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(OVERLAYS), st.integers(0, 2**32), st.integers(0, 2**32))
 def test_a_misspelt_key_at_any_depth_is_refused(overlay: str, which: int, seed: int) -> None:
     built = objects(overlay)
@@ -84,7 +84,7 @@ def test_a_misspelt_key_at_any_depth_is_refused(overlay: str, which: int, seed: 
         pytest.fail(f"{key} of {target.get('kind')} may be misspelt")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32))
 def test_a_misspelt_key_of_the_serve_configuration_is_refused(seed: int) -> None:
     service = copy.deepcopy(of_kind("mi300x", "RayService")["endpoint"])
@@ -95,7 +95,7 @@ def test_a_misspelt_key_of_the_serve_configuration_is_refused(seed: int) -> None
         pytest.fail(f"{key} may be misspelt")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(0, 2**32))
 def test_kuberays_schema_refuses_misspelt_keys_too(shared_dir: Path, which: int, seed: int) -> None:
     built = [target for target in objects("mi300x") if target["apiVersion"] == "ray.io/v1"]

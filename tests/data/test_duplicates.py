@@ -41,7 +41,7 @@ def hashes_about(centres: list[int], flips: list[list[int]]) -> np.ndarray:
     st.lists(st.lists(st.integers(0, 63), max_size=8), max_size=40),
     st.integers(0, 8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_pair_within_the_distance_is_found_once(
     centres: list[int], flips: list[list[int]], distance: int
 ) -> None:
@@ -111,7 +111,7 @@ def test_chains_do_not_run_away() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_goes_is_near_what_stays_and_nothing_that_stays_is_near_anything_else(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     centres = rng.integers(0, 2**64, 20, np.uint64)

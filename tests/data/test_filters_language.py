@@ -50,7 +50,7 @@ def test_what_tells_no_language_has_no_score(text: str) -> None:
     assert Language().measure(Sample((512, 512), text, {})) == {}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=200))
 def test_any_caption_has_a_probability_or_none(text: str) -> None:
     for value in Language(languages=("en", "de", "en")).measure(Sample((1, 1), text, {})).values():

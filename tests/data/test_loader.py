@@ -37,7 +37,7 @@ def test_the_order_is_a_permutation(count: int, seed: int, epoch: int) -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30).filter(any), st.integers(1, 12), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_order_by_files_is_a_permutation_with_few_files_open(sizes: list[int], window: int, epoch: int) -> None:
     starts = np.cumsum([0, *sizes])
     count = int(starts[-1])
@@ -77,7 +77,7 @@ def test_epochs_and_seeds_give_unrelated_orders() -> None:
 
 
 @given(st.integers(1, 80), RANKS, RANKS, st.integers(1, 6), st.integers(0, 30), st.sampled_from([1, 2]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_each_sample_once_an_epoch_whatever_the_ranks_and_the_resume(
     count: int, world: int, world_after: int, micro: int, resume: int, window: int
 ) -> None:
@@ -257,7 +257,7 @@ class Numbers:
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_mixture_keeps_its_weights_and_uses_each_source_evenly(n: int, m: int, a: int, b: int, epoch: int) -> None:
     mix = Mixture([Numbers("x", n), Numbers("y", m)], [a, b], seed=1)
     epochs = [mix.batch(e, np.arange(len(mix))).items for e in range(epoch + 1)]
@@ -270,7 +270,7 @@ def test_a_mixture_keeps_its_weights_and_uses_each_source_evenly(n: int, m: int,
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), RANKS, st.integers(0, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ranks_see_all_sources_of_a_mixture_alike(weights: list[int], world: int, step: int) -> None:
     mix = Mixture([Numbers(f"{n}", 500) for n in range(len(weights))], weights, seed=2)
     total = sum(weights)

@@ -45,7 +45,7 @@ def planes(images: np.ndarray) -> torch.Tensor:
 # --- PSNR and SSIM
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(11, 48), st.integers(11, 48), st.floats(0, 60))
 def test_psnr_and_ssim_equal_torchmetrics(seed: int, height: int, width: int, noise: float) -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -77,7 +77,7 @@ def test_pictures_smaller_than_the_window_are_refused() -> None:
 # --- FID
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.integers(2, 24))
 def test_frechet_distance_equals_torch_fidelity_on_features(seed: int, width: int) -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

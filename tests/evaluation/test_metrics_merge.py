@@ -81,7 +81,7 @@ def reattached(metric: Metric) -> Metric:
 
 
 @pytest.mark.parametrize("name", METRICS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_merged_shards_equal_one_pass(name: str, data: st.DataObject) -> None:
     make = METRICS[name]

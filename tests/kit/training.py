@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from instella_ray.models.discriminator import DiscriminatorConfig
 from instella_ray.models.generator import GeneratorConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.training import generator
 from instella_ray.training.adversarial import AdversarialConfig
 from instella_ray.training.generator import GeneratorRunConfig, PreviewConfig
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
+from instella_ray.training.run_dir import latest_checkpoint
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig
 
@@ -81,3 +84,18 @@ def tokenizer_config(shards: str, run_dir: Path | str, steps: int = 12, **train:
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was logged of each step, without :data:`TIMED`."""
     return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+
+
+def stop_a_generator_run(cfg: GeneratorRunConfig) -> None:
+    """Begin a run of :func:`generator_config` here, which ends after four steps with a checkpoint of three."""
+
+    class Stopping(generator.GeneratorTask):
+        def before_step(self, step: int) -> None:
+            if step == 4:
+                raise RuntimeError("stopped on purpose")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "GeneratorTask", Stopping)
+        with pytest.raises(RuntimeError, match="stopped on purpose"):
+            generator.run_generator(cfg)
+    assert Path(latest_checkpoint(cfg.train.run_dir)).name == "step-0000003"

@@ -66,7 +66,7 @@ def pictures(e: StepEngine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
 @given(numbers=st.lists(st.integers(0, 40), min_size=1, max_size=9, unique=True), late=st.integers(0, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_request_gives_the_same_bits_alone_and_in_any_company(kind: str, numbers: list[int], late: int) -> None:
     together, done = engine(kind), {}
     for number in numbers[late:]:
@@ -212,7 +212,7 @@ ACTIONS = st.one_of(
 
 
 @given(actions=st.lists(ACTIONS, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_scheduler_does_what_a_simple_model_says(actions: list[tuple[object, ...]]) -> None:
     """Who is done, and who is too late, at every step; no slot is lost, whatever is submitted, cancelled or expires."""
     clock = Clock()

@@ -22,7 +22,7 @@ METADATA = st.dictionaries(st.text(max_size=8), VALUES | st.dictionaries(st.text
 
 @pytest.mark.parametrize("output_format", FORMATS)
 @given(metadata=METADATA)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_metadata_survives_in_every_format(output_format: str, metadata: dict[str, object]) -> None:
     data = encode_image(PICTURE, output_format, metadata)
     image = Image.open(io.BytesIO(data))

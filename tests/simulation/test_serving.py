@@ -36,7 +36,7 @@ def test_constants_are_those_of_the_real_deployments() -> None:
     assert f"else {simulated.TEXT_BATCH})" in inspect.getsource(deployments.TextEncoderStage)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rate=st.floats(1, 400),
     pictures=st.integers(1, 4),

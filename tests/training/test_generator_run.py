@@ -20,9 +20,9 @@ from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
-from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import read_metrics
 
-from ..kit.training import generator_config
+from ..kit.training import generator_config, stop_a_generator_run
 
 KINDS: dict[Literal["diffusion", "ar"], type] = {"diffusion": DiffusionGenerator, "ar": ARGenerator}
 
@@ -34,18 +34,8 @@ def test_a_stopped_run_goes_on_and_its_figures_pictures_and_model_are_all_there(
     codes: str,
     tokenizer: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Stopping(GeneratorTask):
-        def before_step(self, step: int) -> None:
-            if step == 4:
-                raise RuntimeError("stopped on purpose")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "GeneratorTask", Stopping)
-        with pytest.raises(RuntimeError, match="stopped on purpose"):
-            module.run_generator(generator_config(kind, codes, tokenizer, tmp_path / "run"))
-    assert Path(latest_checkpoint(tmp_path / "run")).name == "step-0000003"
+    stop_a_generator_run(generator_config(kind, codes, tokenizer, tmp_path / "run"))
 
     going_on = generator_config(kind, codes, tokenizer, tmp_path / "run", resume=True)
     folder = module.run_generator(going_on)

@@ -16,7 +16,7 @@ from instella_ray.training.losses import PerceptualConfig, ReconstructionLoss, T
 OFF = AugmentConfig(color=0, translation=0, cutout=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 4), st.integers(0, 99))
 def test_both_crops_come_from_the_same_place_within_the_picture(height: int, width: int, size: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def test_the_perceptual_loss_looks_at_the_whole_and_at_one_crop_of_both() -> Non
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 999))
 def test_augmentation_is_the_identity_at_strength_0_and_differentiable_at_any(seed: int) -> None:
     torch.manual_seed(seed)

@@ -17,14 +17,14 @@ from instella_ray.models.checkpoint import load_model, read_checkpoint_config
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.runs import read_record
 from instella_ray.training import generator as module
-from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
+from instella_ray.training.generator import GeneratorRunConfig, complete_config
 from instella_ray.training.ray_train import check_resources
 from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
 from instella_ray.training.settings import WorkersConfig
 from instella_ray.training.tokenizer import run_tokenizer
 
 from ..kit.project import job
-from ..kit.training import TWO, generator_config, tokenizer_config, untimed
+from ..kit.training import TWO, generator_config, stop_a_generator_run, tokenizer_config, untimed
 
 pytestmark = pytest.mark.ray
 WORKER, HERE = "worker", "here"
@@ -122,16 +122,7 @@ def test_a_run_begun_in_one_process_goes_on_spread_over_two_workers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Stopping(GeneratorTask):
-        def before_step(self, step: int) -> None:
-            if step == 4:
-                raise RuntimeError("stopped on purpose")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "GeneratorTask", Stopping)
-        with pytest.raises(RuntimeError, match="stopped on purpose"):
-            module.run_generator(generator_config(kind, codes, tokenizer, tmp_path / "run"))
-    assert Path(latest_checkpoint(tmp_path / "run")).name == "step-0000003"
+    stop_a_generator_run(generator_config(kind, codes, tokenizer, tmp_path / "run"))
 
     spread = {"workers": TWO, "sharding": sharding, "resume": True}
     going_on = generator_config(kind, codes, tokenizer, tmp_path / "run", **spread)

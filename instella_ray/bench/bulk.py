@@ -17,9 +17,8 @@ from ..evaluation.plan import SampleConfig, plan_samples
 from ..evaluation.sample import run_sample
 from ..models.bit import BIT
 from ..models.checkpoint import load_model, read_checkpoint_config
+from ..models.sampling import SamplingConfig, SamplingParams, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from ..sampling import SamplingParams, generate
-from ..sampling_config import SamplingConfig
 from .memory import peak_memory
 from .report import Cell, Goal, Result
 from .serving import ServingBench, save_models

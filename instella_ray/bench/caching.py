@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.joint_attention import JointCache, TextKV
-from ..sampling import SamplingParams, generate_ar, generate_diffusion
+from ..models.sampling import SamplingParams, generate_ar, generate_diffusion
 from ..serving.engine import EngineOptions, Finished, Request, StepEngine, build_engine
 from .measure import Spread, Timing, race, ratio
 from .report import Cell, Goal, Result

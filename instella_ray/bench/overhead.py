@@ -8,7 +8,7 @@ import torch
 
 from ..config import Config
 from ..models.generator import GeneratorConfig, build_generator
-from ..sampling import SamplingParams
+from ..models.sampling import SamplingParams
 from ..serving.engine import EngineOptions, Request, StepEngine, build_engine
 from .measure import Spread, race
 from .report import Cell, Goal, Result

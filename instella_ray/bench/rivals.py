@@ -18,9 +18,9 @@ from ray.serve import Application
 from ..data.decode import to_pixels
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, load_model
+from ..models.sampling import SamplingParams, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..rendering import encode_png
-from ..sampling import SamplingParams, generate
 from .load import PATH
 
 FIELDS = ("seed", "num_inference_steps", "guidance_scale", "temperature", "sampler")

@@ -94,7 +94,7 @@ class Stages:
         return seconds
 
     def _submit(self, steps: int) -> str:
-        from ..sampling import SamplingParams
+        from ..models.sampling import SamplingParams
         from ..serving.engine import Request
 
         self.number += 1

@@ -16,7 +16,7 @@ from .. import storage
 from ..accelerator import compute_dtype
 from ..data.loader import CodesBatch, Prefetcher
 from ..data.order import BatchPlan
-from ..diffusion import flip_noise, timesteps, x0_logits
+from ..models.diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache
 from ..training.effort import bf16_peak, peak_memory

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .. import philox
 from ..errors import UserError
+from ..models import philox
 
 
 class Order(Protocol):

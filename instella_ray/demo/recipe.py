@@ -13,8 +13,8 @@ from ..data.filters.config import FilterConfig
 from ..data.filters.samples import Resolution
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
+from ..models.sampling import SamplingConfig
 from ..models.text_encoder import TextEncoderConfig
-from ..sampling_config import SamplingConfig
 from ..serving.app import ModelArgs, ServeArgs
 from ..training.generator import GeneratorRunConfig, PreviewConfig
 from ..training.losses import PerceptualConfig, TokenizerLossConfig

@@ -15,7 +15,7 @@ from ..config import Config
 from ..data.parts import Mode
 from ..data.prompts import Prompt
 from ..errors import UserError
-from ..sampling_config import Guidance, Sampler, SamplingConfig, Temperature
+from ..models.sampling import Guidance, Sampler, SamplingConfig, Temperature
 from ..serving.buckets import Compilation
 
 

@@ -22,8 +22,8 @@ from ..config import Config
 from ..data.codes import pack_codes, unpack_codes
 from ..data.parts import finished_file
 from ..errors import UserError
+from ..models.sampling import SamplingConfig
 from ..runs import Origin, read_record
-from ..sampling_config import SamplingConfig
 
 MANIFEST, SWEEP = "manifest.json", "sweep.json"
 SCHEMA = pa.schema(

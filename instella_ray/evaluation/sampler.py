@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ..accelerator import Precision, pick_device
+from ..models.sampling import SamplingConfig, SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from ..sampling import SamplingParams
-from ..sampling_config import SamplingConfig
 from ..serving.engine import EngineOptions, Finished, Request
 from ..serving.weights import load_engine, serving_dtype
 from .plan import Planned

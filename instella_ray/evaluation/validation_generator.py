@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ..data.prompts import SCENES
-from ..sampling_config import SamplingConfig
+from ..models.sampling import SamplingConfig
 from ..training.generator import GeneratorRunConfig
 from .evaluate import EvaluateConfig, run_evaluate
 from .metric_settings import MetricsConfig

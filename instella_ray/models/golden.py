@@ -29,9 +29,17 @@ import torch
 from torch import Tensor
 
 from ..config import validate
-from ..diffusion import ar_loss, bit_accuracy, diffusion_loss, flip_noise, noise_probability, x0_logits
 from ..errors import UserError, run_main
-from ..sampling import (
+from ..storage import read_json
+from .bit import BIT
+from .checkpoint import Model, read_tensors
+from .diffusion import ar_loss, bit_accuracy, diffusion_loss, flip_noise, noise_probability, x0_logits
+from .generator import ARGenerator, DiffusionGenerator
+from .golden_facts import ARSamplingSection, Facts, SamplingSection, SizesSection, TokenizerSection
+from .joint_attention import TextKV
+from .published import FILES, RELEASED, ReleaseSettings, model_from_state
+from .rope import rope_table
+from .sampling import (
     SamplingParams,
     diffusion_step,
     generate_ar,
@@ -39,15 +47,7 @@ from ..sampling import (
     guided_probability,
     transition_probability,
 )
-from ..sampling import timestep as timestep_of
-from ..storage import read_json
-from .bit import BIT
-from .checkpoint import Model, read_tensors
-from .generator import ARGenerator, DiffusionGenerator
-from .golden_facts import ARSamplingSection, Facts, SamplingSection, SizesSection, TokenizerSection
-from .joint_attention import TextKV
-from .published import FILES, RELEASED, ReleaseSettings, model_from_state
-from .rope import rope_table
+from .sampling import timestep as timestep_of
 
 TOLERANCE = 1e-5
 SAMPLERS = {"alg1": "posterior", "alg2": "simplified"}

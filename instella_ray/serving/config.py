@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ..accelerator import Precision
 from ..config import Config
 from ..errors import UserError
-from ..sampling_config import SamplingConfig
+from ..models.sampling import SamplingConfig
 from .buckets import Compilation
 from .engine import EngineOptions
 from .safety import SafetyConfig

@@ -26,8 +26,8 @@ from ..data.decode import to_pixels
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
+from ..models.sampling import SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
-from ..sampling import SamplingParams
 from .batching import MicroBatcher
 from .codes import Generated
 from .engine import EngineOptions, Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import rng
+from ..models import rng
 
 AHEAD = 16
 """Draws that a slot holds at most. Those of a picture that ends early are lost, so not too many."""

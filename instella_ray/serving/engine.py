@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .. import rng
 from ..errors import UserError
+from ..models import rng
 from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache, TextKV
-from ..sampling import SamplingParams, ar_step, diffusion_step, timestep
+from ..models.sampling import SamplingParams, ar_step, diffusion_step, timestep
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
 from .draws import Draws
 

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from torch import Tensor
 
 from ..errors import UserError
-from ..sampling import SamplingParams
+from ..models.sampling import SamplingParams
 from .engine import Event, Expired, Finished, Progress, Request, StepEngine
 
 

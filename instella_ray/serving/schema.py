@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from ..sampling_config import Sampler, SamplingConfig
+from ..models.sampling import Sampler, SamplingConfig
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 ResponseFormat = Literal["b64_json", "codes"]

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .. import rng, storage
+from .. import storage
 from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.codes import CodesManifest, CodesReader
@@ -21,24 +21,16 @@ from ..data.image_data import PicturesBatch, PicturesData
 from ..data.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..data.model_origins import model_origin, text_encoder_origin
 from ..data.origins import data_origin, shard_origins
-from ..diffusion import (
-    TimeDistribution,
-    ar_loss,
-    bit_accuracy,
-    diffusion_loss,
-    flip_noise,
-    timesteps,
-    x0_logits,
-)
 from ..errors import UserError
 from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
+from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
+from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusion_loss, flip_noise, timesteps, x0_logits
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
+from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperature, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..runs import Origin
-from ..sampling import SamplingParams, generate
-from ..sampling_config import Guidance, SamplingConfig, Temperature
 from .launch import launch
 from .online import OnlineEncoder, require_encodable
 from .settings import TrainingRun

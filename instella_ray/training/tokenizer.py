@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import rng, storage
+from .. import storage
 from ..data.decode import to_pixels, to_tensor
 from ..data.image_data import ImageBatch, ImageData, require_pictures
 from ..data.loader import Data
@@ -20,6 +20,7 @@ from ..data.model_origins import model_origin
 from ..data.origins import shard_origins
 from ..errors import UserError
 from ..flops import tokenizer_training
+from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected
 from ..models.discriminator import DiscriminatorConfig

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import rng, storage
+from .. import storage
 from ..accelerator import compute_dtype
 from ..data.order import BatchPlan
+from ..models import rng
 from ..models.checkpoint import assemble
 from .checkpoint import Checkpoint, Discriminator, read_checkpoint, save_checkpoint
 from .fsdp import FSDPLearner

@@ -16,7 +16,7 @@ from instella_ray.errors import UserError
 from instella_ray.evaluation.compare import Row, compare
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
-from instella_ray.sampling_config import SamplingConfig
+from instella_ray.models.sampling import SamplingConfig
 
 from ..kit.models import write_tokenizer
 from ..kit.sample_sets import noise, write_samples, write_sweep

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from instella_ray.data.prompts import Prompt
 from instella_ray.evaluation.plan import Sweep, plan_samples, sample_seed
-from instella_ray.sampling_config import SamplingConfig
+from instella_ray.models.sampling import SamplingConfig
 
 TEXTS = st.text(min_size=1, max_size=8)
 

@@ -19,8 +19,8 @@ from instella_ray.evaluation.choice import ShowConfig
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.presets import TABLE3
 from instella_ray.evaluation.report import best, metric_rows
+from instella_ray.models.sampling import SamplingConfig
 from instella_ray.rendering import number, svg_curves, table, thumbnail
-from instella_ray.sampling_config import SamplingConfig
 
 from ..kit.models import write_tokenizer
 from ..kit.sample_sets import noise, write_samples, write_sweep

@@ -29,8 +29,7 @@ from instella_ray.evaluation.sample import plan_job, run_sample
 from instella_ray.evaluation.sample_set import BadFile, SampleSet, find_sample_sets, write_block
 from instella_ray.evaluation.sampler import Sampler
 from instella_ray.models.checkpoint import load_model, save_model
-from instella_ray.sampling import SamplingParams
-from instella_ray.sampling_config import SamplingConfig
+from instella_ray.models.sampling import SamplingConfig, SamplingParams
 from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 from instella_ray.serving.images import read_metadata
 

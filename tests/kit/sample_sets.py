@@ -21,7 +21,7 @@ from instella_ray.evaluation.sample_set import (
     write_block,
 )
 from instella_ray.models.checkpoint import weight_hash
-from instella_ray.sampling_config import SamplingConfig
+from instella_ray.models.sampling import SamplingConfig
 
 from .models import ONE_LAYER_BIT
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from instella_ray.models.checkpoint import load_model
-from instella_ray.sampling import SamplingParams
+from instella_ray.models.sampling import SamplingParams
 from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 
 OPTIONS = EngineOptions(slots=6, text_length=24)

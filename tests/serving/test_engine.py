@@ -14,7 +14,7 @@ from torch import Tensor
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
-from instella_ray.sampling import SamplingParams, generate
+from instella_ray.models.sampling import SamplingParams, generate
 from instella_ray.serving.batching import MicroBatcher
 from instella_ray.serving.buckets import bucket_sizes, usable_buckets
 from instella_ray.serving.engine import (

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from instella_ray import diffusion, logs
+from instella_ray import logs
 from instella_ray.config import load_config
 from instella_ray.errors import UserError, run_main
+from instella_ray.models import diffusion
 from instella_ray.models.checkpoint import load_model
 from instella_ray.operations.requirements import least
 from instella_ray.runs import read_record

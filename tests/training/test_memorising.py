@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from instella_ray import rng
-from instella_ray.diffusion import bit_accuracy, flip_noise, x0_logits
+from instella_ray.models import rng
+from instella_ray.models.diffusion import bit_accuracy, flip_noise, x0_logits
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask, complete_config
 from instella_ray.training.learner import Learner

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from instella_ray import rng
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.image_data import ImageData
 from instella_ray.errors import UserError
+from instella_ray.models import rng
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
 from instella_ray.training import tokenizer as module

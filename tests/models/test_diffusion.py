@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from instella_ray.diffusion import (
+from instella_ray.models.diffusion import (
     ar_loss,
     bit_accuracy,
     diffusion_loss,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from instella_ray import rng
+from instella_ray.models import rng
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 EXTREME_SEEDS = torch.tensor([0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from instella_ray.errors import UserError
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
-from instella_ray.sampling import SamplingParams, generate, generate_ar, generate_diffusion
+from instella_ray.models.sampling import SamplingParams, generate, generate_ar, generate_diffusion
 
 L, K, LAYERS, TEXT_WIDTH = 5, 3, 2, 8
 KINDS = ["diffusion", "ar"]

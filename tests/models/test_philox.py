@@ -1,4 +1,4 @@
-"""The generator in NumPy gives torch's numbers; tests/test_rng.py holds those against the published answers."""
+"""The generator in NumPy gives torch's numbers; tests/models/test_rng.py holds those against the published answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from instella_ray import rng
-from instella_ray.philox import philox
+from instella_ray.models import rng
+from instella_ray.models.philox import philox
 
 WORD = st.integers(0, 2**32 - 1)
 

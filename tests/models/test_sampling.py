@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from instella_ray.diffusion import noise_probability
 from instella_ray.errors import UserError
-from instella_ray.rng import uniforms
-from instella_ray.sampling import (
+from instella_ray.models.diffusion import noise_probability
+from instella_ray.models.rng import uniforms
+from instella_ray.models.sampling import (
     SAMPLERS,
+    Sampler,
+    SamplingConfig,
     SamplingParams,
     ar_step,
     diffusion_step,
@@ -28,7 +30,6 @@ from instella_ray.sampling import (
     timestep,
     transition_probability,
 )
-from instella_ray.sampling_config import Sampler, SamplingConfig
 
 ROWS = st.fixed_dictionaries(
     {

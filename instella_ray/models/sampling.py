@@ -12,19 +12,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ..config import Config
+from ..errors import UserError
 from . import rng
 from .diffusion import noise_probability, per_row
-from .errors import UserError
-from .models.generator import ARGenerator, DiffusionGenerator
-from .models.joint_attention import JointCache, TextKV
+from .generator import ARGenerator, DiffusionGenerator
+from .joint_attention import JointCache, TextKV
 
 SAMPLERS = {"posterior": 0, "simplified": 1}
 """``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+
+Sampler = Literal["posterior", "simplified"]
+Guidance = Annotated[float, Field(allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SamplingConfig(Config):
+    """The fields of :class:`SamplingParams` but the seed, with the same defaults."""
+
+    num_inference_steps: int = Field(20, ge=1)
+    guidance_scale: Guidance = 7.5
+    """The paper's alpha; 0 is without guidance."""
+    temperature: Temperature = 1.0
+    """0 is greedy."""
+    rho: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Exponent of the time grid."""
+    sampler: Sampler = "simplified"
+    """``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+    final_draw: bool = False
+    """Draw the last step's bits (the paper) in place of a threshold at 0.5 (the release)."""
+
 
 Uniforms = Callable[[int], Tensor] | Tensor | None
 OnStep = Callable[[int, Tensor, Tensor], None]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..engine.engine import EngineOptions, Finished, Request, StepEngine, build_engine
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.joint_attention import JointCache, TextKV
 from ..models.sampling import SamplingParams, generate_ar, generate_diffusion
-from ..serving.engine import EngineOptions, Finished, Request, StepEngine, build_engine
 from .measure import Spread, Timing, race, ratio
 from .report import Cell, Goal, Result
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 
 from ..config import Config
+from ..engine.engine import EngineOptions, Request, StepEngine, build_engine
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.sampling import SamplingParams
-from ..serving.engine import EngineOptions, Request, StepEngine, build_engine
 from .measure import Spread, race
 from .report import Cell, Goal, Result
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.sources import read_blocks
-from ..serving.buckets import bucket_sizes
+from ..engine.buckets import bucket_sizes
 from .serving import ServingBench
 
 STEPS = 1000
@@ -34,10 +34,10 @@ class Stages:
     def __init__(self, cfg: ServingBench, models: dict[str, str], repeats: int) -> None:
         import torch
 
+        from ..engine.engine import EngineOptions
+        from ..engine.weights import load_engine
         from ..models.text_encoder import TextEncoder
         from ..serving.deployments import DecoderStage, TextEncoderStage
-        from ..serving.engine import EngineOptions
-        from ..serving.weights import load_engine
 
         self.cfg, self.repeats = cfg, repeats
         text = cfg.text.model_copy(update={"max_length": cfg.text_length})
@@ -94,8 +94,8 @@ class Stages:
         return seconds
 
     def _submit(self, steps: int) -> str:
+        from ..engine.engine import Request
         from ..models.sampling import SamplingParams
-        from ..serving.engine import Request
 
         self.number += 1
         import torch

@@ -14,9 +14,9 @@ from ..accelerator import Precision
 from ..config import Config
 from ..data.parts import Mode
 from ..data.prompts import Prompt
+from ..engine.buckets import Compilation
 from ..errors import UserError
 from ..models.sampling import Guidance, Sampler, SamplingConfig, Temperature
-from ..serving.buckets import Compilation
 
 
 class Sweep(Config):

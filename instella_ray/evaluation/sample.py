@@ -18,12 +18,12 @@ from ..data.model_origins import model_origin
 from ..data.parts import QUARANTINE, open_output
 from ..data.pipeline import Pool, Stage, pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
+from ..engine.engine import EngineOptions
+from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
 from ..runs import Origin, recorded
-from ..serving.engine import EngineOptions
-from ..serving.weights import Identity
 from .plan import Planned, SampleConfig, plan_samples, settings_of
 from .sample_set import (
     MANIFEST,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ..accelerator import Precision, pick_device
+from ..engine.engine import EngineOptions, Finished, Request
+from ..engine.weights import load_engine, serving_dtype
 from ..models.sampling import SamplingConfig, SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from ..serving.engine import EngineOptions, Finished, Request
-from ..serving.weights import load_engine, serving_dtype
 from .plan import Planned
 
 

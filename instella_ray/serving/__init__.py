@@ -1,1 +1,1 @@
-"""Serving: a step engine that batches anything with anything, and the Ray Serve graph around it."""
+"""Serving: the graph around the step engine, on Ray Serve or in one process, and its HTTP API."""

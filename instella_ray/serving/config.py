@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from ..accelerator import Precision
 from ..config import Config
+from ..engine.buckets import Compilation
+from ..engine.engine import EngineOptions
 from ..errors import UserError
 from ..models.sampling import SamplingConfig
-from .buckets import Compilation
-from .engine import EngineOptions
 from .safety import SafetyConfig
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]

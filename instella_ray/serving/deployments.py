@@ -23,6 +23,8 @@ import torch
 from .. import logs
 from ..accelerator import Precision, pick_device
 from ..data.decode import to_pixels
+from ..engine.engine import EngineOptions, Progress
+from ..engine.weights import Identity, Weights, load_engine, serving_dtype
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
@@ -30,13 +32,11 @@ from ..models.sampling import SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from .batching import MicroBatcher
 from .codes import Generated
-from .engine import EngineOptions, Progress
 from .images import OPTIONS, encode_image
 from .metrics import EngineMetrics, StageTimes, in_replica
 from .runner import EngineRunner
 from .safety import SafetyConfig, load_checker
 from .scaling import ACTIVE, SLOTS, WAITING
-from .weights import Identity, Weights, load_engine, serving_dtype
 
 log = logging.getLogger(__name__)
 

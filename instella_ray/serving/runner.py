@@ -13,9 +13,9 @@ from contextlib import aclosing
 
 from torch import Tensor
 
+from ..engine.engine import Event, Expired, Finished, Progress, Request, StepEngine
 from ..errors import UserError
 from ..models.sampling import SamplingParams
-from .engine import Event, Expired, Finished, Progress, Request, StepEngine
 
 
 class DeadlineExceeded(Exception):

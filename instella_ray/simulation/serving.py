@@ -16,8 +16,8 @@ import simpy
 from pydantic import Field, model_validator
 
 from ..config import Config, load_config
+from ..engine.buckets import bucket_sizes
 from ..errors import UserError
-from ..serving.buckets import bucket_sizes
 from ..serving.config import ModelArgs, ServeArgs
 from .clock import Compute, Processors, Variation
 from .stage_time import StageTime

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from instella_ray.engine.engine import EngineOptions, Finished, Request, build_engine
 from instella_ray.models.checkpoint import load_model
 from instella_ray.models.sampling import SamplingParams
-from instella_ray.serving.engine import EngineOptions, Finished, Request, build_engine
 
 OPTIONS = EngineOptions(slots=6, text_length=24)
 FOREVER = 100_000_000

@@ -11,21 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from instella_ray.engine.buckets import bucket_sizes, usable_buckets
+from instella_ray.engine.engine import EngineOptions, Expired, Finished, Progress, Request, StepEngine, build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
 from instella_ray.models.sampling import SamplingParams, generate
 from instella_ray.serving.batching import MicroBatcher
-from instella_ray.serving.buckets import bucket_sizes, usable_buckets
-from instella_ray.serving.engine import (
-    EngineOptions,
-    Expired,
-    Finished,
-    Progress,
-    Request,
-    StepEngine,
-    build_engine,
-)
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed, EngineRunner
 
 SIZES = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 8}

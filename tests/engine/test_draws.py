@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instella_ray.engine.draws import AHEAD, NUMBERS, Draws
 from instella_ray.models import rng
-from instella_ray.serving.draws import AHEAD, NUMBERS, Draws
 
 SLOTS, TOKENS, BITS = 3, 2, 3
 

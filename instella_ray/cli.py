@@ -102,8 +102,8 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _shards(args: argparse.Namespace) -> None:
-    from .data.shards import list_shards
-    from .data.sources import SUFFIXES
+    from .data.formats.shards import list_shards
+    from .data.formats.sources import SUFFIXES
 
     made = list_shards(args.pattern, args.output, SUFFIXES)
     print(f"{args.output}: {len(made.shards)} shards, {made.bytes} bytes")

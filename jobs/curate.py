@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from instella_ray.config import parse_job
-from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.errors import run_main
 
 

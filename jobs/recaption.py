@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from instella_ray.config import parse_job
-from instella_ray.data.recaption import RecaptionConfig, run_recaption
+from instella_ray.data.generation.recaption import RecaptionConfig, run_recaption
 from instella_ray.errors import run_main
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from instella_ray.config import parse_job
-from instella_ray.data.synthesize import SynthesizeConfig, run_synthesize
+from instella_ray.data.generation.synthesize import SynthesizeConfig, run_synthesize
 from instella_ray.errors import run_main
 
 

@@ -140,7 +140,7 @@ def test_the_demos_flags_are_text_whatever_they_look_like(
 
 
 def test_every_shipped_configuration_loads() -> None:
-    from instella_ray.data.curate import CurateConfig
+    from instella_ray.data.curation.job import CurateConfig
     from instella_ray.data.encode import EncodeConfig
     from instella_ray.serving.app import ServeArgs
     from instella_ray.training.generator import GeneratorRunConfig

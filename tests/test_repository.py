@@ -43,12 +43,12 @@ WITHOUT_RAY = (
     "flops.py",
     "engine",
     "serving/batching.py",
-    "serving/images.py",
     "serving/runner.py",
     "serving/safety.py",
     "data/scenes.py",
-    "data/captioner.py",
-    "data/painter.py",
+    "data/formats",
+    "data/generation/captioner.py",
+    "data/generation/diffusers_pipeline.py",
     "data/prompts.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
@@ -126,9 +126,9 @@ def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
 def test_curation_its_workers_and_the_loader_never_load_torch() -> None:
     """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run.
 
-    Training's batches are made without it too: tests/data/test_loader.py makes some.
+    Training's batches are made without it too: tests/data/loading/test_loader.py makes some.
     """
-    modules = ("curate", "judge", "views", "codes", "deduplicate", "order", "loader", "image_data")
+    modules = ("curation.job", "curation.prefilter", "views", "formats.codes", "loading.loader", "loading.image_data")
     parts = ", ".join(f"instella_ray.data.{name}" for name in modules)
     code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -17,16 +17,16 @@ from PIL import Image
 from pydantic import Field
 
 from ..config import Config
-from ..data.codes import MANIFEST, CodesFile, CodesManifest, CodesReader, pack_codes, write_codes_file
-from ..data.curate import CurateConfig, run_curate
-from ..data.decode import decode_rgb, fit_square
-from ..data.loader import CodesData
-from ..data.order import BatchPlan
+from ..data.curation.job import CurateConfig, run_curate
+from ..data.formats.codes import MANIFEST, CodesFile, CodesManifest, CodesReader, pack_codes, write_codes_file
+from ..data.formats.images import decode_rgb, fit_square
+from ..data.formats.shards import find_shards, write_tar
+from ..data.formats.sources import shard_sources
+from ..data.formats.tar_source import read_samples
+from ..data.loading.loader import CodesData
+from ..data.loading.order import BatchPlan
 from ..data.pipeline import Stage
 from ..data.ray_data import init_ray, tables_dataset, unwrapped
-from ..data.shards import find_shards, write_tar
-from ..data.sources import shard_sources
-from ..data.tar_source import read_samples
 from ..data.views import Decoder
 from ..errors import UserError
 from ..storage import write_json

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from ray import serve
 from ray.serve import Application
 
-from ..data.decode import to_pixels
+from ..data.formats.images import to_pixels
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, load_model
 from ..models.sampling import SamplingParams, generate

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.image_data import DECODERS
+from ..data.loading.image_data import DECODERS
 from ..models.bit import BITConfig
 from ..simulation.training import Cluster, Run, simulate_training
 from ..training.losses import PerceptualConfig, TokenizerLossConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.sources import read_blocks
+from ..data.formats.sources import read_blocks
 from ..engine.buckets import bucket_sizes
 from .serving import ServingBench
 

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..config import Config
-from ..data.codes import CodesManifest
+from ..data.formats.codes import CodesManifest
+from ..data.formats.shards import Sample, write_webdataset
 from ..data.scenes import scene_rows
-from ..data.shards import Sample, write_webdataset
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import build_model, save_model, weight_hash
 from ..models.generator import GeneratorConfig

@@ -14,8 +14,8 @@ from torch import nn
 
 from .. import storage
 from ..accelerator import compute_dtype
-from ..data.loader import CodesBatch, Prefetcher
-from ..data.order import BatchPlan
+from ..data.loading.loader import CodesBatch, Prefetcher
+from ..data.loading.order import BatchPlan
 from ..models.diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache

@@ -13,15 +13,15 @@ from ..accelerator import pick_device
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
-from .codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
-from .decode import to_tensor
+from .formats.codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
+from .formats.images import to_tensor
+from .formats.parts import PartWriter
+from .formats.rows import BLOCK_BYTES
+from .formats.sources import find_pictures, shard_sources
 from .job import HOW, DataJobConfig, data_job
-from .model_origins import model_origin
-from .origins import shard_origins
-from .parts import PartWriter
+from .model_provenance import model_origin
 from .pipeline import Pool, Stage
-from .rows import BLOCK_BYTES
-from .sources import find_pictures, shard_sources
+from .provenance import shard_origins
 from .views import Decoder
 
 

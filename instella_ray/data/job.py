@@ -15,11 +15,10 @@ from .. import storage
 from ..config import Config
 from ..errors import UserError
 from ..runs import Origin, recorded
-from .ledger import Ledger
-from .origins import output_origin
-from .parts import LEDGER, Mode, PartFolder, PartWriter
+from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter
+from .formats.shards import part_entries, write_shard_list
 from .pipeline import CpuPool, Source, Stage, run_stages
-from .shard_list import part_entries, write_shard_list
+from .provenance import output_origin
 
 
 class AbortConfig(Config):

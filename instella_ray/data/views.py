@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .decode import UndecodableError, decode_rgb, fit_square
-from .ledger import KEPT
+from .formats.images import UndecodableError, decode_rgb, fit_square
+from .formats.parts import KEPT
 
 AT_ONCE = 64
 """Pictures that are decoded before their pixels become columns."""

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import storage
-from ..data.decode import UndecodableError, decode_rgb, fit_square
-from ..data.image_data import require_pictures
-from ..data.judge import Judge
-from ..data.ledger import KEPT
+from ..data.curation.prefilter import Judge
+from ..data.formats.images import UndecodableError, decode_rgb, fit_square
+from ..data.formats.parts import KEPT
+from ..data.formats.shards import find_shards
+from ..data.formats.tar_source import read_samples
+from ..data.loading.image_data import require_pictures
 from ..data.scenes import scene_prompts
-from ..data.shards import find_shards
-from ..data.tar_source import read_samples
 from ..errors import UserError
 from .recipe import DemoConfig, curate_config
 

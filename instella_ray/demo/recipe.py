@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..config import Config
-from ..data.curate import CurateConfig
+from ..data.curation.filters.config import FilterConfig
+from ..data.curation.filters.samples import Resolution
+from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
-from ..data.filters.config import FilterConfig
-from ..data.filters.samples import Resolution
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.sampling import SamplingConfig

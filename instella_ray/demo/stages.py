@@ -18,13 +18,13 @@ from ray import serve
 from tqdm import tqdm
 
 from .. import storage
-from ..data.curate import run_curate
-from ..data.decode import to_pixels, to_tensor
+from ..data.curation.job import run_curate
 from ..data.encode import run_encode
-from ..data.parts import Mode
+from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.parts import Mode
+from ..data.formats.shards import write_webdataset
 from ..data.scene_score import score, score_table
 from ..data.scenes import parse_caption, scene_rows
-from ..data.shards import write_webdataset
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from .. import storage
 from ..accelerator import pick_device
 from ..config import Config
-from ..data.decode import to_pixels
+from ..data.formats.images import encode_image, to_pixels
+from ..data.formats.shards import write_tar
 from ..data.pipeline import Pool, Stage, run_rows
-from ..data.shards import write_tar
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
-from ..serving.images import encode_image
 from .sample_set import SampleBlock, SampleSet, find_sample_sets
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import storage
 from ..accelerator import hardware_summary
-from ..data.model_origins import model_origin
-from ..data.parts import open_output
+from ..data.formats.parts import open_output
+from ..data.model_provenance import model_origin
 from ..data.pipeline import Pool
 from ..errors import UserError
 from ..runs import Origin, recorded

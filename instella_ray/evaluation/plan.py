@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..accelerator import Precision
 from ..config import Config
-from ..data.parts import Mode
+from ..data.formats.parts import Mode
 from ..data.prompts import Prompt
 from ..engine.buckets import Compilation
 from ..errors import UserError

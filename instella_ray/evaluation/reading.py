@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..data.decode import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
+from ..data.formats.images import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from .metrics.base import Batch

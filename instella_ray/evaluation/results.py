@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import storage
-from ..data.parts import finished_file
+from ..data.formats.parts import finished_file
 from ..errors import UserError
 from .gallery import GALLERY, read_gallery
 from .measure import ROWS, States

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
-from ..data.model_origins import model_origin
-from ..data.parts import QUARANTINE, open_output
+from ..data.formats.parts import QUARANTINE, open_output
+from ..data.model_provenance import model_origin
 from ..data.pipeline import Pool, Stage, pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
 from ..engine.engine import EngineOptions

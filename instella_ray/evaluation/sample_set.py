@@ -19,8 +19,8 @@ import pydantic
 
 from .. import storage
 from ..config import Config
-from ..data.codes import pack_codes, unpack_codes
-from ..data.parts import finished_file
+from ..data.formats.codes import pack_codes, unpack_codes
+from ..data.formats.parts import finished_file
 from ..errors import UserError
 from ..models.sampling import SamplingConfig
 from ..runs import Origin, read_record

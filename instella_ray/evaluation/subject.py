@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..config import Config
-from ..data.parts import Mode
+from ..data.formats.parts import Mode
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..config import Config
+from ..data.formats.shards import find_shards
+from ..data.formats.tar_source import read_samples
 from ..data.prompts import TEXT_KEYS
 from ..data.scenes import parse_caption
-from ..data.shards import find_shards
-from ..data.tar_source import read_samples
 from ..errors import UserError
 from .sample_set import SampleBlock, SampleSet
 

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..accelerator import pick_device
-from ..data.decode import to_pixels, to_tensor
-from ..data.image_data import ImageData, require_pictures
+from ..data.formats.images import to_pixels, to_tensor
+from ..data.loading.image_data import ImageData, require_pictures
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected

@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 from .. import storage
 from ..config import Config
-from ..data.model_origins import model_origin
-from ..data.origins import data_identity, data_origin, files_identity
-from ..data.parts import LEDGER
-from ..data.shards import find_files
-from ..data.sources import SUFFIXES
+from ..data.formats.images import read_metadata
+from ..data.formats.parts import LEDGER
+from ..data.formats.shards import find_files
+from ..data.formats.sources import SUFFIXES
+from ..data.model_provenance import model_origin
+from ..data.provenance import data_identity, data_origin, files_identity
 from ..errors import UserError
 from ..evaluation.sample_set import MANIFEST, SWEEP, samples_origin
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS, read_checkpoint_config, weight_hash
 from ..runs import RECORD, Origin, read_record
-from ..serving.images import read_metadata
 from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from functools import singledispatch
 
 from ..config import Config
-from ..data.curate import CurateConfig
+from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
-from ..data.recaption import RecaptionConfig
-from ..data.synthesize import SynthesizeConfig
+from ..data.generation.recaption import RecaptionConfig
+from ..data.generation.synthesize import SynthesizeConfig
 from ..evaluation.decode import DecodeConfig
 from ..evaluation.evaluate import EvaluateConfig
 from ..evaluation.plan import SampleConfig

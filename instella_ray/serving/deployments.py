@@ -22,7 +22,7 @@ import torch
 
 from .. import logs
 from ..accelerator import Precision, pick_device
-from ..data.decode import to_pixels
+from ..data.formats.images import OPTIONS, encode_image, to_pixels
 from ..engine.engine import EngineOptions, Progress
 from ..engine.weights import Identity, Weights, load_engine, serving_dtype
 from ..errors import UserError
@@ -32,7 +32,6 @@ from ..models.sampling import SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from .batching import MicroBatcher
 from .codes import Generated
-from .images import OPTIONS, encode_image
 from .metrics import EngineMetrics, StageTimes, in_replica
 from .runner import EngineRunner
 from .safety import SafetyConfig, load_checker

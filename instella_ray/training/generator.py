@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .. import storage
 from ..accelerator import compute_dtype
 from ..config import Config
-from ..data.codes import CodesManifest, CodesReader
-from ..data.decode import to_pixels
-from ..data.image_data import PicturesBatch, PicturesData
-from ..data.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
-from ..data.model_origins import model_origin, text_encoder_origin
-from ..data.origins import data_origin, shard_origins
+from ..data.formats.codes import CodesManifest, CodesReader
+from ..data.formats.images import to_pixels
+from ..data.loading.image_data import PicturesBatch, PicturesData
+from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
+from ..data.model_provenance import model_origin, text_encoder_origin
+from ..data.provenance import data_origin, shard_origins
 from ..errors import UserError
 from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
 from ..models import rng

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import torch
 
-from ..data.loader import Prefetcher
+from ..data.loading.loader import Prefetcher
 from .attempts import Attempt
 from .metrics_log import MetricsLog
 from .preemption import PreemptionNotice

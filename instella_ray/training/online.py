@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.decode import to_tensor
-from ..data.image_data import require_pictures
+from ..data.formats.images import to_tensor
+from ..data.loading.image_data import require_pictures
 from ..errors import UserError
 from ..flops import bit_encode
 from ..models.bit import BIT, BITConfig

@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..config import Config
-from ..data.codes import MANIFEST
-from ..data.shards import find_files
+from ..data.formats.codes import MANIFEST
+from ..data.formats.shards import find_files
 from ..errors import UserError
 from ..flops import (
     ACCELERATORS,

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import storage
-from ..data.model_origins import LINEAGE, lineage_section
+from ..data.model_provenance import LINEAGE, lineage_section
 from ..errors import UserError
 from ..models.checkpoint import add_section
 from ..runs import read_record

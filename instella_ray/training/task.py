@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data.loader import Data
+from ..data.loading.loader import Data
 from ..models.checkpoint import Model
 from .settings import OptimizerConfig
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import storage
-from ..data.decode import to_pixels, to_tensor
-from ..data.image_data import ImageBatch, ImageData, require_pictures
-from ..data.loader import Data
-from ..data.model_origins import model_origin
-from ..data.origins import shard_origins
+from ..data.formats.images import to_pixels, to_tensor
+from ..data.loading.image_data import ImageBatch, ImageData, require_pictures
+from ..data.loading.loader import Data
+from ..data.model_provenance import model_origin
+from ..data.provenance import shard_origins
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models import rng

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import storage
 from ..accelerator import compute_dtype
-from ..data.order import BatchPlan
+from ..data.loading.order import BatchPlan
 from ..models import rng
 from ..models.checkpoint import assemble
 from .checkpoint import Checkpoint, Discriminator, read_checkpoint, save_checkpoint

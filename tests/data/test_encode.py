@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instella_ray.data.codes import CodesReader
-from instella_ray.data.decode import decode_rgb, fit_square, to_tensor
 from instella_ray.data.encode import EncodeConfig, run_encode
-from instella_ray.data.shards import write_tar
+from instella_ray.data.formats.codes import CodesReader
+from instella_ray.data.formats.images import decode_rgb, fit_square, to_tensor
+from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.views import Decoder
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from instella_ray import cli, storage
-from instella_ray.data.image_data import ImageData
+from instella_ray.data.loading.image_data import ImageData
 
 from ..kit.curation import COPY_FILTERS, shards_with_copies
 from ..kit.project import ROOT

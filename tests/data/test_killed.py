@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
-from instella_ray.data.shards import write_tar
+from instella_ray.data.formats.shards import write_tar
 
 from ..kit.models import write_tokenizer
 from ..kit.processes import descendants, wait_until

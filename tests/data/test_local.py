@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instella_ray.config import Config
-from instella_ray.data import rows as data_rows
-from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
+from instella_ray.data.formats import rows as data_rows
+from instella_ray.data.formats.rows import blocks
+from instella_ray.data.formats.shards import write_tar
+from instella_ray.data.generation.recaption import RecaptionConfig, run_recaption
+from instella_ray.data.generation.synthesize import SynthesizeConfig, run_synthesize
 from instella_ray.data.pipeline import Pool, Stage, run_rows, run_stages
-from instella_ray.data.recaption import RecaptionConfig, run_recaption
-from instella_ray.data.rows import blocks
-from instella_ray.data.shards import write_tar
-from instella_ray.data.synthesize import SynthesizeConfig, run_synthesize
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.sample import run_sample
@@ -208,13 +208,13 @@ def interrupted(write: Callable[..., object], after: int) -> Callable[..., objec
 
 
 def test_ctrl_c_and_resume_make_the_same_files(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from instella_ray.data import curate, deduplicate
+    from instella_ray.data.curation import dedup_job, job
     from instella_ray.runs import read_record
 
     given = {"input": shards, "output": "x", "filters": COPY_FILTERS, "rows_per_shard": 3, "local": True}
     cfg = CurateConfig.model_validate(given)
     whole = made_by(run_curate, cfg, tmp_path / "whole")
-    for module, name in ((curate, "_write"), (deduplicate, "write_samples")):
+    for module, name in ((job, "_write"), (dedup_job, "write_samples")):
         folder = tmp_path / name
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, interrupted(getattr(module, name), 1))

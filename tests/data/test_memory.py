@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from instella_ray.bench.memory import peak_memory
-from instella_ray.data.curate import CurateConfig, run_curate
-from instella_ray.data.shards import write_tar
+from instella_ray.data.curation.job import CurateConfig, run_curate
+from instella_ray.data.formats.shards import write_tar
 
 from ..kit.shards import picture
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from instella_ray import cli
+from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
-from instella_ray.data.shards import write_tar
 from instella_ray.errors import UserError
 from instella_ray.evaluation.compare import Row, compare
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate

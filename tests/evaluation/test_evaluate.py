@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from instella_ray import storage
+from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import render, sample_scene, scene_rows
-from instella_ray.data.shards import write_tar
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig

@@ -62,7 +62,7 @@ def test_psnr_and_ssim_equal_torchmetrics(seed: int, height: int, width: int, no
 
 
 def test_psnr_equals_the_one_that_training_reports() -> None:
-    from instella_ray.data.decode import to_tensor
+    from instella_ray.data.formats.images import to_tensor
     from instella_ray.training.tokenizer import psnr
 
     a, b = pictures(4, 32), pictures(4, 32, seed=1)

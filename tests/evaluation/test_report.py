@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from instella_ray import storage
+from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
-from instella_ray.data.shards import write_tar
 from instella_ray.evaluation.choice import ShowConfig
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.presets import TABLE3

@@ -21,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
+from instella_ray.data.formats.images import read_metadata
 from instella_ray.engine.engine import EngineOptions, Finished, Request, build_engine
 from instella_ray.errors import UserError
 from instella_ray.evaluation.decode import DecodeConfig, run_decode
@@ -31,7 +32,6 @@ from instella_ray.evaluation.sample_set import BadFile, SampleSet, find_sample_s
 from instella_ray.evaluation.sampler import Sampler
 from instella_ray.models.checkpoint import load_model, save_model
 from instella_ray.models.sampling import SamplingConfig, SamplingParams
-from instella_ray.serving.images import read_metadata
 
 from ..kit.models import make_generator, make_tokenizer
 from ..kit.processes import descendants

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
-from instella_ray.data.model_origins import LINEAGE, lineage_section, model_origin, text_encoder_origin
-from instella_ray.data.origins import data_origin, shard_origins
-from instella_ray.data.shards import write_tar
+from instella_ray.data.formats.shards import write_tar
+from instella_ray.data.model_provenance import LINEAGE, lineage_section, model_origin, text_encoder_origin
+from instella_ray.data.provenance import data_origin, shard_origins
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import add_section, save_model, weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig

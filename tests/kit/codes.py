@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from instella_ray import storage
-from instella_ray.data.codes import CodesFile, CodesManifest, pack_codes, write_codes_file
+from instella_ray.data.formats.codes import CodesFile, CodesManifest, pack_codes, write_codes_file
 
 TOKENS, BITS = 5, 7
 

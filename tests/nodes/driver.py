@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from instella_ray.data.curate import CurateConfig, run_curate
+from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.evaluation.plan import SampleConfig
 from instella_ray.evaluation.sample import run_sample

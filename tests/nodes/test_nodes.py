@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from instella_ray.data.shards import write_tar
+from instella_ray.data.formats.shards import write_tar
 
 from ..kit.models import make_generator, make_tokenizer
 from ..kit.project import ROOT

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from instella_ray import cli, storage
+from instella_ray.data.formats.images import encode_image
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import weight_hash
 from instella_ray.operations.lineage import Link, trace, tree
-from instella_ray.serving.images import encode_image
 
 from ..kit.chain import Chain, below, make_chain
 from ..kit.models import make_generator

@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
+from instella_ray.data.formats.images import read_metadata
 from instella_ray.serving.api import PAGE
-from instella_ray.serving.images import read_metadata
 from instella_ray.serving.local import build_local
 
 from ..kit.asgi import in_process

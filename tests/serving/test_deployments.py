@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instella_ray.data.formats.images import read_metadata
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import weight_hash
-from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded
 
 from ..kit.endpoint import APP, Endpoint, generate

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from instella_ray.data.formats.images import read_metadata
 from instella_ray.engine.weights import serving_dtype
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.serving import deployments
 from instella_ray.serving.deployments import DecoderStage, GeneratorStage, TextEncoderStage
-from instella_ray.serving.images import read_metadata
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed
 
 from ..kit.models import TEXT, make_generator, make_tokenizer

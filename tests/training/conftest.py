@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from instella_ray import storage
-from instella_ray.data.codes import MANIFEST, CodesFile, CodesManifest, pack_codes, write_codes_file
+from instella_ray.data.formats.codes import MANIFEST, CodesFile, CodesManifest, pack_codes, write_codes_file
+from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.scenes import scene_rows
-from instella_ray.data.shards import write_webdataset
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model, weight_hash
 from instella_ray.training.settings import WorkersConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from instella_ray.config import dump_yaml, load_config
-from instella_ray.data.codes import write_codes_file
+from instella_ray.data.formats.codes import write_codes_file
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator

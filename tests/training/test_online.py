@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from instella_ray.data.codes import pack_codes, unpack_codes
-from instella_ray.data.decode import decode_rgb, fit_square
 from instella_ray.data.encode import EncodeConfig, Encoder
-from instella_ray.data.image_data import ImageData, PicturesData
-from instella_ray.data.loader import CaptionChoice
-from instella_ray.data.order import sample_uniforms
-from instella_ray.data.shards import write_tar
-from instella_ray.data.tar_index import PLACES, read_index, scan_index
+from instella_ray.data.formats.codes import pack_codes, unpack_codes
+from instella_ray.data.formats.images import decode_rgb, fit_square
+from instella_ray.data.formats.shards import write_tar
+from instella_ray.data.formats.tar_index import PLACES, read_index, scan_index
+from instella_ray.data.loading.image_data import ImageData, PicturesData
+from instella_ray.data.loading.loader import CaptionChoice
+from instella_ray.data.loading.order import sample_uniforms
 from instella_ray.errors import UserError
 from instella_ray.flops import generator_training
 from instella_ray.models.bit import BIT

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from instella_ray.config import dump_yaml, load_config
-from instella_ray.data.image_data import ImageData
+from instella_ray.data.loading.image_data import ImageData
 from instella_ray.errors import UserError
 from instella_ray.models import rng
 from instella_ray.models.bit import BIT

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from instella_ray import storage
-from instella_ray.data.image_data import ImageData
+from instella_ray.data.formats.shards import write_webdataset
+from instella_ray.data.loading.image_data import ImageData
 from instella_ray.data.scenes import scene_rows
-from instella_ray.data.shards import write_webdataset
 from instella_ray.errors import UserError
 from instella_ray.evaluation.validation_tokenizer import (
     TokenizerValidation,

@@ -10,7 +10,7 @@ import pydantic
 from PIL import Image
 
 from ...config import Config
-from ...data.decode import crop_square
+from ...data.formats.images import crop_square
 from ...errors import UserError
 
 if TYPE_CHECKING:

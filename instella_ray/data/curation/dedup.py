@@ -1,0 +1,167 @@
+"""Duplicates: fingerprints of images, and which of a whole set are copies of others. NumPy, no Ray.
+
+A fingerprint is a hash of the bytes, a perceptual hash, and the colours of a 4 x 4 grid. Of several copies the one with
+the most pixels stays, of equals the first. An image is compared with those that stay, not with those that go: chains of
+small differences do not run away. About 100 bytes an image are held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from scipy.fft import dctn
+
+from ..formats.images import UndecodableError, decode_rgb, open_picture
+from ..formats.parts import KEPT, QUARANTINED
+
+GRID = 4
+"""Cells along each side in which mean colours are compared."""
+FLAT = 8.0
+"""Coefficients under this, which is half a grey level of amplitude, are an encoder's noise and count as none."""
+
+FIELDS = [
+    ("exact", pa.binary(16)),
+    ("near", pa.uint64()),
+    ("colors", pa.binary(3 * GRID**2)),
+    ("pixels", pa.int64()),
+]
+"""Columns of a fingerprint: BLAKE2b of the file; the perceptual hash; mean RGB of each cell, since that hash knows no colour
+and little of plain pictures; width times height, since of several copies the largest stays."""
+
+
+def fingerprint(data: bytes) -> dict[str, Any]:
+    """The :data:`FIELDS` of an encoded picture; UndecodableError where it is none."""
+    width, height = open_picture(data).size
+    image = decode_rgb(data, at_least=64)
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
+    return {
+        "exact": hashlib.blake2b(data, digest_size=16).digest(),
+        "near": perceptual_hash(grey),
+        "colors": np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX), np.uint8).tobytes(),
+        "pixels": width * height,
+    }
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """64 bits of luminance ``[32, 32]``: which of its 64 lowest frequencies lie above their median (pHash)."""
+    low = dctn(grey, norm="ortho")[:8, :8].ravel()
+    low[np.abs(low) < FLAT] = 0
+    return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
+
+
+class Fingerprinter:
+    """Gives the kept rows of a block the columns of a fingerprint."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        verdicts = table["verdict"].to_pylist()
+        found: list[dict[str, Any]] = []
+        for number, (data, verdict) in enumerate(zip(table["image"].to_pylist(), verdicts, strict=True)):
+            try:
+                found.append(fingerprint(data) if verdict == KEPT else {})
+            except UndecodableError as error:
+                found.append({})
+                verdicts[number] = f"{QUARANTINED}:{error}"
+        columns = pa.Table.from_pylist(found, pa.schema(FIELDS))
+        judged = table.set_column(table.schema.get_field_index("verdict"), "verdict", pa.array(verdicts, pa.string()))
+        for name in columns.column_names:
+            judged = judged.append_column(name, columns[name])
+        return judged
+
+
+EXACT, NEAR = "exact_duplicate", "near_duplicate"
+
+
+class Fingerprints(NamedTuple):
+    """Columns over all pictures, in the set's order."""
+
+    exact: np.ndarray
+    """Bytes ``[N]`` (dtype S16)."""
+    near: np.ndarray
+    """uint64 ``[N]``."""
+    colors: np.ndarray
+    """uint8 ``[N, 48]``."""
+    pixels: np.ndarray
+    """int64 ``[N]``."""
+
+
+class Duplicates(NamedTuple):
+    """Pictures that go."""
+
+    picture: np.ndarray
+    """int64 ``[M]``, ascending."""
+    of: np.ndarray
+    """int64 ``[M]``: the picture that stays in its place."""
+    exact: np.ndarray
+    """bool ``[M]``: the files are the same to the byte."""
+
+
+def find_duplicates(prints: Fingerprints, max_distance: int | None, max_color_difference: int) -> Duplicates:
+    """The pictures to drop: copies to the byte, and with ``max_distance`` those whose hashes differ in at most so many bits
+    while no cell's colour differs by more than ``max_color_difference`` (0 to 255)."""
+    count = len(prints.near)
+    order = np.lexsort((np.arange(count), -prints.pixels))
+    of = np.full(count, -1, np.int64)
+    _, first, group = np.unique(prints.exact[order], return_index=True, return_inverse=True)
+    of[order] = np.where(first[group] == np.arange(count), -1, order[first[group]])
+    exact = of >= 0
+    if max_distance is not None:
+        left = order[~exact[order]]
+        for loser, winner in _near(left, prints, max_distance, max_color_difference):
+            of[loser] = winner
+        # What a copy was a copy of may itself have gone.
+        of[exact] = np.where(of[of[exact]] >= 0, of[of[exact]], of[exact])
+    gone = np.flatnonzero(of >= 0)
+    return Duplicates(gone, of[gone], exact[gone])
+
+
+def _near(order: np.ndarray, prints: Fingerprints, distance: int, color: int) -> Iterator[tuple[int, int]]:
+    """(picture that goes, picture that stays) among ``order``, best first."""
+    hashes, group = np.unique(prints.near[order], return_inverse=True)
+    neighbours: dict[int, list[int]] = defaultdict(list)
+    for a, b in near_pairs(hashes, distance):
+        neighbours[a].append(b)
+        neighbours[b].append(a)
+    crowded = np.bincount(group, minlength=len(hashes)) > 1
+    crowded[list(neighbours)] = True
+    staying: dict[int, list[int]] = defaultdict(list)
+    for place in np.flatnonzero(crowded[group]).tolist():
+        picture, here = int(order[place]), int(group[place])
+        rivals = [rival for hash_ in (here, *neighbours.get(here, ())) for rival in staying[hash_]]
+        if rivals:
+            apart = np.abs(prints.colors[rivals].astype(np.int16) - prints.colors[picture]).max(1)
+            if apart.min() <= color:
+                yield picture, rivals[int(apart.argmin())]
+                continue
+        staying[here].append(picture)
+
+
+def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """Index pairs of distinct uint64 ``hashes`` that differ in at most ``distance`` bits, each once.
+
+    The 64 bits are cut into ``distance + 3`` blocks, of which three at least must be equal: for every three, hashes sorted
+    by those bits stand next to the only ones that they need be compared with.
+    """
+    if distance == 0 or len(hashes) < 2:
+        return
+    bounds = np.linspace(0, 64, distance + 4).astype(int)
+    blocks = [np.uint64(((1 << int(b - a)) - 1) << int(a)) for a, b in pairwise(bounds)]
+    seen: set[tuple[int, int]] = set()
+    for chosen in combinations(blocks, 3):
+        keys = hashes & np.bitwise_or.reduce(np.array(chosen, np.uint64))
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        step, left = 1, np.arange(len(keys) - 1)
+        while len(left := left[left + step < len(keys)]) and len(left := left[keys[left] == keys[left + step]]):
+            a, b = order[left], order[left + step]
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= distance
+            fresh = {(min(p), max(p)) for p in zip(a[close].tolist(), b[close].tolist(), strict=True)} - seen
+            seen |= fresh
+            yield from sorted(fresh)
+            step += 1

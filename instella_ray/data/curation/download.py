@@ -1,0 +1,357 @@
+"""Pictures by their links: a polite and bounded downloader that trusts no server.
+
+Polite: few requests at once to one host, waits that grow, ``Retry-After`` and ``X-Robots-Tag: noai`` honoured. Bounded:
+every request has a time limit, every picture a size limit, and memory holds what is being read and one table's results.
+Every address is checked before it is connected to, those of redirects too (:mod:`.addresses`). ``robots.txt`` is not
+read: who curates a list of links answers for the hosts on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import logging
+import re
+import socket
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import aiohttp
+import pyarrow as pa
+from pydantic import Field
+from yarl import URL
+
+from ...config import Config
+from ...retries import RetryPolicy
+from ..formats.parts import DOWNLOAD
+from ..pipeline import Pool, Stage
+from .addresses import PublicResolver, RefusedAddressError, check_literal
+
+REDIRECTS = (301, 302, 303, 307, 308)
+OPT_OUTS = {"noai", "noimageai"}
+"""Directives of ``X-Robots-Tag``."""
+CONTENT_TYPES = ("application/octet-stream", "binary/octet-stream")
+"""Beside ``image/*``: what stores of files say that know no better. A type that is not given is no reason either."""
+CHUNK_BYTES = 64 << 10
+TABLES_AT_ONCE = 2
+"""An actor has so many in work: while one waits for its slowest hosts, the other keeps the connections busy."""
+
+log = logging.getLogger(__name__)
+
+
+class DownloadConfig(Config):
+    """How pictures are fetched. Limits are those of one actor."""
+
+    actors: int = Field(1, ge=1)
+    """Processes that download."""
+    concurrency: int = Field(64, ge=1)
+    """Requests at once."""
+    per_host: int = Field(4, ge=1)
+    """Requests at once to one host."""
+    batch_size: int = Field(512, ge=1)
+    """Rows that are fetched together, and looked at for one output tar at most; their pictures are in memory at once."""
+    timeout_s: float = Field(30, gt=0)
+    """For one request, from connecting to the last byte (s); a redirect is a new request."""
+    connect_timeout_s: float = Field(10, gt=0)
+    """For the connection alone (s)."""
+    retries: int = Field(2, ge=0)
+    """Further attempts after 429, 5xx, a timeout, a lost or refused connection, or a name server that is busy."""
+    backoff_s: float = Field(1, ge=0)
+    """Wait before the second attempt (s), about; it doubles with each further one."""
+    max_retry_after_s: float = Field(60, ge=0)
+    """A server that asks for a longer wait (s) is not asked again."""
+    max_bytes: int = Field(32 << 20, ge=1)
+    """Larger pictures are given up."""
+    max_redirects: int = Field(5, ge=0)
+    """Hops from the link to the picture."""
+    allow_private: bool = False
+    """Also connect to loopback, private and link-local addresses: for a file server of one's own alone."""
+    user_agent: str = Field("instella-ray-dataset/0.1", min_length=1)
+    """Name to tell servers; add an address at which their owners can reach you."""
+    respect_opt_out: bool = True
+    """Leave pictures whose server says ``X-Robots-Tag: noai`` or ``noimageai``, to whichever robot it says so."""
+
+
+def download_stage(cfg: DownloadConfig) -> Stage:
+    """The stage that fetches the pictures that rows (:data:`.rows.SCHEMA`) link to."""
+    # It waits, most of the time: a quarter of a CPU is enough.
+    return Stage(partial(Downloader, cfg), Pool(cfg.actors, cpus=0.25, calls_at_once=TABLES_AT_ONCE))
+
+
+class Downloader:
+    """Fills in ``image`` where it is empty, nothing is wrong with the row, and its ``meta`` has a ``url``.
+
+    A picture that does not come leaves ``download:REASON`` as the row's problem: ``http_404`` and the like, ``timeout``,
+    ``connection``, ``dns``, ``tls``, ``protocol``, ``bad_url``, ``private_address``, ``redirects``, ``opt_out``,
+    ``content_type``, ``content_encoding``, ``too_large``, ``cut_off``, ``empty``. Whether the bytes are a picture is not
+    judged here. May be called from several threads: they share the connections.
+    """
+
+    def __init__(self, cfg: DownloadConfig) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(32, "dns"))
+        self._thread = threading.Thread(target=_run, args=(self._loop,), daemon=True)
+        self._thread.start()
+        self._fetcher = self._wait_for(_open(cfg))
+        self._end = weakref.finalize(self, _end, self._loop, self._fetcher)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        images, problems = table["image"].to_pylist(), table["problem"].to_pylist()
+        metas = table["meta"].to_pylist()
+        links = {
+            row: str(json.loads(metas[row]).get("url", ""))
+            for row, (image, problem) in enumerate(zip(images, problems, strict=True))
+            if image is None and problem is None
+        }
+        for row, result in self._wait_for(_all(self._fetcher, links)).items():
+            if isinstance(result, bytes):
+                images[row] = result
+            else:
+                problems[row] = DOWNLOAD + result
+        for name, values in (("image", images), ("problem", problems)):
+            column = table.schema.get_field_index(name)
+            table = table.set_column(column, name, pa.array(values, table.schema.field(name).type))
+        return table
+
+    def close(self) -> None:
+        """End the connections and the thread, as happens of itself when nobody needs the downloader any more."""
+        self._end()
+        self._thread.join()
+
+    def _wait_for(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+class FetchError(Exception):
+    """No picture; ``after`` is the wait that the server asked for (s)."""
+
+    def __init__(self, reason: str, *, again: bool = False, after: float = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.again, self.after = reason, again, after
+
+
+class Fetcher:
+    """Fetches one link after another under the limits of a configuration, in one event loop."""
+
+    def __init__(self, cfg: DownloadConfig, session: aiohttp.ClientSession) -> None:
+        self.cfg, self.session = cfg, session
+        self._slots = asyncio.Semaphore(cfg.concurrency)
+        self._hosts: dict[str, _HostSlots] = {}
+
+    async def fetch(self, link: str) -> bytes | str:
+        """The bytes behind ``link``, or the reason that there are none."""
+        policy = RetryPolicy(
+            self._may_pass,
+            tries=self.cfg.retries + 1,
+            first_wait_s=self.cfg.backoff_s,
+            jitter=partial(_jitter, link),
+            asked_wait_s=_asked_wait_s,
+        )
+        try:
+            return await policy.call_async(partial(self._follow, link))
+        except FetchError as error:
+            return error.reason
+
+    def _may_pass(self, error: BaseException) -> bool:
+        return isinstance(error, FetchError) and error.again and error.after <= self.cfg.max_retry_after_s
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self.session.close()
+
+    async def _follow(self, link: str) -> bytes:
+        """Redirects are followed here, each as a request of its own, so that each is checked."""
+        url = _url(link)
+        for _ in range(self.cfg.max_redirects + 1):
+            try:
+                answer = await self._request(url)
+            except (FetchError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                raise _explained(error, url) from error
+            if isinstance(answer, bytes):
+                return answer
+            url = _url(answer, url)
+        raise FetchError("redirects")
+
+    async def _request(self, url: URL) -> bytes | str:
+        """The picture, or where a redirect leads."""
+        host = url.host or ""
+        if not self.cfg.allow_private:
+            check_literal(host)
+        # The host's slot first: who waits for a busy host must not keep others waiting.
+        async with self._host_slot(host), self._slots, asyncio.timeout(self.cfg.timeout_s):
+            async with self.session.get(url, allow_redirects=False) as response:
+                headers, status = response.headers, response.status
+                location = headers.get("Location") if status in REDIRECTS else None
+                if location is None and not 200 <= status < 300:
+                    again = status == 429 or status >= 500
+                    raise FetchError(f"http_{status}", again=again, after=_retry_after(headers))
+                if self.cfg.respect_opt_out and _opted_out(headers.getall("X-Robots-Tag", [])):
+                    raise FetchError("opt_out")
+                if location is not None:
+                    return location
+                if not _may_be_picture(headers.get("Content-Type", "")):
+                    raise FetchError("content_type")
+                if (response.content_length or 0) > self.cfg.max_bytes:
+                    raise FetchError("too_large")
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                    body += chunk
+                    if len(body) > self.cfg.max_bytes:
+                        raise FetchError("too_large")
+        return _decoded(bytes(body), headers.get("Content-Encoding", ""), self.cfg.max_bytes)
+
+    @asynccontextmanager
+    async def _host_slot(self, host: str) -> AsyncIterator[None]:
+        """Hosts that nobody waits for are forgotten: there are millions."""
+        slots = self._hosts.setdefault(host, _HostSlots(self.cfg.per_host))
+        slots.users += 1
+        try:
+            async with slots:
+                yield
+        finally:
+            slots.users -= 1
+            if not slots.users:
+                del self._hosts[host]
+
+
+class _HostSlots(asyncio.Semaphore):
+    users = 0
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, fetcher: Fetcher) -> None:
+    """Ask ``loop`` to end, without waiting: this may run in any thread, its own among them."""
+
+    async def end() -> None:
+        await fetcher.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+
+
+async def _open(cfg: DownloadConfig) -> Fetcher:
+    """With no cookies, no proxies, no connections that are kept, and bytes as they come."""
+    connector = aiohttp.TCPConnector(
+        limit=0,  # the fetcher counts
+        force_close=True,
+        ttl_dns_cache=300,
+        resolver=None if cfg.allow_private else PublicResolver(),
+    )
+    session = aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": cfg.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=cfg.connect_timeout_s),
+        auto_decompress=False,
+        trust_env=False,
+    )
+    return Fetcher(cfg, session)
+
+
+async def _all(fetcher: Fetcher, links: Mapping[int, str]) -> dict[int, bytes | str]:
+    results = await asyncio.gather(*map(fetcher.fetch, links.values()))
+    return dict(zip(links, results, strict=True))
+
+
+def _url(link: str, base: URL | None = None) -> URL:
+    """A link as one that may be asked for, without the password that it may hold."""
+    try:
+        url = URL(link.strip())
+        url = base.join(url) if base else url
+        if url.scheme in ("http", "https") and url.host and url.port:
+            return url.with_user(None).with_fragment(None)
+    except ValueError:
+        pass
+    raise FetchError("bad_url")
+
+
+def _explained(error: Exception, url: URL) -> FetchError:
+    match error:
+        case TimeoutError():
+            return FetchError("timeout", again=True)
+        case RefusedAddressError():
+            return FetchError("private_address")
+        case aiohttp.ClientConnectorDNSError():
+            return FetchError("dns", again=error.os_error.errno == socket.EAI_AGAIN)
+        case aiohttp.ClientSSLError():
+            return FetchError("tls")
+        case aiohttp.ClientPayloadError():
+            return FetchError("cut_off")
+        case ValueError():
+            return FetchError("bad_url")
+        case aiohttp.ClientConnectionError() | OSError():
+            return FetchError("connection", again=True)
+        case _:
+            # Whatever strangers' servers answer, it costs them their picture and nobody else's.
+            log.debug("%s: %r", url, error)
+            return FetchError("protocol")
+
+
+def _opted_out(values: list[str]) -> bool:
+    """``noai`` alone, among others, or after a robot's name and a colon."""
+    return any(OPT_OUTS.intersection(re.split(r"[\s,:;]+", value.lower())) for value in values)
+
+
+def _may_be_picture(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return not kind or kind.startswith("image/") or kind in CONTENT_TYPES
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to wait, given as a number or as a date."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _asked_wait_s(error: BaseException) -> float:
+    return error.after if isinstance(error, FetchError) else 0.0
+
+
+def _jitter(link: str, failures: int) -> float:
+    """0.5 to 1.5, by the link: those that failed together do not come back together."""
+    digest = hashlib.sha256(f"{failures - 1} {link}".encode("utf-8", "replace")).digest()
+    return 0.5 + digest[0] / 255
+
+
+def _decoded(body: bytes, encoding: str, limit: int) -> bytes:
+    """What a server compressed unasked, up to ``limit`` bytes."""
+    if not body:
+        raise FetchError("empty")
+    match encoding.strip().lower():
+        case "" | "identity":
+            return body
+        case "gzip" | "x-gzip" | "deflate":
+            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+            try:
+                plain = decoder.decompress(body, limit + 1)
+            except zlib.error:
+                raise FetchError("content_encoding") from None
+            if len(plain) > limit:
+                raise FetchError("too_large")
+            if not decoder.eof:
+                raise FetchError("cut_off")
+            return plain
+        case _:
+            raise FetchError("content_encoding")

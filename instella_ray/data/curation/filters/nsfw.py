@@ -1,0 +1,43 @@
+"""NSFW score of a picture by Open-NSFW, the model that the server's safety checker uses too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from PIL import Image
+from pydantic import Field
+
+from ....models.open_nsfw import PACKAGE, PACKAGED, load_open_nsfw
+from .base import Limits, Scale, Scorer, Scores
+from .onnx import CPU, CUDA, OnnxFilter
+
+
+class Nsfw(OnnxFilter):
+    """Open-NSFW's score at most ``maximum``. It is about nudity alone; LAION's ``punsafe`` is a filter of its own."""
+
+    scales: ClassVar[Mapping[str, Scale]] = {"nsfw": Scale(0, 1)}
+    requires: ClassVar[tuple[str, ...]] = (*OnnxFilter.requires, PACKAGE)
+    decode_size: ClassVar[int] = 512
+    files: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = PACKAGED
+    """ONNX file, or ``package:module/file`` within an installed package: a graph with Open-NSFW's input and outputs."""
+    maximum: float = Field(0.5, ge=0, le=1)
+    """Yahoo calls scores under 0.2 safe and over 0.8 unsafe."""
+
+    def check(self) -> None:
+        super().check()
+        self.load("cpu")  # 22 MB: cheaper than to find out on the actors
+
+    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+        return {"nsfw": ("nsfw", Limits(maximum=self.maximum))}
+
+    def load(self, device: str) -> Scorer:
+        providers = [CUDA, CPU] if device == "cuda" else [CPU]
+        classifier = load_open_nsfw(self.model, asker=self.label, extra="curate", providers=providers)
+
+        def score(images: Sequence[Image.Image]) -> list[Scores]:
+            return [{"nsfw": float(value)} for value in classifier.score_images(images)]
+
+        return score

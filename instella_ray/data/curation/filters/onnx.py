@@ -1,0 +1,28 @@
+"""Filters whose models run in onnxruntime, on the CPU or where its build has CUDA."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ....errors import UserError
+from .base import PictureFilter
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+class OnnxFilter(PictureFilter):
+    """A picture filter with a model in ONNX."""
+
+    requires: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+
+    def check(self) -> None:
+        super().check()
+        if not self.gpus_per_actor:
+            return
+        import onnxruntime
+
+        if CUDA not in onnxruntime.get_available_providers():
+            raise UserError(
+                f"{self.label}.gpus_per_actor {self.gpus_per_actor:g}: this onnxruntime computes on the CPU alone; "
+                "expected 0, or the package onnxruntime-gpu"
+            )

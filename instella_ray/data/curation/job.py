@@ -1,0 +1,91 @@
+"""Curation job: captioned shards in, clean shards, a ledger and a report out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field
+
+from ... import storage
+from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
+from ..formats.shards import write_samples
+from ..formats.sources import find_inputs, require_captions, shard_sources
+from ..job import HOW, DataJobConfig, data_job
+from ..pipeline import Stage
+from ..provenance import shard_origins
+from .dedup import Fingerprinter
+from .dedup_job import deduplicate
+from .download import DownloadConfig, download_stage
+from .filters.config import FilterConfig
+from .prefilter import Judge
+from .report import write_report
+from .scoring import score_stages
+from .stats import CurationNotes, shown_shards
+
+
+class CurateConfig(DataJobConfig):
+    """Which shards are read, what may stay, and where it goes."""
+
+    input: str
+    """WebDataset tars, or parquet with pictures or LAION's links: a path, glob, folder, list of shards, commas between.
+
+    Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
+    """
+    output: str
+    """Folder for the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
+    download: DownloadConfig = DownloadConfig()
+    filters: FilterConfig = FilterConfig()
+    rows_per_shard: int = Field(1000, ge=1)
+    """Samples looked at for one output tar; fewer where their images are large."""
+
+
+def run_curate(cfg: CurateConfig) -> Ledger:
+    """Curate ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
+
+    UserError when a filter lacks its package or weights, when there is no input, no caption in it, too much of it is
+    damaged, nothing is left of it, or when the output exists unasked.
+    """
+    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
+    for section in cfg.filters.sections().values():
+        section.check()
+    inputs = find_inputs(cfg.input)
+    require_captions(list(inputs.shards))
+    labels = tuple(inputs.shards.values())
+    shown = shown_shards(labels)
+    settings = _settings(cfg, bool(inputs.links))
+    with data_job(cfg, "curate", "shards", settings, shard_origins("shards", cfg.input)) as job:
+        if not job.done.issuperset(labels):
+            storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
+            notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
+            stages = [Stage(Judge(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
+            if cfg.filters.duplicates:
+                stages.append(Stage(Fingerprinter()))
+            rows_per_block = cfg.rows_per_shard
+            if inputs.links:
+                stages.insert(0, download_stage(cfg.download))
+                rows_per_block = min(rows_per_block, cfg.download.batch_size)
+            sources = shard_sources(inputs.shards, rows_per_block)
+            job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes))
+        if cfg.filters.duplicates:
+            deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
+        ledger = job.close(labels)
+        write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
+        job.require_kept(f"input {cfg.input}: no sample left")
+        return ledger
+
+
+def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
+    """What the output depends on: not how many actors made it."""
+    spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_pictures()}
+    links = (
+        set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
+    )
+    volatile: dict[str, Any] = {**dict.fromkeys(HOW, True), "download": links, "filters": spread}
+    return cfg.model_dump(mode="json", exclude=volatile)
+
+
+def _write(url: str, rows: list[Row]) -> int:
+    for row in rows:
+        row["meta"] = json.dumps({**json.loads(row["meta"]), "scores": json.loads(row["scores"])})
+    return write_samples(url, rows)

@@ -1,0 +1,58 @@
+"""Curation's first stage: what a sample's source, header, caption and metadata say of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow as pa
+
+from ..formats.images import UndecodableError, check_pixels, open_picture
+from ..formats.parts import DROPPED, KEPT, QUARANTINED, verdict_of
+from ..formats.rows import SCHEMA
+from .filters.base import Sample, Scores
+from .filters.config import FilterConfig
+
+JUDGED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
+"""``verdict`` as :class:`.ledger.Ledger` counts it; ``scores`` is a JSON object of numbers."""
+
+
+class Judge:
+    """Gives every row a verdict and its scores. The bytes of dropped rows go no further, but for a few to be shown.
+
+    ``shown`` names the shards of which ``examples`` pictures a block and reason stay.
+    """
+
+    def __init__(self, cfg: FilterConfig, shown: Collection[str] = (), examples: int = 0) -> None:
+        self.filters, self.shown, self.examples = cfg.of_samples(), frozenset(shown), examples
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        dropped: Counter[tuple[str, str]] = Counter()
+        for row in rows:
+            row["verdict"], scores = self.verdict(row)
+            row["scores"] = json.dumps(dict(scores))
+            if row["verdict"].startswith(DROPPED):
+                dropped[row["shard"], row["verdict"]] += 1
+                if row["shard"] not in self.shown or dropped[row["shard"], row["verdict"]] > self.examples:
+                    row["image"] = None
+        return pa.Table.from_pylist(rows, JUDGED)
+
+    def verdict(self, row: dict[str, Any]) -> tuple[str, Scores]:
+        """The verdict on one row of :data:`.tar_source.SCHEMA`, and the scores that were measured for it."""
+        scores: dict[str, float] = {}
+        if row["problem"]:
+            return verdict_of(row["problem"]), scores
+        try:
+            image = open_picture(row["image"])
+            sample = Sample(image.size, row["caption"], json.loads(row["meta"]))
+            for judge in self.filters:
+                scores |= judge.measure(sample)
+                if reason := judge.reason(scores):
+                    return f"{DROPPED}:{reason}", scores
+            check_pixels(image)  # last, because it costs the most
+        except UndecodableError as error:
+            return f"{QUARANTINED}:{error}", scores
+        return KEPT, scores

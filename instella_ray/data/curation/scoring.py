@@ -1,0 +1,79 @@
+"""Scores of pictures: a stage for each picture filter, which adds its scores and its verdict to rows."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import pyarrow as pa
+from PIL import Image
+
+from ..formats.images import UndecodableError, decode_rgb
+from ..formats.parts import DROPPED, KEPT, QUARANTINED
+from ..pipeline import Pool, Stage
+from .filters.base import PictureFilter, bounded
+from .filters.config import FilterConfig
+
+THREADS = 2
+"""Threads an actor that decode the next batch while the model has the last."""
+
+
+class Score:
+    """Actor that holds one filter's model and puts its scores and verdict into rows that have been kept so far.
+
+    Rows have the columns of :data:`.rows.SCHEMA`, ``verdict`` (see :class:`.ledger.Ledger`) and ``scores`` (a
+    JSON object of name to number); a call takes an Arrow table and gives it back with new ``verdict`` and ``scores``.
+    """
+
+    def __init__(self, filter: PictureFilter) -> None:
+        self.filter = filter
+        self.score = filter.load("cuda" if filter.gpus_per_actor else "cpu")
+        self.threads = ThreadPoolExecutor(THREADS)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        verdicts, scores = table["verdict"].to_pylist(), table["scores"].to_pylist()
+        kept = [row for row, verdict in enumerate(verdicts) if verdict == KEPT]
+        for rows, futures in self._ahead(table["image"], kept):
+            pictures: dict[int, Image.Image] = {}
+            for row, future in zip(rows, futures, strict=True):
+                try:
+                    pictures[row] = future.result()
+                except UndecodableError as error:
+                    verdicts[row] = f"{QUARANTINED}:{error}"
+            found = self.score(list(pictures.values())) if pictures else []
+            for row, values in zip(pictures, found, strict=True):
+                # Six digits are what the number is worth; the verdict is about the number that is kept.
+                new = {name: float(f"{value:.6g}") for name, value in values.items()}
+                scores[row] = json.dumps(json.loads(scores[row]) | new)
+                if reason := self.filter.reason(new):
+                    verdicts[row] = f"{DROPPED}:{reason}"
+        for name, values in (("verdict", verdicts), ("scores", scores)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+        return table
+
+    def _ahead(
+        self, images: pa.ChunkedArray, rows: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], list[Future[Image.Image]]]]:
+        """Batches of rows with their pictures to come: one batch more is being decoded than is asked for."""
+        waiting: deque[tuple[Sequence[int], list[Future[Image.Image]]]] = deque()
+        size = self.filter.batch_size
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            waiting.append((batch, [self.threads.submit(self._decode, images[row].as_py()) for row in batch]))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _decode(self, data: bytes) -> Image.Image:
+        """Within bounds at once: a batch of whole pictures of 64 megapixels would take gigabytes."""
+        size = self.filter.decode_size
+        return bounded(decode_rgb(data, at_least=size), size)
+
+
+def score_stages(filters: FilterConfig) -> list[Stage]:
+    """A stage for every filter of pictures, for rows as :class:`Score` takes them; a pool of actors each."""
+    sections = [section.resolved() for section in filters.of_pictures().values()]
+    return [Stage(partial(Score, each), Pool(each.actors, each.gpus_per_actor)) for each in sections]

@@ -1,0 +1,114 @@
+"""What curation notes beside the images, part by part: thumbnails, fingerprints, and histograms of scores.
+
+Histograms have fixed axes: small, and mergeable over parts, machines and runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ... import storage
+from ...rendering import thumbnail
+from ..formats.images import UndecodableError, decode_rgb
+from ..formats.parts import DROPPED, KEPT, Row
+from .dedup import FIELDS
+from .filters.base import Scale, Scores
+
+THUMBNAILS, FINGERPRINTS = "thumbnails", "fingerprints"
+SHOWN_SHARDS = 64
+"""Thumbnails come from so many shards at most: they are few, however large the set."""
+EXAMPLES = 24
+"""Pictures that the report shows of each reason."""
+THUMBNAIL_SIZE = 144
+THUMBNAIL = pa.schema(
+    [
+        ("verdict", pa.string()),
+        ("part", pa.string()),
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("scores", pa.string()),
+        ("image", pa.binary()),
+    ]
+)
+FINGERPRINT = pa.schema([("key", pa.string()), *FIELDS])
+
+
+def shown_shards(labels: Collection[str]) -> set[str]:
+    """The shards of which thumbnails are kept: always the same for the same names."""
+    return set(sorted(labels, key=lambda label: hashlib.sha256(label.encode()).digest())[:SHOWN_SHARDS])
+
+
+class CurationNotes:
+    """The ``note`` of :class:`.parts.PartWriter` for curation."""
+
+    def __init__(self, folder: str, scales: Mapping[str, Scale], shown: Collection[str]) -> None:
+        self.folder, self.scales, self.shown = folder, scales, frozenset(shown)
+        self.examples = math.ceil(EXAMPLES / max(1, len(shown)))
+
+    def __call__(self, name: str, rows: list[Row]) -> dict[str, Any]:
+        if rows[0]["shard"] in self.shown:
+            write_thumbnails(self.folder, name, name, rows, self.examples)
+        prints = [row for row in rows if row["verdict"] == KEPT and "near" in row]
+        if prints:
+            url = storage.join(self.folder, FINGERPRINTS, f"{name}.parquet")
+            storage.write_parquet(url, pa.Table.from_pylist(prints, FINGERPRINT))
+        scores = [json.loads(row["scores"]) for row in rows]
+        return {"histograms": histograms(self.scales, scores), FINGERPRINTS: len(prints)}
+
+
+def write_thumbnails(folder: str, name: str, part: str, rows: Sequence[Row], examples: int) -> None:
+    """The first ``examples`` pictures of each verdict among the rows of ``part``, as the file ``name`` of thumbnails."""
+    shown: Counter[str] = Counter()
+    small = []
+    for row in rows:
+        verdict = row["verdict"]
+        if row["image"] and (verdict == KEPT or verdict.startswith(DROPPED)) and shown[verdict] < examples:
+            try:
+                pixels = np.asarray(decode_rgb(row["image"], at_least=2 * THUMBNAIL_SIZE))
+            except UndecodableError:  # a filter may drop what nobody has decoded yet
+                continue
+            shown[verdict] += 1
+            small.append({**row, "part": part, "image": thumbnail(pixels, THUMBNAIL_SIZE)})
+    if small:
+        url = storage.join(folder, THUMBNAILS, f"{name}.parquet")
+        storage.write_parquet(url, pa.Table.from_pylist(small, THUMBNAIL))
+
+
+BINS = 40
+
+Histograms = dict[str, list[int]]
+"""Counts of :data:`BINS` bins by the score's name."""
+
+
+def edges(scale: Scale) -> np.ndarray:
+    """The ``BINS + 1`` ends of the bins, float64."""
+    if scale.log:
+        return np.geomspace(scale.low, scale.high, BINS + 1)
+    return np.linspace(scale.low, scale.high, BINS + 1)
+
+
+def histograms(scales: Mapping[str, Scale], scores: Sequence[Scores]) -> Histograms:
+    """Counts of every score; what lies outside of its scale counts in the first or the last bin."""
+    counts: Histograms = {}
+    for name, scale in scales.items():
+        values = np.array([row[name] for row in scores if name in row])
+        bins = np.clip(np.searchsorted(edges(scale), values, side="right") - 1, 0, BINS - 1)
+        counts[name] = np.bincount(bins, minlength=BINS).tolist()
+    return counts
+
+
+def merged(parts: Iterable[Histograms]) -> Histograms:
+    """Their sum."""
+    total: Histograms = {}
+    for part in parts:
+        for name, counts in part.items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0] * BINS), counts, strict=True)]
+    return total

@@ -1,0 +1,199 @@
+"""Packed codes on disk: parquet, one row a crop, and a manifest that names the tokenizer they belong to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from ... import storage
+from ...config import Config
+from ...errors import UserError
+from .rows import both_captions
+
+T = TypeVar("T")
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("caption_long", pa.string()),
+        ("caption_short", pa.string()),
+        ("codes", pa.binary()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("source", pa.string()),
+    ]
+)
+MANIFEST = "manifest.json"
+
+
+class CodesFile(Config):
+    """One parquet file of a set."""
+
+    name: str
+    rows: int
+
+
+class CodesManifest(Config):
+    """What a folder of codes holds, and whose bits they are."""
+
+    tokenizer_hash: str
+    """:func:`instella_ray.models.checkpoint.weight_hash` of the tokenizer."""
+    num_tokens: int
+    bits_per_token: int
+    rows: int
+    files: tuple[CodesFile, ...]
+
+
+def pack_codes(codes: np.ndarray) -> list[bytes]:
+    """uint8 0/1 ``[N, L, K]`` to N byte strings of ``ceil(L * K / 8)`` bytes."""
+    return [row.tobytes() for row in np.packbits(codes.reshape(len(codes), math.prod(codes.shape[1:])), axis=1)]
+
+
+def unpack_codes(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
+    """Byte strings to uint8 0/1 ``[N, tokens, bits]``; UserError for one of another length."""
+    return _unpack(_matrix(packed, tokens, bits), tokens, bits)
+
+
+def write_codes_file(url: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One parquet file with the columns of :data:`SCHEMA`, whole or absent."""
+    storage.write_parquet(url, pa.Table.from_pylist(list(rows), SCHEMA))
+
+
+class CodesWriter:
+    """Writes pictures with their codes as one parquet file, a row a view."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, url: str, rows: list[dict[str, Any]]) -> int:
+        views = [{**self._facts(row), "codes": codes} for row in rows for codes in row["codes"]]
+        write_codes_file(url, views)
+        return len(views)
+
+    def _facts(self, row: dict[str, Any]) -> dict[str, Any]:
+        captions = both_captions(row["caption"], json.loads(row["meta"]))
+        facts = {name: row[name] for name in ("key", "shard", "row", "width", "height")}
+        return {**facts, **captions, "source": self.source}
+
+
+def read_manifest(folder: str) -> CodesManifest:
+    """The manifest of a finished folder of codes; UserError where it is none."""
+    path = storage.join(folder, MANIFEST)
+    if not storage.exists(path):
+        raise UserError(f"{folder}: not a finished folder of codes (no {MANIFEST})")
+    try:
+        return CodesManifest.model_validate(storage.read_json(path))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: not a manifest of codes ({error.errors()[0]['msg']})") from None
+
+
+class LRUCache(Generic[T]):
+    """What ``load(numbers)`` gives, one each, held as long as all of it together stays under ``limit`` bytes."""
+
+    def __init__(self, load: Callable[[list[int]], Iterable[T]], size: Callable[[T], int], limit: int) -> None:
+        self.load, self.size, self.limit = load, size, limit
+        self.used = 0
+        self.items: OrderedDict[int, T] = OrderedDict()
+
+    def __getitem__(self, number: int) -> T:
+        return self.many([number])[0]
+
+    def many(self, numbers: Sequence[int]) -> list[T]:
+        """The items of ``numbers``; those that are not here are loaded with one call."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self.items]
+        for number, item in zip(missing, self.load(missing) if missing else (), strict=True):
+            self.items[number] = item
+            self.used += self.size(item)
+        found = [self.items[number] for number in numbers]
+        for number in numbers:
+            self.items.move_to_end(number)
+        while self.used > self.limit and len(self.items) > 1:
+            self.used -= self.size(self.items.popitem(last=False)[1])
+        return found
+
+
+class CodesReader:
+    """Index-addressed access to a folder of codes; rows keep the order of the manifest.
+
+    Files are read when first asked for and stay packed in memory (1 KiB a picture at full size) up to ``cache_bytes``.
+    UserError when the codes were made by another tokenizer than ``tokenizer_hash``, or a file is not what the manifest
+    says.
+    """
+
+    def __init__(self, folder: str, *, tokenizer_hash: str | None = None, cache_bytes: int = 2 << 30) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        made_by = self.manifest.tokenizer_hash
+        if tokenizer_hash is not None and made_by != tokenizer_hash:
+            ours = f"codes were made by tokenizer {made_by[:12]}, expected {tokenizer_hash[:12]}"
+            raise UserError(f"{folder}: {ours}; encode them anew")
+        self.starts = np.cumsum([0, *(file.rows for file in self.manifest.files)])
+        """Number of each file's first row, and of all rows."""
+        self._files = LRUCache(lambda numbers: map(self._load, numbers), lambda file: file.bytes, cache_bytes)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def codes(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 0/1 ``[N, L, K]`` of the rows at ``index``."""
+        cfg = self.manifest
+        packed = np.empty((len(index), (cfg.num_tokens * cfg.bits_per_token + 7) // 8), np.uint8)
+        for number, places, rows in self._by_file(index):
+            packed[places] = self._files[number].packed[rows]
+        return _unpack(packed, cfg.num_tokens, cfg.bits_per_token)
+
+    def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
+        """``key``, ``caption_long`` or ``caption_short`` of the rows at ``index``."""
+        values = np.empty(len(index), object)
+        for number, places, rows in self._by_file(index):
+            column = self._files[number].text[name]
+            values[places] = [column[row].as_py() for row in rows.tolist()]
+        return values.tolist()
+
+    def _by_file(self, index: Sequence[int] | np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(file, places in the result, rows within the file) for every file that ``index`` touches."""
+        rows = np.asarray(index, np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"{self.folder}: rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
+        files = np.searchsorted(self.starts, rows, side="right") - 1
+        groups = ((int(number), np.flatnonzero(files == number)) for number in np.unique(files))
+        return [(number, places, rows[places] - self.starts[number]) for number, places in groups]
+
+    def _load(self, number: int) -> _File:
+        cfg, file = self.manifest, self.manifest.files[number]
+        columns = ["key", "caption_long", "caption_short"]
+        with storage.open_file(storage.join(self.folder, file.name)) as stream:
+            table = pq.read_table(stream, columns=[*columns, "codes"])
+        if table.num_rows != file.rows:
+            raise UserError(f"{self.folder}/{file.name}: {table.num_rows} rows, the manifest says {file.rows}")
+        packed = _matrix(table["codes"].to_pylist(), cfg.num_tokens, cfg.bits_per_token)
+        return _File(packed, {name: table[name].combine_chunks() for name in columns})
+
+
+class _File:
+    def __init__(self, packed: np.ndarray, text: dict[str, pa.Array]) -> None:
+        self.packed, self.text = packed, text
+        self.bytes = packed.nbytes + sum(column.nbytes for column in text.values())
+
+
+def _matrix(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
+    """Byte strings as uint8 ``[N, bytes]``."""
+    expected = (tokens * bits + 7) // 8
+    wrong = next((len(p) for p in packed if len(p) != expected), None)
+    if wrong is not None:
+        raise UserError(f"packed codes of {wrong} bytes: {tokens} tokens x {bits} bits take {expected}")
+    return np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), expected)
+
+
+def _unpack(packed: np.ndarray, tokens: int, bits: int) -> np.ndarray:
+    return np.unpackbits(packed, axis=1, count=tokens * bits).reshape(len(packed), tokens, bits)

@@ -1,0 +1,219 @@
+"""Parquet files as rows, with the pictures themselves or with links to them, as LAION's metadata has.
+
+Columns are found by name, whatever their case. Only plain columns are read: what an extension type would unpickle, say,
+is never touched. Memory holds a few rows at a time, however large a row group is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ...errors import UserError
+from .rows import MAX_IMAGE_BYTES, Keys, clean_text
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+LINK_COLUMNS = ("url", "image_url")
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "alt_text")
+KEY_COLUMNS = ("key", "__key__", "id", "uid")
+LAION_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
+"""Spelled in capitals or not; the metadata of a row has them as here."""
+PICTURES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
+"""Rows that are read together."""
+_COMPLAINTS = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow says of a damaged file, among other things."""
+
+
+class Columns(NamedTuple):
+    """Which columns of a file mean what."""
+
+    image: str | None
+    """Encoded pictures: binary, or a struct with a binary ``bytes``."""
+    link: str | None
+    """Where to fetch the picture, in a file without an image column."""
+    caption: str | None
+    key: str | None
+    meta: tuple[str, ...]
+    """The other columns with text, numbers or truth values."""
+
+    def names(self) -> list[str]:
+        """All of them."""
+        return [name for name in (*self[:4], *self.meta) if name]
+
+
+class Footer(NamedTuple):
+    """What a file's end says about it."""
+
+    rows: int
+    columns: Columns
+
+
+def read_footer(stream: IO[bytes], url: str) -> Footer | None:
+    """The file's footer, none where it is damaged or of another format; UserError for one without pictures or captions."""
+    try:
+        file = pq.ParquetFile(stream)
+        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url))
+    except _COMPLAINTS as error:
+        if not _is_damage(error):
+            raise
+        return None
+
+
+def find_columns(schema: pa.Schema, url: str) -> Columns:
+    """Find columns by name and type; UserError that names ``url`` where the picture's or the caption's is missing."""
+    # Names that two columns share could not be told apart.
+    names = [name for name, count in Counter(schema.names).items() if count == 1]
+    types = {name: _plain(schema.field(name).type) for name in names}
+    text = [name for name in names if _is_text(types[name])]
+    image = _first(IMAGE_COLUMNS, [name for name in names if _is_image(types[name])])
+    link = None if image else _first(LINK_COLUMNS, text)
+    caption = _first(CAPTION_COLUMNS, text)
+    found = f"found {', '.join(schema.names) or 'none'}"
+    if image is None and link is None:
+        expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded pictures, or {' or '.join(LINK_COLUMNS)}"
+        raise UserError(f"{url}: no column with pictures or links to them; {expected}; {found}")
+    if caption is None:
+        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_COLUMNS)}; {found}")
+    key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
+    taken = {image, caption, key}
+    scalars = [name for name in names if name in text or _is_number(types[name])]
+    return Columns(image, link, caption, key, tuple(name for name in scalars if name not in taken))
+
+
+def read_parquet(
+    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+
+    They are counted from 0 again. There is at least one: a file that breaks off or is damaged ends with a row whose
+    problem is ``truncated_shard``, one without rows gives ``empty_shard``. Rows with a link in place of a picture have
+    it as ``url`` in their metadata. UserError for missing columns.
+    """
+    number, keys = 0, Keys()
+    try:
+        # Buffered, or else a whole column of a row group would be read at once.
+        file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+        columns = find_columns(file.schema_arrow, url)
+        for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
+            for values in _python_rows(batch):
+                yield _row(values, columns, shard, number, keys)
+                number += 1
+    except _COMPLAINTS as error:
+        if not _is_damage(error):
+            raise
+        yield _problem_row(shard, number, "truncated_shard")
+        return
+    if not number:
+        yield _problem_row(shard, 0, "empty_shard")
+
+
+def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> Iterator[pa.RecordBatch]:
+    """The rows of ``file`` from ``first`` to ``end``, row group after row group, a few at a time."""
+    start, at_once = 0, PICTURES_AT_ONCE if columns.image else LINKS_AT_ONCE
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if start + rows > first and start < end:
+            at = start
+            for batch in file.iter_batches(at_once, [group], columns.names(), use_threads=False):
+                low, high = max(first - at, 0), min(end - at, batch.num_rows)
+                if low < high:
+                    yield batch.slice(low, high - low)
+                at += batch.num_rows
+                if at >= end:
+                    return
+        start += rows
+
+
+def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Text stays bytes here: other people's need not be UTF-8."""
+    names = batch.schema.names
+    columns = [_values(column) for column in batch.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    if pa.types.is_floating(column.type):
+        column = column.cast(pa.float64())
+    return list(column.to_pylist())
+
+
+def _row(values: dict[str, Any], columns: Columns, shard: str, number: int, keys: Keys) -> dict[str, Any]:
+    image = values[columns.image] if columns.image else None
+    key = _key(values.get(columns.key)) if columns.key else ""
+    key = key or f"{shard}-{number:07d}"
+    caption = clean_text(values[columns.caption] or b"") if columns.caption else ""
+    meta = _meta(values, columns)
+    problem = keys.problem(key) if columns.key else None
+    if image is not None and len(image) > MAX_IMAGE_BYTES:
+        image, problem = None, problem or "oversized_member"
+    linked = columns.link is not None and "url" in meta
+    missing = "no_image" if image is None and not linked else "no_caption" if not caption else None
+    values = {"key": key, "shard": shard, "row": number, "problem": problem or missing}
+    return {**values, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
+
+
+def _problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
+    values = {"key": "", "shard": shard, "row": number, "problem": problem}
+    return {**values, "image": None, "caption": None, "meta": "{}"}
+
+
+def _key(value: bytes | int | None) -> str:
+    """Without dots: in a tar a key ends at the first one."""
+    text = clean_text(value) if isinstance(value, bytes) else "" if value is None else str(value)
+    return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
+
+
+def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """What is known: no nulls, no NaN."""
+    meta: dict[str, Any] = {}
+    for column in columns.meta:
+        value = values[column]
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            continue
+        name = "url" if column == columns.link else column.lower() if column.lower() in LAION_COLUMNS else column
+        meta[name] = clean_text(value) if isinstance(value, bytes) else value
+    return meta
+
+
+def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
+    """The name that is wanted most."""
+    lowered = {name.lower(): name for name in reversed(names)}
+    return next((lowered[name] for name in wanted if name in lowered), None)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _is_image(kind.field(index).type) and not pa.types.is_struct(kind.field(index).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Complaints about the file; Arrow's own have no number, those of the disk or the network have one or a class."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)

@@ -1,0 +1,124 @@
+"""Where jobs get their samples: WebDataset tars and parquet files, as tables of :data:`.rows.SCHEMA`.
+
+Ray's own readers decode while they read, so that one corrupt picture fails a whole shard. Here bytes stay bytes, and
+whatever is wrong with a sample is written in its row's ``problem`` column, for the ledger to count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from ... import storage
+from ...errors import UserError
+from ..pipeline import Source
+from .parquet_source import Footer, read_footer, read_parquet
+from .rows import blocks
+from .shards import find_shards, refuse_twins
+from .tar_source import read_samples
+
+SUFFIXES = (".tar", ".parquet")
+"""A folder that holds both means its tars."""
+ROWS_PER_SHARD = 100_000
+"""A parquet file with more rows is read as several shards: what is killed has this much to do again, and no more."""
+_CUT = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
+
+
+class Inputs(NamedTuple):
+    """What a job reads."""
+
+    shards: dict[str, str]
+    """URL -> label, for :func:`shard_sources`. The URLs of a cut file end with its rows."""
+    links: tuple[str, ...]
+    """The shards among them whose pictures have to be downloaded."""
+
+
+def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
+    """The shards that ``pattern`` names (:func:`.shards.find_shards`); of parquet files, the footers are read.
+
+    UserError also for a parquet file without pictures, links or captions, which names the columns that it has.
+    """
+    found = find_shards(pattern, SUFFIXES)
+    files = [url for url in found if url.endswith(".parquet")]
+    with ThreadPoolExecutor(32) as threads:
+        footers = dict(zip(files, threads.map(_footer, files), strict=True))
+    shards: dict[str, str] = {}
+    links: list[str] = []
+    for url, label in found.items():
+        footer = footers.get(url)
+        parts = _cut(url, label, footer.rows if footer else 0, rows_per_shard)
+        shards |= parts
+        links += parts if footer and footer.columns.link else []
+    refuse_twins(list(shards.values()))
+    return Inputs(shards, tuple(links))
+
+
+def find_pictures(pattern: str) -> dict[str, str]:
+    """The shards of :func:`find_inputs`, for a job that needs pictures; UserError for links without."""
+    inputs = find_inputs(pattern)
+    if inputs.links:
+        raise UserError(
+            f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them"
+        )
+    return inputs.shards
+
+
+def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
+    """What reads each of the tars and parquet files (URL -> label), wherever they lie, by label.
+
+    Tables hold up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
+    """
+    return {label: partial(read_blocks, url, label, rows_per_block) for url, label in shards.items()}
+
+
+def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]:
+    """The blocks of one shard; after a transient error of the storage, reading goes on behind those that were given."""
+    return storage.retry_iter(lambda: blocks(read_rows(url, label), rows_per_block))
+
+
+def read_rows(url: str, label: str) -> Iterator[dict[str, Any]]:
+    """Rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``."""
+    cut = _CUT.fullmatch(url)
+    path = cut["url"] if cut else url
+    with storage.open_file(path) as stream:
+        if cut:
+            yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]))
+        elif path.endswith(".parquet"):
+            yield from read_parquet(stream, label, path)
+        else:
+            yield from read_samples(stream, label)
+
+
+def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
+    """UserError when pictures are there but none has a caption, judged by the first samples of the first shards."""
+    pictures = 0
+    for url in urls[:shards]:
+        rows = list(islice(read_rows(url, url), samples))
+        if any(row["caption"] for row in rows):
+            return
+        # What has no caption is not asked for the picture: a link counts like one.
+        pictures += sum(row["problem"] == "no_caption" for row in rows)
+    if pictures:
+        expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
+        if ".parquet" in urls[0]:
+            expected = "text in the caption column"
+        raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
+
+
+def _footer(url: str) -> Footer | None:
+    with storage.open_file(url) as stream:
+        return read_footer(stream, url)
+
+
+def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:
+    """URL -> label of the shards that a file of so many rows is read as."""
+    if rows <= rows_per_shard:
+        return {url: label}
+    starts = range(0, rows, rows_per_shard)
+    return {f"{url}#rows={first}-{min(first + rows_per_shard, rows)}": f"{label}__{first:09d}" for first in starts}

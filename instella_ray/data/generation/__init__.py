@@ -1,0 +1,1 @@
+"""New captions and new images, made by pretrained models."""

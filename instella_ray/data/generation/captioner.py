@@ -1,0 +1,146 @@
+"""A vision-language model that describes pictures by greedy search, in batches. No Ray.
+
+What it says of a picture depends on the picture, the question and the weights, not on what shares the batch; in bfloat16
+that holds but for two words whose scores lie within a rounding of each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from ...accelerator import Precision, compute_dtype
+from ...config import Config
+from ...errors import UserError
+from ..formats.images import UndecodableError, decode_rgb, open_picture
+from .pretrained import fingerprint, loading
+
+MAX_ASPECT_RATIO = 100
+"""Of pictures that are described: processors refuse stripes, and nothing is to be seen on them."""
+_SENTENCE = re.compile(r".*(?:[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][”’」』）]*)")
+
+
+class Question(Config):
+    """What the model is asked about a picture, and how long its answer may be."""
+
+    prompt: str = Field(min_length=1)
+    max_new_tokens: int = Field(ge=1)
+    """An answer that is not finished by then is cut back to its last full sentence."""
+
+
+class Answer(NamedTuple):
+    """What the model says of a picture."""
+
+    text: str
+    """On one line; empty where there is nothing to keep."""
+    finished: bool
+    """The model came to its end within ``max_new_tokens``."""
+
+
+class Captioner:
+    """A model of Transformers' image-text-to-text kind with its processor, by hub name or local folder."""
+
+    def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
+        """UserError where ``name`` gives no such model; code from the hub is never run."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        with loading("model", name):
+            self.processor = AutoProcessor.from_pretrained(name)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=compute_dtype(device, precision), use_safetensors=True
+            )
+        self.device = device
+        self.model = model.to(device).eval().requires_grad_(False)
+        tokenizer = self.processor.tokenizer
+        ends = self.model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # In place of the model's own settings: Qwen's sample, and penalise words that come again by rules that have
+        # changed with the versions of Transformers. Plain greedy search means one thing.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=sorted(self.ends), pad_token_id=pad
+        )
+
+    @torch.inference_mode()
+    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[Question]) -> list[list[Answer]]:
+        """The answers of each picture, in the order of ``questions``.
+
+        All are generated together: decoding reads the weights once a step for the whole batch, and a short answer
+        costs no steps beside a long one.
+        """
+        talks = [_conversation(picture, question.prompt) for picture in pictures for question in questions]
+        padding = {"text_kwargs": {"padding": True, "padding_side": "left"}}
+        inputs = self.processor.apply_chat_template(
+            talks,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=padding,
+        ).to(self.device, self.model.dtype)
+        steps = max(question.max_new_tokens for question in questions)
+        tokens = self.model.generate(**inputs, max_new_tokens=steps)[:, inputs["input_ids"].shape[1] :].tolist()
+        limits = [question.max_new_tokens for _ in pictures for question in questions]
+        found = [self._answer(ids[:limit]) for ids, limit in zip(tokens, limits, strict=True)]
+        return [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
+
+    def _answer(self, ids: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        text = one_line(self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return Answer(text, True) if end is not None else Answer(full_sentences(text), False)
+
+
+def check_captioner(name: str) -> str:
+    """The fingerprint of a captioner whose weights are not loaded yet; UserError where ``name`` gives none."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    with loading("model", name):
+        config = AutoConfig.from_pretrained(name)
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise UserError(f"model '{name}': a {config.model_type}, expected a model that answers questions on pictures")
+    with loading("model", name):
+        processor = AutoProcessor.from_pretrained(name)
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"model '{name}': its processor has no chat template, expected an instruction-tuned model")
+    return fingerprint("model", name, "config.json")
+
+
+def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
+    """An upright RGB picture of at most ``max_pixels``; :class:`.decode.UndecodableError` for what shows nothing."""
+    size = open_picture(data).size
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise UndecodableError("too_narrow")
+    scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
+    # A JPEG may come out smaller than it is: one thread must decode faster than a GPU describes.
+    image = decode_rgb(data, at_least=math.ceil(scale * min(size)))
+    scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
+    if scale == 1:
+        return image
+    width, height = (max(1, int(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def one_line(text: str) -> str:
+    """Words with single spaces between."""
+    return " ".join(text.replace("\0", " ").split())
+
+
+def full_sentences(text: str) -> str:
+    """One line of text up to the end of its last full sentence; empty where there is none."""
+    match = _SENTENCE.match(text)
+    return match[0] if match else ""
+
+
+def _conversation(picture: Image.Image, prompt: str) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]

@@ -1,0 +1,1 @@
+"""Batches in an order that only the seed decides, for any number of workers."""

@@ -1,0 +1,76 @@
+"""What jobs read, as run records name it: data by the account of the job that made it, models by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+from .. import storage
+from ..runs import Origin, read_record
+from .formats.codes import MANIFEST
+from .formats.parts import LEDGER, SETTINGS, Ledger
+from .formats.shards import SHARD_LIST, ShardEntry, find_files
+from .formats.sources import SUFFIXES
+
+ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
+"""Files in which a data job says what it has made, as far as it writes them."""
+
+
+def shard_origins(role: str, pattern: str) -> tuple[Origin, ...]:
+    """The folders that hold the shards of ``pattern``: outputs of data jobs each for itself, all other files together."""
+    by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
+    for entry in find_files(pattern, SUFFIXES):
+        by_folder[entry.url.rpartition("/")[0]].append(entry)
+    made = {folder for folder in by_folder if folder and storage.exists(storage.join(folder, LEDGER))}
+    origins = [data_origin(role, folder) for folder in sorted(made)]
+    others = [entry for folder, entries in by_folder.items() if folder not in made for entry in entries]
+    return (*origins, *([files_origin(role, pattern, others)] if others else []))
+
+
+def files_origin(role: str, pattern: str, entries: Sequence[ShardEntry]) -> Origin:
+    """Files that no job of ours accounts for: their names and sizes are all that is known without reading them."""
+    facts = {"files": len(entries), "bytes": sum(entry.bytes for entry in entries)}
+    return Origin(
+        role=role, kind="files", path=storage.absolute(pattern), identity=files_identity(entries), facts=facts
+    )
+
+
+def files_identity(entries: Sequence[ShardEntry]) -> str:
+    """Sha256 over names, without their folders, and sizes."""
+    lines = sorted(f"{entry.url.rpartition('/')[2]} {entry.bytes}\n" for entry in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def data_origin(role: str, folder: str) -> Origin:
+    """A data job's finished output, with its record; of one without a record, its settings say what it was made from.
+
+    Codes that came without a ledger are known by their manifest.
+    """
+    ledger = storage.join(folder, LEDGER)
+    found = storage.read_json(ledger) if storage.exists(ledger) else {}
+    about = {"path": storage.absolute(folder), "identity": data_identity(folder)}
+    counts = {name: found[name] for name in ("in", "kept") if name in found}
+    record = read_record(folder)
+    if record is not None:
+        facts = {**record.facts, **counts}
+        return Origin(role=role, kind="data", facts=facts, inputs=record.inputs, **about)
+    settings = storage.join(folder, SETTINGS)
+    source = storage.read_json(settings).get("input") if storage.exists(settings) else None
+    inputs = (Origin(role="shards", kind="files", path=str(source)),) if source else ()
+    return Origin(role=role, kind="data", facts=counts, inputs=inputs, **about)
+
+
+def output_origin(role: str, folder: str, ledger: Ledger) -> Origin:
+    """What a data job has just finished."""
+    facts = {"in": ledger.total, "kept": ledger.kept}
+    return Origin(role=role, kind="data", path=folder, identity=data_identity(folder), facts=facts)
+
+
+def data_identity(folder: str) -> str:
+    """Sha256 over the files in which the folder's job accounts for what it has made."""
+    digest = hashlib.sha256()
+    for name in ACCOUNT:
+        if storage.exists(path := storage.join(folder, name)):
+            digest.update(f"{name} {storage.file_sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,128 @@
+"""Decoding and filters: what comes out of every kind of file, and where each limit lies."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from instella_ray.data.curation.filters.base import Limits, Sample, Scale
+from instella_ray.data.curation.filters.config import FilterConfig
+from instella_ray.data.curation.stats import BINS, histograms, merged
+from instella_ray.data.formats.images import UndecodableError, check_pixels, decode_rgb, fit_square, open_picture
+
+from ...kit.shards import bomb, picture
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def refused(size: tuple[int, int], caption: str, meta: dict[str, Any], **limits: Any) -> list[str]:
+    sample = Sample(size, caption, meta)
+    reasons = (judge.reason(judge.measure(sample)) for judge in FilterConfig(**limits).of_samples())
+    return [reason for reason in reasons if reason]
+
+
+@pytest.mark.parametrize(
+    ("size", "caption", "meta", "reasons"),
+    [
+        ((256, 256), "a cat", {}, []),
+        ((255, 400), "a cat", {}, ["small"]),
+        ((768, 256), "a cat", {}, []),
+        ((769, 256), "a cat", {}, ["aspect_ratio"]),
+        ((512, 512), "a cat", {"pwatermark": 0.8, "punsafe": 0.5}, []),
+        ((512, 512), "a cat", {"pwatermark": 0.81, "punsafe": 0.51}, ["watermark", "unsafe"]),
+        ((512, 512), "a cat", {"pwatermark": "high"}, []),
+        ((512, 512), "a cat", {"pwatermark": float("nan")}, []),
+        ((512, 512), "ab", {}, ["caption_length"]),
+        ((512, 512), "a" * 2001, {}, ["caption_length"]),
+    ],
+)
+def test_limits(size: tuple[int, int], caption: str, meta: dict[str, Any], reasons: list[str]) -> None:
+    assert refused(size, caption, meta) == reasons
+
+
+def test_none_switches_a_filter_off() -> None:
+    off = dict.fromkeys(FilterConfig.model_fields)
+    assert refused((1, 900), "", {"pwatermark": 1, "punsafe": 1}, **off) == []
+
+
+def test_similarity_is_asked_only_where_it_is_switched_on() -> None:
+    assert refused((512, 512), "a cat", {"similarity": 0.1}) == []
+    assert refused((512, 512), "a cat", {"similarity": 0.1}, similarity={"minimum": 0.2}) == ["similarity"]
+    assert refused((512, 512), "a cat", {}, similarity={"minimum": 0.2}) == []
+
+
+def test_every_score_has_an_axis_and_every_limit_a_score() -> None:
+    for section in FilterConfig(similarity={"minimum": 0.2}).sections().values():
+        assert set(section.limits()) <= set(section.scales)
+
+
+@given(st.lists(st.floats(-1, 20), max_size=60), st.integers(0, 60), st.booleans())
+def test_histograms_count_every_score_once_and_merge(values: list[float], cut: int, log: bool) -> None:
+    scales = {"a": Scale(0.5, 10, log)}
+    rows = [{"a": value} for value in values] + [{"b": 1.0}]
+    whole = histograms(scales, rows)
+    assert sum(whole["a"]) == len(values) and len(whole["a"]) == BINS
+    assert merged([histograms(scales, rows[:cut]), histograms(scales, rows[cut:])]) == whole
+    assert whole["a"][-1] >= sum(value >= 10 for value in values)
+
+
+def test_limits_include_their_ends() -> None:
+    limits = Limits(1, 2)
+    assert [limits.allow(value) for value in (0.99, 1, 2, 2.01)] == [False, True, True, False]
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert decode_rgb(saved(image, "JPEG", exif=exif)).size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "P", "LA", "RGBA", "I;16", "1"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    grey = np.full((32, 32), 128, np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(np.full_like(grey, 255) if mode == "1" else grey).convert(mode)
+    pixels = np.asarray(decode_rgb(saved(image, "TIFF" if mode == "CMYK" else "PNG")))
+    assert pixels.shape == (32, 32, 3)
+    assert abs(int(pixels.mean()) - (255 if mode == "1" else 128)) <= 2
+
+
+def test_transparency_lies_on_white() -> None:
+    assert np.asarray(decode_rgb(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"))).min() == 255
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", picture()[:-300], picture(kind="PNG")[:-60]])
+def test_broken_files_are_undecodable(data: bytes) -> None:
+    for read in (decode_rgb, lambda data: check_pixels(open_picture(data))):
+        with pytest.raises(UndecodableError, match="undecodable"):
+            read(data)
+
+
+def test_a_decompression_bomb_is_refused_unread() -> None:
+    for width in (50_000, 9_000):
+        with pytest.raises(UndecodableError, match="too_many_pixels"):
+            open_picture(bomb(width, width))
+
+
+def test_a_jpeg_decoded_smaller_shows_the_same_picture() -> None:
+    data = picture(3, (512, 384), quality=95)
+    full, small = fit_square(decode_rgb(data), 64), fit_square(decode_rgb(data, at_least=128), 64)
+    assert np.abs(full.astype(int) - small).mean() < 2
+
+
+def test_crops_reach_both_ends() -> None:
+    wide = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (16, 1, 3)))
+    assert [fit_square(wide, 16, (x, 0.5))[0, 0, 0] for x in (0.0, 0.5, 1.0)] == [0, 24, 48]

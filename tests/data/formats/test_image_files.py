@@ -1,0 +1,63 @@
+"""Picture files carry what made them, in every format, and come back as they were."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from instella_ray.data.formats.images import METADATA_LIMIT, encode_image, read_metadata
+from instella_ray.errors import UserError
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+FORMATS = ("png", "jpeg", "webp")
+
+VALUES = st.none() | st.booleans() | st.integers(0, 2**63) | st.floats(allow_nan=False) | st.text(max_size=60)
+METADATA = st.dictionaries(st.text(max_size=8), VALUES | st.dictionaries(st.text(max_size=8), VALUES), max_size=6)
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@given(metadata=METADATA)
+@settings(max_examples=60)
+def test_metadata_survives_in_every_format(output_format: str, metadata: dict[str, object]) -> None:
+    data = encode_image(PICTURE, output_format, metadata)
+    image = Image.open(io.BytesIO(data))
+    assert (image.format, image.size) == (output_format.upper(), (24, 16))
+    assert read_metadata(data) == metadata
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_metadata_changes_no_pixel_and_its_absence_is_told(output_format: str) -> None:
+    plain, told = encode_image(PICTURE, output_format), encode_image(PICTURE, output_format, {"seed": 1})
+    pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (plain, told)]
+    assert np.array_equal(*pixels)
+    assert read_metadata(plain) is None
+    if output_format == "png":
+        assert np.array_equal(pixels[0], PICTURE)
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_the_longest_prompts_fit_and_what_does_not_is_refused(output_format: str) -> None:
+    prompt = "\N{GRINNING FACE}" * 4000  # twelve bytes each once escaped
+    assert read_metadata(encode_image(PICTURE, output_format, {"prompt": prompt})) == {"prompt": prompt}
+    with pytest.raises(UserError, match="has room for"):
+        encode_image(PICTURE, output_format, {"prompt": "x" * METADATA_LIMIT})
+
+
+def test_other_formats_and_other_files_are_refused() -> None:
+    with pytest.raises(UserError, match="expected one of png, jpeg, webp"):
+        encode_image(PICTURE, "gif")
+    with pytest.raises(UserError, match="not a picture"):
+        read_metadata(b"GIF89a, or so it says")
+
+
+def test_what_a_camera_wrote_is_not_taken_for_ours() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = '{"seed": 1}'
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).save(buffer, "JPEG", exif=exif)
+    assert read_metadata(buffer.getvalue()) is None

@@ -19,11 +19,9 @@ from ..data.loading.order import BatchPlan
 from ..models.diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache
-from ..training.effort import bf16_peak, peak_memory
-from ..training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
+from ..training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask, OnlineEncoder
 from ..training.learner import Learner
-from ..training.metrics_log import MetricsLog
-from ..training.online import OnlineEncoder
+from ..training.metrics_log import MetricsLog, bf16_peak, peak_memory
 from ..training.optim import EMA
 from ..training.trainer import Trainer
 

@@ -11,9 +11,8 @@ from torch.func import functional_call
 
 from ..config import Config
 from ..models.discriminator import DiscriminatorConfig, DiscriminatorHeads, FrozenFeatures, hinge_loss
-from .augment import DRAWS as AUGMENT_DRAWS
-from .augment import AugmentConfig, augment
-from .losses import cropped, resized
+from .losses import DRAWS as AUGMENT_DRAWS
+from .losses import AugmentConfig, augment, cropped, resized
 from .settings import OptimizerConfig
 
 DRAWS = 2 + AUGMENT_DRAWS

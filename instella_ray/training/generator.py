@@ -16,13 +16,13 @@ from .. import storage
 from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.formats.codes import CodesManifest, CodesReader
-from ..data.formats.images import to_pixels
-from ..data.loading.image_data import PicturesBatch, PicturesData
+from ..data.formats.images import to_pixels, to_tensor
+from ..data.loading.image_data import PicturesBatch, PicturesData, require_pictures
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..data.model_provenance import model_origin, text_encoder_origin
 from ..data.provenance import data_origin, shard_origins
 from ..errors import UserError
-from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
+from ..flops import TextEncoderSizes, bit_encode, generator_training, text_encoder_forward
 from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
@@ -32,7 +32,6 @@ from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperat
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..runs import Origin
 from .launch import launch
-from .online import OnlineEncoder, require_encodable
 from .settings import TrainingRun
 
 CALIBRATION_CAPTIONS = 512
@@ -332,3 +331,33 @@ def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Origin, ...]:
     made = (data_origin("codes", source.folder) for source in cfg.sources)
     data = tuple(made) if cfg.images is None else shard_origins("shards", cfg.images)
     return (*data, model_origin("tokenizer", cfg.tokenizer), text_encoder_origin(cfg.text_encoder))
+
+
+AT_ONCE = 64
+"""Pictures encoded together, however large the micro-batch: as many as the encoding job takes."""
+
+
+class OnlineEncoder:
+    """The tokenizer of a model folder, with its averaged weights, in float32: the codes are those of the encoding job."""
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        self.bit = load_expected(folder, BIT, device=device)
+        self.device, self.size = device, self.bit.cfg.image_size
+        self.flops = bit_encode(self.bit.cfg, self.size, self.size).forward
+        """FLOP a picture."""
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """0/1 float32 ``[B, L, K]``, on the device, of uint8 ``[B, size, size, 3]``."""
+        parts = torch.from_numpy(pixels).split(AT_ONCE)
+        return torch.cat([self.bit.encode(to_tensor(part.to(self.device))) for part in parts]).float()
+
+
+def require_encodable(pattern: str, folder: str) -> BITConfig:
+    """The sizes of the tokenizer in ``folder``; UserError for one that cannot encode, and for shards without pictures."""
+    cfg = load_expected(folder, BIT).cfg
+    if cfg.image_size % cfg.encode_multiple:
+        raise UserError(
+            f"tokenizer {folder}: its image_size {cfg.image_size} is not a multiple of {cfg.encode_multiple}"
+        )
+    require_pictures(pattern)
+    return cfg

@@ -1,24 +1,27 @@
-"""Start a run: checks first, then the processes that train it, a progress bar, and what its directory says of its end."""
+"""Start a run: checks, then the processes that train it or this one, a progress bar, and the record of its end."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
 from .. import logs, storage
 from ..config import dump_yaml, load_config
 from ..errors import UserError
 from ..runs import Origin, recorded
-from .attempts import Attempt
-from .in_process import CallingProcess
+from .distributed import Alone
+from .learner import require_deepspeed
 from .loggers import check_loggers
-from .run_dir import CONFIG, checkpoint_step, last_metrics, latest_checkpoint, located, look_anew
+from .loop import train_worker
+from .run_dir import CONFIG, Attempt, checkpoint_step, last_metrics, latest_checkpoint, located, look_anew
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
-from .task import BuildTask
-from .zero import require_deepspeed
+from .trainer import BuildTask
 
 
 class Launcher(Protocol):
@@ -128,3 +131,35 @@ class _Progress:
             return
         self.bar.set_postfix(loss=f"{last['loss']:.4f}", img_s=last["images_per_second"], refresh=False)
         self.bar.update(last["step"] - self.bar.n)
+
+
+log = logging.getLogger(__name__)
+
+
+class CallingProcess:
+    """Trains in this process."""
+
+    def __init__(self, workers: WorkersConfig) -> None:
+        """UserError where a GPU is asked for and there is none."""
+        if workers.gpu and not torch.cuda.is_available():
+            raise UserError("train.workers.gpu: PyTorch sees no GPU here, where the run would compute")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if workers.gpu else torch.device("cpu")
+
+    def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
+        """Train to ``cfg.steps``; ``fields`` are for the log records of that time. What is raised there passes through."""
+        with logs.carrying({**fields, "rank": 0}), _own_threads():
+            try:
+                train_worker(build_task, cfg, attempt, Alone(self.device))
+            except Exception as error:
+                log.error("training failed on rank 0: %s", error, extra={"failed_rank": 0})
+                raise
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Give this process as many threads to compute with after the block as it had before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

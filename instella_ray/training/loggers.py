@@ -1,4 +1,4 @@
-"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow. Rank 0 alone writes.
+"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow, Prometheus. Rank 0 alone writes.
 
 Each is imported only where it is asked for. A resumed run goes on with the log that it began.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
 from .run_dir import CONFIG, located
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 RUN_IDS = "loggers.json"
@@ -145,7 +149,6 @@ class MlflowLogger:
 
 
 def _prometheus(run_dir: str, start: int) -> Logger:
-    from .prometheus import PrometheusLogger  # and Ray with it, which no other logger needs
 
     return PrometheusLogger(run_dir, start)
 
@@ -199,3 +202,48 @@ def _run_ids(run_dir: str) -> dict[str, str]:
 
 def _remember(run_dir: str, tracker: str, run_id: str) -> None:
     storage.write_json(storage.join(run_dir, RUN_IDS), {**_run_ids(run_dir), tracker: run_id})
+
+
+GAUGES = {
+    "loss": "Mean over the ranks.",
+    "gradient_norm": "Before clipping.",
+    "images_per_second": "Of all workers.",
+    "data_wait": "Share of the time that the first worker waited for data.",
+    "flops_per_second": "Of all workers, as the networks need it.",
+    "mfu": "Share of the peak that is.",
+    "memory_gb": "What the first worker held at most.",
+}
+
+
+class PrometheusLogger:
+    """Gauges ``instella_training_FIGURE`` by the tag ``run``, beside ``_step``, ``_finite`` and ``_running`` (1 or 0).
+
+    Ray prefixes each name with ``ray_`` and adds tags of the process: a restarted worker is a series of its own.
+    """
+
+    def __init__(self, run_dir: Path | str, start: int) -> None:
+        self.tags = {"run": str(run_dir)}
+        self._step = self._gauge("step", "Optimizer steps behind the run.")
+        self._finite = self._gauge("finite", "1 while every figure is a finite number.")
+        self._running = self._gauge("running", "1 until the run ends well.")
+        self._figures = {name: self._gauge(name, about) for name, about in GAUGES.items()}
+        self._step.set(start, tags=self.tags)
+        self._running.set(1, tags=self.tags)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._step.set(step, tags=self.tags)
+        self._finite.set(float(all(map(math.isfinite, values.values()))), tags=self.tags)
+        for name, gauge in self._figures.items():
+            if math.isfinite(value := values.get(name, math.nan)):
+                gauge.set(value, tags=self.tags)
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        """Prometheus takes numbers alone: pictures are in the run directory."""
+
+    def close(self) -> None:
+        self._running.set(0, tags=self.tags)
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        from ray.util.metrics import Gauge
+
+        return Gauge(f"instella_training_{name}", description=about, tag_keys=("run",))

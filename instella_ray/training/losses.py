@@ -1,8 +1,15 @@
-"""What a reconstruction is judged by: smooth L1, edges, and a perceptual distance of the whole picture and of a crop."""
+"""Losses of a reconstruction (smooth L1, edges, a perceptual distance of the whole image and of a crop), and beside them
+how bits are used, with a warning when codes collapse, and differentiable augmentation (Zhao et al. 2020): what a
+discriminator sees is changed, so that it cannot learn by heart.
+
+Augmentations take images ``[B, 3, H, W]`` in [-1, 1] and uniform numbers in [0, 1), a row an image, and are the identity
+at strength 0. Gradients pass through to the images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -12,7 +19,8 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..models.perceptual import PUBLISHED, PerceptualNetwork, load_perceptual
-from .augment import take
+
+log = logging.getLogger(__name__)
 
 
 class PerceptualConfig(Config):
@@ -92,3 +100,117 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB ``[B]`` of pictures in [-1, 1]; the reconstruction is clamped first."""
     error = (images.detach().float().clamp(-1, 1) - reference.float()) / 2
     return -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+BIT_SHARE = "bit_share"
+"""Name of the fact that :func:`bit_summary` makes numbers of."""
+
+
+def bit_share(logits: Tensor) -> Tensor:
+    """Share of pictures in which each bit is set ``[L, K]``, of ``logits [B, L, K]``."""
+    return (logits.detach() > 0).float().mean(0)
+
+
+def bit_summary(share: Tensor) -> dict[str, Tensor]:
+    """Numbers to watch of ``share [L, K]``: each is a mean over the K bits of a position, then over positions or the worst.
+
+    ``bit_entropy`` is in bits, 1 at best. ``dead_bits`` is the share of bits that are the same in every picture.
+    """
+    entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)).mean(1) / torch.log(
+        share.new_tensor(2.0)
+    )
+    dead = ((share == 0) | (share == 1)).float().mean(1)
+    means = share.mean(1)
+    return {
+        "bit_mean": means.mean(),
+        "bit_mean_lowest": means.min(),
+        "bit_mean_highest": means.max(),
+        "bit_entropy": entropy.mean(),
+        "bit_entropy_worst": entropy.min(),
+        "dead_bits": dead.mean(),
+        "dead_bits_worst": dead.max(),
+    }
+
+
+class CollapseWatch:
+    """Warns once when more than ``limit`` of all bits are dead."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.warned = False
+
+    def look(self, step: int, summary: Mapping[str, Tensor], share: Tensor) -> None:
+        """``summary`` and ``share [L, K]`` of the batch of ``step`` (counted from 0)."""
+        if self.warned or float(summary["dead_bits"]) <= self.limit:
+            return
+        self.warned = True
+        dead = ((share == 0) | (share == 1)).float().mean(1)
+        log.warning(
+            "step %d: codes collapse: %.1f %% of all bits are the same in every picture of the batch (limit %.1f %%), "
+            "%d of %d positions have no live bit, mean entropy %.3f bits",
+            *(step + 1, 100 * float(summary["dead_bits"]), 100 * self.limit),
+            *(int((dead == 1).sum()), len(dead), float(summary["bit_entropy"])),
+        )
+
+
+DRAWS = 7
+"""Uniform numbers that :func:`augment` needs a picture."""
+
+
+class AugmentConfig(Config):
+    """How strongly pictures are changed before the discriminator sees them; 0 leaves a change out."""
+
+    color: float = Field(1.0, ge=0, le=1)
+    """Share of the full range: brightness by up to 0.5, saturation 0 to 2 times, contrast 0.5 to 1.5 times."""
+    translation: float = Field(0.125, ge=0, le=1)
+    """Largest shift along each axis, as a share of the side; what comes in is grey."""
+    cutout: float = Field(0.25, ge=0, le=1)
+    """Side of a square that is made grey, as a share of the picture's."""
+
+
+def augment(images: Tensor, draws: Tensor, cfg: AugmentConfig) -> Tensor:
+    """All changes, one after another, by uniform ``draws [B, DRAWS]``."""
+    changed = color(images, draws[:, :3], cfg.color)
+    changed = translate(changed, draws[:, 3:5], cfg.translation)
+    return cutout(changed, draws[:, 5:7], cfg.cutout)
+
+
+def color(images: Tensor, draws: Tensor, strength: float) -> Tensor:
+    """Brightness, saturation and contrast by ``draws [B, 3]``."""
+    brightness, saturation, contrast = (strength * (draws - 0.5)).view(-1, 3, 1, 1, 1).unbind(1)
+    x = images + brightness
+    x = x + (x - x.mean(1, keepdim=True)) * (2 * saturation)
+    return x + (x - x.mean((1, 2, 3), keepdim=True)) * contrast
+
+
+def translate(images: Tensor, draws: Tensor, share: float) -> Tensor:
+    """Shift by whole pixels, down and right, by up to ``share`` of each side either way, by ``draws [B, 2]``."""
+    for axis, size in enumerate(images.shape[-2:]):
+        furthest = int(share * size + 0.5)
+        shifts = (draws[:, axis] * (2 * furthest + 1)).floor().long() - furthest
+        source = torch.arange(size, device=images.device) - shifts[:, None]
+        images = take(images, axis, source.clamp(0, size - 1)) * _along((source >= 0) & (source < size), axis)
+    return images
+
+
+def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
+    """A grey rectangle of ``share`` of each side, centred anywhere in the picture by ``draws [B, 2]``."""
+    covered = torch.ones(len(images), 1, 1, 1, dtype=torch.bool, device=images.device)
+    for axis, size in enumerate(images.shape[-2:]):
+        length = int(share * size + 0.5)
+        start = (draws[:, axis] * size).floor().long()[:, None] - length // 2
+        places = torch.arange(size, device=images.device)
+        covered = covered & _along((places >= start) & (places < start + length), axis)
+    return images * ~covered
+
+
+def take(images: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Rows (axis 0) or columns (axis 1) ``index [B, n]`` of each picture of ``images [B, 3, H, W]``."""
+    shape = list(images.shape)
+    shape[2 + axis] = index.shape[1]
+    return images.gather(2 + axis, _along(index, axis).expand(shape))
+
+
+def _along(values: Tensor, axis: int) -> Tensor:
+    """``values [B, size]`` of rows (axis 0) or columns (axis 1), to broadcast over pictures ``[B, 3, H, W]``."""
+    return values[:, None, :, None] if axis == 0 else values[:, None, None, :]

@@ -1,9 +1,10 @@
-"""What a run logs while it trains: metrics.jsonl, preview pictures, and the same for other loggers."""
+"""What a run logs while it trains: metrics.jsonl, previews, the device's throughput, and the same for other loggers."""
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import storage
+from ..accelerator import Precision, compute_dtype
 from ..errors import UserError
+from ..flops import find_accelerator
 from ..rendering import encode_png
-from .attempts import Attempt
-from .effort import bf16_peak, effort, peak_memory
+from .distributed import ranks
 from .loggers import open_loggers
-from .run_dir import METRICS, read_metrics
+from .run_dir import METRICS, Attempt, read_metrics
 from .settings import TrainConfig
-from .shards import ranks
 from .trainer import Stepped
 
 Summary = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
@@ -137,3 +138,27 @@ class MetricsLog:
         self.sync()
         for logger in self.loggers:
             logger.close()
+
+
+def bf16_peak(device: torch.device, precision: Precision) -> float | None:
+    """FLOP/s that ``device`` could do at most; None for a processor, an unknown GPU, and a run in another precision."""
+    if device.type != "cuda" or compute_dtype(device, precision) != torch.bfloat16:
+        return None
+    found = find_accelerator(torch.cuda.get_device_name(device))
+    return found.peak if found else None
+
+
+def effort(flops_per_second: float, workers: int, peak: float | None) -> dict[str, float]:
+    """Figures to log of one worker's ``flops_per_second``: that of all, and the share of the peak where it is known.
+
+    Workers have equal shares of a batch, so one speaks for all.
+    """
+    total = float(f"{flops_per_second * workers:.5g}")
+    return {"flops_per_second": total} | ({"mfu": round(flops_per_second / peak, 4)} if peak else {})
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this worker held at most so far: of the GPU's memory, or the process's on a processor."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

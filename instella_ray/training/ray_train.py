@@ -24,11 +24,10 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from .. import logs
 from ..data.ray_data import init_ray
 from ..errors import UserError
-from .attempts import Attempt
 from .loop import train_worker
+from .run_dir import Attempt
 from .settings import TrainConfig, WorkersConfig
-from .task import BuildTask
-from .trainer import NonFiniteLoss
+from .trainer import BuildTask, NonFiniteLoss
 
 T = TypeVar("T", bound=int | str)
 
@@ -110,7 +109,7 @@ def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
     if cfg.workers.gpu:
         resources["GPU"] = 1
     counts = cfg.worker_counts()
-    # Checkpoints are this package's own, in the run directory; what Ray Train writes for itself is of no use later.
+    # Checkpointer are this package's own, in the run directory; what Ray Train writes for itself is of no use later.
     with tempfile.TemporaryDirectory(prefix="instella-ray-") as scratch:
         trainer = DivisorTrainer(
             worker,

@@ -25,9 +25,17 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected
 from ..models.discriminator import DiscriminatorConfig
 from .adversarial import DRAWS, AdversarialConfig, Adversary
-from .bits import SHARE, CollapseWatch, bit_share, bit_summary
 from .launch import launch
-from .losses import PerceptualConfig, ReconstructionLoss, TokenizerLossConfig, psnr
+from .losses import (
+    BIT_SHARE,
+    CollapseWatch,
+    PerceptualConfig,
+    ReconstructionLoss,
+    TokenizerLossConfig,
+    bit_share,
+    bit_summary,
+    psnr,
+)
 from .run_dir import local_folder
 from .settings import TrainingRun
 
@@ -96,7 +104,7 @@ class TokenizerLoss(nn.Module):
         height, width = targets.shape[-2:]
         out = self.bit(images, temperature=temperature, u=u, height=height, width=width)
         loss, parts = self.supervised(out.images, targets, draws[:, :2])
-        parts |= {"code_loss": out.code_loss, SHARE: bit_share(out.logits)}
+        parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.logits)}
         if self.code_weight:
             loss = loss + self.code_weight * out.code_loss
         if self.adversary is not None:
@@ -160,7 +168,7 @@ class TokenizerTask:
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Use of the bits in few numbers, with a warning where codes collapse; the step's output size, of several."""
-        share = means.pop(SHARE)
+        share = means.pop(BIT_SHARE)
         bits = bit_summary(share)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first and step >= self.cfg.train.optimizer.warmup_steps:

@@ -60,7 +60,7 @@ def series() -> frozenset[str]:
     for path in PACKAGE.rglob("*.py"):
         for kind, name in made.findall(path.read_text()):
             found |= {f"ray_{name}{suffix}" for suffix in suffixes[kind]}
-    from instella_ray.training.prometheus import FIGURES
+    from instella_ray.training.loggers import FIGURES
 
     return frozenset(found | {f"ray_instella_training_{name}" for name in (*FIGURES, "step", "finite", "running")})
 

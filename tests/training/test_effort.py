@@ -16,7 +16,6 @@ from instella_ray.flops import (
     tokenizer_training,
 )
 from instella_ray.models.generator import DiffusionGenerator, GeneratorConfig
-from instella_ray.training.effort import bf16_peak, effort, peak_memory
 from instella_ray.training.generator import (
     BY_TIME,
     TIME_BINS,
@@ -27,6 +26,7 @@ from instella_ray.training.generator import (
     complete_config,
     noise,
 )
+from instella_ray.training.metrics_log import bf16_peak, effort, peak_memory
 from instella_ray.training.tokenizer import TokenizerTask
 
 from ..kit.models import TINY_BIT

@@ -22,8 +22,8 @@ from instella_ray.models import diffusion
 from instella_ray.models.checkpoint import load_model
 from instella_ray.operations.requirements import least
 from instella_ray.runs import read_record
+from instella_ray.training import checkpoints
 from instella_ray.training import tokenizer as module
-from instella_ray.training import uploads
 from instella_ray.training.plan import PlanOptions, plan_run
 from instella_ray.training.run_dir import checkpoint_step, finished_checkpoints, latest_checkpoint, read_metrics, upload
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
@@ -95,7 +95,7 @@ def test_an_error_passes_as_it_is_and_a_checkpoint_on_its_way_still_arrives(
         assert failing.wait(60)
         upload(*arguments)
 
-    monkeypatch.setattr(uploads, "upload", late)
+    monkeypatch.setattr(checkpoints, "upload", late)
     monkeypatch.setattr(module, "TokenizerTask", harmed(fail))
     caplog.set_level(logging.INFO, "instella_ray")
     with pytest.raises(RuntimeError, match="stopped on purpose"):

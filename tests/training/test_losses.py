@@ -9,9 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instella_ray.training.augment import DRAWS, AugmentConfig, augment, color, cutout, translate
-from instella_ray.training.bits import CollapseWatch, bit_summary
-from instella_ray.training.losses import PerceptualConfig, ReconstructionLoss, TokenizerLossConfig, cropped, resized
+from instella_ray.training.losses import (
+    DRAWS,
+    AugmentConfig,
+    CollapseWatch,
+    PerceptualConfig,
+    ReconstructionLoss,
+    TokenizerLossConfig,
+    augment,
+    bit_summary,
+    color,
+    cropped,
+    cutout,
+    resized,
+    translate,
+)
 
 OFF = AugmentConfig(color=0, translation=0, cutout=0)
 

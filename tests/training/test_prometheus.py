@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ray.util.metrics import Gauge
 
-from instella_ray.training.prometheus import PrometheusLogger
+from instella_ray.training.loggers import PrometheusLogger
 
 RUN = "gs://bucket/runs/a"
 

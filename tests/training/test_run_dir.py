@@ -17,11 +17,12 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from instella_ray import storage
 from instella_ray.errors import UserError
-from instella_ray.training.attempts import Attempt
+from instella_ray.training.checkpoints import Uploads, best_checkpoint
 from instella_ray.training.metrics_log import MetricsFile
 from instella_ray.training.ray_train import DivisorPolicy, HopelessPolicy
 from instella_ray.training.run_dir import (
     SCORES,
+    Attempt,
     checkpoint_folders,
     finished_checkpoints,
     last_metrics,
@@ -31,7 +32,6 @@ from instella_ray.training.run_dir import (
 )
 from instella_ray.training.settings import BestConfig, TrainConfig, WorkersConfig
 from instella_ray.training.trainer import NonFiniteLoss
-from instella_ray.training.uploads import Uploads, best_checkpoint
 
 
 @pytest.fixture(params=["disk", "memory"])

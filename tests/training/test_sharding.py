@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.models.checkpoint import load_model, read_tensors
-from instella_ray.training.checkpoint import OPTIMIZER
+from instella_ray.training.checkpoints import OPTIMIZER
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
 from instella_ray.training.settings import TrainConfig
 from instella_ray.training.trainer import Trainer

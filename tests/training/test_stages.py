@@ -18,7 +18,7 @@ from instella_ray.models import rng
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
 from instella_ray.training import tokenizer as module
-from instella_ray.training.checkpoint import Checkpoint, save_checkpoint
+from instella_ray.training.checkpoints import Checkpoint, save_checkpoint
 from instella_ray.training.learner import Learner
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig

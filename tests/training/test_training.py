@@ -14,13 +14,11 @@ from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, load_model, read_checkpoint_config
 from instella_ray.runs import read_record
-from instella_ray.training.bits import bit_share, bit_summary
-from instella_ray.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from instella_ray.training.checkpoints import Checkpoint, read_checkpoint, save_checkpoint
 from instella_ray.training.launch import launch
 from instella_ray.training.learner import Learner
-from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, psnr
-from instella_ray.training.muon import orthogonalize
-from instella_ray.training.optim import EMA, build_optimizers, rate_share
+from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, bit_share, bit_summary, psnr
+from instella_ray.training.optim import EMA, build_optimizers, orthogonalize, rate_share
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, TokenizerTask, run_tokenizer

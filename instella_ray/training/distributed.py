@@ -1,8 +1,12 @@
-"""Tensors of which every rank holds a part, and whole ones. All ranks call these together."""
+"""The processes that train a run together, whatever has started them, and tensors spread over them.
+
+All ranks call these together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,3 +59,48 @@ def broadcast(model: nn.Module) -> None:
     """Everyone gets rank 0's weights and buffers."""
     for tensor in (*model.parameters(), *model.buffers()):
         torch.distributed.broadcast(tensor, 0)
+
+
+T = TypeVar("T", bound=int | str)
+
+
+class Workers(Protocol):
+    """The processes of a run as one of them sees them; all of them call each method together.
+
+    Rank and number of ranks are those of PyTorch's process group, see :func:`.shards.ranks`.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """What this process computes with."""
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number among those of its node."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's ``value``, on every rank."""
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+
+    def nodes_to_go(self) -> Collection[str] | None:
+        """Their nodes that are about to be taken away; None while there is no notice of any."""
+
+
+class Alone:
+    """One process that trains a run by itself on ``device``."""
+
+    local_rank = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+    def nodes_to_go(self) -> None:
+        return None

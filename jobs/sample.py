@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from instella_ray.bulk.decode import DecodeConfig, run_decode
+from instella_ray.bulk.plan import SampleConfig
+from instella_ray.bulk.sample import run_sample
 from instella_ray.config import Config, parse_job
 from instella_ray.errors import run_main
-from instella_ray.evaluation.decode import DecodeConfig, run_decode
-from instella_ray.evaluation.plan import SampleConfig
-from instella_ray.evaluation.sample import run_sample
 
 
 class SampleJobConfig(Config):

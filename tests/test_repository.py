@@ -32,7 +32,7 @@ FLOORS = [
     {"flops", "engine"},
     {"data"},
     {"training"},
-    {"serving"},
+    {"serving", "bulk"},
     {"evaluation"},
     {"simulation"},
     {"demo", "bench", "operations"},
@@ -52,8 +52,8 @@ WITHOUT_RAY = (
     "data/prompts.py",
     "evaluation/metrics",
     "evaluation/statistics.py",
-    "evaluation/sampler.py",
-    "evaluation/sample_set.py",
+    "bulk/sampler.py",
+    "bulk/sample_set.py",
     "simulation",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from ..bulk.plan import SampleConfig, plan_samples
+from ..bulk.sample import run_sample
 from ..config import Config
 from ..data.prompts import Prompt, read_prompts
-from ..evaluation.plan import SampleConfig, plan_samples
-from ..evaluation.sample import run_sample
 from ..models.bit import BIT
 from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.sampling import SamplingConfig, SamplingParams, generate

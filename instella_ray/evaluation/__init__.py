@@ -1,1 +1,1 @@
-"""Bulk sampling, metrics and reports."""
+"""Metrics, intervals and reports of samples and of tokenizers."""

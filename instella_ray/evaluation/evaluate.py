@@ -11,23 +11,23 @@ from typing import Any
 
 from .. import storage
 from ..accelerator import hardware_summary
+from ..bulk.sample_set import samples_origin
 from ..data.formats.parts import open_output
 from ..data.model_provenance import model_origin
 from ..data.pipeline import Pool
 from ..errors import UserError
 from ..runs import Origin, recorded
-from .choice import Choice, choose_pictures
-from .gallery import Order, paint
+from .inputs import EvaluateConfig, Subject
 from .measure import Record, States, Task, load_reference, measure
 from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
 from .metrics.base import Metric
 from .metrics.frechet import Frechet
 from .metrics.presets import preset
-from .reading import ReaderOptions
+from .reader import ReaderOptions
 from .report import write_report
 from .results import RESULTS, STATES
-from .sample_set import samples_origin
-from .subject import EvaluateConfig, Subject
+from .select import Choice, choose_pictures
+from .thumbnails import Order, paint
 from .units import picture_units
 
 REFERENCE = "reference"

@@ -23,7 +23,7 @@ from ..errors import UserError
 from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric, load_state, save_state
 from .metrics.frechet import Gaussian
-from .reading import Reader, ReaderOptions
+from .reader import Reader, ReaderOptions
 from .units import Unit
 
 SINGLE = "single"

@@ -8,9 +8,9 @@ from typing import Any
 from .. import storage
 from ..data.formats.parts import finished_file
 from ..errors import UserError
-from .gallery import GALLERY, read_gallery
 from .measure import ROWS, States
 from .metrics.base import Metric
+from .thumbnails import GALLERY, read_gallery
 
 RESULTS, STATES = "results.json", "states"
 

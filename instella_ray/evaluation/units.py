@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .. import storage
+from ..bulk.sample_set import SampleBlock, SampleSet
 from ..config import Config
 from ..data.formats.shards import find_shards
 from ..data.formats.tar_source import read_samples
 from ..data.prompts import TEXT_KEYS
 from ..data.scenes import parse_caption
 from ..errors import UserError
-from .sample_set import SampleBlock, SampleSet
 
 PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")

@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from ..bulk.plan import SampleConfig
+from ..bulk.sample import run_sample
 from ..data.prompts import SCENES
 from ..models.sampling import SamplingConfig
 from ..training.generator import GeneratorRunConfig
 from .evaluate import EvaluateConfig, run_evaluate
 from .metric_settings import MetricsConfig
-from .plan import SampleConfig
 from .results import Evaluation
-from .sample import run_sample
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 
 

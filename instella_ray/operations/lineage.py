@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import storage
+from ..bulk.sample_set import MANIFEST, SWEEP, samples_origin
 from ..config import Config
 from ..data.formats.images import read_metadata
 from ..data.formats.parts import LEDGER
@@ -21,7 +22,6 @@ from ..data.formats.sources import SUFFIXES
 from ..data.model_provenance import model_origin
 from ..data.provenance import data_identity, data_origin, files_identity
 from ..errors import UserError
-from ..evaluation.sample_set import MANIFEST, SWEEP, samples_origin
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS, read_checkpoint_config, weight_hash
 from ..runs import RECORD, Origin, read_record
 from ..training.run_dir import CHECKPOINTS, latest_checkpoint

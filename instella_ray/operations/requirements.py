@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import singledispatch
 
+from ..bulk.decode import DecodeConfig
+from ..bulk.plan import SampleConfig
 from ..config import Config
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
 from ..data.generation.recaption import RecaptionConfig
 from ..data.generation.synthesize import SynthesizeConfig
-from ..evaluation.decode import DecodeConfig
 from ..evaluation.evaluate import EvaluateConfig
-from ..evaluation.plan import SampleConfig
 from ..serving.config import ServeArgs
 from ..training.settings import TrainingRun
 from ..training.stages import TokenizerStagesConfig

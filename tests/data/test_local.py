@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instella_ray.bulk.plan import SampleConfig
+from instella_ray.bulk.sample import run_sample
 from instella_ray.config import Config
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
@@ -24,8 +26,6 @@ from instella_ray.data.generation.recaption import RecaptionConfig, run_recaptio
 from instella_ray.data.generation.synthesize import SynthesizeConfig, run_synthesize
 from instella_ray.data.pipeline import Pool, Stage, run_rows, run_stages
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
-from instella_ray.evaluation.plan import SampleConfig
-from instella_ray.evaluation.sample import run_sample
 
 from ..kit.curation import COPY_FILTERS, shards_with_copies
 from ..kit.models import make_generator, make_tokenizer

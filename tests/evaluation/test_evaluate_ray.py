@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from instella_ray.bulk.plan import SampleConfig
+from instella_ray.bulk.sample import run_sample
 from instella_ray.data.prompts import read_prompts
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
-from instella_ray.evaluation.plan import SampleConfig
-from instella_ray.evaluation.sample import run_sample
 
 from ..kit.evaluation import numbers
 from ..kit.models import make_generator, make_tokenizer, write_tokenizer

@@ -15,10 +15,10 @@ from instella_ray import storage
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
-from instella_ray.evaluation.choice import ShowConfig
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.presets import TABLE3
 from instella_ray.evaluation.report import best, metric_rows
+from instella_ray.evaluation.select import ShowConfig
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.rendering import number, svg_curves, table, thumbnail
 

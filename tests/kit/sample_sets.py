@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from instella_ray import storage
-from instella_ray.data.prompts import Prompt, prompts_hash
-from instella_ray.evaluation.sample_set import (
+from instella_ray.bulk.sample_set import (
     MANIFEST,
     SWEEP,
     SampleBlock,
@@ -20,6 +19,7 @@ from instella_ray.evaluation.sample_set import (
     sample_id,
     write_block,
 )
+from instella_ray.data.prompts import Prompt, prompts_hash
 from instella_ray.models.checkpoint import weight_hash
 from instella_ray.models.sampling import SamplingConfig
 

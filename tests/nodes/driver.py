@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 
+from instella_ray.bulk.plan import SampleConfig
+from instella_ray.bulk.sample import run_sample
+from instella_ray.bulk.sample_set import find_sample_sets
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
-from instella_ray.evaluation.plan import SampleConfig
-from instella_ray.evaluation.sample import run_sample
-from instella_ray.evaluation.sample_set import find_sample_sets
 from instella_ray.serving.app import ModelArgs, ServeArgs
 
 from ..kit.clusters import POOL, Nodes, beside, simulated

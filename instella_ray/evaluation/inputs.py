@@ -8,14 +8,14 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from .. import storage
+from ..bulk.sample_set import SampleSet, find_sample_sets
 from ..config import Config
 from ..data.formats.parts import Mode
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
-from .choice import ShowConfig
 from .metric_settings import MetricsConfig
-from .sample_set import SampleSet, find_sample_sets
+from .select import ShowConfig
 from .units import Unit, has_captions, has_scene_captions, picture_units, sample_units
 
 PLAIN_SIZE = 256

@@ -16,9 +16,9 @@ from ..accelerator import pick_device
 from ..data.pipeline import Pool, Stage, run_rows
 from ..errors import UserError
 from ..rendering import thumbnail
-from .choice import Choice
 from .measure import Record
-from .reading import Reader, ReaderOptions
+from .reader import Reader, ReaderOptions
+from .select import Choice
 from .units import Unit
 
 GALLERY = "gallery.parquet"

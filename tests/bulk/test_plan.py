@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instella_ray.bulk.plan import Sweep, plan_samples, sample_seed
 from instella_ray.data.prompts import Prompt
-from instella_ray.evaluation.plan import Sweep, plan_samples, sample_seed
 from instella_ray.models.sampling import SamplingConfig
 
 TEXTS = st.text(min_size=1, max_size=8)

@@ -1,0 +1,1 @@
+"""Bulk sampling: prompts in, codes and images out, on any number of machines."""

@@ -110,7 +110,7 @@ def _shards(args: argparse.Namespace) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from .training.plan import PlanOptions
+    from .planning.plan import PlanOptions
 
     command = commands.add_parser(
         "plan",
@@ -136,7 +136,7 @@ def _flag(name: str) -> str:
 def _plan(args: argparse.Namespace) -> None:
     from .evaluation.validation_generator import ValidatedRun
     from .evaluation.validation_tokenizer import ValidatedStages
-    from .training.plan import PlanOptions, plan_run
+    from .planning.plan import PlanOptions, plan_run
     from .training.tokenizer import TokenizerConfig
 
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
@@ -172,7 +172,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _simulate(args: argparse.Namespace) -> None:
     from . import storage
-    from .simulation.run import SimulateConfig, run_simulation
+    from .planning.simulation.run import SimulateConfig, run_simulation
 
     report = run_simulation(load_config(SimulateConfig, args.config, args.overrides))
     print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())

@@ -34,7 +34,7 @@ FLOORS = [
     {"training"},
     {"serving", "bulk"},
     {"evaluation"},
-    {"simulation"},
+    {"planning"},
     {"demo", "bench", "operations"},
     {"cli"},
 ]
@@ -54,7 +54,7 @@ WITHOUT_RAY = (
     "evaluation/statistics.py",
     "bulk/sampler.py",
     "bulk/sample_set.py",
-    "simulation",
+    "planning/simulation",
 )
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.loading.image_data import DECODERS
 from ..models.bit import BITConfig
-from ..simulation.training import Cluster, Run, simulate_training
+from ..planning.simulation.training import Cluster, Run, simulate_training
 from ..training.losses import PerceptualConfig, TokenizerLossConfig
 from ..training.run_dir import read_metrics
 from ..training.settings import TrainConfig, WorkersConfig

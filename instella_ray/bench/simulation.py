@@ -20,8 +20,8 @@ from ..data.encode import EncodeConfig, run_encode
 from ..data.ray_data import init_ray
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model
-from ..simulation.pipeline import ENCODERS, LineStage, simulate_line
-from ..simulation.serving import (
+from ..planning.simulation.pipeline import ENCODERS, LineStage, simulate_line
+from ..planning.simulation.serving import (
     INGRESS,
     LoadConfig,
     Machine,
@@ -30,7 +30,7 @@ from ..simulation.serving import (
     ServingTimes,
     simulate_serving,
 )
-from ..simulation.stage_time import StageTime
+from ..planning.simulation.stage_time import StageTime
 from .data import DataBench, _write_shards
 from .load import Load, closed_loop, mixed_requests, open_loop
 from .measure import Spread

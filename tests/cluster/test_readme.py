@@ -10,8 +10,8 @@ import pytest
 
 from instella_ray import cli
 from instella_ray.config import load_config
-from instella_ray.simulation.run import SimulateConfig
-from instella_ray.simulation.serving import simulate_serving
+from instella_ray.planning.simulation.run import SimulateConfig
+from instella_ray.planning.simulation.serving import simulate_serving
 
 from ..kit.overlays import FOLDER, objects
 from ..kit.project import ROOT

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from instella_ray.simulation.serving import ServingConfig
-from instella_ray.simulation.stage_time import StageTime
+from instella_ray.planning.simulation.serving import ServingConfig
+from instella_ray.planning.simulation.stage_time import StageTime
 
 
 def seconds(value: float | dict[int, float]) -> StageTime:

@@ -21,10 +21,10 @@ from instella_ray.errors import UserError, run_main
 from instella_ray.models import diffusion
 from instella_ray.models.checkpoint import load_model
 from instella_ray.operations.requirements import least
+from instella_ray.planning.plan import PlanOptions, plan_run
 from instella_ray.runs import read_record
 from instella_ray.training import checkpoints
 from instella_ray.training import tokenizer as module
-from instella_ray.training.plan import PlanOptions, plan_run
 from instella_ray.training.run_dir import checkpoint_step, finished_checkpoints, latest_checkpoint, read_metrics, upload
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
 

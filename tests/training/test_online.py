@@ -21,10 +21,10 @@ from instella_ray.errors import UserError
 from instella_ray.flops import generator_training
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
+from instella_ray.planning.plan import PlanOptions, plan_run
 from instella_ray.storage import read_parquet, write_parquet
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
 from instella_ray.training.learner import Learner
-from instella_ray.training.plan import PlanOptions, plan_run
 
 from ..kit.models import TINY_BIT
 from ..kit.shards import picture

@@ -8,8 +8,8 @@ from math import ceil
 from pydantic import Field
 from tqdm import tqdm
 
-from ..config import Config
-from ..errors import UserError
+from ...config import Config
+from ...errors import UserError
 from .pipeline import ENCODERS, DataJobs, simulate_line
 from .serving import DECODER, DECODER_BATCH, INGRESS, TEXT, ServingConfig, ServingOutcome, simulate_serving
 

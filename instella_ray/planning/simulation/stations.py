@@ -1,6 +1,6 @@
 """The serving graph's deployments as simulated processes: replicas behind a handle, batches, the step engine.
 
-They do what :mod:`..serving.batching`, :mod:`..serving.deployments`, :mod:`..engine.engine` and Serve's router do, in
+They do what :mod:`...serving.batching`, :mod:`...serving.deployments`, :mod:`...engine.engine` and Serve's router do, in
 simulated time.
 """
 

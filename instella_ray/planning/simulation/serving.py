@@ -15,10 +15,10 @@ import numpy as np
 import simpy
 from pydantic import Field, model_validator
 
-from ..config import Config, load_config
-from ..engine.buckets import bucket_sizes
-from ..errors import UserError
-from ..serving.config import ModelArgs, ServeArgs
+from ...config import Config, load_config
+from ...engine.buckets import bucket_sizes
+from ...errors import UserError
+from ...serving.config import ModelArgs, ServeArgs
 from .clock import Compute, Processors, Variation
 from .stage_time import StageTime
 from .stations import Batches, Deployment, Meters, Process, Replica, Steps

@@ -11,11 +11,11 @@ import pytest
 from instella_ray import cli
 from instella_ray.config import load_config
 from instella_ray.errors import UserError
-from instella_ray.simulation.pipeline import CPUS, ENCODERS, STORAGE, LineStage, simulate_line
-from instella_ray.simulation.run import SimulateConfig, run_simulation
-from instella_ray.simulation.serving import Machine
-from instella_ray.simulation.sizing import size_cpus
-from instella_ray.simulation.training import (
+from instella_ray.planning.simulation.pipeline import CPUS, ENCODERS, STORAGE, LineStage, simulate_line
+from instella_ray.planning.simulation.run import SimulateConfig, run_simulation
+from instella_ray.planning.simulation.serving import Machine
+from instella_ray.planning.simulation.sizing import size_cpus
+from instella_ray.planning.simulation.training import (
     CHECKPOINTS,
     COMPUTE,
     DATA,

@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 from pydantic import Field
 
-from ..config import Config
+from ...config import Config
 from .clock import Compute, Level, Processors, Variation
 from .serving import Machine
 from .stage_time import StageTime

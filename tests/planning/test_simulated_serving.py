@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instella_ray.errors import UserError
+from instella_ray.planning.simulation import serving as simulated
+from instella_ray.planning.simulation.serving import Machine, simulate_serving
+from instella_ray.planning.simulation.sizing import Slo, size_serving
 from instella_ray.serving import app as real_app
 from instella_ray.serving import deployments
 from instella_ray.serving.batching import MicroBatcher
-from instella_ray.simulation import serving as simulated
-from instella_ray.simulation.serving import Machine, simulate_serving
-from instella_ray.simulation.sizing import Slo, size_serving
 
 from ..kit.simulation import seconds, serving
 

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..config import Config
-from ..flops import (
+from ...config import Config
+from ...flops import (
     ACCELERATORS,
     AMD_OLMO_1B,
     bit_decode,
@@ -18,8 +18,8 @@ from ..flops import (
     generator_text,
     text_encoder_forward,
 )
-from ..models.bit import BITConfig
-from ..models.generator import GeneratorConfig
+from ...models.bit import BITConfig
+from ...models.generator import GeneratorConfig
 
 TEXT_TOKENS = 128
 Work = Literal["text_encoder", "text_projection", "diffusion_step", "encoder", "decoder"]

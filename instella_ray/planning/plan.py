@@ -31,10 +31,10 @@ from ..models.bit import BITConfig
 from ..models.checkpoint import build_model, parse_model, read_checkpoint_config
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig, resolve_name
-from .generator import GeneratorRunConfig
+from ..training.generator import GeneratorRunConfig
+from ..training.settings import TrainConfig
+from ..training.tokenizer import TokenizerConfig
 from .memory import generator_activations, states, tokenizer_activations
-from .settings import TrainConfig
-from .tokenizer import TokenizerConfig
 
 PAPER_IMAGES_PER_SECOND = 120.0
 """Of the paper's generators in training, on one MI300X (section 1)."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from ..config import Config, load_config
-from ..errors import UserError
-from ..rendering import Cell, table
+from ...config import Config, load_config
+from ...errors import UserError
+from ...rendering import Cell, table
 from .pipeline import DataJobs, LineOutcome, LineStage, simulate_line
 from .serving import ServingConfig, ServingOutcome, simulate_serving
 from .sizing import Slo, size_cpus, size_serving
@@ -194,8 +194,8 @@ def _failed(outcome: TrainingOutcome) -> str:
 
 def planned(job: TrainingJob, gpus: int) -> Run:
     """What the run's own plan says of it on ``gpus``; UserError where its batch cannot be shared by them."""
-    from ..evaluation.validation_generator import ValidatedRun
-    from ..training.plan import PlanOptions, plan_run
+    from ...evaluation.validation_generator import ValidatedRun
+    from ..plan import PlanOptions, plan_run
 
     batch = load_config(ValidatedRun, job.run, job.overrides).train.global_batch
     share, rest = divmod(batch, gpus)

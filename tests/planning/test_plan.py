@@ -12,8 +12,8 @@ import pytest
 from instella_ray import cli
 from instella_ray.config import load_config
 from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.planning.plan import Plan, PlanOptions, paper_mfu, plan_run, text_encoder_sizes
 from instella_ray.training.generator import GeneratorRunConfig
-from instella_ray.training.plan import Plan, PlanOptions, paper_mfu, plan_run, text_encoder_sizes
 from instella_ray.training.stages import TokenizerStagesConfig
 
 from ..kit.project import ROOT

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
-from .learner import BUCKET
-from .settings import Sharding
+from ..training.learner import BUCKET
+from ..training.settings import Sharding
 
 
 class Bytes(NamedTuple):

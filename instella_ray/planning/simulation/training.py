@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 from scipy.special import ndtri
 
-from ..config import Config
+from ...config import Config
 
 COMPUTE, DATA, STRAGGLERS, NETWORK, CHECKPOINTS, FAILURES = (
     "computing",
@@ -51,7 +51,7 @@ class Cluster(Config):
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run's configuration decides its time; :func:`..training.plan.plan_run` knows these figures."""
+    """What of a run's configuration decides its time; :func:`..plan.plan_run` knows these figures."""
 
     gpus: int
     steps: int

@@ -1,0 +1,1 @@
+"""What a run will need and how a cluster will do, told before either is begun."""

@@ -14,7 +14,7 @@ UPGRADE ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       captioned pictures in, pictures out, on this machine (DEMO='--fresh' passes flags on)"
+	@echo "make demo       captioned images in, images out, on this machine (DEMO='--fresh' passes flags on)"
 	@echo "make test       what a change must pass; make test-fast: those tests without Ray; make test-all: every test"
 	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"

@@ -34,19 +34,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
     demo = commands.add_parser(
         "demo",
-        help="captioned pictures in, pictures out: the whole loop on this machine",
+        help="captioned images in, images out: the whole loop on this machine",
         description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
         "HTTP, score, and write report.html. About 13 minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("--folder", help="where everything goes (default: demo)")
-    demo.add_argument("--size", type=int, help="edge of the pictures in pixels (default: 64)")
+    demo.add_argument("--size", type=int, help="edge of the images in pixels (default: 64)")
     demo.add_argument(
         "--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob); the last are held out"
     )
     demo.add_argument("--seed", type=int, help="seed of everything (default: 0)")
-    demo.add_argument("--tiny", action="store_true", help="the same stages in a few minutes; pictures mean nothing")
+    demo.add_argument("--tiny", action="store_true", help="the same stages in a few minutes; images mean nothing")
     again = demo.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted demo in the folder")
     again.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")
@@ -73,7 +73,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING names one setting of a sweep")
     command.add_argument("b", metavar="B", help="another; differences are B minus A")
     command.add_argument(
-        "--output", metavar="FILE", help="also write a page with the same prompts' pictures side by side"
+        "--output", metavar="FILE", help="also write a page with the same prompts' images side by side"
     )
     command.set_defaults(run=_compare)
 
@@ -183,12 +183,12 @@ def _simulate(args: argparse.Namespace) -> None:
 def _add_lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "lineage",
-        help="what is behind a picture, model, run, or set of codes or samples, down to the source shards",
+        help="what is behind an image, model, run, or set of codes or samples, down to the source shards",
         description="Print the chain of runs, checkpoints and data behind THING, and whether each of them is still what it "
         "was. Exit code 1 where one is not; what is missing is named at its place.",
     )
     command.add_argument(
-        "thing", metavar="THING", help="a picture's file, model folder, run directory, or output folder of a job"
+        "thing", metavar="THING", help="an image's file, model folder, run directory, or output folder of a job"
     )
     command.add_argument(
         "--models", metavar="FOLDER", nargs="+", default=[], help="where to look for models, by weights"

@@ -1,4 +1,4 @@
-"""What the networks compute, per picture, and what accelerators can: the arithmetic behind MFU and ``instella-ray plan``.
+"""What the networks compute, per image, and what accelerators can: the arithmetic behind MFU and ``instella-ray plan``.
 
 A multiply-add counts as 2 FLOP. Matrix products, convolutions and attention are counted, as
 ``torch.utils.flop_counter`` does, element-wise work is not. Masked attention counts in full, because it is computed.
@@ -131,7 +131,7 @@ def attention(queries: float, keys: float, width: int) -> float:
 
 @cache
 def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
-    """A picture of ``height x width`` pixels to quantizer logits."""
+    """An image of ``height x width`` pixels to quantizer logits."""
     d, patches = cfg.encoder_width, (height // cfg.patch_size) * (width // cfg.patch_size)
     embedding = linear(patches, 3 * cfg.patch_size**2, d)
     total = embedding
@@ -146,7 +146,7 @@ def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
 
 @cache
 def bit_decode(cfg: BITConfig, height: int, width: int, *, training: bool = False) -> Work:
-    """Codes to a picture of ``height x width`` pixels; ``training`` runs the REPA projection where there is one."""
+    """Codes to an image of ``height x width`` pixels; ``training`` runs the REPA projection where there is one."""
     d, patch = cfg.decoder_width, cfg.patch_size
     patches = (height // patch) * (width // patch) // 4 ** len(cfg.upsample_after)
     total = linear(cfg.num_tokens, cfg.bits_per_token, cfg.encoder_width)
@@ -198,7 +198,7 @@ def generator_training(
 ) -> TrainingFlops:
     """One sample: three times the forward pass (once more when blocks are recomputed), and what is frozen, forward.
 
-    Without a ``text_encoder`` features are at hand, with a ``tokenizer`` its pictures are encoded within the loop.
+    Without a ``text_encoder`` features are at hand, with a ``tokenizer`` its images are encoded within the loop.
     """
     work = generator_forward(cfg, text_tokens)
     frozen = text_encoder_forward(text_encoder, text_tokens) if text_encoder else 0.0
@@ -215,7 +215,7 @@ def tokenizer_training(
     frozen_encoder: bool = False,
     gradient_checkpointing: bool = False,
 ) -> TrainingFlops:
-    """One picture, encoded at ``input_size`` and decoded at ``output_size`` pixels a side.
+    """One image, encoded at ``input_size`` and decoded at ``output_size`` pixels a side.
 
     The losses' own networks (perceptual, discriminator) are not part of it.
     """

@@ -1,4 +1,4 @@
-"""What reports share: pages of one file without outside assets, curves, pictures within a page, tables for a terminal."""
+"""What reports share: pages of one file without outside assets, curves, images within a page, tables for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 """Where ``page.html.j2`` is, which other pages extend."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 PIXELATED = 128
-"""Pictures up to this size stay lossless: each of their pixels is seen."""
+"""Images up to this size stay lossless: each of their pixels is seen."""
 FEW = 20
 """Up to so many points of a curve are marked."""
 
@@ -69,10 +69,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(picture: bytes) -> str:
-    """A picture's file within the page."""
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def data_uri(image: bytes) -> str:
+    """An image's file within the page."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def svg_curves(

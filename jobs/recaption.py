@@ -11,7 +11,7 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Describe the pictures of curated shards anew: a long and a short caption each."
+    about = "Describe the images of curated shards anew: a long and a short caption each."
     cfg = parse_job(RecaptionConfig, argv, prog="recaption.py", description=about, switches={"local": "local"})
     ledger = run_recaption(cfg)
     print(f"{cfg.output}: {ledger.summary()}")

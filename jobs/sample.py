@@ -13,16 +13,14 @@ from instella_ray.errors import run_main
 
 
 class SampleJobConfig(Config):
-    """Codes to make, and pictures to make of them."""
+    """Codes to make, and images to make of them."""
 
     sample: SampleConfig
     decode: DecodeConfig = DecodeConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = (
-        "Sample pictures in bulk, as codes; with --decode also as pictures. Run again with sample.mode=resume to go on."
-    )
+    about = "Sample images in bulk, as codes; with --decode also as images. Run again with sample.mode=resume to go on."
     own = {"flags": {"decode": "decode.format"}, "switches": {"local": "sample.local"}}
     cfg = parse_job(SampleJobConfig, argv, prog="sample.py", description=about, **own)
     for name, manifest in run_sample(cfg.sample).items():
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{cfg.sample.output}{f'/{name}' if name else ''}: {made}, {manifest.seconds:.0f} actor seconds{cost}")
     if cfg.decode.format is not None:
         count = run_decode(cfg.decode, cfg.sample.output, local=cfg.sample.local)
-        print(f"{cfg.sample.output}: {count} pictures as {cfg.decode.format}")
+        print(f"{cfg.sample.output}: {count} images as {cfg.decode.format}")
     return 0
 
 

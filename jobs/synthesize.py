@@ -11,7 +11,7 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Make a captioned set of pictures: one of every prompt by every model."
+    about = "Make a captioned set of images: one of every prompt by every model."
     cfg = parse_job(SynthesizeConfig, argv, prog="synthesize.py", description=about, switches={"local": "local"})
     ledger = run_synthesize(cfg)
     print(f"{cfg.output}: {ledger.summary()}")

@@ -133,7 +133,7 @@ def test_what_json_cannot_hold_is_written_as_text(
 ) -> None:
     monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
     logs.set_up({"rank": 1})
-    log.info("a picture of \ud83d %s", "two\nlines", extra={"path": Path("a"), "level": "mine"})
+    log.info("an image of \ud83d %s", "two\nlines", extra={"path": Path("a"), "level": "mine"})
     (record,) = records(capsys.readouterr().err)
     assert (
         record["path"] == "a"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -68,7 +69,7 @@ JOB_OF = {
     "sample": ("sample", []),
     "bench": ("bench", []),
     "evaluation": ("evaluate", ["samples=a", "output=b"]),
-    "evaluation/reconstruction": ("evaluate", ["pictures=a", "tokenizer=b", "output=c"]),
+    "evaluation/reconstruction": ("evaluate", ["images=a", "tokenizer=b", "output=c"]),
 }
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in (DEPLOY, *SIMULATIONS))
 
@@ -112,6 +113,44 @@ def test_rooms_import_only_from_floors_below() -> None:
             if package == "instella_ray" and room in floor and room != here and floor[room] >= floor.get(here, -1):
                 wrong.add((str(path.relative_to(PACKAGE)), room))
     assert wrong == set()
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of the package that a file of it imports, inside functions too; not what is imported for types alone."""
+    found = set()
+    for name in imports(path):
+        while name and not (ROOT / Path(*name.split("."))).with_suffix(".py").is_file():
+            name = name.rpartition(".")[0]
+        found |= {name} if name.startswith(f"{PACKAGE.name}.") else set()
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {".".join(p.relative_to(ROOT).with_suffix("").parts): modules_imported(p) for p in PACKAGE.rglob("*.py")}
+    while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
+        graph = {module: needs for module, needs in graph.items() if module not in leaves}
+    # What is left imports a circle, or is in one.
+    while tops := graph.keys() - set().union(*graph.values()):
+        graph = {module: needs for module, needs in graph.items() if module not in tops}
+    assert sorted(graph) == []
+
+
+def test_formats_know_nothing_of_what_is_done_with_them() -> None:
+    others = {".".join(("instella_ray.data", room)) for room in ("curation", "generation", "loading", "job", "encode")}
+    files = (PACKAGE / "data" / "formats").glob("*.py")
+    found = {(path.name, name) for path in files for name in modules_imported(path)}
+    assert [pair for pair in found if pair[1].startswith(tuple(others))] == []
+
+
+def test_no_class_name_stands_twice() -> None:
+    """A class says what it is the task, the worker or the limits *of*."""
+    names = [
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(name for name, times in Counter(names).items() if times > 1) == []
 
 
 @pytest.mark.parametrize("part", WITHOUT_RAY)

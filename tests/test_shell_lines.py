@@ -36,7 +36,7 @@ def test_shell_lines_of_the_readmes_could_be_typed(path: Path) -> None:
         "python jobs/submit.py --adress http://127.0.0.1:8265 -- jobs/curate.py --set input=a --set output=b",
         "python jobs/submit.py --address http://127.0.0.1:8265 -- jobs/curate.py --set input=a",
         "instella-ray plann configs/generator/paper.yaml",
-        "instella-ray plan configs/generator/paper.yaml --gpu-days 3 --frm-pictures",
+        "instella-ray plan configs/generator/paper.yaml --gpu-days 3 --frm-images",
         "instella-ray plan configs/generator/papers.yaml",
         "make demmo",
         "kubectl apply -k cluster/kuberay/overlays/mi300",

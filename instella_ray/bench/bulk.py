@@ -50,7 +50,7 @@ def run_bulk(cfg: BulkBench) -> Result:
         rates |= {f"job, {n} actors of one thread": _job(cfg, model, prompts, folder / f"{n}", n) for n in (1, 2)}
         peaks = [_peak(cfg, model, folder / f"memory-{count}", count) for count in cfg.memory_samples]
     one, two, job_one, job_two = rates.values()
-    rows += [{"contestant": name, "pictures/s": rate} for name, rate in rates.items()]
+    rows += [{"contestant": name, "images/s": rate} for name, rate in rates.items()]
     for count, peak in zip(cfg.memory_samples, peaks, strict=True):
         rows.append({"contestant": f"job of {count} samples", "peak private MB": peak})
     few, many = cfg.memory_samples
@@ -72,7 +72,7 @@ def _prompts(folder: Path, count: int) -> list[Prompt]:
 
 @torch.no_grad()
 def _bare(cfg: BulkBench, path: str, prompts: list[Prompt], threads: int) -> float:
-    """Pictures a second of the sampler's loop, each batch's prompts encoded together."""
+    """Images a second of the sampler's loop, each batch's prompts encoded together."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     model = load_model(path)
@@ -95,7 +95,7 @@ def _bare(cfg: BulkBench, path: str, prompts: list[Prompt], threads: int) -> flo
 
 
 def _job(cfg: BulkBench, model: str, prompts: list[Prompt], output: Path, actors: int) -> float:
-    """Pictures a second between a job's first file and its last: without the start of Ray and its actors."""
+    """Images a second between a job's first file and its last: without the start of Ray and its actors."""
     run_sample(_config(cfg, model, output, str(output.parent / "prompts.jsonl"), actors=actors, sampling=cfg.sampling))
     made = sorted(path.stat().st_mtime for path in output.glob("samples-*.parquet"))
     # So many files had been begun before the first was there.

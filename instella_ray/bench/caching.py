@@ -1,4 +1,4 @@
-"""What cached text keys/values and the AR cache are worth: whole pictures with and without them, no Ray.
+"""What cached text keys/values and the AR cache are worth: whole images with and without them, no Ray.
 
 Text is the projection of the prompt at every depth, a function of the prompt alone. The baseline projects it again at
 every denoising step, as a model does whose forward pass takes features; the AR baseline runs the whole prefix again
@@ -36,7 +36,7 @@ class CachingBench(Config):
     heads: int = 4
     text_length: int = 128
     batch: int = 4
-    """Pictures; with guidance the network sees twice as many rows."""
+    """Images; with guidance the network sees twice as many rows."""
     steps: int = 20
 
 
@@ -144,7 +144,7 @@ def _rows(kind: str, timings: Mapping[str, Timing], batch: int) -> list[dict[str
         {
             "generator": kind,
             "how": name,
-            "ms a picture": Spread.of([1000 * seconds / batch for seconds in timing.wall]).text(digits=1),
+            "ms an image": Spread.of([1000 * seconds / batch for seconds in timing.wall]).text(digits=1),
             "times as fast": ratio(baseline.wall, timing.wall).text(),
             "by processor time": ratio(baseline.cpu, timing.cpu).text(),
         }

@@ -25,8 +25,8 @@ from ..data.formats.sources import shard_sources
 from ..data.formats.tar_source import read_samples
 from ..data.loading.loader import CodesData
 from ..data.loading.order import BatchPlan
-from ..data.pipeline import Stage
 from ..data.ray_data import init_ray, tables_dataset, unwrapped
+from ..data.stages import Stage
 from ..data.views import Decoder
 from ..errors import UserError
 from ..storage import write_json
@@ -39,11 +39,11 @@ PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2
 
 
 class DataBench(Config):
-    """Pictures that are made for the purpose, and how they are read."""
+    """Images that are made for the purpose, and how they are read."""
 
     shards: int = Field(32, ge=1)
-    pictures_per_shard: int = Field(64, ge=1)
-    picture_size: tuple[int, int] = (768, 576)
+    images_per_shard: int = Field(64, ge=1)
+    image_size: tuple[int, int] = (768, 576)
     """Width and height; about 100 kB of JPEG each."""
     size: int = Field(256, ge=1)
     """Square that each becomes."""
@@ -82,14 +82,14 @@ def run_data(cfg: DataBench) -> Result:
                 began = time.perf_counter()
                 count = run()
                 rates[name].append(count / (time.perf_counter() - began))
-        per_picture = total / (cfg.shards * cfg.pictures_per_shard)
+        per_image = total / (cfg.shards * cfg.images_per_shard)
         for name, found in rates.items():
             spread = Spread.of(found)
             rows.append(
                 {
                     "contestant": name,
-                    "pictures/s/core": spread.text(1 / cfg.workers, 1),
-                    "MB/s": spread.median * per_picture / 1e6,
+                    "images/s/core": spread.text(1 / cfg.workers, 1),
+                    "MB/s": spread.median * per_image / 1e6,
                     "peak private MB": round(peaks[name]),
                 }
             )
@@ -106,14 +106,14 @@ def run_data(cfg: DataBench) -> Result:
         for count, found_peak in ((few, small), (many, large)):
             rows.append({"contestant": f"curating {count} shards", "peak private MB": round(found_peak)})
         goals.append(Goal(f"peak memory, {many} shards against {few}", large / small, MEMORY_GOAL, "<="))
-    about = {**cfg.model_dump(mode="json"), "MB a picture": round(per_picture / 1e6, 3)}
+    about = {**cfg.model_dump(mode="json"), "MB an image": round(per_image / 1e6, 3)}
     return Result("Data", about, rows, goals)
 
 
 def _write_shards(cfg: DataBench, folder: Path, count: int) -> list[str]:
-    """Tars of noisy pictures, as large in bytes as photographs are. A few pictures, over and over."""
+    """Tars of noisy images, as large in bytes as photographs are. A few images, over and over."""
     rng = np.random.default_rng(0)
-    width, height = cfg.picture_size
+    width, height = cfg.image_size
     files = []
     for _ in range(8):
         smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
@@ -124,10 +124,8 @@ def _write_shards(cfg: DataBench, folder: Path, count: int) -> list[str]:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
         files.append(buffer.getvalue())
     for number in range(count):
-        pictures = [files[i % len(files)] for i in range(cfg.pictures_per_shard)]
-        write_tar(
-            str(folder / f"{number:04d}.tar"), ((f"{i}", file, "a picture", {}) for i, file in enumerate(pictures))
-        )
+        images = [files[i % len(files)] for i in range(cfg.images_per_shard)]
+        write_tar(str(folder / f"{number:04d}.tar"), ((f"{i}", file, "an image", {}) for i, file in enumerate(images)))
     return list(find_shards(str(folder)))
 
 
@@ -151,7 +149,7 @@ def _alone(cfg: DataBench, urls: list[str]) -> int:
 
 def _pipeline(cfg: DataBench, urls: list[str]) -> int:
     """As the encoding job reads, with all pixels handed to this process."""
-    sources = shard_sources(find_shards(",".join(urls)), cfg.pictures_per_shard)
+    sources = shard_sources(find_shards(",".join(urls)), cfg.images_per_shard)
     decoder = Stage(Decoder(cfg.size, 1, False))
     batch: Any
     seen = 0
@@ -205,7 +203,7 @@ def write_codes(folder: Path, captions: Sequence[str], manifest: CodesManifest) 
 def _codes(cfg: DataBench, folder: Path) -> float:
     """Samples a second of the generators' loader, files read and unpacked, in the order of training."""
     sizes = CodesManifest(tokenizer_hash="bench", num_tokens=128, bits_per_token=64, rows=0, files=())
-    write_codes(folder, ["a long caption of a picture " * 8] * cfg.codes, sizes)
+    write_codes(folder, ["a long caption of an image " * 8] * cfg.codes, sizes)
     data = CodesData(CodesReader(str(folder)), 0)
     plan = BatchPlan(len(data), min(cfg.batch, len(data)), data.order)
     steps = len(data) // plan.global_batch

@@ -1,4 +1,4 @@
-"""Load over HTTP. Closed: so many clients, each of which asks for the next picture as soon as it has one. Open: requests
+"""Load over HTTP. Closed: so many clients, each of which asks for the next image as soon as it has one. Open: requests
 that come at random moments, whoever is still waiting."""
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Load:
 
     window_s: float
     answered: int
-    """Pictures that came within the window."""
+    """Images that came within the window."""
     latencies: list[float]
-    """Seconds from question to answer, of every picture that was asked for within the window."""
+    """Seconds from question to answer, of every image that was asked for within the window."""
     short: list[float]
     """Those among them of requests with few steps (:func:`few_steps`)."""
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
+        """Images a second."""
         return self.answered / self.window_s
 
     def percentile(self, share: float) -> float:
@@ -78,7 +78,7 @@ def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], see
 
 
 def closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
-    """Keep ``in_flight`` requests under way for ``seconds``; a refusal or an answer without a picture is an error.
+    """Keep ``in_flight`` requests under way for ``seconds``; a refusal or an answer without an image is an error.
 
     A quarter of that time goes before, uncounted, so that the window opens on a loop that is full.
     """

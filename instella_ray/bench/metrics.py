@@ -1,4 +1,4 @@
-"""How many pictures a second each metric measures, one batch on this machine."""
+"""How many images a second each metric measures, one batch on this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FREE = MetricsConfig(
 
 
 class MetricsBench(Config):
-    """What is measured of how many pictures."""
+    """What is measured of how many images."""
 
-    pictures: int = Field(32, ge=4, multiple_of=4)
+    images: int = Field(32, ge=4, multiple_of=4)
     """Four of each prompt."""
     size: int = Field(256, ge=16)
     num_tokens: int = 128
@@ -38,8 +38,8 @@ class MetricsBench(Config):
 
 
 def run_metrics(cfg: MetricsBench, repeats: int) -> Result:
-    """One row a metric: pictures a second, and who measured."""
-    rng, count = np.random.default_rng(0), cfg.pictures
+    """One row a metric: images a second, and who measured."""
+    rng, count = np.random.default_rng(0), cfg.images
     scenes = [scene_at(0, i // 4) for i in range(count)]
     images = np.stack([render(scene, cfg.size) for scene in scenes])
     batch = Batch(
@@ -54,7 +54,7 @@ def run_metrics(cfg: MetricsBench, repeats: int) -> Result:
     timings = race({name: partial(_measure, make, batch) for name, make in makers.items()}, repeats=repeats)
     rates = {name: Spread.of([count / seconds for seconds in timing.wall]) for name, timing in timings.items()}
     rows: list[dict[str, Cell]] = [
-        {"metric": make().info.name, "pictures/s": rates[name].text(digits=1), "by": make().info.implementation}
+        {"metric": make().info.name, "images/s": rates[name].text(digits=1), "by": make().info.implementation}
         for name, make in makers.items()
     ]
     about = {**cfg.model_dump(exclude={"metrics"}), "threads": torch.get_num_threads(), "repeats": repeats}

@@ -17,7 +17,7 @@ GOAL = 1.05
 
 
 class TableSize(Config):
-    """A generator and the table that holds its pictures."""
+    """A generator and the table that holds its images."""
 
     num_tokens: int
     bits_per_token: int
@@ -59,7 +59,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> Result:
 
             def step(engine: StepEngine = engine) -> None:
                 for _ in range(cfg.steps_a_round):
-                    # Everybody stays: neither admissions nor pictures, which a bare pass knows nothing of.
+                    # Everybody stays: neither admissions nor images, which a bare pass knows nothing of.
                     engine.position.zero_()
                     engine.step()
 
@@ -89,7 +89,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> Result:
 
 
 def full_engine(size: TableSize, kind: Literal["diffusion", "ar"]) -> StepEngine:
-    """An engine of random weights whose every slot is taken by a picture that is far from done."""
+    """An engine of random weights whose every slot is taken by an image that is far from done."""
     torch.manual_seed(0)
     given = size.model_dump(exclude={"slots", "text_length"})
     model = build_generator(GeneratorConfig(kind=kind, heads=4, zero_init=False, **given)).eval()

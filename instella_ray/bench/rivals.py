@@ -49,8 +49,8 @@ class Pipeline:
         for width, height in dict.fromkeys(sizes):
             rows = [i for i, size in enumerate(sizes) if size == (width, height)]
             pixels = to_pixels(self.bit.decode(codes[rows], height, width))
-            for i, picture in zip(rows, pixels, strict=True):
-                files[i] = encode_png(picture)
+            for i, image in zip(rows, pixels, strict=True):
+                files[i] = encode_png(image)
         return files
 
 

@@ -50,14 +50,14 @@ class ServingBench(Config):
     text_width: int = 384
     text_length: int = 48
     sizes: tuple[int, ...] = (64, 96)
-    """Edges that pictures may have."""
+    """Edges that images may have."""
     steps: tuple[int, int] = (5, 50)
     in_flight: tuple[int, ...] = (1, 4, 16)
     seconds: float = Field(8.0, gt=0)
     """Each contestant's window at each number in flight, in each round."""
     rounds: int = Field(3, ge=1)
     open_share: float = Field(0.8, gt=0, lt=1)
-    """Of the pictures a second that static batches give at most: the rate of requests that come at random moments."""
+    """Of the images a second that static batches give at most: the rate of requests that come at random moments."""
     slots: int = 16
     threads: int = 1
     """Of each replica of the graph."""
@@ -102,12 +102,12 @@ def _row(load_name: str, contestant: str, load: Load) -> dict[str, Cell]:
     return {
         "load": load_name,
         "contestant": contestant,
-        "pictures/s": load.rate,
+        "images/s": load.rate,
         "p50 ms": load.percentile(50) * 1000,
         "p99 ms": load.percentile(99) * 1000,
         "p50 ms, few steps": percentile(load.short, 50) * 1000,
         "p99 ms, few steps": percentile(load.short, 99) * 1000,
-        "pictures": load.answered,
+        "images": load.answered,
     }
 
 
@@ -115,8 +115,8 @@ def _goals(loads: dict[tuple[int, str], Load]) -> list[Goal]:
     most = max(in_flight for in_flight, _ in loads)
     graph, single, static = (loads[most, name] for name in (GRAPH, SINGLE, STATIC))
     return [
-        Goal(f"{most} in flight, pictures/s against {SINGLE}", graph.rate / max(single.rate, 1e-9), 2.0, ">="),
-        Goal(f"{most} in flight, pictures/s against {STATIC}", graph.rate / max(static.rate, 1e-9), 1.5, ">="),
+        Goal(f"{most} in flight, images/s against {SINGLE}", graph.rate / max(single.rate, 1e-9), 2.0, ">="),
+        Goal(f"{most} in flight, images/s against {STATIC}", graph.rate / max(static.rate, 1e-9), 1.5, ">="),
         Goal(f"{most} in flight, p99 against {STATIC}", graph.percentile(99) / static.percentile(99), 0.5, "<="),
     ]
 

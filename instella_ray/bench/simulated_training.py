@@ -1,4 +1,4 @@
-"""The simulation of a training run against a real one: a tokenizer from pictures, one worker, its data made in a thread."""
+"""The simulation of a training run against a real one: a tokenizer from images, one worker, its data made in a thread."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TrainingStages:
 
 
 def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int) -> float:
-    """Pictures a second of the run of ``cfg`` on so many cores, from the times of :class:`TrainingStages`.
+    """Images a second of the run of ``cfg`` on so many cores, from the times of :class:`TrainingStages`.
 
     While a batch is decoded its threads and the step's share the cores evenly.
     """
@@ -106,7 +106,7 @@ def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int)
 
 
 def real_rate(cfg: TokenizerConfig) -> float:
-    """Pictures a second of the real run, behind its warm-up."""
+    """Images a second of the real run, behind its warm-up."""
     run_tokenizer(cfg)
     rows: list[dict[str, Any]] = read_metrics(cfg.train.run_dir)
     rates = [row["images_per_second"] for row in rows[int(WARM_UP * len(rows)) :]]

@@ -62,14 +62,14 @@ class SimulationBench(Config):
     )
     shards: tuple[int, int] = (6, 30)
     """Of a small and a large encoding job, whose difference is free of what starting costs."""
-    pictures_per_shard: int = Field(64, ge=1)
+    images_per_shard: int = Field(64, ge=1)
     trained: dict[str, BITConfig] = Field(
         default_factory=lambda: {
             "small": DEMO_BIT,
             "larger": DEMO_BIT.model_copy(update={"encoder_layers": 12, "decoder_layers": 12}),
         }
     )
-    """Tokenizers that are trained from pictures: one whose steps decoding slows down, and one that hardly notices."""
+    """Tokenizers that are trained from images: one whose steps decoding slows down, and one that hardly notices."""
     training_steps: int = Field(160, ge=8)
     global_batch: int = Field(8, ge=1)
 
@@ -123,7 +123,7 @@ def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) ->
         outcome = simulate_serving(predicted_by.model_copy(update={"load": simulated}))
         seen = Load.joined(parts)
         rows.append(
-            _compared(f"serving, {name}", outcome.pictures_per_s, seen.rate)
+            _compared(f"serving, {name}", outcome.images_per_s, seen.rate)
             | {
                 "p50 s predicted": outcome.percentile(50),
                 "p50 s real": seen.percentile(50),
@@ -138,8 +138,8 @@ def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) ->
 def _compared(what: str, predicted: float, real: float) -> dict[str, Cell]:
     return {
         "what": what,
-        "pictures/s predicted": predicted,
-        "pictures/s real": real,
+        "images/s predicted": predicted,
+        "images/s real": real,
         "throughput ratio": predicted / real,
     }
 
@@ -249,7 +249,7 @@ def _prediction(cfg: SimulationBench, found: dict[str, Any], folder: Path, model
 
 def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[dict[str, Cell]]) -> None:
     """The encoding job with one actor, which decodes too: Ray Data joins the two where neither asks for a GPU."""
-    made = DataBench(pictures_per_shard=cfg.pictures_per_shard)
+    made = DataBench(images_per_shard=cfg.images_per_shard)
     few, many = cfg.shards
     shards = _write_shards(made, folder / "shards", many)
     for name, sizes in cfg.tokenizers.items():
@@ -258,9 +258,9 @@ def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[d
         save_model(at, BIT(sizes))
         given, repeats = (str(at), shards[0], sizes.image_size), max(2, cfg.repeats // 5)
         took, alone = _around_it(DataStages, given, repeats, partial(_jobs, cfg, at, shards, folder))
-        stages = [LineStage(ENCODERS, 1, (alone["decode"] + alone["encode"]) * cfg.pictures_per_shard)]
-        predicted = simulate_line(stages, machine=machine).blocks_per_s * cfg.pictures_per_shard
-        real = (many - few) * cfg.pictures_per_shard / (took[1] - took[0])
+        stages = [LineStage(ENCODERS, 1, (alone["decode"] + alone["encode"]) * cfg.images_per_shard)]
+        predicted = simulate_line(stages, machine=machine).blocks_per_s * cfg.images_per_shard
+        real = (many - few) * cfg.images_per_shard / (took[1] - took[0])
         rows.append(
             _compared(f"encoding with the {name} tokenizer", predicted, real)
             | {"decode ms": alone["decode"] * 1000, "encode ms": alone["encode"] * 1000}
@@ -268,7 +268,7 @@ def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[d
 
 
 def _training(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> None:
-    """Training from the pictures of the encoding jobs."""
+    """Training from the images of the encoding jobs."""
     for name, sizes in cfg.trained.items():
         run = training_config(
             sizes, f"{folder}/shards/*.tar", folder / f"trained-{name}", cfg.training_steps, cfg.global_batch
@@ -305,7 +305,7 @@ def _job(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], output: P
             input=",".join(shards),
             output=str(output),
             tokenizer=str(tokenizer),
-            rows_per_file=cfg.pictures_per_shard,
+            rows_per_file=cfg.images_per_shard,
             actors=1,
         )
     )

@@ -60,19 +60,19 @@ class Stages:
 
         step = {rows: self.step(rows) for rows in bucket_sizes(self.cfg.slots)}
 
-        def one_step_picture() -> None:
+        def one_step_image() -> None:
             self._submit(1)
             self.engine.step()
 
-        admit = max(0.0, median_seconds(one_step_picture, self.repeats) - step[1])
+        admit = max(0.0, median_seconds(one_step_image, self.repeats) - step[1])
         decode: dict[str, dict[int, float]] = {}
         file: dict[str, float] = {}
         for height in self.cfg.sizes:
             for width in self.cfg.sizes:
                 name = f"{width}x{height}"
                 decode[name] = {count: self._decode(count, height, width) for count in (1, 2, 4, 8)}
-                picture = self.decoder._decode(self._codes(1), height, width)[0]
-                file[name] = median_seconds(partial(self.decoder._to_file, picture, "png", {}), self.repeats)
+                image = self.decoder._decode(self._codes(1), height, width)[0]
+                file[name] = median_seconds(partial(self.decoder._to_file, image, "png", {}), self.repeats)
         text = median_seconds(encode, self.repeats)
         return {
             "buckets": self.engine.buckets,
@@ -128,7 +128,7 @@ class DataStages:
         self.encoder = Encoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
 
     def measure(self, repeats: int) -> dict[str, float]:
-        """Seconds a picture: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""
+        """Seconds an image: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""
         tables: list[Any] = []
 
         def decode() -> None:

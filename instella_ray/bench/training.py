@@ -1,4 +1,4 @@
-"""Training: this loop against a bare one, where a step's time goes, and packed codes against pictures encoded online."""
+"""Training: this loop against a bare one, where a step's time goes, and packed codes against images encoded online."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from .training_tasks import (
 
 GOAL = 1.05
 """Seconds a step of this loop against those of a bare one."""
-CODES, PICTURES = "codes", "pictures"
+CODES, IMAGES = "codes", "images"
 SMALL_BIT = BITConfig(
     image_size=256,
     encoder_width=512,
@@ -101,7 +101,7 @@ class TrainingBench(Config):
     random_text: RandomText | None = None
     """In place of ``text``."""
     tokenizer: BITConfig = SMALL_BIT
-    """Tells the codes' sizes; encodes pictures."""
+    """Tells the codes' sizes; encodes images."""
     caption_words: int = Field(24, ge=2)
     """Words of a caption; with ``random_text`` as many tokens."""
     global_batch: int = Field(4, ge=1)
@@ -109,7 +109,7 @@ class TrainingBench(Config):
     steps_a_round: int = Field(3, ge=1)
     """A round's time is that of so many steps."""
     turns: int = Field(2, ge=1)
-    """Times that a run from codes and one from pictures take turns."""
+    """Times that a run from codes and one from images take turns."""
     gpu: bool = False
     """Train on one."""
 
@@ -123,7 +123,7 @@ class TrainingBench(Config):
 def run_training(cfg: TrainingBench, repeats: int, threads: int) -> Result:
     """Rows of images/s of both loops, of a step's phases, and of both kinds of data."""
     timed = repeats * cfg.steps_a_round
-    found: dict[str, list[dict[str, Any]]] = {CODES: [], PICTURES: []}
+    found: dict[str, list[dict[str, Any]]] = {CODES: [], IMAGES: []}
     with tempfile.TemporaryDirectory() as name:
         runs = _Runs(cfg, Path(name), threads, cfg.global_batch * ((1 + repeats) * cfg.steps_a_round + timed + 1))
         for _ in range(cfg.turns):
@@ -151,9 +151,9 @@ def run_training(cfg: TrainingBench, repeats: int, threads: int) -> Result:
         rows += _split(source, each)
     saved = [run["saved"] for measured in found.values() for run in measured]
     rows.append({"what": CHECKPOINT, "ms": Spread.of(saved).text(1000, 0)})
-    more, slower = ratio(ours, bare), Spread.of(all_of[PICTURES]).median / Spread.of(all_of[CODES]).median
+    more, slower = ratio(ours, bare), Spread.of(all_of[IMAGES]).median / Spread.of(all_of[CODES]).median
     rows.append({"what": "this loop / bare loop, seconds a step", "ratio": more.text(digits=3)})
-    rows.append({"what": "pictures / codes, seconds a step", "ratio": f"{slower:.3f}"})
+    rows.append({"what": "images / codes, seconds a step", "ratio": f"{slower:.3f}"})
     goals = [Goal("this loop against a bare one, seconds a step", more.median, GOAL, "<=")]
     about = {**cfg.model_dump(mode="json"), "weights": runs.weights, "threads": threads, "repeats": repeats}
     return Result("Training", about, rows, goals)
@@ -190,7 +190,7 @@ class _Runs:
         (folder / "bit").mkdir()
         save_model(folder / "bit", bit)
         captions: list[str] = []
-        list(write_webdataset(self._samples(samples, captions), str(folder / PICTURES), 1000))
+        list(write_webdataset(self._samples(samples, captions), str(folder / IMAGES), 1000))
         shape = {"num_tokens": cfg.tokenizer.num_tokens, "bits_per_token": cfg.tokenizer.bits_per_token}
         manifest = CodesManifest(tokenizer_hash=weight_hash(bit), **shape, rows=0, files=())
         write_codes(folder / CODES, captions, manifest)
@@ -217,7 +217,7 @@ class _Runs:
 
     def _config(self, source: str, steps: int) -> GeneratorRunConfig:
         cfg, folder = self.cfg, self.folder
-        data = {CODES: {"codes": str(folder / CODES)}, PICTURES: {"images": str(folder / PICTURES)}}[source]
+        data = {CODES: {"codes": str(folder / CODES)}, IMAGES: {"images": str(folder / IMAGES)}}[source]
         run = GeneratorRunConfig(
             model=GeneratorConfig(width=cfg.width, heads=cfg.heads),
             tokenizer=str(folder / "bit"),

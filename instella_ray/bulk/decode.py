@@ -1,4 +1,4 @@
-"""Sampled codes to pictures, at any size: files with their prompt and settings inside, or WebDataset tars."""
+"""Sampled codes to images, at any size: files with their prompt and settings inside, or WebDataset tars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..accelerator import pick_device
 from ..config import Config
 from ..data.formats.images import encode_image, to_pixels
 from ..data.formats.shards import write_tar
-from ..data.pipeline import Pool, Stage, run_rows
+from ..data.pipeline import run_rows
+from ..data.stages import Pool, Stage
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
@@ -26,29 +27,29 @@ from .sample_set import SampleBlock, SampleSet, find_sample_sets
 
 
 class DecodeConfig(Config):
-    """Whether and how samples become pictures."""
+    """Whether and how samples become images."""
 
     format: Literal["png", "jpeg", "webp", "tar"] | None = None
-    """A file a picture, or a WebDataset tar of PNGs for each file of codes; none decodes nothing."""
+    """A file an image, or a WebDataset tar of PNGs for each file of codes; none decodes nothing."""
     tokenizer: str | None = None
     """Model folder of the BIT whose codes they are."""
     size: int | None = Field(None, ge=1)
     """Edge (px); none means the tokenizer's own."""
     batch_size: int = Field(16, ge=1)
-    """Pictures a decoder call."""
+    """Images a decoder call."""
     actors: int | None = Field(None, ge=1)
     """None means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
 
 
-class PictureDecoder:
+class SampleDecoder:
     """The tokenizer's decoder over blocks of samples."""
 
     def __init__(self, tokenizer: str, size: int, *, batch_size: int = 16, device: str = "cpu") -> None:
         self.device, self.size, self.batch_size = pick_device(device), size, batch_size
         self.bit = load_expected(tokenizer, BIT, device=self.device)
 
-    def pictures(self, codes: np.ndarray) -> Iterator[np.ndarray]:
+    def images(self, codes: np.ndarray) -> Iterator[np.ndarray]:
         """uint8 ``[size, size, 3]`` of each of the codes, uint8 0/1 ``[N, L, K]``."""
         for start in range(0, len(codes), self.batch_size):
             batch = torch.from_numpy(codes[start : start + self.batch_size]).to(self.device)
@@ -68,21 +69,21 @@ def check_tokenizer(tokenizer: str, size: int | None, samples: SampleSet) -> int
 
 
 class Worker:
-    """Ray Data's actor: writes the pictures of one file of samples."""
+    """Ray Data's actor: writes the images of one file of samples."""
 
     def __init__(self, cfg: DecodeConfig, folder: str, size: int) -> None:
         assert cfg.tokenizer is not None and cfg.format is not None
         self.format, self.sets = cfg.format, find_sample_sets(folder)
         device = "auto" if cfg.gpus_per_actor else "cpu"
-        self.decoder = PictureDecoder(cfg.tokenizer, size, batch_size=cfg.batch_size, device=device)
+        self.decoder = SampleDecoder(cfg.tokenizer, size, batch_size=cfg.batch_size, device=device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
         samples, number = self.sets[row["setting"]], row["number"]
-        block, urls = samples.block(number), picture_urls(samples, number, self.decoder.size, self.format)
+        block, urls = samples.block(number), image_urls(samples, number, self.decoder.size, self.format)
         files = self._files(samples, block)
         if self.format == "tar":
-            keys = [picture_name(block, i) for i in range(len(block))]
+            keys = [image_name(block, i) for i in range(len(block))]
             about = [
                 {"seed": seed, "prompt_id": name} for seed, name in zip(block.seeds, block.prompt_ids, strict=True)
             ]
@@ -90,34 +91,34 @@ class Worker:
         else:
             for url, data in zip(urls, files, strict=True):
                 storage.write_bytes(url, data)
-        return pa.table({"pictures": [len(block)]})
+        return pa.table({"images": [len(block)]})
 
     def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
         kind = "png" if self.format == "tar" else self.format
         sampling = samples.run.sampling.model_dump(mode="json")
-        for i, picture in enumerate(self.decoder.pictures(block.codes)):
+        for i, image in enumerate(self.decoder.images(block.codes)):
             about = {"model": samples.run.model_hash, "prompt": block.prompts[i], **sampling, "seed": block.seeds[i]}
             about["weights"] = {"generator": samples.run.model_hash, "tokenizer": samples.run.tokenizer_hash}
-            yield encode_image(picture, kind, about)
+            yield encode_image(image, kind, about)
 
 
-def picture_name(block: SampleBlock, row: int) -> str:
+def image_name(block: SampleBlock, row: int) -> str:
     """A file name that cannot leave its folder, whatever the prompt's id: its words, and a hash-like seed."""
     words = re.sub(r"[^a-z0-9]+", "-", block.prompts[row].lower()).strip("-")[:60]
     return f"{block.seeds[row]:016x}-{words}".rstrip("-")
 
 
-def picture_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
+def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
     """The files that file ``number`` of codes becomes."""
-    folder = storage.join(samples.folder, f"pictures-{size}")
+    folder = storage.join(samples.folder, f"images-{size}")
     if kind == "tar":
         return [storage.join(folder, samples.manifest.files[number].name.replace(".parquet", ".tar"))]
     block = samples.block(number)
-    return [storage.join(folder, f"{picture_name(block, row)}.{kind}") for row in range(len(block))]
+    return [storage.join(folder, f"{image_name(block, row)}.{kind}") for row in range(len(block))]
 
 
 def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
-    """Decode the finished samples of ``folder``, on Ray or in this process; pictures that are there already stay.
+    """Decode the finished samples of ``folder``, on Ray or in this process; images that are there already stay.
 
     Returns how many there are.
 
@@ -131,15 +132,15 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
     todo: list[dict[str, Any]] = []
     size = check_tokenizer(str(cfg.tokenizer), cfg.size, next(iter(sets.values())))
     for name, samples in sets.items():
-        there = set(storage.glob(storage.join(samples.folder, f"pictures-{size}", "*")))
+        there = set(storage.glob(storage.join(samples.folder, f"images-{size}", "*")))
         for number, file in enumerate(samples.manifest.files):
             total += file.rows
-            if not there.issuperset(picture_urls(samples, number, size, str(cfg.format))):
+            if not there.issuperset(image_urls(samples, number, size, str(cfg.format))):
                 todo.append({"setting": name, "number": number, "rows": file.rows})
     if todo:
         worker = Stage(partial(Worker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))
         left = sum(unit["rows"] for unit in todo)
-        with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="picture") as bar:
+        with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="image") as bar:
             for report in run_rows(todo, worker, local=local):
-                bar.update(report["pictures"])
+                bar.update(report["images"])
     return total

@@ -38,7 +38,7 @@ class Sweep(Config):
 
 
 class SampleConfig(Config):
-    """Which pictures to make, as codes."""
+    """Which images to make, as codes."""
 
     model: str
     """Model folder of a diffusion or AR generator."""
@@ -84,7 +84,7 @@ class Planned:
 
     prompt: Prompt
     index: int
-    """Number of the picture among those of this text."""
+    """Number of the image among those of this text."""
     seed: int
 
 
@@ -95,7 +95,7 @@ def sample_seed(seed: int, text: str, index: int) -> int:
 
 
 def plan_samples(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> Iterator[Planned]:
-    """All samples, by prompt. A text that comes again goes on with its indices: no two samples are the same picture."""
+    """All samples, by prompt. A text that comes again goes on with its indices: no two samples are the same image."""
     seen: Counter[str] = Counter()
     for prompt in prompts:
         for index in range(seen[prompt.text], seen[prompt.text] + images_per_prompt):

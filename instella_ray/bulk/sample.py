@@ -16,8 +16,9 @@ from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
 from ..data.formats.parts import QUARANTINE, open_output
 from ..data.model_provenance import model_origin
-from ..data.pipeline import Pool, Stage, pool_size, run_rows
+from ..data.pipeline import pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
+from ..data.stages import Pool, Stage
 from ..engine.engine import EngineOptions
 from ..engine.weights import Identity
 from ..errors import UserError
@@ -200,7 +201,7 @@ def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) 
     reports = run_rows(rows, Stage(partial(Worker, job), pool), local=cfg.local)
     total = len(job.samples) * len(job.runs)
     left = sum(len(job.unit(number)) * len(names) for number, names in todo)
-    with tqdm(total=total, initial=total - left, desc="sample", unit="picture", smoothing=0.1) as bar:
+    with tqdm(total=total, initial=total - left, desc="sample", unit="image", smoothing=0.1) as bar:
         began = time.perf_counter()
         for report in reports:
             if cfg.price_per_hour is not None:

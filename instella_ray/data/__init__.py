@@ -1,1 +1,1 @@
-"""From captioned pictures to packed codes: sources, filters, encoding, deterministic loading, demo scenes."""
+"""From captioned images to packed codes: sources, filters, encoding, deterministic loading, demo scenes."""

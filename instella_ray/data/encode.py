@@ -17,16 +17,16 @@ from .formats.codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack
 from .formats.images import to_tensor
 from .formats.parts import PartWriter
 from .formats.rows import BLOCK_BYTES
-from .formats.sources import find_pictures, shard_sources
+from .formats.sources import find_images, shard_sources
 from .job import HOW, DataJobConfig, data_job
 from .model_provenance import model_origin
-from .pipeline import Pool, Stage
 from .provenance import shard_origins
+from .stages import Pool, Stage
 from .views import Decoder
 
 
 class EncodeConfig(DataJobConfig):
-    """Which pictures become codes, by which tokenizer, in how many views."""
+    """Which images become codes, by which tokenizer, in how many views."""
 
     input: str
     """Curated WebDataset tars or parquet files (a path, a glob, a folder, a list of shards, commas between several)."""
@@ -37,13 +37,13 @@ class EncodeConfig(DataJobConfig):
     size: int | None = Field(None, ge=1)
     """Size the encoder reads (px); none means the tokenizer's own."""
     crops: int = Field(1, ge=1)
-    """Square crops a picture, spread along its longer side; one is the centre."""
+    """Square crops an image, spread along its longer side; one is the centre."""
     flips: bool = False
     """Also encode each crop mirrored. Off by default: captions may say left and right."""
     source: str = "laion"
     """Name of this set, for mixtures and lineage."""
     rows_per_file: int = Field(1000, ge=1)
-    """Pictures looked at for one parquet file; fewer where their views would take more than 128 MB."""
+    """Images looked at for one parquet file; fewer where their views would take more than 128 MB."""
     batch_size: int = Field(64, ge=1)
     """Views an encoder call."""
     actors: int | None = Field(None, ge=1)
@@ -53,7 +53,7 @@ class EncodeConfig(DataJobConfig):
 
 
 class Encoder:
-    """Actor that holds the tokenizer and puts ``codes``, a list of packed codes, in place of a picture's views."""
+    """Actor that holds the tokenizer and puts ``codes``, a list of packed codes, in place of an image's views."""
 
     def __init__(self, cfg: EncodeConfig, size: int) -> None:
         self.size, self.batch_size = size, cfg.batch_size
@@ -85,7 +85,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
-    shards = find_pictures(cfg.input)
+    shards = find_images(cfg.input)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
     if size % (multiple := bit.cfg.encode_multiple):

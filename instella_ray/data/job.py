@@ -17,8 +17,9 @@ from ..errors import UserError
 from ..runs import Origin, recorded
 from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter
 from .formats.shards import part_entries, write_shard_list
-from .pipeline import CpuPool, Source, Stage, run_stages
+from .pipeline import run_stages
 from .provenance import output_origin
+from .stages import CpuPool, Source, Stage
 
 
 class AbortConfig(Config):
@@ -27,7 +28,7 @@ class AbortConfig(Config):
     quarantined: float = Field(0.2, ge=0, le=1)
     """Share of samples that are damaged. Above it the job stops."""
     failed_downloads: float = Field(0.9, ge=0, le=1)
-    """Share of samples whose picture could not be fetched. Above it the job stops: rather the network's fault."""
+    """Share of samples whose image could not be fetched. Above it the job stops: rather the network's fault."""
     after_rows: int = Field(1000, ge=1)
     """Shares of fewer samples say nothing yet. At the job's end they are looked at in any case."""
 

@@ -1,59 +1,17 @@
-"""Stages of data jobs, and the two ways to run them: on Ray Data, or one after another in this process.
+"""The two ways to run the stages of a data job: on Ray Data, or one after another in this process.
 
-A source gives the tables of one shard, each of consecutive rows; every stage turns one table into one. A table stays what
-it is from its source to its file, so both ways write the same files.
+A table stays what it is from its source to its file, so both ways write the same files.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-import pyarrow as pa
-from pydantic import Field
-
-CpuPool = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]*=[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""A label of nodes, KEY=VALUE."""
-Source = Callable[[], Iterator[pa.Table]]
-"""Tables of one shard, in order; each call begins anew."""
-Work = Callable[[pa.Table], pa.Table]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The actors that hold what a stage needs, a model mostly."""
-
-    actors: int | None = None
-    """None means one a GPU, or one for every two CPUs."""
-    gpus_per_actor: float = 0.0
-    cpus: float | None = None
-    """Logical CPUs that each claims; None shares out what the cluster has."""
-    calls_at_once: int = 1
-    """Tables that each works on at the same time, in threads."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a data job."""
-
-    work: Callable[..., Any]
-    """Turns a table of rows into one; with a ``pool`` makes such a function, once an actor."""
-    pool: Pool | None = None
-    """None: any process may do it."""
-
-    @property
-    def name(self) -> str:
-        work = self.work.func if isinstance(self.work, partial) else self.work
-        return str(getattr(work, "__name__", type(work).__name__))
-
-    def open(self) -> Work:
-        """The function that tables go through."""
-        made: Work = self.work() if self.pool else self.work
-        return made
+from .stages import Pool, Source, Stage, row_table
 
 
 def run_stages(
@@ -93,11 +51,6 @@ def pool_size(pool: Pool, rows: int, *, local: bool) -> int:
     init_ray()
     (actors,) = actor_pools([pool], rows)
     return int(actors["compute"].max_size)
-
-
-def row_table(row: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """A :data:`Source` of one row."""
-    yield pa.Table.from_pylist([dict(row)])
 
 
 def _run_here(sources: Sequence[Source], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:

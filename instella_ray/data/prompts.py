@@ -1,4 +1,4 @@
-"""Prompts to make pictures of: a text file, JSONL, parquet (DiffusionDB), COCO captions, GenEval, or the scenes' own."""
+"""Prompts to make images of: a text file, JSONL, parquet (DiffusionDB), COCO captions, GenEval, or the scenes' own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ID_KEYS = ("id", "key", "prompt_id")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to make pictures of."""
+    """What to make images of."""
 
     id: str
     """Unique in its set."""

@@ -18,7 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from .. import logs
 from ..errors import UserError
-from .pipeline import Pool, Source, Stage, Work
+from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
 """Column whose rows are whole tables."""

@@ -1,4 +1,4 @@
-"""Scene score: read a picture of :mod:`.scenes` back and say whether its caption holds.
+"""Scene score: read an image of :mod:`.scenes` back and say whether its caption holds.
 
 Like GenEval it detects objects and checks the claim against them; unlike GenEval its detector knows these shapes and
 colours only. It carries its own name so that the two are never mistaken for each other.
@@ -17,11 +17,11 @@ from .scenes import CATEGORIES, COLORS, RADII, SHAPES, Expectation, coverage
 MIN_CONTRAST = 40.0
 """Grey levels by which an object differs from the background at least."""
 MIN_AREA = 0.35 * np.pi * RADII[0] ** 2 * 0.5
-"""Smaller spots are specks (share of the picture)."""
+"""Smaller spots are specks (share of the image)."""
 MIN_FIT = 0.6
 """Overlap (intersection over union) with the best shape's template under which nothing is recognised."""
 MARGIN = 0.1
-"""Distance between centres that makes a spatial relation clear (picture = 1)."""
+"""Distance between centres that makes a spatial relation clear (image = 1)."""
 
 _EXTENT = {  # of a shape with radius 1: left, right, top, bottom
     "circle": (-0.88, 0.88, -0.88, 0.88),
@@ -33,7 +33,7 @@ _EXTENT = {  # of a shape with radius 1: left, right, top, bottom
 
 @dataclass(frozen=True)
 class Detected:
-    """A recognised object; centre in units of the picture's side."""
+    """A recognised object; centre in units of the image's side."""
 
     shape: str
     color: str
@@ -53,9 +53,9 @@ class Verdict:
 
 
 def detect(image: np.ndarray) -> list[Detected]:
-    """Objects in a picture, uint8 ``[H, W, 3]``. Tolerates the blur and noise of a lossy reconstruction."""
+    """Objects in an image, uint8 ``[H, W, 3]``. Tolerates the blur and noise of a lossy reconstruction."""
     pixels = image.astype(np.float32)
-    # The picture's outermost ring: objects keep clear of it, while they may cover most of the rest.
+    # The image's outermost ring: objects keep clear of it, while they may cover most of the rest.
     ring = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
     background = np.median(ring, axis=0)
     contrast = np.abs(pixels - background).max(-1)
@@ -83,7 +83,7 @@ def detect(image: np.ndarray) -> list[Detected]:
 
 
 def score(image: np.ndarray, expect: Expectation) -> Verdict:
-    """Check a picture, uint8 ``[H, W, 3]``, against a claim, with GenEval's semantics: everything named must be
+    """Check an image, uint8 ``[H, W, 3]``, against a claim, with GenEval's semantics: everything named must be
     there; only counting asks for an exact number."""
     seen = detect(image)
 
@@ -104,7 +104,7 @@ def score(image: np.ndarray, expect: Expectation) -> Verdict:
 
 
 def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Share of correct pictures in each category, and ``overall``, the mean over categories, from
+    """Share of correct images in each category, and ``overall``, the mean over categories, from
     (category, correct) pairs."""
     by_category: dict[str, list[bool]] = {}
     for category, correct in results:

@@ -1,6 +1,6 @@
 """``scenes``: a procedural captioned set in the spirit of GenEval, for demos and end-to-end tests.
 
-Coloured shapes on a light background, captions that are exactly true, in GenEval's six categories. Every picture is a
+Coloured shapes on a light background, captions that are exactly true, in GenEval's six categories. Every image is a
 function of (seed, index), anti-aliased at any size, and :mod:`.scene_score` can read it back.
 """
 
@@ -36,12 +36,12 @@ TURNS = {"counting": 2, "color_attribution": 3, "position": 4}
 words to places and numbers, which takes a generator many more examples than naming a shape does."""
 
 GRID, JITTER, RADII = 2, 0.01, (0.185, 0.2)
-"""Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (picture = 1)."""
+"""Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (image = 1)."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape; centre and radius in units of the picture's side, y downwards."""
+    """One shape; centre and radius in units of the image's side, y downwards."""
 
     shape: str
     color: str
@@ -72,7 +72,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn."""
+    """An image before it is drawn."""
 
     expect: Expectation
     objects: tuple[SceneObject, ...]
@@ -150,7 +150,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, pixel: flo
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The picture, uint8 ``[size, size, 3]``, anti-aliased."""
+    """The image, uint8 ``[size, size, 3]``, anti-aliased."""
     canvas = np.full((size, size, 3), float(scene.background))
     centres = (np.arange(size) + 0.5) / size
     for item in scene.objects:

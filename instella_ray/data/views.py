@@ -1,4 +1,4 @@
-"""The CPU half of encoding: pictures to square views. Free of torch, which every worker would wait seconds for."""
+"""The CPU half of encoding: images to square views. Free of torch, which every worker would wait seconds for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .formats.images import UndecodableError, decode_rgb, fit_square
 from .formats.parts import KEPT
 
 AT_ONCE = 64
-"""Pictures that are decoded before their pixels become columns."""
+"""Images that are decoded before their pixels become columns."""
 PIXELS = pa.schema(
     [
         ("key", pa.string()),
@@ -27,11 +27,11 @@ PIXELS = pa.schema(
         ("views", pa.large_binary()),
     ]
 )
-"""A picture between decoding and encoding: ``views`` is uint8 ``[V, size, size, 3]``; bad ones keep ``image``."""
+"""An image between decoding and encoding: ``views`` is uint8 ``[V, size, size, 3]``; bad ones keep ``image``."""
 
 
 class Decoder:
-    """Decodes, resizes and crops each picture once, into rows of :data:`PIXELS`."""
+    """Decodes, resizes and crops each image once, into rows of :data:`PIXELS`."""
 
     def __init__(self, size: int, crops: int, flips: bool) -> None:
         self.size, self.crops, self.flips = size, crops, flips
@@ -42,7 +42,7 @@ class Decoder:
         return pa.concat_tables(pa.Table.from_pylist([self.decoded(row) for row in rows], PIXELS) for rows in parts)
 
     def rows_within(self, size: int) -> int:
-        """Pictures whose views take no more than so many bytes; one at least."""
+        """Images whose views take no more than so many bytes; one at least."""
         views = self.crops * (2 if self.flips else 1)
         return max(1, size // (3 * views * self.size**2))
 

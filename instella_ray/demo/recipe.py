@@ -23,7 +23,7 @@ from ..training.tokenizer import TokenizerConfig
 
 KINDS: tuple[Literal["diffusion", "ar"], ...] = ("diffusion", "ar")
 PATCHES = 4
-"""Patches along a picture's side: few, because attention over them is what a CPU spends its time on."""
+"""Patches along an image's side: few, because attention over them is what a CPU spends its time on."""
 HEAD = 32
 """Width of an attention head."""
 
@@ -42,16 +42,16 @@ class DemoConfig(Config):
     folder: str = "demo"
     """Receives everything; ``report.html`` at the end."""
     size: int = 64
-    """Edge of the pictures (px), a multiple of 16."""
+    """Edge of the images (px), a multiple of 16."""
     shards: str | None = None
     """Captioned WebDataset tars to use in place of the scenes (path or glob). The last ones are held out."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
     """Scenes to draw for training."""
     held_out: int = Field(600, ge=1)
-    """Scenes to draw for measuring; with shards of one's own, the most pictures to measure on."""
+    """Scenes to draw for measuring; with shards of one's own, the most images to measure on."""
     prompts_per_category: int = Field(40, ge=1)
-    """Pictures to generate and score in each category, by each generator."""
+    """Images to generate and score in each category, by each generator."""
     width: int = Field(128, ge=HEAD, multiple_of=HEAD)
     """Hidden width of the tokenizer, a multiple of 32."""
     generator_width: int = Field(128, ge=HEAD, multiple_of=HEAD)
@@ -96,7 +96,7 @@ TINY: dict[str, int] = {
     "steps.diffusion": 20,
     "steps.ar": 20,
 }
-"""Overrides for the same stages in a few minutes, to see them run: the pictures mean nothing."""
+"""Overrides for the same stages in a few minutes, to see them run: the images mean nothing."""
 
 
 def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:

@@ -19,7 +19,7 @@ from .stages import Prompts
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SHOWN = 8
-"""Pictures of each category in the grid."""
+"""Images of each category in the grid."""
 
 
 def write_report(demo: DemoConfig, prompts: Prompts, results: dict[str, dict[str, Any]]) -> Path:
@@ -66,18 +66,18 @@ def _speed(rows: Sequence[dict[str, Any]]) -> float:
 def _score_rows(quality: dict[str, Any], scores: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     if "score_true" not in quality:
         return []
-    rows = [("true pictures", quality["score_true"]), ("reconstructions", quality["score_restored"])]
+    rows = [("true images", quality["score_true"]), ("reconstructions", quality["score_restored"])]
     return rows + [(f"{kind} generator", scores[kind]) for kind in KINDS]
 
 
 def _gallery(demo: DemoConfig, prompts: Prompts, kind: str) -> list[dict[str, Any]]:
-    """The first pictures of each category, with their prompt and, for scenes, the scorer's verdict."""
+    """The first images of each category, with their prompt and, for scenes, the scorer's verdict."""
     shown, seen = [], dict.fromkeys([category for _, category in prompts], 0)
     limit = SHOWN if demo.shards is None else 6 * SHOWN
-    for (prompt, category), picture in zip(prompts, stages.sample_pictures(demo, kind), strict=True):
+    for (prompt, category), image in zip(prompts, stages.sample_images(demo, kind), strict=True):
         if seen[category] == limit:
             continue
         seen[category] += 1
-        verdict = score(picture, parse_caption(prompt)) if demo.shards is None else None
-        shown.append({"prompt": prompt, "image": data_uri(encode_png(picture)), "verdict": verdict})
+        verdict = score(image, parse_caption(prompt)) if demo.shards is None else None
+        shown.append({"prompt": prompt, "image": data_uri(encode_png(image)), "verdict": verdict})
     return shown

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..training.generator import try_text_encoder
 from ..training.ray_train import check_resources
 from . import stages
-from .pictures import Pictures, demo_prompts, own_pictures, scene_pictures
+from .images import HeldOutImages, demo_prompts, own_images, scene_images
 from .recipe import KINDS, DemoConfig
 from .report import write_report
 from .state import DemoState, Mode
@@ -28,7 +28,7 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     ``mode``: ``new`` refuses a folder that holds a demo, ``resume`` goes on with it, ``fresh`` starts over.
     """
     state = DemoState(demo, mode)
-    pictures = _check_input(demo)
+    images = _check_input(demo)
     state.begin()  # nothing was written or deleted before
     print(dump_yaml(demo), end="")
     resume = mode == "resume"
@@ -36,13 +36,13 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     _end_on_sigterm()
     _start_ray()
     try:
-        if pictures is None:
+        if images is None:
             state.run("scenes", lambda: stages.write_scenes(demo))
-            pictures = scene_pictures(demo)
-        prompts = demo_prompts(demo, pictures)
-        state.run("curate", lambda: stages.curate(demo, pictures.train, again))
+            images = scene_images(demo)
+        prompts = demo_prompts(demo, images)
+        state.run("curate", lambda: stages.curate(demo, images.train, again))
         tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
-        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, pictures, tokenizer))
+        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, images, tokenizer))
         state.run("encode", lambda: stages.encode(demo, tokenizer, again))
         generators: dict[str, str] = {}
         for kind in KINDS:
@@ -59,16 +59,16 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     return path
 
 
-def _check_input(demo: DemoConfig) -> Pictures | None:
-    """Refuse in one line what would fail in a later stage; returns the pictures where they are not drawn first."""
+def _check_input(demo: DemoConfig) -> HeldOutImages | None:
+    """Refuse in one line what would fail in a later stage; returns the images where they are not drawn first."""
     import ray
 
     if ray.is_initialized():
         raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
     check_resources(demo.workers, {"CPU": _cpus(), "GPU": torch.cuda.device_count()})
-    pictures = None if demo.shards is None else own_pictures(demo)
+    images = None if demo.shards is None else own_images(demo)
     try_text_encoder(demo.text_encoder)
-    return pictures
+    return images
 
 
 def _start_ray() -> None:

@@ -32,7 +32,7 @@ from ..serving.app import build
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
-from .pictures import Pictures
+from .images import HeldOutImages
 from .recipe import (
     KINDS,
     DemoConfig,
@@ -45,7 +45,7 @@ from .recipe import (
 
 SCENES_PER_SHARD = 2000
 PREVIEWS = 6
-"""Prompts of the pictures that are made while a generator trains: of scenes, one a category."""
+"""Prompts of the images that are made while a generator trains: of scenes, one a category."""
 Facts = dict[str, Any]
 Prompts = list[tuple[str, str]]
 
@@ -54,12 +54,12 @@ def write_scenes(demo: DemoConfig) -> Facts:
     """Draw the scenes and write them as WebDataset tars; the last tar is held out."""
     samples = scene_rows(demo.scenes, demo.seed, demo.size)
     held_out = scene_rows(demo.held_out, demo.seed + 1_000_000, demo.size)
-    with tqdm(total=demo.scenes + demo.held_out, desc="scenes", unit="picture") as bar:
+    with tqdm(total=demo.scenes + demo.held_out, desc="scenes", unit="image") as bar:
         for _, count in write_webdataset(samples, demo.path("shards"), SCENES_PER_SHARD):
             bar.update(count)
         for _, count in write_webdataset(held_out, demo.path("shards", "held_out"), demo.held_out):
             bar.update(count)
-    return {"pictures": demo.scenes, "held_out": demo.held_out}
+    return {"images": demo.scenes, "held_out": demo.held_out}
 
 
 def curate(demo: DemoConfig, shards: str, mode: Mode) -> Facts:
@@ -74,9 +74,9 @@ def train_tokenizer(demo: DemoConfig, resume: bool) -> Facts:
     return {"checkpoint": str(checkpoint)}
 
 
-def measure_tokenizer(demo: DemoConfig, pictures: Pictures, checkpoint: str) -> Facts:
-    """PSNR on held-out pictures before and after training, and the scene score of true and restored pictures."""
-    images = to_tensor(pictures.pixels)
+def measure_tokenizer(demo: DemoConfig, held_out: HeldOutImages, checkpoint: str) -> Facts:
+    """PSNR on held-out images before and after training, and the scene score of true and restored images."""
+    images = to_tensor(held_out.pixels)
     bit = load_expected(checkpoint, BIT)
     torch.manual_seed(demo.seed)  # the weights that training started from
     untrained = build_model(bit.cfg.model_dump()).eval()
@@ -87,20 +87,20 @@ def measure_tokenizer(demo: DemoConfig, pictures: Pictures, checkpoint: str) -> 
     if demo.shards is None:
         batches = tqdm(images.split(64), desc="reconstructions", unit="batch")
         restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in batches])
-        facts["score_true"] = _scores(pictures.captions, pictures.pixels, "scoring true pictures")
-        facts["score_restored"] = _scores(pictures.captions, restored, "scoring reconstructions")
+        facts["score_true"] = _scores(held_out.captions, held_out.pixels, "scoring true images")
+        facts["score_restored"] = _scores(held_out.captions, restored, "scoring reconstructions")
     shown = images[:16]
     rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (shown, reconstruct(bit, shown))]
     storage.write_bytes(demo.path("reconstructions.png"), encode_png(np.concatenate(rows, axis=0)))
-    print(f"PSNR of {len(images)} held-out pictures {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
-    return {**facts, "pictures": len(images)}
+    print(f"PSNR of {len(images)} held-out images {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
+    return {**facts, "images": len(images)}
 
 
 def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
     cfg = encode_config(demo, demo.path("curated", "*.tar"), tokenizer).model_copy(update={"mode": mode})
     manifest = run_encode(cfg)
     code_bytes = (manifest.num_tokens * manifest.bits_per_token + 7) // 8
-    print(f"{manifest.rows} pictures as codes of {code_bytes} bytes")
+    print(f"{manifest.rows} images as codes of {code_bytes} bytes")
     return {"rows": manifest.rows, "code_bytes": code_bytes}
 
 
@@ -127,29 +127,29 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
             with (
                 httpx.Client(base_url=url, timeout=300) as client,
                 ThreadPoolExecutor(16) as pool,
-                tqdm(total=len(prompts), desc=f"sampling {kind}", unit="picture") as bar,
+                tqdm(total=len(prompts), desc=f"sampling {kind}", unit="image") as bar,
             ):
                 jobs = [pool.submit(_request, client, kind, prompt, i, demo) for i, (prompt, _) in enumerate(prompts)]
                 for i, job in enumerate(jobs):
                     storage.write_bytes(demo.path("samples", kind, f"{i:04d}.png"), job.result())
                     bar.update()
             seconds = time.perf_counter() - began
-            facts[kind] = {"pictures": len(prompts), "pictures_per_second": round(len(prompts) / seconds, 2)}
+            facts[kind] = {"images": len(prompts), "images_per_second": round(len(prompts) / seconds, 2)}
     finally:
         serve.shutdown()
     return facts
 
 
 def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
-    """The six-category table of both generators; nothing for pictures that are not scenes."""
+    """The six-category table of both generators; nothing for images that are not scenes."""
     if demo.shards is not None:
         return {}
     captions = [prompt for prompt, _ in prompts]
-    return {kind: _scores(captions, sample_pictures(demo, kind), f"scoring {kind}") for kind in KINDS}
+    return {kind: _scores(captions, sample_images(demo, kind), f"scoring {kind}") for kind in KINDS}
 
 
-def sample_pictures(demo: DemoConfig, kind: str) -> list[np.ndarray]:
-    """The generated pictures, uint8 ``[size, size, 3]`` each, in the order of the prompts."""
+def sample_images(demo: DemoConfig, kind: str) -> list[np.ndarray]:
+    """The generated images, uint8 ``[size, size, 3]`` each, in the order of the prompts."""
     files = sorted(Path(demo.path("samples", kind)).glob("*.png"))
     return [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
@@ -167,10 +167,10 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
     return base64.b64decode(response.json()["data"][0]["b64_json"])
 
 
-def _scores(captions: Sequence[str], pictures: Sequence[np.ndarray] | np.ndarray, title: str) -> dict[str, float]:
+def _scores(captions: Sequence[str], images: Sequence[np.ndarray] | np.ndarray, title: str) -> dict[str, float]:
     claims = [parse_caption(caption) for caption in captions]
-    pairs = tqdm(zip(claims, pictures, strict=True), desc=title, unit="picture", total=len(claims))
-    return score_table((claim.category, score(picture, claim).correct) for claim, picture in pairs)
+    pairs = tqdm(zip(claims, images, strict=True), desc=title, unit="image", total=len(claims))
+    return score_table((claim.category, score(image, claim).correct) for claim, image in pairs)
 
 
 def _resuming(train: Any, resume: bool) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..models import rng
 
 AHEAD = 16
-"""Draws that a slot holds at most. Those of a picture that ends early are lost, so not too many."""
+"""Draws that a slot holds at most. Those of an image that ends early are lost, so not too many."""
 NUMBERS = 16_384
 """Numbers that a slot holds at most: where a draw has many, it is they that cost, and none should be lost."""
 

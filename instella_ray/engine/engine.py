@@ -1,6 +1,6 @@
 """The step engine: requests of any size, step count, guidance, temperature, sampler and seed share one batch.
 
-Every picture has the same latent shape, so a fixed table of slots holds all of them. Each :meth:`StepEngine.step`
+Every image has the same latent shape, so a fixed table of slots holds all of them. Each :meth:`StepEngine.step`
 takes waiting requests into free slots, runs one forward pass over the occupied ones, advances each row by its own
 schedule and releases those that are done. Occupied slots are always the first ones, so a pass takes the smallest
 *bucket* of rows that holds them. No Ray here: the server and the bulk job wrap the same engine.
@@ -30,7 +30,7 @@ from .draws import Draws
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One image to make."""
 
     id: str
     features: Tensor
@@ -38,14 +38,14 @@ class Request:
     params: SamplingParams
     """Exactly one row."""
     deadline: float = float("inf")
-    """``time.monotonic()`` after which nobody wants the picture any more."""
+    """``time.monotonic()`` after which nobody wants the image any more."""
     preview_every: int = 0
     """Report the current estimate after every so many steps; 0 reports none."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture's bits."""
+    """An image's bits."""
 
     id: str
     codes: Tensor
@@ -54,7 +54,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Progress:
-    """A picture on its way."""
+    """An image on its way."""
 
     id: str
     step: int
@@ -80,14 +80,14 @@ class EngineOptions:
     """How an engine is laid out."""
 
     slots: int = 8
-    """Pictures that can be on their way at once."""
+    """Images that can be on their way at once."""
     text_length: int = 128
     """Prompt tokens that a slot has room for."""
     compilation: Compilation = "none"
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs, one a bucket."""
     batch_invariant: bool = True
     """Use only buckets of rows that give the same bits as the whole table on this device. False uses all: faster on
-    GPUs when few requests are there, but a picture may then depend on its company."""
+    GPUs when few requests are there, but an image may then depend on its company."""
 
 
 class StepEngine(ABC):
@@ -138,7 +138,7 @@ class StepEngine(ABC):
             raise UserError(f"request {request.id}: expected parameters of one row, got {len(request.params)}")
         cfg, shape = self.model.cfg, tuple(request.features.shape)
         if len(shape) != 3 or (shape[0], shape[2]) != (cfg.layers, cfg.text_width):
-            # Found here, because an exception in a step would end everybody's pictures.
+            # Found here, because an exception in a step would end everybody's images.
             expected = f"[{cfg.layers}, tokens, {cfg.text_width}]"
             raise UserError(f"request {request.id}: text features of shape {list(shape)}, expected {expected}")
         length, limit = shape[1], self.options.text_length

@@ -1,4 +1,4 @@
-"""Two evaluations side by side: differences with their significance, and the same prompts' pictures."""
+"""Two evaluations side by side: differences with their significance, and the same prompts' images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .statistics import paired_difference
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
 LEVEL = 0.05
 NOTE = "p-values by flipping the signs of whole prompts' differences, not corrected for the number of metrics"
-PICTURES = 48
+IMAGES = 48
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
     """Metrics that are not comparable, and why."""
     differs: list[tuple[str, str, str]]
     """What differs in what was measured: name, in A, in B."""
-    pictures: list[tuple[Json, Json]]
+    images: list[tuple[Json, Json]]
 
     def text(self) -> str:
         """For a terminal."""
@@ -115,11 +115,11 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> C
         refused[name] = f"measured in {'A' if name in a['metrics'] else 'B'} alone"
     about = {name: (str(_leaf(a["about"], name)), str(_leaf(b["about"], name))) for name in _leaves(a["about"])}
     differs = [(name, *values) for name, values in about.items() if values[0] != values[1]]
-    shown = first.pictures(ours), second.pictures(theirs)
+    shown = first.images(ours), second.images(theirs)
     both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
-    pictures = [(shown[0][name], shown[1][name]) for name in both[:PICTURES]]
+    images = [(shown[0][name], shown[1][name]) for name in both[:IMAGES]]
     titles = [f"{e.folder}#{s}" if s else e.folder for e, s in ((first, ours), (second, theirs))]
-    return Comparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, pictures)
+    return Comparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, images)
 
 
 def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:
@@ -132,7 +132,7 @@ def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str 
             return f"{key} is {_leaf(ours, key)} in A, {_leaf(theirs, key)} in B"
     images = a.settings.get("images")
     if sizes[0] != sizes[1] and images and images["size"] is None:
-        return f"pictures of {sizes[0]} px in A, {sizes[1]} px in B"
+        return f"images of {sizes[0]} px in A, {sizes[1]} px in B"
     return None
 
 

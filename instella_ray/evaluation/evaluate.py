@@ -14,7 +14,7 @@ from ..accelerator import hardware_summary
 from ..bulk.sample_set import samples_origin
 from ..data.formats.parts import open_output
 from ..data.model_provenance import model_origin
-from ..data.pipeline import Pool
+from ..data.stages import Pool
 from ..errors import UserError
 from ..runs import Origin, recorded
 from .inputs import EvaluateConfig, Subject
@@ -26,9 +26,9 @@ from .metrics.presets import preset
 from .reader import ReaderOptions
 from .report import write_report
 from .results import RESULTS, STATES
-from .select import Choice, choose_pictures
+from .select import Choice, choose_images
 from .thumbnails import Order, paint
-from .units import picture_units
+from .units import image_units
 
 REFERENCE = "reference"
 
@@ -62,7 +62,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
         choices, settings = {}, []
         for name, found in records.items():
             metrics = _merged(task, name, found)
-            choices[name] = choose_pictures(found, metrics, cfg.show, len(records))
+            choices[name] = choose_images(found, metrics, cfg.show, len(records))
             settings.append(_summary(name, subject.about[name], found, metrics, choices[name], cfg.seed))
         if "images" in subject.offers:
             paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, pool, local=cfg.local)
@@ -75,7 +75,7 @@ def _inputs(cfg: EvaluateConfig, subject: Subject) -> tuple[Origin, ...]:
     if cfg.samples is not None:
         read = samples_origin("samples", cfg.samples)
     else:
-        read = Origin(role="pictures", kind="name", path=str(cfg.pictures))
+        read = Origin(role="images", kind="name", path=str(cfg.images))
     if cfg.tokenizer is None:
         return (read,)
     return (read, model_origin("tokenizer", cfg.tokenizer, subject.tokenizer_hash))
@@ -87,7 +87,7 @@ def _identity(cfg: EvaluateConfig, subject: Subject, sections: dict[str, Section
     runs = {name: about.get("run_id") for name, about in subject.about.items()}
     return {
         "samples": cfg.samples,
-        "pictures": cfg.pictures,
+        "images": cfg.images,
         "size": subject.size,
         "batch_size": cfg.batch_size,
         "tokenizer_hash": subject.tokenizer_hash,
@@ -97,17 +97,17 @@ def _identity(cfg: EvaluateConfig, subject: Subject, sections: dict[str, Section
 
 
 def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
-    """Where the statistics of FID's reference are, gathered from its pictures where they are not stored, and its name."""
+    """Where the statistics of FID's reference are, gathered from its images where they are not stored, and its name."""
     if fid.reference.endswith(".npz"):
         return fid.reference, fid.reference
     if fid.images.size is None:
-        raise UserError("metrics.fid.images.size: a reference of pictures needs one, for example 256")
+        raise UserError("metrics.fid.images.size: a reference of images needs one, for example 256")
     url = storage.join(cfg.output, f"{REFERENCE}.npz")
     if not storage.exists(url):
         sections = {"fid": Reference(**fid.model_dump())}
         reader = ReaderOptions(None, fid.images.size, cfg.batch_size, images=fid.images)
         task = Task(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
-        units = picture_units(fid.reference, cfg.rows_per_unit)
+        units = image_units(fid.reference, cfg.rows_per_unit)
         measure(task, units, pool, local=cfg.local, title="reference")
         gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
         assert isinstance(gathered, Frechet)
@@ -144,8 +144,8 @@ def _summary(
 def _card(cfg: EvaluateConfig, subject: Subject, records: Sequence[Record]) -> dict[str, Any]:
     names = ("instella-ray", "torch", "ray", "numpy", "pillow")
     return {
-        "subject": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "pictures",
-        "source": cfg.samples or cfg.pictures,
+        "subject": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
+        "source": cfg.samples or cfg.images,
         "tokenizer": cfg.tokenizer,
         "tokenizer_hash": subject.tokenizer_hash,
         "size": subject.size if "images" in subject.offers else None,

@@ -90,7 +90,7 @@ class RemoteDetector:
 
     def detect(self, images: np.ndarray, meta: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
         calls = [self._actor.detect.remote(x, colored_classes(m)) for x, m in zip(images, meta, strict=True)]
-        return [[detection(found) for found in picture] for picture in self._ray.get(calls)]
+        return [[detection(found) for found in image] for image in self._ray.get(calls)]
 
 
 def detection(data: Mapping[str, Any]) -> Detection:

@@ -16,10 +16,10 @@ from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
 from .metric_settings import MetricsConfig
 from .select import ShowConfig
-from .units import Unit, has_captions, has_scene_captions, picture_units, sample_units
+from .units import Unit, has_captions, has_scene_captions, image_units, sample_units
 
 PLAIN_SIZE = 256
-"""Pixels a side of pictures that are measured as they are, where nothing else is asked for."""
+"""Pixels a side of images that are measured as they are, where nothing else is asked for."""
 
 
 class EvaluateConfig(Config):
@@ -29,12 +29,12 @@ class EvaluateConfig(Config):
     """Folder for ``report.html``, ``results.json`` and what the metrics gathered."""
     samples: str | None = None
     """Folder of samples, one set or a sweep."""
-    pictures: str | None = None
-    """In place of samples: tars, parquet files or folders of pictures, which the tokenizer reconstructs."""
+    images: str | None = None
+    """In place of samples: tars, parquet files or folders of images, which the tokenizer reconstructs."""
     tokenizer: str | None = None
-    """Model folder of the BIT. Without it samples stay codes, and pictures are measured as they are: a ceiling."""
+    """Model folder of the BIT. Without it samples stay codes, and images are measured as they are: a ceiling."""
     size: int | None = Field(None, ge=16)
-    """Pixels a side of the pictures that are measured; none means the tokenizer's own."""
+    """Pixels a side of the images that are measured; none means the tokenizer's own."""
     mode: Mode = "new"
     """When the output exists: new refuses, resume goes on with it, fresh starts over."""
     local: bool = False
@@ -47,9 +47,9 @@ class EvaluateConfig(Config):
     seed: int = 0
     """Of the bootstrap."""
     batch_size: int = Field(16, ge=1)
-    """Pictures a call of a network."""
+    """Images a call of a network."""
     rows_per_unit: int = Field(1000, ge=1)
-    """Pictures that an actor measures in one go; of samples it is a file."""
+    """Images that an actor measures in one go; of samples it is a file."""
     actors: int | None = Field(None, ge=1)
     """Measuring actors; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
@@ -57,13 +57,13 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _one_subject(self) -> EvaluateConfig:
-        if (self.samples is None) == (self.pictures is None):
-            raise ValueError("expected one of samples, pictures")
+        if (self.samples is None) == (self.images is None):
+            raise ValueError("expected one of samples, images")
         return self
 
     def absolute(self) -> EvaluateConfig:
         """With full paths, as actors work in directories of their own; the name of a folder may hold commas."""
-        places = {"pictures": self.pictures and storage.absolute(self.pictures)}
+        places = {"images": self.images and storage.absolute(self.images)}
         for name in ("output", "samples", "tokenizer"):
             path = getattr(self, name)
             places[name] = str(Path(path).absolute()) if path and "://" not in path else path
@@ -88,11 +88,11 @@ class Subject:
             self.about = {name: _about(found) for name, found in self.sets.items()}
             self._check_tokenizer(cfg)
         else:
-            self.units = {"": picture_units(str(cfg.pictures), cfg.rows_per_unit)}
+            self.units = {"": image_units(str(cfg.images), cfg.rows_per_unit)}
             self.per_prompt = 0
             self.offers = {"images"} | ({"references", "codes"} if cfg.tokenizer else set())
             self.offers |= {"prompts"} if has_captions(self.units[""]) else set()
-            self.about = {"": {"pictures": cfg.pictures}}
+            self.about = {"": {"images": cfg.images}}
         empty = next((name for name, units in self.units.items() if not units), None)
         if empty is not None:
             raise UserError(f"samples {cfg.samples}: setting '{empty}' holds no files")
@@ -107,7 +107,7 @@ class Subject:
         if not isinstance(bit, BITConfig):
             raise UserError(f"tokenizer {tokenizer}: holds a {bit.kind} generator, expected a BIT")
         self.size, self.tokenizer_hash = cfg.size or bit.image_size, weight_hash(tokenizer)
-        multiple = bit.size_multiple if cfg.pictures else bit.decode_multiple
+        multiple = bit.size_multiple if cfg.images else bit.decode_multiple
         if self.size % multiple:
             raise UserError(f"size {self.size}: not a multiple of {multiple}, as tokenizer {tokenizer} needs")
 

@@ -18,11 +18,13 @@ from tqdm import tqdm
 from .. import storage
 from ..accelerator import device_label, pick_device
 from ..config import Config
-from ..data.pipeline import Pool, Stage, run_rows
+from ..data.pipeline import run_rows
+from ..data.stages import Pool, Stage
 from ..errors import UserError
 from .metric_settings import Maker, Section, Tools
-from .metrics.base import Metric, load_state, save_state
+from .metrics.base import Metric
 from .metrics.frechet import Gaussian
+from .metrics.states import load_state, save_state
 from .reader import Reader, ReaderOptions
 from .units import Unit
 
@@ -37,13 +39,13 @@ class Record(Config):
     unit: Unit
     ids: tuple[str, ...]
     groups: tuple[str, ...]
-    """A sample's prompt by its id; a picture is its own group."""
+    """A sample's prompt by its id; an image is its own group."""
     prompts: tuple[str, ...]
     categories: tuple[str | None, ...]
     originals: tuple[str, ...]
-    """Hash of each picture's file, to know it again; of samples ''."""
+    """Hash of each image's file, to know it again; of samples ''."""
     quarantined: dict[str, int]
-    """Pictures that could not be read, by reason."""
+    """Images that could not be read, by reason."""
     seconds: float
     device: str
 
@@ -76,7 +78,7 @@ class States:
     def merged(self, setting: str, units: Sequence[str], name: str, into: Metric | None = None) -> Metric:
         """A metric over all ``units``, in their order, so that sums are rounded alike each time.
 
-        ``into`` is an empty one to merge into, for what needs its network: distances between pictures of two files.
+        ``into`` is an empty one to merge into, for what needs its network: distances between images of two files.
         """
         for unit in units:
             part = load_state(self.path(setting, unit, f"{name}.npz"))
@@ -164,7 +166,7 @@ class Measurer:
         return record
 
 
-REPORT = pa.schema([("pictures", pa.int64()), ("problem", pa.string())])
+REPORT = pa.schema([("images", pa.int64()), ("problem", pa.string())])
 
 
 def measure(task: Task, units: Sequence[Unit], pool: Pool, *, local: bool, title: str) -> list[Record]:
@@ -175,13 +177,13 @@ def measure(task: Task, units: Sequence[Unit], pool: Pool, *, local: bool, title
     states = States(task.states)
     done = {(unit.setting, unit.name): record for unit in units if (record := states.record(unit))}
     todo = [unit for unit in units if (unit.setting, unit.name) not in done]
-    with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="picture") as bar:
+    with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="image") as bar:
         if todo:
             rows = [{"unit": unit.model_dump_json()} for unit in todo]
             for report in run_rows(rows, Stage(partial(Measurer, task), pool), local=local):
                 if report["problem"]:
                     raise UserError(report["problem"])
-                bar.update(report["pictures"])
+                bar.update(report["images"])
     records = [states.record(unit) for unit in units]
     missing = [unit.name for unit, record in zip(units, records, strict=True) if record is None]
     if missing:

@@ -47,14 +47,14 @@ class Tools:
     reference: Gaussian | None = None
     """Of FID."""
     per_prompt: int = 0
-    """Pictures of each prompt, for metrics that wait for the last one; 0: not known."""
+    """Images of each prompt, for metrics that wait for the last one; 0: not known."""
 
 
 class Section(Config):
     """Settings of one metric."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
-    """Columns of a :class:`.metrics.base.Batch`; ``groups`` means several pictures of a prompt."""
+    """Columns of a :class:`.metrics.base.Batch`; ``groups`` means several images of a prompt."""
 
     @abstractmethod
     def load(self, tools: Tools) -> Maker:
@@ -62,13 +62,13 @@ class Section(Config):
 
 
 class Images(Section):
-    """A metric of pictures."""
+    """A metric of images."""
 
     images: ImageSettings = ImageSettings()
 
 
 class SceneScore(Images):
-    """Share of pictures that show what a caption of the scenes says, by the set's own detector."""
+    """Share of images that show what a caption of the scenes says, by the set's own detector."""
 
     needs = frozenset({"images", "prompts"})
 
@@ -148,7 +148,7 @@ class FID(OfFeatures):
 
     images: ImageSettings = FID_IMAGES
     reference: str
-    """Pictures (tars, parquet, a folder), or an ``.npz`` with ``mu`` and ``sigma``."""
+    """Images (tars, parquet, a folder), or an ``.npz`` with ``mu`` and ``sigma``."""
     groups: int = pydantic.Field(GROUPS, ge=2)
     """Of the jackknife."""
 
@@ -158,7 +158,7 @@ class FID(OfFeatures):
 
 
 class Reference(FID):
-    """Gathers what FID is measured against: pictures as they are, through no lossy format."""
+    """Gathers what FID is measured against: images as they are, through no lossy format."""
 
     def load(self, tools: Tools) -> Maker:
         images = self.images.model_copy(update={"format": "pixels"})
@@ -166,7 +166,7 @@ class Reference(FID):
 
 
 class ClipScore(Images):
-    """Cosine between picture and prompt; the paper's network is the default."""
+    """Cosine between image and prompt; the paper's network is the default."""
 
     needs = frozenset({"images", "prompts"})
     images: ImageSettings = CLIP_IMAGES
@@ -206,7 +206,7 @@ class GenEval(Images, GenEvalConfig):
 
 
 class FeatureDiversity(OfFeatures):
-    """``1 - cosine`` of the features of two pictures of a prompt."""
+    """``1 - cosine`` of the features of two images of a prompt."""
 
     needs = frozenset({"images", "groups"})
     images: ImageSettings = ImageSettings(size=256)
@@ -217,7 +217,7 @@ class FeatureDiversity(OfFeatures):
 
 
 class LpipsDiversity(LPIPS):
-    """LPIPS between two pictures of a prompt."""
+    """LPIPS between two images of a prompt."""
 
     needs = frozenset({"images", "groups"})
     images: ImageSettings = ImageSettings(size=256)
@@ -253,10 +253,10 @@ class MetricsConfig(Config):
 
 
 EXPLAINED = {
-    "images": "pictures: give the samples' tokenizer",
-    "references": "originals beside reconstructions: give pictures and a tokenizer",
-    "prompts": "a prompt or caption with every picture",
-    "codes": "codes: give samples, or pictures and a tokenizer",
+    "images": "images: give the samples' tokenizer",
+    "references": "originals beside reconstructions: give images and a tokenizer",
+    "prompts": "a prompt or caption with every image",
+    "codes": "codes: give samples, or images and a tokenizer",
     "meta": "samples of GenEval's prompts",
     "groups": "samples, several of each prompt",
 }

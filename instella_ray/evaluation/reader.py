@@ -17,26 +17,26 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from .metrics.base import Batch
 from .metrics.images import ImageSettings
-from .units import Unit, label, read_pictures_unit, read_samples_unit
+from .units import Unit, label, read_images_unit, read_samples_unit
 
 T = TypeVar("T")
 HARMLESS = {"no_caption", "bad_metadata"}
-"""What may be wrong with a picture's row where captions play no part."""
+"""What may be wrong with an image's row where captions play no part."""
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """How pictures come about."""
+    """How images come about."""
 
     tokenizer: str | None
-    """None: samples stay codes, pictures are measured as they are."""
+    """None: samples stay codes, images are measured as they are."""
     size: int
     """Pixels a side of what is measured."""
     batch_size: int
     captions: bool = False
-    """A picture without a caption is of no use."""
+    """An image without a caption is of no use."""
     images: ImageSettings | None = None
-    """Pictures are brought to this instead of ``size``: those of a reference."""
+    """Images are brought to this instead of ``size``: those of a reference."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Batches:
     batch: Batch
     categories: list[str | None]
     originals: list[str]
-    """Hash of each picture's file; of samples ''."""
+    """Hash of each image's file; of samples ''."""
 
 
 @dataclass
 class Reader:
-    """Reads units; counts in ``quarantined`` the pictures that could not be read, by reason."""
+    """Reads units; counts in ``quarantined`` the images that could not be read, by reason."""
 
     options: ReaderOptions
     device: torch.device
@@ -63,7 +63,7 @@ class Reader:
 
     def batches(self, unit: Unit, only: Collection[str] | None = None) -> Iterator[Batches]:
         """The unit's rows in order, or those of the ids ``only``; cut in the same way each time."""
-        return self._samples(unit, only) if unit.kind == "samples" else self._pictures(unit, only)
+        return self._samples(unit, only) if unit.kind == "samples" else self._images(unit, only)
 
     def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
         block = read_samples_unit(unit)
@@ -77,7 +77,7 @@ class Reader:
             images = self._decode(codes) if self.bit else None
             yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
-    def _pictures(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
+    def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
         for rows in _cut(self._pixels(unit, only), self.options.batch_size):
             ids, captions, pixels, hashes = zip(*rows, strict=True)
             originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
@@ -88,7 +88,7 @@ class Reader:
             yield Batches(batch, [None] * len(ids), list(hashes))
 
     def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray, str]]:
-        for row in read_pictures_unit(unit):
+        for row in read_images_unit(unit):
             name = f"{label(unit)}/{row['key']}"
             if only is not None and name not in only:
                 continue

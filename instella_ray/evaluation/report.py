@@ -34,7 +34,7 @@ def write_report(output: str) -> str:
         TEMPLATE,
         card=card,
         settings=settings,
-        pictures={name: results.pictures(name) for name in results.settings} if card["size"] else {},
+        images={name: results.images(name) for name in results.settings} if card["size"] else {},
         rows={setting["name"]: metric_rows(setting, table) for setting in settings},
         preset=table,
         differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
@@ -67,7 +67,7 @@ def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
     if table is None:
         return found
     if card["size"] not in (None, table.size):
-        found.append(f"pictures of {card['size']} px, the paper's {table.size}")
+        found.append(f"images of {card['size']} px, the paper's {table.size}")
     if table.sampling is not None and "sampling" in about:
         for theirs, ours in PROTOCOL.items():
             if about["sampling"][ours] != (expected := getattr(table.sampling, theirs)):

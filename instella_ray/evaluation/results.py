@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its output folder, read back: numbers, gathered scores, prompts, pictures."""
+"""What an evaluation leaves in its output folder, read back: numbers, gathered scores, prompts, images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Evaluation:
                 found.update(zip(names, asked, strict=True))
         return found
 
-    def pictures(self, setting: str) -> dict[str, Json]:
+    def images(self, setting: str) -> dict[str, Json]:
         """Rows of the gallery by id; empty where only codes were measured."""
         return self._gallery.get(setting, {})
 

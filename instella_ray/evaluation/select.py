@@ -1,4 +1,4 @@
-"""Which pictures a report shows: a fixed sample of prompts, the best and the worst by every score."""
+"""Which images a report shows: a fixed sample of prompts, the best and the worst by every score."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .metrics.samples import SampleMetric
 
 
 class ShowConfig(Config):
-    """Pictures in the report."""
+    """Images in the report."""
 
     prompts: int = Field(24, ge=0)
     """In the grid, spread over categories: a sample drawn by a hash of their ids, so that two runs show the same."""
     extremes: int = Field(8, ge=0)
-    """Best and worst pictures by each score."""
+    """Best and worst images by each score."""
     size: int = Field(256, ge=16)
     """Longer side in pixels at most."""
     most: int = Field(600, ge=0)
-    """Pictures in the whole report: a sweep shows fewer of each setting."""
+    """Images in the whole report: a sweep shows fewer of each setting."""
 
 
 class Shown(Config):
-    """A picture with its score."""
+    """An image with its score."""
 
     id: str
     score: float
@@ -40,7 +40,7 @@ class Choice(Config):
 
     grid: tuple[str, ...]
     verdicts: dict[str, str]
-    """Of the grid's pictures, by the metric that judges them: why they are wrong, '' where they are right."""
+    """Of the grid's images, by the metric that judges them: why they are wrong, '' where they are right."""
     best: dict[str, tuple[Shown, ...]]
     """By metric."""
     worst: dict[str, tuple[Shown, ...]]
@@ -51,9 +51,7 @@ class Choice(Config):
         return {*self.grid, *(s.id for s in shown)}
 
 
-def choose_pictures(
-    records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int
-) -> Choice:
+def choose_images(records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int) -> Choice:
     """A fixed sample of prompts, and the best and worst by every score, of one of ``settings``."""
     scored = {name: m for name, m in metrics.items() if isinstance(m, SampleMetric | RateMetric)}
     wanted = show.prompts + 2 * show.extremes * len(scored)
@@ -68,7 +66,7 @@ def choose_pictures(
 
 
 def _grid(records: Sequence[Record], count: int) -> list[str]:
-    """One picture of each prompt; categories take turns, prompts come by the hash of their name."""
+    """One image of each prompt; categories take turns, prompts come by the hash of their name."""
     first: dict[str, tuple[str, str]] = {}
     for record in records:
         for name, group, category in zip(record.ids, record.groups, record.categories, strict=True):
@@ -91,7 +89,7 @@ def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:
 
 
 def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
-    """Best and worst; where pictures are right or wrong, right ones and wrong ones."""
+    """Best and worst; where images are right or wrong, right ones and wrong ones."""
     ranked = _ranked(metric)
     if isinstance(metric, RateMetric):
         right, wrong = ([s for s in ranked if s.score == score] for score in (1, 0))

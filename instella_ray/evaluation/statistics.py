@@ -1,7 +1,7 @@
-"""How sure a number is: bootstrap, jackknife and Wilson intervals for independent groups of pictures.
+"""How sure a number is: bootstrap, jackknife and Wilson intervals for independent groups of images.
 
-Pictures of one prompt resemble each other, so what is drawn again, left out or counted is the group (the prompt), never
-the single picture. All functions are pure: the same arrays in the same order give the same interval.
+Images of one prompt resemble each other, so what is drawn again, left out or counted is the group (the prompt), never
+the single image. All functions are pure: the same arrays in the same order give the same interval.
 """
 
 from __future__ import annotations

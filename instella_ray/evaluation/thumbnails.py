@@ -1,4 +1,4 @@
-"""Thumbnails of the pictures that a report shows, made by actors like those that measured."""
+"""Thumbnails of the images that a report shows, made by actors like those that measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..accelerator import pick_device
-from ..data.pipeline import Pool, Stage, run_rows
+from ..data.pipeline import run_rows
+from ..data.stages import Pool, Stage
 from ..errors import UserError
 from ..rendering import thumbnail
 from .measure import Record
@@ -78,7 +79,7 @@ def paint(
     *,
     local: bool,
 ) -> None:
-    """Write ``gallery.parquet`` with the chosen pictures of every setting."""
+    """Write ``gallery.parquet`` with the chosen images of every setting."""
     rows = []
     for setting, found in records.items():
         wanted = choices[setting].ids

@@ -1,4 +1,4 @@
-"""What is measured, cut into units of work: files of samples, or consecutive pictures of shards, parquet or folders."""
+"""What is measured, cut into units of work: files of samples, or consecutive images of shards, parquet or folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data.prompts import TEXT_KEYS
 from ..data.scenes import parse_caption
 from ..errors import UserError
 
-PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")
 KEY_COLUMNS = ("key", "__key__", "id")
 
@@ -33,7 +33,7 @@ class Unit(Config):
     """Unique in its setting; good for a file's name."""
     kind: Literal["samples", "tar", "parquet", "files"]
     source: str
-    """Folder of the samples, shard, or folder of the picture files."""
+    """Folder of the samples, shard, or folder of the image files."""
     first: int = 0
     """Number of the file of samples, or first row."""
     rows: int | None
@@ -49,8 +49,8 @@ def sample_units(setting: str, samples: SampleSet) -> list[Unit]:
     return [Unit(**base, name=file.name.rsplit(".", 1)[0], first=i, rows=file.rows) for i, file in files]
 
 
-def picture_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Unit]:
-    """Units of the pictures of tars, parquet files or folders; UserError where there are none.
+def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Unit]:
+    """Units of the images of tars, parquet files or folders; UserError where there are none.
 
     Tars are cut at rows whose number is estimated: the last unit goes to the end, wherever that is.
     """
@@ -66,7 +66,7 @@ def read_samples_unit(unit: Unit) -> SampleBlock:
     return SampleSet(unit.source).block(unit.first)
 
 
-def read_pictures_unit(unit: Unit) -> Iterator[dict[str, Any]]:
+def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
     """Rows with ``key``, ``image`` (bytes), ``caption`` (or None) and ``problem`` (or None)."""
     end = None if unit.rows is None else unit.first + unit.rows
     if unit.kind == "files":
@@ -81,7 +81,7 @@ def read_pictures_unit(unit: Unit) -> Iterator[dict[str, Any]]:
 
 
 def label(unit: Unit) -> str:
-    """The shard's name: what a picture's id begins with, however shards are cut."""
+    """The shard's name: what an image's id begins with, however shards are cut."""
     return unit.name if unit.kind == "samples" else unit.name.rpartition("-")[0]
 
 
@@ -91,7 +91,7 @@ def has_scene_captions(units: Sequence[Unit]) -> bool:
     if unit.kind == "samples":
         captions: list[str | None] = list(read_samples_unit(unit).prompts)
     else:
-        captions = [row["caption"] for row in islice(read_pictures_unit(unit), 64) if not row["problem"]]
+        captions = [row["caption"] for row in islice(read_images_unit(unit), 64) if not row["problem"]]
     try:
         return bool(captions) and all(caption and parse_caption(caption) for caption in captions)
     except UserError:
@@ -99,8 +99,8 @@ def has_scene_captions(units: Sequence[Unit]) -> bool:
 
 
 def has_captions(units: Sequence[Unit]) -> bool:
-    """Whether pictures come with captions, judged by the first ones."""
-    return any(row["caption"] for row in islice(read_pictures_unit(units[0]), 16))
+    """Whether images come with captions, judged by the first ones."""
+    return any(row["caption"] for row in islice(read_images_unit(units[0]), 16))
 
 
 def _holds(part: str, suffix: str) -> bool:
@@ -135,9 +135,9 @@ def _rows(kind: str, url: str) -> int:
 def _folder_units(setting: str, folder: str, rows_per_unit: int) -> list[Unit]:
     fs, root = storage.filesystem(folder)
     found = fs.find(root) if fs.isdir(root) else []
-    files = sorted(path[len(root) :].strip("/") for path in found if path.lower().endswith(PICTURE_TYPES))
+    files = sorted(path[len(root) :].strip("/") for path in found if path.lower().endswith(IMAGE_TYPES))
     if not files:
-        raise UserError(f"{folder}: no pictures found; expected tars, parquet files, or a folder of jpg, png or webp")
+        raise UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of jpg, png or webp")
     base: dict[str, Any] = {"setting": setting, "kind": "files", "source": folder}
     name = folder.rstrip("/").rsplit("/", 1)[-1]
     return [
@@ -157,7 +157,7 @@ def _parquet_rows(url: str) -> Iterator[dict[str, Any]]:
                 for known in (IMAGE_COLUMNS, KEY_COLUMNS, TEXT_KEYS)
             )
             if image is None:
-                raise UserError(f"{url}: no column of pictures, expected one of {', '.join(IMAGE_COLUMNS)}")
+                raise UserError(f"{url}: no column of images, expected one of {', '.join(IMAGE_COLUMNS)}")
             columns = [name for name in (image, key, caption) if name]
             number = 0
             for batch in file.iter_batches(64, columns=columns):

@@ -1,4 +1,4 @@
-"""Validation of a generator while it trains: each checkpoint draws pictures of fixed prompts, and these are measured."""
+"""Validation of a generator while it trains: each checkpoint draws images of fixed prompts, and these are measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ValidationConfig(ValidationSchedule):
     sampling: SamplingConfig = SamplingConfig(guidance_scale=4.0, temperature=0.6)
     text_length: int = Field(128, ge=1)
     size: int | None = Field(None, ge=16)
-    """Pixels a side of the pictures; none means the tokenizer's own."""
+    """Pixels a side of the images; none means the tokenizer's own."""
     metrics: MetricsConfig | None = None
     """As of jobs/evaluate.py."""
     best_by: str = "scene_score"

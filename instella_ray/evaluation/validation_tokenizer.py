@@ -1,4 +1,4 @@
-"""Validation of a tokenizer while it trains: each checkpoint restores held-out pictures, and these are measured."""
+"""Validation of a tokenizer while it trains: each checkpoint restores held-out images, and these are measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..accelerator import pick_device
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.loading.image_data import ImageData, require_pictures
+from ..data.loading.image_data import ImageData, require_images
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
@@ -23,7 +23,7 @@ from .metric_settings import PSNR, SSIM, MetricsConfig, Tools, absolute, choose
 from .metrics.base import Batch, Metric
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by, validating
 
-PICTURE = "restorations.png"
+IMAGE = "restorations.png"
 OFFERS = frozenset({"images", "references"})
 
 
@@ -31,17 +31,17 @@ class TokenizerValidation(ValidationSchedule):
     """What a checkpoint is asked to restore, how that is measured, and by what the best one is told."""
 
     data: str
-    """Held-out pictures: curated WebDataset tars (path, glob, commas between several)."""
+    """Held-out images: curated WebDataset tars (path, glob, commas between several)."""
     count: int = Field(256, ge=1)
     """So many of them, the first ones, each cropped at the same place every time."""
     sizes: tuple[int, ...] = ()
-    """Pixels a side that pictures are decoded to and measured at; none means the sizes that the stage trains."""
+    """Pixels a side that images are decoded to and measured at; none means the sizes that the stage trains."""
     metrics: MetricsConfig = MetricsConfig(psnr=PSNR(), ssim=SSIM())
     """Those of jobs/evaluate.py that compare a restoration with its original."""
     best_by: str = "psnr"
     """Metric that tells the best checkpoint, over all sizes."""
     shown: int = Field(8, ge=1)
-    """Pictures shown, originals above their restorations."""
+    """Images shown, originals above their restorations."""
     batch_size: int = Field(16, ge=1)
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs that measuring reserves. Where training leaves none, it waits until that has ended."""
@@ -53,7 +53,7 @@ class TokenizerValidation(ValidationSchedule):
     def _can_be_measured(self) -> TokenizerValidation:
         sections = self.metrics.sections()
         if other := [name for name, section in sections.items() if not section.needs <= OFFERS]:
-            raise ValueError(f"metrics.{other[0]}: expected metrics that compare a picture with its original")
+            raise ValueError(f"metrics.{other[0]}: expected metrics that compare an image with its original")
         require_best_by(self.best_by, sections)
         return self
 
@@ -75,12 +75,12 @@ class Measured(NamedTuple):
     """What restoring has come to."""
 
     numbers: Numbers
-    picture: np.ndarray
+    image: np.ndarray
     """uint8 ``[H, W, 3]``."""
 
 
 class TokenizerValidator(Validator):
-    """Restores pictures in a task of its own, on whichever node has room, or in this process."""
+    """Restores images in a task of its own, on whichever node has room, or in this process."""
 
     def __init__(self, cfg: TokenizerValidation, run_dir: str, *, here: bool) -> None:
         super().__init__(cfg, run_dir)
@@ -88,7 +88,7 @@ class TokenizerValidator(Validator):
 
     def measure(self, model: str, folder: Path) -> Numbers:
         measured = measure_restorations(model, self.cfg) if self.here else _on_cluster(model, self.cfg)
-        storage.write_bytes(str(folder / PICTURE), encode_png(measured.picture))
+        storage.write_bytes(str(folder / IMAGE), encode_png(measured.image))
         return measured.numbers
 
 
@@ -112,9 +112,9 @@ def _on_cluster(model: str, cfg: TokenizerValidation) -> Measured:
 
 @torch.inference_mode()
 def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
-    """Restore pictures of ``cfg.data`` at ``cfg.sizes`` by the BIT of the folder ``model``, and compare.
+    """Restore images of ``cfg.data`` at ``cfg.sizes`` by the BIT of the folder ``model``, and compare.
 
-    A metric is over the pictures of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
+    A metric is over the images of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
     """
     device = pick_device("cuda" if cfg.gpus else "cpu")
     bit = load_expected(model, BIT, device=device)
@@ -132,7 +132,7 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
         codes = bit.encode(to_tensor(pixels[seen]).to(device))
         for size in sizes:
             restored, originals = to_pixels(bit.decode(codes, size, size)), pixels[size]
-            # Two sizes of one picture are no two pictures: the interval draws them together.
+            # Two sizes of one image are no two images: the interval draws them together.
             groups = [str(number) for number in index]
             batch = Batch([f"{group} at {size}" for group in groups], restored, originals, groups=groups)
             for name in makers:
@@ -141,14 +141,14 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
             if size == sizes[-1] and len(shown) * cfg.batch_size < cfg.shown:
                 shown.append(np.stack((originals, restored)))
     rows = np.concatenate(shown, axis=1)[:, : cfg.shown]
-    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    return Measured(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), picture)
+    image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    return Measured(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), image)
 
 
 def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
     """The stage's validation with its sizes and absolute paths; None where it asks for none.
 
-    UserError for held-out shards without pictures, for sizes that the model cannot decode to, and for a GPU that the
+    UserError for held-out shards without images, for sizes that the model cannot decode to, and for a GPU that the
     calling process is to compute on where it has none.
     """
     if not isinstance(stage, ValidatedTokenizer) or (cfg := stage.validation) is None:
@@ -158,7 +158,7 @@ def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
     sizes, multiple = cfg.sizes or stage.sizes, stage.model.decode_multiple
     if wrong := [size for size in sizes if size <= 0 or size % multiple]:
         raise UserError(f"validation.sizes {wrong[0]}: not a multiple of {multiple}")
-    require_pictures(cfg.data)
+    require_images(cfg.data)
     sections: dict[str, Any] = {name: absolute(section) for name, section in cfg.metrics.sections().items()}
     metrics = cfg.metrics.model_copy(update=sections)
     return cfg.model_copy(update={"data": storage.absolute(cfg.data), "sizes": sizes, "metrics": metrics})

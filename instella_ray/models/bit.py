@@ -1,4 +1,4 @@
-"""BIT, the 1D binary image tokenizer (section 2.1 of the paper): pictures <-> ``num_tokens x bits_per_token`` bits."""
+"""BIT, the 1D binary image tokenizer (section 2.1 of the paper): images <-> ``num_tokens x bits_per_token`` bits."""
 
 from __future__ import annotations
 
@@ -81,22 +81,22 @@ class BITConfig(Config):
 
     @property
     def encode_multiple(self) -> int:
-        """Sides of a picture to encode are multiples of this: the grid of patches is even at each 2x2 merge."""
+        """Sides of an image to encode are multiples of this: the grid of patches is even at each 2x2 merge."""
         return self.patch_size * 2 ** len(self.downsample_after)
 
     @property
     def decode_multiple(self) -> int:
-        """Sides of a decoded picture are multiples of this: the first grid doubles at each 2x2 expansion."""
+        """Sides of a decoded image are multiples of this: the first grid doubles at each 2x2 expansion."""
         return self.patch_size * 2 ** len(self.upsample_after)
 
     @property
     def size_multiple(self) -> int:
-        """Sides of a picture that is encoded and decoded at the same size are multiples of this."""
+        """Sides of an image that is encoded and decoded at the same size are multiples of this."""
         return max(self.encode_multiple, self.decode_multiple)
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of one picture's packed codes (1,024 at the paper's sizes)."""
+        """Bytes of one image's packed codes (1,024 at the paper's sizes)."""
         return (self.num_tokens * self.bits_per_token + 7) // 8
 
 
@@ -114,7 +114,7 @@ class BITOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Pictures to refined latent tokens ``[B, L, encoder_width]``; image tokens are discarded (Eq. 1)."""
+    """Images to refined latent tokens ``[B, L, encoder_width]``; image tokens are discarded (Eq. 1)."""
 
     def __init__(self, cfg: BITConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         cfg = self.cfg
-        # Pictures come as float32 whatever the weights are.
+        # Images come as float32 whatever the weights are.
         grid = self.patch_embedder(images.to(self.patch_embedder.weight.dtype))
         (height, width), extent, latents = grid.shape[-2:], cfg.position_extent, cfg.num_tokens
         x = torch.cat((self.latent_tokens.expand(len(images), -1, -1), grid.flatten(2).transpose(1, 2)), dim=1)
@@ -211,7 +211,7 @@ class BIT(nn.Module):
         """Data-dependent start: shift and scale the patch embedding to mean 0 and deviation 1 on ``images [B,3,H,W]``.
 
         Plain backgrounds otherwise give every patch nearly the same vector, and training first sits on the mean
-        picture.
+        image.
         """
         embed = self.encoder.patch_embedder
         assert embed.bias is not None
@@ -232,7 +232,7 @@ class BIT(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Pictures ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
+        """Images ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
         return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0].float()
 
     def forward(
@@ -264,7 +264,7 @@ class BIT(nn.Module):
 def _check_size(task: str, multiple: int, height: int, width: int) -> None:
     if height % multiple or width % multiple or not height or not width:
         raise UserError(
-            f"picture size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer to {task}"
+            f"image size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer to {task}"
         )
 
 

@@ -1,4 +1,4 @@
-"""CLIP through open_clip: unit vectors of pictures and of texts, with the weights of a local file or of a tag."""
+"""CLIP through open_clip: unit vectors of images and of texts, with the weights of a local file or of a tag."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Clip:
     device: str
     network: Any
     preprocess: Callable[[Image.Image], Tensor]
-    """The model's own resize, crop and normalisation: a picture to ``[3, H, W]``."""
+    """The model's own resize, crop and normalisation: an image to ``[3, H, W]``."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unit vectors, float32 ``[B, D]``."""
@@ -52,7 +52,7 @@ class Clip:
         return file_sha256(self.weights) if is_file and self.weights else weight_hash(self.network)
 
     def preprocessing(self) -> str:
-        """What is done to a picture, in words."""
+        """What is done to an image, in words."""
         with contextlib.suppress(AttributeError):  # a plain sentence rather than Python's names of functions
             steps = [type(step).__name__ for step in self.preprocess.transforms]  # type: ignore[attr-defined]
             return f"open_clip: {', '.join(steps)}; {self.network.visual.preprocess_cfg}"

@@ -1,4 +1,4 @@
-"""A discriminator on frozen DINO features (section 2.1, third stage): small heads tell true pictures from restored ones."""
+"""A discriminator on frozen DINO features (section 2.1, third stage): small heads tell true images from restored ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .perceptual import PUBLISHED, RANDOM
 
 
 class DiscriminatorConfig(Config):
-    """Which frozen network looks at the pictures, and the heads that learn on its features."""
+    """Which frozen network looks at the images, and the heads that learn on its features."""
 
     backbone: str = "vit_small_patch16_224.dino"
     """timm's name of a vision transformer; the default is the paper's DINO-S."""
     weights: str = PUBLISHED
     """``published``: the hub's of that name; ``random``: untrained, for tests; or a local file (safetensors, pth)."""
     size: int = Field(224, ge=8)
-    """Pixels a side of what the backbone sees: the whole picture, and a crop of larger ones."""
+    """Pixels a side of what the backbone sees: the whole image, and a crop of larger ones."""
     blocks: tuple[int, ...] = Field((2, 5, 8, 11), min_length=1)
     """Transformer blocks, from 0, whose tokens a head reads each."""
     width: int = Field(64, ge=1)
@@ -31,7 +31,7 @@ class DiscriminatorConfig(Config):
 
 
 class FrozenFeatures(nn.Module):
-    """Tokens of some blocks of a vision transformer, a map ``[B, C, h, w]`` each, of pictures in [-1, 1]."""
+    """Tokens of some blocks of a vision transformer, a map ``[B, C, h, w]`` each, of images in [-1, 1]."""
 
     def __init__(self, cfg: DiscriminatorConfig, seed: int = 0) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class FrozenFeatures(nn.Module):
 
 
 class DiscriminatorHeads(nn.Module):
-    """One small convolutional head a map: maps ``[B, C, h, w]`` to logits ``[B, maps * h * w]``, high for true pictures."""
+    """One small convolutional head a map: maps ``[B, C, h, w]`` to logits ``[B, maps * h * w]``, high for true images."""
 
     def __init__(self, channels: int, maps: int, width: int) -> None:
         super().__init__()

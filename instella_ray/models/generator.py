@@ -1,4 +1,4 @@
-"""The generators of sections 2.2 and 2.3: transformers over the bits of a picture, as deep as the text encoder.
+"""The generators of sections 2.2 and 2.3: transformers over the bits of an image, as deep as the text encoder.
 
 Block i reads the text encoder's layer i through its own projection, and image tokens alone are queries.
 """

@@ -125,7 +125,7 @@ class Golden:
                 yield Comparison(name, not_checked="an output of this name is unknown")
 
     def encoding(self, image: str, part: str, noscale: str | None) -> Tensor:
-        """``bit.x0.logits`` and its kin, of every recorded picture."""
+        """``bit.x0.logits`` and its kin, of every recorded image."""
         bit, images = self.bit(noscale), self._images(image)
         logits = bit.encode_logits(images)
         soft = logits.sigmoid()
@@ -247,7 +247,7 @@ class Golden:
         return model_from_state(kind, state, path, settings)
 
     def _images(self, name: str) -> Tensor:
-        """Recorded pictures ``[N, 3, H, W]``, less the remainder that the published patch embedding leaves unread."""
+        """Recorded images ``[N, 3, H, W]``, less the remainder that the published patch embedding leaves unread."""
         images, patch = self.io[f"bit.{name}"], self.bit().cfg.patch_size
         height, width = (side - side % patch for side in images.shape[-2:])
         return images[..., :height, :width]

@@ -1,4 +1,4 @@
-"""Open-NSFW, Yahoo's classifier of unsafe pictures, as an ONNX graph: where its file is, and how it is loaded."""
+"""Open-NSFW, Yahoo's classifier of unsafe images, as an ONNX graph: where its file is, and how it is loaded."""
 
 from __future__ import annotations
 

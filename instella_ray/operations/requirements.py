@@ -49,7 +49,7 @@ def _(config: TokenizerStagesConfig) -> Needs:
 
 @least.register
 def _(config: CurateConfig) -> Needs:
-    return actors((section.actors, section.gpus_per_actor) for section in config.filters.of_pictures().values())
+    return actors((section.actors, section.gpus_per_actor) for section in config.filters.of_images().values())
 
 
 @least.register

@@ -41,7 +41,7 @@ class Memory(NamedTuple):
     frozen: float
     """Networks that do not learn, and the cache of text features."""
     inputs: float
-    """The step's text features or pictures."""
+    """The step's text features or images."""
     activations: float
 
     @property
@@ -94,7 +94,7 @@ def generator_activations(
 def tokenizer_activations(
     cfg: BITConfig, input_size: int, output_size: int, *, bf16: bool, frozen_encoder: bool = False
 ) -> float:
-    """Bytes that the backward pass of one picture keeps, without the networks that losses bring."""
+    """Bytes that the backward pass of one image keeps, without the networks that losses bring."""
     size = Bytes.of(bf16)
     # Two norms (learned tokens make the residual stream float32) and the inputs of their five products; q and k before and
     # after their norms and turned by RoPE; v, attention's output twice, as heads and as columns; SwiGLU's four.

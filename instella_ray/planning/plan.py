@@ -39,7 +39,7 @@ from .memory import generator_activations, states, tokenizer_activations
 PAPER_IMAGES_PER_SECOND = 120.0
 """Of the paper's generators in training, on one MI300X (section 1)."""
 CAPTION_BYTES = 500
-"""Of a picture's long and short caption together."""
+"""Of an image's long and short caption together."""
 FEATURE_CACHE = float(1 << 30)
 """What :class:`..models.text_encoder.TextFeatureCache` keeps."""
 
@@ -55,14 +55,14 @@ class PlanOptions(Config):
     """Measured throughput of one GPU, in place of mfu."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
     """In any currency."""
-    from_pictures: bool = False
-    """Encode raw pictures within a generator's training loop, in place of reading packed codes; so it is with images."""
+    from_images: bool = False
+    """Encode raw images within a generator's training loop, in place of reading packed codes; so it is with images."""
     text_tokens: int | None = Field(None, ge=1)
     """Tokens of a caption, padding included; none means the text encoder's limit."""
-    pictures: int = Field(100_000_000, ge=1)
-    """Distinct pictures, where no folder of codes tells."""
-    picture_bytes: int = Field(150_000, ge=1)
-    """Of one picture's file."""
+    images: int = Field(100_000_000, ge=1)
+    """Distinct images, where no folder of codes tells."""
+    image_bytes: int = Field(150_000, ge=1)
+    """Of one image's file."""
 
     @model_validator(mode="after")
     def _one_speed(self) -> PlanOptions:
@@ -168,9 +168,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
         speed, source = options.mfu * device.peak / subject.flops.model, f"MFU {options.mfu:.3g}, as given"
     else:
         speed = paper_mfu() * device.peak / subject.flops.model
-        source = (
-            f"MFU {paper_mfu():.3g}: the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw pictures"
-        )
+        source = f"MFU {paper_mfu():.3g}: the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw images"
     samples = train.steps * train.global_batch
     hours = samples / speed / 3600
     held = states(subject.parameters, train.sharding, gpus, bf16=bf16)
@@ -211,7 +209,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
 
 
 def paper_mfu() -> float:
-    """What the paper's throughput means on its hardware, when captions and raw pictures are encoded within the loop."""
+    """What the paper's throughput means on its hardware, when captions and raw images are encoded within the loop."""
     sample = generator_training(GeneratorConfig(), 128, AMD_OLMO_1B, tokenizer=BITConfig())
     return PAPER_IMAGES_PER_SECOND * sample.model / ACCELERATORS["mi300x"].peak
 
@@ -248,30 +246,30 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     model = run.model.model_copy(update={name: value for name, value in facts.items() if name not in given})
     tokens = options.text_tokens or run.text_encoder.max_length
     again, bf16 = run.gradient_checkpointing, run.train.precision != "fp32"
-    pictures = bit if options.from_pictures or run.images else None
-    flops = generator_training(model, tokens, encoder, tokenizer=pictures, gradient_checkpointing=again)
+    online = bit if options.from_images or run.images else None
+    flops = generator_training(model, tokens, encoder, tokenizer=online, gradient_checkpointing=again)
     text = text_encoder_forward(encoder, tokens)
-    frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if pictures else {})
+    frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if online else {})
     size, micro = 2 if bf16 else 4, _micro_batch(run.train)
     features = model.layers * tokens * model.text_width
     accumulation = run.train.global_batch // run.train.workers.ranks // micro
     # Those of all micro-batches; of the one at work a copy without padding, and one in the weights' dtype.
     inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
     rows = _rows(run)
-    count = rows or options.pictures
-    kind, each = ("pictures", options.picture_bytes) if pictures else ("codes", bit.code_bytes)
+    count = rows or options.images
+    kind, each = ("images", options.image_bytes) if online else ("codes", bit.code_bytes)
     assumptions = [f"captions of {tokens} tokens, encoded anew each time"]
     if tokenizer is None:
         assumptions.append(f"tokenizer {run.tokenizer}: not there, so the paper's sizes")
     if rows is None:
-        assumptions.append(f"{count:,} distinct pictures")
+        assumptions.append(f"{count:,} distinct images")
     assumptions.append(f"{each:,} bytes a sample of {kind}, and {CAPTION_BYTES} of captions")
     return _Subject(
         name=f"{model.kind} generator",
         parameters=_count(model),
         flops=flops,
         frozen=frozen,
-        frozen_bytes=size * (encoder.parameters + (_count(bit) if pictures else 0)) + FEATURE_CACHE,
+        frozen_bytes=size * (encoder.parameters + (_count(bit) if online else 0)) + FEATURE_CACHE,
         inputs=inputs,
         activations=micro * generator_activations(model, tokens, bf16=bf16, gradient_checkpointing=again),
         data={kind: float(count * (each + CAPTION_BYTES))},
@@ -281,8 +279,8 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
 
 
 def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
-    if options.from_pictures:
-        raise UserError("a tokenizer is always trained from pictures: expected from_pictures to be left out")
+    if options.from_images:
+        raise UserError("a tokenizer is always trained from images: expected from_images to be left out")
     size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
     micro, frozen = _micro_batch(run.train), run.freeze_encoder
     each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
@@ -295,10 +293,10 @@ def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
         frozen_bytes=0.0,
         inputs=micro * 3.0 * (size**2 + largest**2) * 4,
         activations=micro * tokenizer_activations(run.model, size, largest, bf16=bf16, frozen_encoder=frozen),
-        data={"pictures": float(options.pictures * options.picture_bytes)},
-        sample_bytes=float(options.picture_bytes),
+        data={"images": float(options.images * options.image_bytes)},
+        sample_bytes=float(options.image_bytes),
         assumptions=[
-            f"{options.pictures:,} distinct pictures of {options.picture_bytes:,} bytes",
+            f"{options.images:,} distinct images of {options.image_bytes:,} bytes",
             "the losses' own networks (perceptual, discriminator) are not counted",
         ],
     )
@@ -329,7 +327,7 @@ def _tokenizer_sizes(folder: str) -> BITConfig | None:
 
 
 def _rows(run: GeneratorRunConfig) -> int | None:
-    """Rows of all folders of codes, or of all shards of pictures; None where one is not there yet, or was not counted."""
+    """Rows of all folders of codes, or of all shards of images; None where one is not there yet, or was not counted."""
     if run.images is not None:
         try:
             counts = [shard.rows for shard in find_files(run.images)]

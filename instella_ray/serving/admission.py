@@ -1,4 +1,4 @@
-"""A bound on the pictures under way, so that a queue never grows: who does not fit is told so at once."""
+"""A bound on the images under way, so that a queue never grows: who does not fit is told so at once."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ LONGEST_RETRY_AFTER_S = 60.0
 
 
 class Gate:
-    """Lets requests in while there is room for all of their pictures.
+    """Lets requests in while there is room for all of their images.
 
-    Serve's own bound comes second. It is checked picture by picture and before the text encoder is through with a
-    prompt: it would let a burst pass, drop half a request, and drop a picture that is on its second try.
+    Serve's own bound comes second. It is checked image by image and before the text encoder is through with a
+    prompt: it would let a burst pass, drop half a request, and drop an image that is on its second try.
     """
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.capacity, self.clock = capacity, clock
         self.inside = 0
-        """Pictures under way."""
+        """Images under way."""
         self._left: deque[float] = deque(maxlen=WINDOW)
 
     @contextmanager
-    def enter(self, pictures: int) -> Iterator[None]:
-        """Room for ``pictures`` within; :class:`.failures.ApiError` 429 when there is not."""
-        excess = self.inside + pictures - self.capacity
+    def enter(self, images: int) -> Iterator[None]:
+        """Room for ``images`` within; :class:`.failures.ApiError` 429 when there is not."""
+        excess = self.inside + images - self.capacity
         if excess > 0:
             raise overloaded(self._seconds_for(excess))
-        self.inside += pictures
+        self.inside += images
         try:
             yield
         finally:
-            self.inside -= pictures
-            self._left.extend([self.clock()] * min(pictures, WINDOW))
+            self.inside -= images
+            self._left.extend([self.clock()] * min(images, WINDOW))
 
-    def _seconds_for(self, pictures: int) -> float:
-        """How long so many pictures take to leave, at the pace of the last ones."""
+    def _seconds_for(self, images: int) -> float:
+        """How long so many images take to leave, at the pace of the last ones."""
         if not self._left:
             return 1.0
         pace_s = (self.clock() - self._left[0]) / len(self._left)
-        return min(max(pictures * pace_s, 1.0), LONGEST_RETRY_AFTER_S)
+        return min(max(images * pace_s, 1.0), LONGEST_RETRY_AFTER_S)

@@ -25,9 +25,9 @@ from .admission import Gate
 from .codes import pack, unpack
 from .config import ServeArgs
 from .failures import ApiError, answering, api_error, refused
-from .graph import Graph, Picture, all_or_none
-from .schema import DecodeRequest, ImageData, ImageRequest, ImageResponse
-from .stream import EventStream, PictureStream
+from .graph import GeneratedImage, Graph, all_or_none
+from .schema import DecodeRequest, ImageRequest, ImageResponse, ImageResult
+from .stream import EventStream, ImageStream
 
 PAGE = Path(__file__).with_name("playground.html")
 PAGE_POLICY = (
@@ -58,59 +58,59 @@ class Service:
         """``count_tokens`` is needed where prompts are limited in tokens."""
         self.args, self.served, self.graph, self.count_tokens = args, served, graph, count_tokens
         self.gates = {name: Gate(model.capacity) for name, model in args.models.items()}
-        self.decoding = Gate(args.limits.pictures + args.decoder.queue)
+        self.decoding = Gate(args.limits.images + args.decoder.queue)
         self._health: tuple[float, list[str]] = (-HEALTH_FOR_S, [])
         self._checking = asyncio.Lock()
 
     # --- what the routes call
 
     async def generate(self, request: ImageRequest) -> ImageResponse:
-        """All pictures, or the first failure."""
-        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
+        """All images, or the first failure."""
+        images, deadline = self._images(request), self._deadline(request.timeout_s)
         as_codes = request.response_format == "codes"
 
-        async def one(picture: Picture) -> ImageData:
-            made = await self.graph.codes(picture, deadline)
-            seen: dict[str, Any] = {"seed": picture.sampling["seed"], "prompt": picture.prompt}
+        async def one(image: GeneratedImage) -> ImageResult:
+            made = await self.graph.codes(image, deadline)
+            seen: dict[str, Any] = {"seed": image.sampling["seed"], "prompt": image.prompt}
             seen["weights"] = self.graph.weights(made)
             if as_codes:
-                return ImageData(codes=pack(made.codes), **seen)
-            return ImageData(b64_json=_base64(await self.graph.file(picture, made, deadline)), **seen)
+                return ImageResult(codes=pack(made.codes), **seen)
+            return ImageResult(b64_json=_base64(await self.graph.file(image, made, deadline)), **seen)
 
-        model = pictures[0].model
-        with self.gates[model].enter(len(pictures)):
-            await self._check_tokens(pictures)
-            data = await self._by(deadline, all_or_none(one(picture) for picture in pictures))
+        model = images[0].model
+        with self.gates[model].enter(len(images)):
+            await self._check_tokens(images)
+            data = await self._by(deadline, all_or_none(one(image) for image in images))
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
     async def stream(self, request: ImageRequest) -> AsyncGenerator[bytes, None]:
         """Server-sent events, after one empty item that says that the request has been let in."""
-        pictures, deadline = self._pictures(request), self._deadline(request.timeout_s)
-        model = pictures[0].model
-        stream = PictureStream(
+        images, deadline = self._images(request), self._deadline(request.timeout_s)
+        model = images[0].model
+        stream = ImageStream(
             self.graph,
-            pictures,
-            steps=self._steps(pictures[0]),
+            images,
+            steps=self._steps(images[0]),
             partial_images=request.partial_images,
             as_codes=request.response_format == "codes",
             deadline=deadline,
         )
-        with self.gates[model].enter(len(pictures)):
-            await self._check_tokens(pictures)
+        with self.gates[model].enter(len(images)):
+            await self._check_tokens(images)
             yield b""
             async with aclosing(stream.events()) as events:
                 async for item in events:
                     yield item
 
     async def decode(self, request: DecodeRequest) -> ImageResponse:
-        """Pictures of codes that were asked for earlier."""
+        """Images of codes that were asked for earlier."""
         model, (width, height) = self._model(request.model), self._size(request.size)
         codes = self._codes(request.all_codes)
         deadline = self._deadline(request.timeout_s)
 
-        async def one(row: np.ndarray) -> ImageData:
+        async def one(row: np.ndarray) -> ImageResult:
             file = await self.graph.decode(row, height, width, request.output_format, None, deadline)
-            return ImageData(b64_json=_base64(file))
+            return ImageResult(b64_json=_base64(file))
 
         with self.decoding.enter(len(codes)):
             data = await self._by(deadline, all_or_none(one(row) for row in codes))
@@ -143,13 +143,15 @@ class Service:
 
     # --- what a request asks for, checked
 
-    def _pictures(self, request: ImageRequest) -> list[Picture]:
+    def _images(self, request: ImageRequest) -> list[GeneratedImage]:
         name, (width, height) = self._model(request.model), self._size(request.size)
         sampling = {**self.args.models[name].defaults.model_dump(), **request.sampling()}
         self._check(request, sampling)
         seed = secrets.randbelow(2**62) if request.seed is None else request.seed
         return [
-            Picture(i, name, prompt, {**sampling, "seed": (seed + i) % 2**63}, height, width, request.output_format)
+            GeneratedImage(
+                i, name, prompt, {**sampling, "seed": (seed + i) % 2**63}, height, width, request.output_format
+            )
             for i, prompt in enumerate(request.prompts)
         ]
 
@@ -157,21 +159,21 @@ class Service:
         limits = self.args.limits
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         if request.n > limits.n:
-            raise refused("n", f"{request.n} pictures a prompt, expected at most {limits.n}")
-        if (pictures := request.n * len(prompts)) > limits.pictures:
+            raise refused("n", f"{request.n} images a prompt, expected at most {limits.n}")
+        if (images := request.n * len(prompts)) > limits.images:
             param = "n" if len(prompts) == 1 else "prompt"
-            raise refused(param, f"{pictures} pictures in all (n times prompts), expected at most {limits.pictures}")
+            raise refused(param, f"{images} images in all (n times prompts), expected at most {limits.images}")
         if (longest := max(map(len, prompts))) > limits.prompt_characters:
             raise refused("prompt", f"{longest} characters, expected at most {limits.prompt_characters}")
         if (steps := sampling["num_inference_steps"]) > limits.steps:
             raise refused("num_inference_steps", f"{steps}, expected at most {limits.steps}")
 
-    async def _check_tokens(self, pictures: list[Picture]) -> None:
+    async def _check_tokens(self, images: list[GeneratedImage]) -> None:
         # Within the gate and in a thread: it takes longer than all other checks together.
         limit, count = self.args.limits.prompt_tokens, self.count_tokens
         if limit is None or count is None:
             return
-        prompts = {picture.prompt for picture in pictures}
+        prompts = {image.prompt for image in images}
         tokens = await asyncio.to_thread(lambda: max(map(count, prompts)))
         if tokens > limit:
             raise refused("prompt", f"{tokens} tokens, expected at most {limit}")
@@ -195,8 +197,8 @@ class Service:
         return width, height
 
     def _codes(self, texts: list[str]) -> list[np.ndarray]:
-        if len(texts) > self.args.limits.pictures:
-            raise refused("codes", f"{len(texts)} pictures, expected at most {self.args.limits.pictures}")
+        if len(texts) > self.args.limits.images:
+            raise refused("codes", f"{len(texts)} images, expected at most {self.args.limits.images}")
         try:
             return [unpack(text, self.served.tokens, self.served.bits) for text in texts]
         except UserError as error:
@@ -208,12 +210,12 @@ class Service:
             raise refused("timeout_s", f"{timeout_s:g}, expected at most {longest:g}")
         return time.monotonic() + (timeout_s or longest)
 
-    def _steps(self, picture: Picture) -> int:
-        ar = self.served.kinds[picture.model] == "ar"
-        return self.served.tokens if ar else int(picture.sampling["num_inference_steps"])
+    def _steps(self, image: GeneratedImage) -> int:
+        ar = self.served.kinds[image.model] == "ar"
+        return self.served.tokens if ar else int(image.sampling["num_inference_steps"])
 
     @staticmethod
-    async def _by(deadline: float, work: Coroutine[Any, Any, list[ImageData]]) -> list[ImageData]:
+    async def _by(deadline: float, work: Coroutine[Any, Any, list[ImageResult]]) -> list[ImageResult]:
         async with asyncio.timeout(deadline - time.monotonic()):
             return await work
 

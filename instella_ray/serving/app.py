@@ -93,13 +93,13 @@ def _fixed_or_scaled(settings: StageArgs, ongoing: int) -> dict[str, Any]:
 
 
 def _ingress(args: ServeArgs) -> serve.Deployment:
-    # Room for every picture that may be under way as a request of its own, and for those that are turned away: a queue
+    # Room for every image that may be under way as a request of its own, and for those that are turned away: a queue
     # in Serve's proxy would keep them waiting for their 429.
-    pictures = sum(model.capacity for model in args.models.values()) + args.limits.pictures + args.decoder.queue
+    images = sum(model.capacity for model in args.models.values()) + args.limits.images + args.decoder.queue
     return serve.deployment(
         name="Ingress",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=2 * pictures + 256,
+        max_ongoing_requests=2 * images + 256,
         max_queued_requests=256,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,

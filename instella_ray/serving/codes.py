@@ -1,4 +1,4 @@
-"""A picture's bits, and the same as text: 1,024 bytes at full size, in base64."""
+"""An image's bits, and the same as text: 1,024 bytes at full size, in base64."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ class Limits(Config):
     prompt_tokens: int | None = Field(None, ge=1)
     """Longer prompts are refused. None: they are cut to what the text encoder and the slots have room for."""
     n: int = Field(16, ge=1)
-    """Pictures a prompt."""
-    pictures: int = Field(64, ge=1)
-    """Pictures a request: n times its prompts, or codes to decode."""
+    """Images a prompt."""
+    images: int = Field(64, ge=1)
+    """Images a request: n times its prompts, or codes to decode."""
     steps: int = Field(1000, ge=1)
     body_bytes: int = Field(1 << 20, ge=1)
     timeout_s: Finite = Field(300.0, gt=0)
@@ -60,7 +60,7 @@ class StageArgs(Config):
     """As the endpoint's own, for this stage alone."""
     num_gpus: float | None = Field(None, ge=0)
     queue: int = Field(64, ge=0)
-    """Pictures that may wait beside those that replicas work on; the next one is refused with 429."""
+    """Images that may wait beside those that replicas work on; the next one is refused with 429."""
 
     @property
     def least_replicas(self) -> int:
@@ -79,11 +79,11 @@ class ModelArgs(StageArgs):
     defaults: SamplingConfig = SamplingConfig()
     """What a request gets where it says nothing."""
     slots: int = Field(8, ge=1)
-    """Pictures that share a forward pass."""
+    """Images that share a forward pass."""
     compilation: Compilation = "none"
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
-    """Give a picture the same bits in any company, even where that costs speed."""
+    """Give an image the same bits in any company, even where that costs speed."""
     longest_step_s: Finite = Field(60.0, gt=0)
     """A replica whose engine has not come round for so long is replaced."""
 
@@ -94,7 +94,7 @@ class ModelArgs(StageArgs):
 
     @property
     def capacity(self) -> int:
-        """Pictures that may be under way."""
+        """Images that may be under way."""
         return self.most_replicas * self.ongoing + self.queue
 
     def options(self, text_length: int) -> EngineOptions:
@@ -111,14 +111,14 @@ class ServeArgs(Config):
     text_length: int = Field(128, ge=1)
     """Prompt tokens that a slot has room for."""
     sizes: tuple[int, ...] = Field((512, 768, 1024), min_length=1)
-    """Edges (px) that pictures may have; the first is the default."""
+    """Edges (px) that images may have; the first is the default."""
     limits: Limits = Limits()
     text: StageArgs = StageArgs()
     """The text encoder's replicas."""
     decoder: StageArgs = StageArgs()
     """The decoder's replicas."""
     safety: SafetyConfig | None = None
-    """Look at every picture before it leaves; needs the extra ``safety``."""
+    """Look at every image before it leaves; needs the extra ``safety``."""
     api_keys_file: str | None = None
     """File with one key a line, beside those of the variable INSTELLA_API_KEYS. No keys: loopback only."""
     num_cpus: float = Field(1.0, ge=0)
@@ -141,9 +141,9 @@ class ServeArgs(Config):
         if not self.models:
             raise UserError("models: expected at least one generator")
         for name, model in self.models.items():
-            if self.limits.pictures > model.capacity:
+            if self.limits.images > model.capacity:
                 raise UserError(
-                    f"limits.pictures {self.limits.pictures}: models.{name} has room for {model.capacity} pictures "
+                    f"limits.images {self.limits.images}: models.{name} has room for {model.capacity} images "
                     "under way (replicas * 2 * slots + queue), so the largest request could never be let in"
                 )
             if model.compilation == "graphs" and not self.gpus(model):

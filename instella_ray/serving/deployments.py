@@ -57,7 +57,7 @@ class TextEncoderStage:
         cache_bytes: int = 256 << 20,
     ) -> None:
         """``batch_invariant`` runs each prompt that is not in the cache by itself: padded beside others its features
-        differ in the last digits, and a picture would depend on who else was asking."""
+        differ in the last digits, and an image would depend on who else was asking."""
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
@@ -189,7 +189,7 @@ class GeneratorStage:
             "active": sum(s.active for s in stats),
             "slots": self.options.slots,
             "steps": stats[-1].steps,
-            "pictures": stats[-1].pictures,
+            "images": stats[-1].images,
         }
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -252,7 +252,7 @@ class GeneratorStage:
 
 
 class DecoderStage:
-    """Codes to picture files: micro-batched by size, checked and encoded in threads while the next batch decodes."""
+    """Codes to image files: micro-batched by size, checked and encoded in threads while the next batch decodes."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class DecoderStage:
         file_threads: int = 2,
         safety: SafetyConfig | None = None,
     ) -> None:
-        """A picture of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
+        """An image of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "decoder"})
         self.device = pick_device(device)
@@ -277,7 +277,7 @@ class DecoderStage:
         self._batchers: dict[tuple[int, int], MicroBatcher[np.ndarray, np.ndarray]] = {}
         # One size at a time, so that a replica keeps to its threads.
         self._turn = threading.Lock()
-        self._files = ThreadPoolExecutor(file_threads, thread_name_prefix="picture-files")
+        self._files = ThreadPoolExecutor(file_threads, thread_name_prefix="image-files")
 
     async def decode(
         self,
@@ -287,16 +287,16 @@ class DecoderStage:
         output_format: str = "png",
         metadata: Mapping[str, Any] | None = None,
     ) -> bytes:
-        """The file of a picture of ``height x width`` pixels from uint8 0/1 ``codes [L, K]``, with ``metadata`` in it.
+        """The file of an image of ``height x width`` pixels from uint8 0/1 ``codes [L, K]``, with ``metadata`` in it.
 
         UserError for codes, a size or a format that do not fit; :class:`.safety.Flagged` where a safety checker is
-        set and withholds the picture.
+        set and withholds the image.
         """
         self._check(codes, output_format)
         with self.times.measure("decode"):
-            picture = await self._batcher(height, width)(codes)
+            image = await self._batcher(height, width)(codes)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._files, self._to_file, picture, output_format, metadata)
+        return await loop.run_in_executor(self._files, self._to_file, image, output_format, metadata)
 
     async def check_health(self) -> None:
         """Answers while the event loop does."""
@@ -331,11 +331,11 @@ class DecoderStage:
         with self._turn, half:
             return list(to_pixels(self.bit.decode(codes, height, width)))
 
-    def _to_file(self, picture: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None) -> bytes:
+    def _to_file(self, image: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None) -> bytes:
         with self.times.measure("encode_file"):
             if self.checker is not None:
-                self.checker(picture)
-            return encode_image(picture, output_format, metadata)
+                self.checker(image)
+            return encode_image(image, output_format, metadata)
 
 
 def _params(sampling: Mapping[str, Any]) -> SamplingParams:

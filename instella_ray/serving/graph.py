@@ -1,7 +1,7 @@
-"""The sampling graph as the endpoint calls it: one picture's way through the stages, with second tries.
+"""The sampling graph as the endpoint calls it: one image's way through the stages, with second tries.
 
 Features go from replica to replica through Ray's object store. Codes pass here, because they are 1 KiB and make the
-generation and the decoding two calls that are repeated on their own; a picture passes here once, as a file.
+generation and the decoding two calls that are repeated on their own; an image passes here once, as a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """What to make."""
 
     index: int
@@ -73,30 +73,30 @@ class Graph:
         self.text, self.decoder, self.generators = text, decoder, generators
         self.tokenizer_hash, self.health = tokenizer_hash, health
 
-    async def codes(self, picture: Picture, deadline: float) -> Generated:
+    async def codes(self, image: GeneratedImage, deadline: float) -> Generated:
         """Bits, and whose they are; ``deadline`` in terms of ``time.monotonic()``."""
 
         async def attempt() -> Generated:
             # The features are made anew for every try: those of the last one may have died with their replica.
-            async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
-                call = self.generators[picture.model].generate.remote(
-                    features, dict(picture.sampling), deadline - time.monotonic()
+            async with _cancelling(self.text.encode.remote(image.prompt)) as features:
+                call = self.generators[image.model].generate.remote(
+                    features, dict(image.sampling), deadline - time.monotonic()
                 )
                 async with _cancelling(call) as answer:
                     return await answer
 
         return await CALLS.call_async(attempt, deadline=deadline)
 
-    async def follow(self, picture: Picture, deadline: float, preview_every: int, report: Report) -> Generated:
+    async def follow(self, image: GeneratedImage, deadline: float, preview_every: int, report: Report) -> Generated:
         """As :meth:`codes`, with a ``report`` on the way. A second try does not report again what the first one did."""
         reported = 0
 
         async def attempt() -> Generated:
             nonlocal reported
-            generator = self.generators[picture.model].options(stream=True)
-            async with _cancelling(self.text.encode.remote(picture.prompt)) as features:
+            generator = self.generators[image.model].options(stream=True)
+            async with _cancelling(self.text.encode.remote(image.prompt)) as features:
                 call = generator.follow.remote(
-                    features, dict(picture.sampling), deadline - time.monotonic(), preview_every
+                    features, dict(image.sampling), deadline - time.monotonic(), preview_every
                 )
                 async with _cancelling(call) as updates:
                     async for update in updates:
@@ -105,7 +105,7 @@ class Graph:
                         if update["step"] > reported:
                             reported = update["step"]
                             report(update)
-            raise RuntimeError("a followed picture ended without its codes")
+            raise RuntimeError("a followed image ended without its codes")
 
         return await CALLS.call_async(attempt, deadline=deadline)
 
@@ -118,7 +118,7 @@ class Graph:
         metadata: dict[str, Any] | None,
         deadline: float,
     ) -> bytes:
-        """The file of a picture."""
+        """The file of an image."""
 
         async def attempt() -> bytes:
             call = self.decoder.decode.remote(codes, height, width, output_format, metadata)
@@ -127,13 +127,13 @@ class Graph:
 
         return await CALLS.call_async(attempt, deadline=deadline)
 
-    async def file(self, picture: Picture, made: Generated, deadline: float) -> bytes:
-        """The file of ``picture``, which has the bits of ``made``."""
-        metadata = picture.metadata(self.weights(made))
-        return await self.decode(made.codes, picture.height, picture.width, picture.output_format, metadata, deadline)
+    async def file(self, image: GeneratedImage, made: Generated, deadline: float) -> bytes:
+        """The file of ``image``, which has the bits of ``made``."""
+        metadata = image.metadata(self.weights(made))
+        return await self.decode(made.codes, image.height, image.width, image.output_format, metadata, deadline)
 
     def weights(self, made: Generated) -> dict[str, str]:
-        """Hashes of the models behind a picture."""
+        """Hashes of the models behind an image."""
         return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
 
     async def ailing(self) -> list[str]:

@@ -60,16 +60,16 @@ def _stage_seconds() -> Histogram:
 
 
 class EngineMetrics:
-    """Gauges of rows and slots; counters of steps, pictures and busy seconds, whose rates are steps/s and load."""
+    """Gauges of rows and slots; counters of steps, images and busy seconds, whose rates are steps/s and load."""
 
     def __init__(self) -> None:
         from ray.serve.metrics import Counter, Gauge
 
-        self._waiting = Gauge("instella_waiting_rows", description="Pictures without a slot.")
-        self._active = Gauge("instella_active_rows", description="Pictures on their way.")
-        self._slots = Gauge("instella_slots", description="Pictures that can be on their way at once.")
+        self._waiting = Gauge("instella_waiting_rows", description="Images without a slot.")
+        self._active = Gauge("instella_active_rows", description="Images on their way.")
+        self._slots = Gauge("instella_slots", description="Images that can be on their way at once.")
         self._steps = Counter("instella_steps", description="Forward passes of the step engine.")
-        self._pictures = Counter("instella_pictures", description="Pictures finished.")
+        self._images = Counter("instella_images", description="Images finished.")
         self._busy = Counter("instella_busy_seconds", description="Seconds that the step engine was at work.")
         self._last: dict[int, EngineStats] = {}
 
@@ -85,7 +85,7 @@ class EngineMetrics:
         for number, now in engines.items():
             before = self._last.get(number)
             self._increase(self._steps, now.steps - (before.steps if before else 0))
-            self._increase(self._pictures, now.pictures - (before.pictures if before else 0))
+            self._increase(self._images, now.images - (before.images if before else 0))
             self._increase(self._busy, now.busy_s - (before.busy_s if before else 0))
         self._last = engines
 

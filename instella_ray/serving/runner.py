@@ -1,4 +1,4 @@
-"""Runs a step engine in a thread and lets coroutines follow their pictures."""
+"""Runs a step engine in a thread and lets coroutines follow their images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.sampling import SamplingParams
 
 
 class DeadlineExceeded(Exception):
-    """The request's deadline passed before its picture was done; its slot is free again."""
+    """The request's deadline passed before its image was done; its slot is free again."""
 
 
 class EngineFailed(Exception):
@@ -36,8 +36,8 @@ class EngineStats:
     slots: int
     steps: int
     """Forward passes since the start."""
-    pictures: int
-    """Pictures finished since the start."""
+    images: int
+    """Images finished since the start."""
     busy_s: float
     """Seconds spent in steps since the start."""
     silence_s: float
@@ -58,7 +58,7 @@ class EngineRunner:
         self._failure: Exception | None = None
         self._closing = False
         self._came_round = time.monotonic()
-        self._pictures, self._busy = 0, 0.0
+        self._images, self._busy = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="step-engine", daemon=True)
         self._thread.start()
 
@@ -72,7 +72,7 @@ class EngineRunner:
             active=engine.active,
             slots=engine.options.slots,
             steps=engine.steps,
-            pictures=self._pictures,
+            images=self._images,
             busy_s=self._busy,
             silence_s=silence,
         )
@@ -90,7 +90,7 @@ class EngineRunner:
             async for event in events:
                 if isinstance(event, Finished):
                     return event.codes
-        raise AssertionError("a followed request ends with its picture or an exception")
+        raise AssertionError("a followed request ends with its image or an exception")
 
     async def follow(
         self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf"), preview_every: int = 0
@@ -156,7 +156,7 @@ class EngineRunner:
     def _tell(self, event: Event) -> None:
         ended = not isinstance(event, Progress)
         caller = self._callers.pop(event.id, None) if ended else self._callers.get(event.id)
-        self._pictures += isinstance(event, Finished)
+        self._images += isinstance(event, Finished)
         if caller is not None:
             caller.tell(event)
 

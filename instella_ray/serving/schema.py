@@ -44,14 +44,14 @@ class ImageRequest(RequestBody):
 
     prompt: Prompt | list[Prompt] = Field(description="One prompt, or several; the empty prompt is allowed")
     model: str | None = Field(None, description="A model of GET /v1/models; the first one by default")
-    n: int = Field(1, ge=1, description="Pictures a prompt")
+    n: int = Field(1, ge=1, description="Images a prompt")
     size: Size = Field(None, description="WIDTHxHEIGHT in pixels, for example 1024x1024, or auto")
-    response_format: ResponseFormat = Field("b64_json", description="codes: the picture's bits, to be decoded later")
+    response_format: ResponseFormat = Field("b64_json", description="codes: the image's bits, to be decoded later")
     output_format: ImageFormat = "png"
     stream: bool = Field(False, description="Answer with server-sent events")
-    partial_images: int = Field(0, ge=0, le=8, description="Previews of each picture, where the answer is a stream")
+    partial_images: int = Field(0, ge=0, le=8, description="Previews of each image, where the answer is a stream")
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Picture i uses seed + i; drawn at random by default")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Image i uses seed + i; drawn at random by default")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="The paper's alpha; 0 is without guidance"
@@ -82,7 +82,7 @@ class ImageRequest(RequestBody):
 
     @property
     def prompts(self) -> list[str]:
-        """One entry a picture."""
+        """One entry an image."""
         given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return [prompt for prompt in given for _ in range(self.n)]
 
@@ -113,8 +113,8 @@ class DecodeRequest(RequestBody):
         return [self.codes] if isinstance(self.codes, str) else self.codes
 
 
-class ImageData(BaseModel):
-    """One picture of an answer."""
+class ImageResult(BaseModel):
+    """One image of an answer."""
 
     b64_json: str | None = None
     codes: str | None = None
@@ -130,4 +130,4 @@ class ImageResponse(BaseModel):
 
     created: int
     model: str
-    data: list[ImageData]
+    data: list[ImageResult]

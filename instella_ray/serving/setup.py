@@ -52,7 +52,7 @@ class Setup:
             "threads": args.threads,
             "device": self._device(args.text),
             "precision": args.precision,
-            # Prompts in a batch change each other's last digits, and with them a bit of a picture here and there.
+            # Prompts in a batch change each other's last digits, and with them a bit of an image here and there.
             "batch_invariant": all(model.batch_invariant for model in args.models.values()),
         }
 

@@ -1,4 +1,4 @@
-"""A request's pictures as server-sent events, in OpenAI's names and with their progress."""
+"""A request's images as server-sent events, in OpenAI's names and with their progress."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.types import Receive, Scope, Send
 
 from .codes import Generated, pack
 from .failures import ApiError, api_error
-from .graph import Graph, Picture, all_or_none
+from .graph import GeneratedImage, Graph, all_or_none
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still there\n\n"
 KEEP_ALIVE_S = 15.0
-"""Proxies on the way close a connection that is silent for long, and a picture may wait for its slot."""
+"""Proxies on the way close a connection that is silent for long, and an image may wait for its slot."""
 REPORTS = 20
-"""About as many progress events a picture, however many steps it takes."""
+"""About as many progress events an image, however many steps it takes."""
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:
@@ -35,24 +35,24 @@ def report_every(steps: int, partial_images: int) -> int:
 
 
 def due(step: int, steps: int, partial_images: int) -> int:
-    """How many previews should have been seen after ``step``, when they are spread evenly before the picture."""
+    """How many previews should have been seen after ``step``, when they are spread evenly before the image."""
     return min(partial_images, step * (partial_images + 1) // steps)
 
 
-class PictureStream:
-    """Follows the pictures of one request and gathers their events, in order for each picture."""
+class ImageStream:
+    """Follows the images of one request and gathers their events, in order for each image."""
 
     def __init__(
         self,
         graph: Graph,
-        pictures: Sequence[Picture],
+        images: Sequence[GeneratedImage],
         *,
         steps: int,
         partial_images: int,
         as_codes: bool,
         deadline: float,
     ) -> None:
-        self.graph, self.pictures, self.deadline = graph, pictures, deadline
+        self.graph, self.images, self.deadline = graph, images, deadline
         self.partial_images, self.as_codes = partial_images, as_codes
         self.every = report_every(steps, partial_images)
         self._events: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
@@ -77,25 +77,25 @@ class PictureStream:
     async def _run(self) -> None:
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                await all_or_none(self._follow(picture) for picture in self.pictures)
+                await all_or_none(self._follow(image) for image in self.images)
         except Exception as error:
             self._events.put_nowait(api_error(error))
         self._events.put_nowait(None)
 
-    async def _follow(self, picture: Picture) -> None:
+    async def _follow(self, image: GeneratedImage) -> None:
         previews: list[asyncio.Task[None]] = []
 
         def report(update: dict[str, Any]) -> None:
             step, steps = update["step"], update["steps"]
-            self._tell("progress", picture, step=step, steps=steps)
+            self._tell("progress", image, step=step, steps=steps)
             if len(previews) < due(step, steps, self.partial_images):
-                # Not awaited: the next events, and the picture itself, need not wait for a preview.
+                # Not awaited: the next events, and the image itself, need not wait for a preview.
                 before = previews[-1] if previews else None
-                previews.append(asyncio.create_task(self._preview(picture, update, len(previews), before)))
+                previews.append(asyncio.create_task(self._preview(image, update, len(previews), before)))
 
         try:
-            made = await self.graph.follow(picture, self.deadline, self.every, report)
-            shown = await self._shown(picture, made)
+            made = await self.graph.follow(image, self.deadline, self.every, report)
+            shown = await self._shown(image, made)
             await asyncio.gather(*previews)
         finally:
             for preview in previews:
@@ -104,40 +104,40 @@ class PictureStream:
         more = {
             "codes": pack(made.codes),
             "weights": self.graph.weights(made),
-            "seed": picture.sampling["seed"],
-            "prompt": picture.prompt,
-            "model": picture.model,
+            "seed": image.sampling["seed"],
+            "prompt": image.prompt,
+            "model": image.model,
         }
-        self._tell("completed", picture, created_at=int(time.time()), **{**self._format(picture), **shown, **more})
+        self._tell("completed", image, created_at=int(time.time()), **{**self._format(image), **shown, **more})
 
     async def _preview(
-        self, picture: Picture, update: dict[str, Any], number: int, before: asyncio.Task[None] | None
+        self, image: GeneratedImage, update: dict[str, Any], number: int, before: asyncio.Task[None] | None
     ) -> None:
-        shown = await self._shown(picture, Generated(update["codes"], update["weights"]))
+        shown = await self._shown(image, Generated(update["codes"], update["weights"]))
         if before is not None:
             await before
         self._tell(
             "partial_image",
-            picture,
+            image,
             created_at=int(time.time()),
             partial_image_index=number,
             step=update["step"],
             steps=update["steps"],
-            **self._format(picture),
+            **self._format(image),
             **shown,
         )
 
-    async def _shown(self, picture: Picture, made: Generated) -> dict[str, str]:
+    async def _shown(self, image: GeneratedImage, made: Generated) -> dict[str, str]:
         if self.as_codes:
             return {"codes": pack(made.codes)}
-        return {"b64_json": base64.b64encode(await self.graph.file(picture, made, self.deadline)).decode()}
+        return {"b64_json": base64.b64encode(await self.graph.file(image, made, self.deadline)).decode()}
 
-    def _format(self, picture: Picture) -> dict[str, str]:
-        return {"size": f"{picture.width}x{picture.height}", "output_format": picture.output_format}
+    def _format(self, image: GeneratedImage) -> dict[str, str]:
+        return {"size": f"{image.width}x{image.height}", "output_format": image.output_format}
 
-    def _tell(self, name: str, picture: Picture, **data: Any) -> None:
+    def _tell(self, name: str, image: GeneratedImage, **data: Any) -> None:
         name = f"image_generation.{name}"
-        self._events.put_nowait(event(name, {"type": name, "index": picture.index, **data}))
+        self._events.put_nowait(event(name, {"type": name, "index": image.index, **data}))
 
 
 class EventStream(StreamingResponse):

@@ -16,7 +16,7 @@ from .losses import AugmentConfig, augment, cropped, resized
 from .settings import OptimizerConfig
 
 DRAWS = 2 + AUGMENT_DRAWS
-"""Uniform numbers a picture: the crop's place, and the augmentation's."""
+"""Uniform numbers an image: the crop's place, and the augmentation's."""
 
 
 class AdversarialConfig(Config):
@@ -44,13 +44,13 @@ class DiscriminatorLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor, draws: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Of restored ``images`` without gradient and their ``targets``, both changed in the same way by ``draws``."""
         with torch.no_grad():
-            seen = [self.maps(pictures, draws) for pictures in (targets, images)]
+            seen = [self.maps(view, draws) for view in (targets, images)]
         true, restored = (self.heads(maps).float() for maps in seen)
         loss = hinge_loss(true, restored)
         return loss, {"discriminator": loss, "logits_true": true.mean(), "logits_restored": restored.mean()}
 
     def maps(self, images: Tensor, draws: Tensor) -> list[Tensor]:
-        """Features of the whole picture, and of the crop at ``draws[:, :2]`` of a large one, both augmented."""
+        """Features of the whole image, and of the crop at ``draws[:, :2]`` of a large one, both augmented."""
         size = self.cfg.discriminator.size
         views = [resized(images, size)]
         if min(images.shape[-2:]) > size:

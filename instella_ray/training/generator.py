@@ -1,4 +1,4 @@
-"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes or pictures and a frozen text encoder."""
+"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes or images and a frozen text encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.loading.image_data import PicturesBatch, PicturesData, require_pictures
+from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..data.model_provenance import model_origin, text_encoder_origin
 from ..data.provenance import data_origin, shard_origins
@@ -41,7 +41,7 @@ BY_TIME = "accuracy_by_time"
 
 
 class PreviewConfig(SamplingConfig):
-    """Pictures made while training, from fixed prompts and seeds."""
+    """Images made while training, from fixed prompts and seeds."""
 
     prompts: tuple[str, ...] = ()
     guidance_scale: Guidance = 4.0
@@ -63,7 +63,7 @@ class GeneratorRunConfig(TrainingRun):
     codes: str | tuple[CodesSource, ...] | None = None
     """Folder of packed codes, made by ``tokenizer``; or several, each with its weight."""
     images: str | None = None
-    """Instead of codes: curated WebDataset tars, whose pictures ``tokenizer`` encodes on the worker's device while training
+    """Instead of codes: curated WebDataset tars, whose images ``tokenizer`` encodes on the worker's device while training
     goes on, each epoch in other crops."""
     tokenizer: str
     """Model folder of the BIT that made the codes, or makes them; decodes the previews."""
@@ -158,11 +158,11 @@ class GeneratorTask:
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
         self.encoder: OnlineEncoder | None = None
-        self.sources: Sequence[CodesData | PicturesData]
+        self.sources: Sequence[CodesData | CaptionedImageData]
         captions = CaptionChoice(cfg.short_caption_probability, cfg.caption_drop_probability)
         if cfg.images is not None:
             self.encoder = OnlineEncoder(cfg.tokenizer, device)
-            self.sources = [PicturesData(cfg.images, self.encoder.size, cfg.train.seed, captions)]
+            self.sources = [CaptionedImageData(cfg.images, self.encoder.size, cfg.train.seed, captions)]
         else:
             seeds = itertools.count(cfg.train.seed)
             self.sources = [CodesData(reader, next(seeds), captions) for reader in open_codes(cfg)]
@@ -186,7 +186,7 @@ class GeneratorTask:
         else:
             self.step_module = DiffusionLoss(model, cfg.timesteps)
 
-    def micro_batches(self, batch: CodesBatch | PicturesBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
+    def micro_batches(self, batch: CodesBatch | CaptionedImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         before, parts = self.text.positions, []
         for start in range(0, len(batch.captions), size):
             rows = slice(start, start + size)
@@ -196,14 +196,14 @@ class GeneratorTask:
         self.encoded = self.text.positions - before
         return parts
 
-    def _codes(self, batch: CodesBatch | PicturesBatch, rows: slice) -> Tensor:
+    def _codes(self, batch: CodesBatch | CaptionedImageBatch, rows: slice) -> Tensor:
         """0/1 float32 ``[B, L, K]``."""
         if isinstance(batch, CodesBatch):
             return torch.from_numpy(batch.codes[rows]).float()
         assert self.encoder is not None
         return self.encoder.encode(batch.pixels[rows])
 
-    def begin(self, batch: CodesBatch | PicturesBatch) -> None:
+    def begin(self, batch: CodesBatch | CaptionedImageBatch) -> None:
         """Bits need no calibration; text projections get theirs from captions all over the set."""
         if not self.cfg.calibrate_text:
             return
@@ -220,7 +220,7 @@ class GeneratorTask:
         """Nothing is scheduled but the learning rate."""
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """The generator on every sample, the tokenizer on every picture, the text encoder on captions that it was run on."""
+        """The generator on every sample, the tokenizer on every image, the text encoder on captions that it was run on."""
         length = parts[0]["features"].shape[2]
         if self.text_sizes is None:
             self.text_sizes = TextEncoderSizes.of(self.text.encoder.model)
@@ -235,7 +235,7 @@ class GeneratorTask:
         return means if by_time is None else means | accuracy_summary(by_time)
 
     def preview(self, ema_model: Model) -> np.ndarray | None:
-        """One picture a prompt, side by side."""
+        """One image a prompt, side by side."""
         prompts, preview = list(self.cfg.preview.prompts), self.cfg.preview
         if not prompts or isinstance(ema_model, BIT):
             return None
@@ -249,7 +249,7 @@ class GeneratorTask:
         size = bit.cfg.image_size
         return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)
 
-    def keys(self, batch: CodesBatch | PicturesBatch) -> list[str]:
+    def keys(self, batch: CodesBatch | CaptionedImageBatch) -> list[str]:
         return batch.keys
 
     def extra(self) -> Mapping[str, Any]:
@@ -294,7 +294,7 @@ def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     """``cfg`` as workers need it: the model's sizes filled in, paths absolute.
 
-    UserError for codes of another tokenizer, shards without pictures, a text encoder that cannot be loaded, sizes that
+    UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, sizes that
     do not fit them.
     """
     name, folders = cfg.text_encoder.name, None
@@ -334,7 +334,7 @@ def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Origin, ...]:
 
 
 AT_ONCE = 64
-"""Pictures encoded together, however large the micro-batch: as many as the encoding job takes."""
+"""Images encoded together, however large the micro-batch: as many as the encoding job takes."""
 
 
 class OnlineEncoder:
@@ -344,7 +344,7 @@ class OnlineEncoder:
         self.bit = load_expected(folder, BIT, device=device)
         self.device, self.size = device, self.bit.cfg.image_size
         self.flops = bit_encode(self.bit.cfg, self.size, self.size).forward
-        """FLOP a picture."""
+        """FLOP an image."""
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """0/1 float32 ``[B, L, K]``, on the device, of uint8 ``[B, size, size, 3]``."""
@@ -353,11 +353,11 @@ class OnlineEncoder:
 
 
 def require_encodable(pattern: str, folder: str) -> BITConfig:
-    """The sizes of the tokenizer in ``folder``; UserError for one that cannot encode, and for shards without pictures."""
+    """The sizes of the tokenizer in ``folder``; UserError for one that cannot encode, and for shards without images."""
     cfg = load_expected(folder, BIT).cfg
     if cfg.image_size % cfg.encode_multiple:
         raise UserError(
             f"tokenizer {folder}: its image_size {cfg.image_size} is not a multiple of {cfg.encode_multiple}"
         )
-    require_pictures(pattern)
+    require_images(pattern)
     return cfg

@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """One place that figures and pictures go to."""
+    """One place that figures and images go to."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """The figures after ``step`` optimizer steps."""
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray) -> None:
         """The preview after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class TensorBoardLogger:
         if not self.local and time.monotonic() - self.copied > COPY_EVERY:
             self._copy()
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray) -> None:
         self.writer.add_image("preview", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class WandbLogger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray) -> None:
         self.run.log({"preview": self.wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class MlflowLogger:
             metrics = [self.mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
             self.client.log_batch(self.run_id, metrics=metrics)
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray) -> None:
         if step > self.seen:
             self.client.log_image(self.run_id, pixels, key="preview", step=step)
 
@@ -237,8 +237,8 @@ class PrometheusLogger:
             if math.isfinite(value := values.get(name, math.nan)):
                 gauge.set(value, tags=self.tags)
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Prometheus takes numbers alone: pictures are in the run directory."""
+    def image(self, step: int, pixels: np.ndarray) -> None:
+        """Prometheus takes numbers alone: images are in the run directory."""
 
     def close(self) -> None:
         self._running.set(0, tags=self.tags)

@@ -31,9 +31,9 @@ class PerceptualConfig(Config):
     weights: str = PUBLISHED
     """``published`` (VGG from torchvision's address), ``random`` (for tests), or a local file."""
     size: int = Field(448, ge=16)
-    """Both pictures are resized to this for the look at the whole."""
+    """Both images are resized to this for the look at the whole."""
     crop: int = Field(224, ge=16)
-    """Side of the square, at the same random place of both pictures, for the look at details."""
+    """Side of the square, at the same random place of both images, for the look at details."""
     weight: float = Field(1.0, ge=0)
     """Weight of the distance of the whole."""
     crop_weight: float = Field(1.0, ge=0)
@@ -46,14 +46,14 @@ class TokenizerLossConfig(Config):
     reconstruction: Literal["smooth_l1", "mse"] = "smooth_l1"
     """The paper's smooth L1: squared error would lead to loss spikes at scale."""
     gradient_weight: float = 0.0
-    """Weight of the same loss on the pictures' horizontal and vertical differences, which sharpens edges."""
+    """Weight of the same loss on the images' horizontal and vertical differences, which sharpens edges."""
     code_weight: float = 0.0
     """Weight of ``mean(s (1 - s))``, which makes bits decided."""
     perceptual: PerceptualConfig = PerceptualConfig()
 
 
 class ReconstructionLoss(nn.Module):
-    """The supervised loss of pictures against their targets, both ``[B, 3, H, W]`` in [-1, 1]."""
+    """The supervised loss of images against their targets, both ``[B, 3, H, W]`` in [-1, 1]."""
 
     def __init__(self, cfg: TokenizerLossConfig) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def cropped(images: Tensor, size: int, places: Tensor) -> Tensor:
-    """The square of ``size`` pixels of each picture at ``places [B, 2]``: 0 is the top or left, 1 the bottom or right."""
+    """The square of ``size`` pixels of each image at ``places [B, 2]``: 0 is the top or left, 1 the bottom or right."""
     for axis, side in enumerate(images.shape[-2:]):
         corner = (places[:, axis] * (side - size + 1)).long().clamp(max=side - size)
         images = take(images, axis, corner[:, None] + torch.arange(size, device=images.device))
@@ -97,7 +97,7 @@ def cropped(images: Tensor, size: int, places: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB ``[B]`` of pictures in [-1, 1]; the reconstruction is clamped first."""
+    """Peak signal-to-noise ratio in dB ``[B]`` of images in [-1, 1]; the reconstruction is clamped first."""
     error = (images.detach().float().clamp(-1, 1) - reference.float()) / 2
     return -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10()
 
@@ -107,14 +107,14 @@ BIT_SHARE = "bit_share"
 
 
 def bit_share(logits: Tensor) -> Tensor:
-    """Share of pictures in which each bit is set ``[L, K]``, of ``logits [B, L, K]``."""
+    """Share of images in which each bit is set ``[L, K]``, of ``logits [B, L, K]``."""
     return (logits.detach() > 0).float().mean(0)
 
 
 def bit_summary(share: Tensor) -> dict[str, Tensor]:
     """Numbers to watch of ``share [L, K]``: each is a mean over the K bits of a position, then over positions or the worst.
 
-    ``bit_entropy`` is in bits, 1 at best. ``dead_bits`` is the share of bits that are the same in every picture.
+    ``bit_entropy`` is in bits, 1 at best. ``dead_bits`` is the share of bits that are the same in every image.
     """
     entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)).mean(1) / torch.log(
         share.new_tensor(2.0)
@@ -146,7 +146,7 @@ class CollapseWatch:
         self.warned = True
         dead = ((share == 0) | (share == 1)).float().mean(1)
         log.warning(
-            "step %d: codes collapse: %.1f %% of all bits are the same in every picture of the batch (limit %.1f %%), "
+            "step %d: codes collapse: %.1f %% of all bits are the same in every image of the batch (limit %.1f %%), "
             "%d of %d positions have no live bit, mean entropy %.3f bits",
             *(step + 1, 100 * float(summary["dead_bits"]), 100 * self.limit),
             *(int((dead == 1).sum()), len(dead), float(summary["bit_entropy"])),
@@ -154,18 +154,18 @@ class CollapseWatch:
 
 
 DRAWS = 7
-"""Uniform numbers that :func:`augment` needs a picture."""
+"""Uniform numbers that :func:`augment` needs an image."""
 
 
 class AugmentConfig(Config):
-    """How strongly pictures are changed before the discriminator sees them; 0 leaves a change out."""
+    """How strongly images are changed before the discriminator sees them; 0 leaves a change out."""
 
     color: float = Field(1.0, ge=0, le=1)
     """Share of the full range: brightness by up to 0.5, saturation 0 to 2 times, contrast 0.5 to 1.5 times."""
     translation: float = Field(0.125, ge=0, le=1)
     """Largest shift along each axis, as a share of the side; what comes in is grey."""
     cutout: float = Field(0.25, ge=0, le=1)
-    """Side of a square that is made grey, as a share of the picture's."""
+    """Side of a square that is made grey, as a share of the image's."""
 
 
 def augment(images: Tensor, draws: Tensor, cfg: AugmentConfig) -> Tensor:
@@ -194,7 +194,7 @@ def translate(images: Tensor, draws: Tensor, share: float) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
-    """A grey rectangle of ``share`` of each side, centred anywhere in the picture by ``draws [B, 2]``."""
+    """A grey rectangle of ``share`` of each side, centred anywhere in the image by ``draws [B, 2]``."""
     covered = torch.ones(len(images), 1, 1, 1, dtype=torch.bool, device=images.device)
     for axis, size in enumerate(images.shape[-2:]):
         length = int(share * size + 0.5)
@@ -205,12 +205,12 @@ def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
 
 
 def take(images: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Rows (axis 0) or columns (axis 1) ``index [B, n]`` of each picture of ``images [B, 3, H, W]``."""
+    """Rows (axis 0) or columns (axis 1) ``index [B, n]`` of each image of ``images [B, 3, H, W]``."""
     shape = list(images.shape)
     shape[2 + axis] = index.shape[1]
     return images.gather(2 + axis, _along(index, axis).expand(shape))
 
 
 def _along(values: Tensor, axis: int) -> Tensor:
-    """``values [B, size]`` of rows (axis 0) or columns (axis 1), to broadcast over pictures ``[B, 3, H, W]``."""
+    """``values [B, size]`` of rows (axis 0) or columns (axis 1), to broadcast over images ``[B, 3, H, W]``."""
     return values[:, None, :, None] if axis == 0 else values[:, None, None, :]

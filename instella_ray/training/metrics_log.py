@@ -123,11 +123,11 @@ class MetricsLog:
         for logger in self.loggers:
             logger.scalars(step + 1, figures)
 
-    def preview(self, step: int, picture: Any) -> None:
-        if picture is not None:
-            storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(picture))
+    def preview(self, step: int, image: Any) -> None:
+        if image is not None:
+            storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(image))
             for logger in self.loggers:
-                logger.picture(step, picture)
+                logger.image(step, image)
 
     def sync(self) -> None:
         """Write metrics.jsonl as far as it goes; before each checkpoint, so that a run that goes on has it up to there."""

@@ -65,7 +65,7 @@ class RayTrain:
         except WorkerGroupError as error:
             for rank, failure in error.worker_failures.items():
                 log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
-            # Bad input that only a worker could meet, an undecodable picture say, is as much one line as any other.
+            # Bad input that only a worker could meet, an undecodable image say, is as much one line as any other.
             hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, HOPELESS)]
             if hopeless:
                 raise hopeless[0] from None

@@ -1,4 +1,4 @@
-"""Tokenizer training: pictures in, the same pictures out through the bits (section 2.1). One stage; see :mod:`.stages`."""
+"""Tokenizer training: images in, the same images out through the bits (section 2.1). One stage; see :mod:`.stages`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import storage
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.loading.image_data import ImageBatch, ImageData, require_pictures
+from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
 from ..data.model_provenance import model_origin
 from ..data.provenance import shard_origins
@@ -150,7 +150,7 @@ class TokenizerTask:
         return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
-        """Centre the patch embedding on the first pictures, unless it has learned already."""
+        """Centre the patch embedding on the first images, unless it has learned already."""
         if self.cfg.start_from is None:
             self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
 
@@ -177,7 +177,7 @@ class TokenizerTask:
         return {**means, **bits, **sizes}
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """The tokenizer on every picture; the losses' networks are not counted."""
+        """The tokenizer on every image; the losses' networks are not counted."""
         count = sum(len(part["images"]) for part in parts)
         size, frozen = self.cfg.model.image_size, self.cfg.freeze_encoder
         return count * tokenizer_training(self.cfg.model, size, self.size, frozen_encoder=frozen).model
@@ -218,9 +218,9 @@ def reconstruct(bit: BIT, images: Tensor) -> Tensor:
 
 class ReconstructionQuality(NamedTuple):
     psnr: float
-    """Mean over pictures, dB."""
+    """Mean over images, dB."""
     dead_bits: float
-    """Share of bits that are the same in every picture."""
+    """Share of bits that are the same in every image."""
 
 
 def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title: str) -> ReconstructionQuality:
@@ -238,7 +238,7 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     """``cfg`` as workers need it, paths absolute.
 
-    UserError for sizes that do not fit the model or the loss, shards without pictures, weights that cannot be had.
+    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be had.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
@@ -248,8 +248,8 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
             raise UserError(f"{name} {size}: not a multiple of {multiple}")
     look = cfg.loss.perceptual
     if look.network != "none" and look.crop > min(cfg.sizes):
-        raise UserError(f"loss.perceptual.crop {look.crop}: pictures are decoded to {min(cfg.sizes)} px")
-    require_pictures(cfg.data)
+        raise UserError(f"loss.perceptual.crop {look.crop}: images are decoded to {min(cfg.sizes)} px")
+    require_images(cfg.data)
     facts: dict[str, Any] = {"data": storage.absolute(cfg.data)}
     if look.network != "none":
         facts["loss"] = cfg.loss.model_copy(update={"perceptual": _with_absolute_weights(look)})

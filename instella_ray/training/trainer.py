@@ -94,7 +94,7 @@ class Task(Protocol):
         """Single numbers to log of the parts' means over a global batch; called on every rank at logged steps."""
 
     def preview(self, ema_model: Model) -> Any:
-        """A picture, uint8 ``[H, W, 3]``, of what the averaged model can do, or None. Called at rank 0 alone."""
+        """An image, uint8 ``[H, W, 3]``, of what the averaged model can do, or None. Called at rank 0 alone."""
 
     def keys(self, batch: Any) -> list[str]:
         """The samples' keys, to name them when a loss is not finite."""
@@ -175,7 +175,7 @@ class Trainer:
         return Stepped(means, rate, norm, task.flops(parts))
 
     def preview(self) -> Any:
-        """The task's picture of the averaged weights, at rank 0."""
+        """The task's image of the averaged weights, at rank 0."""
         shared = isinstance(self.learner, FSDPLearner)
         state = gather(self.ema.state) if shared else self.ema.state
         if self.rank != 0:

@@ -113,9 +113,9 @@ def test_a_run_prints_its_tables_and_writes_them(tmp_path: Path, capsys: pytest.
 
 def test_every_metric_has_a_rate_and_says_who_measured() -> None:
     metrics = MetricsConfig.model_validate({"psnr": {}, "scene_score": {}, "diversity_bits": {}})
-    result = run_metrics(MetricsBench(pictures=4, size=32, metrics=metrics), 1)
+    result = run_metrics(MetricsBench(images=4, size=32, metrics=metrics), 1)
     assert [row["metric"] for row in result.rows] == ["scene_score", "diversity_bits", "psnr"]
-    assert all(float(str(row["pictures/s"]).split()[0]) > 0 and row["by"] for row in result.rows)
+    assert all(float(str(row["images/s"]).split()[0]) > 0 and row["by"] for row in result.rows)
 
 
 @pytest.mark.ray
@@ -133,7 +133,7 @@ def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) ->
     closed = [(f"{count} in flight", name) for count in (1, 3) for name in (GRAPH, SINGLE, STATIC)]
     assert [(row["load"], row["contestant"]) for row in result.rows[:6]] == closed
     assert [row["contestant"] for row in result.rows[6:]] == [GRAPH, STATIC] and len(result.goals) == 4
-    assert all(int(row["pictures"]) > 0 for row in result.rows)
+    assert all(int(row["images"]) > 0 for row in result.rows)
 
 
 @pytest.mark.ray
@@ -161,7 +161,7 @@ def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
 @pytest.mark.ray
 @pytest.mark.nightly
 def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
-    sizes = {"shards": 2, "pictures_per_shard": 4, "picture_size": (640, 512), "size": 16, "rounds": 1}
+    sizes = {"shards": 2, "images_per_shard": 4, "image_size": (640, 512), "size": 16, "rounds": 1}
     result = run_data(DataBench(**sizes, codes=2000, batch=64, memory_shards=(1, 2)))
     assert [row["contestant"] for row in result.rows] == [
         "decode and resize alone",
@@ -186,11 +186,11 @@ def test_training_is_measured_at_any_size(ray_session: None) -> None:
     )
     phases = {"waiting for data", "text encoder", "forward", "backward", "optimizer and average", "logging", "all else"}
     assert {name.removeprefix("codes: ") for name in rows if name.startswith("codes: ")} == phases
-    assert {name.removeprefix("pictures: ") for name in rows if name.startswith("pictures: ")} == {*phases, "tokenizer"}
-    for source in ("codes", "pictures"):
+    assert {name.removeprefix("images: ") for name in rows if name.startswith("images: ")} == {*phases, "tokenizer"}
+    for source in ("codes", "images"):
         shares = [float(str(row["share of a step"])[:-1]) for n, row in rows.items() if n.startswith(f"{source}: ")]
         assert sum(shares) == pytest.approx(100, abs=1) and min(shares) >= 0
-    assert {"writing a checkpoint", "this loop / bare loop, seconds a step", "pictures / codes, seconds a step"} <= set(
+    assert {"writing a checkpoint", "this loop / bare loop, seconds a step", "images / codes, seconds a step"} <= set(
         rows
     )
     assert [goal.kind for goal in result.goals] == ["<="] and result.setting["weights"] > 10_000

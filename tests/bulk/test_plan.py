@@ -18,7 +18,7 @@ def test_a_sample_is_a_function_of_text_number_and_seed(texts: list[str], images
     planned = list(plan_samples(prompts, images, seed))
     assert len(planned) == len(texts) * images
     assert all(s.seed == sample_seed(seed, s.prompt.text, s.index) and 0 <= s.seed < 2**63 for s in planned)
-    # No two are the same picture, not even where a text comes again, and the order of prompts changes no seed.
+    # No two are the same image, not even where a text comes again, and the order of prompts changes no seed.
     assert len({s.seed for s in planned}) == len(planned)
     assert {s.seed for s in plan_samples(prompts[::-1], images, seed)} == {s.seed for s in planned}
 

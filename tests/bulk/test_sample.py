@@ -106,7 +106,7 @@ def test_bits_depend_on_no_batch_size_and_no_company(folders: dict[str, str], tm
         assert np.array_equal(made[1][name], made[7][name]) and np.array_equal(made[1][name], made[16][name])
         alone = Sampler(job.sampler).run(job.samples[5:6], {name: SETTINGS[name]})[name]
         assert np.array_equal(alone[0], made[16][name][5])
-    # "a cat" comes twice among the prompts, and no picture does.
+    # "a cat" comes twice among the prompts, and no image does.
     assert len({codes.tobytes() for codes in made[16]["slow"]}) == len(PROMPTS) * 3
 
 
@@ -171,28 +171,28 @@ def test_an_output_is_never_overwritten_or_mixed(finished: Path, folders: dict[s
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tar"])
-def test_codes_become_pictures_of_any_size(finished: Path, folders: dict[str, str], tmp_path: Path, kind: Any) -> None:
+def test_codes_become_images_of_any_size(finished: Path, folders: dict[str, str], tmp_path: Path, kind: Any) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     worker = Decoding(DecodeConfig(format=kind, tokenizer=folders["bit"], batch_size=4), str(out), 64)
     for number in range(5):
         worker(pa.table({"setting": [""], "number": [number]}))
     if kind == "tar":
-        tars = sorted((out / "pictures-64").glob("*.tar"))
+        tars = sorted((out / "images-64").glob("*.tar"))
         files = {name: data for path in tars for name, data in members(path)}
         assert len(tars) == 5 and len(files) == 3 * 18
         captions = {data.decode() for name, data in files.items() if name.endswith(".txt")}
         assert captions == {text.strip() or "x" for text in PROMPTS}
-        pictures = [data for name, data in files.items() if name.endswith(".png")]
+        images = [data for name, data in files.items() if name.endswith(".png")]
     else:
-        pictures = [path.read_bytes() for path in (out / "pictures-64").glob(f"*.{kind}")]
-    assert len(pictures) == 18
-    for data in pictures:
+        images = [path.read_bytes() for path in (out / "images-64").glob(f"*.{kind}")]
+    assert len(images) == 18
+    for data in images:
         assert Image.open(io.BytesIO(data)).size == (64, 64)
         about = read_metadata(data)
         assert about is not None and about["num_inference_steps"] == 3 and about["seed"] >= 0
     # Ids of the prompts led out of the folder, file names do not.
-    assert {path.parent.name for path in tmp_path.rglob(f"*.{kind}")} == {"pictures-64"}
+    assert {path.parent.name for path in tmp_path.rglob(f"*.{kind}")} == {"images-64"}
 
 
 def members(path: Path) -> list[tuple[str, bytes]]:
@@ -261,15 +261,15 @@ def test_what_is_damaged_foreign_or_missing_is_named_and_made_anew(
     assert aside == {files[0].name, files[1].name, files[3].name, "samples-00099.parquet"}
 
 
-def test_pictures_that_are_there_are_not_decoded_again(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
+def test_images_that_are_there_are_not_decoded_again(finished: Path, folders: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     cfg = DecodeConfig(format="png", tokenizer=folders["bit"], batch_size=4)
     assert run_decode(cfg, str(out), local=True) == 18
-    made = {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()}
+    made = {path: path.stat().st_mtime_ns for path in (out / "images-32").iterdir()}
     assert len(made) == 18
     assert run_decode(cfg, str(out), local=True) == 18
-    assert {path: path.stat().st_mtime_ns for path in (out / "pictures-32").iterdir()} == made
+    assert {path: path.stat().st_mtime_ns for path in (out / "images-32").iterdir()} == made
 
 
 # --- and with kill -9

@@ -60,9 +60,9 @@ def series() -> frozenset[str]:
     for path in PACKAGE.rglob("*.py"):
         for kind, name in made.findall(path.read_text()):
             found |= {f"ray_{name}{suffix}" for suffix in suffixes[kind]}
-    from instella_ray.training.loggers import FIGURES
+    from instella_ray.training.loggers import GAUGES
 
-    return frozenset(found | {f"ray_instella_training_{name}" for name in (*FIGURES, "step", "finite", "running")})
+    return frozenset(found | {f"ray_instella_training_{name}" for name in (*GAUGES, "step", "finite", "running")})
 
 
 def names_in(query: str) -> set[str]:
@@ -98,9 +98,9 @@ def test_every_query_is_well_formed_and_asks_for_series_that_exist() -> None:
     [
         ("sum(ray_serve_deployment_queued_querys)", "unknown: ray_serve_deployment_queued_querys"),
         ("ray_instella_training_steps == 0", "unknown: ray_instella_training_steps"),
-        ("ray_instella_pictures > 1", "unknown: ray_instella_pictures"),  # a counter ends with _total
-        ("sum(rate(ray_instella_pictures_total[5m])", "( is not closed"),
-        ("rate(ray_instella_pictures_total)", "rate needs a range"),
+        ("ray_instella_images > 1", "unknown: ray_instella_images"),  # a counter ends with _total
+        ("sum(rate(ray_instella_images_total[5m])", "( is not closed"),
+        ("rate(ray_instella_images_total)", "rate needs a range"),
         ("rate(ray_instella_slots[5m])", "rate(ray_instella_slots[5m]): of what only grows"),
         ("summ(ray_instella_slots)", "unknown: summ"),
     ],

@@ -64,7 +64,7 @@ def test_the_simulated_figures_are_what_the_commands_print(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    told = rows("600M pictures on MI300X")
+    told = rows("600M images on MI300X")
     sized = [arguments for arguments in SIMULATIONS if "serving=null" in arguments]
     assert len(sized) == 3
     for column, arguments in enumerate(sized):

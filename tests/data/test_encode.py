@@ -22,7 +22,7 @@ from instella_ray.models.checkpoint import load_model, save_model, weight_hash
 from instella_ray.runs import read_record
 
 from ..kit.models import ONE_LAYER_BIT, write_tokenizer
-from ..kit.shards import picture
+from ..kit.shards import image_bytes
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     for number in range(2):
         samples = [
-            (f"{number}{i}", picture(10 * number + i, (48, 32)), f"long {i}", {"caption_short": f"short {i}"})
+            (f"{number}{i}", image_bytes(10 * number + i, (48, 32)), f"long {i}", {"caption_short": f"short {i}"})
             for i in range(5)
         ]
-        write_tar(str(folder / f"{number}.tar"), [*samples, (f"{number}bad", b"no picture", "caption", {})])
+        write_tar(str(folder / f"{number}.tar"), [*samples, (f"{number}bad", b"no image", "caption", {})])
     return folder
 
 
@@ -64,7 +64,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
     assert reader.column(index, "caption_short") == [f"short {i}" for _ in range(2) for i in range(5)]
     bit = load_model(tokenizer)
     pixels = [
-        fit_square(decode_rgb(picture(10 * n + i, (48, 32)), at_least=64), 32) for n in range(2) for i in range(5)
+        fit_square(decode_rgb(image_bytes(10 * n + i, (48, 32)), at_least=64), 32) for n in range(2) for i in range(5)
     ]
     expected = bit.encode(to_tensor(np.stack(pixels))).numpy()
     assert np.array_equal(reader.codes(index), expected)
@@ -84,7 +84,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
 
 
 def test_crops_and_flips_are_views_of_one_decode() -> None:
-    row = {"image": picture(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
+    row = {"image": image_bytes(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
     table = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
     views = np.frombuffer(table["views"][0].as_py(), np.uint8).reshape(6, 32, 32, 3)
     whole = np.asarray(decode_rgb(row["image"], at_least=64))
@@ -101,8 +101,8 @@ def test_a_size_that_does_not_fit_the_tokenizer_is_a_user_error(shards: Path, to
     assert not (tmp_path / "codes").exists()
 
 
-def test_links_without_pictures_are_a_user_error_that_says_to_curate_first(tokenizer: Path, tmp_path: Path) -> None:
+def test_links_without_images_are_a_user_error_that_says_to_curate_first(tokenizer: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"URL": ["http://a/b.jpg"], "TEXT": ["c"]}), tmp_path / "laion.parquet")
-    with pytest.raises(UserError, match=r"laion\.parquet: links without pictures; curate first"):
+    with pytest.raises(UserError, match=r"laion\.parquet: links without images; curate first"):
         run_encode(config(tmp_path / "laion.parquet", tokenizer, tmp_path / "codes"))
     assert not (tmp_path / "codes").exists()

@@ -19,7 +19,7 @@ from instella_ray.data.formats.shards import write_tar
 
 from ..kit.models import write_tokenizer
 from ..kit.processes import descendants, wait_until
-from ..kit.shards import contents, picture
+from ..kit.shards import contents, image_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -28,11 +28,11 @@ SHARDS, ROWS = 16, 40
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Pictures of which every shard has five from the shard before it, and one that is broken."""
+    """Images of which every shard has five from the shard before it, and one that is broken."""
     folder = tmp_path_factory.mktemp("in")
     for number in range(SHARDS):
         seeds = range(number * (ROWS - 6), number * (ROWS - 6) + ROWS - 1)
-        samples = [(f"{n}-{seed}", picture(seed, (400, 300)), f"picture {seed}", {}) for n, seed in enumerate(seeds)]
+        samples = [(f"{n}-{seed}", image_bytes(seed, (400, 300)), f"image {seed}", {}) for n, seed in enumerate(seeds)]
         write_tar(str(folder / f"{number:03d}.tar"), [*samples, ("broken", b"junk", "broken", {})])
     return str(folder)
 

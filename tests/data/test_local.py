@@ -24,14 +24,15 @@ from instella_ray.data.formats.rows import blocks
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.generation.recaption import RecaptionConfig, run_recaption
 from instella_ray.data.generation.synthesize import SynthesizeConfig, run_synthesize
-from instella_ray.data.pipeline import Pool, Stage, run_rows, run_stages
+from instella_ray.data.pipeline import run_rows, run_stages
+from instella_ray.data.stages import Pool, Stage
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 
 from ..kit.curation import COPY_FILTERS, shards_with_copies
 from ..kit.models import make_generator, make_tokenizer
 from ..kit.pretrained import save_captioner, save_flux
 from ..kit.project import ROOT
-from ..kit.shards import contents, picture
+from ..kit.shards import contents, image_bytes
 
 SIZE = {"height": 32, "width": 32}
 TIMES = {"run.json", "results.json", "report.html", "manifest.json", "rows.json"}
@@ -229,11 +230,11 @@ def test_ctrl_c_and_resume_make_the_same_files(shards: str, tmp_path: Path, monk
 def test_local_jobs_never_load_ray(shards: str, tmp_path: Path) -> None:
     """In a process of its own: what this one has imported is no measure."""
     make_tokenizer(tmp_path / "bit")
-    write_tar(str(tmp_path / "one" / "0.tar"), [("a", picture(1), "a ball", {})])
+    write_tar(str(tmp_path / "one" / "0.tar"), [("a", image_bytes(1), "a ball", {})])
     jobs = {
         "curate": ["input={tmp}/one", "output={tmp}/curated", "filters.resolution.target_size=16"],
         "encode": ["input={tmp}/curated", "tokenizer={tmp}/bit", "output={tmp}/codes"],
-        "evaluate": ["pictures={tmp}/curated", "tokenizer={tmp}/bit", "output={tmp}/measured"],
+        "evaluate": ["images={tmp}/curated", "tokenizer={tmp}/bit", "output={tmp}/measured"],
     }
     lines = ["import sys", "from tests.kit.project import job"]
     for name, sets in jobs.items():

@@ -11,19 +11,19 @@ from instella_ray.bench.memory import peak_memory
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.formats.shards import write_tar
 
-from ..kit.shards import picture
+from ..kit.shards import image_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly]
-SHARDS, PICTURES = 6, 5
+SHARDS, IMAGES = 6, 5
 
 
 def write(folder: Path, shards: int) -> Path:
-    """Pictures of a megabyte each, most of it behind the end of the picture; one a shard stays."""
+    """Images of a megabyte each, most of it behind the end of the image; one a shard stays."""
     rng = np.random.default_rng(0)
     for number in range(shards):
         samples = [
-            (f"{i}", picture(i) + rng.bytes(1 << 20), "a picture", {"pwatermark": float(i > 0)})
-            for i in range(PICTURES)
+            (f"{i}", image_bytes(i) + rng.bytes(1 << 20), "an image", {"pwatermark": float(i > 0)})
+            for i in range(IMAGES)
         ]
         write_tar(str(folder / f"{number:03d}.tar"), samples)
     return folder

@@ -1,4 +1,4 @@
-"""Scenes: exact captions, pictures that are a function of (seed, index), and a scorer that can be trusted."""
+"""Scenes: exact captions, images that are a function of (seed, index), and a scorer that can be trusted."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_a_row_depends_on_seed_and_index_alone() -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_pictures_agree_across_sizes(category: str) -> None:
+def test_images_agree_across_sizes(category: str) -> None:
     scene = sample_scene(np.random.default_rng(3), category)
     large = Image.fromarray(render(scene, 256)).resize((64, 64), Image.Resampling.BOX)
     assert np.abs(np.asarray(large).astype(int) - render(scene, 64)).mean() < 1.5
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_true_pictures_score_at_least_99_percent_in_every_category(size: int) -> None:
+def test_true_images_score_at_least_99_percent_in_every_category(size: int) -> None:
     table = score_table((s.expect.category, score(render(s, size), s.expect).correct) for s in SCENES)
     assert min(table.values()) >= 0.99, table
 
@@ -103,12 +103,12 @@ def test_each_kind_of_claim_is_checked(caption: str, wrong: str) -> None:
         if scene.expect == claim:
             break
         seed += 1
-    picture = render(scene, 64)
-    assert score(picture, claim).correct
-    assert not score(picture, parse_caption(wrong)).correct
+    image = render(scene, 64)
+    assert score(image, claim).correct
+    assert not score(image, parse_caption(wrong)).correct
 
 
-def test_noise_and_plain_pictures_hold_nothing() -> None:
+def test_noise_and_plain_images_hold_nothing() -> None:
     assert detect(np.full((64, 64, 3), 235, np.uint8)) == []
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     verdicts = [score(noise, e).correct for e in scene_prompts(5, 0) if e.category != "single_object"]

@@ -54,18 +54,18 @@ def wait_until(condition: object, seconds: float) -> bool:
 
 
 def assert_complete(folder: Path) -> None:
-    """A report with all stages and pictures, and a lineage from a picture to the scenes."""
+    """A report with all stages and images, and a lineage from an image to the scenes."""
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
     for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
         assert words in page
     state = storage.read_json(str(folder / "state.json"))["stages"]
     assert set(state["score"]) >= {"diffusion", "ar"}
-    picture = trace(str(folder / "samples" / "diffusion" / "0000.png"), [str(folder / "runs")])
-    curated = below(picture, "generator", "codes", "shards")
+    image = trace(str(folder / "samples" / "diffusion" / "0000.png"), [str(folder / "runs")])
+    curated = below(image, "generator", "codes", "shards")
     assert curated.path == str(folder / "curated") and curated.facts["kept"] == 240
     assert below(curated, "shards").facts["files"] == 1
-    assert {each.state for each in picture.walk() if each.role != "text encoder"} == {"here", "moved"}
+    assert {each.state for each in image.walk() if each.role != "text encoder"} == {"here", "moved"}
     assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
 
 

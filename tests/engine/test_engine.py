@@ -48,11 +48,11 @@ def request(number: int) -> Request:
 def drain(e: StepEngine) -> dict[str, Tensor]:
     done = {}
     while not e.idle:
-        done.update(pictures(e))
+        done.update(images(e))
     return done
 
 
-def pictures(e: StepEngine) -> dict[str, Tensor]:
+def images(e: StepEngine) -> dict[str, Tensor]:
     return {event.id: event.codes for event in e.step() if isinstance(event, Finished)}
 
 
@@ -64,7 +64,7 @@ def test_a_request_gives_the_same_bits_alone_and_in_any_company(kind: str, numbe
     for number in numbers[late:]:
         together.submit(request(number))
     for number in numbers[:late]:  # these join between steps
-        done.update(pictures(together))
+        done.update(images(together))
         together.submit(request(number))
     done.update(drain(together))
     for number in numbers:
@@ -112,7 +112,7 @@ def test_a_prompt_too_long_for_the_slots_is_refused() -> None:
         engine("ar").submit(Request("x", torch.zeros(2, 7, 8), SamplingParams.of(1)))
 
 
-def test_many_callers_await_their_own_pictures() -> None:
+def test_many_callers_await_their_own_images() -> None:
     async def run() -> list[Tensor]:
         runner = EngineRunner(engine("diffusion"))
         jobs = [runner.generate(request(n).features, request(n).params) for n in range(8)]
@@ -254,7 +254,7 @@ def test_every_bucket_in_use_gives_the_same_bits(kind: str, threads: int) -> Non
         crowd, done = engine(kind, slots=6), {}
         for number in (1, 2, 3, 4, 0, 5):
             crowd.submit(request(number))
-            done.update(pictures(crowd))
+            done.update(images(crowd))
         done.update(drain(crowd))
         assert torch.equal(done["4"], expected)
     finally:
@@ -270,7 +270,7 @@ def test_a_bucket_whose_numbers_differ_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
-def test_progress_comes_as_often_as_asked_and_ends_in_the_picture(kind: str) -> None:
+def test_progress_comes_as_often_as_asked_and_ends_in_the_image(kind: str) -> None:
     e, length = engine(kind), {"diffusion": 5, "ar": 4}[kind]
     params = SamplingParams.of(1, seed=3, num_inference_steps=5)
     e.submit(Request("x", torch.zeros(2, 1, 8), params, preview_every=2))
@@ -287,7 +287,7 @@ def test_progress_comes_as_often_as_asked_and_ends_in_the_picture(kind: str) -> 
 
 
 @pytest.mark.nightly
-def test_a_compiled_engine_gives_the_same_pictures() -> None:
+def test_a_compiled_engine_gives_the_same_images() -> None:
     torch.manual_seed(0)
     model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()
     options = EngineOptions(slots=1, text_length=6, compilation="compile")
@@ -315,12 +315,12 @@ def test_a_deadline_ends_the_wait_and_frees_the_slot() -> None:
             await runner.generate(torch.zeros(2, 1, 8), long, timeout_s=0.2)
         codes = await runner.generate(request(4).features, request(4).params, timeout_s=60)
         assert codes.shape == (4, 6)
-        assert runner.stats.active == 0 and runner.stats.pictures == 1
+        assert runner.stats.active == 0 and runner.stats.images == 1
 
     asyncio.run(run())
 
 
-def test_callers_follow_their_picture_step_by_step() -> None:
+def test_callers_follow_their_image_step_by_step() -> None:
     async def run() -> list[object]:
         runner = EngineRunner(engine("diffusion"))
         params = SamplingParams.of(1, num_inference_steps=4)

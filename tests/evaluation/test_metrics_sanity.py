@@ -23,7 +23,7 @@ IDS = [f"{i:03d}" for i in range(N)]
 
 
 def drawn(expect: Expectation, seed: int) -> np.ndarray:
-    """Another picture that is true to a caption: what a perfect generator would return."""
+    """Another image that is true to a caption: what a perfect generator would return."""
     rng = np.random.default_rng([seed, 7])
     return next(render(s, SIZE) for s in iter(lambda: sample_scene(rng, expect.category), None) if s.expect == expect)
 
@@ -32,7 +32,7 @@ TRUE = np.stack([drawn(s.expect, i) for i, s in enumerate(SCENES)])
 NOISE = np.random.default_rng(0).integers(0, 256, TRUE.shape, np.uint8)
 
 
-def test_scene_score_of_true_pictures_is_1_and_of_noise_about_0() -> None:
+def test_scene_score_of_true_images_is_1_and_of_noise_about_0() -> None:
     for images, low, high in ((TRUE, 0.99, 1.0), (NOISE, 0.0, 0.05), (np.roll(TRUE, 1, 0), 0.0, 0.3)):
         metric = scene.scene_score()
         metric.update(Batch(IDS, images=images, prompts=CAPTIONS))
@@ -41,7 +41,7 @@ def test_scene_score_of_true_pictures_is_1_and_of_noise_about_0() -> None:
         assert {p.name.split("/")[0] for p in result.parts} == {"scene_score"} and len(result.parts) == 6
 
 
-def test_reconstruction_metrics_of_the_same_picture_and_of_noise() -> None:
+def test_reconstruction_metrics_of_the_same_image_and_of_noise() -> None:
     for metric, ceiling in ((psnr(), CEILING), (ssim(), 1.0)):
         metric.update(Batch(IDS, images=TRUE, references=TRUE))
         assert metric.result().value == pytest.approx(ceiling)
@@ -102,9 +102,9 @@ def test_frechet_distance_over_efficientnet_tells_scenes_from_noise() -> None:
     gather = fid.frechet(features, images=images)
     gather.update(Batch(ids, images=scenes))
     results = {}
-    for name, pictures in (("true", TRUE), ("noise", NOISE), ("same", scenes)):
+    for name, measured in (("true", TRUE), ("noise", NOISE), ("same", scenes)):
         metric = fid.frechet(features, reference=gather.gaussian(), images=images, groups=3)
-        metric.update(Batch(ids, images=pictures[:24]))
+        metric.update(Batch(ids, images=measured[:24]))
         results[name] = metric.result()
     assert results["same"].name == "frechet_efficientnet_lite0"
     assert results["same"].value < 0.01 * results["true"].value

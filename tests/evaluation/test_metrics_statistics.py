@@ -41,8 +41,8 @@ def test_bootstrap_of_a_mean_covers_it(count: int, confidence: float) -> None:
     assert about(covered(interval, 2.0, count), confidence, slack=0.03)
 
 
-def test_bootstrap_draws_prompts_not_pictures() -> None:
-    """Four pictures of a prompt that are nearly alike tell little more than one."""
+def test_bootstrap_draws_prompts_not_images() -> None:
+    """Four images of a prompt that are nearly alike tell little more than one."""
 
     def interval(rng: np.random.Generator, grouped: bool) -> tuple[float, float]:
         values = (rng.normal(0, 1, (30, 1)) + rng.normal(0, 0.2, (30, 4))).reshape(-1)
@@ -55,17 +55,17 @@ def test_bootstrap_draws_prompts_not_pictures() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_interval_of_a_rate_covers_it(share: float) -> None:
-    """80 prompts, four pictures each, which agree more often than chance; close to 1 a bootstrap fails."""
+    """80 prompts, four images each, which agree more often than chance; close to 1 a bootstrap fails."""
 
-    def pictures(rng: np.random.Generator) -> np.ndarray:
+    def images(rng: np.random.Generator) -> np.ndarray:
         ease = rng.beta(share * 3, (1 - share) * 3, (80, 1))
         return (rng.random((80, 4)) < ease).reshape(-1)
 
     groups = [f"{i // 4:03d}" for i in range(320)]
-    got = covered(lambda rng: statistics.rate(pictures(rng), groups)[1:3], share, 2)
+    got = covered(lambda rng: statistics.rate(images(rng), groups)[1:3], share, 2)
     assert about(got, 0.95, slack=0.03)
     if share == 0.99:
-        naive = covered(lambda rng: statistics.bootstrap_mean(pictures(rng), groups, resamples=300), share, 2)
+        naive = covered(lambda rng: statistics.bootstrap_mean(images(rng), groups, resamples=300), share, 2)
         assert naive < got - 0.03
 
 

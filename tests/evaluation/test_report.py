@@ -61,7 +61,7 @@ def test_a_sweeps_report_holds_every_number_and_nothing_from_outside(tmp_path: P
     # A chart a metric over guidance, with a line a sampler; the published numbers stand apart, as none was measured.
     assert page.count("<svg") == 3 and page.count("<polyline") == 6 and page.count("sampler posterior") >= 3
     assert "Published numbers that were not measured here: fid 16.33." in " ".join(page.split())
-    assert "guidance 1.5, the paper&#39;s 4.0" in page and "pictures of 32 px, the paper&#39;s 1024" in page
+    assert "guidance 1.5, the paper&#39;s 4.0" in page and "images of 32 px, the paper&#39;s 1024" in page
     assert all(note in unescape(page) for note in TABLE3.notes)
 
 
@@ -87,7 +87,7 @@ def test_reconstructions_stand_beside_their_originals_with_best_and_worst(tmp_pa
     tokenizer = write_tokenizer(tmp_path / "bit")
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(20, 1, 48))
     show = ShowConfig(prompts=6, extremes=3)
-    given = {"pictures": str(tmp_path / "t"), "tokenizer": tokenizer, "preset": "paper-table2-coco", "show": show}
+    given = {"images": str(tmp_path / "t"), "tokenizer": tokenizer, "preset": "paper-table2-coco", "show": show}
     page, results = report(tmp_path / "o", **given)
     (setting,) = results["settings"]
     assert len(setting["shown"]["grid"]) == 6
@@ -99,7 +99,7 @@ def test_reconstructions_stand_beside_their_originals_with_best_and_worst(tmp_pa
     assert row and "21.59" in row[0]
 
 
-def test_a_sweep_of_many_settings_shows_no_more_pictures_than_asked_for(tmp_path: Path) -> None:
+def test_a_sweep_of_many_settings_shows_no_more_images_than_asked_for(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "bit")
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, _ = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, show=ShowConfig(most=60))

@@ -20,7 +20,7 @@ from instella_ray.runs import Origin, read_record, recorded
 from instella_ray.training.settings import TrainConfig, TrainingRun
 
 from .models import TEXT, TINY_BIT, make_generator
-from .shards import picture
+from .shards import image_bytes
 
 
 class Chain(NamedTuple):
@@ -36,7 +36,7 @@ class Chain(NamedTuple):
 def make_chain(folder: Path) -> Chain:
     chain = Chain(*(folder / name for name in ("source", "curated", "runs/bit", "codes", "runs/diffusion")))
     for number in range(2):
-        samples = [(f"{number}{i}", picture(i, (40, 40)), f"picture {i}", {}) for i in range(3)]
+        samples = [(f"{number}{i}", image_bytes(i, (40, 40)), f"image {i}", {}) for i in range(3)]
         write_tar(str(chain.source / f"{number}.tar"), samples)
     curate(chain)
     tokenizer = train(chain.tokenizer, "train_tokenizer", shard_origins("shards", str(chain.curated)), "")

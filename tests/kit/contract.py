@@ -1,4 +1,4 @@
-"""The endpoint's contract on a real port, without models: pictures come from a hash, and a test decides how it behaves."""
+"""The endpoint's contract on a real port, without models: images come from a hash, and a test decides how it behaves."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def codes_of(prompt: str, seed: int) -> bytes:
 def drawing(codes: bytes, size: str, fog: float = 0.0) -> bytes:
     """A PNG that a code and a size determine; ``fog`` hides it, as early previews are."""
     width, height = (int(side) for side in size.split("x"))
-    picture = Image.new("RGB", (width, height), tuple(200 + b // 5 for b in codes[:3]))
+    image = Image.new("RGB", (width, height), tuple(200 + b // 5 for b in codes[:3]))
     r = min(width, height) * (0.22 + codes[6] / 1500)
     box = (width / 2 - r, height / 2 - r, width / 2 + r, height / 2 + r)
-    draw, colour = ImageDraw.Draw(picture), tuple(codes[3:6])
+    draw, colour = ImageDraw.Draw(image), tuple(codes[3:6])
     (draw.ellipse if codes[7] % 2 else draw.rectangle)(box, fill=colour)
     noise = Image.frombytes("RGB", (18, 18), codes[:972]).resize((width, height), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    Image.blend(picture, noise, fog).save(buffer, "PNG")
+    Image.blend(image, noise, fog).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -60,7 +60,7 @@ class Contract:
 
     keys: set[str] = field(default_factory=set)
     refusals: list[Response] = field(default_factory=list)
-    """Answers to the next calls in place of pictures."""
+    """Answers to the next calls in place of images."""
     stop_at: int | None = None
     """The step at which a stream waits for ``go``."""
     go: threading.Event = field(default_factory=threading.Event)
@@ -80,11 +80,11 @@ class Contract:
         return [body for called, body in self.calls if called == path]
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        pictures = [(i, codes_of(body["prompt"], body["seed"] + i)) for i in range(body["n"])]
+        images = [(i, codes_of(body["prompt"], body["seed"] + i)) for i in range(body["n"])]
         ended = False
         try:
             for step in range(1, STEPS + 1):
-                for index, codes in pictures:
+                for index, codes in images:
                     about = {"index": index, "step": step, "steps": STEPS}
                     if step % 2:
                         yield event("progress", **about)
@@ -103,7 +103,7 @@ class Contract:
                 while step == self.stop_at and not self.go.is_set():
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(self.pace_s)
-            for index, codes in pictures:
+            for index, codes in images:
                 extra = {"codes": text(codes)} if self.codes_in_answer else {}
                 about = {"seed": body["seed"] + index, "prompt": body["prompt"], "model": body["model"], **extra}
                 yield event("completed", index=index, b64_json=text(drawing(codes, body["size"])), **about)

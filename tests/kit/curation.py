@@ -1,4 +1,4 @@
-"""Pictures with copies among them, and what a curation has kept."""
+"""Images with copies among them, and what a curation has kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from instella_ray.data.formats.shards import find_shards, write_tar
 from instella_ray.data.formats.tar_source import read_samples
 
-from .shards import picture
+from .shards import image_bytes
 
 COPY_FILTERS = {"resolution": {"target_size": 64}, "duplicates": {"max_distance": 4}}
 
@@ -22,9 +22,9 @@ def curated_keys(folder: Path) -> list[str]:
 
 
 def shards_with_copies(folder: Path) -> Path:
-    """Three shards of ten pictures; the second has three copies of the first's, the third is one copy alone."""
-    first = [(f"{i}", picture(i, (96, 96)), f"picture {i}", {"pwatermark": 0.1 * i}) for i in range(10)]
-    second = [(f"{i}", picture(50 + i, (96, 96)), "<b>other</b>", {}) for i in range(10)]
+    """Three shards of ten images; the second has three copies of the first's, the third is one copy alone."""
+    first = [(f"{i}", image_bytes(i, (96, 96)), f"image {i}", {"pwatermark": 0.1 * i}) for i in range(10)]
+    second = [(f"{i}", image_bytes(50 + i, (96, 96)), "<b>other</b>", {}) for i in range(10)]
     second[2] = ("2", first[4][1], "the same to the byte", {})
     second[5] = ("5", copy_of(first[1][1], quality=50), "squeezed", {})
     second[7] = ("7", copy_of(first[3][1], scale=2.0), "enlarged", {})

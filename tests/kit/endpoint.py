@@ -32,7 +32,7 @@ KEY = "correct-horse-battery"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = 1_000_000
 """Steps that nobody waits for."""
-LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, pictures=4, steps=LONG, body_bytes=20_000, timeout_s=120)
+LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, images=4, steps=LONG, body_bytes=20_000, timeout_s=120)
 
 
 def make_folders(root: Path) -> dict[str, str]:
@@ -52,7 +52,7 @@ def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:
 
 
 def small_args(folders: dict[str, str]) -> ServeArgs:
-    """An endpoint with keys that six pictures fill: two slots, two beside them in the replica, two in the queue."""
+    """An endpoint with keys that six images fill: two slots, two beside them in the replica, two in the queue."""
     return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2}, api_keys_file=folders["keys"])
 
 
@@ -119,7 +119,7 @@ def opened(b64_json: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64_json)))
 
 
-def pictures(client: httpx.Client, **body: Any) -> list[np.ndarray]:
+def images(client: httpx.Client, **body: Any) -> list[np.ndarray]:
     response = generate(client, **body)
     assert response.status_code == 200, response.text
     return [np.asarray(opened(item["b64_json"])) for item in response.json()["data"]]

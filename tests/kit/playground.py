@@ -16,7 +16,7 @@ def ask(page: Page, prompt: str = "a red circle", seed: int | str | None = None)
     page.press("Enter", CONTROL)
 
 
-def wait_for_pictures(page: Page, count: int = 1) -> None:
+def wait_for_images(page: Page, count: int = 1) -> None:
     done = f"document.querySelectorAll('article:not(.waiting)').length === {count}"
     page.wait(f"{done} && document.querySelector('#progress').hidden")
 

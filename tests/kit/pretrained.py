@@ -171,7 +171,7 @@ def save_stable_diffusion_3(folder: Path) -> Path:
 
 
 def save_prudish_stable_diffusion(folder: Path) -> Path:
-    """A Stable Diffusion 1 whose safety checker takes every picture for unsafe."""
+    """A Stable Diffusion 1 whose safety checker takes every image for unsafe."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 

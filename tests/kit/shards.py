@@ -18,17 +18,17 @@ from instella_ray.runs import RECORD
 Members = list[tuple[str, bytes]]
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (64, 48), kind: str = "JPEG", **save: Any) -> bytes:
-    """A smooth random picture, encoded."""
+def image_bytes(seed: int = 0, size: tuple[int, int] = (64, 48), kind: str = "JPEG", **save: Any) -> bytes:
+    """A smooth random image, encoded."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **save)
     return buffer.getvalue()
 
 
-def sample(key: str, seed: int = 0, caption: str = "a smooth picture", **meta: Any) -> Members:
+def sample(key: str, seed: int = 0, caption: str = "a smooth image", **meta: Any) -> Members:
     return [
-        (f"{key}.jpg", picture(seed)),
+        (f"{key}.jpg", image_bytes(seed)),
         (f"{key}.txt", caption.encode()),
         (f"{key}.json", json.dumps(meta).encode()),
     ]
@@ -61,8 +61,8 @@ def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
 
 
 def converted(mode: str, kind: str) -> bytes:
-    """A picture of another mode than RGB."""
-    image = Image.open(io.BytesIO(picture(20)))
+    """An image of another mode than RGB."""
+    image = Image.open(io.BytesIO(image_bytes(20)))
     grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
     buffer = io.BytesIO()
     (Image.fromarray(grey) if mode == "I;16" else image.convert(mode)).save(buffer, kind)
@@ -70,7 +70,7 @@ def converted(mode: str, kind: str) -> bytes:
 
 
 def animated() -> bytes:
-    frames = [Image.open(io.BytesIO(picture(seed))) for seed in (21, 22, 23)]
+    frames = [Image.open(io.BytesIO(image_bytes(seed))) for seed in (21, 22, 23)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
     return buffer.getvalue()
@@ -79,36 +79,36 @@ def animated() -> bytes:
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return picture(24, exif=exif)
+    return image_bytes(24, exif=exif)
 
 
 HOSTILE: dict[str, tuple[Members, str]] = {
     "good": (sample("good", 1), "kept"),
-    "html": ([("html.jpg", b"<html>gone</html>"), ("html.txt", b"a picture")], "quarantined:undecodable"),
-    "cut": ([("cut.jpg", picture(2)[:-300]), ("cut.txt", b"a picture")], "quarantined:undecodable"),
-    "empty": ([("empty.jpg", b""), ("empty.txt", b"a picture")], "quarantined:undecodable"),
-    "bomb": ([("bomb.png", bomb()), ("bomb.txt", b"a picture")], "quarantined:too_many_pixels"),
-    "nocaption": ([("nocaption.jpg", picture(3))], "quarantined:no_caption"),
-    "nopicture": ([("nopicture.txt", b"a picture")], "quarantined:no_image"),
+    "html": ([("html.jpg", b"<html>gone</html>"), ("html.txt", b"an image")], "quarantined:undecodable"),
+    "cut": ([("cut.jpg", image_bytes(2)[:-300]), ("cut.txt", b"an image")], "quarantined:undecodable"),
+    "empty": ([("empty.jpg", b""), ("empty.txt", b"an image")], "quarantined:undecodable"),
+    "bomb": ([("bomb.png", bomb()), ("bomb.txt", b"an image")], "quarantined:too_many_pixels"),
+    "nocaption": ([("nocaption.jpg", image_bytes(3))], "quarantined:no_caption"),
+    "noimage": ([("noimage.txt", b"an image")], "quarantined:no_image"),
     "badjson": ([*sample("badjson", 4)[:2], ("badjson.json", b"{not json")], "quarantined:bad_metadata"),
     "again": (sample("good", 5), "quarantined:duplicate_key"),
-    "escape": ([("../../escape.jpg", picture(6)), ("../../escape.txt", b"a picture")], "quarantined:unsafe_name"),
+    "escape": ([("../../escape.jpg", image_bytes(6)), ("../../escape.txt", b"an image")], "quarantined:unsafe_name"),
     "watermark": (sample("watermark", 7, pwatermark=0.99), "dropped:watermark"),
     "unsafe": (sample("unsafe", 8, punsafe=0.99), "dropped:unsafe"),
     "long": (sample("long", 9, caption="word " * 20_000), "dropped:caption_length"),
-    "narrow": ([("narrow.jpg", picture(10, (400, 40))), ("narrow.txt", b"a picture")], "dropped:aspect_ratio"),
-    "small": ([("small.jpg", picture(11, (20, 20))), ("small.txt", b"a picture")], "dropped:small"),
-    "nul": (sample("nul", 12, caption="a picture\0 with\nNUL"), "kept"),
+    "narrow": ([("narrow.jpg", image_bytes(10, (400, 40))), ("narrow.txt", b"an image")], "dropped:aspect_ratio"),
+    "small": ([("small.jpg", image_bytes(11, (20, 20))), ("small.txt", b"an image")], "dropped:small"),
+    "nul": (sample("nul", 12, caption="an image\0 with\nNUL"), "kept"),
     "cmyk": ([("cmyk.jpg", converted("CMYK", "JPEG")), ("cmyk.txt", b"in print colours")], "kept"),
     "sixteen": ([("sixteen.png", converted("I;16", "PNG")), ("sixteen.txt", b"16 bits a pixel")], "kept"),
     "palette": ([("palette.png", converted("P", "PNG")), ("palette.txt", b"a few colours")], "kept"),
     "alpha": ([("alpha.png", converted("RGBA", "PNG")), ("alpha.txt", b"see through")], "kept"),
-    "animated": ([("animated.webp", animated()), ("animated.txt", b"moving pictures")], "kept"),
+    "animated": ([("animated.webp", animated()), ("animated.txt", b"moving images")], "kept"),
     "rotated": ([("rotated.jpg", rotated()), ("rotated.txt", b"held upright")], "kept"),
     "listjson": ([*sample("listjson", 15)[:2], ("listjson.json", b"[1, 2]")], "quarantined:bad_metadata"),
     "last": (sample("last", 14), "kept"),
 }
 """Samples of one shard by name, with the verdict that each must get."""
 
-PICTURE_SIZES = [(1, 1), (1, 3000), (3000, 1), (9, 12), (300, 40), (640, 480)]
-"""Pictures that every scorer must take: width and height."""
+IMAGE_SIZES = [(1, 1), (1, 3000), (3000, 1), (9, 12), (300, 40), (640, 480)]
+"""Images that every scorer must take: width and height."""

@@ -25,7 +25,7 @@ def serving(
     hop_s: float = 0.0,
     **times: float | dict[int, float],
 ) -> ServingConfig:
-    """One generator ``g``, pictures of 64 px; ``times`` of ingress, text, admit, step, decode and file, 0 unless given."""
+    """One generator ``g``, images of 64 px; ``times`` of ingress, text, admit, step, decode and file, 0 unless given."""
     path = folder / "endpoint.yaml"
     settings: dict[str, Any] = {"slots": 4, "queue": 100_000, **(app or {})}
     path.write_text(yaml.safe_dump({"app": {"tokenizer": "t", "models": {"g": {"path": "g", **settings}}}}))

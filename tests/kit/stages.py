@@ -62,7 +62,7 @@ def codes_alone(path: str, number: int, **changes: Any) -> np.ndarray:
         for event in engine.step():
             if isinstance(event, Finished):
                 return event.codes.numpy()
-    raise AssertionError("the engine ended without a picture")
+    raise AssertionError("the engine ended without an image")
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 120) -> None:

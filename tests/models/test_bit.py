@@ -26,8 +26,8 @@ def test_one_set_of_codes_decodes_to_any_size(resample: str, pixel_head: str) ->
     codes = bit.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
     assert codes.shape == (2, 6, 5) and codes.dtype == torch.uint8 and set(codes.unique().tolist()) <= {0, 1}
     for height, width in ((32, 32), (48, 64), (8, 8)):
-        picture = bit.decode(codes, height, width)
-        assert picture.shape == (2, 3, height, width) and picture.isfinite().all()
+        image = bit.decode(codes, height, width)
+        assert image.shape == (2, 3, height, width) and image.isfinite().all()
 
 
 def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
@@ -111,12 +111,12 @@ def test_encoding_and_decoding_have_multiples_of_their_own() -> None:
     assert (finer.cfg.encode_multiple, finer.cfg.decode_multiple, finer.cfg.size_multiple) == (4, 8, 8)
     codes = finer.encode(torch.zeros(1, 3, 16, 20))
     assert codes.shape == (1, 6, 5)
-    with pytest.raises(UserError, match=r"picture size 20x16: both sides must be multiples of 8 .* to decode"):
+    with pytest.raises(UserError, match=r"image size 20x16: both sides must be multiples of 8 .* to decode"):
         finer.decode(codes, 16, 20)
     coarser = small(downsample_after=(0, 1), upsample_after=()).eval()
     assert (coarser.cfg.encode_multiple, coarser.cfg.decode_multiple, coarser.cfg.size_multiple) == (16, 4, 16)
     assert coarser.decode(codes, 12, 20).shape == (1, 3, 12, 20)
-    with pytest.raises(UserError, match=r"picture size 24x24: both sides must be multiples of 16 .* to encode"):
+    with pytest.raises(UserError, match=r"image size 24x24: both sides must be multiples of 16 .* to encode"):
         coarser.encode(torch.zeros(1, 3, 24, 24))
     assert coarser(torch.zeros(1, 3, 16, 16), temperature=1.0, height=12, width=4).images.shape[-2:] == (12, 4)
 
@@ -131,7 +131,7 @@ def test_without_expansion_the_extent_is_not_rounded() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"token_positions": True, "normalize_logits": True, "pixel_head": "conv"}])
 @pytest.mark.parametrize("rope", ["rotary", "published"])
-def test_weights_of_less_precision_read_and_give_float_pictures(options: dict[str, object], rope: str) -> None:
+def test_weights_of_less_precision_read_and_give_float_images(options: dict[str, object], rope: str) -> None:
     whole = small(rope=rope, **options).eval()
     half = small(rope=rope, **options).eval().bfloat16()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -139,9 +139,9 @@ def test_weights_of_less_precision_read_and_give_float_pictures(options: dict[st
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), whole.encode_logits(images), atol=0.05, rtol=0.05)
     codes = half.encode(images)
-    pictures = half.decode(codes, 48, 16)
-    assert codes.dtype == torch.uint8 and pictures.dtype == torch.float32
-    torch.testing.assert_close(pictures, whole.decode(codes, 48, 16), atol=0.05, rtol=0.05)
+    decoded = half.decode(codes, 48, 16)
+    assert codes.dtype == torch.uint8 and decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded, whole.decode(codes, 48, 16), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("size", [(32, 30), (31, 32), (0, 32), (36, 32)])

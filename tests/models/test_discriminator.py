@@ -20,7 +20,7 @@ def test_hinge_loss_by_hand() -> None:
     assert hinge_loss(torch.tensor([1.0]), torch.tensor([-1.0])).item() == 0
 
 
-def test_features_are_frozen_and_pass_gradients_to_the_picture_and_heads_learn() -> None:
+def test_features_are_frozen_and_pass_gradients_to_the_image_and_heads_learn() -> None:
     features = FrozenFeatures(SMALL)
     assert not features.train().training
     before = {name: value.clone() for name, value in features.state_dict().items()}

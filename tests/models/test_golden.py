@@ -96,7 +96,7 @@ def test_recordings_of_other_sizes_are_compared_whole(
     assert f"{len(outputs) + 1} tensors compared, 0 failed\n" in out  # and dit.zt, which is an input as well
 
 
-def test_a_picture_of_any_number_is_an_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_of_any_number_is_an_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rename(io: dict[str, Tensor]) -> None:
         for name in [name for name in io if name.startswith("bit.x1")]:
             io[name.replace("x1", "x12")] = io.pop(name)
@@ -203,7 +203,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "odd_size": (
         lambda f: change_config(f, lambda c: c["sizes"].update(dec_base=[17, 16])),
-        "bit.dec_base: picture size 16x17",
+        "bit.dec_base: image size 16x17",
     ),
     "cut_io": (lambda f: cut(f / "io.safetensors"), "io.safetensors: not a whole safetensors file"),
     "cut_checkpoint": (lambda f: cut(f / "ar.safetensors"), "ar.safetensors: not a whole safetensors file"),

@@ -13,7 +13,7 @@ from instella_ray.errors import UserError
 from instella_ray.models.perceptual import PerceptualDistance, load_perceptual
 
 
-def pictures(count: int, size: int = 32, seed: int = 0) -> Tensor:
+def random_images(count: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -36,26 +36,26 @@ def test_lpips_and_its_gradient_equal_the_packages_on_a_trunk_given_by_path(
     torch.save({**state, "classifier.6.bias": torch.zeros(1000)}, tmp_path / "vgg16.pth")
     ours = load_perceptual("vgg", str(tmp_path / "vgg16.pth"))
     assert ours.name == "lpips_vgg_unverified"
-    a, b = pictures(3).requires_grad_(), pictures(3, seed=1)
+    a, b = random_images(3).requires_grad_(), random_images(3, seed=1)
     torch.testing.assert_close(ours(a, b), theirs(a, b).flatten(), rtol=1e-4, atol=1e-7)
     gradients = [torch.autograd.grad(model(a, b).sum(), a)[0] for model in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-8)
 
 
-def test_equal_pictures_have_no_distance_and_gradients_are_finite_where_there_is_nothing_to_see(
+def test_equal_images_have_no_distance_and_gradients_are_finite_where_there_is_nothing_to_see(
     vgg: PerceptualDistance,
 ) -> None:
     assert vgg.name == "lpips_vgg_random"
     plain = torch.zeros(1, 3, 32, 32, requires_grad=True)
     assert vgg(plain, plain.detach()).item() == 0
-    vgg(plain, pictures(1)).sum().backward()
+    vgg(plain, random_images(1)).sum().backward()
     assert plain.grad is not None and torch.isfinite(plain.grad).all()
 
 
-def test_only_the_picture_learns_from_a_judge_and_the_judge_never_does(vgg: PerceptualDistance) -> None:
+def test_only_the_image_learns_from_a_judge_and_the_judge_never_does(vgg: PerceptualDistance) -> None:
     before = {name: value.clone() for name, value in vgg.state_dict().items()}
     assert not vgg.train().training
-    image, reference = pictures(2).requires_grad_(), pictures(2, seed=1).requires_grad_()
+    image, reference = random_images(2).requires_grad_(), random_images(2, seed=1).requires_grad_()
     vgg(image, reference).sum().backward()
     assert image.grad is not None and reference.grad is None
     assert all(p.grad is None and not p.requires_grad for p in vgg.parameters())
@@ -67,8 +67,8 @@ def test_the_stand_in_has_its_own_name_and_tells_small_changes_from_large_ones()
     model = load_perceptual("efficientnet_lite0", "published")
     assert model.name == "efficientnet_lite0"
     assert load_perceptual("efficientnet_lite0", "random").name == "efficientnet_lite0_random"
-    a = pictures(2, 64)
-    near, far = model(a, a + 0.05 * pictures(2, 64, seed=1)), model(a, pictures(2, 64, seed=2))
+    a = random_images(2, 64)
+    near, far = model(a, a + 0.05 * random_images(2, 64, seed=1)), model(a, random_images(2, 64, seed=2))
     assert model(a, a).abs().max() == 0 and (near > 0).all() and (far > 5 * near).all()
 
 

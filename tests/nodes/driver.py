@@ -21,7 +21,7 @@ from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.serving.app import ModelArgs, ServeArgs
 
 from ..kit.clusters import POOL, Nodes, beside, simulated
-from ..kit.endpoint import pictures, serving
+from ..kit.endpoint import images, serving
 from ..kit.processes import wait_until
 from ..kit.shards import contents
 
@@ -106,7 +106,7 @@ def a_node_is_lost_in_serving(nodes: Nodes, folder: Path) -> dict[str, Any]:
     def ask(client: httpx.Client) -> None:
         while not end.is_set():
             try:
-                answers.extend(pictures(client, seed=7, num_inference_steps=50))
+                answers.extend(images(client, seed=7, num_inference_steps=50))
             except Exception as error:
                 errors.append(repr(error))
 

@@ -16,7 +16,7 @@ from instella_ray.data.formats.shards import write_tar
 
 from ..kit.models import make_generator, make_tokenizer
 from ..kit.project import ROOT
-from ..kit.shards import picture
+from ..kit.shards import image_bytes
 from . import driver
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly]  # clusters of several nodes, whole nodes killed
@@ -29,7 +29,7 @@ def make_inputs(folder: Path) -> None:
     """Shards, a tokenizer, a generator and prompts, as the driver looks for them."""
     for number in range(SHARDS):
         seeds = range(number * (ROWS - 5), number * (ROWS - 5) + ROWS)  # five of the shard before it
-        samples = [(f"{number}-{seed}", picture(seed, (400, 300)), f"picture {seed}", {}) for seed in seeds]
+        samples = [(f"{number}-{seed}", image_bytes(seed, (400, 300)), f"image {seed}", {}) for seed in seeds]
         write_tar(str(folder / "shards" / f"{number:03d}.tar"), samples)
     (folder / "models").mkdir()
     make_generator(folder / "models" / "diffusion", make_tokenizer(folder / "models" / "bit"))

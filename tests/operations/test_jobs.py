@@ -82,7 +82,7 @@ def test_a_job_stopped_in_the_middle_goes_on_and_its_losses_have_no_gap(tokenize
     assert all(row["loss"] > 0 for row in rows)
 
 
-def test_captions_pictures_and_measurements_are_made_at_the_same_time(head: Head, curated: str, folder: Path) -> None:
+def test_captions_images_and_measurements_are_made_at_the_same_time(head: Head, curated: str, folder: Path) -> None:
     pytest.importorskip("diffusers", reason="the extra 'synthesize' is not installed")
     (folder / "prompts.txt").write_text("a red ball\na blue box\n")
     models = {"captioner": save_captioner(folder / "captioner"), "sd3": save_stable_diffusion_3(folder / "sd3")}

@@ -1,4 +1,4 @@
-"""Lineage: a copied checkpoint and a picture tell their whole chain, and what is no longer what it was is named."""
+"""Lineage: a copied checkpoint and an image tell their whole chain, and what is no longer what it was is named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chain(tmp_path: Path) -> Chain:
     return make_chain(tmp_path / "chain")
 
 
-def write_picture(path: Path, weights: dict[str, str] | None) -> str:
+def write_image(path: Path, weights: dict[str, str] | None) -> str:
     about = {"model": "diffusion", "prompt": "a red circle", "seed": 7} | ({"weights": weights} if weights else {})
     path.write_bytes(encode_image(np.zeros((8, 8, 3), np.uint8), "png", about))
     return str(path)
@@ -64,10 +64,10 @@ def test_the_chain_is_in_the_copy_when_nothing_else_is_left(chain: Chain, tmp_pa
     assert tree(link).count("MISSING") == len([each for each in link.walk() if each.state == "missing"]) == 9
 
 
-def test_a_picture_is_traced_by_the_weights_that_it_names(made: Chain, tmp_path: Path) -> None:
+def test_an_image_is_traced_by_the_weights_that_it_names(made: Chain, tmp_path: Path) -> None:
     copy = shutil.copytree(made.generator, tmp_path / "models" / "somewhere" / "diffusion")
     weights = {"generator": weight_hash(copy), "tokenizer": weight_hash(made.tokenizer)}
-    path = write_picture(tmp_path / "a.png", weights)
+    path = write_image(tmp_path / "a.png", weights)
     link = trace(path, [str(tmp_path / "models")])
     assert link.facts["seed"] == 7 and below(link, "generator").path == str(copy)
     assert below(link, "generator", "codes", "shards", "shards").path == str(made.source)
@@ -116,7 +116,7 @@ def test_data_made_before_there_were_records_is_followed_by_its_settings(chain: 
 def test_a_model_without_a_past_says_so_and_other_things_are_user_errors(tmp_path: Path) -> None:
     alone = trace(make_generator(tmp_path / "alone", "0" * 64))
     assert alone.note == "says nothing of what it was trained on" and alone.inputs == ()
-    assert "names no weights" in str(trace(write_picture(tmp_path / "old.png", None)).note)
+    assert "names no weights" in str(trace(write_image(tmp_path / "old.png", None)).note)
     with pytest.raises(UserError, match="nothing there says where it comes from"):
         trace(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):

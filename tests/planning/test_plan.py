@@ -19,7 +19,7 @@ from instella_ray.training.stages import TokenizerStagesConfig
 from ..kit.project import ROOT
 
 GENERATOR, TOKENIZER = (str(ROOT / "configs" / kind / "paper.yaml") for kind in ("generator", "tokenizer"))
-AS_PUBLISHED: dict[str, Any] = {"from_pictures": True}
+AS_PUBLISHED: dict[str, Any] = {"from_images": True}
 WITHOUT = "gradient_checkpointing=false"
 
 
@@ -61,7 +61,7 @@ def test_the_papers_512_samples_fit_an_mi300x_with_checkpointing_only() -> None:
 
 def test_network_storage_and_cost_follow_from_the_sizes() -> None:
     plan = paper(
-        "train.workers.count=4", "train.keep_checkpoints=1", "train.sharding=ddp", price_per_gpu_hour=2.5, pictures=1000
+        "train.workers.count=4", "train.keep_checkpoints=1", "train.sharding=ddp", price_per_gpu_hour=2.5, images=1000
     )
     n = plan.parameters
     assert n == pytest.approx(1.28e9, rel=0.01)
@@ -87,9 +87,9 @@ def test_a_plan_is_made_of_what_is_there(codes: str, tokenizer: str) -> None:
     small = text_encoder_sizes(TextEncoderConfig(name=name, layers=2))
     assert (small.layers, small.width) == (2, 384)
     plan = paper(f"codes={codes}", f"tokenizer={tokenizer}", f"text_encoder={{name: '{name}', layers: 2}}")
-    # 24 pictures of 4 tokens x 6 bits: 3 bytes.
+    # 24 images of 4 tokens x 6 bits: 3 bytes.
     assert plan.storage["codes"] == 24 * (3 + 500)
-    assert not any("distinct pictures" in line or "not there" in line for line in plan.assumptions)
+    assert not any("distinct images" in line or "not there" in line for line in plan.assumptions)
 
 
 def test_a_tokenizer_is_planned_too() -> None:

@@ -39,7 +39,7 @@ def test_constants_are_those_of_the_real_deployments() -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rate=st.floats(1, 400),
-    pictures=st.integers(1, 4),
+    images=st.integers(1, 4),
     steps=st.integers(1, 6),
     replicas=st.integers(1, 3),
     queue=st.integers(0, 20),
@@ -47,13 +47,13 @@ def test_constants_are_those_of_the_real_deployments() -> None:
     seed=st.integers(0, 3),
 )
 def test_every_request_is_answered_or_refused_once(
-    tmp_path: Path, rate: float, pictures: int, steps: int, replicas: int, queue: int, variation: float, seed: int
+    tmp_path: Path, rate: float, images: int, steps: int, replicas: int, queue: int, variation: float, seed: int
 ) -> None:
     cfg = serving(
         tmp_path,
         {"rate": rate, "seconds": 1.0, "warm_up_s": 0.2},
         app={"queue": queue},
-        kind={"pictures": pictures, "steps": (1, steps)},
+        kind={"images": images, "steps": (1, steps)},
         variation=variation,
         file=0.003,
         hop_s=0.001,
@@ -78,13 +78,13 @@ def test_a_stage_of_one_call_at_a_time_is_an_m_m_1_queue(tmp_path: Path) -> None
 def test_requests_inside_are_arrivals_a_second_times_the_time_of_each(tmp_path: Path) -> None:
     load = {"rate": 40.0, "seconds": 40, "warm_up_s": 5}
     outcome = simulate_serving(serving(tmp_path, load, variation=0.5, kind={"steps": (3, 9)}, **STAGES))
-    assert outcome.inside == pytest.approx(outcome.pictures_per_s * outcome.latencies.mean(), rel=0.04)
+    assert outcome.inside == pytest.approx(outcome.images_per_s * outcome.latencies.mean(), rel=0.04)
 
 
-def test_an_engine_that_is_full_makes_slots_pictures_every_so_many_steps(tmp_path: Path) -> None:
+def test_an_engine_that_is_full_makes_slots_images_every_so_many_steps(tmp_path: Path) -> None:
     cfg = serving(tmp_path, {"in_flight": 12, "seconds": 20, "warm_up_s": 5}, kind={"steps": (5, 5)}, step=STEP)
     outcome = simulate_serving(cfg)
-    assert outcome.pictures_per_s == pytest.approx(4 / (5 * STEP[4]), rel=0.01)
+    assert outcome.images_per_s == pytest.approx(4 / (5 * STEP[4]), rel=0.01)
     assert outcome.utilisation["g"] == pytest.approx(1, abs=0.01) and outcome.bottleneck == "g"
     # Six rounds of twelve clients through four slots: each waits for two tables before its own.
     assert outcome.percentile(50) == pytest.approx(3 * 5 * STEP[4], rel=0.02)
@@ -104,8 +104,8 @@ def test_batches_raise_what_a_decoder_can_do(tmp_path: Path) -> None:
         simulate_serving(serving(tmp_path, load, app={"slots": 16}, decode=decode))
         for decode in ({1: 0.05, 8: 0.4}, {1: 0.05, 8: 0.1})
     )
-    assert flat.pictures_per_s == pytest.approx(1 / 0.05, rel=0.05)
-    assert batched.pictures_per_s == pytest.approx(8 / 0.1, rel=0.1)
+    assert flat.images_per_s == pytest.approx(1 / 0.05, rel=0.05)
+    assert batched.images_per_s == pytest.approx(8 / 0.1, rel=0.1)
 
 
 def test_files_are_written_while_the_next_batch_decodes(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_files_are_written_while_the_next_batch_decodes(tmp_path: Path) -> None:
         )
     )
     # Two threads make 22 a second, one batch after another 20.
-    assert outcome.pictures_per_s == pytest.approx(20, rel=0.05)
+    assert outcome.images_per_s == pytest.approx(20, rel=0.05)
 
 
 @pytest.mark.parametrize("deployment", ["ingress", "text", "decoder", "g"])
@@ -133,15 +133,15 @@ def test_more_replicas_never_give_less(tmp_path: Path, deployment: str) -> None:
         step=STEP,
         decode=0.01,
     )
-    rates = [simulate_serving(cfg.model_copy(update={"replicas": {deployment: n}})).pictures_per_s for n in (1, 2, 4)]
+    rates = [simulate_serving(cfg.model_copy(update={"replicas": {deployment: n}})).images_per_s for n in (1, 2, 4)]
     assert all(more >= 0.99 * fewer for fewer, more in pairwise(rates))
 
 
-def test_pictures_beyond_the_room_are_refused(tmp_path: Path) -> None:
+def test_images_beyond_the_room_are_refused(tmp_path: Path) -> None:
     load = {"rate": 100.0, "seconds": 20, "warm_up_s": 5}
     outcome = simulate_serving(serving(tmp_path, load, app={"queue": 2}, step={1: 0.1}, kind={"steps": (1, 1)}))
-    # Four slots of 0.4 s a step: a step costs in proportion, so ten pictures a second are made.
-    assert outcome.pictures_per_s == pytest.approx(10, rel=0.05)
+    # Four slots of 0.4 s a step: a step costs in proportion, so ten images a second are made.
+    assert outcome.images_per_s == pytest.approx(10, rel=0.05)
     assert outcome.refused_share == pytest.approx(0.9, abs=0.02)
     assert outcome.latencies.max() <= (2 * 4 + 2) / 10 + 0.5
 
@@ -154,9 +154,9 @@ def test_shared_cores_bound_what_all_stages_do_together(tmp_path: Path) -> None:
         decode={1: 0.02, 8: 0.16},
         step={1: 0.005, 4: 0.02},
     )
-    alone = simulate_serving(cfg).pictures_per_s
+    alone = simulate_serving(cfg).images_per_s
     two, slower = (
-        simulate_serving(cfg.model_copy(update={"machine": Machine(cores=2, together=speed)})).pictures_per_s
+        simulate_serving(cfg.model_copy(update={"machine": Machine(cores=2, together=speed)})).images_per_s
         for speed in (1.0, 0.5)
     )
     work = 0.02 + 0.02 + 0.005
@@ -195,7 +195,7 @@ def test_a_mix_that_the_endpoint_cannot_serve_is_refused(tmp_path: Path) -> None
     cases = {
         "serving.models: no 'h'": serving(tmp_path, {"rate": 1.0}, kind={"model": "h"}),
         "serving.times.decode: no '32x32'": serving(tmp_path, {"rate": 1.0}, kind={"size": "32x32"}),
-        "200000 pictures a request": serving(tmp_path, {"rate": 1.0}, kind={"pictures": 200_000}),
+        "200000 images a request": serving(tmp_path, {"rate": 1.0}, kind={"images": 200_000}),
         "serving.replicas.x": serving(tmp_path, {"rate": 1.0}).model_copy(update={"replicas": {"x": 1}}),
         "serving.buckets": serving(tmp_path, {"rate": 1.0}).model_copy(update={"buckets": (1, 2)}),
     }

@@ -165,7 +165,7 @@ def test_a_body_that_never_ends_is_not_waited_for() -> None:
 # --- admission
 
 
-def test_a_gate_lets_whole_requests_in_or_none_of_their_pictures() -> None:
+def test_a_gate_lets_whole_requests_in_or_none_of_their_images() -> None:
     gate = Gate(4)
     with gate.enter(3):
         with pytest.raises(ApiError) as caught, gate.enter(2):
@@ -179,12 +179,12 @@ def test_a_gate_lets_whole_requests_in_or_none_of_their_pictures() -> None:
     assert gate.inside == 0
 
 
-def test_retry_after_is_how_long_the_pictures_in_the_way_take() -> None:
+def test_retry_after_is_how_long_the_images_in_the_way_take() -> None:
     clock = [0.0]
     gate = Gate(4, clock=lambda: clock[0])
 
-    def retry_after(pictures: int) -> str:
-        with pytest.raises(ApiError) as caught, gate.enter(pictures):
+    def retry_after(images: int) -> str:
+        with pytest.raises(ApiError) as caught, gate.enter(images):
             raise AssertionError("let in")
         return caught.value.headers["Retry-After"]
 
@@ -194,7 +194,7 @@ def test_retry_after_is_how_long_the_pictures_in_the_way_take() -> None:
         with gate.enter(1):
             assert gate.inside == 1
     clock[0] = 10.0
-    with gate.enter(4):  # eight pictures have left in ten seconds
+    with gate.enter(4):  # eight images have left in ten seconds
         assert retry_after(1) == "2" and retry_after(4) == "5"
     clock[0] = 1e6
     with gate.enter(4):
@@ -218,7 +218,7 @@ def run_tries(failures: list[Exception], *, deadline: float = math.inf, **change
         calls += 1
         if calls <= len(failures):
             raise failures[calls - 1]
-        return "picture"
+        return "image"
 
     try:
         policy = replace(CALLS, **{"first_wait_s": 0.0, **changes})
@@ -229,7 +229,7 @@ def run_tries(failures: list[Exception], *, deadline: float = math.inf, **change
 
 def test_lost_replicas_are_replaced_by_another_try_three_in_all() -> None:
     lost = [ActorDiedError(), of_a_stage(EngineFailed("broken")), ActorDiedError()]
-    assert run_tries(lost[:2]) == ("picture", 3)
+    assert run_tries(lost[:2]) == ("image", 3)
     assert run_tries(lost) == (lost[2], 3)
 
 
@@ -307,7 +307,7 @@ def test_codes_survive_the_way_as_text() -> None:
 @pytest.mark.parametrize("partial", range(9))
 def test_previews_are_spread_and_none_is_promised_that_cannot_be(steps: int, partial: int) -> None:
     every = report_every(steps, partial)
-    reports = [step for step in range(every, steps, every)]  # the last step is the picture itself
+    reports = [step for step in range(every, steps, every)]  # the last step is the image itself
     shown: list[int] = []
     for step in reports:
         if len(shown) < due(step, steps, partial):

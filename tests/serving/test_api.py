@@ -1,4 +1,4 @@
-"""The HTTP API over a graph in this process: pictures, streams, codes, and errors that name the field."""
+"""The HTTP API over a graph in this process: images, streams, codes, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instella_ray.serving.api import PAGE
 from instella_ray.serving.local import build_local
 
 from ..kit.asgi import in_process
-from ..kit.endpoint import KINDS, events, generate, local_rows, opened, pictures, serve_args
+from ..kit.endpoint import KINDS, events, generate, images, local_rows, opened, serve_args
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +32,28 @@ def client(api: FastAPI) -> Iterator[httpx.Client]:
         yield client
 
 
-# --- pictures
+# --- images
 
 
-def test_prompts_become_pictures_of_the_size_asked_for(client: httpx.Client) -> None:
+def test_prompts_become_images_of_the_size_asked_for(client: httpx.Client) -> None:
     for model in KINDS:
-        shown = pictures(client, model=model, prompt=["a circle", ""], n=2, size="64x32", num_inference_steps=3)
+        shown = images(client, model=model, prompt=["a circle", ""], n=2, size="64x32", num_inference_steps=3)
         assert [p.shape for p in shown] == [(32, 64, 3)] * 4
     assert generate(client, size="auto").json()["data"][0].keys() == {"b64_json", "seed", "prompt", "weights"}
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_a_seed_gives_the_same_picture_alone_and_among_others(client: httpx.Client, model: str) -> None:
-    many = pictures(client, model=model, n=6, seed=40)
-    (alone,) = pictures(client, model=model, seed=43)
+def test_a_seed_gives_the_same_image_alone_and_among_others(client: httpx.Client, model: str) -> None:
+    many = images(client, model=model, n=6, seed=40)
+    (alone,) = images(client, model=model, seed=43)
     assert np.array_equal(alone, many[3])
     assert not all(np.array_equal(many[0], other) for other in many[1:])
 
 
 def test_the_last_step_draws_bits_where_a_request_asks_for_it(client: httpx.Client) -> None:
     asked = {"model": "diffusion", "seed": 3, "num_inference_steps": 2}
-    (drawn,), (again,) = (pictures(client, final_draw=True, **asked) for _ in range(2))
-    (cut,), (default,) = pictures(client, final_draw=False, **asked), pictures(client, **asked)
+    (drawn,), (again,) = (images(client, final_draw=True, **asked) for _ in range(2))
+    (cut,), (default,) = images(client, final_draw=False, **asked), images(client, **asked)
     assert np.array_equal(drawn, again) and np.array_equal(cut, default) and not np.array_equal(drawn, cut)
 
 
@@ -75,7 +75,7 @@ def test_answers_come_in_the_order_of_prompts_and_say_how_they_were_made(client:
 
 
 def test_a_prompt_longer_than_a_slot_is_cut_not_refused(client: httpx.Client) -> None:
-    assert pictures(client, prompt="word " * 300)[0].shape == (32, 32, 3)
+    assert images(client, prompt="word " * 300)[0].shape == (32, 32, 3)
 
 
 def test_the_last_step_draws_where_asked_to(client: httpx.Client) -> None:
@@ -88,18 +88,18 @@ def test_the_last_step_draws_where_asked_to(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_codes_decoded_later_at_another_size_are_the_picture_asked_for_there(client: httpx.Client, model: str) -> None:
+def test_codes_decoded_later_at_another_size_are_the_image_asked_for_there(client: httpx.Client, model: str) -> None:
     same = {"model": model, "seed": 9, "n": 2, "num_inference_steps": 4}
     kept = generate(client, **same, size="32x32", response_format="codes").json()["data"]
     assert [len(base64.b64decode(item["codes"])) for item in kept] == [3, 3]  # 4 tokens of 6 bits
     assert "b64_json" not in kept[0] and [item["seed"] for item in kept] == [9, 10]
     body = {"codes": [item["codes"] for item in kept], "size": "64x64"}
     later = client.post("/v1/codes/decode", json=body).json()["data"]
-    direct = pictures(client, **same, size="64x64")
+    direct = images(client, **same, size="64x64")
     assert len(later) == 2
-    for item, picture in zip(later, direct, strict=True):
+    for item, image in zip(later, direct, strict=True):
         # As pixels, because the direct file also says how it was made.
-        assert np.array_equal(np.asarray(opened(item["b64_json"])), picture)
+        assert np.array_equal(np.asarray(opened(item["b64_json"])), image)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_codes_that_are_none_are_refused(client: httpx.Client, body: dict[str, o
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_a_stream_tells_progress_shows_previews_and_ends_with_the_picture(client: httpx.Client, model: str) -> None:
+def test_a_stream_tells_progress_shows_previews_and_ends_with_the_image(client: httpx.Client, model: str) -> None:
     same = {"model": model, "seed": 5, "n": 3, "num_inference_steps": 12, "size": "64x32"}
     seen = list(events(client, **same, partial_images=2))
     steps = {"diffusion": 12, "ar": 4}[model]
-    for index, direct in enumerate(pictures(client, **same)):
+    for index, direct in enumerate(images(client, **same)):
         mine = [event for event in seen if event["index"] == index]
         progress = [e["step"] for e in mine if e["type"] == "image_generation.progress"]
         assert progress == list(range(1, steps)) and all(e.get("steps", steps) == steps for e in mine)

@@ -99,7 +99,7 @@ def test_cancelled_calls_and_abandoned_streams_free_their_slots(pair: Any) -> No
     eventually(lambda: sum(active(pair)) == 0)
 
 
-def test_a_followed_picture_is_the_generated_one(pair: Any, folders: dict[str, str]) -> None:
+def test_a_followed_image_is_the_generated_one(pair: Any, folders: dict[str, str]) -> None:
     request = features(3), sampling(3, num_inference_steps=5)
     *previews, last = list(pair.options(stream=True).follow.remote(*request, 60.0, 2))
     assert [event["step"] for event in previews] == [2, 4] and last["done"]
@@ -162,7 +162,7 @@ def test_metrics_reach_the_prometheus_endpoint(pair: Any, real: Endpoint) -> Non
         for answer in endless:
             answer.cancel()
     eventually(lambda: level("active_rows") == level("waiting_rows") == 0)
-    assert level("pictures_total") > 0 and level("busy_seconds_total") > 0
+    assert level("images_total") > 0 and level("busy_seconds_total") > 0
     with real.client() as client:
         assert generate(client).status_code == 200
     for stage in ("text", "generate", "decode", "encode_file"):

@@ -19,8 +19,8 @@ from instella_ray.serving.local import build_local
 
 from ..kit.asgi import in_process
 from ..kit.browser import CONTROL, Browser
-from ..kit.endpoint import APP, HEADERS, KEY, KINDS, Endpoint, events, generate, opened, pictures, small_args
-from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_pictures
+from ..kit.endpoint import APP, HEADERS, KEY, KINDS, Endpoint, events, generate, images, opened, small_args
+from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_images
 from ..kit.stages import eventually
 
 pytestmark = pytest.mark.ray
@@ -98,10 +98,10 @@ def test_the_page_works_with_the_endpoint(browser: Browser, real: Endpoint, clie
         page.press("Tab")
         page.wait("document.querySelector('[name=size] option')")
         ask(page, "a photo of a red circle", seed=5)
-        wait_for_pictures(page)
+        wait_for_images(page)
         first = shown(page)
         assert pixels(first).shape == (32, 32, 3)
-        (answer,) = pictures(client, prompt="a photo of a red circle", seed=5)
+        (answer,) = images(client, prompt="a photo of a red circle", seed=5)
         assert np.array_equal(answer, pixels(first))
         page.choose("article select", "64x32")
         page.wait("document.querySelector('.facts').textContent.startsWith('64 × 32')")
@@ -118,13 +118,13 @@ def pixels(file: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_replica_that_dies_costs_time_and_nothing_else(real: Endpoint, client: httpx.Client, stream: bool) -> None:
-    """The same picture, and in a stream no event twice."""
+    """The same image, and in a stream no event twice."""
     same = {"seed": 4, "num_inference_steps": 3000}
-    (expected,) = pictures(client, **same)
+    (expected,) = images(client, **same)
 
     def asked() -> np.ndarray:
         if not stream:
-            return pictures(client, **same)[0]
+            return images(client, **same)[0]
         seen = list(events(client, **same, response_format="codes", partial_images=4))
         steps = [event["step"] for event in seen if event["type"] == "image_generation.progress"]
         assert steps == sorted(set(steps)) and "error" not in seen[-1]
@@ -173,7 +173,7 @@ def full_graph() -> Any:
     from ray import serve
 
     from instella_ray.serving.failures import api_error
-    from instella_ray.serving.graph import Graph, Picture
+    from instella_ray.serving.graph import Graph, Image
     from instella_ray.serving.health import ailing
 
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
@@ -212,7 +212,7 @@ def full_graph() -> Any:
             return api_error(refused.pop().exception()).status, len(calls) - 1
 
         async def ask(self, stream: bool, working: str) -> None:
-            picture, deadline = Picture(0, "busy", working, {}, 1, 1, "png"), time.monotonic() + 60
-            await (self.graph.follow(picture, deadline, 1, print) if stream else self.graph.codes(picture, deadline))
+            image, deadline = Image(0, "busy", working, {}, 1, 1, "png"), time.monotonic() + 60
+            await (self.graph.follow(image, deadline, 1, print) if stream else self.graph.codes(image, deadline))
 
     return Caller.bind(Busy.bind(), Text.bind())

@@ -155,9 +155,9 @@ def test_it_ends_with_its_threads(folders: dict[str, str]) -> None:
     with in_process(build_local(serve_args(folders))) as client:
         assert generate(client).status_code == 200
         begun = {thread.name for thread in set(threading.enumerate()) - before}
-        assert {"step-engine", "picture-files_0"} <= begun
+        assert {"step-engine", "image-files_0"} <= begun
     left = {thread.name for thread in set(threading.enumerate()) - before}
-    assert not any(name.startswith(("step-engine", "picture-files")) for name in left)
+    assert not any(name.startswith(("step-engine", "image-files")) for name in left)
 
 
 @pytest.mark.process

@@ -33,7 +33,7 @@ def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
 
 @contextmanager
 def under_way(endpoint: Endpoint, count: int) -> Iterator[None]:
-    """So many requests with a picture that takes forever, until the block ends and their clients leave."""
+    """So many requests with an image that takes forever, until the block ends and their clients leave."""
     body = {"prompt": "x", "stream": True, "num_inference_steps": LONG}
     with ExitStack() as stack:
         for _ in range(count):
@@ -56,7 +56,7 @@ def test_nothing_but_the_page_and_the_probe_answers_without_a_key(endpoint: Endp
     ("body", "field", "words"),
     [
         ({"n": 4}, "n", "at most 3"),
-        ({"n": 3, "prompt": ["a", "b"]}, "prompt", "6 pictures"),
+        ({"n": 3, "prompt": ["a", "b"]}, "prompt", "6 images"),
         ({"prompt": "x" * 401}, "prompt", "401 characters"),
         ({"prompt": ["a", "word " * 30]}, "prompt", "32 tokens, expected at most 20"),
         ({"num_inference_steps": LONG + 1}, "num_inference_steps", "at most"),
@@ -85,7 +85,7 @@ def test_a_body_beyond_the_limit_is_413_whether_its_length_is_announced_or_not(e
 
 
 def test_overload_is_429_at_once_and_the_queue_does_not_grow(endpoint: Endpoint) -> None:
-    """Pictures that never end take every place: whoever had to wait for one of those would have no answer at all."""
+    """Images that never end take every place: whoever had to wait for one of those would have no answer at all."""
     with under_way(endpoint, 6), endpoint.client() as client:
         seconds = []
         for stream in [False, True] * 10:
@@ -103,7 +103,7 @@ def test_overload_is_429_at_once_and_the_queue_does_not_grow(endpoint: Endpoint)
         assert generate(client).status_code == 200
 
 
-def test_a_request_gets_room_for_all_of_its_pictures_or_for_none(local: Endpoint) -> None:
+def test_a_request_gets_room_for_all_of_its_images_or_for_none(local: Endpoint) -> None:
     with under_way(local, 4), local.client() as client:
         assert generate(client, n=3, timeout_s=0.5).status_code == 429
         assert generate(client, n=2, timeout_s=0.5).status_code == 504
@@ -120,7 +120,7 @@ def test_a_deadline_gives_504_and_the_slots_back(endpoint: Endpoint) -> None:
         endpoint.wait_for_rows("diffusion", 0)
 
 
-def test_events_come_while_the_picture_is_on_its_way(endpoint: Endpoint) -> None:
+def test_events_come_while_the_image_is_on_its_way(endpoint: Endpoint) -> None:
     body = {"prompt": "x", "stream": True, "num_inference_steps": 10_000}
     with endpoint.client() as client, client.stream("POST", "/v1/images/generations", json=body) as response:
         lines = response.iter_lines()  # the connection ends with it
@@ -141,6 +141,6 @@ def test_a_client_that_leaves_frees_its_slots(endpoint: Endpoint, stream: bool) 
     asyncio.run(leave())
     took = endpoint.wait_for_rows("diffusion", 0)
     print(f"slots free {1000 * took:.0f} ms after the client left (stream: {stream})")
-    # The places in the queue are free too: as many pictures as there is room for get in.
+    # The places in the queue are free too: as many images as there is room for get in.
     with under_way(endpoint, 6), endpoint.client() as client:
         assert generate(client).status_code == 429

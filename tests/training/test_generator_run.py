@@ -28,13 +28,19 @@ KINDS: dict[Literal["diffusion", "ar"], type] = {"diffusion": DiffusionGenerator
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
-def test_a_stopped_run_goes_on_and_its_figures_pictures_and_model_are_all_there(
+def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
     kind: Literal["diffusion", "ar"],
     no_ray: None,
     codes: str,
     tokenizer: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if importlib.util.find_spec("tensorboard"):
+        from tensorboard.summary.writer import event_file_writer
+
+        # Event files of one second and process are read in the order of their numbers' text: 10 before 9.
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     stop_a_generator_run(generator_config(kind, codes, tokenizer, tmp_path / "run"))
 
     going_on = generator_config(kind, codes, tokenizer, tmp_path / "run", resume=True)

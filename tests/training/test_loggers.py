@@ -1,4 +1,4 @@
-"""Loggers: figures and pictures reach them, a resumed run goes on without double steps, what is missing is said at once."""
+"""Loggers: figures and images reach them, a resumed run goes on without double steps, what is missing is said at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instella_ray.training.tokenizer import run_tokenizer
 
 from ..kit.training import tokenizer_config
 
-PICTURE = np.zeros((8, 16, 3), np.uint8)
+IMAGE = np.zeros((8, 16, 3), np.uint8)
 
 
 def log(names: list[LoggerName], run_dir: Path, start: int, steps: range) -> None:
@@ -28,7 +28,7 @@ def log(names: list[LoggerName], run_dir: Path, start: int, steps: range) -> Non
     for logger in open_loggers(names, run_dir, start):
         for step in steps:
             logger.scalars(step, {"loss": step / 10, "lr": 1e-4})
-        logger.picture(steps[-1], PICTURE)
+        logger.image(steps[-1], IMAGE)
         logger.close()
 
 

@@ -30,7 +30,7 @@ OFF = AugmentConfig(color=0, translation=0, cutout=0)
 
 @settings(max_examples=30)
 @given(st.integers(4, 12), st.integers(4, 12), st.integers(1, 4), st.integers(0, 99))
-def test_both_crops_come_from_the_same_place_within_the_picture(height: int, width: int, size: int, seed: int) -> None:
+def test_both_crops_come_from_the_same_place_within_the_image(height: int, width: int, size: int, seed: int) -> None:
     torch.manual_seed(seed)
     # Every pixel holds its own place.
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -44,7 +44,7 @@ def test_both_crops_come_from_the_same_place_within_the_picture(height: int, wid
     assert torch.equal(cropped(-images, size, places), -made)
 
 
-def test_crops_reach_both_ends_and_resizing_keeps_plain_pictures() -> None:
+def test_crops_reach_both_ends_and_resizing_keeps_plain_images() -> None:
     images = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 3, 8, 8)
     assert cropped(images, 4, torch.tensor([[0.0, 0.0]]))[0, 0, 0, 0] == 0
     assert cropped(images, 4, torch.tensor([[1.0, 0.9999]]))[0, 0, 0, -1] == 7
@@ -93,7 +93,7 @@ def test_translation_shifts_by_whole_pixels_and_fills_with_grey() -> None:
 def test_cutout_makes_a_square_grey_and_color_moves_brightness() -> None:
     images = torch.ones(1, 3, 8, 8)
     assert (cutout(images, torch.tensor([[0.5, 0.5]]), 0.5)[0, 0] == 0).sum() == 16
-    # A grey picture has no saturation and no contrast.
+    # A grey image has no saturation and no contrast.
     assert torch.allclose(color(images, torch.tensor([[1.0, 0.0, 0.0]]), 0.5), torch.tensor(1.25))
 
 
@@ -115,5 +115,5 @@ def test_collapse_is_reported_once_and_with_numbers(caplog: pytest.LogCaptureFix
         watch.look(2, bit_summary(dead), dead)
         watch.look(3, bit_summary(dead), dead)
     (record,) = caplog.records
-    assert record.getMessage().startswith("step 3: codes collapse: 62.5 % of all bits are the same in every picture")
+    assert record.getMessage().startswith("step 3: codes collapse: 62.5 % of all bits are the same in every image")
     assert "2 of 4 positions have no live bit" in record.getMessage()

@@ -30,7 +30,7 @@ def test_a_runs_figures_become_gauges_until_it_ends(told: dict[str, float]) -> N
     logger = PrometheusLogger(RUN, 40)
     assert told == {"step": 40, "running": 1}
     logger.scalars(60, {"loss": 0.25, "lr": 1e-4, "images_per_second": 120.0})
-    logger.picture(60, np.zeros((8, 8, 3), np.uint8))
+    logger.image(60, np.zeros((8, 8, 3), np.uint8))
     assert told == {"step": 60, "running": 1, "finite": 1, "loss": 0.25, "images_per_second": 120.0}
     logger.close()
     assert told["running"] == 0

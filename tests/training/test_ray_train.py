@@ -41,7 +41,7 @@ def train(name: str, recipe: str, folder: Path, count: int, **settings: Any) -> 
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The same files, losses, weights, moments and pictures in two run directories, and nothing else but times."""
+    """The same files, losses, weights, moments and images in two run directories, and nothing else but times."""
 
     def files(run: Path) -> list[str]:
         return sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file() and "tfevents" not in f.name)
@@ -100,7 +100,7 @@ def test_a_tokenizer_is_the_same_in_a_worker_and_in_its_jobs_own_process(
 def test_a_generator_is_the_same_in_a_worker_and_in_its_jobs_own_process(
     ray_session: None, codes: str, tokenizer: str, tmp_path: Path
 ) -> None:
-    prompts = ["picture number 1", ""]
+    prompts = ["image number 1", ""]
     settings = {"codes": codes, "tokenizer": tokenizer, "text_encoder.layers": 2, "preview.prompts": prompts}
     assert_same(
         *(

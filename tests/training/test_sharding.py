@@ -63,8 +63,8 @@ def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[floa
         if step + 1 in (SAVED, STEPS):
             (save / str(step + 1)).mkdir(parents=True, exist_ok=True)
             trainer.save(save / str(step + 1), step + 1)
-    picture = trainer.preview()
-    assert (picture is None) == (trainer.rank != 0)
+    image = trainer.preview()
+    assert (image is None) == (trainer.rank != 0)
     return losses
 
 

@@ -90,7 +90,7 @@ def test_a_stage_that_does_not_fit_is_named(override: str, message: str) -> None
     ("changes", "message"),
     [
         ({"output_sizes": (32, 36)}, "output_sizes 36: not a multiple of 8"),
-        ({"loss": {"perceptual": {"weights": "random"}}}, "crop 224: pictures are decoded to 32 px"),
+        ({"loss": {"perceptual": {"weights": "random"}}}, "crop 224: images are decoded to 32 px"),
         ({"loss": {"perceptual": {"weights": "gone.pth", "crop": 16}}}, r"weights gone\.pth: expected published"),
         ({"adversarial": {"discriminator": {"weights": "gone.pth"}}}, r"weights gone\.pth: expected published"),
         ({"start_from": "nowhere"}, "nowhere: not a model folder"),
@@ -131,7 +131,7 @@ def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_p
 
 
 @pytest.mark.process
-def test_a_handful_of_pictures_is_learned_by_heart_to_30_db(shards: str, tmp_path: Path) -> None:
+def test_a_handful_of_images_is_learned_by_heart_to_30_db(shards: str, tmp_path: Path) -> None:
     cfg = tokenizer_config(
         shards, tmp_path, steps=OVERFIT, optimizer=OptimizerConfig(name="muon", lr=3e-3, decay_fraction=0.5)
     )

@@ -34,9 +34,9 @@ def stage(shards: str, run_dir: Path, **validation: Any) -> ValidatedTokenizer:
     return ValidatedTokenizer.model_validate({**plain, "validation": {"data": shards, **validation}})
 
 
-def test_pictures_are_restored_at_every_size_and_a_metric_is_over_all(shards: str, tokenizer: str) -> None:
+def test_images_are_restored_at_every_size_and_a_metric_is_over_all(shards: str, tokenizer: str) -> None:
     cfg = TokenizerValidation(data=shards, count=11, sizes=(32, 48), batch_size=4, shown=6)
-    numbers, picture = measure_restorations(tokenizer, cfg)
+    numbers, image = measure_restorations(tokenizer, cfg)
     assert set(numbers) == {f"{name}{size}" for name in ("psnr", "ssim") for size in ("", "_32", "_48")}
     each = [numbers[f"psnr_{size}"]["value"] for size in (32, 48)]
     assert numbers["psnr"]["value"] == pytest.approx(np.mean(each))
@@ -45,8 +45,8 @@ def test_pictures_are_restored_at_every_size_and_a_metric_is_over_all(shards: st
     images = to_tensor(ImageData(shards, (32,), 0).batch(0, np.arange(11)).pixels[32])
     bit = load_expected(tokenizer, BIT)
     assert each[0] == pytest.approx(evaluate_tokenizer(bit, images, title="all").psnr, abs=0.1)
-    assert picture.shape == (2 * 48, 6 * 48, 3) and picture.dtype == np.uint8
-    # Again, in other batches: the same pictures at the same crops. One size alone needs no number in its names.
+    assert image.shape == (2 * 48, 6 * 48, 3) and image.dtype == np.uint8
+    # Again, in other batches: the same images at the same crops. One size alone needs no number in its names.
     again, _ = measure_restorations(tokenizer, cfg.model_copy(update={"batch_size": 16}))
     assert again["ssim_48"]["value"] == pytest.approx(numbers["ssim_48"]["value"])
     alone, _ = measure_restorations(tokenizer, cfg.model_copy(update={"sizes": (32,), "count": 2}))

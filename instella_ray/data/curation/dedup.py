@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 from scipy.fft import dctn
 
-from ..formats.images import UndecodableError, decode_rgb, open_picture
+from ..formats.images import UndecodableError, decode_rgb, open_image
 from ..formats.parts import KEPT, QUARANTINED
 
 GRID = 4
@@ -33,12 +33,12 @@ FIELDS = [
     ("pixels", pa.int64()),
 ]
 """Columns of a fingerprint: BLAKE2b of the file; the perceptual hash; mean RGB of each cell, since that hash knows no colour
-and little of plain pictures; width times height, since of several copies the largest stays."""
+and little of plain images; width times height, since of several copies the largest stays."""
 
 
 def fingerprint(data: bytes) -> dict[str, Any]:
-    """The :data:`FIELDS` of an encoded picture; UndecodableError where it is none."""
-    width, height = open_picture(data).size
+    """The :data:`FIELDS` of an encoded image; UndecodableError where it is none."""
+    width, height = open_image(data).size
     image = decode_rgb(data, at_least=64)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
     return {
@@ -79,7 +79,7 @@ EXACT, NEAR = "exact_duplicate", "near_duplicate"
 
 
 class Fingerprints(NamedTuple):
-    """Columns over all pictures, in the set's order."""
+    """Columns over all images, in the set's order."""
 
     exact: np.ndarray
     """Bytes ``[N]`` (dtype S16)."""
@@ -92,18 +92,18 @@ class Fingerprints(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """Pictures that go."""
+    """Images that go."""
 
-    picture: np.ndarray
+    image: np.ndarray
     """int64 ``[M]``, ascending."""
     of: np.ndarray
-    """int64 ``[M]``: the picture that stays in its place."""
+    """int64 ``[M]``: the image that stays in its place."""
     exact: np.ndarray
     """bool ``[M]``: the files are the same to the byte."""
 
 
 def find_duplicates(prints: Fingerprints, max_distance: int | None, max_color_difference: int) -> Duplicates:
-    """The pictures to drop: copies to the byte, and with ``max_distance`` those whose hashes differ in at most so many bits
+    """The images to drop: copies to the byte, and with ``max_distance`` those whose hashes differ in at most so many bits
     while no cell's colour differs by more than ``max_color_difference`` (0 to 255)."""
     count = len(prints.near)
     order = np.lexsort((np.arange(count), -prints.pixels))
@@ -122,7 +122,7 @@ def find_duplicates(prints: Fingerprints, max_distance: int | None, max_color_di
 
 
 def _near(order: np.ndarray, prints: Fingerprints, distance: int, color: int) -> Iterator[tuple[int, int]]:
-    """(picture that goes, picture that stays) among ``order``, best first."""
+    """(image that goes, image that stays) among ``order``, best first."""
     hashes, group = np.unique(prints.near[order], return_inverse=True)
     neighbours: dict[int, list[int]] = defaultdict(list)
     for a, b in near_pairs(hashes, distance):
@@ -132,14 +132,14 @@ def _near(order: np.ndarray, prints: Fingerprints, distance: int, color: int) ->
     crowded[list(neighbours)] = True
     staying: dict[int, list[int]] = defaultdict(list)
     for place in np.flatnonzero(crowded[group]).tolist():
-        picture, here = int(order[place]), int(group[place])
+        image, here = int(order[place]), int(group[place])
         rivals = [rival for hash_ in (here, *neighbours.get(here, ())) for rival in staying[hash_]]
         if rivals:
-            apart = np.abs(prints.colors[rivals].astype(np.int16) - prints.colors[picture]).max(1)
+            apart = np.abs(prints.colors[rivals].astype(np.int16) - prints.colors[image]).max(1)
             if apart.min() <= color:
-                yield picture, rivals[int(apart.argmin())]
+                yield image, rivals[int(apart.argmin())]
                 continue
-        staying[here].append(picture)
+        staying[here].append(image)
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:

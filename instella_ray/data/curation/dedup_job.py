@@ -17,7 +17,8 @@ from ... import storage
 from ..formats.parts import DROPPED, DUPLICATES, Part, PartFolder, Row
 from ..formats.shards import remove_shard, write_samples
 from ..formats.tar_source import read_samples
-from ..pipeline import Stage, run_rows
+from ..pipeline import run_rows
+from ..stages import Stage
 from .dedup import EXACT, FIELDS, NEAR, Fingerprints, find_duplicates
 from .filters.duplicates import DuplicateConfig
 from .stats import EXAMPLES, FINGERPRINTS, write_thumbnails
@@ -31,7 +32,7 @@ DECISIONS = pa.schema(
         ("of_key", pa.string()),
     ]
 )
-"""A picture that goes, and the one that stays in its place."""
+"""An image that goes, and the one that stays in its place."""
 READERS = 16
 
 
@@ -136,7 +137,7 @@ def _decide(folder: str, parts: list[Part], cfg: DuplicateConfig) -> pa.Table:
         keys = [_key(tables[number], row, ends[number]) for number, row in zip(where, index.tolist(), strict=True)]
         return [filled[number] for number in where], keys
 
-    (part, key), (of_part, of_key) = names(found.picture), names(found.of)
+    (part, key), (of_part, of_key) = names(found.image), names(found.of)
     reason = np.where(found.exact, EXACT, NEAR).tolist()
     columns = {"part": part, "key": key, "reason": reason, "of_part": of_part, "of_key": of_key}
     return pa.Table.from_pydict(columns, DECISIONS)

@@ -1,7 +1,7 @@
-"""Pictures by their links: a polite and bounded downloader that trusts no server.
+"""Images by their links: a polite and bounded downloader that trusts no server.
 
 Polite: few requests at once to one host, waits that grow, ``Retry-After`` and ``X-Robots-Tag: noai`` honoured. Bounded:
-every request has a time limit, every picture a size limit, and memory holds what is being read and one table's results.
+every request has a time limit, every image a size limit, and memory holds what is being read and one table's results.
 Every address is checked before it is connected to, those of redirects too (:mod:`.addresses`). ``robots.txt`` is not
 read: who curates a list of links answers for the hosts on it.
 """
@@ -33,7 +33,7 @@ from yarl import URL
 from ...config import Config
 from ...retries import RetryPolicy
 from ..formats.parts import DOWNLOAD
-from ..pipeline import Pool, Stage
+from ..stages import Pool, Stage
 from .addresses import PublicResolver, RefusedAddressError, check_literal
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class DownloadConfig(Config):
-    """How pictures are fetched. Limits are those of one actor."""
+    """How images are fetched. Limits are those of one actor."""
 
     actors: int = Field(1, ge=1)
     """Processes that download."""
@@ -58,7 +58,7 @@ class DownloadConfig(Config):
     per_host: int = Field(4, ge=1)
     """Requests at once to one host."""
     batch_size: int = Field(512, ge=1)
-    """Rows that are fetched together, and looked at for one output tar at most; their pictures are in memory at once."""
+    """Rows that are fetched together, and looked at for one output tar at most; their images are in memory at once."""
     timeout_s: float = Field(30, gt=0)
     """For one request, from connecting to the last byte (s); a redirect is a new request."""
     connect_timeout_s: float = Field(10, gt=0)
@@ -70,19 +70,19 @@ class DownloadConfig(Config):
     max_retry_after_s: float = Field(60, ge=0)
     """A server that asks for a longer wait (s) is not asked again."""
     max_bytes: int = Field(32 << 20, ge=1)
-    """Larger pictures are given up."""
+    """Larger images are given up."""
     max_redirects: int = Field(5, ge=0)
-    """Hops from the link to the picture."""
+    """Hops from the link to the image."""
     allow_private: bool = False
     """Also connect to loopback, private and link-local addresses: for a file server of one's own alone."""
     user_agent: str = Field("instella-ray-dataset/0.1", min_length=1)
     """Name to tell servers; add an address at which their owners can reach you."""
     respect_opt_out: bool = True
-    """Leave pictures whose server says ``X-Robots-Tag: noai`` or ``noimageai``, to whichever robot it says so."""
+    """Leave images whose server says ``X-Robots-Tag: noai`` or ``noimageai``, to whichever robot it says so."""
 
 
 def download_stage(cfg: DownloadConfig) -> Stage:
-    """The stage that fetches the pictures that rows (:data:`.rows.SCHEMA`) link to."""
+    """The stage that fetches the images that rows (:data:`.rows.SCHEMA`) link to."""
     # It waits, most of the time: a quarter of a CPU is enough.
     return Stage(partial(Downloader, cfg), Pool(cfg.actors, cpus=0.25, calls_at_once=TABLES_AT_ONCE))
 
@@ -90,9 +90,9 @@ def download_stage(cfg: DownloadConfig) -> Stage:
 class Downloader:
     """Fills in ``image`` where it is empty, nothing is wrong with the row, and its ``meta`` has a ``url``.
 
-    A picture that does not come leaves ``download:REASON`` as the row's problem: ``http_404`` and the like, ``timeout``,
+    An image that does not come leaves ``download:REASON`` as the row's problem: ``http_404`` and the like, ``timeout``,
     ``connection``, ``dns``, ``tls``, ``protocol``, ``bad_url``, ``private_address``, ``redirects``, ``opt_out``,
-    ``content_type``, ``content_encoding``, ``too_large``, ``cut_off``, ``empty``. Whether the bytes are a picture is not
+    ``content_type``, ``content_encoding``, ``too_large``, ``cut_off``, ``empty``. Whether the bytes are an image is not
     judged here. May be called from several threads: they share the connections.
     """
 
@@ -132,7 +132,7 @@ class Downloader:
 
 
 class FetchError(Exception):
-    """No picture; ``after`` is the wait that the server asked for (s)."""
+    """No image; ``after`` is the wait that the server asked for (s)."""
 
     def __init__(self, reason: str, *, again: bool = False, after: float = 0) -> None:
         super().__init__(reason)
@@ -184,7 +184,7 @@ class Fetcher:
         raise FetchError("redirects")
 
     async def _request(self, url: URL) -> bytes | str:
-        """The picture, or where a redirect leads."""
+        """The image, or where a redirect leads."""
         host = url.host or ""
         if not self.cfg.allow_private:
             check_literal(host)
@@ -200,7 +200,7 @@ class Fetcher:
                     raise FetchError("opt_out")
                 if location is not None:
                     return location
-                if not _may_be_picture(headers.get("Content-Type", "")):
+                if not _may_be_image(headers.get("Content-Type", "")):
                     raise FetchError("content_type")
                 if (response.content_length or 0) > self.cfg.max_bytes:
                     raise FetchError("too_large")
@@ -299,7 +299,7 @@ def _explained(error: Exception, url: URL) -> FetchError:
         case aiohttp.ClientConnectionError() | OSError():
             return FetchError("connection", again=True)
         case _:
-            # Whatever strangers' servers answer, it costs them their picture and nobody else's.
+            # Whatever strangers' servers answer, it costs them their image and nobody else's.
             log.debug("%s: %r", url, error)
             return FetchError("protocol")
 
@@ -309,7 +309,7 @@ def _opted_out(values: list[str]) -> bool:
     return any(OPT_OUTS.intersection(re.split(r"[\s,:;]+", value.lower())) for value in values)
 
 
-def _may_be_picture(content_type: str) -> bool:
+def _may_be_image(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
     return not kind or kind.startswith("image/") or kind in CONTENT_TYPES
 

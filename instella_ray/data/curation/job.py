@@ -12,8 +12,8 @@ from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
 from ..job import HOW, DataJobConfig, data_job
-from ..pipeline import Stage
 from ..provenance import shard_origins
+from ..stages import Stage
 from .dedup import Fingerprinter
 from .dedup_job import deduplicate
 from .download import DownloadConfig, download_stage
@@ -28,7 +28,7 @@ class CurateConfig(DataJobConfig):
     """Which shards are read, what may stay, and where it goes."""
 
     input: str
-    """WebDataset tars, or parquet with pictures or LAION's links: a path, glob, folder, list of shards, commas between.
+    """WebDataset tars, or parquet with images or LAION's links: a path, glob, folder, list of shards, commas between.
 
     Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
     """
@@ -77,7 +77,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
 
 def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
     """What the output depends on: not how many actors made it."""
-    spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_pictures()}
+    spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_images()}
     links = (
         set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..formats.images import UndecodableError, check_pixels, open_picture
+from ..formats.images import UndecodableError, check_pixels, open_image
 from ..formats.parts import DROPPED, KEPT, QUARANTINED, verdict_of
 from ..formats.rows import SCHEMA
 from .filters.base import Sample, Scores
@@ -22,7 +22,7 @@ JUDGED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores
 class Judge:
     """Gives every row a verdict and its scores. The bytes of dropped rows go no further, but for a few to be shown.
 
-    ``shown`` names the shards of which ``examples`` pictures a block and reason stay.
+    ``shown`` names the shards of which ``examples`` images a block and reason stay.
     """
 
     def __init__(self, cfg: FilterConfig, shown: Collection[str] = (), examples: int = 0) -> None:
@@ -46,7 +46,7 @@ class Judge:
         if row["problem"]:
             return verdict_of(row["problem"]), scores
         try:
-            image = open_picture(row["image"])
+            image = open_image(row["image"])
             sample = Sample(image.size, row["caption"], json.loads(row["meta"]))
             for judge in self.filters:
                 scores |= judge.measure(sample)

@@ -35,14 +35,14 @@ def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledg
         for name, scale in filters.scales().items()
         if sum(counts.get(name, ()))
     ]
-    pictures = _thumbnails(folder)
+    images = _thumbnails(folder)
     page = render(
         Path(__file__).with_name("report.html.j2"),
         ledger=ledger,
         funnel=list(funnel(ledger, filters)),
         charts=charts,
-        galleries=[(verdict, pictures[verdict]) for verdict in sorted(pictures, key=lambda v: (v != KEPT, v))],
-        pairs=list(_pairs(folder, parts, pictures.get(f"{DROPPED}:{NEAR}", []))),
+        galleries=[(verdict, images[verdict]) for verdict in sorted(images, key=lambda v: (v != KEPT, v))],
+        pairs=list(_pairs(folder, parts, images.get(f"{DROPPED}:{NEAR}", []))),
     )
     storage.write_text(storage.join(folder, REPORT), page)
 
@@ -96,24 +96,24 @@ def svg_histogram(counts: Sequence[int], scale: Scale, limits: Limits) -> Markup
 
 
 def _thumbnails(folder: str) -> dict[str, list[Row]]:
-    """Up to :data:`EXAMPLES` pictures of each verdict, from all parts in turn."""
+    """Up to :data:`EXAMPLES` images of each verdict, from all parts in turn."""
     found: dict[str, list[list[Row]]] = defaultdict(list)
     for url in storage.glob(storage.join(folder, THUMBNAILS, "*.parquet")):
         rows = storage.read_parquet(url).to_pylist()
         for verdict in dict.fromkeys(row["verdict"] for row in rows):
             found[verdict].append([row for row in rows if row["verdict"] == verdict])
     gone = _decisions(folder)
-    pictures: dict[str, list[Row]] = {}
+    images: dict[str, list[Row]] = {}
     for verdict, lists in found.items():
         turns = (files[place] for place in range(EXAMPLES) for files in lists if place < len(files))
-        # What pass one kept and pass two found to be a copy is in no grid of kept pictures.
+        # What pass one kept and pass two found to be a copy is in no grid of kept images.
         shown = [row for row in turns if verdict != KEPT or (row["part"], row["key"]) not in gone]
-        pictures[verdict] = [{**row, "scores": _line(json.loads(row["scores"]))} for row in shown[:EXAMPLES]]
-    return pictures
+        images[verdict] = [{**row, "scores": _line(json.loads(row["scores"]))} for row in shown[:EXAMPLES]]
+    return images
 
 
 def _pairs(folder: str, parts: Sequence[Part], gone: Sequence[Row]) -> Iterator[dict[str, Row]]:
-    """Near copies with the picture that stays: ``gone, stays`` (both with key, caption, image)."""
+    """Near copies with the image that stays: ``gone, stays`` (both with key, caption, image)."""
     files, decisions = {part.name: part.file for part in parts}, _decisions(folder)
     for row in [row for row in gone if (row["part"], row["key"]) in decisions][:PAIRS]:
         name, key = decisions[row["part"], row["key"]]

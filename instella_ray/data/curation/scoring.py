@@ -1,4 +1,4 @@
-"""Scores of pictures: a stage for each picture filter, which adds its scores and its verdict to rows."""
+"""Scores of images: a stage for each image filter, which adds its scores and its verdict to rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 
 from ..formats.images import UndecodableError, decode_rgb
 from ..formats.parts import DROPPED, KEPT, QUARANTINED
-from ..pipeline import Pool, Stage
-from .filters.base import PictureFilter, bounded
+from ..stages import Pool, Stage
+from .filters.base import ImageFilter, bounded
 from .filters.config import FilterConfig
 
 THREADS = 2
@@ -28,7 +28,7 @@ class Score:
     JSON object of name to number); a call takes an Arrow table and gives it back with new ``verdict`` and ``scores``.
     """
 
-    def __init__(self, filter: PictureFilter) -> None:
+    def __init__(self, filter: ImageFilter) -> None:
         self.filter = filter
         self.score = filter.load("cuda" if filter.gpus_per_actor else "cpu")
         self.threads = ThreadPoolExecutor(THREADS)
@@ -37,14 +37,14 @@ class Score:
         verdicts, scores = table["verdict"].to_pylist(), table["scores"].to_pylist()
         kept = [row for row, verdict in enumerate(verdicts) if verdict == KEPT]
         for rows, futures in self._ahead(table["image"], kept):
-            pictures: dict[int, Image.Image] = {}
+            images: dict[int, Image.Image] = {}
             for row, future in zip(rows, futures, strict=True):
                 try:
-                    pictures[row] = future.result()
+                    images[row] = future.result()
                 except UndecodableError as error:
                     verdicts[row] = f"{QUARANTINED}:{error}"
-            found = self.score(list(pictures.values())) if pictures else []
-            for row, values in zip(pictures, found, strict=True):
+            found = self.score(list(images.values())) if images else []
+            for row, values in zip(images, found, strict=True):
                 # Six digits are what the number is worth; the verdict is about the number that is kept.
                 new = {name: float(f"{value:.6g}") for name, value in values.items()}
                 scores[row] = json.dumps(json.loads(scores[row]) | new)
@@ -57,7 +57,7 @@ class Score:
     def _ahead(
         self, images: pa.ChunkedArray, rows: Sequence[int]
     ) -> Iterator[tuple[Sequence[int], list[Future[Image.Image]]]]:
-        """Batches of rows with their pictures to come: one batch more is being decoded than is asked for."""
+        """Batches of rows with their images to come: one batch more is being decoded than is asked for."""
         waiting: deque[tuple[Sequence[int], list[Future[Image.Image]]]] = deque()
         size = self.filter.batch_size
         for start in range(0, len(rows), size):
@@ -68,12 +68,12 @@ class Score:
         yield from waiting
 
     def _decode(self, data: bytes) -> Image.Image:
-        """Within bounds at once: a batch of whole pictures of 64 megapixels would take gigabytes."""
+        """Within bounds at once: a batch of whole images of 64 megapixels would take gigabytes."""
         size = self.filter.decode_size
         return bounded(decode_rgb(data, at_least=size), size)
 
 
 def score_stages(filters: FilterConfig) -> list[Stage]:
-    """A stage for every filter of pictures, for rows as :class:`Score` takes them; a pool of actors each."""
-    sections = [section.resolved() for section in filters.of_pictures().values()]
+    """A stage for every filter of images, for rows as :class:`Score` takes them; a pool of actors each."""
+    sections = [section.resolved() for section in filters.of_images().values()]
     return [Stage(partial(Score, each), Pool(each.actors, each.gpus_per_actor)) for each in sections]

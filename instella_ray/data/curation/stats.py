@@ -26,7 +26,7 @@ THUMBNAILS, FINGERPRINTS = "thumbnails", "fingerprints"
 SHOWN_SHARDS = 64
 """Thumbnails come from so many shards at most: they are few, however large the set."""
 EXAMPLES = 24
-"""Pictures that the report shows of each reason."""
+"""Images that the report shows of each reason."""
 THUMBNAIL_SIZE = 144
 THUMBNAIL = pa.schema(
     [
@@ -65,7 +65,7 @@ class CurationNotes:
 
 
 def write_thumbnails(folder: str, name: str, part: str, rows: Sequence[Row], examples: int) -> None:
-    """The first ``examples`` pictures of each verdict among the rows of ``part``, as the file ``name`` of thumbnails."""
+    """The first ``examples`` images of each verdict among the rows of ``part``, as the file ``name`` of thumbnails."""
     shown: Counter[str] = Counter()
     small = []
     for row in rows:

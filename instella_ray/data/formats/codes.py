@@ -70,7 +70,7 @@ def write_codes_file(url: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class CodesWriter:
-    """Writes pictures with their codes as one parquet file, a row a view."""
+    """Writes images with their codes as one parquet file, a row a view."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -125,7 +125,7 @@ class LRUCache(Generic[T]):
 class CodesReader:
     """Index-addressed access to a folder of codes; rows keep the order of the manifest.
 
-    Files are read when first asked for and stay packed in memory (1 KiB a picture at full size) up to ``cache_bytes``.
+    Files are read when first asked for and stay packed in memory (1 KiB an image at full size) up to ``cache_bytes``.
     UserError when the codes were made by another tokenizer than ``tokenizer_hash``, or a file is not what the manifest
     says.
     """

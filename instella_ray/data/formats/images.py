@@ -21,11 +21,11 @@ MAX_PIXELS = 64_000_000
 
 
 class UndecodableError(Exception):
-    """The picture's bytes cannot be turned into pixels; the message is a ledger reason."""
+    """The image's bytes cannot be turned into pixels; the message is a ledger reason."""
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """The picture with only its header read: ``size`` is known, pixels are not. Refuses decompression bombs."""
+def open_image(data: bytes) -> Image.Image:
+    """The image with only its header read: ``size`` is known, pixels are not. Refuses decompression bombs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Read an opened picture to its end, as cheaply as its format allows; afterwards its size may be a fraction."""
+    """Read an opened image to its end, as cheaply as its format allows; afterwards its size may be a fraction."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,12 +51,12 @@ def check_pixels(image: Image.Image) -> None:
 
 
 def decode_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """An RGB picture, turned upright by its EXIF tag; transparency lies on white.
+    """An RGB image, turned upright by its EXIF tag; transparency lies on white.
 
     With ``at_least`` a JPEG may come out smaller than it is, but with no edge under ``at_least`` pixels: half, a
     quarter or an eighth of its size costs less to decode.
     """
-    image = open_picture(data)
+    image = open_image(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def fit_square(image: Image.Image, size: int, offset: tuple[float, float] = (0.5
 
 
 def resize_shorter_edge(image: Image.Image, size: int) -> Image.Image:
-    """The picture with its shorter edge at ``size`` pixels."""
+    """The image with its shorter edge at ``size`` pixels."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if image.size == (width, height):
@@ -125,7 +125,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def encode_image(picture: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None = None) -> bytes:
+def encode_image(image: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None = None) -> bytes:
     """File bytes of uint8 ``[H, W, 3]``.
 
     ``metadata`` (model, seed, settings, prompt; anything that JSON holds) goes into a PNG text chunk, or into EXIF's
@@ -138,16 +138,16 @@ def encode_image(picture: np.ndarray, output_format: str, metadata: Mapping[str,
     if metadata is not None:
         options |= _metadata_options(_as_text(metadata), output_format)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, output_format.upper(), **options)
+    Image.fromarray(image).save(buffer, output_format.upper(), **options)
     return buffer.getvalue()
 
 
 def read_metadata(data: bytes) -> dict[str, Any] | None:
-    """What :func:`encode_image` wrote into a file's bytes, None where it is without; UserError for no picture."""
+    """What :func:`encode_image` wrote into a file's bytes, None where it is without; UserError for no image."""
     try:
-        image = open_picture(data)
+        image = open_image(data)
     except UndecodableError as error:
-        raise UserError(f"not a picture that can be read ({error})") from None
+        raise UserError(f"not an image that can be read ({error})") from None
     if image.format == "PNG":
         text = image.info.get(SOFTWARE)
     else:
@@ -165,7 +165,7 @@ def _as_text(metadata: Mapping[str, Any]) -> str:
     # ASCII, with escapes for the rest, is what PNG's plain text chunk and EXIF's strings are defined for.
     text = json.dumps(dict(metadata), ensure_ascii=True)
     if len(text) > METADATA_LIMIT:
-        raise UserError(f"metadata: {len(text)} bytes, a picture file has room for {METADATA_LIMIT}")
+        raise UserError(f"metadata: {len(text)} bytes, an image file has room for {METADATA_LIMIT}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Parquet files as rows, with the pictures themselves or with links to them, as LAION's metadata has.
+"""Parquet files as rows, with the images themselves or with links to them, as LAION's metadata has.
 
 Columns are found by name, whatever their case. Only plain columns are read: what an extension type would unpickle, say,
 is never touched. Memory holds a few rows at a time, however large a row group is.
@@ -25,7 +25,7 @@ CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "alt_text")
 KEY_COLUMNS = ("key", "__key__", "id", "uid")
 LAION_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
 """Spelled in capitals or not; the metadata of a row has them as here."""
-PICTURES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
+IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
 """Rows that are read together."""
 _COMPLAINTS = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What Arrow says of a damaged file, among other things."""
@@ -35,9 +35,9 @@ class Columns(NamedTuple):
     """Which columns of a file mean what."""
 
     image: str | None
-    """Encoded pictures: binary, or a struct with a binary ``bytes``."""
+    """Encoded images: binary, or a struct with a binary ``bytes``."""
     link: str | None
-    """Where to fetch the picture, in a file without an image column."""
+    """Where to fetch the image, in a file without an image column."""
     caption: str | None
     key: str | None
     meta: tuple[str, ...]
@@ -56,7 +56,7 @@ class Footer(NamedTuple):
 
 
 def read_footer(stream: IO[bytes], url: str) -> Footer | None:
-    """The file's footer, none where it is damaged or of another format; UserError for one without pictures or captions."""
+    """The file's footer, none where it is damaged or of another format; UserError for one without images or captions."""
     try:
         file = pq.ParquetFile(stream)
         return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url))
@@ -67,7 +67,7 @@ def read_footer(stream: IO[bytes], url: str) -> Footer | None:
 
 
 def find_columns(schema: pa.Schema, url: str) -> Columns:
-    """Find columns by name and type; UserError that names ``url`` where the picture's or the caption's is missing."""
+    """Find columns by name and type; UserError that names ``url`` where the image's or the caption's is missing."""
     # Names that two columns share could not be told apart.
     names = [name for name, count in Counter(schema.names).items() if count == 1]
     types = {name: _plain(schema.field(name).type) for name in names}
@@ -77,8 +77,8 @@ def find_columns(schema: pa.Schema, url: str) -> Columns:
     caption = _first(CAPTION_COLUMNS, text)
     found = f"found {', '.join(schema.names) or 'none'}"
     if image is None and link is None:
-        expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded pictures, or {' or '.join(LINK_COLUMNS)}"
-        raise UserError(f"{url}: no column with pictures or links to them; {expected}; {found}")
+        expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded images, or {' or '.join(LINK_COLUMNS)}"
+        raise UserError(f"{url}: no column with images or links to them; {expected}; {found}")
     if caption is None:
         raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_COLUMNS)}; {found}")
     key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
@@ -93,7 +93,7 @@ def read_parquet(
     """Rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
     They are counted from 0 again. There is at least one: a file that breaks off or is damaged ends with a row whose
-    problem is ``truncated_shard``, one without rows gives ``empty_shard``. Rows with a link in place of a picture have
+    problem is ``truncated_shard``, one without rows gives ``empty_shard``. Rows with a link in place of an image have
     it as ``url`` in their metadata. UserError for missing columns.
     """
     number, keys = 0, Keys()
@@ -116,7 +116,7 @@ def read_parquet(
 
 def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> Iterator[pa.RecordBatch]:
     """The rows of ``file`` from ``first`` to ``end``, row group after row group, a few at a time."""
-    start, at_once = 0, PICTURES_AT_ONCE if columns.image else LINKS_AT_ONCE
+    start, at_once = 0, IMAGES_AT_ONCE if columns.image else LINKS_AT_ONCE
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if start + rows > first and start < end:

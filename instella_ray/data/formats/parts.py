@@ -34,7 +34,7 @@ DUPLICATES = "duplicates.parquet"
 """What is decided over a finished set, and then carried out part by part."""
 KEPT, DROPPED, QUARANTINED = "kept", "dropped", "quarantined"
 DOWNLOAD = "download:"
-"""Begins the problem of a sample whose picture could not be fetched. Links die: that is a drop, not damage."""
+"""Begins the problem of a sample whose image could not be fetched. Links die: that is a drop, not damage."""
 DOWNLOAD_REASON = "download_"
 """Begins the reason that such a sample is dropped for."""
 
@@ -85,7 +85,7 @@ class Ledger:
 
     @property
     def failed_downloads(self) -> int:
-        """Samples dropped because their picture could not be fetched."""
+        """Samples dropped because their image could not be fetched."""
         return sum(number for reason, number in self.dropped.items() if reason.startswith(DOWNLOAD_REASON))
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Part(Config):
     file: str | None
     """Name of the data file; none when no row was kept."""
     records: int
-    """Records in that file (a picture may give several)."""
+    """Records in that file (an image may give several)."""
     ledger: dict[str, Any]
     notes: dict[str, Any] = Field(default_factory=dict)
     """What the job has to say of these rows, for its report."""

@@ -1,4 +1,4 @@
-"""What every source of samples gives: rows of one schema, under the same rules for keys, captions and pictures."""
+"""What every source of samples gives: rows of one schema, under the same rules for keys, captions and images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
 """
 
 MAX_IMAGE_BYTES = 64 << 20
-"""Pictures above this size are not read: none of a training set is so large."""
+"""Images above this size are not read: none of a training set is so large."""
 BLOCK_BYTES = 128 << 20
 """Images, or their pixels, that are in work together: what Ray Data aims at."""
 

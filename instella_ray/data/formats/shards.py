@@ -23,7 +23,7 @@ from .parts import Part, refuse_unfinished
 from .tar_index import index_row, index_url, write_index
 
 Sample = tuple[str, bytes, str, dict[str, Any]]
-"""(key, encoded picture, caption, metadata)."""
+"""(key, encoded image, caption, metadata)."""
 
 
 SHARD_LIST = "shards.json"

@@ -1,6 +1,6 @@
 """Where jobs get their samples: WebDataset tars and parquet files, as tables of :data:`.rows.SCHEMA`.
 
-Ray's own readers decode while they read, so that one corrupt picture fails a whole shard. Here bytes stay bytes, and
+Ray's own readers decode while they read, so that one corrupt image fails a whole shard. Here bytes stay bytes, and
 whatever is wrong with a sample is written in its row's ``problem`` column, for the ledger to count.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ... import storage
 from ...errors import UserError
-from ..pipeline import Source
+from ..stages import Source
 from .parquet_source import Footer, read_footer, read_parquet
 from .rows import blocks
 from .shards import find_shards, refuse_twins
@@ -36,13 +36,13 @@ class Inputs(NamedTuple):
     shards: dict[str, str]
     """URL -> label, for :func:`shard_sources`. The URLs of a cut file end with its rows."""
     links: tuple[str, ...]
-    """The shards among them whose pictures have to be downloaded."""
+    """The shards among them whose images have to be downloaded."""
 
 
 def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
     """The shards that ``pattern`` names (:func:`.shards.find_shards`); of parquet files, the footers are read.
 
-    UserError also for a parquet file without pictures, links or captions, which names the columns that it has.
+    UserError also for a parquet file without images, links or captions, which names the columns that it has.
     """
     found = find_shards(pattern, SUFFIXES)
     files = [url for url in found if url.endswith(".parquet")]
@@ -59,13 +59,11 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
     return Inputs(shards, tuple(links))
 
 
-def find_pictures(pattern: str) -> dict[str, str]:
-    """The shards of :func:`find_inputs`, for a job that needs pictures; UserError for links without."""
+def find_images(pattern: str) -> dict[str, str]:
+    """The shards of :func:`find_inputs`, for a job that needs images; UserError for links without."""
     inputs = find_inputs(pattern)
     if inputs.links:
-        raise UserError(
-            f"{inputs.links[0]}: links without pictures; curate first (jobs/curate.py), which downloads them"
-        )
+        raise UserError(f"{inputs.links[0]}: links without images; curate first (jobs/curate.py), which downloads them")
     return inputs.shards
 
 
@@ -96,15 +94,15 @@ def read_rows(url: str, label: str) -> Iterator[dict[str, Any]]:
 
 
 def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
-    """UserError when pictures are there but none has a caption, judged by the first samples of the first shards."""
-    pictures = 0
+    """UserError when images are there but none has a caption, judged by the first samples of the first shards."""
+    images = 0
     for url in urls[:shards]:
         rows = list(islice(read_rows(url, url), samples))
         if any(row["caption"] for row in rows):
             return
-        # What has no caption is not asked for the picture: a link counts like one.
-        pictures += sum(row["problem"] == "no_caption" for row in rows)
-    if pictures:
+        # What has no caption is not asked for the image: a link counts like one.
+        images += sum(row["problem"] == "no_caption" for row in rows)
+    if images:
         expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
         if ".parquet" in urls[0]:
             expected = "text in the caption column"

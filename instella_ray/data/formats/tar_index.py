@@ -1,4 +1,4 @@
-"""Where in a tar its pictures lie, with their captions, so that any of them can be read without the rest."""
+"""Where in a tar its images lie, with their captions, so that any of them can be read without the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tar_source import read_samples
 
 INDEX = "index"
 PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("bytes", pa.int64())])
-"""One row a usable picture, in the tar's order: its bytes are ``[offset, offset + bytes)``."""
+"""One row a usable image, in the tar's order: its bytes are ``[offset, offset + bytes)``."""
 SCHEMA = pa.schema([*PLACES, ("caption_long", pa.string()), ("caption_short", pa.string())])
 """What an index holds."""
 

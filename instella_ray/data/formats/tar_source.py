@@ -15,7 +15,7 @@ _MEMBER_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
 def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
-    """Rows of one tar, in order: the columns of :data:`.rows.SCHEMA` without ``last``, and the ``offset`` of the picture.
+    """Rows of one tar, in order: the columns of :data:`.rows.SCHEMA` without ``last``, and the ``offset`` of the image.
 
     Every tar gives at least one row. One that breaks off ends with a row whose problem is ``truncated_shard``, which
     takes the place of the sample that was being read; one without samples gives ``empty_shard``.

@@ -1,6 +1,6 @@
-"""A vision-language model that describes pictures by greedy search, in batches. No Ray.
+"""A vision-language model that describes images by greedy search, in batches. No Ray.
 
-What it says of a picture depends on the picture, the question and the weights, not on what shares the batch; in bfloat16
+What it says of an image depends on the image, the question and the weights, not on what shares the batch; in bfloat16
 that holds but for two words whose scores lie within a rounding of each other.
 """
 
@@ -18,16 +18,16 @@ from pydantic import Field
 from ...accelerator import Precision, compute_dtype
 from ...config import Config
 from ...errors import UserError
-from ..formats.images import UndecodableError, decode_rgb, open_picture
+from ..formats.images import UndecodableError, decode_rgb, open_image
 from .pretrained import fingerprint, loading
 
 MAX_ASPECT_RATIO = 100
-"""Of pictures that are described: processors refuse stripes, and nothing is to be seen on them."""
+"""Of images that are described: processors refuse stripes, and nothing is to be seen on them."""
 _SENTENCE = re.compile(r".*(?:[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][”’」』）]*)")
 
 
 class Question(Config):
-    """What the model is asked about a picture, and how long its answer may be."""
+    """What the model is asked about an image, and how long its answer may be."""
 
     prompt: str = Field(min_length=1)
     max_new_tokens: int = Field(ge=1)
@@ -35,7 +35,7 @@ class Question(Config):
 
 
 class Answer(NamedTuple):
-    """What the model says of a picture."""
+    """What the model says of an image."""
 
     text: str
     """On one line; empty where there is nothing to keep."""
@@ -71,13 +71,13 @@ class Captioner:
         )
 
     @torch.inference_mode()
-    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[Question]) -> list[list[Answer]]:
-        """The answers of each picture, in the order of ``questions``.
+    def answers(self, images: Sequence[Image.Image], questions: Sequence[Question]) -> list[list[Answer]]:
+        """The answers of each image, in the order of ``questions``.
 
         All are generated together: decoding reads the weights once a step for the whole batch, and a short answer
         costs no steps beside a long one.
         """
-        talks = [_conversation(picture, question.prompt) for picture in pictures for question in questions]
+        talks = [_conversation(image, question.prompt) for image in images for question in questions]
         padding = {"text_kwargs": {"padding": True, "padding_side": "left"}}
         inputs = self.processor.apply_chat_template(
             talks,
@@ -89,7 +89,7 @@ class Captioner:
         ).to(self.device, self.model.dtype)
         steps = max(question.max_new_tokens for question in questions)
         tokens = self.model.generate(**inputs, max_new_tokens=steps)[:, inputs["input_ids"].shape[1] :].tolist()
-        limits = [question.max_new_tokens for _ in pictures for question in questions]
+        limits = [question.max_new_tokens for _ in images for question in questions]
         found = [self._answer(ids[:limit]) for ids, limit in zip(tokens, limits, strict=True)]
         return [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
 
@@ -107,7 +107,7 @@ def check_captioner(name: str) -> str:
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise UserError(f"model '{name}': a {config.model_type}, expected a model that answers questions on pictures")
+        raise UserError(f"model '{name}': a {config.model_type}, expected a model that answers questions on images")
     with loading("model", name):
         processor = AutoProcessor.from_pretrained(name)
     if not getattr(processor, "chat_template", None):
@@ -116,8 +116,8 @@ def check_captioner(name: str) -> str:
 
 
 def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
-    """An upright RGB picture of at most ``max_pixels``; :class:`.decode.UndecodableError` for what shows nothing."""
-    size = open_picture(data).size
+    """An upright RGB image of at most ``max_pixels``; :class:`.decode.UndecodableError` for what shows nothing."""
+    size = open_image(data).size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise UndecodableError("too_narrow")
     scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
@@ -141,6 +141,6 @@ def full_sentences(text: str) -> str:
     return match[0] if match else ""
 
 
-def _conversation(picture: Image.Image, prompt: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+def _conversation(image: Image.Image, prompt: str) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     return [{"role": "user", "content": content}]

@@ -1,4 +1,4 @@
-"""A text-to-image pipeline of Diffusers that makes one picture a prompt, each from a seed of its own. No Ray."""
+"""A text-to-image pipeline of Diffusers that makes one image a prompt, each from a seed of its own. No Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PipelineConfig(Config):
     precision: Precision = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
     batch_size: int = Field(4, ge=1)
-    """Pictures made together; another number changes them by rounding alone."""
+    """Images made together; another number changes them by rounding alone."""
     actors: int | None = Field(None, ge=1)
     """None means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
@@ -59,7 +59,7 @@ class Painter:
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | str]:
         """uint8 ``[H, W, 3]`` for each prompt, or a verdict on what came out in its place.
 
-        Noise is drawn on the CPU, from a generator a picture: a picture is the same on any device, whatever else is
+        Noise is drawn on the CPU, from a generator an image: an image is the same on any device, whatever else is
         made with it, up to rounding.
         """
         cfg = self.cfg
@@ -82,12 +82,12 @@ def judged(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
         return "dropped:flagged"
     if not np.isfinite(pixels).all():
         return "quarantined:not_finite"
-    picture: np.ndarray = (pixels * 255).round().astype(np.uint8)
-    return picture if picture.min() < picture.max() else "quarantined:blank"
+    image: np.ndarray = (pixels * 255).round().astype(np.uint8)
+    return image if image.min() < image.max() else "quarantined:blank"
 
 
 def check_pipeline(cfg: PipelineConfig) -> str:
-    """The fingerprint of a pipeline that is not loaded yet; UserError where ``cfg`` names none that makes pictures."""
+    """The fingerprint of a pipeline that is not loaded yet; UserError where ``cfg`` names none that makes images."""
     diffusers, name = _diffusers(), cfg.pipeline
     with loading("pipeline", name):
         class_name = diffusers.DiffusionPipeline.load_config(name).get("_class_name")
@@ -98,7 +98,7 @@ def check_pipeline(cfg: PipelineConfig) -> str:
         )
     takes = inspect.signature(kind.__call__).parameters
     if "image" in takes or not takes.keys() >= {*ARGUMENTS}:
-        raise UserError(f"pipeline '{name}': a {class_name}, expected one that makes pictures of prompts alone")
+        raise UserError(f"pipeline '{name}': a {class_name}, expected one that makes images of prompts alone")
     if cfg.max_sequence_length is not None and "max_sequence_length" not in takes:
         raise UserError(f"pipeline '{name}': a {class_name} has no max_sequence_length, expected none to be set")
     return fingerprint("pipeline", name, "model_index.json")

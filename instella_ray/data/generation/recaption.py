@@ -1,4 +1,4 @@
-"""Recaption job: curated shards in, the same pictures with a long and a short caption out, by a pool of captioners."""
+"""Recaption job: curated shards in, the same images with a long and a short caption out, by a pool of captioners."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..formats.images import UndecodableError
 from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
-from ..formats.sources import find_pictures, shard_sources
+from ..formats.sources import find_images, shard_sources
 from ..job import HOW, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
-from ..pipeline import Pool, Stage
 from ..provenance import shard_origins
+from ..stages import Pool, Stage
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
 from .pretrained import located, short_name
 
@@ -39,10 +39,10 @@ SHORT = Question(
 
 
 class RecaptionConfig(DataJobConfig):
-    """Which pictures are described, by which model, and what it is asked."""
+    """Which images are described, by which model, and what it is asked."""
 
     input: str
-    """Curated tars, or parquet with pictures (a path, glob, folder, commas between); captions need not be there."""
+    """Curated tars, or parquet with images (a path, glob, folder, commas between); captions need not be there."""
     output: str
     """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -50,23 +50,23 @@ class RecaptionConfig(DataJobConfig):
     long: Question = LONG
     short: Question = SHORT
     max_pixels: int = Field(28 * 28 * 512, ge=1)
-    """Larger pictures are shrunk to so many pixels first; Qwen2.5-VL reads 28 x 28 of them as one token."""
+    """Larger images are shrunk to so many pixels first; Qwen2.5-VL reads 28 x 28 of them as one token."""
     precision: Precision = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
     batch_size: int = Field(16, ge=1)
-    """Pictures described together, with both questions each."""
+    """Images described together, with both questions each."""
     actors: int | None = Field(None, ge=1)
     """Captioners; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each captioner; 0 computes on the CPU."""
     rows_per_shard: int = Field(1000, ge=1)
-    """Pictures looked at for one output tar."""
+    """Images looked at for one output tar."""
 
 
 class Recaptioner:
     """Actor that holds the captioner and gives every row its captions and verdict.
 
-    A thread decodes the next pictures while the model describes these. Decoded pictures never lie in Ray's blocks: a
+    A thread decodes the next images while the model describes these. Decoded images never lie in Ray's blocks: a
     thousand of them would be cut into many small blocks, and so into many small tars.
     """
 
@@ -79,13 +79,11 @@ class Recaptioner:
         rows, size = table.to_pylist(), self.cfg.batch_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         decoded = Prefetcher(lambda n: [self.decoded(row) for row in batches[n]], 0, len(batches), depth=1)
-        done = [
-            row for batch, pictures in zip(batches, decoded, strict=True) for row in self.described(batch, pictures)
-        ]
+        done = [row for batch, images in zip(batches, decoded, strict=True) for row in self.described(batch, images)]
         return pa.Table.from_pylist(done, ROWS)
 
     def decoded(self, row: dict[str, Any]) -> Image.Image | str:
-        """The picture of a row of :data:`.rows.SCHEMA`, or the verdict on what is none."""
+        """The image of a row of :data:`.rows.SCHEMA`, or the verdict on what is none."""
         try:
             if problem := _problem(row):
                 raise UndecodableError(problem)
@@ -93,13 +91,13 @@ class Recaptioner:
         except UndecodableError as error:
             return f"{QUARANTINED}:{error}"
 
-    def described(self, rows: Sequence[dict[str, Any]], pictures: Sequence[Image.Image | str]) -> list[dict[str, Any]]:
-        """``rows`` with captions and verdict; ``pictures`` has a verdict in the place of what is none."""
-        good = [picture for picture in pictures if not isinstance(picture, str)]
+    def described(self, rows: Sequence[dict[str, Any]], images: Sequence[Image.Image | str]) -> list[dict[str, Any]]:
+        """``rows`` with captions and verdict; ``images`` has a verdict in the place of what is none."""
+        good = [image for image in images if not isinstance(image, str)]
         answers = iter(self.captioner.answers(good, (self.cfg.long, self.cfg.short)) if good else [])
         return [
-            {**row, "verdict": picture} if isinstance(picture, str) else self._captioned(row, *next(answers))
-            for row, picture in zip(rows, pictures, strict=True)
+            {**row, "verdict": image} if isinstance(image, str) else self._captioned(row, *next(answers))
+            for row, image in zip(rows, images, strict=True)
         ]
 
     def _captioned(self, row: dict[str, Any], long: Answer, short: Answer) -> dict[str, Any]:
@@ -115,7 +113,7 @@ class Recaptioner:
 
 
 def _problem(row: dict[str, Any]) -> str | None:
-    """The row's own; but a picture without a caption is none here, if its metadata is in order."""
+    """The row's own; but an image without a caption is none here, if its metadata is in order."""
     if row["problem"] != "no_caption":
         problem: str | None = row["problem"]
         return problem
@@ -126,7 +124,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
-    """What must be equal for a run to go on; UserError for a model that describes no pictures."""
+    """What must be equal for a run to go on; UserError for a model that describes no images."""
     volatile = {*HOW, "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
@@ -136,16 +134,16 @@ def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
 def run_recaption(cfg: RecaptionConfig) -> Ledger:
     """Describe ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
 
-    UserError when there is no input, the model is none that describes pictures, the output exists unasked or was made
+    UserError when there is no input, the model is none that describes images, the output exists unasked or was made
     by other weights or questions, or nothing is left.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
-    shards = find_pictures(cfg.input)
+    shards = find_images(cfg.input)
     inputs = (*shard_origins("shards", cfg.input), Origin(role="captioner", kind="name", path=cfg.model))
     with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs) as job:
         captioner = Stage(partial(Recaptioner, cfg), Pool(cfg.actors, cfg.gpus_per_actor))
         sources = shard_sources(shards, cfg.rows_per_shard)
         job.write(sources, [captioner], PartWriter(cfg.output, ".tar", write_samples))
         ledger = job.close(shards.values())
-        job.require_kept(f"input {cfg.input}: no picture got its captions")
+        job.require_kept(f"input {cfg.input}: no image got its captions")
         return ledger

@@ -1,4 +1,4 @@
-"""Synthesize job: a picture of every prompt by every model, as captioned WebDataset tars."""
+"""Synthesize job: an image of every prompt by every model, as captioned WebDataset tars."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..formats.parts import KEPT, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..job import DataJobConfig, data_job
-from ..pipeline import Pool, Stage, row_table
 from ..prompts import Prompt, prompts_hash, read_prompts
+from ..stages import Pool, Stage, row_table
 from .diffusers_pipeline import Painter, PipelineConfig, check_pipeline
 from .pretrained import located, short_name
 
@@ -33,7 +33,7 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
 class SynthesizeConfig(DataJobConfig):
-    """Which prompts become pictures, by which models."""
+    """Which prompts become images, by which models."""
 
     prompts: str
     """A .txt, .jsonl, .parquet (DiffusionDB) or (COCO) .json file; ``scenes`` are the procedural set's own."""
@@ -44,17 +44,17 @@ class SynthesizeConfig(DataJobConfig):
     count: int | None = Field(None, ge=1)
     """Draw so many of the prompts; none means all."""
     seed: int = Field(0, ge=0)
-    """Of the draw of prompts and of every picture's own seed."""
+    """Of the draw of prompts and of every image's own seed."""
     format: Literal["jpeg", "webp", "png"] = "jpeg"
-    """Of the picture files."""
+    """Of the image files."""
     quality: int = Field(95, ge=1, le=100)
     """Of JPEG and WebP."""
     prompts_per_shard: int = Field(256, ge=1)
-    """Pictures of one tar, and what is lost at most when an actor dies."""
+    """Images of one tar, and what is lost at most when an actor dies."""
 
 
 class Synthesizer:
-    """Actor that holds one pipeline and makes the pictures of a chunk of prompts."""
+    """Actor that holds one pipeline and makes the images of a chunk of prompts."""
 
     def __init__(self, cfg: SynthesizeConfig, name: str) -> None:
         self.cfg, self.name, self.model = cfg, name, cfg.models[name]
@@ -66,7 +66,7 @@ class Synthesizer:
 
     def rows(self, shard: str, ids: Sequence[str], texts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Rows of :data:`ROWS`. Batches are cut from the chunk's start, so that a second run makes the same ones."""
-        seeds = [picture_seed(self.cfg.seed, prompt_id, self.name) for prompt_id in ids]
+        seeds = [image_seed(self.cfg.seed, prompt_id, self.name) for prompt_id in ids]
         for start in range(0, len(ids), self.model.batch_size):
             now = range(start, min(start + self.model.batch_size, len(ids)))
             for row, made in zip(
@@ -88,25 +88,25 @@ class Synthesizer:
         if not isinstance(made, str):
             meta |= {"width": made.shape[1], "height": made.shape[0]}
             image, verdict = encoded(made, self.cfg.format, self.cfg.quality), KEPT
-        return {"key": picture_key(prompt_id, self.name), "meta": json.dumps(meta), "image": image, "verdict": verdict}
+        return {"key": image_key(prompt_id, self.name), "meta": json.dumps(meta), "image": image, "verdict": verdict}
 
 
-def picture_seed(seed: int, prompt_id: str, model: str) -> int:
-    """A picture's own seed, 63 bits: whatever other prompts and models there are, and whatever made it before."""
+def image_seed(seed: int, prompt_id: str, model: str) -> int:
+    """An image's own seed, 63 bits: whatever other prompts and models there are, and whatever made it before."""
     digest = hashlib.sha256(f"{seed}\n{model}\n{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
-def picture_key(prompt_id: str, model: str) -> str:
+def image_key(prompt_id: str, model: str) -> str:
     """``PROMPT-MODEL``; what a tar's member cannot have in its name (dots, slashes) is written as in a URL."""
     return f"{quote(prompt_id, safe='').replace('.', '%2E')}-{model}"
 
 
-def encoded(picture: np.ndarray, file_format: str, quality: int) -> bytes:
+def encoded(image: np.ndarray, file_format: str, quality: int) -> bytes:
     """File bytes of uint8 ``[H, W, 3]``."""
     buffer = io.BytesIO()
     options = {} if file_format == "png" else {"quality": quality}
-    Image.fromarray(picture).save(buffer, file_format.upper(), **options)
+    Image.fromarray(image).save(buffer, file_format.upper(), **options)
     return buffer.getvalue()
 
 
@@ -118,7 +118,7 @@ def chunks(cfg: SynthesizeConfig, prompts: Sequence[Prompt], name: str) -> dict[
 
 
 def synthesize_settings(cfg: SynthesizeConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What must be equal for a run to go on; UserError for a model that makes no pictures of prompts."""
+    """What must be equal for a run to go on; UserError for a model that makes no images of prompts."""
     settings = cfg.model_dump(mode="json", include={"seed", "format", "quality", "prompts_per_shard"})
     settings |= {"prompts_hash": prompts_hash(prompts), "models": sorted(cfg.models)}
     for name, model in cfg.models.items():
@@ -133,7 +133,7 @@ def synthesize_settings(cfg: SynthesizeConfig, prompts: Sequence[Prompt]) -> dic
 
 
 def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
-    """Make pictures into ``cfg.output``; returns the ledger that is also written there.
+    """Make images into ``cfg.output``; returns the ledger that is also written there.
 
     UserError for prompts that hold none, models that are none, and an output that exists unasked or was made by other
     weights, prompts or settings.
@@ -153,7 +153,7 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
             job.write(sources, [Stage(partial(Synthesizer, cfg, name), pool)], writer, title=f"synthesize {name}")
             labels += of_model
         ledger = job.close(labels)
-        job.require_kept(f"prompts {cfg.prompts}: no picture came of them")
+        job.require_kept(f"prompts {cfg.prompts}: no image came of them")
         return ledger
 
 

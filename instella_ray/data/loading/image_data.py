@@ -1,4 +1,4 @@
-"""Curated pictures for tokenizer training, any of them at any time: NumPy and Pillow alone, no torch (see ``loader``)."""
+"""Curated images for tokenizer training, any of them at any time: NumPy and Pillow alone, no torch (see ``loader``)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class ImageBatch(NamedTuple):
 
 
 class ImageData:
-    """Pictures cropped to a square at a random place along the longer side, each crop in one size or several.
+    """Images cropped to a square at a random place along the longer side, each crop in one size or several.
 
-    Curated folders say how many pictures their tars hold; other tars are read once to be counted. A batch reads the
-    bytes of its pictures and no more, by the tars' indexes (:mod:`.tar_index`). What is decoded stays in memory up to
+    Curated folders say how many images their tars hold; other tars are read once to be counted. A batch reads the
+    bytes of its images and no more, by the tars' indexes (:mod:`.tar_index`). What is decoded stays in memory up to
     ``cache_bytes``: a small set is decoded once, a large one again every time. Samples of ``window`` tars are mixed at a
     time.
     """
@@ -63,14 +63,14 @@ class ImageData:
             lambda n: (read_index(self.urls[i], captions=captions) for i in n), lambda t: t.nbytes, 256 << 20
         )
         uncounted = sum(shard.rows is None for shard in shards)
-        numbered = enumerate(tqdm(shards, desc="counting pictures", unit="shard", disable=uncounted < SILENT))
+        numbered = enumerate(tqdm(shards, desc="counting images", unit="shard", disable=uncounted < SILENT))
         counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
         self._starts = np.cumsum([0, *counts])
         self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)
         self._threads = ThreadPoolExecutor(DECODERS)
         self.order: Callable[[int], Order] = lru_cache(2)(lambda epoch: FileOrder(self._starts, seed, epoch, window))
         if not len(self):
-            raise UserError(f"{pattern}: no usable picture in these shards")
+            raise UserError(f"{pattern}: no usable image in these shards")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -89,14 +89,14 @@ class ImageData:
         return [row[name] for _, row in self._rows(index)]
 
     def _rows(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, dict[str, Any]]]:
-        """The shard of each picture, and its row there."""
+        """The shard of each image, and its row there."""
         shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
         places = [number - int(self._starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
         found = [self._indexes[shard].slice(place, 1) for shard, place in zip(shards, places, strict=True)]
         return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
 
     def _decoded(self, numbers: list[int]) -> list[tuple[str, np.ndarray]]:
-        """(key, uint8 ``[H, W, 3]`` with the shorter edge at the largest size) of each picture."""
+        """(key, uint8 ``[H, W, 3]`` with the shorter edge at the largest size) of each image."""
         shards, rows = zip(*self._rows(numbers), strict=True)
         urls = [self.urls[shard] for shard in shards]
         files = read_ranges(urls, [row["offset"] for row in rows], [row["bytes"] for row in rows])
@@ -110,7 +110,7 @@ class ImageData:
         return key, np.asarray(resize_shorter_edge(image, self.largest))
 
 
-class PicturesBatch(NamedTuple):
+class CaptionedImageBatch(NamedTuple):
     """A generator's training batch, to be encoded."""
 
     pixels: np.ndarray
@@ -120,8 +120,8 @@ class PicturesBatch(NamedTuple):
     keys: list[str]
 
 
-class PicturesData:
-    """Pictures as :class:`ImageData` crops them, with captions chosen as those of codes are."""
+class CaptionedImageData:
+    """Images as :class:`ImageData` crops them, with captions chosen as those of codes are."""
 
     def __init__(
         self, pattern: str, size: int, seed: int, captions: CaptionChoice = CaptionChoice(), **options: Any
@@ -133,28 +133,28 @@ class PicturesData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, epoch: int, samples: np.ndarray) -> PicturesBatch:
+    def batch(self, epoch: int, samples: np.ndarray) -> CaptionedImageBatch:
         """The samples as they look in their epoch."""
         epochs, index = split_epochs(len(self), epoch, samples)
         chance = sample_uniforms(self.seed, epochs, index)[:, 2:]  # the first two place the crop
         captions = self.captions.choose(chance, *(self.images.column(index, name) for name in CAPTIONS))
         found = self.images.batch(epoch, samples)
-        return PicturesBatch(found.pixels[self.size], captions, found.keys)
+        return CaptionedImageBatch(found.pixels[self.size], captions, found.keys)
 
     def long_captions(self, index: np.ndarray) -> list[str]:
         """Of the samples at ``index``."""
         return self.images.column(index, CAPTIONS[0])
 
 
-def require_pictures(pattern: str) -> None:
-    """UserError unless :class:`ImageData` has something to read there: shards, captions, a usable picture."""
+def require_images(pattern: str) -> None:
+    """UserError unless :class:`ImageData` has something to read there: shards, captions, a usable image."""
     urls = list(find_shards(pattern))
     require_captions(urls)
-    if not any(_has_picture(url) for url in urls):
-        raise UserError(f"{pattern}: no usable picture in these shards")
+    if not any(_has_image(url) for url in urls):
+        raise UserError(f"{pattern}: no usable image in these shards")
 
 
-def _has_picture(url: str) -> bool:
+def _has_image(url: str) -> bool:
     with storage.open_file(url) as stream:
         return any(row["image"] and not row["problem"] for row in read_samples(stream, url))
 

@@ -1,6 +1,6 @@
 """What every metric is: ``update`` with batches, ``merge`` with the same metric of other shards, ``result``, ``state``.
 
-A metric has two parts that part ways: the network that scores pictures, and what was gathered from it. The second one is
+A metric has two parts that part ways: the network that scores images, and what was gathered from it. The second one is
 plain arrays (``state``), so a driver merges shards without loading any weights. Merging shards in any order gives what
 one pass over all samples gives, and a sample that comes twice is refused.
 """
@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from ... import storage
 from ...errors import UserError
 
 M = TypeVar("M", bound="Metric")
@@ -44,7 +43,7 @@ class Batch:
     meta: Sequence[Mapping[str, Any]] | None = None
     """What a benchmark says about each prompt (GenEval's ``tag, include, exclude``)."""
     detections: Sequence[Sequence[Any]] | None = None
-    """Per picture, the :class:`.geneval_rules.Detection` list."""
+    """Per image, the :class:`.geneval_rules.Detection` list."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -180,28 +179,6 @@ class Metric(ABC):
         return Result(
             info.name, value, low, high, count, info.implementation, info.weights, info.weights_hash, settings, parts
         )
-
-
-def save_state(url: str, metric: Metric) -> None:
-    """Store what a shard gathered, whole or absent."""
-    with storage.open_file(url, "wb") as stream:
-        np.savez(stream, **metric.state())  # type: ignore[arg-type]
-
-
-def load_state(url: str) -> Metric:
-    """The metric of a stored shard, able to merge and to give results."""
-    from .kinds import KINDS
-
-    with storage.open_file(url) as stream:
-        try:
-            with np.load(stream, allow_pickle=False) as archive:
-                state = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{url}: not the state of a metric ({error})") from None
-    kind = str(state.get("kind"))
-    if kind not in KINDS:
-        raise UserError(f"{url}: not the state of a metric (kind {kind}, expected one of {', '.join(KINDS)})")
-    return KINDS[kind].from_state(state)
 
 
 def better(name: str) -> Literal["higher", "lower"] | None:

@@ -1,9 +1,9 @@
 """How the codes use their bits: usage of each bit, and the entropy of whole codes.
 
-With ``p`` the share of pictures that have a bit set and ``H(p) = -p log2 p - (1 - p) log2(1 - p)``: ``bit_usage`` is the
-mean of H over all L x K bits (1: every bit tells half of the pictures from the other half), ``codes_entropy`` its sum,
+With ``p`` the share of images that have a bit set and ``H(p) = -p log2 p - (1 - p) log2(1 - p)``: ``bit_usage`` is the
+mean of H over all L x K bits (1: every bit tells half of the images from the other half), ``codes_entropy`` its sum,
 an upper bound on the bits of information in a code, reached when bits are independent (0 to L K). ``dead_bits`` is the
-share of bits that are the same in every picture.
+share of bits that are the same in every image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def entropy(shares: np.ndarray) -> np.ndarray:
 
 
 class BitUsage(Metric):
-    """Counts of set bits by group; intervals by the jackknife, since pictures' bits depend on each other."""
+    """Counts of set bits by group; intervals by the jackknife, since images' bits depend on each other."""
 
     kind = "bits"
 
@@ -55,7 +55,7 @@ class BitUsage(Metric):
         """``bit_usage``, with ``codes_entropy`` and ``dead_bits`` as parts.
 
         Dead bits have no interval, as what was never seen says nothing about how often it happens; the rule of three
-        (a bit without a change in n pictures changes in fewer than 3/n of all, at 95 %) is in its settings.
+        (a bit without a change in n images changes in fewer than 3/n of all, at 95 %) is in its settings.
         """
         count = int(self.counts.sum())
         about: dict[str, Any] = {"interval": statistics.JACKKNIFE, "confidence": confidence}

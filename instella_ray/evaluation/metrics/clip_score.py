@@ -1,6 +1,6 @@
-"""CLIP score (Hessel et al. 2021, without its factor 2.5): mean cosine between picture and prompt, through open_clip.
+"""CLIP score (Hessel et al. 2021, without its factor 2.5): mean cosine between image and prompt, through open_clip.
 
-``cos(E_I(x), E_T(p))``, -1 to 1. Pictures are resized to 256 px, then go through the model's own resize and crop (224 px
+``cos(E_I(x), E_T(p))``, -1 to 1. Images are resized to 256 px, then go through the model's own resize and crop (224 px
 for ViT-bigG-14). The paper says "ViT-G/14" and no more. The evaluation code that it cites for FID takes open_clip's
 ``ViT-g-14`` (``laion2b_s12b_b42k``) under that name and puts "A photo depicts " before each prompt; both are settings here.
 """
@@ -26,9 +26,9 @@ def clip_score(clip: Clip, *, images: ImageSettings = PAPER_IMAGES, prefix: str 
 
     def score(batch: Batch) -> np.ndarray:
         prepared = images.prepare(batch.need("images"))
-        pictures = clip.embed_images([Image.fromarray(image) for image in prepared])
+        embedded = clip.embed_images([Image.fromarray(image) for image in prepared])
         texts = clip.embed_texts([prefix + prompt for prompt in batch.need("prompts")])
-        return (pictures.astype(np.float64) * texts).sum(1)
+        return (embedded.astype(np.float64) * texts).sum(1)
 
     settings = {"images": images.describe(), "prefix": prefix, "scale": 1, "preprocessing": clip.preprocessing()}
     label = f"{clip.model}, {Path(clip.weights).name if clip.weights else 'random'}"

@@ -1,6 +1,6 @@
-"""Diversity: mean distance between two pictures of the same prompt, averaged over prompts.
+"""Diversity: mean distance between two images of the same prompt, averaged over prompts.
 
-For a prompt with m pictures, ``2 / (m (m - 1)) sum_{i<j} d(x_i, x_j)``; prompts with one picture say nothing and are left
+For a prompt with m images, ``2 / (m (m - 1)) sum_{i<j} d(x_i, x_j)``; prompts with one image say nothing and are left
 out. Distances: share of differing code bits (0 to 1, independent bits: 0.5), ``1 - cos`` of feature vectors (0 to 2), or
 LPIPS.
 """
@@ -67,12 +67,12 @@ class Diversity(Metric):
         values = np.array([value for value, _ in done.values()])
         interval = statistics.bootstrap_mean(values, confidence=confidence, seed=seed)
         value = float(values.mean()) if len(values) else float("nan")
-        count = sum(pictures for _, pictures in done.values())
+        count = sum(images for _, images in done.values())
         about: dict[str, Any] = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(done)}
         return self.make_result(value, *interval, count, **about)
 
     def scores(self) -> dict[str, float]:
-        """Each prompt's mean distance by prompt, of those with two pictures or more."""
+        """Each prompt's mean distance by prompt, of those with two images or more."""
         return {name: value for name, (value, _) in self._measured().items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -110,7 +110,7 @@ class Diversity(Metric):
 
     def _check_room(self, group: str, new: int) -> None:
         if self.per_prompt and (group in self._done or len(self._open.get(group, ())) + new > self.per_prompt):
-            raise UserError(f"metric {self.info.name}: more than {self.per_prompt} pictures of prompt {group}")
+            raise UserError(f"metric {self.info.name}: more than {self.per_prompt} images of prompt {group}")
 
     def _measured(self) -> dict[str, tuple[float, int]]:
         found = {name: self._measure(rows) for name, rows in self._open.items() if len(rows) > 1}
@@ -119,7 +119,7 @@ class Diversity(Metric):
     def _measure(self, rows: Mapping[str, np.ndarray]) -> tuple[float, int]:
         if self.mean_distance is None:
             raise UserError(
-                f"metric {self.info.name}: pictures of one prompt lie in several shards and their distance needs a network; "
+                f"metric {self.info.name}: images of one prompt lie in several shards and their distance needs a network; "
                 "merge the states into a metric that has it"
             )
         return self.mean_distance(np.stack([row for _, row in sorted(rows.items())])), len(rows)
@@ -139,21 +139,21 @@ def code_diversity(*, per_prompt: int = 0) -> Diversity:
 def feature_diversity(
     features: Features, *, images: ImageSettings = ImageSettings(size=256), per_prompt: int = 0
 ) -> Diversity:
-    """Mean pairwise ``1 - cos`` of features among the pictures of a prompt."""
+    """Mean pairwise ``1 - cos`` of features among the images of a prompt."""
     settings = {"distance": COSINE, **features.settings, "images": images.describe(), "per_prompt": per_prompt}
     name = f"diversity_{features.name}"
     info = Info(name, features.implementation, features.weights, features.weights_hash, settings)
     return Diversity(info, lambda batch: features(images.prepare(batch.need("images"))))
 
 
-def picture_diversity(
+def image_diversity(
     info: Info, distance: Callable[[np.ndarray, np.ndarray], np.ndarray], images: ImageSettings
 ) -> Diversity:
-    """Mean of any ``distance(images, others) -> [B]`` (:func:`.lpips_distance.lpips_diversity`). Pictures are kept until
+    """Mean of any ``distance(images, others) -> [B]`` (:func:`.lpips_distance.lpips_diversity`). Images are kept until
     their prompt is complete, so set ``per_prompt``."""
 
-    def mean_distance(pictures: np.ndarray) -> float:
-        first, second = np.triu_indices(len(pictures), 1)
-        return float(np.mean(distance(pictures[first], pictures[second])))
+    def mean_distance(group: np.ndarray) -> float:
+        first, second = np.triu_indices(len(group), 1)
+        return float(np.mean(distance(group[first], group[second])))
 
     return Diversity(info, lambda batch: images.prepare(batch.need("images")), mean_distance)

@@ -1,4 +1,4 @@
-"""Networks that turn pictures into feature vectors, each with its name, weights and preprocessing."""
+"""Networks that turn images into feature vectors, each with its name, weights and preprocessing."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 ``d = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` for means m and covariances C. Which features decides the name: see
 :mod:`.fid`.
 
-A bootstrap is of no use here: drawing samples again with replacement makes the covariance of fewer distinct pictures,
+A bootstrap is of no use here: drawing samples again with replacement makes the covariance of fewer distinct images,
 and the distance falls with their number, so every replicate lies above the estimate. Leaving out one of ten groups in
 turn moves all replicates alike, and the jackknife measures how they differ. Groups are told by a hash of a sample's group
 name, so every shard splits in the same way.
@@ -91,7 +91,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 class Frechet(Metric):
-    """Frechet distance of pictures to a fixed reference, or (without one) of pictures to their own originals.
+    """Frechet distance of images to a fixed reference, or (without one) of images to their own originals.
 
     With originals, a group leaves on both sides at once, as they were drawn together. Without originals and reference
     it only gathers, for :meth:`gaussian`. A reference is not part of the state: give it to the merged metric again.
@@ -137,10 +137,10 @@ class Frechet(Metric):
             moments.add(rows, groups)
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance of the pictures' features: a reference for other metrics."""
+        """Mean and covariance of the images' features: a reference for other metrics."""
         sums = self._samples.all()
         if sums is None or sums.count < 2:
-            raise UserError(f"metric {self.info.name}: at least two pictures needed")
+            raise UserError(f"metric {self.info.name}: at least two images needed")
         return Gaussian.of(sums)
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
@@ -170,7 +170,7 @@ class Frechet(Metric):
                 self._reference_root = _root(self.reference.covariance)
             return _distance(ours, self.reference, self._reference_root)
         if originals is None or originals.count != samples.count:
-            raise UserError(f"metric {self.info.name}: no reference; give originals with every picture, or attach one")
+            raise UserError(f"metric {self.info.name}: no reference; give originals with every image, or attach one")
         return frechet_distance(ours, Gaussian.of(originals))
 
     def arrays(self) -> dict[str, np.ndarray]:

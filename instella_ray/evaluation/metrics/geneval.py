@@ -1,6 +1,6 @@
-"""GenEval: share of pictures that show what a prompt names, in six tasks; the score is the mean over tasks.
+"""GenEval: share of images that show what a prompt names, in six tasks; the score is the mean over tasks.
 
-The official prompts (553, four pictures each) carry their claims as metadata; a detector says what is in each picture;
+The official prompts (553, four images each) carry their claims as metadata; a detector says what is in each image;
 :mod:`.geneval_rules` decides. The metric is called ``geneval`` with the official detector only (Mask2Former with Swin-S
 for objects, CLIP ViT-L/14 for colours, see :mod:`.geneval_worker`). Any other detector's name becomes part of the metric's.
 """
@@ -39,7 +39,7 @@ class DetectorInfo:
 
 
 class Detector(Protocol):
-    """Anything that finds objects in pictures."""
+    """Anything that finds objects in images."""
 
     info: DetectorInfo
 
@@ -67,7 +67,7 @@ def geneval(
             raise UserError(f"metric geneval: no detections, and no detector '{about.name}' to make them")
         else:
             found = detector.detect(images.prepare(batch.need("images")), meta)
-        return [judge_picture(f, m, rules) for f, m in zip(found, meta, strict=True)]
+        return [judge_image(f, m, rules) for f, m in zip(found, meta, strict=True)]
 
     name = "geneval" if about.official and rules == OFFICIAL else f"geneval_rules_{about.name}"
     settings = {
@@ -80,8 +80,8 @@ def geneval(
     return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), judge)
 
 
-def judge_picture(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> Judged:
-    """One picture's verdict; UserError for metadata that is not GenEval's."""
+def judge_image(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> Judged:
+    """One image's verdict; UserError for metadata that is not GenEval's."""
     tag = metadata.get("tag")
     if tag not in TASKS:
         raise UserError(f"metric geneval: metadata with tag {tag!r}, expected one of {', '.join(TASKS)}")

@@ -100,7 +100,7 @@ def relations(a: Detection, b: Detection, margin: float = OFFICIAL.position_marg
 
 
 def evaluate(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> tuple[bool, str]:
-    """Whether a picture shows what its prompt's metadata says, and why not."""
+    """Whether an image shows what its prompt's metadata says, and why not."""
     objects = select(detections, metadata["tag"], rules)
     groups: list[list[Detection] | None] = []
     reasons = []

@@ -80,7 +80,7 @@ class OfficialDetector:
         }
 
     def detect(self, image: np.ndarray, colored: Sequence[str]) -> list[dict[str, Any]]:
-        """Objects in one picture, uint8 ``[H, W, 3]``: dicts with ``label, score, box, color``; the colour of ``colored``
+        """Objects in one image, uint8 ``[H, W, 3]``: dicts with ``label, score, box, color``; the colour of ``colored``
         classes only."""
         from mmdet.apis import inference_detector
 
@@ -104,17 +104,17 @@ class OfficialDetector:
             self.classifiers[label] = zeroshot.zero_shot_classifier(
                 self.clip, self.tokenizer, self.colors, templates, self.device
             )
-        picture = Image.fromarray(image)
-        crops = [(self.transform(_crop(picture, box, mask)), 0) for box, mask in objects]
+        whole = Image.fromarray(image)
+        crops = [(self.transform(_crop(whole, box, mask)), 0) for box, mask in objects]
         loader: Any = torch.utils.data.DataLoader(crops, batch_size=16)  # type: ignore[arg-type]  # a list will do
         with torch.no_grad():
             logits, _ = zeroshot.run_classification(self.clip, self.classifiers[label], loader, self.device)
         return [self.colors[int(i)] for i in logits.argmax(1)]
 
 
-def _crop(picture: Image.Image, box: np.ndarray, mask: np.ndarray | None) -> Image.Image:
+def _crop(image: Image.Image, box: np.ndarray, mask: np.ndarray | None) -> Image.Image:
     """The object alone on grey, cut to its box."""
     if mask is not None:
-        plain = Image.new("RGB", picture.size, color=BACKGROUND)
-        picture = Image.composite(picture, plain, Image.fromarray(mask))
-    return picture.crop(tuple(box[:4]))
+        plain = Image.new("RGB", image.size, color=BACKGROUND)
+        image = Image.composite(image, plain, Image.fromarray(mask))
+    return image.crop(tuple(box[:4]))

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): a score of people's liking for a picture given its prompt, standardised to about N(0, 1).
+"""ImageReward (Xu et al. 2023): a score of people's liking for an image given its prompt, standardised to about N(0, 1).
 
 The official package scores; it needs its checkpoint ``ImageReward.pt``, ``med_config.json`` and BERT's vocabulary, and a
 transformers of its time (4.x), so it is not among this project's requirements. Where it cannot be imported the message
@@ -55,8 +55,8 @@ def image_reward(
     """ImageReward of ``images`` with their ``prompts``; a scorer that is not the official network has another ``name``."""
 
     def score(batch: Batch) -> np.ndarray:
-        pictures = images.prepare(batch.need("images"))
-        return np.array([scorer(p, _png(x)) for p, x in zip(batch.need("prompts"), pictures, strict=True)])
+        prepared = images.prepare(batch.need("images"))
+        return np.array([scorer(p, _png(x)) for p, x in zip(batch.need("prompts"), prepared, strict=True)])
 
     settings = {"images": images.describe(), "network_input": "224 px, bicubic, centre crop"}
     info = Info(name, version_of("image-reward"), weights.rsplit("/", 1)[-1], file_sha256(weights), settings)

@@ -1,4 +1,4 @@
-"""How pictures are brought to a metric: one crop, one resize with a named filter, one image format."""
+"""How images are brought to a metric: one crop, one resize with a named filter, one image format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ImageSettings(Config):
     """Part of every result, since FID moves by several points with the filter or with JPEG (Parmar et al. 2022)."""
 
     size: int | None = pydantic.Field(default=None, ge=1)
-    """Square size in pixels: the centre square is cut out and resized. None: pictures are taken as they are."""
+    """Square size in pixels: the centre square is cut out and resized. None: images are taken as they are."""
     filter: Literal["bicubic", "lanczos", "bilinear", "box"] = "bicubic"
     """Pillow's filter, which widens when shrinking (antialiased)."""
     format: Literal["pixels", "png", "jpeg"] = "pixels"
-    """What pictures go through before they are measured: nothing, a lossless file, or JPEG."""
+    """What images go through before they are measured: nothing, a lossless file, or JPEG."""
     jpeg_quality: int = pydantic.Field(default=95, ge=1, le=100)
 
     def describe(self) -> dict[str, Any]:
@@ -41,14 +41,14 @@ class ImageSettings(Config):
         """uint8 ``[B, H, W, 3]`` in, the same out at this size and through this format."""
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise UserError(f"pictures: expected uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
+            raise UserError(f"images: expected uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
         lossless = self.format != "jpeg"
         if lossless and self.size in (None, images.shape[1]) and (self.size is None or images.shape[2] == self.size):
             return images
         return np.stack([self._one(image) for image in images])
 
     def prepare_originals(self, images: np.ndarray) -> np.ndarray:
-        """The same for what pictures are compared with: at this size, but through no lossy format."""
+        """The same for what images are compared with: at this size, but through no lossy format."""
         return self.model_copy(update={"format": "pixels"}).prepare(images)
 
     def _one(self, pixels: np.ndarray) -> np.ndarray:

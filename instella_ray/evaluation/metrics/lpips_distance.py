@@ -1,9 +1,9 @@
 """LPIPS (Zhang et al. 2018): distance of deep features, weighted as people judge, through the ``lpips`` package.
 
 For each layer l, features are normalised over channels, squared differences weighted by the trained heads and averaged
-over places; the distance is the sum over layers, 0 for equal pictures. The heads come with the package; the trunk is
+over places; the distance is the sum over layers, 0 for equal images. The heads come with the package; the trunk is
 torchvision's ImageNet network, given as its weights' file. Without it the trunk is random and the metric has another
-name: it checks that code runs, not how pictures look.
+name: it checks that code runs, not how images look.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...errors import UserError
 from ...models.checkpoint import weight_hash
 from ...storage import file_sha256
 from .base import Batch, Info, version_of
-from .diversity import Diversity, picture_diversity
+from .diversity import Diversity, image_diversity
 from .features import local_weights
 from .images import ImageSettings, to_planes
 from .samples import SampleMetric
@@ -43,7 +43,7 @@ class Lpips:
     device: str
 
     def __call__(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Distances ``[B]`` between uint8 pictures ``[B, H, W, 3]``, which go in scaled to [-1, 1]."""
+        """Distances ``[B]`` between uint8 images ``[B, H, W, 3]``, which go in scaled to [-1, 1]."""
         import torch
 
         with torch.no_grad():
@@ -103,6 +103,6 @@ def lpips_distance(model: Lpips, images: ImageSettings = ImageSettings()) -> Sam
 
 
 def lpips_diversity(model: Lpips, *, images: ImageSettings = ImageSettings(size=256), per_prompt: int = 0) -> Diversity:
-    """Mean pairwise LPIPS among the pictures of a prompt."""
+    """Mean pairwise LPIPS among the images of a prompt."""
     info = _info(model, "diversity_", images, distance="lpips", per_prompt=per_prompt)
-    return picture_diversity(info, model, images)
+    return image_diversity(info, model, images)

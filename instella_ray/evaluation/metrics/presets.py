@@ -30,7 +30,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the pictures were drawn (Appendix D.1)."""
+    """How the images were drawn (Appendix D.1)."""
 
     sampler: Sampler
     guidance: float
@@ -48,7 +48,7 @@ class Preset:
     sampling: Sampling | None
     """None for a tokenizer."""
     size: int
-    """Pixels a side of the pictures."""
+    """Pixels a side of the images."""
     prompts: Mapping[str, int] = field(default_factory=dict)
     """Number of prompts by metric: a setting, these are the defaults."""
     images_per_prompt: Mapping[str, int] = field(default_factory=dict)
@@ -122,7 +122,7 @@ TABLE3 = Preset(
         FID_PROMPTS_NOTE,
         FID_RESIZE_NOTE,
         "with 50 steps the same table has FID 15.10 and 1.32 s an image (Diffusion BIT, 1B)",
-        "the picture size of Table 3 is not stated; 1024 px as in Table 1",
+        "the image size of Table 3 is not stated; 1024 px as in Table 1",
     ),
 )
 PRESETS: dict[str, Preset] = {

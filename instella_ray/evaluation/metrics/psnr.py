@@ -1,4 +1,4 @@
-"""PSNR: mean over pictures of ``10 log10(255^2 / MSE)`` in dB, MSE over all pixels and channels of one picture."""
+"""PSNR: mean over images of ``10 log10(255^2 / MSE)`` in dB, MSE over all pixels and channels of one image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .images import ImageSettings
 from .samples import SampleMetric
 
 CEILING = 100.0
-"""dB of a picture that came back unchanged, as in training's previews."""
+"""dB of an image that came back unchanged, as in training's previews."""
 
 
-def picture_psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+def image_psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """dB ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape; at most :data:`CEILING`.
 
     The squared error is summed in whole numbers, so it is exact.
@@ -26,7 +26,7 @@ def psnr(images: ImageSettings = ImageSettings()) -> SampleMetric:
     """PSNR of ``images`` against ``references``."""
 
     def score(batch: Batch) -> np.ndarray:
-        return picture_psnr(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
+        return image_psnr(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
 
-    settings = {"images": images.describe(), "unit": "dB", "ceiling": CEILING, "average": "mean of pictures' dB"}
+    settings = {"images": images.describe(), "unit": "dB", "ceiling": CEILING, "average": "mean of images' dB"}
     return SampleMetric(Info("psnr", version_of("instella-ray"), settings=settings), score)

@@ -1,4 +1,4 @@
-"""Metrics that are shares of correct pictures, by category: GenEval and the scene score."""
+"""Metrics that are shares of correct images, by category: GenEval and the scene score."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Batch, Info, Metric, Result, text_array
 
 
 class Judged(NamedTuple):
-    """One picture's verdict."""
+    """One image's verdict."""
 
     category: str
     correct: bool
@@ -24,7 +24,7 @@ Judge = Callable[[Batch], Sequence[Judged]]
 
 
 class RateMetric(Metric):
-    """Share of correct pictures in each category, and their unweighted mean, which is the score.
+    """Share of correct images in each category, and their unweighted mean, which is the score.
 
     Intervals are Wilson's over groups: a bootstrap of a category that is all right or all wrong would claim certainty.
     """
@@ -68,7 +68,7 @@ class RateMetric(Metric):
         prompts: dict[str, bool] = {}
         for group, judged in self._rows.values():
             prompts[group] = prompts.get(group, False) or judged.correct
-        about |= {"groups": len(prompts), "groups_with_a_correct_picture": sum(prompts.values())}
+        about |= {"groups": len(prompts), "groups_with_a_correct_image": sum(prompts.values())}
         overall = statistics.mean_of_rates(rates, confidence=confidence)
         return self.make_result(*overall[:3], len(self._rows), parts=tuple(parts), **about)
 

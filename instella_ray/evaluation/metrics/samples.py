@@ -37,7 +37,7 @@ class SampleMetric(Metric):
         self._add(batch.ids, batch.group_names, values)
 
     def scores(self) -> dict[str, float]:
-        """Each sample's number by id: best and worst pictures, paired comparisons."""
+        """Each sample's number by id: best and worst images, paired comparisons."""
         return {name: value for name, (_, value) in sorted(self._rows.items())}
 
     def groups(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Scene score: share of pictures of the ``scenes`` set whose caption holds (see :mod:`instella_ray.data.scene_score`).
+"""Scene score: share of images of the ``scenes`` set whose caption holds (see :mod:`instella_ray.data.scene_score`).
 
 GenEval's categories with a detector that knows these shapes only; not GenEval.
 """
@@ -15,7 +15,7 @@ from .rates import Judged, RateMetric
 
 
 def judge_scene(image: np.ndarray, caption: str) -> Judged:
-    """Verdict on a picture, uint8 ``[H, W, 3]``; UserError for a caption that is not of this set."""
+    """Verdict on an image, uint8 ``[H, W, 3]``; UserError for a caption that is not of this set."""
     expect = parse_caption(caption)
     verdict = score(image, expect)
     return Judged(expect.category, verdict.correct, verdict.reason)
@@ -25,8 +25,8 @@ def scene_score(images: ImageSettings = ImageSettings()) -> RateMetric:
     """Mean over categories of the share of ``images`` that show what their ``prompts`` say."""
 
     def judge(batch: Batch) -> list[Judged]:
-        pictures = images.prepare(batch.need("images"))
-        return [judge_scene(x, caption) for x, caption in zip(pictures, batch.need("prompts"), strict=True)]
+        prepared = images.prepare(batch.need("images"))
+        return [judge_scene(x, caption) for x, caption in zip(prepared, batch.need("prompts"), strict=True)]
 
     thresholds = {"contrast": MIN_CONTRAST, "area": MIN_AREA, "fit": MIN_FIT, "margin": MARGIN}
     settings = {"images": images.describe(), "detector": "scenes", "thresholds": thresholds}

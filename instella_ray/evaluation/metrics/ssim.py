@@ -2,7 +2,7 @@
 
 ``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
 covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. There is a window
-around every pixel, and beyond the picture's edge its mirror image, as in torchmetrics. Range -1 to 1.
+around every pixel, and beyond the image's edge its mirror image, as in torchmetrics. Range -1 to 1.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from .samples import SampleMetric
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 
 
-def picture_ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+def image_ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """SSIM ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape, at least 11 pixels a side."""
     if min(images.shape[1:3]) < WINDOW:
-        raise UserError(
-            f"ssim: pictures of {images.shape[2]}x{images.shape[1]} pixels, at least {WINDOW} a side needed"
-        )
+        raise UserError(f"ssim: images of {images.shape[2]}x{images.shape[1]} pixels, at least {WINDOW} a side needed")
     return np.array([_ssim(a / 255.0, b / 255.0) for a, b in zip(images, references, strict=True)])
 
 
@@ -48,7 +46,7 @@ def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
     """SSIM of ``images`` against ``references``."""
 
     def score(batch: Batch) -> np.ndarray:
-        return picture_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
+        return image_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
 
     settings = {"images": images.describe(), "window": WINDOW, "sigma": SIGMA, "border": "mirrored", "channels": "rgb"}
     return SampleMetric(Info("ssim", version_of("instella-ray"), settings=settings), score)

@@ -1,1 +1,1 @@
-"""Discrete-event simulation of the serving graph and of the way from pictures to trained weights. No Ray here."""
+"""Discrete-event simulation of the serving graph and of the way from images to trained weights. No Ray here."""

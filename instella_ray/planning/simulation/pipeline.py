@@ -98,7 +98,7 @@ def simulate_line(
 
 
 class StorageConfig(Config):
-    """Where pictures are read from."""
+    """Where images are read from."""
 
     bytes_per_s: float = Field(gt=0)
     """All readers together."""
@@ -110,21 +110,21 @@ class StorageConfig(Config):
 class DataJobs(Config):
     """Curation on CPUs, then encoding: decoding on CPUs, the tokenizer on GPUs."""
 
-    pictures: int = Field(600_000_000, ge=1)
-    picture_bytes: int = Field(150_000, ge=1)
+    images: int = Field(600_000_000, ge=1)
+    image_bytes: int = Field(150_000, ge=1)
     block: int = Field(256, ge=1)
-    """Pictures that are handed on together."""
+    """Images that are handed on together."""
     storage: StorageConfig
     curate: StageTime
-    """A picture on one CPU: read, judged, written."""
+    """An image on one CPU: read, judged, written."""
     curate_cpus: int = Field(256, ge=1)
     """Of the CPU pool, where curation runs."""
     decode: StageTime
-    """A picture on one CPU, down to the square that the tokenizer reads."""
+    """An image on one CPU, down to the square that the tokenizer reads."""
     cpus_per_gpu: float = Field(11.0, gt=0)
     """On GPU nodes, for decoding."""
     encode: StageTime
-    """Pictures of a batch on one GPU."""
+    """Images of a batch on one GPU."""
     encode_batch: int = Field(64, ge=1)
     variation: float = Field(0.2, ge=0)
     """Coefficient of variation of a block's time."""
@@ -139,12 +139,12 @@ class DataJobs(Config):
         workers = cpus or max(1, round(gpus * self.cpus_per_gpu))
         return [self._reading(), self._cpus(workers, self.decode), LineStage(ENCODERS, gpus, self.block * each)]
 
-    def pictures_per_s(self, outcome: LineOutcome) -> float:
+    def images_per_s(self, outcome: LineOutcome) -> float:
         return outcome.blocks_per_s * self.block
 
     def _reading(self) -> LineStage:
-        return LineStage(STORAGE, 1, self.block * self.picture_bytes / self.storage.bytes_per_s)
+        return LineStage(STORAGE, 1, self.block * self.image_bytes / self.storage.bytes_per_s)
 
     def _cpus(self, workers: int, time: StageTime) -> LineStage:
-        reading = self.picture_bytes / self.storage.stream_bytes_per_s
+        reading = self.image_bytes / self.storage.stream_bytes_per_s
         return LineStage(CPUS, workers, self.block * (time.of(1) + reading))

@@ -111,7 +111,7 @@ def _serving(cfg: SimulateConfig, serving: ServingConfig) -> Simulated:
     figures = {
         "replicas": replicas,
         "gpus": gpus,
-        "pictures_per_s": outcome.pictures_per_s,
+        "images_per_s": outcome.images_per_s,
         "p50_s": outcome.percentile(50),
         "p99_s": outcome.percentile(99),
         "refused_share": outcome.refused_share,
@@ -124,14 +124,14 @@ def _serving(cfg: SimulateConfig, serving: ServingConfig) -> Simulated:
             "deployment": name,
             "replicas": count,
             "busy": f"{outcome.utilisation[name]:.0%}",
-            "pictures waiting": outcome.waiting[name],
+            "images waiting": outcome.waiting[name],
         }
         for name, count in replicas.items()
     ]
     load = serving.load
     asked = f"{load.rate:g} requests/s" if load.rate is not None else f"{load.in_flight} requests in flight"
     title = (
-        f"Serving {asked}: {outcome.pictures_per_s:.1f} pictures/s, p50 {outcome.percentile(50):.2f} s, "
+        f"Serving {asked}: {outcome.images_per_s:.1f} images/s, p50 {outcome.percentile(50):.2f} s, "
         f"p99 {outcome.percentile(99):.2f} s, {outcome.refused_share:.1%} refused; {gpus:.1f} GPUs, "
         f"bottleneck: {figures['bottleneck']}"
     )
@@ -153,16 +153,16 @@ def _data(cfg: SimulateConfig, jobs: DataJobs) -> Simulated:
         rows[-1] |= {f"{stage} busy": f"{share:.0%}" for stage, share in outcome.utilisation.items()}
     figures["cpus_to_keep_gpus_busy"] = cpus = size_cpus(jobs, cfg.gpus, cfg.busy, cfg.seed)
     need = "storage is too slow for any number of" if cpus is None else f"{cpus}"
-    title = f"{jobs.pictures:,} pictures, encoding on {cfg.gpus} GPUs: {need} CPU workers keep them busy"
+    title = f"{jobs.images:,} images, encoding on {cfg.gpus} GPUs: {need} CPU workers keep them busy"
     return Simulated(title, figures, rows)
 
 
 def _line(jobs: DataJobs, stages: list[LineStage], outcome: LineOutcome) -> dict[str, Any]:
-    rate = jobs.pictures_per_s(outcome)
+    rate = jobs.images_per_s(outcome)
     return {
         "CPU workers": stages[1].workers,
-        "pictures_per_s": round(rate, 1),
-        "days": jobs.pictures / rate / DAY_S,
+        "images_per_s": round(rate, 1),
+        "days": jobs.images / rate / DAY_S,
         "bottleneck": outcome.bottleneck,
         "utilisation": outcome.utilisation,
     }

@@ -25,7 +25,7 @@ from .stations import Batches, Deployment, Meters, Process, Replica, Steps
 
 INGRESS, TEXT, DECODER = "ingress", "text", "decoder"
 CALLS, TEXT_BATCH, DECODER_BATCH, FILE_THREADS, WAIT_S = 64, 32, 8, 2, 0.005
-"""Of the real deployments: calls a replica holds, largest batches, threads for picture files, seconds to collect a batch."""
+"""Of the real deployments: calls a replica holds, largest batches, threads for image files, seconds to collect a batch."""
 
 
 class Machine(Config):
@@ -46,7 +46,7 @@ class ServingTimes(Config):
     text_cached: float = Field(0.0, ge=0, le=1)
     """Share of prompts that the cache has."""
     admit: StageTime
-    """Projecting the text of a picture that gets a slot, before a step."""
+    """Projecting the text of an image that gets a slot, before a step."""
     step: dict[str, StageTime]
     """By generator: a step over so many slots."""
     decode: dict[str, StageTime]
@@ -68,7 +68,7 @@ class RequestKind(Config):
     steps: tuple[int, int] = (20, 20)
     """Lowest and highest number of steps, all equally likely; an AR generator takes one a token."""
     size: str = "512x512"
-    pictures: int = Field(1, ge=1)
+    images: int = Field(1, ge=1)
 
 
 class LoadConfig(Config):
@@ -118,8 +118,8 @@ class ServingConfig(Config):
             ):
                 if key not in table:
                     raise UserError(f"serving.{name}: no '{key}', which load.mix asks for (has {', '.join(table)})")
-            if kind.pictures > (capacity := self.capacity(app.models[kind.model], kind.model)):
-                raise UserError(f"serving.load.mix: {kind.pictures} pictures a request, there is room for {capacity}")
+            if kind.images > (capacity := self.capacity(app.models[kind.model], kind.model)):
+                raise UserError(f"serving.load.mix: {kind.images} images a request, there is room for {capacity}")
         names = [INGRESS, TEXT, DECODER, *app.models]
         if unknown := [name for name in self.replicas if name not in names]:
             raise UserError(f"serving.replicas.{unknown[0]}: expected one of {', '.join(names)}")
@@ -130,7 +130,7 @@ class ServingConfig(Config):
         return self.replicas.get(deployment, 1)
 
     def capacity(self, model: ModelArgs, name: str) -> int:
-        """Pictures that may be under way, as :attr:`ModelArgs.capacity` says for its own number of replicas."""
+        """Images that may be under way, as :attr:`ModelArgs.capacity` says for its own number of replicas."""
         return self.count(name) * model.ongoing + model.queue
 
 
@@ -143,7 +143,7 @@ class ServingOutcome:
     """Requests from beginning to end, warm-up included; all of them are ``answered`` or ``refused``."""
     answered: int
     refused: int
-    pictures_per_s: float
+    images_per_s: float
     """Answered within the window."""
     latencies: np.ndarray
     """Seconds, of requests that came within the window and were let in."""
@@ -152,7 +152,7 @@ class ServingOutcome:
     utilisation: dict[str, float]
     """By deployment: mean share of its replicas that are at work; of generators, of their slots."""
     waiting: dict[str, float]
-    """By deployment: mean number of pictures that wait there."""
+    """By deployment: mean number of images that wait there."""
     inside: float
     """Mean number of requests under way."""
 
@@ -185,7 +185,7 @@ class _Simulation:
         self.shares = list(accumulate(kind.share for kind in cfg.load.mix))
         self.inside = Meters.of(self.env).present
         self.begin, self.end = cfg.load.warm_up_s, cfg.load.warm_up_s + cfg.load.seconds
-        self.arrived = self.answered = self.refused = self.pictures = self.came = self.turned_away = 0
+        self.arrived = self.answered = self.refused = self.images = self.came = self.turned_away = 0
         self.latencies: list[float] = []
 
     def run(self) -> ServingOutcome:
@@ -202,11 +202,11 @@ class _Simulation:
         self.inside.restart()
         env.run(self.end)
         busy = {name: meter.busy.mean / self.cfg.count(name) for name, meter in meters.items()}
-        # An engine steps for one picture as for many: how full it is tells how much more it could do.
+        # An engine steps for one image as for many: how full it is tells how much more it could do.
         for name, model in self.app.models.items():
             busy[name] = meters[name].served.mean / (self.cfg.count(name) * model.slots)
         waiting, inside = {name: meter.waiting for name, meter in meters.items()}, self.inside.mean
-        rate = self.pictures / load.seconds
+        rate = self.images / load.seconds
         env.run()
         share = self.turned_away / self.came if self.came else 0.0
         return ServingOutcome(
@@ -244,21 +244,21 @@ class _Simulation:
         counts = self.begin <= asked < self.end
         self.arrived += 1
         self.came += counts
-        if self.room[kind.model] < kind.pictures:
+        if self.room[kind.model] < kind.images:
             self.refused += 1
             self.turned_away += counts
             return
-        self.room[kind.model] -= kind.pictures
+        self.room[kind.model] -= kind.images
         self.inside.add(1)
         yield from self._call(INGRESS)
-        # The prompt's further pictures find it in the cache, or in the batch.
-        ways = [self._picture(kind, steps, cached or number > 0) for number in range(kind.pictures)]
+        # The prompt's further images find it in the cache, or in the batch.
+        ways = [self._image(kind, steps, cached or number > 0) for number in range(kind.images)]
         yield self.env.all_of([self.env.process(way) for way in ways])
         self.inside.add(-1)
-        self.room[kind.model] += kind.pictures
+        self.room[kind.model] += kind.images
         self.answered += 1
         if self.begin <= self.env.now <= self.end:
-            self.pictures += kind.pictures
+            self.images += kind.images
         if counts:
             self.latencies.append(self.env.now - asked)
 
@@ -266,7 +266,7 @@ class _Simulation:
         place = float(self.content.random()) * self.shares[-1]
         return self.cfg.load.mix[int(np.searchsorted(self.shares, place, side="right"))]
 
-    def _picture(self, kind: RequestKind, steps: int, cached: bool) -> Process:
+    def _image(self, kind: RequestKind, steps: int, cached: bool) -> Process:
         yield from self._call(TEXT, cached)
         yield from self._call(kind.model, None, steps)
         yield from self._call(DECODER, kind.size)

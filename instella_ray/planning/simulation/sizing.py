@@ -40,7 +40,7 @@ def size_serving(cfg: ServingConfig, slo: Slo, seed: int = 0) -> Layout:
     """Replicas that meet ``slo`` under ``cfg``'s load, of which no single one can be left out.
 
     From those that the mean load needs, the busiest deployment gets more until the limits are met; then each gives back
-    what it can. UserError for limits that no number of replicas meets: with one picture alone the time is too long.
+    what it can. UserError for limits that no number of replicas meets: with one image alone the time is too long.
     """
     if cfg.load.rate is None:
         raise UserError("serving.load: sizing needs a rate of requests; a closed loop never asks for more than it gets")
@@ -107,8 +107,8 @@ def _needed(cfg: ServingConfig, rate: float) -> dict[str, int]:
     seconds[INGRESS] = rate * times.ingress.of(1)
     seconds[TEXT] = rate * times.text.of(1) * (1 - times.text_cached)
     for kind in cfg.load.mix:
-        pictures, slots = rate * kind.share / total * kind.pictures, app.models[kind.model].slots
+        images, slots = rate * kind.share / total * kind.images, app.models[kind.model].slots
         each = sum(kind.steps) / 2 * times.step[kind.model].of(slots) / slots + times.admit.of(1)
-        seconds[kind.model] += pictures * each
-        seconds[DECODER] += pictures * times.decode[kind.size].of(DECODER_BATCH) / DECODER_BATCH
+        seconds[kind.model] += images * each
+        seconds[DECODER] += images * times.decode[kind.size].of(DECODER_BATCH) / DECODER_BATCH
     return {name: max(1, ceil(need)) for name, need in seconds.items()}

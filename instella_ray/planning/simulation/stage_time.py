@@ -33,7 +33,7 @@ class StageTime(Config):
     work: Work | None = None
     """In place of it: FLOP of an item of the paper's networks, at ``mfu`` of the ``device``'s peak."""
     size: int = Field(512, ge=1)
-    """Edge (px) of the pictures of an encoder or decoder."""
+    """Edge (px) of the images of an encoder or decoder."""
     device: str = "mi300x"
     mfu: float = Field(0.118, gt=0, le=1)
     """The paper's in training, from its 120 images/s on an MI300X."""

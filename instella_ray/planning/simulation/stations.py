@@ -23,7 +23,7 @@ Seconds = Callable[[Hashable, int], float]
 
 @dataclass(eq=False)
 class Call:
-    """A picture at a deployment."""
+    """An image at a deployment."""
 
     done: simpy.Event
     key: Hashable = None
@@ -178,7 +178,7 @@ class Steps:
         meters: Meters,
         buckets: Sequence[int],
     ) -> None:
-        """``seconds(rows, admitted)`` of a step over so many slots, before which so many pictures were let in."""
+        """``seconds(rows, admitted)`` of a step over so many slots, before which so many images were let in."""
         self.env, self.compute, self.seconds, self.meters = env, compute, seconds, meters
         self.buckets = sorted(buckets)
         self._waiting: deque[Call] = deque()

@@ -22,7 +22,7 @@ from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 
 from ...kit.curation import curated_keys
-from ...kit.shards import HOSTILE, contents, picture, sample, tar_bytes
+from ...kit.shards import HOSTILE, contents, image_bytes, sample, tar_bytes
 
 LIMITS = FilterConfig(resolution=Resolution(target_size=64))
 
@@ -116,7 +116,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
 ) -> None:
-    (tmp_path / "mute.tar").write_bytes(tar_bytes([("a.jpg", picture()), ("b.jpg", picture(1))]))
+    (tmp_path / "mute.tar").write_bytes(tar_bytes([("a.jpg", image_bytes()), ("b.jpg", image_bytes(1))]))
     spec = importlib.util.spec_from_file_location("curate_job", Path(__file__).parents[3] / "jobs" / "curate.py")
     assert spec is not None and spec.loader is not None
     job = importlib.util.module_from_spec(spec)

@@ -20,7 +20,7 @@ from instella_ray.data.job import AbortConfig
 from instella_ray.errors import UserError
 
 from ...kit.curation import COPY_FILTERS, curated_keys, shards_with_copies
-from ...kit.shards import contents, picture
+from ...kit.shards import contents, image_bytes
 
 
 def config(shards: Path, output: Path, **more: Any) -> CurateConfig:
@@ -59,7 +59,9 @@ def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> No
         assert contents(out) == before
 
     # The set grows: what was decided is decided anew.
-    write_tar(str(shards / "d.tar"), [("0", picture(56, (96, 96)), "late copy", {}), ("1", picture(99), "new", {})])
+    write_tar(
+        str(shards / "d.tar"), [("0", image_bytes(56, (96, 96)), "late copy", {}), ("1", image_bytes(99), "new", {})]
+    )
     grown = run_curate(config(shards, out, mode="resume")).to_json()
     assert (grown["in"], grown["kept"], grown["dropped"]["exact_duplicate"]) == (23, 17, 3)
     fresh = run_curate(config(shards, tmp_path / "other")).to_json()
@@ -67,7 +69,7 @@ def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> No
 
 
 def test_too_much_damage_stops_the_job_and_says_how_to_go_on(tmp_path: Path) -> None:
-    good = [(f"g{i}", picture(i, (96, 96)), "fine", {}) for i in range(4)]
+    good = [(f"g{i}", image_bytes(i, (96, 96)), "fine", {}) for i in range(4)]
     write_tar(str(tmp_path / "in" / "a.tar"), [*good, *((f"b{i}", b"junk", "broken", {}) for i in range(4))])
     cfg = config(tmp_path / "in", tmp_path / "out")
     with pytest.raises(

@@ -22,15 +22,15 @@ from instella_ray.data.formats.sources import find_inputs, read_rows, shard_sour
 from instella_ray.data.pipeline import run_stages
 from instella_ray.errors import UserError
 
-from ...kit.picture_server import GOOD, PictureServer, serving
-from ...kit.shards import picture, sample, tar_bytes
+from ...kit.image_server import GOOD, ImageServer, serving
+from ...kit.shards import image_bytes, sample, tar_bytes
 
 Make = Callable[..., Downloader]
 
 
 @pytest.fixture
-def server() -> Iterator[PictureServer]:
-    made = PictureServer()
+def server() -> Iterator[ImageServer]:
+    made = ImageServer()
     with serving(made.handle) as made.port:
         yield made
 
@@ -51,19 +51,19 @@ def make() -> Iterator[Make]:
 
 
 def table(*urls: Any, **columns: Any) -> pa.Table:
-    base = {"shard": "s", "caption": "a picture", "image": None, "problem": None, "last": False, **columns}
+    base = {"shard": "s", "caption": "an image", "image": None, "problem": None, "last": False, **columns}
     rows = [{**base, "key": str(i), "row": i, "meta": json.dumps({"url": url})} for i, url in enumerate(urls)]
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def results(downloader: Downloader, *urls: Any) -> list[bytes | str]:
-    """The picture of each link, or what is wrong with its row."""
+    """The image of each link, or what is wrong with its row."""
     rows = downloader(table(*urls)).to_pylist()
     assert all((row["image"] is None) != (row["problem"] is None) for row in rows)
     return [row["image"] or row["problem"].removeprefix("download:") for row in rows]
 
 
-def test_pictures_arrive_in_their_rows_and_other_rows_are_left_alone(server: PictureServer, make: Make) -> None:
+def test_images_arrive_in_their_rows_and_other_rows_are_left_alone(server: ImageServer, make: Make) -> None:
     done = pa.concat_tables(
         [table(server.url("good")), table(server.url("status/404"), image=b"own"), table("x", problem="no_caption")]
     )
@@ -109,8 +109,8 @@ def test_pictures_arrive_in_their_rows_and_other_rows_are_left_alone(server: Pic
         ("loop", "redirects"),
     ],
 )
-def test_every_answer_is_a_picture_or_a_reason_after_one_request(
-    server: PictureServer, make: Make, path: str, expected: bytes | str
+def test_every_answer_is_an_image_or_a_reason_after_one_request(
+    server: ImageServer, make: Make, path: str, expected: bytes | str
 ) -> None:
     assert results(make(max_redirects=3), server.url(path)) == [expected]
     hops = 4 if path == "loop" else 1 + path.count("to/") - ("?" in path)
@@ -127,24 +127,24 @@ def test_every_answer_is_a_picture_or_a_reason_after_one_request(
     ],
 )
 def test_what_may_pass_is_tried_again_so_often_and_no_more(
-    server: PictureServer, make: Make, path: str, expected: str, requests: int
+    server: ImageServer, make: Make, path: str, expected: str, requests: int
 ) -> None:
     assert results(make(retries=2, timeout_s=0.2), server.url(path)) == [expected]
     assert server.requests.total() == requests
 
 
-def test_a_server_that_recovers_gives_its_picture(server: PictureServer, make: Make) -> None:
+def test_a_server_that_recovers_gives_its_image(server: ImageServer, make: Make) -> None:
     paths = ["recovers/503", "recovers/429,0", "recovers/500,Wed, 21 Oct 2015 07:28:00 GMT"]
     assert results(make(), *map(server.url, paths)) == [GOOD] * 3
 
 
-def test_a_wait_that_the_server_asks_for_is_kept_or_its_picture_given_up(server: PictureServer, make: Make) -> None:
+def test_a_wait_that_the_server_asks_for_is_kept_or_its_image_given_up(server: ImageServer, make: Make) -> None:
     assert results(make(max_retry_after_s=2), server.url("recovers/429,3600")) == ["http_429"]
     assert server.requests.total() == 1
 
 
 def test_waits_grow_and_differ_by_the_link_and_are_as_long_as_the_server_asks_for(
-    server: PictureServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: ImageServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
     sleep = asyncio.sleep
@@ -179,21 +179,21 @@ def test_a_refused_connection_and_an_unknown_host_are_told_apart(make: Make) -> 
         ]
 
 
-def test_one_host_gets_few_requests_at_once(server: PictureServer, make: Make) -> None:
+def test_one_host_gets_few_requests_at_once(server: ImageServer, make: Make) -> None:
     downloader = make(per_host=2, concurrency=8)
     assert results(downloader, *[server.url(f"moment/{i}") for i in range(8)]) == [GOOD] * 8
     assert server.most_at_once == 2
     assert downloader._fetcher._hosts == {}
 
 
-def test_a_host_that_hangs_does_not_keep_others_waiting(server: PictureServer, make: Make) -> None:
+def test_a_host_that_hangs_does_not_keep_others_waiting(server: ImageServer, make: Make) -> None:
     links = [*(server.url(f"never/{i}") for i in range(3)), server.url("good", "localhost")]
     found = results(make(per_host=1, concurrency=2, timeout_s=0.3, retries=0), *links)
     assert found == [*["timeout"] * 3, GOOD]
     assert list(server.requests) == ["never/0", "good", "never/1", "never/2"]
 
 
-def test_threads_share_the_limits(server: PictureServer, make: Make) -> None:
+def test_threads_share_the_limits(server: ImageServer, make: Make) -> None:
     downloader = make(per_host=3)
     with ThreadPoolExecutor(4) as threads:
         tables = threads.map(downloader, [table(*[server.url("moment")] * 4)] * 4)
@@ -201,17 +201,17 @@ def test_threads_share_the_limits(server: PictureServer, make: Make) -> None:
     assert server.most_at_once == 3
 
 
-def test_servers_are_told_who_asks_and_get_no_cookies_back(server: PictureServer, make: Make) -> None:
+def test_servers_are_told_who_asks_and_get_no_cookies_back(server: ImageServer, make: Make) -> None:
     assert results(make(user_agent="someone (someone@example.org)"), *[server.url("good")] * 2) == [GOOD] * 2
     assert server.headers["User-Agent"] == "someone (someone@example.org)"
     assert server.headers["Accept-Encoding"] == "identity" and "Cookie" not in server.headers
 
 
-def test_opt_outs_can_be_left_to_the_user(server: PictureServer, make: Make) -> None:
+def test_opt_outs_can_be_left_to_the_user(server: ImageServer, make: Make) -> None:
     assert results(make(respect_opt_out=False), server.url("robots/plain")) == [GOOD]
 
 
-def test_a_downloader_that_nobody_needs_ends_its_connections_and_its_thread(server: PictureServer) -> None:
+def test_a_downloader_that_nobody_needs_ends_its_connections_and_its_thread(server: ImageServer) -> None:
     downloader = Downloader(DownloadConfig(allow_private=True))
     assert results(downloader, server.url("good")) == [GOOD]
     thread, session = downloader._thread, downloader._fetcher.session
@@ -227,19 +227,19 @@ def test_a_downloader_that_nobody_needs_ends_its_connections_and_its_thread(serv
     "host",
     ["127.0.0.1", "localhost", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:127.0.0.1]", "0.0.0.0"],
 )
-def test_private_hosts_are_refused_unless_allowed(server: PictureServer, make: Make, host: str) -> None:
+def test_private_hosts_are_refused_unless_allowed(server: ImageServer, make: Make, host: str) -> None:
     assert results(make(allow_private=False), server.url("good", host)) == ["private_address"]
     assert server.requests.total() == 0
 
 
 @pytest.mark.parametrize("host", ["2130706433", "127.1", "0177.0.0.1", "0x7f000001"])
-def test_addresses_in_disguise_are_no_links(server: PictureServer, make: Make, host: str) -> None:
+def test_addresses_in_disguise_are_no_links(server: ImageServer, make: Make, host: str) -> None:
     assert results(make(allow_private=False), server.url("good", host)) == ["bad_url"]
     assert server.requests.total() == 0
 
 
 def test_a_redirect_into_the_private_network_is_refused(
-    server: PictureServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: ImageServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = addresses.is_public
     monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or real(address))
@@ -279,7 +279,7 @@ def test_public_addresses_are_known(address: str, public: bool) -> None:
 # --- the whole stage
 
 
-def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(server: PictureServer, tmp_path: Path) -> None:
+def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(server: ImageServer, tmp_path: Path) -> None:
     paths = ["good", "status/404", "html", "good", "robots/plain"]
     columns = {"URL": [server.url(path) for path in paths], "TEXT": ["one", "two", "three", "four", "five"]}
     pq.write_table(pa.table({**columns, "pwatermark": [0.1, 0.1, 0.1, 0.99, 0.1]}), tmp_path / "laion.parquet")
@@ -302,8 +302,8 @@ def test_links_are_curated_and_what_never_came_is_dropped_for_its_reason(server:
 
 
 @pytest.mark.ray
-def test_tars_and_links_become_rows_with_pictures_each_once_under_its_label(
-    ray_session: None, server: PictureServer, tmp_path: Path
+def test_tars_and_links_become_rows_with_images_each_once_under_its_label(
+    ray_session: None, server: ImageServer, tmp_path: Path
 ) -> None:
     paths = ["good", "status/404", "html", "recovers/503", "good"]
     links = {"URL": [server.url(path) for path in paths], "TEXT": ["a", "b", "c", "d", None], "WIDTH": [1] * 5}
@@ -321,6 +321,6 @@ def test_tars_and_links_become_rows_with_pictures_each_once_under_its_label(
         ("laion__000000000", 2, True): "download:content_type",
         ("laion__000000003", 0, False): GOOD,
         ("laion__000000003", 1, True): "no_caption",
-        ("own", 0, False): picture(5),
-        ("own", 1, True): picture(6),
+        ("own", 0, False): image_bytes(5),
+        ("own", 1, True): image_bytes(6),
     }

@@ -14,9 +14,9 @@ from PIL import Image
 from instella_ray.data.curation.filters.base import Limits, Sample, Scale
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.stats import BINS, histograms, merged
-from instella_ray.data.formats.images import UndecodableError, check_pixels, decode_rgb, fit_square, open_picture
+from instella_ray.data.formats.images import UndecodableError, check_pixels, decode_rgb, fit_square, open_image
 
-from ...kit.shards import bomb, picture
+from ...kit.shards import bomb, image_bytes
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -104,9 +104,9 @@ def test_transparency_lies_on_white() -> None:
     assert np.asarray(decode_rgb(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"))).min() == 255
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", picture()[:-300], picture(kind="PNG")[:-60]])
+@pytest.mark.parametrize("data", [b"", b"<html>", image_bytes()[:-300], image_bytes(kind="PNG")[:-60]])
 def test_broken_files_are_undecodable(data: bytes) -> None:
-    for read in (decode_rgb, lambda data: check_pixels(open_picture(data))):
+    for read in (decode_rgb, lambda data: check_pixels(open_image(data))):
         with pytest.raises(UndecodableError, match="undecodable"):
             read(data)
 
@@ -114,11 +114,11 @@ def test_broken_files_are_undecodable(data: bytes) -> None:
 def test_a_decompression_bomb_is_refused_unread() -> None:
     for width in (50_000, 9_000):
         with pytest.raises(UndecodableError, match="too_many_pixels"):
-            open_picture(bomb(width, width))
+            open_image(bomb(width, width))
 
 
-def test_a_jpeg_decoded_smaller_shows_the_same_picture() -> None:
-    data = picture(3, (512, 384), quality=95)
+def test_a_jpeg_decoded_smaller_shows_the_same_image() -> None:
+    data = image_bytes(3, (512, 384), quality=95)
     full, small = fit_square(decode_rgb(data), 64), fit_square(decode_rgb(data, at_least=128), 64)
     assert np.abs(full.astype(int) - small).mean() < 2
 

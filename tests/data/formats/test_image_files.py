@@ -1,4 +1,4 @@
-"""Picture files carry what made them, in every format, and come back as they were."""
+"""Image files carry what made them, in every format, and come back as they were."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from instella_ray.data.formats.images import METADATA_LIMIT, encode_image, read_metadata
 from instella_ray.errors import UserError
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 FORMATS = ("png", "jpeg", "webp")
 
 VALUES = st.none() | st.booleans() | st.integers(0, 2**63) | st.floats(allow_nan=False) | st.text(max_size=60)
@@ -24,7 +24,7 @@ METADATA = st.dictionaries(st.text(max_size=8), VALUES | st.dictionaries(st.text
 @given(metadata=METADATA)
 @settings(max_examples=60)
 def test_metadata_survives_in_every_format(output_format: str, metadata: dict[str, object]) -> None:
-    data = encode_image(PICTURE, output_format, metadata)
+    data = encode_image(IMAGE, output_format, metadata)
     image = Image.open(io.BytesIO(data))
     assert (image.format, image.size) == (output_format.upper(), (24, 16))
     assert read_metadata(data) == metadata
@@ -32,26 +32,26 @@ def test_metadata_survives_in_every_format(output_format: str, metadata: dict[st
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_metadata_changes_no_pixel_and_its_absence_is_told(output_format: str) -> None:
-    plain, told = encode_image(PICTURE, output_format), encode_image(PICTURE, output_format, {"seed": 1})
+    plain, told = encode_image(IMAGE, output_format), encode_image(IMAGE, output_format, {"seed": 1})
     pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (plain, told)]
     assert np.array_equal(*pixels)
     assert read_metadata(plain) is None
     if output_format == "png":
-        assert np.array_equal(pixels[0], PICTURE)
+        assert np.array_equal(pixels[0], IMAGE)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_longest_prompts_fit_and_what_does_not_is_refused(output_format: str) -> None:
     prompt = "\N{GRINNING FACE}" * 4000  # twelve bytes each once escaped
-    assert read_metadata(encode_image(PICTURE, output_format, {"prompt": prompt})) == {"prompt": prompt}
+    assert read_metadata(encode_image(IMAGE, output_format, {"prompt": prompt})) == {"prompt": prompt}
     with pytest.raises(UserError, match="has room for"):
-        encode_image(PICTURE, output_format, {"prompt": "x" * METADATA_LIMIT})
+        encode_image(IMAGE, output_format, {"prompt": "x" * METADATA_LIMIT})
 
 
 def test_other_formats_and_other_files_are_refused() -> None:
     with pytest.raises(UserError, match="expected one of png, jpeg, webp"):
-        encode_image(PICTURE, "gif")
-    with pytest.raises(UserError, match="not a picture"):
+        encode_image(IMAGE, "gif")
+    with pytest.raises(UserError, match="not an image"):
         read_metadata(b"GIF89a, or so it says")
 
 
@@ -59,5 +59,5 @@ def test_what_a_camera_wrote_is_not_taken_for_ours() -> None:
     exif = Image.Exif()
     exif[0x010E] = '{"seed": 1}'
     buffer = io.BytesIO()
-    Image.fromarray(PICTURE).save(buffer, "JPEG", exif=exif)
+    Image.fromarray(IMAGE).save(buffer, "JPEG", exif=exif)
     assert read_metadata(buffer.getvalue()) is None

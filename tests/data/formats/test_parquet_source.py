@@ -1,4 +1,4 @@
-"""Parquet shards: pictures or links, columns by name, and damage costs no more than it must."""
+"""Parquet shards: images or links, columns by name, and damage costs no more than it must."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instella_ray.data.formats import parquet_source
 from instella_ray.data.formats.parquet_source import read_footer, read_parquet
 from instella_ray.errors import UserError
 
-from ...kit.shards import picture
+from ...kit.shards import image_bytes
 
 
 def file(columns: dict[str, Any], **write: Any) -> bytes:
@@ -44,7 +44,7 @@ LAION = {
 }
 
 
-def test_laion_metadata_gives_rows_that_wait_for_their_pictures() -> None:
+def test_laion_metadata_gives_rows_that_wait_for_their_images() -> None:
     found = rows(file(LAION))
     assert [row["problem"] for row in found] == [None, "no_caption", "no_image"]
     assert all(row["image"] is None for row in found)
@@ -56,26 +56,26 @@ def test_laion_metadata_gives_rows_that_wait_for_their_pictures() -> None:
     assert json.loads(found[1]["meta"]) == {"url": "http://a/1.jpg", "similarity": 0.25, "hash": 1, "LANGUAGE": "de"}
 
 
-PICTURES = [picture(0), picture(1)]
+IMAGES = [image_bytes(0), image_bytes(1)]
 
 
 @pytest.mark.parametrize(
     "columns",
     [
-        {"image": PICTURES},
-        {"JPG": pa.array(PICTURES, pa.large_binary())},
-        {"image_bytes": pa.array(PICTURES, pa.binary_view())},
-        {"image": [{"bytes": data, "path": "a.jpg"} for data in PICTURES]},
-        {"image": ["a.jpg", "b.jpg"], "png": PICTURES},  # the first holds names
-        {"jpg": PICTURES, "url": ["http://a", "http://b"]},
+        {"image": IMAGES},
+        {"JPG": pa.array(IMAGES, pa.large_binary())},
+        {"image_bytes": pa.array(IMAGES, pa.binary_view())},
+        {"image": [{"bytes": data, "path": "a.jpg"} for data in IMAGES]},
+        {"image": ["a.jpg", "b.jpg"], "png": IMAGES},  # the first holds names
+        {"jpg": IMAGES, "url": ["http://a", "http://b"]},
     ],
 )
 @pytest.mark.parametrize("text", ["caption", "TEXT", "txt", "prompt"])
-def test_pictures_and_captions_are_found_by_column_names(columns: dict[str, Any], text: str) -> None:
+def test_images_and_captions_are_found_by_column_names(columns: dict[str, Any], text: str) -> None:
     found = rows(file({**columns, text: ["one", "two"], "__key__": ["a", "b"]}))
     assert [(row["key"], row["image"], row["caption"], row["problem"]) for row in found] == [
-        ("a", PICTURES[0], "one", None),
-        ("b", PICTURES[1], "two", None),
+        ("a", IMAGES[0], "one", None),
+        ("b", IMAGES[1], "two", None),
     ]
 
 
@@ -94,7 +94,7 @@ def test_text_that_is_no_utf8_is_read_as_far_as_it_is() -> None:
     assert json.loads(found[0]["meta"]) == {"url": "caf\ufffd", "note": "caf\ufffd"}
 
 
-def test_bad_keys_and_pictures_cost_their_rows() -> None:
+def test_bad_keys_and_images_cost_their_rows() -> None:
     keys = ["a", "a", "../b", "/c", "x/../d", "photo.jpg", None, "e"]
     images = [b"1", b"2", b"3", b"4", b"5", b"6", b"", None]
     found = rows(file({"id": keys, "image": pa.array(images, pa.binary()), "caption": ["c"] * len(keys)}))
@@ -111,7 +111,7 @@ def test_number_keys_and_every_kind_of_number_are_read() -> None:
     assert row["key"] == "7" and json.loads(row["meta"]) == {"half": 0.5, "yes": True}
 
 
-def test_a_picture_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_source, "MAX_IMAGE_BYTES", 10)
     (row,) = rows(file({"image": [bytes(11)], "caption": ["c"]}))
     assert (row["problem"], row["image"]) == ("oversized_member", None)
@@ -120,9 +120,9 @@ def test_a_picture_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"TEXT": ["a"], "size": [1]}, r"x\.parquet: no column with pictures or links.*image, .*url.*found TEXT, size"),
+        ({"TEXT": ["a"], "size": [1]}, r"x\.parquet: no column with images or links.*image, .*url.*found TEXT, size"),
         ({"URL": ["http://a"]}, r"x\.parquet: no column with captions; expected caption, text.*found URL"),
-        ({"image": ["a.jpg"], "caption": ["a"]}, "no column with pictures"),
+        ({"image": ["a.jpg"], "caption": ["a"]}, "no column with images"),
         ({}, "found none"),
     ],
 )
@@ -142,7 +142,7 @@ def test_pickled_columns_are_not_touched() -> None:
     )
     (row,) = rows(file({"image": [b"1"], "caption": ["c"], "key": exploding, "note": exploding}))
     assert row["key"] == "shard-0000000" and row["meta"] == "{}"
-    with pytest.raises(UserError, match="no column with pictures"):
+    with pytest.raises(UserError, match="no column with images"):
         rows(file({"image": exploding, "caption": ["c"]}))
 
 

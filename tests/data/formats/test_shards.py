@@ -15,7 +15,7 @@ from instella_ray.data.formats.sources import require_captions
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.errors import UserError
 
-from ...kit.shards import HOSTILE, picture, sample, tar_bytes
+from ...kit.shards import HOSTILE, image_bytes, sample, tar_bytes
 
 
 def rows(data: bytes) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_written_samples_are_read_back(tmp_path: Path) -> None:
-    samples = [(f"{i:03d}", picture(i), f"caption {i}", {"n": i}) for i in range(5)]
+    samples = [(f"{i:03d}", image_bytes(i), f"caption {i}", {"n": i}) for i in range(5)]
     written = list(write_webdataset(samples, str(tmp_path / "out"), 2))
     assert [(Path(url).name, count) for url, count in written] == [("00000.tar", 2), ("00001.tar", 2), ("00002.tar", 1)]
     found = [row for url in find_shards(str(tmp_path / "out")) for row in rows(Path(url).read_bytes())]
@@ -32,7 +32,7 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
 
 
 def test_same_samples_give_same_bytes(tmp_path: Path) -> None:
-    samples = [("a", picture(1), "caption", {"b": 1, "a": 2})]
+    samples = [("a", image_bytes(1), "caption", {"b": 1, "a": 2})]
     urls = [str(tmp_path / name) for name in ("one.tar", "two.tar")]
     assert [write_tar(url, samples) for url in urls] == [1, 1]
     assert Path(urls[0]).read_bytes() == Path(urls[1]).read_bytes()
@@ -40,7 +40,7 @@ def test_same_samples_give_same_bytes(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def failing() -> Any:
-        yield ("a", picture(1), "caption", {})
+        yield ("a", image_bytes(1), "caption", {})
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
@@ -57,7 +57,7 @@ def test_one_bad_member_costs_one_row() -> None:
 
 
 def test_captions_are_one_clean_line_and_may_come_from_the_metadata() -> None:
-    by_json = [("b.jpg", picture()), ("b.json", b'{"caption": "from json"}')]
+    by_json = [("b.jpg", image_bytes()), ("b.json", b'{"caption": "from json"}')]
     found = rows(tar_bytes([*sample("a", caption="x\0 y\n z"), *by_json]))
     assert [row["caption"] for row in found] == ["x y z", "from json"]
 
@@ -74,7 +74,7 @@ def test_a_tar_cut_anywhere_gives_its_first_samples_and_one_report(percent: int)
 
 
 def test_a_cut_between_two_members_is_noticed() -> None:
-    member = tar_bytes(sample("a"))[: 512 * 2 + len(picture()) // 512 * 512]
+    member = tar_bytes(sample("a"))[: 512 * 2 + len(image_bytes()) // 512 * 512]
     assert rows(member)[-1]["problem"] == "truncated_shard"
 
 
@@ -92,6 +92,6 @@ def test_shards_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
 def test_missing_shards_and_captions_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.tar: no shard found"):
         find_shards(str(tmp_path / "nothing.tar"))
-    (tmp_path / "mute.tar").write_bytes(tar_bytes([("a.jpg", picture()), ("b.jpg", picture(1))]))
+    (tmp_path / "mute.tar").write_bytes(tar_bytes([("a.jpg", image_bytes()), ("b.jpg", image_bytes(1))]))
     with pytest.raises(UserError, match=r"mute\.tar: shard without captions"):
         require_captions([str(tmp_path / "mute.tar")])

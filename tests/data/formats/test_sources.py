@@ -23,12 +23,12 @@ from instella_ray.data.formats.shards import (
 from instella_ray.data.formats.sources import SUFFIXES, find_inputs, read_blocks, require_captions
 from instella_ray.errors import UserError
 
-from ...kit.shards import picture, sample, tar_bytes
+from ...kit.shards import image_bytes, sample, tar_bytes
 
 
-def write_pictures(path: Path, count: int, **columns: Any) -> Path:
+def write_images(path: Path, count: int, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    base = {"image": [picture(i) for i in range(count)], "caption": [f"caption {i}" for i in range(count)]}
+    base = {"image": [image_bytes(i) for i in range(count)], "caption": [f"caption {i}" for i in range(count)]}
     pq.write_table(pa.table({**base, **columns}), path)
     return path
 
@@ -47,7 +47,7 @@ def write_samples(path: Path, count: int) -> Path:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     write_samples(tmp_path / "in" / "a.tar", 3)
-    write_pictures(tmp_path / "in" / "b.parquet", 5)
+    write_images(tmp_path / "in" / "b.parquet", 5)
     write_links(tmp_path / "in" / "c.parquet", 2)
     return tmp_path / "in"
 
@@ -92,7 +92,7 @@ def test_a_large_file_is_read_as_several_shards(mixed: Path) -> None:
 
 
 def test_two_shards_of_one_name_are_refused(mixed: Path) -> None:
-    write_pictures(mixed / "b__000000002.parquet", 1)
+    write_images(mixed / "b__000000002.parquet", 1)
     for name in ("b*.parquet", "../in/b*.parquet"):
         with pytest.raises(UserError, match="two shards would both be called 'b__000000002'"):
             find_inputs(f"{mixed}/{name}", rows_per_shard=2)
@@ -108,7 +108,7 @@ def test_stores_may_be_mixed(mixed: Path) -> None:
 
 def test_a_file_without_the_columns_is_a_user_error_before_anything_starts(mixed: Path) -> None:
     pq.write_table(pa.table({"size": [1]}), mixed / "d.parquet")
-    with pytest.raises(UserError, match=r"d\.parquet: no column with pictures .* found size"):
+    with pytest.raises(UserError, match=r"d\.parquet: no column with images .* found size"):
         find_inputs(f"{mixed}/*")
 
 
@@ -140,7 +140,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_names_and_metadata_that_are_no_text_cost_no_more_than_their_row(tmp_path: Path) -> None:
     half = json.dumps({"caption": "\ud83d"}).encode()
-    members = [("a.jpg", picture()), ("a.json", half), *sample("b"), *sample("c", caption="\U0001f600", x="\U0001f600")]
+    members = [
+        ("a.jpg", image_bytes()),
+        ("a.json", half),
+        *sample("b"),
+        *sample("c", caption="\U0001f600", x="\U0001f600"),
+    ]
     data = tar_bytes(members).replace(b"b.jpg", b"\xff.jpg", 1)
     (tmp_path / "x.tar").write_bytes(_with_checksum(data, b"\xff.jpg"))
     rows = rows_of(tmp_path / "x.tar")
@@ -161,7 +166,7 @@ def _with_checksum(tar: bytes, name: bytes) -> bytes:
 
 
 def test_captions_are_required_of_both_kinds(tmp_path: Path, mixed: Path) -> None:
-    mute = write_pictures(tmp_path / "mute" / "a.parquet", 2, caption=pa.array([None, ""], pa.string()))
+    mute = write_images(tmp_path / "mute" / "a.parquet", 2, caption=pa.array([None, ""], pa.string()))
     with pytest.raises(UserError, match=r"a\.parquet: shard without captions; expected text in the caption column"):
         require_captions([str(mute)])
     require_captions([str(mute), str(mixed / "c.parquet")])

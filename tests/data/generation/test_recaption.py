@@ -1,4 +1,4 @@
-"""Recaptioning: a caption is a function of picture, question and weights; nothing is lost, and nothing bad gets through.
+"""Recaptioning: a caption is a function of image, question and weights; nothing is lost, and nothing bad gets through.
 
 The captioner is a Qwen2.5-VL of two layers with random weights: what it says means nothing, but it is loaded, padded,
 batched and cut as the large one is.
@@ -32,7 +32,7 @@ from instella_ray.data.generation.recaption import RecaptionConfig, Recaptioner,
 from instella_ray.errors import UserError
 
 from ...kit.pretrained import save_captioner
-from ...kit.shards import HOSTILE, contents, picture, sample, tar_bytes
+from ...kit.shards import HOSTILE, contents, image_bytes, sample, tar_bytes
 
 LONG, SHORT = Question(prompt="a red ball", max_new_tokens=24), Question(prompt="box", max_new_tokens=7)
 
@@ -53,9 +53,9 @@ def config(shards: Path, model: Path, output: Path, **more: Any) -> RecaptionCon
     return RecaptionConfig(**{**places, "long": LONG, "short": SHORT, **sizes, **more})
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     """Of growing size, which the model reads as more and more tokens."""
-    return [decode_for_captioner(picture(i, (12 + 6 * i, 24)), 900) for i in range(count)]
+    return [decode_for_captioner(image_bytes(i, (12 + 6 * i, 24)), 900) for i in range(count)]
 
 
 def rows(data: bytes) -> list[dict[str, Any]]:
@@ -65,10 +65,10 @@ def rows(data: bytes) -> list[dict[str, Any]]:
 # --- the captioner
 
 
-def test_a_caption_depends_on_the_picture_and_not_on_what_shares_its_batch(captioner: Captioner) -> None:
-    given = pictures(8)
+def test_a_caption_depends_on_the_image_and_not_on_what_shares_its_batch(captioner: Captioner) -> None:
+    given = images(8)
     together = captioner.answers(given, (LONG, SHORT))
-    # Larger pictures beside it mean more padding.
+    # Larger images beside it mean more padding.
     assert [captioner.answers([p], (LONG, SHORT))[0] for p in given] == together
     assert captioner.answers(given[::-1], (LONG, SHORT)) == together[::-1]
     assert [captioner.answers([p], (SHORT,))[0][0] for p in given] == [short for _, short in together]
@@ -76,7 +76,7 @@ def test_a_caption_depends_on_the_picture_and_not_on_what_shares_its_batch(capti
 
 
 def test_answers_end_at_their_own_limit_and_with_a_full_sentence(captioner: Captioner) -> None:
-    answers = captioner.answers(pictures(16), (LONG, SHORT))
+    answers = captioner.answers(images(16), (LONG, SHORT))
     for question, of_question in zip((LONG, SHORT), zip(*answers, strict=True), strict=True):
         assert {a.finished for a in of_question} == {True, False}  # the test sees both
         assert all(len(a.text.split()) <= question.max_new_tokens for a in of_question)
@@ -106,14 +106,14 @@ def test_what_is_cut_back_is_a_beginning_and_stays_as_it_is(text: str) -> None:
     assert text.startswith(kept) and full_sentences(kept) == kept
 
 
-def test_pictures_are_shrunk_to_the_limit_and_stripes_refused() -> None:
-    assert decode_for_captioner(picture(0, (64, 48)), 64 * 48).size == (64, 48)
+def test_images_are_shrunk_to_the_limit_and_stripes_refused() -> None:
+    assert decode_for_captioner(image_bytes(0, (64, 48)), 64 * 48).size == (64, 48)
     for size in ((1600, 800), (40, 3999), (2000, 2000)):
-        made = decode_for_captioner(picture(1, size), 10_000)
+        made = decode_for_captioner(image_bytes(1, size), 10_000)
         assert 0.8 < made.width * made.height / 10_000 <= 1
         assert made.width / made.height == pytest.approx(size[0] / size[1], rel=0.15)
     with pytest.raises(UndecodableError, match="too_narrow"):
-        decode_for_captioner(picture(2, (1010, 10)), 10_000)
+        decode_for_captioner(image_bytes(2, (1010, 10)), 10_000)
 
 
 # --- the job
@@ -122,8 +122,8 @@ def test_pictures_are_shrunk_to_the_limit_and_stripes_refused() -> None:
 def test_every_hostile_sample_gets_its_verdict_and_the_others_their_captions(model: Path, tmp_path: Path) -> None:
     """Those that have no caption are welcome here; those with captions too long, too."""
     table = pa.Table.from_pylist(rows(tar_bytes([m for members, _ in HOSTILE.values() for m in members])), SCHEMA)
-    stripe = {"problem": None, "image": picture(1, (2000, 3)), "meta": "{}", "caption": "c", "key": "stripe"}
-    listed = {"problem": "no_caption", "image": picture(1), "meta": "[]", "key": "listed"}
+    stripe = {"problem": None, "image": image_bytes(1, (2000, 3)), "meta": "{}", "caption": "c", "key": "stripe"}
+    listed = {"problem": "no_caption", "image": image_bytes(1), "meta": "[]", "key": "listed"}
     table = pa.concat_tables([table, pa.Table.from_pylist([stripe, listed], SCHEMA)])
     made = Recaptioner(config(tmp_path, model, tmp_path))(table).to_pylist()
     verdicts = dict(zip([*HOSTILE, "stripe", "listed"], (row["verdict"] for row in made), strict=True))
@@ -145,10 +145,10 @@ def test_every_hostile_sample_gets_its_verdict_and_the_others_their_captions(mod
             assert row["image"] is None
 
 
-def test_a_picture_is_dropped_for_the_first_caption_that_it_lacks(model: Path, tmp_path: Path) -> None:
+def test_an_image_is_dropped_for_the_first_caption_that_it_lacks(model: Path, tmp_path: Path) -> None:
     brief = Question(prompt="box", max_new_tokens=2)
     work = Recaptioner(config(tmp_path, model, tmp_path, short=brief))
-    given = pictures(24)
+    given = images(24)
     row = {"key": "a", "image": b"bytes", "caption": "old", "meta": "{}"}
     found = work.described([row] * len(given), given)
     for made, answers in zip(found, work.captioner.answers(given, (LONG, brief)), strict=True):
@@ -170,8 +170,8 @@ def make_parts(cfg: RecaptionConfig, shards: Sequence[str]) -> None:
 
 def test_a_killed_run_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> None:
     for number in range(2):
-        samples = [(f"{number}-{i}", picture(10 * number + i), f"old {i}", {"n": i}) for i in range(10)]
-        write_tar(str(tmp_path / "in" / f"{number}.tar"), [*samples, (f"{number}-bad", b"no picture", "caption", {})])
+        samples = [(f"{number}-{i}", image_bytes(10 * number + i), f"old {i}", {"n": i}) for i in range(10)]
+        write_tar(str(tmp_path / "in" / f"{number}.tar"), [*samples, (f"{number}-bad", b"no image", "caption", {})])
     whole, out = tmp_path / "whole", tmp_path / "out"
     make_parts(config(tmp_path / "in", model, whole), "01")
     make_parts(config(tmp_path / "in", model, out), "0")
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_to_the_same_files(model: Path, tmp_path: Path) -> 
     for row in kept:
         meta = json.loads(row["meta"])
         assert (row["caption"], meta["caption_original"]) == (meta["caption_long"], f"old {meta['n']}")
-        assert row["image"] == picture(10 * int(row["key"][0]) + meta["n"])
+        assert row["image"] == image_bytes(10 * int(row["key"][0]) + meta["n"])
 
 
 def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def _no_template(model: Path) -> None:
         (lambda model: (model / "config.json").write_text("no JSON"), "tiny': cannot be loaded"),
         (_no_weights, "tiny': no .safetensors there; weights in other formats are not read"),
         (_cut_weights, "model.safetensors: not a whole safetensors file"),
-        (_text_only, "tiny': a bert, expected a model that answers questions on pictures"),
+        (_text_only, "tiny': a bert, expected a model that answers questions on images"),
         (_no_template, "tiny': its processor has no chat template"),
     ],
 )

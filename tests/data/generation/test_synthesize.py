@@ -1,4 +1,4 @@
-"""Synthesizing: a picture is a function of seed, prompt and model; every prompt is accounted for, by every model.
+"""Synthesizing: an image is a function of seed, prompt and model; every prompt is accounted for, by every model.
 
 The pipelines are FLUX, Stable Diffusion 3 and 1 of one block with random weights, loaded as the large ones are.
 """
@@ -30,8 +30,8 @@ from instella_ray.data.generation.synthesize import (
     SynthesizeConfig,
     Synthesizer,
     chunks,
-    picture_key,
-    picture_seed,
+    image_key,
+    image_seed,
     run_synthesize,
     synthesize_settings,
 )
@@ -76,31 +76,29 @@ def pixels(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_a_picture_depends_on_seed_and_prompt_and_not_on_what_shares_its_batch(
+def test_an_image_depends_on_seed_and_prompt_and_not_on_what_shares_its_batch(
     models: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     rows = made(config(models, [name], tmp_path / "out"), name)
     assert rows == made(config(models, [name], tmp_path / "out"), name)
     assert [row["verdict"] for row in rows] == ["kept"] * 5 and rows[-1]["last"] and not rows[0]["last"]
-    pictures = pixels(rows)
+    images = pixels(rows)
     for size in (1, 5):
         # Another batch rounds otherwise in the last bits, which may be a step of one in 255.
-        assert (
-            np.abs(pixels(made(config(models, [name], tmp_path / "out", batch_size=size), name)) - pictures).max() <= 1
-        )
-    assert np.abs(np.diff(pictures, axis=0)).mean(axis=(1, 2, 3)).min() > 5
+        assert np.abs(pixels(made(config(models, [name], tmp_path / "out", batch_size=size), name)) - images).max() <= 1
+    assert np.abs(np.diff(images, axis=0)).mean(axis=(1, 2, 3)).min() > 5
     other = pixels(made(config(models, [name], tmp_path / "out", seed=1), name))
-    assert np.abs(other - pictures).mean(axis=(1, 2, 3)).min() > 5
+    assert np.abs(other - images).mean(axis=(1, 2, 3)).min() > 5
 
 
-def test_metadata_tells_what_made_a_picture(models: dict[str, Path], tmp_path: Path) -> None:
+def test_metadata_tells_what_made_an_image(models: dict[str, Path], tmp_path: Path) -> None:
     row = made(config(models, ["sd3"], tmp_path / "out", format="jpeg", quality=80, width=48), "sd3")[1]
     assert row["key"] == "1-sd3" and row["caption"] == TEXTS[1] and row["image"].startswith(b"\xff\xd8")
     assert json.loads(row["meta"]) == {
         "prompt_id": "1",
         "model": "sd3",
         "pipeline": "sd3",
-        "seed": picture_seed(0, "1", "sd3"),
+        "seed": image_seed(0, "1", "sd3"),
         "num_inference_steps": 2,
         "guidance_scale": 3.0,
         "width": 48,
@@ -110,20 +108,20 @@ def test_metadata_tells_what_made_a_picture(models: dict[str, Path], tmp_path: P
 
 def test_seeds_differ_by_prompt_model_and_seed() -> None:
     asked = [(seed, prompt, model) for seed in (0, 1) for prompt in ("1", "11", "a") for model in ("m", "n")]
-    assert len({picture_seed(*what) for what in asked}) == len(asked)
-    assert all(0 <= picture_seed(*what) < 2**63 for what in asked)
+    assert len({image_seed(*what) for what in asked}) == len(asked)
+    assert all(0 <= image_seed(*what) < 2**63 for what in asked)
 
 
 @given(st.lists(st.text(max_size=8), unique=True, max_size=6), st.sampled_from(["a", "a_b", "B2"]))
 def test_keys_of_any_prompt_ids_are_names_of_members_and_never_the_same(ids: list[str], model: str) -> None:
     ids = [text.encode("utf-8", "replace").decode() for text in ids]
-    keys = [picture_key(prompt_id, model) for prompt_id in dict.fromkeys(ids)]
+    keys = [image_key(prompt_id, model) for prompt_id in dict.fromkeys(ids)]
     assert len(set(keys)) == len(keys)
     found = read_samples(io.BytesIO(tar_bytes([(f"{key}.txt", b"x") for key in keys])), "shard")
     assert [row["key"] for row in found if row["key"]] == keys
 
 
-def test_what_came_out_broken_or_flagged_is_no_picture(models: dict[str, Path], tmp_path: Path) -> None:
+def test_what_came_out_broken_or_flagged_is_no_image(models: dict[str, Path], tmp_path: Path) -> None:
     assert np.array_equal(judged(np.array([[[0.0, 0.5, 1.0]]]), False), [[[0, 128, 255]]])
     assert judged(np.array([[[0.0, np.nan, 1.0]]]), False) == "quarantined:not_finite"
     assert judged(np.zeros((2, 2, 3)), False) == "quarantined:blank"
@@ -193,7 +191,7 @@ def _rename_class(name: Any) -> Any:
         (shutil.rmtree, {}, "prudish': cannot be loaded"),
         (_spoil_weights, {}, "prudish': no .safetensors there; weights in other formats are not read"),
         (_rename_class(["mine", "MyPipeline"]), {}, "other code is not run"),
-        (_rename_class("StableDiffusionImg2ImgPipeline"), {}, "expected one that makes pictures of prompts alone"),
+        (_rename_class("StableDiffusionImg2ImgPipeline"), {}, "expected one that makes images of prompts alone"),
         (None, {"max_sequence_length": 77}, "a StableDiffusionPipeline has no max_sequence_length"),
         (None, {"count": 6}, "5 there, count asks for 6"),
     ],

@@ -24,7 +24,7 @@ from instella_ray.data.loading.order import BatchPlan, FileOrder, Order, SampleO
 from instella_ray.errors import UserError
 
 from ...kit.codes import write_codes
-from ...kit.shards import picture
+from ...kit.shards import image_bytes
 
 ROOT = Path(__file__).parents[3]
 RANKS = st.sampled_from([1, 2, 4])
@@ -135,13 +135,13 @@ NO_TORCH = """
 import sys
 import numpy as np
 from instella_ray.data.formats.codes import CodesReader
-from instella_ray.data.loading.image_data import ImageData, PicturesData
+from instella_ray.data.loading.image_data import ImageData, CaptionedImageData
 from instella_ray.data.loading.loader import CodesData, Mixture, Prefetcher
 from instella_ray.data.loading.order import BatchPlan
 
-codes, pictures = sys.argv[1:]
+codes, images = sys.argv[1:]
 data = Mixture([CodesData(CodesReader(codes), 0), CodesData(CodesReader(codes), 1)], [2, 1], 0)
-for data in (data, ImageData(pictures, (16, 8), 0), PicturesData(pictures, 16, 0)):
+for data in (data, ImageData(images, (16, 8), 0), CaptionedImageData(images, 16, 0)):
     plan = BatchPlan(len(data), 4, data.order, 1, 2)
     batches = list(Prefetcher(lambda step: data.batch(plan.place(step).epoch, plan.samples(step)), 0, 3))
     assert [len(batch.keys) for batch in batches] == [2, 2, 2]
@@ -153,9 +153,9 @@ sys.exit("torch is loaded" if "torch" in sys.modules else 0)
 def test_batches_are_made_without_torch(tmp_path: Path) -> None:
     """Of every kind, in a process that has nothing else to do: whatever runs torch there loads it."""
     (tmp_path / "codes").mkdir()
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     write_codes(tmp_path / "codes", [20, 10])
-    command = [sys.executable, "-c", NO_TORCH, str(tmp_path / "codes"), image_folder(tmp_path / "pictures", 6)]
+    command = [sys.executable, "-c", NO_TORCH, str(tmp_path / "codes"), image_folder(tmp_path / "images", 6)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -180,13 +180,13 @@ def test_a_sample_looks_the_same_in_any_batch(tmp_path: Path) -> None:
 
 
 def image_folder(folder: Path, count: int) -> str:
-    write_tar(str(folder / "a.tar"), ((f"{i}", picture(i, (48, 32)), "caption", {}) for i in range(count)))
-    write_tar(str(folder / "b.tar"), [("z", picture(99, (32, 80)), "caption", {})])
+    write_tar(str(folder / "a.tar"), ((f"{i}", image_bytes(i, (48, 32)), "caption", {}) for i in range(count)))
+    write_tar(str(folder / "b.tar"), [("z", image_bytes(99, (32, 80)), "caption", {})])
     return str(folder)
 
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 20])
-def test_pictures_come_at_the_asked_size_in_any_batch_the_same(tmp_path: Path, cache_bytes: int) -> None:
+def test_images_come_at_the_asked_size_in_any_batch_the_same(tmp_path: Path, cache_bytes: int) -> None:
     data = ImageData(image_folder(tmp_path, 6), (16,), 0, cache_bytes=cache_bytes)
     whole = data.batch(0, np.arange(7))
     pixels = whole.pixels[16]
@@ -217,7 +217,7 @@ def test_an_index_beside_a_tar_saves_reading_it(tmp_path: Path) -> None:
             scan_index(str(tmp_path / f"{name}.tar"))
         )
     by_index = ImageData(folder, (16,), 0)
-    # Only the pictures' own bytes are there any more.
+    # Only the images' own bytes are there any more.
     for name in ("a", "b"):
         rows = read_index(str(tmp_path / f"{name}.tar")).to_pylist()
         data = (tmp_path / f"{name}.tar").read_bytes()
@@ -229,8 +229,8 @@ def test_an_index_beside_a_tar_saves_reading_it(tmp_path: Path) -> None:
     assert read.keys == scanned.keys and np.array_equal(read.pixels[16], scanned.pixels[16])
 
 
-def test_pictures_that_do_not_decode_name_themselves(tmp_path: Path) -> None:
-    write_tar(str(tmp_path / "a.tar"), [("bad", b"not a picture", "caption", {})])
+def test_images_that_do_not_decode_name_themselves(tmp_path: Path) -> None:
+    write_tar(str(tmp_path / "a.tar"), [("bad", b"not an image", "caption", {})])
     with pytest.raises(UserError, match=r"a\.tar: sample bad: undecodable"):
         ImageData(str(tmp_path), (16,), 0).batch(0, np.array([0]))
 

@@ -1,4 +1,4 @@
-"""Aesthetic score of a picture: CLIP's embedding through LAION's linear head (V1), or the deeper one of the improved
+"""Aesthetic score of an image: CLIP's embedding through LAION's linear head (V1), or the deeper one of the improved
 predictor (V2), which has no activations and so is an affine map too."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 from .... import storage
 from ....errors import UserError
-from .base import LONGEST, Limits, PictureFilter, Scale, Scorer, Scores
+from .base import LONGEST, ImageFilter, Limits, Scale, Scorer, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 V2_WIDTHS = [1024, 128, 64, 16]
 
 
-class Aesthetic(PictureFilter):
-    """People's rating of a picture as LAION's predictor guesses it, about 1 to 10, at least ``minimum``."""
+class Aesthetic(ImageFilter):
+    """People's rating of an image as LAION's predictor guesses it, about 1 to 10, at least ``minimum``."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"aesthetic": Scale(0, 10)}
     requires: ClassVar[tuple[str, ...]] = ("open_clip",)
@@ -38,7 +38,7 @@ class Aesthetic(PictureFilter):
     """Path or URL of the head for that network: safetensors, or a PyTorch file of plain tensors, as LAION's
     ``sa_0_4_vit_l_14_linear.pth`` (V1) and ``sac+logos+ava1-l14-linearMSE.pth`` (V2) are."""
     minimum: float = 4.5
-    """LAION-Aesthetics are the pictures over 4.5 (its largest subset), 5, 6 or 6.5."""
+    """LAION-Aesthetics are the images over 4.5 (its largest subset), 5, 6 or 6.5."""
 
     def check(self) -> None:
         super().check()
@@ -68,7 +68,7 @@ class Aesthetic(PictureFilter):
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The picture, or the middle part of a very long one: CLIP looks at a square, but would scale the whole before."""
+    """The image, or the middle part of a very long one: CLIP looks at a square, but would scale the whole before."""
     most = LONGEST * min(image.size)
     if max(image.size) <= most:
         return image

@@ -45,10 +45,10 @@ class Limits(NamedTuple):
 
 
 LONGEST = 4
-"""Longer over shorter edge up to which pictures are shown to a model as they are."""
+"""Longer over shorter edge up to which images are shown to a model as they are."""
 Scores = Mapping[str, float]
 Scorer = Callable[[Sequence[Image.Image]], Sequence[Scores]]
-"""A loaded model: upright RGB pictures of any size in, the scores of each out."""
+"""A loaded model: upright RGB images of any size in, the scores of each out."""
 
 
 class Filter(Config, ABC):
@@ -89,7 +89,7 @@ class SampleFilter(Filter):
         """The scores of ``sample``."""
 
 
-class PictureFilter(Filter):
+class ImageFilter(Filter):
     """Judges by pixels, with a model on a pool of actors."""
 
     actors: int | None = Field(None, ge=1)
@@ -97,7 +97,7 @@ class PictureFilter(Filter):
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each actor; 0 computes on the CPU."""
     batch_size: int = Field(32, ge=1)
-    """Pictures a call of the model."""
+    """Images a call of the model."""
 
     decode_size: ClassVar[int]
     """The model looks at no more than this (px): what comes larger may be made smaller before (:func:`bounded`)."""
@@ -115,7 +115,7 @@ class PictureFilter(Filter):
 
 
 def bounded(image: Image.Image, size: int) -> Image.Image:
-    """The picture, made smaller where its shorter edge is over ``size`` (px) or its longer one over ``LONGEST * size``."""
+    """The image, made smaller where its shorter edge is over ``size`` (px) or its longer one over ``LONGEST * size``."""
     scale = min(1, size / min(image.size), LONGEST * size / max(image.size))
     if scale == 1:
         return image

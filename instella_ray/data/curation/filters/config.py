@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....config import Config
 from .aesthetic import Aesthetic
-from .base import Filter, PictureFilter, SampleFilter, Scale
+from .base import Filter, ImageFilter, SampleFilter, Scale
 from .duplicates import DuplicateConfig
 from .language import Language
 from .nsfw import Nsfw
@@ -40,6 +40,6 @@ class FilterConfig(Config):
         """Those that need no pixels."""
         return [section for section in self.sections().values() if isinstance(section, SampleFilter)]
 
-    def of_pictures(self) -> dict[str, PictureFilter]:
+    def of_images(self) -> dict[str, ImageFilter]:
         """Those with a model."""
-        return {name: section for name, section in self.sections().items() if isinstance(section, PictureFilter)}
+        return {name: section for name, section in self.sections().items() if isinstance(section, ImageFilter)}

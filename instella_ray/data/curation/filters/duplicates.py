@@ -8,9 +8,9 @@ from ....config import Config
 
 
 class DuplicateConfig(Config):
-    """Of pictures that are the same to the byte, or nearly, the largest stays, of equals the first.
+    """Of images that are the same to the byte, or nearly, the largest stays, of equals the first.
 
-    The fingerprints of all kept pictures, about 100 bytes each, are compared in the driver's memory.
+    The fingerprints of all kept images, about 100 bytes each, are compared in the driver's memory.
     """
 
     max_distance: int | None = Field(4, ge=0, le=12)

@@ -1,4 +1,4 @@
-"""NSFW score of a picture by Open-NSFW, the model that the server's safety checker uses too."""
+"""NSFW score of an image by Open-NSFW, the model that the server's safety checker uses too."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ....errors import UserError
-from .base import PictureFilter
+from .base import ImageFilter
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-class OnnxFilter(PictureFilter):
-    """A picture filter with a model in ONNX."""
+class OnnxFilter(ImageFilter):
+    """An image filter with a model in ONNX."""
 
     requires: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 

@@ -75,7 +75,7 @@ class Unsafe(MetadataScore):
 
 
 class Similarity(MetadataScore):
-    """LAION's CLIP similarity of picture and caption at least ``minimum``."""
+    """LAION's CLIP similarity of image and caption at least ``minimum``."""
 
     field: ClassVar[str] = "similarity"
     scales: ClassVar[Mapping[str, Scale]] = {"similarity": Scale(0, 0.6)}

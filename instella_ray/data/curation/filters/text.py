@@ -1,4 +1,4 @@
-"""Text within a picture, by PP-OCRv4 through RapidOCR: how much of the picture it covers, and how small it is."""
+"""Text within an image, by PP-OCRv4 through RapidOCR: how much of the image it covers, and how small it is."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Text(OnnxFilter):
     """Lines that are read less surely do not count: faces and wheels are read as ``00`` with 0.5 to 0.68, real words with
     0.9. Nor does a single letter count, which any round thing may be taken for."""
     max_density: float = Field(0.25, ge=0, le=1)
-    """Part of the picture that text may cover."""
+    """Part of the image that text may cover."""
     min_text_size: float = Field(0.04, ge=0, le=1)
     """Smallest median height of the lines, as part of the shorter edge. A line's box is a little higher than its letters."""
     ignored_density: float = Field(0.02, ge=0, le=1)
-    """Small text that covers no more than this is not held against a picture: a signature, a date."""
+    """Small text that covers no more than this is not held against an image: a signature, a date."""
 
     def limits(self) -> Mapping[str, tuple[str, Limits]]:
         return {
@@ -52,7 +52,7 @@ class Text(OnnxFilter):
     def load(self, device: str) -> Scorer:
         from rapidocr_onnxruntime import RapidOCR
 
-        # Pictures come bounded, so the package's own limit, which would make long ones coarser, is out of the way.
+        # Images come bounded, so the package's own limit, which would make long ones coarser, is out of the way.
         settings = {"text_score": self.confidence, "max_side_len": LONGEST * SIZE}
         on_gpu = {f"{part}_use_cuda": device == "cuda" for part in ("det", "cls", "rec")}
         ocr = RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1, **settings, **on_gpu)
@@ -63,10 +63,10 @@ def _scores(ocr: Any, image: Image.Image) -> Scores:
     image = bounded(image, SIZE)
     if min(image.size) < LEAST:
         return {"text_density": 0.0}
-    # The detector scales the shorter edge to SIZE: of a thin strip it would make a picture without end.
+    # The detector scales the shorter edge to SIZE: of a thin strip it would make an image without end.
     shortest = -(-max(image.size) // LONGEST)
     width, height = (max(side, shortest) for side in image.size)
-    padded = image.crop((0, 0, width, height))  # black where there is no picture
+    padded = image.crop((0, 0, width, height))  # black where there is no image
     found, _ = ocr(np.asarray(padded)[..., ::-1])
     lines: list[Line] = [line for line in found or [] if len(line[1].strip()) > 1]
     if not lines:
@@ -78,7 +78,7 @@ def _scores(ocr: Any, image: Image.Image) -> Scores:
 
 
 def _covered(boxes: Sequence[Sequence[Sequence[float]]], size: tuple[int, int]) -> float:
-    """Part of the picture that lies within one or more of ``boxes``."""
+    """Part of the image that lies within one or more of ``boxes``."""
     grid = Image.new("1", (GRID, GRID))
     for corners in boxes:
         ImageDraw.Draw(grid).polygon([(x * GRID / size[0], y * GRID / size[1]) for x, y in corners], fill=1)

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from .shards import picture
+from .shards import image_bytes
 
-GOOD = picture(1)
+GOOD = image_bytes(1)
 JPEG = {"Content-Type": "image/jpeg"}
 ROBOTS = {"plain": "noai", "list": "noindex, NoImageAI", "named": "somebot: noai", "other": "noindex, nofollow"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class PictureServer:
+class ImageServer:
     """``/NAME`` misbehaves as its name says. Counts requests by path, and how many ran at once."""
 
     def __init__(self) -> None:

@@ -11,13 +11,13 @@ import torch
 
 from instella_ray import cli
 from instella_ray.demo import stages
-from instella_ray.demo.pictures import Pictures, demo_prompts, own_pictures
+from instella_ray.demo.images import HeldOutImages, demo_prompts, own_images
 from instella_ray.demo.recipe import DemoConfig, tokenizer_config
 from instella_ray.demo.state import DemoState
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 
-from ..kit.shards import HOSTILE, Members, picture, sample, tar_bytes
+from ..kit.shards import HOSTILE, Members, image_bytes, sample, tar_bytes
 
 
 def write_tars(folder: Path, *contents: Members) -> str:
@@ -28,70 +28,70 @@ def write_tars(folder: Path, *contents: Members) -> str:
 
 
 def samples(count: int, start: int = 0) -> Members:
-    return [member for i in range(start, start + count) for member in sample(f"{i:05d}", i, caption=f"picture {i}")]
+    return [member for i in range(start, start + count) for member in sample(f"{i:05d}", i, caption=f"image {i}")]
 
 
 def without_captions(count: int) -> Members:
-    return [(f"{i:05d}.jpg", picture(i)) for i in range(count)]
+    return [(f"{i:05d}.jpg", image_bytes(i)) for i in range(count)]
 
 
-def trained_on(pictures: Pictures) -> str:
+def trained_on(images: HeldOutImages) -> str:
     """The numbers of the tars."""
-    return "".join(re.findall(r"(\d)\.tar", pictures.train))
+    return "".join(re.findall(r"(\d)\.tar", images.train))
 
 
 def demo(shards: str, **changes: object) -> DemoConfig:
     return DemoConfig(shards=shards, size=32, **changes)  # type: ignore[arg-type]
 
 
-def test_whole_tars_are_held_out_until_there_are_enough_pictures(tmp_path: Path) -> None:
+def test_whole_tars_are_held_out_until_there_are_enough_images(tmp_path: Path) -> None:
     shards = write_tars(tmp_path, *[samples(20, 20 * i) for i in range(5)], samples(1, 100))
-    pictures = own_pictures(demo(shards))
-    assert trained_on(pictures) == "0123"
-    assert pictures.captions == [f"picture {i}" for i in range(80, 101)]
-    assert pictures.pixels.shape == (21, 32, 32, 3) and pictures.pixels.dtype == np.uint8
+    images = own_images(demo(shards))
+    assert trained_on(images) == "0123"
+    assert images.captions == [f"image {i}" for i in range(80, 101)]
+    assert images.pixels.shape == (21, 32, 32, 3) and images.pixels.dtype == np.uint8
     # As many as are asked for, though the tar holds more.
-    few = own_pictures(demo(shards, held_out=3))
-    assert (trained_on(few), few.captions) == ("0123", ["picture 80", "picture 81", "picture 82"])
+    few = own_images(demo(shards, held_out=3))
+    assert (trained_on(few), few.captions) == ("0123", ["image 80", "image 81", "image 82"])
 
 
 def test_a_small_set_holds_out_a_share_and_a_large_one_a_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_tars(tmp_path, *[samples(17, 17 * i) for i in range(9)])
-    assert trained_on(own_pictures(demo(shards))) == "0123456"
-    monkeypatch.setattr("instella_ray.demo.pictures.ENOUGH", 17)
-    assert trained_on(own_pictures(demo(shards))) == "01234567"
+    assert trained_on(own_images(demo(shards))) == "0123456"
+    monkeypatch.setattr("instella_ray.demo.images.ENOUGH", 17)
+    assert trained_on(own_images(demo(shards))) == "01234567"
 
 
-def test_held_out_pictures_are_those_that_curation_keeps(tmp_path: Path) -> None:
+def test_held_out_images_are_those_that_curation_keeps(tmp_path: Path) -> None:
     hostile = [member for members, _ in HOSTILE.values() for member in members]
     shards = write_tars(tmp_path, samples(4), hostile + samples(16))
-    pictures = own_pictures(DemoConfig(shards=shards, size=64))
+    images = own_images(DemoConfig(shards=shards, size=64))
     kept = sum(verdict == "kept" for _, verdict in HOSTILE.values())
-    assert len(pictures.captions) == len(pictures.pixels) == 16 + kept and trained_on(pictures) == "0"
+    assert len(images.captions) == len(images.pixels) == 16 + kept and trained_on(images) == "0"
 
 
-def test_prompts_are_captions_of_held_out_pictures(tmp_path: Path) -> None:
+def test_prompts_are_captions_of_held_out_images(tmp_path: Path) -> None:
     cfg = demo(write_tars(tmp_path, samples(16), samples(16, 16) + samples(4, 16)), prompts_per_category=12)
-    prompts = demo_prompts(cfg, own_pictures(cfg))
-    assert prompts == [(f"picture {i}", "captions") for i in range(16, 28)]
+    prompts = demo_prompts(cfg, own_images(cfg))
+    assert prompts == [(f"image {i}", "captions") for i in range(16, 28)]
 
 
 def test_real_shards_hold_out_hundreds(shared_dir: Path) -> None:
-    pictures = own_pictures(demo(f"{shared_dir}/data/emoji3d/*.tar", held_out=220))
-    assert len(pictures.captions) == 220 and trained_on(pictures) == "012"
+    images = own_images(demo(f"{shared_dir}/data/emoji3d/*.tar", held_out=220))
+    assert len(images.captions) == 220 and trained_on(images) == "012"
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ([samples(40)], "0 usable pictures in the tars after the first, expected at least 16"),
-        ([samples(40), samples(15)], "15 usable pictures in the tars after the first, expected at least 16"),
-        ([samples(40), without_captions(40)], "0 usable pictures in the tars after the first"),
+        ([samples(40)], "0 usable images in the tars after the first, expected at least 16"),
+        ([samples(40), samples(15)], "15 usable images in the tars after the first, expected at least 16"),
+        ([samples(40), without_captions(40)], "0 usable images in the tars after the first"),
         ([without_captions(2), samples(40)], "shard without captions"),
         ([without_captions(2), without_captions(40)], "shard without captions"),
-        ([[], samples(40)], "no usable picture"),
+        ([[], samples(40)], "no usable image"),
     ],
 )
 def test_bad_shards_are_refused_and_an_old_demo_survives(
@@ -138,7 +138,7 @@ def test_the_tokenizer_is_measured_against_the_weights_it_started_from(
     save_model(tmp_path, start)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
     torch.manual_seed(77)
-    facts = stages.measure_tokenizer(cfg, Pictures("", ["a picture"] * 16, pixels), str(tmp_path))
-    assert facts["psnr_before"] == facts["psnr_after"] and facts["pictures"] == 16
+    facts = stages.measure_tokenizer(cfg, HeldOutImages("", ["an image"] * 16, pixels), str(tmp_path))
+    assert facts["psnr_before"] == facts["psnr_after"] and facts["images"] == 16
     bars = capsys.readouterr().err
     assert "before training: 100%" in bars and "after training: 100%" in bars

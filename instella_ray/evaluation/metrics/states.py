@@ -1,0 +1,37 @@
+"""Stored states of metrics: what a shard gathered, read back as the metric that it belongs to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import storage
+from ...errors import UserError
+from .base import Metric
+from .bits import BitUsage
+from .diversity import Diversity
+from .frechet import Frechet
+from .rates import RateMetric
+from .samples import SampleMetric
+
+KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in (SampleMetric, RateMetric, Frechet, BitUsage, Diversity)}
+"""Accumulators by the name under which their states are stored."""
+
+
+def save_state(url: str, metric: Metric) -> None:
+    """Store what a shard gathered, whole or absent."""
+    with storage.open_file(url, "wb") as stream:
+        np.savez(stream, **metric.state())  # type: ignore[arg-type]
+
+
+def load_state(url: str) -> Metric:
+    """The metric of a stored shard, able to merge and to give results."""
+    with storage.open_file(url) as stream:
+        try:
+            with np.load(stream, allow_pickle=False) as archive:
+                state = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{url}: not the state of a metric ({error})") from None
+    kind = str(state.get("kind"))
+    if kind not in KINDS:
+        raise UserError(f"{url}: not the state of a metric (kind {kind}, expected one of {', '.join(KINDS)})")
+    return KINDS[kind].from_state(state)

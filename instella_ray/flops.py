@@ -145,16 +145,14 @@ def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
 
 
 @cache
-def bit_decode(cfg: BITConfig, height: int, width: int, *, training: bool = False) -> Work:
-    """Codes to an image of ``height x width`` pixels; ``training`` runs the REPA projection where there is one."""
+def bit_decode(cfg: BITConfig, height: int, width: int) -> Work:
+    """Codes to an image of ``height x width`` pixels."""
     d, patch = cfg.decoder_width, cfg.patch_size
     patches = (height // patch) * (width // patch) // 4 ** len(cfg.upsample_after)
     total = linear(cfg.num_tokens, cfg.bits_per_token, cfg.encoder_width)
     total += linear(cfg.num_tokens, cfg.encoder_width, d)
     for i in range(cfg.decoder_layers):
         total += _bit_block(cfg.num_tokens + patches, d)
-        if training and i == cfg.repa_layer:
-            total += linear(patches, d, d + cfg.repa_width)
         if i in cfg.upsample_after:
             total += linear(patches, {"linear": 1, "conv": 9}[cfg.resample] * d, 4 * d)
             patches *= 4
@@ -219,7 +217,7 @@ def tokenizer_training(
 
     The losses' own networks (perceptual, discriminator) are not part of it.
     """
-    encode, decode = bit_encode(cfg, input_size, input_size), bit_decode(cfg, output_size, output_size, training=True)
+    encode, decode = bit_encode(cfg, input_size, input_size), bit_decode(cfg, output_size, output_size)
     learns = decode if frozen_encoder else encode + decode
     again = learns.forward if gradient_checkpointing else 0.0
     return TrainingFlops(learns.forward, learns.backward, encode.forward if frozen_encoder else 0.0, again)

@@ -1,6 +1,6 @@
 """Run records: every job's output folder says in ``run.json`` who made it, from what, with which code, and how it ended.
 
-What was read is a tree of :class:`Origin`, each with what its own record says it was made from: a folder that is copied
+What was read is a tree of :class:`Provenance`, each with what its own record says it was made from: a folder that is copied
 elsewhere still tells the whole chain.
 """
 
@@ -29,11 +29,11 @@ from .errors import UserError
 
 RECORD = "run.json"
 Kind = Literal["model", "data", "files", "samples", "name"]
-"""What tells an :class:`Origin` from others: its weights, its job's account, names and sizes, its run, its name alone."""
+"""What tells a :class:`Provenance` from others: its weights, its job's account, names and sizes, its run, its name alone."""
 log = logging.getLogger(__name__)
 
 
-class Origin(Config):
+class Provenance(Config):
     """Something that a job read or wrote, and what that was made from as far as it says."""
 
     role: str
@@ -45,7 +45,7 @@ class Origin(Config):
     """Sha256 that tells it from others of its kind; None where there is none to be had."""
     facts: dict[str, Any] = Field(default_factory=dict)
     """What is worth knowing of it: rows, step, run, code, ..."""
-    inputs: tuple[Origin, ...] = ()
+    inputs: tuple[Provenance, ...] = ()
 
 
 class RunAttempt(Config):
@@ -73,9 +73,9 @@ class RunRecord(Config):
 
     schema_version: Literal[1] = 1
     job: str
-    inputs: tuple[Origin, ...]
+    inputs: tuple[Provenance, ...]
     """What the last attempt read."""
-    outputs: tuple[Origin, ...] = ()
+    outputs: tuple[Provenance, ...] = ()
     attempts: tuple[RunAttempt, ...]
 
     @property
@@ -85,7 +85,7 @@ class RunRecord(Config):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Job, run and code, as an :class:`Origin` tells them."""
+        """Job, run and code, as a :class:`Provenance` tells them."""
         last = self.attempts[-1]
         return {"job": self.job, "run": self.run, "code": code_label(last.code), "status": last.status}
 
@@ -104,7 +104,7 @@ def read_record(folder: str) -> RunRecord | None:
 
 
 @contextmanager
-def recorded(folder: str, job: str, config: Config, inputs: Sequence[Origin]) -> Iterator[list[Origin]]:
+def recorded(folder: str, job: str, config: Config, inputs: Sequence[Provenance]) -> Iterator[list[Provenance]]:
     """Keep ``folder``'s record while the block works in it; what is appended to the list are the job's outputs.
 
     The folder must be the job's already. What an earlier attempt has noted there stays.
@@ -113,7 +113,7 @@ def recorded(folder: str, job: str, config: Config, inputs: Sequence[Origin]) ->
     attempt = _attempt(job, config)
     before = begun.attempts if begun is not None else ()
     record = RunRecord(job=job, inputs=tuple(inputs), attempts=(*before, attempt))
-    path, outputs = storage.join(folder, RECORD), list[Origin]()
+    path, outputs = storage.join(folder, RECORD), list[Provenance]()
     storage.write_json(path, record.model_dump(mode="json"))
     end: dict[str, Any] = {"status": "finished"}
     try:
@@ -126,7 +126,7 @@ def recorded(folder: str, job: str, config: Config, inputs: Sequence[Origin]) ->
         _end(folder, attempt, {**end, "ended": _now()}, outputs)
 
 
-def _end(folder: str, attempt: RunAttempt, end: Mapping[str, Any], outputs: Iterable[Origin]) -> None:
+def _end(folder: str, attempt: RunAttempt, end: Mapping[str, Any], outputs: Iterable[Provenance]) -> None:
     """Note how ``attempt`` ended; others may have begun since. A store that refuses is no reason to fail a job."""
     path = storage.join(folder, RECORD)
     try:

@@ -10,7 +10,7 @@ import pytest
 from instella_ray import __version__, runs, storage
 from instella_ray.config import Config
 from instella_ray.errors import UserError
-from instella_ray.runs import Origin, RunRecord, code_label, code_version, read_record, recorded
+from instella_ray.runs import Provenance, RunRecord, code_label, code_version, read_record, recorded
 
 
 class Settings(Config):
@@ -19,7 +19,7 @@ class Settings(Config):
     rows: int = 3
 
 
-READ = (Origin(role="shards", kind="files", path="a/*.tar", identity="0" * 64),)
+READ = (Provenance(role="shards", kind="files", path="a/*.tar", identity="0" * 64),)
 
 
 def record_of(folder: Path) -> RunRecord:
@@ -32,7 +32,7 @@ def test_a_record_says_who_made_a_folder_from_what(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
     with recorded(str(tmp_path), "curate", Settings(), READ) as outputs:
         assert record_of(tmp_path).attempts[0].status == "running"
-        outputs.append(Origin(role="shards", kind="data", path="b"))
+        outputs.append(Provenance(role="shards", kind="data", path="b"))
     record = record_of(tmp_path)
     (attempt,) = record.attempts
     assert (record.run, record.job, record.inputs) == ("night-7", "curate", READ)
@@ -57,8 +57,8 @@ def test_attempts_are_a_list_that_says_how_each_ended(tmp_path: Path) -> None:
 def test_an_attempt_that_ends_late_does_not_undo_what_a_newer_one_wrote(tmp_path: Path) -> None:
     with recorded(str(tmp_path), "train", Settings(), READ) as old:
         with recorded(str(tmp_path), "train", Settings(), ()) as new:
-            new.append(Origin(role="checkpoint", kind="model", path="new"))
-        old.append(Origin(role="checkpoint", kind="model", path="old"))
+            new.append(Provenance(role="checkpoint", kind="model", path="new"))
+        old.append(Provenance(role="checkpoint", kind="model", path="old"))
     record = record_of(tmp_path)
     assert [each.status for each in record.attempts] == ["finished", "finished"] and record.inputs == ()
     assert [each.path for each in record.outputs] == ["new"]

@@ -1,1 +1,1 @@
-"""Measurements that any reader can repeat: one file a subject, every ratio against a baseline of the same run."""
+"""Measurements that any reader can repeat: one file a suite, every ratio against a baseline of the same run."""

@@ -20,7 +20,7 @@ from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.sampling import SamplingConfig, SamplingParams, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .memory import peak_memory
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 from .serving import ServingBench, save_models
 
 RATE_GOAL, MEMORY_GOAL = 0.9, 1.2
@@ -39,7 +39,7 @@ class BulkBench(Config):
     """A small and a large job, whose peak memory is compared."""
 
 
-def run_bulk(cfg: BulkBench) -> Result:
+def run_bulk(cfg: BulkBench) -> SuiteResult:
     """One row a contestant; threads and actors use two cores where they say two."""
     rows: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -59,7 +59,7 @@ def run_bulk(cfg: BulkBench) -> Result:
         Goal("two actors against the bare sampler with two threads", job_two / two, RATE_GOAL, ">="),
         Goal(f"peak memory, {many} samples against {few}", peaks[1] / peaks[0], MEMORY_GOAL, "<="),
     ]
-    return Result("Bulk sampling", cfg.model_dump(mode="json"), rows, goals)
+    return SuiteResult("Bulk sampling", cfg.model_dump(mode="json"), rows, goals)
 
 
 def _prompts(folder: Path, count: int) -> list[Prompt]:

@@ -20,7 +20,7 @@ from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig,
 from ..models.joint_attention import JointCache, TextKV
 from ..models.sampling import SamplingParams, generate_ar, generate_diffusion
 from .measure import Spread, Timing, race, ratio
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 
 DIFFUSION_GOAL, AR_GOAL = 1.25, 8.0
 
@@ -83,7 +83,7 @@ class Forgetful:
         return self.model(z, t, self.model.text_kv(self.features, self.mask))
 
 
-def run_caching(cfg: CachingBench, repeats: int) -> Result:
+def run_caching(cfg: CachingBench, repeats: int) -> SuiteResult:
     """Diffusion and AR, each against its uncached form; all contestants must draw the same bits."""
     rows: list[dict[str, Cell]] = []
     prompts, params = (
@@ -113,7 +113,7 @@ def run_caching(cfg: CachingBench, repeats: int) -> Result:
         goal = DIFFUSION_GOAL if kind == "diffusion" else AR_GOAL
         goals.append(Goal(f"{kind}, cached against uncached", ratio(slow.wall, fast.wall).median, goal, ">="))
     setting: dict[str, Any] = {**cfg.model_dump(), "threads": torch.get_num_threads(), "repeats": repeats}
-    return Result("What caching text and tokens is worth", setting, rows, goals)
+    return SuiteResult("What caching text and tokens is worth", setting, rows, goals)
 
 
 def _model(cfg: CachingBench, kind: str) -> DiffusionGenerator | ARGenerator:

@@ -27,12 +27,12 @@ from ..data.loading.loader import CodesData
 from ..data.loading.order import BatchPlan
 from ..data.ray_data import init_ray, tables_dataset, unwrapped
 from ..data.stages import Stage
-from ..data.views import Decoder
+from ..data.views import ViewDecoder
 from ..errors import UserError
 from ..storage import write_json
 from .measure import Spread
 from .memory import peak_memory
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 
 OURS = "this pipeline"
 PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2
@@ -57,7 +57,7 @@ class DataBench(Config):
     """A small and a large curation, whose peak memory is compared."""
 
 
-def run_data(cfg: DataBench) -> Result:
+def run_data(cfg: DataBench) -> SuiteResult:
     """One row a contestant; the limit is what the same processes do who only decode and resize."""
     rows: list[dict[str, Cell]] = []
     goals: list[Goal] = []
@@ -107,7 +107,7 @@ def run_data(cfg: DataBench) -> Result:
             rows.append({"contestant": f"curating {count} shards", "peak private MB": round(found_peak)})
         goals.append(Goal(f"peak memory, {many} shards against {few}", large / small, MEMORY_GOAL, "<="))
     about = {**cfg.model_dump(mode="json"), "MB an image": round(per_image / 1e6, 3)}
-    return Result("Data", about, rows, goals)
+    return SuiteResult("Data", about, rows, goals)
 
 
 def _write_shards(cfg: DataBench, folder: Path, count: int) -> list[str]:
@@ -150,7 +150,7 @@ def _alone(cfg: DataBench, urls: list[str]) -> int:
 def _pipeline(cfg: DataBench, urls: list[str]) -> int:
     """As the encoding job reads, with all pixels handed to this process."""
     sources = shard_sources(find_shards(",".join(urls)), cfg.images_per_shard)
-    decoder = Stage(Decoder(cfg.size, 1, False))
+    decoder = Stage(ViewDecoder(cfg.size, 1, False))
     batch: Any
     seen = 0
     for batch in tables_dataset(list(sources.values()), [decoder]).iter_batches(

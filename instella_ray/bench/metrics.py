@@ -13,7 +13,7 @@ from ..data.scenes import render, scene_at
 from ..evaluation.metric_settings import LPIPS, PSNR, SSIM, BitDiversity, Bits, Maker, MetricsConfig, SceneScore, Tools
 from ..evaluation.metrics.base import Batch
 from .measure import Spread, race
-from .report import Cell, Result
+from .report import Cell, SuiteResult
 
 FREE = MetricsConfig(
     scene_score=SceneScore(),
@@ -37,7 +37,7 @@ class MetricsBench(Config):
     """As of jobs/evaluate.py; lpips without weights is as fast as with them."""
 
 
-def run_metrics(cfg: MetricsBench, repeats: int) -> Result:
+def run_metrics(cfg: MetricsBench, repeats: int) -> SuiteResult:
     """One row a metric: images a second, and who measured."""
     rng, count = np.random.default_rng(0), cfg.images
     scenes = [scene_at(0, i // 4) for i in range(count)]
@@ -58,7 +58,7 @@ def run_metrics(cfg: MetricsBench, repeats: int) -> Result:
         for name, make in makers.items()
     ]
     about = {**cfg.model_dump(exclude={"metrics"}), "threads": torch.get_num_threads(), "repeats": repeats}
-    return Result("Metrics", about, rows)
+    return SuiteResult("Metrics", about, rows)
 
 
 def _measure(make: Maker, batch: Batch) -> None:

@@ -11,7 +11,7 @@ from ..engine.engine import EngineOptions, Request, StepEngine, build_engine
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.sampling import SamplingParams
 from .measure import Spread, race
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 
 GOAL = 1.05
 
@@ -44,7 +44,7 @@ class OverheadBench(Config):
     """A round's time is that of so many steps."""
 
 
-def run_overhead(cfg: OverheadBench, repeats: int) -> Result:
+def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
     """One row a table and kind: a step against the network alone, on the same rows in the same round."""
     rows: list[dict[str, Cell]] = []
     goals = []
@@ -85,7 +85,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> Result:
             goals.append(Goal(f"{name} {kind}, step against forward", more["wall"].median, GOAL, "<="))
     setting: dict[str, Any] = {"threads": torch.get_num_threads(), "repeats": repeats}
     sizes = {name: " ".join(f"{k}={v}" for k, v in size.model_dump().items()) for name, size in cfg.sizes.items()}
-    return Result("What the engine adds to a forward pass", {**setting, **sizes}, rows, goals)
+    return SuiteResult("What the engine adds to a forward pass", {**setting, **sizes}, rows, goals)
 
 
 def full_engine(size: TableSize, kind: Literal["diffusion", "ar"]) -> StepEngine:

@@ -33,10 +33,10 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Result:
+class SuiteResult:
     """One suite's measurements."""
 
-    subject: str
+    suite: str
     setting: dict[str, Any]
     """Sizes, threads, repeats: what a reader needs to repeat it."""
     rows: list[dict[str, Cell]]
@@ -45,11 +45,11 @@ class Result:
     def text(self) -> str:
         """Title, table and goals."""
         plain = {name: value for name, value in self.setting.items() if not isinstance(value, dict)}
-        lines = [f"## {self.subject}", ", ".join(f"{name} {value}" for name, value in plain.items()), ""]
+        lines = [f"## {self.suite}", ", ".join(f"{name} {value}" for name, value in plain.items()), ""]
         return "\n".join([*lines, table(self.rows), "", *(goal.text() for goal in self.goals)])
 
 
-def write_results(path: str, results: Sequence[Result]) -> None:
+def write_results(path: str, results: Sequence[SuiteResult]) -> None:
     """All results with the machine's description, as JSON."""
     entries = [
         {**dataclasses.asdict(result), "goals": [{**vars(goal), "met": goal.met} for goal in result.goals]}

@@ -15,7 +15,7 @@ from .caching import CachingBench, run_caching
 from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
-from .report import Result, write_results
+from .report import SuiteResult, write_results
 from .serving import ServingBench, run_serving
 from .simulation import SimulationBench, run_simulation_bench
 from .training import TrainingBench, run_training
@@ -24,7 +24,7 @@ Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "tr
 
 
 class BenchConfig(Config):
-    """Which subjects to measure, and how thoroughly."""
+    """Which suites to measure, and how thoroughly."""
 
     suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data", "training")
     repeats: int = Field(5, ge=1)
@@ -42,9 +42,9 @@ class BenchConfig(Config):
     simulation: SimulationBench = SimulationBench()
 
 
-def run_bench(cfg: BenchConfig) -> list[Result]:
+def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
     """Measure every suite in turn."""
-    suites: dict[str, Callable[[], Result]] = {
+    suites: dict[str, Callable[[], SuiteResult]] = {
         "caching": lambda: run_caching(cfg.caching, cfg.repeats),
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
         "serving": lambda: run_serving(cfg.serving),

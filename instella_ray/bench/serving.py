@@ -19,7 +19,7 @@ from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
 from .load import Load, closed_loop, mixed_requests, open_loop, percentile
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 
 GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
 DEMO_BIT = BITConfig(
@@ -61,8 +61,8 @@ class ServingBench(Config):
     slots: int = 16
     threads: int = 1
     """Of each replica of the graph."""
-    rival_threads: int = 2
-    """Of the only replica that each rival has."""
+    baseline_threads: int = 2
+    """Of the only replica that each baseline has."""
     batch: int = 16
     """The largest static batch."""
     batch_wait_s: float = 0.02
@@ -70,7 +70,7 @@ class ServingBench(Config):
     """Logical CPUs that each replica of the graph reserves."""
 
 
-def run_serving(cfg: ServingBench) -> Result:
+def run_serving(cfg: ServingBench) -> SuiteResult:
     """Rows for each load and contestant; goals at the largest number in flight, and for random arrivals."""
     loads: dict[tuple[int, str], list[Load]] = {}
     arrivals: dict[str, list[Load]] = {}
@@ -95,7 +95,7 @@ def run_serving(cfg: ServingBench) -> Result:
     rows += [_row(f"{rate:.1f}/s at random", name, load) for name, load in opened.items()]
     waits = opened[GRAPH].percentile(99) / opened[STATIC].percentile(99)
     goals = [*_goals(closed), Goal(f"{rate:.1f} requests/s at random, p99 against {STATIC}", waits, 0.5, "<=")]
-    return Result("The graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
+    return SuiteResult("The graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
 
 
 def _row(load_name: str, contestant: str, load: Load) -> dict[str, Cell]:
@@ -129,15 +129,15 @@ def endpoints(
     from ray import serve
 
     from ..serving.app import ServeArgs, build
-    from .rivals import one_at_a_time, static_batches
+    from .baselines import one_at_a_time, static_batches
 
     models = save_models(cfg, folder)
     args = graph_args(cfg, models)
-    rival: dict[str, Any] = {**models, "text": cfg.text, "threads": cfg.rival_threads}
+    baseline: dict[str, Any] = {**models, "text": cfg.text, "threads": cfg.baseline_threads}
     apps = {
         GRAPH: lambda: build(ServeArgs.model_validate(args)),
-        SINGLE: lambda: one_at_a_time(**rival),
-        STATIC: lambda: static_batches(cfg.batch, cfg.batch_wait_s, **rival),
+        SINGLE: lambda: one_at_a_time(**baseline),
+        STATIC: lambda: static_batches(cfg.batch, cfg.batch_wait_s, **baseline),
     }
     init_ray(log_to_driver=False)
     with socket.socket() as probe:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.loading.image_data import DECODERS
 from ..models.bit import BITConfig
-from ..planning.simulation.training import Cluster, Run, simulate_training
+from ..planning.simulation.training import ClusterConditions, Run, simulate_training
 from ..training.losses import PerceptualConfig, TokenizerLossConfig
 from ..training.run_dir import read_metrics
 from ..training.settings import TrainConfig, WorkersConfig
@@ -93,7 +93,7 @@ def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int)
         checkpoint_bytes=alone["bytes"],
         checkpoint_every=train.checkpoint_every,
     )
-    machine = Cluster(
+    machine = ClusterConditions(
         straggling=0.0,
         storage_bytes_per_s=UNLIMITED,
         disk_bytes_per_s=alone["bytes"] / alone["save"],

@@ -35,7 +35,7 @@ from .data import DataBench, _write_shards
 from .load import Load, closed_loop, mixed_requests, open_loop
 from .measure import Spread
 from .memory import processes
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 from .serving import DEMO_BIT, GRAPH, ServingBench, endpoints, graph_args, save_models
 from .simulated_training import TrainingStages, predicted_rate, real_rate, training_config
 from .stage_times import DataStages, Stages
@@ -74,7 +74,7 @@ class SimulationBench(Config):
     global_batch: int = Field(8, ge=1)
 
 
-def run_simulation_bench(cfg: SimulationBench) -> Result:
+def run_simulation_bench(cfg: SimulationBench) -> SuiteResult:
     """A row a load or job: predicted, real and their ratio."""
     init_ray(log_to_driver=False)
     rows: list[dict[str, Cell]] = []
@@ -91,7 +91,7 @@ def run_simulation_bench(cfg: SimulationBench) -> Result:
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, LOW, ">="))
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, HIGH, "<="))
     about = {**cfg.model_dump(mode="json"), "load before": found["load"], **{k: str(v) for k, v in found.items()}}
-    return Result("The simulation against the real thing", about, rows, goals)
+    return SuiteResult("The simulation against the real thing", about, rows, goals)
 
 
 def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> dict[str, Any]:

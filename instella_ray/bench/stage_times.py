@@ -120,12 +120,12 @@ class DataStages:
     def __init__(self, tokenizer: str, shard: str, size: int) -> None:
         import torch
 
-        from ..data.encode import EncodeConfig, Encoder
-        from ..data.views import Decoder
+        from ..data.encode import CodesEncoder, EncodeConfig
+        from ..data.views import ViewDecoder
 
         torch.set_num_threads(1)
-        self.shard, self.decoder = shard, Decoder(size, 1, False)
-        self.encoder = Encoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
+        self.shard, self.decoder = shard, ViewDecoder(size, 1, False)
+        self.encoder = CodesEncoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
 
     def measure(self, repeats: int) -> dict[str, float]:
         """Seconds an image: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""

@@ -25,7 +25,7 @@ from ..training.launch import launch
 from ..training.settings import TrainConfig, WorkersConfig
 from .data import write_codes
 from .measure import Spread, ratio
-from .report import Cell, Goal, Result
+from .report import Cell, Goal, SuiteResult
 from .training_tasks import (
     BACKWARD,
     BARE,
@@ -39,7 +39,7 @@ from .training_tasks import (
     SAVED,
     TEXT,
     TOKENIZER,
-    Measured,
+    MeasuredTask,
     Turns,
 )
 
@@ -120,7 +120,7 @@ class TrainingBench(Config):
         return self
 
 
-def run_training(cfg: TrainingBench, repeats: int, threads: int) -> Result:
+def run_training(cfg: TrainingBench, repeats: int, threads: int) -> SuiteResult:
     """Rows of images/s of both loops, of a step's phases, and of both kinds of data."""
     timed = repeats * cfg.steps_a_round
     found: dict[str, list[dict[str, Any]]] = {CODES: [], IMAGES: []}
@@ -156,7 +156,7 @@ def run_training(cfg: TrainingBench, repeats: int, threads: int) -> Result:
     rows.append({"what": "images / codes, seconds a step", "ratio": f"{slower:.3f}"})
     goals = [Goal("this loop against a bare one, seconds a step", more.median, GOAL, "<=")]
     about = {**cfg.model_dump(mode="json"), "weights": runs.weights, "threads": threads, "repeats": repeats}
-    return Result("Training", about, rows, goals)
+    return SuiteResult("Training", about, rows, goals)
 
 
 def _split(source: str, steps: Sequence[Mapping[str, float]]) -> list[dict[str, Cell]]:
@@ -210,7 +210,7 @@ class _Runs:
         """What a run with so many ``timed`` steps has found; its directory is dropped."""
         self.count += 1
         cfg = self._config(source, turns.steps + timed + 1)
-        launch(cfg, lambda device: Measured(cfg, device, turns), description=f"training from {source}")
+        launch(cfg, lambda device: MeasuredTask(cfg, device, turns), description=f"training from {source}")
         result, saved = (storage.read_json(storage.join(cfg.train.run_dir, name)) for name in (RESULT, SAVED))
         storage.remove_tree(cfg.train.run_dir)
         return {**result, "saved": saved}

@@ -27,7 +27,7 @@ from ..training.trainer import Trainer
 
 OURS, BARE = "ours", "bare"
 DATA, TEXT, TOKENIZER, FORWARD, BACKWARD, OPTIMIZER, REPORT = (
-    *("waiting for data", "text encoder", "tokenizer", "forward", "backward", "optimizer and average", "logging"),
+    *("waiting for data", "text encoder", "tokenizer", "forward", "backward", "optimizer and EMA", "logging"),
 )
 CHECKPOINT = "writing a checkpoint"
 RESULT, SAVED = "measured.json", "checkpoint.json"
@@ -64,7 +64,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class Measured(GeneratorTask):
+class MeasuredTask(GeneratorTask):
     """First a bare loop takes turns with this one's steps, where it is asked for, then phases are timed, step by step.
 
     What was found goes to :data:`RESULT` at the run's last step, which has no other use. The functions of :data:`PHASES`

@@ -68,7 +68,7 @@ def check_tokenizer(tokenizer: str, size: int | None, samples: SampleSet) -> int
     return size
 
 
-class Worker:
+class DecodeWorker:
     """Ray Data's actor: writes the images of one file of samples."""
 
     def __init__(self, cfg: DecodeConfig, folder: str, size: int) -> None:
@@ -138,7 +138,7 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
             if not there.issuperset(image_urls(samples, number, size, str(cfg.format))):
                 todo.append({"setting": name, "number": number, "rows": file.rows})
     if todo:
-        worker = Stage(partial(Worker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))
+        worker = Stage(partial(DecodeWorker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))
         left = sum(unit["rows"] for unit in todo)
         with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="image") as bar:
             for report in run_rows(todo, worker, local=local):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import storage
 from ..accelerator import hardware_summary, precision_of_actors
 from ..data.formats.parts import QUARANTINE, open_output
-from ..data.model_provenance import model_origin
+from ..data.model_provenance import model_provenance
 from ..data.pipeline import pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
 from ..data.stages import Pool, Stage
@@ -24,7 +24,7 @@ from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
-from ..runs import Origin, recorded
+from ..runs import Provenance, recorded
 from .plan import Planned, SampleConfig, plan_samples, settings_of
 from .sample_set import (
     MANIFEST,
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class SampleJob:
     """What every actor knows."""
 
     folder: str
@@ -74,10 +74,10 @@ class Job:
         return [sample_id(s.prompt.id, s.index) for s in self.unit(number)]
 
 
-class Worker:
+class SampleWorker:
     """Ray Data's actor: makes the files of a unit, all settings in one batch, and reports how many samples it made."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SampleJob) -> None:
         self.job, self.sampler = job, Sampler(job.sampler)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -109,13 +109,13 @@ def run_sample(cfg: SampleConfig) -> dict[str, SampleManifest]:
         return {name: _close(cfg, job, name, done) for name in job.runs}
 
 
-def _inputs(cfg: SampleConfig, job: Job) -> tuple[Origin, ...]:
+def _inputs(cfg: SampleConfig, job: SampleJob) -> tuple[Provenance, ...]:
     run = next(iter(job.runs.values()))
-    prompts = Origin(role="prompts", kind="name", path=cfg.prompts, identity=run.prompts_hash)
-    return (model_origin("generator", run.model, run.model_hash), prompts)
+    prompts = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=run.prompts_hash)
+    return (model_provenance("generator", run.model, run.model_hash), prompts)
 
 
-def plan_job(cfg: SampleConfig) -> Job:
+def plan_job(cfg: SampleConfig) -> SampleJob:
     """The whole job, from the folders and files that ``cfg`` names."""
     model = storage.absolute(cfg.model)
     identity, section = Identity.of(model), read_checkpoint_config(model)["model"]
@@ -139,7 +139,7 @@ def plan_job(cfg: SampleConfig) -> Job:
         "prompts_hash": prompts_hash(prompts),
         "images_per_prompt": cfg.images_per_prompt,
     }
-    return Job(
+    return SampleJob(
         folder=storage.absolute(cfg.output),
         samples=tuple(plan_samples(prompts, cfg.images_per_prompt, cfg.seed)),
         samples_per_file=cfg.samples_per_file,
@@ -159,7 +159,7 @@ def _cut(encoder: TextEncoderConfig, text_length: int) -> TextEncoderConfig:
     return encoder.model_copy(update={"max_length": min(encoder.max_length, text_length)})
 
 
-def _settings(cfg: SampleConfig, job: Job) -> dict[str, Any]:
+def _settings(cfg: SampleConfig, job: SampleJob) -> dict[str, Any]:
     """What must be equal for a job to be resumed."""
     run = next(iter(job.runs.values()))
     about = run.model_dump(mode="json", exclude={"model", "prompts", "sampling"})
@@ -168,7 +168,7 @@ def _settings(cfg: SampleConfig, job: Job) -> dict[str, Any]:
     return {**about, **sampling, **sweep, "samples_per_file": cfg.samples_per_file}
 
 
-def _look_through(job: Job) -> dict[tuple[str, int], SampleFile]:
+def _look_through(job: SampleJob) -> dict[tuple[str, int], SampleFile]:
     """Files that are there and whole, by setting and number. All others are set aside, and named."""
     done = {}
     for name in job.runs:
@@ -194,11 +194,11 @@ def _set_aside(url: str, why: str) -> None:
     storage.move(url, to)
 
 
-def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) -> None:
+def _sample(cfg: SampleConfig, job: SampleJob, todo: Sequence[tuple[int, list[str]]]) -> None:
     rows = [{"unit": number, "settings": names} for number, names in todo]
     pool = Pool(cfg.actors, cfg.gpus_per_actor)
     actors = pool_size(pool, len(rows), local=cfg.local) if cfg.price_per_hour is not None else 0
-    reports = run_rows(rows, Stage(partial(Worker, job), pool), local=cfg.local)
+    reports = run_rows(rows, Stage(partial(SampleWorker, job), pool), local=cfg.local)
     total = len(job.samples) * len(job.runs)
     left = sum(len(job.unit(number)) * len(names) for number, names in todo)
     with tqdm(total=total, initial=total - left, desc="sample", unit="image", smoothing=0.1) as bar:
@@ -210,7 +210,7 @@ def _sample(cfg: SampleConfig, job: Job, todo: Sequence[tuple[int, list[str]]]) 
             bar.update(report["samples"])
 
 
-def _close(cfg: SampleConfig, job: Job, name: str, done: Mapping[tuple[str, int], SampleFile]) -> SampleManifest:
+def _close(cfg: SampleConfig, job: SampleJob, name: str, done: Mapping[tuple[str, int], SampleFile]) -> SampleManifest:
     run = job.runs[name]
     files = [
         done.get((name, number)) or check_file(job.url(name, number), run, job.ids(number))

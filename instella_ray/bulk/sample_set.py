@@ -23,7 +23,7 @@ from ..data.formats.codes import pack_codes, unpack_codes
 from ..data.formats.parts import finished_file
 from ..errors import UserError
 from ..models.sampling import SamplingConfig
-from ..runs import Origin, read_record
+from ..runs import Provenance, read_record
 
 MANIFEST, SWEEP = "manifest.json", "sweep.json"
 SCHEMA = pa.schema(
@@ -164,16 +164,16 @@ def find_sample_sets(folder: str) -> dict[str, SampleSet]:
     return {name: SampleSet(storage.join(folder, name) if name else folder) for name in names}
 
 
-def samples_origin(role: str, folder: str) -> Origin:
+def samples_provenance(role: str, folder: str) -> Provenance:
     """A folder of samples, one set or a sweep, by the runs that made it; without a record its manifest names the model."""
     sets = find_sample_sets(folder)
     run = next(iter(sets.values())).run
     identity = hashlib.sha256(" ".join(found.manifest.run_id for found in sets.values()).encode()).hexdigest()
     facts = {"samples": sum(len(found) for found in sets.values()), "model": run.kind, "seed": run.seed}
     record = read_record(folder)
-    model = Origin(role="generator", kind="model", path=run.model, identity=run.model_hash)
-    prompts = Origin(role="prompts", kind="name", path=run.prompts, identity=run.prompts_hash)
-    return Origin(
+    model = Provenance(role="generator", kind="model", path=run.model, identity=run.model_hash)
+    prompts = Provenance(role="prompts", kind="name", path=run.prompts, identity=run.prompts_hash)
+    return Provenance(
         role=role,
         kind="samples",
         path=storage.absolute(folder),

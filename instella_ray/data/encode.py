@@ -19,10 +19,10 @@ from .formats.parts import PartWriter
 from .formats.rows import BLOCK_BYTES
 from .formats.sources import find_images, shard_sources
 from .job import HOW, DataJobConfig, data_job
-from .model_provenance import model_origin
-from .provenance import shard_origins
+from .model_provenance import model_provenance
+from .provenance import shard_provenance
 from .stages import Pool, Stage
-from .views import Decoder
+from .views import ViewDecoder
 
 
 class EncodeConfig(DataJobConfig):
@@ -47,12 +47,12 @@ class EncodeConfig(DataJobConfig):
     batch_size: int = Field(64, ge=1)
     """Views an encoder call."""
     actors: int | None = Field(None, ge=1)
-    """Encoder actors; none means one a GPU, or one for every two CPUs."""
+    """Encoding actors; none means one a GPU, or one for every two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each encoder actor; 0 encodes on the CPU."""
 
 
-class Encoder:
+class CodesEncoder:
     """Actor that holds the tokenizer and puts ``codes``, a list of packed codes, in place of an image's views."""
 
     def __init__(self, cfg: EncodeConfig, size: int) -> None:
@@ -93,11 +93,11 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     tokenizer_hash = weight_hash(bit)
     volatile = {*HOW, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
-    inputs = (*shard_origins("shards", cfg.input), model_origin("tokenizer", cfg.tokenizer, tokenizer_hash))
+    inputs = (*shard_provenance("shards", cfg.input), model_provenance("tokenizer", cfg.tokenizer, tokenizer_hash))
     with data_job(cfg, "encode", "codes", settings, inputs) as job:
-        decoder = Decoder(size, cfg.crops, cfg.flips)
+        decoder = ViewDecoder(size, cfg.crops, cfg.flips)
         rows_per_file = min(cfg.rows_per_file, decoder.rows_within(BLOCK_BYTES))
-        encoder = Stage(partial(Encoder, cfg, size), Pool(cfg.actors, cfg.gpus_per_actor))
+        encoder = Stage(partial(CodesEncoder, cfg, size), Pool(cfg.actors, cfg.gpus_per_actor))
         writer = PartWriter(cfg.output, ".parquet", CodesWriter(cfg.source))
         job.write(shard_sources(shards, rows_per_file), [Stage(decoder), encoder], writer)
         job.close(shards.values(), listed=False)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from .. import storage
 from ..config import Config
 from ..errors import UserError
-from ..runs import Origin, recorded
+from ..runs import Provenance, recorded
 from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter
 from .formats.shards import part_entries, write_shard_list
 from .pipeline import run_stages
-from .provenance import output_origin
+from .provenance import output_provenance
 from .stages import CpuPool, Source, Stage
 
 
@@ -110,7 +110,7 @@ class DataJob:
 
 @contextmanager
 def data_job(
-    cfg: DataJobConfig, name: str, makes: str, settings: Mapping[str, Any], inputs: Sequence[Origin]
+    cfg: DataJobConfig, name: str, makes: str, settings: Mapping[str, Any], inputs: Sequence[Provenance]
 ) -> Iterator[DataJob]:
     """Get the output folder ready for a job of these ``settings``, and keep its record while the block works there.
 
@@ -121,4 +121,4 @@ def data_job(
         job = DataJob(cfg, name, done)
         yield job
         assert job.ledger is not None, f"{name} has not been closed"
-        outputs.append(output_origin(makes, cfg.output, job.ledger))
+        outputs.append(output_provenance(makes, cfg.output, job.ledger))

@@ -11,18 +11,18 @@ from .. import storage
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, read_checkpoint_config, weight_hash
 from ..models.text_encoder import TextEncoderConfig
-from ..runs import Origin, RunRecord
+from ..runs import Provenance, RunRecord
 
 LINEAGE = "lineage"
 """Section of a model folder's config.yaml."""
 
 
-def model_origin(role: str, folder: str | Path, identity: str | None = None) -> Origin:
+def model_provenance(role: str, folder: str | Path, identity: str | None = None) -> Provenance:
     """A model folder of this machine, with the lineage that it carries; ``identity`` where its hash is known already."""
     section = read_checkpoint_config(folder)
     about = section.get(LINEAGE) or {}
     try:
-        return Origin(
+        return Provenance(
             role=role,
             kind="model",
             path=storage.absolute(str(folder)),
@@ -34,13 +34,13 @@ def model_origin(role: str, folder: str | Path, identity: str | None = None) -> 
         raise UserError(f"{Path(folder) / CONFIG}: the section {LINEAGE} is not one that training writes") from None
 
 
-def text_encoder_origin(cfg: TextEncoderConfig) -> Origin:
+def text_encoder_provenance(cfg: TextEncoderConfig) -> Provenance:
     """A text encoder, which is known by its name."""
     facts = {name: value for name in ("gguf_file", "layers") if (value := getattr(cfg, name)) is not None}
-    return Origin(role="text encoder", kind="name", path=cfg.name, facts=facts)
+    return Provenance(role="text encoder", kind="name", path=cfg.name, facts=facts)
 
 
 def lineage_section(record: RunRecord, step: int) -> dict[str, Any]:
     """What a checkpoint after ``step`` steps of a run says of where it comes from."""
     facts = {name: value for name, value in record.facts.items() if name != "status"}
-    return {**facts, "step": step, "inputs": [origin.model_dump(mode="json") for origin in record.inputs]}
+    return {**facts, "step": step, "inputs": [provenance.model_dump(mode="json") for provenance in record.inputs]}

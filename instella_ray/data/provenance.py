@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from .. import storage
-from ..runs import Origin, read_record
+from ..runs import Provenance, read_record
 from .formats.codes import MANIFEST
 from .formats.parts import LEDGER, SETTINGS, Ledger
 from .formats.shards import SHARD_LIST, ShardEntry, find_files
@@ -17,21 +17,21 @@ ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
 """Files in which a data job says what it has made, as far as it writes them."""
 
 
-def shard_origins(role: str, pattern: str) -> tuple[Origin, ...]:
+def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
     """The folders that hold the shards of ``pattern``: outputs of data jobs each for itself, all other files together."""
     by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
     for entry in find_files(pattern, SUFFIXES):
         by_folder[entry.url.rpartition("/")[0]].append(entry)
     made = {folder for folder in by_folder if folder and storage.exists(storage.join(folder, LEDGER))}
-    origins = [data_origin(role, folder) for folder in sorted(made)]
+    found = [data_provenance(role, folder) for folder in sorted(made)]
     others = [entry for folder, entries in by_folder.items() if folder not in made for entry in entries]
-    return (*origins, *([files_origin(role, pattern, others)] if others else []))
+    return (*found, *([files_provenance(role, pattern, others)] if others else []))
 
 
-def files_origin(role: str, pattern: str, entries: Sequence[ShardEntry]) -> Origin:
+def files_provenance(role: str, pattern: str, entries: Sequence[ShardEntry]) -> Provenance:
     """Files that no job of ours accounts for: their names and sizes are all that is known without reading them."""
     facts = {"files": len(entries), "bytes": sum(entry.bytes for entry in entries)}
-    return Origin(
+    return Provenance(
         role=role, kind="files", path=storage.absolute(pattern), identity=files_identity(entries), facts=facts
     )
 
@@ -42,7 +42,7 @@ def files_identity(entries: Sequence[ShardEntry]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def data_origin(role: str, folder: str) -> Origin:
+def data_provenance(role: str, folder: str) -> Provenance:
     """A data job's finished output, with its record; of one without a record, its settings say what it was made from.
 
     Codes that came without a ledger are known by their manifest.
@@ -54,17 +54,17 @@ def data_origin(role: str, folder: str) -> Origin:
     record = read_record(folder)
     if record is not None:
         facts = {**record.facts, **counts}
-        return Origin(role=role, kind="data", facts=facts, inputs=record.inputs, **about)
+        return Provenance(role=role, kind="data", facts=facts, inputs=record.inputs, **about)
     settings = storage.join(folder, SETTINGS)
     source = storage.read_json(settings).get("input") if storage.exists(settings) else None
-    inputs = (Origin(role="shards", kind="files", path=str(source)),) if source else ()
-    return Origin(role=role, kind="data", facts=counts, inputs=inputs, **about)
+    inputs = (Provenance(role="shards", kind="files", path=str(source)),) if source else ()
+    return Provenance(role=role, kind="data", facts=counts, inputs=inputs, **about)
 
 
-def output_origin(role: str, folder: str, ledger: Ledger) -> Origin:
+def output_provenance(role: str, folder: str, ledger: Ledger) -> Provenance:
     """What a data job has just finished."""
     facts = {"in": ledger.total, "kept": ledger.kept}
-    return Origin(role=role, kind="data", path=folder, identity=data_identity(folder), facts=facts)
+    return Provenance(role=role, kind="data", path=folder, identity=data_identity(folder), facts=facts)
 
 
 def data_identity(folder: str) -> str:

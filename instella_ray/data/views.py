@@ -30,7 +30,7 @@ PIXELS = pa.schema(
 """An image between decoding and encoding: ``views`` is uint8 ``[V, size, size, 3]``; bad ones keep ``image``."""
 
 
-class Decoder:
+class ViewDecoder:
     """Decodes, resizes and crops each image once, into rows of :data:`PIXELS`."""
 
     def __init__(self, size: int, crops: int, flips: bool) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import storage
-from ..data.curation.prefilter import Judge
+from ..data.curation.prefilter import Prefilter
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square
 from ..data.formats.parts import KEPT
 from ..data.formats.shards import find_shards
@@ -76,7 +76,7 @@ def demo_prompts(demo: DemoConfig, images: HeldOutImages) -> list[tuple[str, str
 
 def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(caption, pixels) of the samples that curation would keep: what is measured on is like what is trained on."""
-    judge = Judge(curate_config(demo, url).filters)
+    judge = Prefilter(curate_config(demo, url).filters)
     with storage.open_file(url) as stream:
         for row in read_samples(stream, url):
             if judge.verdict(row)[0] != KEPT:

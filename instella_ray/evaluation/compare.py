@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SettingComparison:
     """Of one setting with one other."""
 
     a: str
@@ -64,7 +64,7 @@ class Comparison:
         return "\n".join([*lines, *(f"not compared: {name}: {why}" for name, why in self.refused.items())])
 
 
-def compare(a: str, b: str, output: str | None = None) -> list[Comparison]:
+def compare(a: str, b: str, output: str | None = None) -> list[SettingComparison]:
     """Compare two outputs of evaluations, ``FOLDER`` or ``FOLDER#SETTING``; ``output`` gets a page.
 
     Settings of one name are compared, or the only two there are. UserError where nothing is comparable.
@@ -98,7 +98,7 @@ def _pairs(a: str, ours: list[str], b: str, theirs: list[str]) -> list[tuple[str
     return shared
 
 
-def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> Comparison:
+def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> SettingComparison:
     a, b = first.settings[ours], second.settings[theirs]
     asked = first.asked(ours), second.asked(theirs)
     same = {name for name, of in asked[0].items() if asked[1].get(name) == of}
@@ -119,7 +119,7 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> C
     both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
     images = [(shown[0][name], shown[1][name]) for name in both[:IMAGES]]
     titles = [f"{e.folder}#{s}" if s else e.folder for e, s in ((first, ours), (second, theirs))]
-    return Comparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, images)
+    return SettingComparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, images)
 
 
 def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 
 from .. import storage
 from ..accelerator import hardware_summary
-from ..bulk.sample_set import samples_origin
+from ..bulk.sample_set import samples_provenance
 from ..data.formats.parts import open_output
-from ..data.model_provenance import model_origin
+from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
-from ..runs import Origin, recorded
-from .inputs import EvaluateConfig, Subject
-from .measure import Record, States, Task, load_reference, measure
+from ..runs import Provenance, recorded
+from .inputs import EvaluateConfig, EvaluationInputs
+from .measure import MeasureOptions, Record, States, load_reference, measure
 from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
 from .metrics.base import Metric
 from .metrics.frechet import Frechet
@@ -26,8 +26,8 @@ from .metrics.presets import preset
 from .reader import ReaderOptions
 from .report import write_report
 from .results import RESULTS, STATES
-from .select import Choice, choose_images
-from .thumbnails import Order, paint
+from .select import Selection, choose_images
+from .thumbnails import ThumbnailOptions, write_thumbnails
 from .units import image_units
 
 REFERENCE = "reference"
@@ -36,61 +36,62 @@ REFERENCE = "reference"
 def run_evaluate(cfg: EvaluateConfig) -> str:
     """Measure, write ``results.json`` and ``report.html`` into ``cfg.output``, and return the report's path.
 
-    UserError when the subject is not whole, does not fit the tokenizer or the metrics, or the output exists unasked.
+    UserError when the inputs is not whole, does not fit the tokenizer or the metrics, or the output exists unasked.
     """
     cfg = cfg.absolute()
     if cfg.preset is not None:
         preset(cfg.preset)
-    subject = Subject(cfg)
-    sections = choose(cfg.metrics, frozenset(subject.offers), scenes=subject.scenes)
+    inputs = EvaluationInputs(cfg)
+    sections = choose(cfg.metrics, frozenset(inputs.offers), scenes=inputs.scenes)
     sections = {name: absolute(section) for name, section in sections.items()}
     if cfg.local and isinstance(sections.get("geneval"), GenEval):
         raise UserError("metrics.geneval: its detector needs an environment that Ray makes; expected local=false")
-    open_output(cfg.output, cfg.mode, _identity(cfg, subject, sections))
-    with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, subject)):
+    open_output(cfg.output, cfg.mode, _identity(cfg, inputs, sections))
+    with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
         fid = sections.get("fid")
         reference = _reference(cfg, fid, pool) if isinstance(fid, FID) else None
         captions = any("prompts" in section.needs for section in sections.values())
-        reader = ReaderOptions(cfg.tokenizer, subject.size, cfg.batch_size, captions)
+        reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions)
         gpu = cfg.gpus_per_actor > 0
-        task = Task(storage.join(cfg.output, STATES), sections, reader, subject.per_prompt, reference, gpu)
-        measured = measure(task, subject.all_units, pool, local=cfg.local, title="evaluate")
-        records: dict[str, list[Record]] = {name: [] for name in subject.units}
+        task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
+        measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
+        records: dict[str, list[Record]] = {name: [] for name in inputs.units}
         for record in measured:
             records[record.unit.setting].append(record)
-        choices, settings = {}, []
+        selections, settings = {}, []
         for name, found in records.items():
             metrics = _merged(task, name, found)
-            choices[name] = choose_images(found, metrics, cfg.show, len(records))
-            settings.append(_summary(name, subject.about[name], found, metrics, choices[name], cfg.seed))
-        if "images" in subject.offers:
-            paint(cfg.output, Order(reader, cfg.show.size, gpu), records, choices, pool, local=cfg.local)
-        card = _card(cfg, subject, measured)
+            selections[name] = choose_images(found, metrics, cfg.show, len(records))
+            settings.append(_summary(name, inputs.about[name], found, metrics, selections[name], cfg.seed))
+        if "images" in inputs.offers:
+            shown = ThumbnailOptions(reader, cfg.show.size, gpu)
+            write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
+        card = _card(cfg, inputs, measured)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
 
 
-def _inputs(cfg: EvaluateConfig, subject: Subject) -> tuple[Origin, ...]:
+def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, ...]:
     if cfg.samples is not None:
-        read = samples_origin("samples", cfg.samples)
+        read = samples_provenance("samples", cfg.samples)
     else:
-        read = Origin(role="images", kind="name", path=str(cfg.images))
+        read = Provenance(role="images", kind="name", path=str(cfg.images))
     if cfg.tokenizer is None:
         return (read,)
-    return (read, model_origin("tokenizer", cfg.tokenizer, subject.tokenizer_hash))
+    return (read, model_provenance("tokenizer", cfg.tokenizer, inputs.tokenizer_hash))
 
 
-def _identity(cfg: EvaluateConfig, subject: Subject, sections: dict[str, Section]) -> dict[str, Any]:
+def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section]) -> dict[str, Any]:
     """What a job must share with the one whose output it goes on with."""
-    work = [unit.model_dump(mode="json") for unit in subject.all_units]
-    runs = {name: about.get("run_id") for name, about in subject.about.items()}
+    work = [unit.model_dump(mode="json") for unit in inputs.all_units]
+    runs = {name: about.get("run_id") for name, about in inputs.about.items()}
     return {
         "samples": cfg.samples,
         "images": cfg.images,
-        "size": subject.size,
+        "size": inputs.size,
         "batch_size": cfg.batch_size,
-        "tokenizer_hash": subject.tokenizer_hash,
+        "tokenizer_hash": inputs.tokenizer_hash,
         "metrics": {name: section.model_dump(mode="json") for name, section in sections.items()},
         "work": hashlib.sha256(json.dumps([work, runs]).encode()).hexdigest(),
     }
@@ -106,7 +107,7 @@ def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
     if not storage.exists(url):
         sections = {"fid": Reference(**fid.model_dump())}
         reader = ReaderOptions(None, fid.images.size, cfg.batch_size, images=fid.images)
-        task = Task(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
+        task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
         units = image_units(fid.reference, cfg.rows_per_unit)
         measure(task, units, pool, local=cfg.local, title="reference")
         gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
@@ -115,7 +116,7 @@ def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
     return url, fid.reference
 
 
-def _merged(task: Task, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
+def _merged(task: MeasureOptions, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
     states, units = States(task.states), [record.unit.name for record in records]
     found: dict[str, Metric] = {}
     for name, section in task.sections.items():
@@ -127,7 +128,12 @@ def _merged(task: Task, setting: str, records: Sequence[Record]) -> dict[str, Me
 
 
 def _summary(
-    name: str, about: dict[str, Any], records: Sequence[Record], metrics: dict[str, Metric], choice: Choice, seed: int
+    name: str,
+    about: dict[str, Any],
+    records: Sequence[Record],
+    metrics: dict[str, Metric],
+    selection: Selection,
+    seed: int,
 ) -> dict[str, Any]:
     quarantined = sum((Counter(record.quarantined) for record in records), Counter[str]())
     return {
@@ -137,18 +143,18 @@ def _summary(
         "quarantined": dict(sorted(quarantined.items())),
         "units": [record.unit.name for record in records],
         "metrics": {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()},
-        "shown": choice.model_dump(mode="json"),
+        "shown": selection.model_dump(mode="json"),
     }
 
 
-def _card(cfg: EvaluateConfig, subject: Subject, records: Sequence[Record]) -> dict[str, Any]:
+def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Record]) -> dict[str, Any]:
     names = ("instella-ray", "torch", "ray", "numpy", "pillow")
     return {
-        "subject": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
+        "measured_inputs": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
         "source": cfg.samples or cfg.images,
         "tokenizer": cfg.tokenizer,
-        "tokenizer_hash": subject.tokenizer_hash,
-        "size": subject.size if "images" in subject.offers else None,
+        "tokenizer_hash": inputs.tokenizer_hash,
+        "size": inputs.size if "images" in inputs.offers else None,
         "preset": cfg.preset,
         "bootstrap_seed": cfg.seed,
         "batch_size": cfg.batch_size,

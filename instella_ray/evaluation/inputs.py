@@ -70,7 +70,7 @@ class EvaluateConfig(Config):
         return self.model_copy(update=places)
 
 
-class Subject:
+class EvaluationInputs:
     """Its units of work, what they offer to metrics, and what a report says of them."""
 
     def __init__(self, cfg: EvaluateConfig) -> None:

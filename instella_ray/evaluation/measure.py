@@ -91,7 +91,7 @@ class States:
 
 
 @dataclass(frozen=True)
-class Task:
+class MeasureOptions:
     """What every actor is told."""
 
     states: str
@@ -118,7 +118,7 @@ def load_reference(reference: tuple[str, str] | None) -> Gaussian | None:
 class Measurer:
     """Actor with the tokenizer and the metrics' networks. What is the user's to mend comes back in ``problem``."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: MeasureOptions) -> None:
         self.task = task
         self.device = pick_device("auto" if task.gpu else "cpu")
         self.ready: tuple[Reader, dict[str, Maker]] | None = None
@@ -169,7 +169,7 @@ class Measurer:
 REPORT = pa.schema([("images", pa.int64()), ("problem", pa.string())])
 
 
-def measure(task: Task, units: Sequence[Unit], pool: Pool, *, local: bool, title: str) -> list[Record]:
+def measure(task: MeasureOptions, units: Sequence[Unit], pool: Pool, *, local: bool, title: str) -> list[Record]:
     """Measure what is not finished yet, on a pool of actors or in this process; returns the records of all ``units``.
 
     UserError with the first problem that an actor met: a file of samples that is not whole, weights that are not there.

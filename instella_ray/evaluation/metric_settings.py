@@ -265,7 +265,7 @@ EXPLAINED = {
 def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: bool) -> dict[str, Section]:
     """The sections to measure; None: those that need no file beside, the scene score where captions are ``scenes``.
 
-    UserError for one that needs what the subject does not have, and where nothing is left.
+    UserError for one that needs what the inputs do not have, and where nothing is left.
     """
     if metrics is None:
         free = MetricsConfig(

@@ -40,7 +40,7 @@ class ReaderOptions:
 
 
 @dataclass(frozen=True)
-class Batches:
+class LabelledBatch:
     """One batch with what reports say about its rows."""
 
     batch: Batch
@@ -61,11 +61,11 @@ class Reader:
         folder = self.options.tokenizer
         self.bit = load_expected(folder, BIT, device=self.device) if folder else None
 
-    def batches(self, unit: Unit, only: Collection[str] | None = None) -> Iterator[Batches]:
+    def batches(self, unit: Unit, only: Collection[str] | None = None) -> Iterator[LabelledBatch]:
         """The unit's rows in order, or those of the ids ``only``; cut in the same way each time."""
         return self._samples(unit, only) if unit.kind == "samples" else self._images(unit, only)
 
-    def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
+    def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
         block = read_samples_unit(unit)
         chosen = [row for row, name in enumerate(block.ids) if only is None or name in only]
         for rows in _cut(chosen, self.options.batch_size):
@@ -75,9 +75,9 @@ class Reader:
             )
             meta, categories = [block.meta[row] for row in rows], [block.categories[row] for row in rows]
             images = self._decode(codes) if self.bit else None
-            yield Batches(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
+            yield LabelledBatch(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
-    def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[Batches]:
+    def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
         for rows in _cut(self._pixels(unit, only), self.options.batch_size):
             ids, captions, pixels, hashes = zip(*rows, strict=True)
             originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
@@ -85,7 +85,7 @@ class Reader:
             if self.bit is not None:
                 codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
                 batch = Batch(ids, self._decode(codes), originals, prompts, codes)
-            yield Batches(batch, [None] * len(ids), list(hashes))
+            yield LabelledBatch(batch, [None] * len(ids), list(hashes))
 
     def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray, str]]:
         for row in read_images_unit(unit):

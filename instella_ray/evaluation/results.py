@@ -10,7 +10,7 @@ from ..data.formats.parts import finished_file
 from ..errors import UserError
 from .measure import ROWS, States
 from .metrics.base import Metric
-from .thumbnails import GALLERY, read_gallery
+from .thumbnails import THUMBNAILS, read_thumbnails
 
 RESULTS, STATES = "results.json", "states"
 
@@ -46,9 +46,9 @@ class Evaluation:
         return found
 
     def images(self, setting: str) -> dict[str, Json]:
-        """Rows of the gallery by id; empty where only codes were measured."""
-        return self._gallery.get(setting, {})
+        """Rows of the thumbnails by id; empty where only codes were measured."""
+        return self._thumbnails.get(setting, {})
 
     @cached_property
-    def _gallery(self) -> dict[str, dict[str, Json]]:
-        return read_gallery(self.folder) if storage.exists(storage.join(self.folder, GALLERY)) else {}
+    def _thumbnails(self) -> dict[str, dict[str, Json]]:
+        return read_thumbnails(self.folder) if storage.exists(storage.join(self.folder, THUMBNAILS)) else {}

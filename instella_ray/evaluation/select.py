@@ -35,7 +35,7 @@ class Shown(Config):
     reason: str = ""
 
 
-class Choice(Config):
+class Selection(Config):
     """What is shown of a setting."""
 
     grid: tuple[str, ...]
@@ -51,7 +51,9 @@ class Choice(Config):
         return {*self.grid, *(s.id for s in shown)}
 
 
-def choose_images(records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int) -> Choice:
+def choose_images(
+    records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int
+) -> Selection:
     """A fixed sample of prompts, and the best and worst by every score, of one of ``settings``."""
     scored = {name: m for name, m in metrics.items() if isinstance(m, SampleMetric | RateMetric)}
     wanted = show.prompts + 2 * show.extremes * len(scored)
@@ -62,7 +64,7 @@ def choose_images(records: Sequence[Record], metrics: Mapping[str, Metric], show
     grid = tuple(_grid(records, prompts))
     judged = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
     verdicts = {name: judged[name].reason for name in grid if name in judged}
-    return Choice(grid=grid, verdicts=verdicts, best=best, worst=worst)
+    return Selection(grid=grid, verdicts=verdicts, best=best, worst=worst)
 
 
 def _grid(records: Sequence[Record], count: int) -> list[str]:

@@ -19,10 +19,10 @@ from ..errors import UserError
 from ..rendering import thumbnail
 from .measure import Record
 from .reader import Reader, ReaderOptions
-from .select import Choice
+from .select import Selection
 from .units import Unit
 
-GALLERY = "gallery.parquet"
+THUMBNAILS = "thumbnails.parquet"
 SCHEMA = pa.schema(
     [
         ("setting", pa.string()),
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Order:
+class ThumbnailOptions:
     """What the painting actors are told."""
 
     reader: ReaderOptions
@@ -44,18 +44,18 @@ class Order:
     gpu: bool
 
 
-class Painter:
+class ThumbnailActor:
     """Actor: rows with a unit and the ids to show become thumbnails."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: ThumbnailOptions) -> None:
         self.order = order
         self.reader = Reader(order.reader, pick_device("auto" if order.gpu else "cpu"))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = [shown for row in table.to_pylist() for shown in self.painted(row)]
+        rows = [shown for row in table.to_pylist() for shown in self.made(row)]
         return pa.Table.from_pylist(rows, SCHEMA)
 
-    def painted(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+    def made(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         unit, shown = Unit.model_validate_json(row["unit"]), []
         for part in self.reader.batches(unit, set(row["ids"])):
             batch = part.batch
@@ -70,19 +70,19 @@ class Painter:
         return None if images is None else thumbnail(images[place], self.order.size)
 
 
-def paint(
+def write_thumbnails(
     output: str,
-    order: Order,
+    order: ThumbnailOptions,
     records: Mapping[str, Sequence[Record]],
-    choices: Mapping[str, Choice],
+    selections: Mapping[str, Selection],
     pool: Pool,
     *,
     local: bool,
 ) -> None:
-    """Write ``gallery.parquet`` with the chosen images of every setting."""
+    """Write ``thumbnails.parquet`` with the chosen images of every setting."""
     rows = []
     for setting, found in records.items():
-        wanted = choices[setting].ids
+        wanted = selections[setting].ids
         rows += [
             {"unit": record.unit.model_dump_json(), "ids": ids}
             for record in found
@@ -90,14 +90,14 @@ def paint(
         ]
     made: list[dict[str, Any]] = []
     if rows:
-        painted = run_rows(rows, Stage(partial(Painter, order), pool), local=local)
-        made = sorted(painted, key=lambda row: (row["setting"], row["id"]))
-    storage.write_parquet(storage.join(output, GALLERY), pa.Table.from_pylist(made, SCHEMA))
+        shown = run_rows(rows, Stage(partial(ThumbnailActor, order), pool), local=local)
+        made = sorted(shown, key=lambda row: (row["setting"], row["id"]))
+    storage.write_parquet(storage.join(output, THUMBNAILS), pa.Table.from_pylist(made, SCHEMA))
 
 
-def read_gallery(output: str) -> dict[str, dict[str, dict[str, Any]]]:
+def read_thumbnails(output: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Setting -> id -> row of :data:`SCHEMA`; UserError where there is none."""
-    url = storage.join(output, GALLERY)
+    url = storage.join(output, THUMBNAILS)
     with storage.open_file(url) as stream:
         try:
             rows = pq.read_table(stream).to_pylist()

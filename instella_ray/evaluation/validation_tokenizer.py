@@ -71,7 +71,7 @@ class ValidatedStages(TokenizerStagesConfig, ValidatedTokenizer):
     stage_type = ValidatedTokenizer
 
 
-class Measured(NamedTuple):
+class MeasuredReconstruction(NamedTuple):
     """What restoring has come to."""
 
     numbers: Numbers
@@ -92,7 +92,7 @@ class TokenizerValidator(Validator):
         return measured.numbers
 
 
-def _on_cluster(model: str, cfg: TokenizerValidation) -> Measured:
+def _on_cluster(model: str, cfg: TokenizerValidation) -> MeasuredReconstruction:
     """:func:`measure_restorations` in a task of Ray."""
     import ray
     from ray.exceptions import RayTaskError
@@ -104,14 +104,14 @@ def _on_cluster(model: str, cfg: TokenizerValidation) -> Measured:
         raise UserError(f"gpus {cfg.gpus:g}: the cluster has {have:g}")
     task = ray.remote(num_cpus=cfg.cpus, num_gpus=cfg.gpus)(measure_restorations)
     try:
-        measured: Measured = ray.get(task.remote(model, cfg))
+        measured: MeasuredReconstruction = ray.get(task.remote(model, cfg))
     except RayTaskError as error:
         raise error.cause from None
     return measured
 
 
 @torch.inference_mode()
-def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
+def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredReconstruction:
     """Restore images of ``cfg.data`` at ``cfg.sizes`` by the BIT of the folder ``model``, and compare.
 
     A metric is over the images of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
@@ -142,7 +142,7 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> Measured:
                 shown.append(np.stack((originals, restored)))
     rows = np.concatenate(shown, axis=1)[:, : cfg.shown]
     image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    return Measured(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), image)
+    return MeasuredReconstruction(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), image)
 
 
 def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:

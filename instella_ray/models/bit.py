@@ -54,9 +54,6 @@ class BITConfig(Config):
     its place for each mask token. Small tokenizers leave their first plateau much sooner with it."""
     normalize_logits: bool = False
     """Batch norm (without affine) on each quantizer logit, so that every bit starts balanced and none collapses."""
-    repa_layer: int | None = None
-    """Decoder block whose image tokens are projected to a foreign feature space (REPA), in training only."""
-    repa_width: int = Field(384, ge=1)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BITConfig:
@@ -73,8 +70,6 @@ class BITConfig(Config):
                 raise ValueError(f"{name} must name blocks 0..{layers - 1}, got {getattr(self, name)}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
-        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_layers:
-            raise ValueError(f"repa_layer must name a block 0..{self.decoder_layers - 1}, got {self.repa_layer}")
         if self.image_size % self.encode_multiple:
             raise ValueError(f"image_size must be a multiple of {self.encode_multiple}, got {self.image_size}")
         return self
@@ -109,11 +104,9 @@ class BITOutput(NamedTuple):
     """Quantizer logits ``[B, L, K]``."""
     code_loss: Tensor
     """``mean(s (1 - s))``, s = sigmoid(logits): small when bits are decided."""
-    repa: Tensor | None
-    """Projected image tokens ``[B, h * w, repa_width]`` of block ``repa_layer``, where asked for."""
 
 
-class Encoder(nn.Module):
+class BITEncoder(nn.Module):
     """Images to refined latent tokens ``[B, L, encoder_width]``; image tokens are discarded (Eq. 1)."""
 
     def __init__(self, cfg: BITConfig) -> None:
@@ -146,7 +139,7 @@ class Encoder(nn.Module):
         return self.proj_out(self.norm_out(x[:, :latents]))
 
 
-class Decoder(nn.Module):
+class BITDecoder(nn.Module):
     """Latent vectors ``[B, L, encoder_width]`` and a grid of mask tokens to image features ``[B, d, h, w]`` (Eq. 1)."""
 
     def __init__(self, cfg: BITConfig) -> None:
@@ -161,14 +154,10 @@ class Decoder(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.up_layers = nn.ModuleList([UP[cfg.resample](width) for _ in cfg.upsample_after])
         self.norm_out = RMSNorm(width)
-        if cfg.repa_layer is not None:
-            self.repa_proj = nn.Sequential(
-                nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, cfg.repa_width)
-            )
 
-    def forward(self, latents: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
-        """``height`` and ``width`` count patches of the output; the second result is the REPA feature or None."""
-        cfg, count, repa = self.cfg, self.cfg.num_tokens, None
+    def forward(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """``height`` and ``width`` count patches of the output."""
+        cfg, count = self.cfg, self.cfg.num_tokens
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
         # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. No expansion, no floor.
@@ -184,14 +173,12 @@ class Decoder(nn.Module):
         expansions = iter(self.up_layers)
         for i, block in enumerate(self.transformer_blocks):
             x = block(x, table)
-            if i == cfg.repa_layer and self.training:
-                repa = self.repa_proj(x[:, count:])
             if i in cfg.upsample_after:
                 grid = next(expansions)(_as_grid(x[:, count:], height, width))
                 height, width, extent = height * 2, width * 2, extent and extent * 2
                 x = torch.cat((x[:, :count], grid.flatten(2).transpose(1, 2)), dim=1)
                 table = rope_table(count, height, width, cfg.rope_axes, extent, latents.device)
-        return _as_grid(self.norm_out(x[:, count:]), height, width), repa
+        return _as_grid(self.norm_out(x[:, count:]), height, width)
 
 
 class BIT(nn.Module):
@@ -200,10 +187,10 @@ class BIT(nn.Module):
     def __init__(self, cfg: BITConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.encoder = Encoder(cfg)
+        self.encoder = BITEncoder(cfg)
         normalized = cfg.num_tokens if cfg.normalize_logits else None
         self.quantizer = BinaryQuantizer(cfg.encoder_width, cfg.bits_per_token, normalized_tokens=normalized)
-        self.decoder = Decoder(cfg)
+        self.decoder = BITDecoder(cfg)
         self.to_pixel = PIXEL_HEADS[cfg.pixel_head](cfg.decoder_width, cfg.patch_size)
 
     @torch.no_grad()
@@ -233,7 +220,7 @@ class BIT(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
         """Images ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
-        return self._decode(codes.to(self.quantizer.embed.dtype), height, width)[0].float()
+        return self._decode(codes.to(self.quantizer.embed.dtype), height, width).float()
 
     def forward(
         self,
@@ -251,14 +238,14 @@ class BIT(nn.Module):
         logits = self.encode_logits(images)
         soft = logits.sigmoid()
         bits = self.quantizer.quantize(logits, temperature, u)
-        output, repa = self._decode(bits, height or images.shape[-2], width or images.shape[-1])
-        return BITOutput(output, logits, (soft * (1 - soft)).mean(), repa)
+        output = self._decode(bits, height or images.shape[-2], width or images.shape[-1])
+        return BITOutput(output, logits, (soft * (1 - soft)).mean())
 
-    def _decode(self, bits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, bits: Tensor, height: int, width: int) -> Tensor:
         _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
-        features, repa = self.decoder(bits @ self.quantizer.embed, height // patch, width // patch)
-        return self.to_pixel(features), repa
+        images: Tensor = self.to_pixel(self.decoder(bits @ self.quantizer.embed, height // patch, width // patch))
+        return images
 
 
 def _check_size(task: str, multiple: int, height: int, width: int) -> None:

@@ -35,7 +35,7 @@ from .bit import BIT
 from .checkpoint import Model, read_tensors
 from .diffusion import ar_loss, bit_accuracy, diffusion_loss, flip_noise, noise_probability, x0_logits
 from .generator import ARGenerator, DiffusionGenerator
-from .golden_facts import ARSamplingSection, Facts, SamplingSection, SizesSection, TokenizerSection
+from .golden_facts import ARSamplingSection, RecordedFacts, SamplingSection, SizesSection, TokenizerSection
 from .joint_attention import TextKV
 from .published import FILES, RELEASED, ReleaseSettings, model_from_state
 from .rope import rope_table
@@ -56,10 +56,10 @@ INPUTS = re.compile(
 )
 """Tensors that others are computed from. ``dit.zt`` is compared as well, where the noise that made it is recorded."""
 
-F = TypeVar("F", bound=Facts)
+F = TypeVar("F", bound=RecordedFacts)
 
 
-class Comparison(NamedTuple):
+class TensorComparison(NamedTuple):
     """One recorded tensor against ours."""
 
     name: str
@@ -115,14 +115,14 @@ class Golden:
         self.ar_trajectory = cache(self._ar_trajectory)
 
     @torch.no_grad()
-    def compare(self) -> Iterator[Comparison]:
+    def compare(self) -> Iterator[TensorComparison]:
         for name in sorted(self.io):
             found = ((check, match) for pattern, check in CHECKS.items() if (match := re.fullmatch(pattern, name)))
             check, match = next(found, (None, None))
             if check and match:
                 yield from self._compare(name, partial(check, self, *match.groups()))
             elif not INPUTS.fullmatch(name):
-                yield Comparison(name, not_checked="an output of this name is unknown")
+                yield TensorComparison(name, not_checked="an output of this name is unknown")
 
     def encoding(self, image: str, part: str, noscale: str | None) -> Tensor:
         """``bit.x0.logits`` and its kin, of every recorded image."""
@@ -305,13 +305,13 @@ class Golden:
             "p": torch.stack([guided_probability(out[:batch], out[batch:], params) for out in outs]),
         }
 
-    def _compare(self, name: str, compute: Callable[[], Tensor]) -> Iterator[Comparison]:
+    def _compare(self, name: str, compute: Callable[[], Tensor]) -> Iterator[TensorComparison]:
         recorded = self.io[name]
         try:
             ours = compute()
         except Absent as absent:
             if not INPUTS.fullmatch(name):
-                yield Comparison(name, not_checked=f"the folder has no {absent}")
+                yield TensorComparison(name, not_checked=f"the folder has no {absent}")
             return
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
@@ -321,10 +321,10 @@ class Golden:
         if ours.shape != recorded.shape:
             raise UserError(f"{name}: ours has shape {tuple(ours.shape)}, the recording {tuple(recorded.shape)}")
         if not recorded.is_floating_point():
-            yield Comparison(name, wrong_bits=int((ours.to(recorded.dtype) != recorded).sum()))
+            yield TensorComparison(name, wrong_bits=int((ours.to(recorded.dtype) != recorded).sum()))
             return
         difference = (ours - recorded).abs().max() if recorded.numel() else torch.zeros(())
-        yield Comparison(name, float(difference.nan_to_num(nan=float("inf"))))
+        yield TensorComparison(name, float(difference.nan_to_num(nan=float("inf"))))
 
 
 CHECKS: dict[str, Callable[..., Tensor]] = {

@@ -11,44 +11,44 @@ from ..config import Config
 from .bit import AxisWidth
 
 
-class Facts(Config):
+class RecordedFacts(Config):
     """A part of ``config.json``. The rest of it, prose for the most part, is of no interest here."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class TokenizerFacts(Facts):
+class TokenizerFacts(RecordedFacts):
     axes_dims_rope: tuple[AxisWidth, AxisWidth, AxisWidth]
     downsample_idx: tuple[int, ...]
     upsample_idx: tuple[int, ...]
 
 
-class TokenizerSection(Facts):
+class TokenizerSection(RecordedFacts):
     bit: TokenizerFacts
     bae_scale: float | None
     """Null: integer positions everywhere."""
 
 
-class SizesSection(Facts):
+class SizesSection(RecordedFacts):
     sizes: dict[str, tuple[int, int]]
     """Height and width (px) by name."""
 
 
-class SamplingFacts(Facts):
+class SamplingFacts(RecordedFacts):
     num_sampling_steps: int = Field(ge=1)
     guidance_scale: float
     temp: float
     rho: float
 
 
-class SamplingSection(Facts):
+class SamplingSection(RecordedFacts):
     sampling: SamplingFacts
 
 
-class ARSamplingFacts(Facts):
+class ARSamplingFacts(RecordedFacts):
     guidance_scale: float
     temp: float
 
 
-class ARSamplingSection(Facts):
+class ARSamplingSection(RecordedFacts):
     ar_sampling: ARSamplingFacts

@@ -1,4 +1,4 @@
-"""What is wrong with a machine, and what to do about it: functions of its :class:`.facts.Facts` alone."""
+"""What is wrong with a machine, and what to do about it: functions of its :class:`.facts.MachineFacts` alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from ..config import Config
-from .facts import Facts
+from .facts import MachineFacts
 
 Level = Literal["ok", "warning", "problem"]
 DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -33,13 +33,13 @@ class Finding(Config):
     advice: str = ""
 
 
-def check_machine(facts: Facts) -> list[Finding]:
+def check_machine(facts: MachineFacts) -> list[Finding]:
     """All findings of a machine, in the order to read them in."""
     checks = (python, packages, extras, accelerators, visible_devices, shared_memory, memory, disk, open_files, auth)
     return [finding for check in checks for finding in check(facts)]
 
 
-def python(facts: Facts) -> Iterator[Finding]:
+def python(facts: MachineFacts) -> Iterator[Finding]:
     """Its version is one that the package takes."""
     if facts.python not in SpecifierSet(facts.requires_python):
         yield Finding(name="python", level="problem", found=facts.python, advice=f"use one {facts.requires_python}")
@@ -47,7 +47,7 @@ def python(facts: Facts) -> Iterator[Finding]:
     yield Finding(name="python", level="ok", found=facts.python)
 
 
-def packages(facts: Facts) -> Iterator[Finding]:
+def packages(facts: MachineFacts) -> Iterator[Finding]:
     """What is needed at all is there, in versions that are supported."""
     needed = [each for text in facts.requirements if not (each := Requirement(text)).marker]
     if not needed:
@@ -63,7 +63,7 @@ def packages(facts: Facts) -> Iterator[Finding]:
     yield Finding(name="versions", level="ok", found=f"{shown} (PyTorch for {facts.torch_build})")
 
 
-def extras(facts: Facts) -> Iterator[Finding]:
+def extras(facts: MachineFacts) -> Iterator[Finding]:
     """Which optional parts can be used; one of which half is there was meant to be used."""
     parts: dict[str, list[Requirement]] = defaultdict(list)
     for text in facts.requirements:
@@ -85,7 +85,7 @@ def extras(facts: Facts) -> Iterator[Finding]:
     yield Finding(name="extras", level="ok", found=found)
 
 
-def accelerators(facts: Facts) -> Iterator[Finding]:
+def accelerators(facts: MachineFacts) -> Iterator[Finding]:
     """PyTorch is built for the GPUs that are there, sees them, and the driver is new enough for it."""
     kind, _, version = facts.torch_build.partition(" ")
     hardware = {"cuda": facts.nvidia, "rocm": facts.amd}
@@ -112,7 +112,7 @@ def accelerators(facts: Facts) -> Iterator[Finding]:
         yield problem(found, f"install driver {oldest} or newer, or a PyTorch for an older CUDA")
 
 
-def visible_devices(facts: Facts) -> Iterator[Finding]:
+def visible_devices(facts: MachineFacts) -> Iterator[Finding]:
     """Nothing in the environment keeps Ray from giving each worker its own GPU."""
     hip, cuda, rocr = (facts.environment.get(f"{name}_VISIBLE_DEVICES") for name in ("HIP", "CUDA", "ROCR"))
     if rocr is not None and hip is None:
@@ -129,7 +129,7 @@ def visible_devices(facts: Facts) -> Iterator[Finding]:
             yield Finding(name="visible devices", level="warning", found=f"{name}={value}", advice=advice)
 
 
-def shared_memory(facts: Facts) -> Iterator[Finding]:
+def shared_memory(facts: MachineFacts) -> Iterator[Finding]:
     """Ray's object store fits into /dev/shm; elsewhere it is a file on a disk."""
     wanted = int(OBJECT_STORE * facts.memory)
     found = f"/dev/shm {_gib(facts.shm)}, Ray's object store takes up to {_gib(wanted)}"
@@ -140,7 +140,7 @@ def shared_memory(facts: Facts) -> Iterator[Finding]:
     yield Finding(name="shared memory", level="ok", found=found)
 
 
-def memory(facts: Facts) -> Iterator[Finding]:
+def memory(facts: MachineFacts) -> Iterator[Finding]:
     """Ray kills workers where the memory is nearly full."""
     found = f"{_gib(facts.memory_free)} of {_gib(facts.memory)} free"
     if facts.memory_free < (1 - FULL) * facts.memory:
@@ -153,7 +153,7 @@ def memory(facts: Facts) -> Iterator[Finding]:
         yield Finding(name="memory", level="ok", found=found)
 
 
-def disk(facts: Facts) -> Iterator[Finding]:
+def disk(facts: MachineFacts) -> Iterator[Finding]:
     """There is room for Ray's logs, spilled objects and checkpoints on their way."""
     found = f"{facts.temp_dir}: {_gib(facts.disk_free)} of {_gib(facts.disk)} free"
     if facts.disk_free < (1 - FULL) * facts.disk:
@@ -166,7 +166,7 @@ def disk(facts: Facts) -> Iterator[Finding]:
         yield Finding(name="disk", level="ok", found=found)
 
 
-def open_files(facts: Facts) -> Iterator[Finding]:
+def open_files(facts: MachineFacts) -> Iterator[Finding]:
     """Ray's processes hold many connections each."""
     few = facts.open_files < FEW_FILES
     level: Level = "problem" if facts.open_files < TOO_FEW_FILES else "warning" if few else "ok"
@@ -174,7 +174,7 @@ def open_files(facts: Facts) -> Iterator[Finding]:
     yield Finding(name="open files", level=level, found=f"at most {facts.open_files}", advice=advice)
 
 
-def auth(facts: Facts) -> Iterator[Finding]:
+def auth(facts: MachineFacts) -> Iterator[Finding]:
     """Whoever reaches Ray's ports without a token runs code there."""
     mode = facts.environment.get("RAY_AUTH_MODE", "")
     if mode == "disabled":

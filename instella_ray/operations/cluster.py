@@ -20,7 +20,7 @@ LOCAL = "http://127.0.0.1:8265"
 MOST_NODES = 10_000
 
 
-class Cluster:
+class ClusterClient:
     """The jobs and nodes behind ``address``; UserError names it where nothing answers or the token is refused."""
 
     def __init__(self, address: str | None) -> None:

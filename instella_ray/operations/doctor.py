@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..models.checkpoint import CONFIG, load_model
 from ..models.text_encoder import resolve_name
 from .checks import Finding, check_machine
-from .facts import Facts, gather
+from .facts import MachineFacts, gather
 
 MODEL_KEYS = re.compile(r"(.*\.)?(tokenizer|start_from|sample\.model|models\.[^.]+\.path)")
 """Dotted keys under which configurations name model folders."""
@@ -39,7 +39,7 @@ def examine(
     return found + [check_encoder(name, path) for path, name in encoders]
 
 
-def _of_machine(facts: Facts, one_of_many: bool) -> Iterator[Finding]:
+def _of_machine(facts: MachineFacts, one_of_many: bool) -> Iterator[Finding]:
     for finding in check_machine(facts):
         yield finding.model_copy(update={"name": f"{facts.host}: {finding.name}"}) if one_of_many else finding
 
@@ -121,7 +121,7 @@ def check_encoder(name: str, asker: str) -> Finding:
     )
 
 
-def cluster_facts(address: str) -> list[Facts]:
+def cluster_facts(address: str) -> list[MachineFacts]:
     """The facts of every node of the cluster at ``address``; UserError where none answers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -135,7 +135,7 @@ def cluster_facts(address: str) -> list[Facts]:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     ask = ray.remote(num_cpus=0)(gather)
     there = (NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes)
-    facts: list[Facts] = ray.get([ask.options(scheduling_strategy=each).remote() for each in there], timeout=120)
+    facts: list[MachineFacts] = ray.get([ask.options(scheduling_strategy=each).remote() for each in there], timeout=120)
     return facts
 
 

@@ -22,7 +22,7 @@ WATCHED = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_
 
 
 @dataclass(frozen=True)
-class Facts:
+class MachineFacts:
     """Of one machine, as this process sees it; sizes in bytes."""
 
     host: str
@@ -58,7 +58,7 @@ class Facts:
     """There is a token for Ray's cluster."""
 
 
-def gather() -> Facts:
+def gather() -> MachineFacts:
     """The facts of this machine."""
     requires, wants = _distribution()
     names = {Requirement(text).name for text in requires}
@@ -66,7 +66,7 @@ def gather() -> Facts:
     disk, memory = shutil.disk_usage(temp_dir), psutil.virtual_memory()
     limit = _container_memory() or memory.total
     devices, error = _devices()
-    return Facts(
+    return MachineFacts(
         host=platform.node(),
         python=platform.python_version(),
         requires_python=wants,

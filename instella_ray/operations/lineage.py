@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import storage
-from ..bulk.sample_set import MANIFEST, SWEEP, samples_origin
+from ..bulk.sample_set import MANIFEST, SWEEP, samples_provenance
 from ..config import Config
 from ..data.formats.images import read_metadata
 from ..data.formats.parts import LEDGER
 from ..data.formats.shards import find_files
 from ..data.formats.sources import SUFFIXES
-from ..data.model_provenance import model_origin
-from ..data.provenance import data_identity, data_origin, files_identity
+from ..data.model_provenance import model_provenance
+from ..data.provenance import data_identity, data_provenance, files_identity
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS, read_checkpoint_config, weight_hash
-from ..runs import RECORD, Origin, read_record
+from ..runs import RECORD, Provenance, read_record
 from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]
@@ -59,27 +59,27 @@ def trace(thing: str, models: Sequence[str] = ()) -> Link:
     shelf = Shelf(models)
     if thing.lower().endswith(IMAGES):
         return _image(thing, shelf)
-    return shelf.found(_origin(thing))
+    return shelf.found(_provenance(thing))
 
 
-def _origin(folder: str) -> Origin:
+def _provenance(folder: str) -> Provenance:
     """A folder by what lies in it."""
     has = {name: storage.exists(storage.join(folder, name)) for name in (CONFIG, RECORD, LEDGER, MANIFEST, SWEEP)}
     if has[CONFIG] and storage.is_local(folder) and any(Path(folder, name).is_file() for name in (WEIGHTS, EMA)):
-        return model_origin("model", folder)
+        return model_provenance("model", folder)
     if has[LEDGER]:
-        return data_origin("codes" if has[MANIFEST] else "shards", folder)
+        return data_provenance("codes" if has[MANIFEST] else "shards", folder)
     if has[MANIFEST] or has[SWEEP]:
-        return samples_origin("samples", folder)
+        return samples_provenance("samples", folder)
     record = read_record(folder) if has[RECORD] else None
     if record is None:
         expected = "an image, a model folder, a run directory, or the output folder of a job"
         raise UserError(f"{folder}: nothing there says where it comes from; expected {expected}")
     facts = {**record.facts, "attempts": len(record.attempts)}
     if storage.exists(storage.join(folder, CHECKPOINTS)) and storage.is_local(folder):
-        model = model_origin("checkpoint", latest_checkpoint(folder))
-        return Origin(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=(model,))
-    return Origin(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=record.inputs)
+        model = model_provenance("checkpoint", latest_checkpoint(folder))
+        return Provenance(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=(model,))
+    return Provenance(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=record.inputs)
 
 
 def _image(path: str, shelf: Shelf) -> Link:
@@ -89,9 +89,9 @@ def _image(path: str, shelf: Shelf) -> Link:
     weights = about.get("weights")
     facts = {name: about[name] for name in ("model", "seed", "prompt") if name in about}
     named = weights.items() if isinstance(weights, Mapping) else ()
-    origins = [Origin(role=str(role), kind="model", path="", identity=str(value)) for role, value in named]
-    note = None if origins else "names no weights: made before images did"
-    links = tuple(shelf.found(origin) for origin in origins)
+    named_weights = [Provenance(role=str(role), kind="model", path="", identity=str(value)) for role, value in named]
+    note = None if named_weights else "names no weights: made before images did"
+    links = tuple(shelf.found(provenance) for provenance in named_weights)
     return Link(role="image", path=path, identity=None, facts=facts, state="here", note=note, inputs=links)
 
 
@@ -106,54 +106,56 @@ class Shelf:
         self.folders = folders
         self._hash = cache(weight_hash)
 
-    def found(self, origin: Origin) -> Link:
-        """``origin`` and what is behind it, as they are now. A model that is found tells its own chain."""
+    def found(self, provenance: Provenance) -> Link:
+        """``provenance`` and what is behind it, as they are now. A model that is found tells its own chain."""
         try:
-            state, note, place = self._look(origin)
+            state, note, place = self._look(provenance)
         except Exception as error:  # damaged, or a store out of reach: that is what there is to say of it
             state, note, place = "unknown", f"cannot be looked at ({type(error).__name__}: {error})", None
-        if place is not None and origin.kind == "model" and not origin.inputs:
-            told = model_origin(origin.role, place, origin.identity)
-            origin = origin.model_copy(update={"facts": {**told.facts, **origin.facts}, "inputs": told.inputs})
-        if place is not None and origin.kind == "model" and not origin.inputs:
+        if place is not None and provenance.kind == "model" and not provenance.inputs:
+            told = model_provenance(provenance.role, place, provenance.identity)
+            provenance = provenance.model_copy(
+                update={"facts": {**told.facts, **provenance.facts}, "inputs": told.inputs}
+            )
+        if place is not None and provenance.kind == "model" and not provenance.inputs:
             note = "; ".join(filter(None, (note, "says nothing of what it was trained on")))
         return Link(
-            role=origin.role,
-            path=place or origin.path,
-            identity=origin.identity,
-            facts=origin.facts,
+            role=provenance.role,
+            path=place or provenance.path,
+            identity=provenance.identity,
+            facts=provenance.facts,
             state=state,
             note=note,
-            inputs=tuple(self.found(each) for each in origin.inputs),
+            inputs=tuple(self.found(each) for each in provenance.inputs),
         )
 
-    def _look(self, origin: Origin) -> tuple[State, str | None, str | None]:
+    def _look(self, provenance: Provenance) -> tuple[State, str | None, str | None]:
         """State, what to say of it, and where it is now."""
-        if origin.kind in ("name", "samples") or (origin.identity is None and origin.kind == "files"):
+        if provenance.kind in ("name", "samples") or (provenance.identity is None and provenance.kind == "files"):
             return "unknown", None, None
-        now = self._identity(origin)
-        if now is not None and now == origin.identity:
-            return "here", None, origin.path
-        if origin.kind == "model" and (other := self._elsewhere(origin.identity)) is not None:
-            return "moved", f"was at {origin.path}" if origin.path else None, other
+        now = self._identity(provenance)
+        if now is not None and now == provenance.identity:
+            return "here", None, provenance.path
+        if provenance.kind == "model" and (other := self._elsewhere(provenance.identity)) is not None:
+            return "moved", f"was at {provenance.path}" if provenance.path else None, other
         if now is not None:
             return "changed", f"now {now[:12]}: not what was read then", None
         hint = f"not found in {', '.join(self.folders)}" if self.folders else "not found; --models FOLDER looks there"
-        return "missing", hint if origin.kind == "model" else "not there any more", None
+        return "missing", hint if provenance.kind == "model" else "not there any more", None
 
-    def _identity(self, origin: Origin) -> str | None:
-        """That of what is at the origin's place now, None where nothing is."""
-        if not origin.path:
+    def _identity(self, provenance: Provenance) -> str | None:
+        """That of what is at the provenance's place now, None where nothing is."""
+        if not provenance.path:
             return None
-        if origin.kind == "files":
+        if provenance.kind == "files":
             try:
-                return files_identity(find_files(origin.path, SUFFIXES))
+                return files_identity(find_files(provenance.path, SUFFIXES))
             except UserError:
                 return None
-        if origin.kind == "data":
-            return data_identity(origin.path) if storage.exists(storage.join(origin.path, LEDGER)) else None
-        there = storage.is_local(origin.path) and _is_model(Path(origin.path))
-        return self._hash(origin.path) if there else None
+        if provenance.kind == "data":
+            return data_identity(provenance.path) if storage.exists(storage.join(provenance.path, LEDGER)) else None
+        there = storage.is_local(provenance.path) and _is_model(Path(provenance.path))
+        return self._hash(provenance.path) if there else None
 
     def _elsewhere(self, identity: str | None) -> str | None:
         return next((path for path in self._all() if self._hash(path) == identity), None)

@@ -17,7 +17,7 @@ from ..config import Config, add_config_arguments, job_config
 from ..errors import UserError
 from ..logs import RUN_ID, new_run_id
 from .claims import amounts, lacking, totals
-from .cluster import Cluster
+from .cluster import ClusterClient
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes
 from .requirements import least
@@ -59,7 +59,7 @@ def submit(order: Submission) -> int:
         print(f"packs {len(package.sizes)} files, {mebibytes(package.total)}; the largest: {package.largest()}")
         print(f"runs  {shlex.join(command)}")
         print(f"needs {amounts(totals(needs), totals(needs))}", flush=True)
-    cluster = Cluster(order.address)
+    cluster = ClusterClient(order.address)
     nodes = cluster.nodes()
     short = lacking(needs, nodes)
     if order.dry_run:
@@ -134,7 +134,7 @@ def _require_config(arguments: Sequence[str], package: Package) -> None:
         _require(PurePosixPath(path).as_posix(), package, "the configuration")
 
 
-def _send(cluster: Cluster, package: Package, job: str, command: Sequence[str]) -> None:
+def _send(cluster: ClusterClient, package: Package, job: str, command: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="instella-ray-") as scratch:
         target = Path(scratch) / "working_dir.zip"
         package.write(target)

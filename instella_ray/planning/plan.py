@@ -75,7 +75,7 @@ class PlanOptions(Config):
 class Plan:
     """A run's needs. Bytes are of one worker or of the whole run, as each says; seconds, FLOP and bytes are plain."""
 
-    subject: str
+    model: str
     parameters: int
     device: str
     gpus: int
@@ -124,7 +124,7 @@ class Plan:
         uses = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory.items() if value >= 5e7)
         verdict = "fits" if self.fits else "does not fit"
         rows = {
-            "run": f"{self.subject}, {self.parameters / 1e9:.3g} B weights, {self.samples:,} samples",
+            "run": f"{self.model}, {self.parameters / 1e9:.3g} B weights, {self.samples:,} samples",
             "GFLOP a sample": parts,
             "speed": f"{self.images_per_second:,.1f} images/s a GPU: MFU {self.mfu:.1%}, HFU {self.hfu:.1%}",
             "time": f"{self.gpu_days:,.1f} GPU-days ({self.gpu_hours:,.0f} GPU-hours), {days:,.1f} days on {self.gpus} GPUs",
@@ -139,7 +139,7 @@ class Plan:
         return "\n".join([*lines, "assumed:", *(f"  - {line}" for line in self.assumptions)])
 
 
-class _Subject(NamedTuple):
+class _PlannedRun(NamedTuple):
     """What a plan needs to know of a run beyond its :class:`TrainConfig`."""
 
     name: str
@@ -160,50 +160,50 @@ class _Subject(NamedTuple):
 def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) -> Plan:
     """What ``run`` needs on ``options.device``; UserError for a text encoder whose sizes cannot be known."""
     train, device = run.train, ACCELERATORS[options.device]
-    subject = _generator(run, options) if isinstance(run, GeneratorRunConfig) else _tokenizer(run, options)
+    planned = _generator(run, options) if isinstance(run, GeneratorRunConfig) else _tokenizer(run, options)
     gpus, bf16 = train.workers.ranks, train.precision != "fp32"
     if options.images_per_second is not None:
         speed, source = options.images_per_second, f"{options.images_per_second:g} images/s a GPU, as given"
     elif options.mfu is not None:
-        speed, source = options.mfu * device.peak / subject.flops.model, f"MFU {options.mfu:.3g}, as given"
+        speed, source = options.mfu * device.peak / planned.flops.model, f"MFU {options.mfu:.3g}, as given"
     else:
-        speed = paper_mfu() * device.peak / subject.flops.model
+        speed = paper_mfu() * device.peak / planned.flops.model
         source = f"MFU {paper_mfu():.3g}: the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw images"
     samples = train.steps * train.global_batch
     hours = samples / speed / 3600
-    held = states(subject.parameters, train.sharding, gpus, bf16=bf16)
-    memory = held._replace(frozen=subject.frozen_bytes, inputs=subject.inputs, activations=subject.activations)
-    recomputed = {"recomputed": subject.flops.recomputed} if subject.flops.recomputed else {}
-    flops = {"forward": subject.flops.forward, "backward": subject.flops.backward, **subject.frozen, **recomputed}
+    held = states(planned.parameters, train.sharding, gpus, bf16=bf16)
+    memory = held._replace(frozen=planned.frozen_bytes, inputs=planned.inputs, activations=planned.activations)
+    recomputed = {"recomputed": planned.flops.recomputed} if planned.flops.recomputed else {}
+    flops = {"forward": planned.flops.forward, "backward": planned.flops.backward, **planned.frozen, **recomputed}
     # Weights, their average and AdamW's two moments, all float32; the new one is there before an old one goes.
-    checkpoints = 16.0 * subject.parameters * (train.keep_checkpoints + 1)
+    checkpoints = 16.0 * planned.parameters * (train.keep_checkpoints + 1)
     return Plan(
-        subject=subject.name,
-        parameters=subject.parameters,
+        model=planned.name,
+        parameters=planned.parameters,
         device=device.label,
         gpus=gpus,
         samples=samples,
-        flop_per_sample=flops | {"model": subject.flops.model, "hardware": subject.flops.hardware},
+        flop_per_sample=flops | {"model": planned.flops.model, "hardware": planned.flops.hardware},
         images_per_second=speed,
-        mfu=speed * subject.flops.model / device.peak,
-        hfu=speed * subject.flops.hardware / device.peak,
+        mfu=speed * planned.flops.model / device.peak,
+        hfu=speed * planned.flops.hardware / device.peak,
         gpu_hours=hours,
         memory=memory._asdict(),
         device_memory=device.memory,
-        storage=subject.data | {"checkpoints": checkpoints},
+        storage=planned.data | {"checkpoints": checkpoints},
         network={
-            "sent_per_step": _sent_per_step(subject.parameters, train, bf16),
-            "read_per_second": speed * gpus * subject.sample_bytes,
+            "sent_per_step": _sent_per_step(planned.parameters, train, bf16),
+            "read_per_second": speed * gpus * planned.sample_bytes,
         },
         cost=None if options.price_per_gpu_hour is None else hours * options.price_per_gpu_hour,
         assumptions=[
             f"speed: {source}",
             f"{device.label}: {device.peak / 1e12:,.0f} TFLOP/s bf16 dense, {device.memory / 1e9:.0f} GB ({device.source})",
-            f"{train.sharding}, {'with' if subject.flops.recomputed else 'without'} gradient checkpointing, "
+            f"{train.sharding}, {'with' if planned.flops.recomputed else 'without'} gradient checkpointing, "
             f"{'bf16 autocast' if bf16 else 'float32 (slower than the bf16 peak that MFU is a share of)'}, "
             f"micro-batch {_micro_batch(train)}",
             "fits means within nine tenths of the memory; restarts, previews and validation are not in the time",
-            *subject.assumptions,
+            *planned.assumptions,
         ],
     )
 
@@ -233,7 +233,7 @@ def text_encoder_sizes(cfg: TextEncoderConfig) -> TextEncoderSizes:
     return TextEncoderSizes.of(model, cfg.layers)
 
 
-def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
+def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _PlannedRun:
     encoder, tokenizer = text_encoder_sizes(run.text_encoder), _tokenizer_sizes(run.tokenizer)
     bit = tokenizer or BITConfig()
     facts = {
@@ -264,7 +264,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     if rows is None:
         assumptions.append(f"{count:,} distinct images")
     assumptions.append(f"{each:,} bytes a sample of {kind}, and {CAPTION_BYTES} of captions")
-    return _Subject(
+    return _PlannedRun(
         name=f"{model.kind} generator",
         parameters=_count(model),
         flops=flops,
@@ -278,14 +278,14 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _Subject:
     )
 
 
-def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _Subject:
+def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _PlannedRun:
     if options.from_images:
         raise UserError("a tokenizer is always trained from images: expected from_images to be left out")
     size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
     micro, frozen = _micro_batch(run.train), run.freeze_encoder
     each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
     flops = TrainingFlops(*(sum(parts) / len(each) for parts in zip(*each, strict=True)))
-    return _Subject(
+    return _PlannedRun(
         name=f"tokenizer at {', '.join(map(str, run.sizes))} px",
         parameters=_count(run.model),
         flops=flops,

@@ -132,12 +132,12 @@ class Service:
         }
         return {"id": name, "object": "model", "created": 0, "owned_by": "instella-ray", "instella_ray": about}
 
-    async def ailing(self) -> list[str]:
+    async def unhealthy(self) -> list[str]:
         """Stages that do not answer, as of a second ago at most."""
         async with self._checking:
             asked, answer = self._health
             if time.monotonic() - asked > HEALTH_FOR_S:
-                answer = await self.graph.ailing()
+                answer = await self.graph.unhealthy()
                 self._health = time.monotonic(), answer
         return answer
 
@@ -243,9 +243,9 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
-        ailing = await service.ailing()
-        if ailing:
-            message = f"not answering: {', '.join(ailing)}"
+        unhealthy = await service.unhealthy()
+        if unhealthy:
+            message = f"not answering: {', '.join(unhealthy)}"
             raise ApiError(503, message, kind="server_error", code="unhealthy", retry_after_s=5)
         return JSONResponse({"status": "ok"})
 

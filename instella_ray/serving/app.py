@@ -16,7 +16,7 @@ from .api import make_api
 from .config import ModelArgs, ServeArgs, StageArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
 from .graph import Graph
-from .health import ailing
+from .health import unhealthy
 from .scaling import generator_scaling, stage_scaling
 from .setup import Setup
 
@@ -36,7 +36,7 @@ class Ingress:
         self, setup: Setup, text: DeploymentHandle, decoder: DeploymentHandle, generators: dict[str, DeploymentHandle]
     ) -> None:
         logs.set_up({"job": "serve", "stage": "ingress"})
-        graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, ailing)
+        graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, unhealthy)
         self.service, self.keys = setup.service(graph), setup.keys
 
     def __serve_build_asgi_app__(self) -> FastAPI:

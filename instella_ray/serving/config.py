@@ -17,7 +17,7 @@ from .safety import SafetyConfig
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Limits(Config):
+class RequestLimits(Config):
     """What one request may ask for; more is refused with an answer that names the field."""
 
     prompt_characters: int = Field(4000, ge=1)
@@ -112,7 +112,7 @@ class ServeArgs(Config):
     """Prompt tokens that a slot has room for."""
     sizes: tuple[int, ...] = Field((512, 768, 1024), min_length=1)
     """Edges (px) that images may have; the first is the default."""
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     text: StageArgs = StageArgs()
     """The text encoder's replicas."""
     decoder: StageArgs = StageArgs()

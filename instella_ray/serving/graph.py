@@ -56,7 +56,7 @@ class Handle(Protocol):
 
 
 Health = Callable[[Mapping[str, Any]], Awaitable[list[str]]]
-"""Takes the stages' handles by name; returns the names of those that are ill, each with what is known of it."""
+"""Takes the stages' handles by name; returns the names of those that are unhealthy, each with what is known of it."""
 
 
 class Graph:
@@ -136,8 +136,8 @@ class Graph:
         """Hashes of the models behind an image."""
         return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
 
-    async def ailing(self) -> list[str]:
-        """Stages that are ill, with what is known of them."""
+    async def unhealthy(self) -> list[str]:
+        """Stages that are unhealthy, with what is known of them."""
         return await self.health({"text": self.text, "decoder": self.decoder, **self.generators})
 
 

@@ -12,10 +12,10 @@ from ray.serve.schema import DeploymentStatusOverview
 TIMEOUT_S = 3.0
 
 
-async def ailing(stages: Mapping[str, DeploymentHandle]) -> list[str]:
+async def unhealthy(stages: Mapping[str, DeploymentHandle]) -> list[str]:
     """Stages without a replica that passed its last health check, with what Serve says of them.
 
-    Serve is asked, not the replicas: a call to one that is full waits for its turn, and full is not ill.
+    Serve is asked, not the replicas: a call to one that is full waits for its turn, and full is not unhealthy.
     """
     try:
         async with asyncio.timeout(TIMEOUT_S):

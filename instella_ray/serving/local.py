@@ -105,7 +105,7 @@ async def _answers(arguments: tuple[Any, ...]) -> list[Any]:
     return [await value if isinstance(value, asyncio.Task) else value for value in arguments]
 
 
-async def ailing(stages: Mapping[str, LocalHandle]) -> list[str]:
+async def unhealthy(stages: Mapping[str, LocalHandle]) -> list[str]:
     """Stages that fail their health check, with what kind of failure it is."""
     found = []
     for name, handle in stages.items():
@@ -132,7 +132,7 @@ def build_local(args: ServeArgs) -> FastAPI:
         yield
         await asyncio.gather(*(handle.close() for handle in (text, decoder, *generators.values())))
 
-    graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, ailing)
+    graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, unhealthy)
     api = make_api(setup.service(graph), setup.keys, lifespan)
     api.add_middleware(CancelOnLeave)
     api.state.graph = graph

@@ -53,7 +53,7 @@ class Discriminator(NamedTuple):
     """What is kept of a second model: its state, and its optimizer's."""
 
     weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
+    optimizer_state: Mapping[str, Tensor]
 
 
 class Checkpoint(NamedTuple):
@@ -62,31 +62,33 @@ class Checkpoint(NamedTuple):
     step: int
     """Steps that it has behind it."""
     weights: Mapping[str, Tensor]
-    average: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
-    """The optimizer's state, as :meth:`.learner.Learner.moments`."""
+    ema: Mapping[str, Tensor]
+    optimizer_state: Mapping[str, Tensor]
+    """The optimizer's state, as :meth:`.learner.Learner.optimizer_state`."""
     discriminator: Discriminator | None
 
 
 def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
     """Write what :func:`read_checkpoint` reads into ``folder``, which must exist."""
-    save_weights(folder, cfg, checkpoint.weights, ema=checkpoint.average, extra=extra)
-    save_file(dict(checkpoint.moments), folder / OPTIMIZER)
+    save_weights(folder, cfg, checkpoint.weights, ema=checkpoint.ema, extra=extra)
+    save_file(dict(checkpoint.optimizer_state), folder / OPTIMIZER)
     if checkpoint.discriminator is not None:
         save_file(dict(checkpoint.discriminator.weights), folder / DISCRIMINATOR)
-        save_file(dict(checkpoint.discriminator.moments), folder / DISCRIMINATOR_OPTIMIZER)
+        save_file(dict(checkpoint.discriminator.optimizer_state), folder / DISCRIMINATOR_OPTIMIZER)
     # Last: a folder with its state is a complete one.
     (folder / STATE).write_text(json.dumps({"step": checkpoint.step}, indent=1))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """What is in ``folder``; tensors are mapped into memory, and read where they are used."""
-    rival = None
+    discriminator = None
     if (folder / DISCRIMINATOR).is_file():
-        rival = Discriminator(read_tensors(folder / DISCRIMINATOR), read_tensors(folder / DISCRIMINATOR_OPTIMIZER))
+        discriminator = Discriminator(
+            read_tensors(folder / DISCRIMINATOR), read_tensors(folder / DISCRIMINATOR_OPTIMIZER)
+        )
     step = json.loads((folder / STATE).read_text())["step"]
-    weights, average, moments = (read_tensors(folder / name) for name in (WEIGHTS, EMA, OPTIMIZER))
-    return Checkpoint(step, weights, average, moments, rival)
+    weights, ema, optimizer_state = (read_tensors(folder / name) for name in (WEIGHTS, EMA, OPTIMIZER))
+    return Checkpoint(step, weights, ema, optimizer_state, discriminator)
 
 
 class Checkpointer:

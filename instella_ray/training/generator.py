@@ -19,8 +19,8 @@ from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
-from ..data.model_provenance import model_origin, text_encoder_origin
-from ..data.provenance import data_origin, shard_origins
+from ..data.model_provenance import model_provenance, text_encoder_provenance
+from ..data.provenance import data_provenance, shard_provenance
 from ..errors import UserError
 from ..flops import TextEncoderSizes, bit_encode, generator_training, text_encoder_forward
 from ..models import rng
@@ -30,7 +30,7 @@ from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusio
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperature, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
-from ..runs import Origin
+from ..runs import Provenance
 from .launch import launch
 from .settings import TrainingRun
 
@@ -326,11 +326,11 @@ def run_generator(cfg: GeneratorRunConfig) -> str:
     )
 
 
-def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Origin, ...]:
+def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:
     """What a complete run learns from."""
-    made = (data_origin("codes", source.folder) for source in cfg.sources)
-    data = tuple(made) if cfg.images is None else shard_origins("shards", cfg.images)
-    return (*data, model_origin("tokenizer", cfg.tokenizer), text_encoder_origin(cfg.text_encoder))
+    made = (data_provenance("codes", source.folder) for source in cfg.sources)
+    data = tuple(made) if cfg.images is None else shard_provenance("shards", cfg.images)
+    return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder))
 
 
 AT_ONCE = 64

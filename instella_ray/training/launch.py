@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import logs, storage
 from ..config import dump_yaml, load_config
 from ..errors import UserError
-from ..runs import Origin, recorded
+from ..runs import Provenance, recorded
 from .distributed import Alone
 from .learner import require_deepspeed
 from .loggers import check_loggers
@@ -37,7 +37,7 @@ def launch(
     *,
     description: str,
     job: str = "train",
-    inputs: Sequence[Origin] = (),
+    inputs: Sequence[Provenance] = (),
 ) -> str:
     """Train ``build_task(device)`` on ``run.train.workers`` and return the final checkpoint's folder.
 
@@ -63,7 +63,7 @@ def launch(
         final = latest_checkpoint(cfg.run_dir)
         if checkpoint_step(final) < cfg.steps:
             raise UserError(f"run_dir {cfg.run_dir}: the run ended without the checkpoint of step {cfg.steps}")
-        outputs.append(Origin(role="checkpoint", kind="model", path=final, facts={"step": cfg.steps}))
+        outputs.append(Provenance(role="checkpoint", kind="model", path=final, facts={"step": cfg.steps}))
     return final
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..packages import extra_import
 from .distributed import broadcast, gather, part_of, ranks, whole
-from .optim import build_optimizers, rate_share
+from .optim import build_optimizers, lr_scale
 from .settings import OptimizerConfig
 
 
@@ -69,21 +69,21 @@ class Learner:
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
         """Change the weights at ``step`` of ``steps``; returns the gradient's norm before it was limited, and the rate."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
-        share = rate_share(step, steps, self.cfg)
+        share = lr_scale(step, steps, self.cfg)
         self.optimizers.step(share)
         return whole(norm), share * self.cfg.lr
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizers' state, whole, at rank 0, as ``{weight's name}/{moment's name}``."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizers' state, whole, at rank 0, as ``{weight's name}/{name of the state}``."""
         found: dict[str, Tensor] = {}
         for name, parameter, state in self._states():
             found |= {f"{name}/{key}": value for key, value in state.get(parameter, {}).items()}
         return gather(found)
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take what :meth:`moments` has given, which every rank has read."""
+    def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`optimizer_state` has given, which every rank has read."""
         of: dict[str, dict[str, Tensor]] = {}
-        for place, value in moments.items():
+        for place, value in optimizer_state.items():
             name, _, key = place.rpartition("/")
             of.setdefault(name, {})[key] = value
         for name, parameter, state in self._states():
@@ -108,7 +108,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
 BUCKET = 100_000_000
 """Weights whose gradients are reduced, or which are gathered, at once: larger buckets take memory, smaller ones time."""
 
@@ -172,34 +172,34 @@ class ZeroLearner(Learner):
         return {"loss": loss, **facts}
 
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
-        rate = rate_share(step, steps, self.cfg) * self.cfg.lr
+        rate = lr_scale(step, steps, self.cfg) * self.cfg.lr
         for group in self._zero.param_groups:
             group["lr"] = rate
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm()), rate
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = self._zero.optimizer.state[self._flat[0]]["step"]
         found: dict[str, Tensor] = {}
         for name, parameter in self._learning():
-            found |= gather({f"{name}/{key}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS})
+            found |= gather({f"{name}/{key}": safe_get_full_optimizer_state(parameter, key) for key in ADAM_STATE})
             found |= gather({f"{name}/step": steps.clone()})
         return found
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        steps = next(value for name, value in moments.items() if name.endswith("/step"))
+        steps = next(value for name, value in optimizer_state.items() if name.endswith("/step"))
         for flat in self._flat:
             # As the optimizer makes them in its first step, which has not been yet.
-            empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+            empty = {key: torch.zeros_like(flat) for key in ADAM_STATE}
             self._zero.optimizer.state[flat] = {"step": steps.to(flat.device), **empty}
         self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._learning():
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"].to(self.device), key)
+            for key in ADAM_STATE:
+                safe_set_full_optimizer_state(parameter, optimizer_state[f"{name}/{key}"].to(self.device), key)
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

@@ -113,7 +113,7 @@ class MetricsLog:
         elapsed = time.perf_counter() - self.since
         facts = {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
-        speed |= effort(self.work / elapsed, self.world, self.peak)
+        speed |= throughput(self.work / elapsed, self.world, self.peak)
         speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self.last = {"step": step + 1, **facts, "lr": found.rate, "gradient_norm": round(float(found.norm), 5), **speed}
         self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
@@ -148,7 +148,7 @@ def bf16_peak(device: torch.device, precision: Precision) -> float | None:
     return found.peak if found else None
 
 
-def effort(flops_per_second: float, workers: int, peak: float | None) -> dict[str, float]:
+def throughput(flops_per_second: float, workers: int, peak: float | None) -> dict[str, float]:
     """Figures to log of one worker's ``flops_per_second``: that of all, and the share of the peak where it is known.
 
     Workers have equal shares of a batch, so one speaks for all.

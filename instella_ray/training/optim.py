@@ -15,7 +15,7 @@ from .distributed import local
 from .settings import OptimizerConfig
 
 
-def rate_share(step: int, steps: int, cfg: OptimizerConfig) -> float:
+def lr_scale(step: int, steps: int, cfg: OptimizerConfig) -> float:
     """Share of the peak rate at ``step`` (from 0) of ``steps``: ``(k + 1) / (warmup + 1)``, then 1, then a linear fall."""
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     if not cfg.decay_fraction:

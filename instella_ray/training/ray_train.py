@@ -31,7 +31,7 @@ from .trainer import BuildTask, NonFiniteLoss
 
 T = TypeVar("T", bound=int | str)
 
-HOPELESS = (UserError, NonFiniteLoss)
+NOT_RETRIED = (UserError, NonFiniteLoss)
 """Failures that would come again: the next attempt would read the same input, and draw the same numbers."""
 CUDA, HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RayTrain:
             for rank, failure in error.worker_failures.items():
                 log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
             # Bad input that only a worker could meet, an undecodable image say, is as much one line as any other.
-            hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, HOPELESS)]
+            hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, NOT_RETRIED)]
             if hopeless:
                 raise hopeless[0] from None
             raise
@@ -142,25 +142,25 @@ class DivisorPolicy(ElasticScalingPolicy):
         return max((count for count in self.counts if count <= room), default=0)
 
 
-class HopelessPolicy(DefaultFailurePolicy):
-    """As Ray's own, but does not try again what is for people to mend."""
+class UserErrorFailurePolicy(DefaultFailurePolicy):
+    """Ray's failure policy, but a run that failed by a user's mistake is not started again."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = training_failed_error.worker_failures if isinstance(training_failed_error, WorkerGroupError) else {}
-        if any(isinstance(failure, HOPELESS) for failure in failures.values()):
+        if any(isinstance(failure, NOT_RETRIED) for failure in failures.values()):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
 
 class DivisorTrainer(TorchTrainer):
-    """A trainer on as many workers, of ``counts``, as there is room for, that does not try again what is hopeless."""
+    """A trainer on as many workers, of ``counts``, as there is room for, with :class:`UserErrorFailurePolicy`."""
 
     def __init__(self, *args: Any, counts: Sequence[int], **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = counts
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = HopelessPolicy(cast(FailureConfig, self.run_config.failure_config))
+        parts["failure_policy"] = UserErrorFailurePolicy(cast(FailureConfig, self.run_config.failure_config))
         if len(self.counts) > 1:
             parts["scaling_policy"] = DivisorPolicy(cast(ScalingConfig, self.scaling_config), self.counts)
         return super()._initialize_and_run_controller(**parts)

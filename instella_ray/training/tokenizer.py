@@ -16,8 +16,8 @@ from .. import storage
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
-from ..data.model_provenance import model_origin
-from ..data.provenance import shard_origins
+from ..data.model_provenance import model_provenance
+from ..data.provenance import shard_provenance
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models import rng
@@ -129,9 +129,6 @@ class TokenizerTask:
         assert isinstance(model, BIT)
         if cfg.start_from is not None:
             model.load_state_dict(trained_model(cfg.start_from, cfg.model).state_dict())
-        if model.cfg.repa_layer is not None:
-            # No loss reads the projection, and DistributedDataParallel would wait for its gradients.
-            model.decoder.repa_proj.requires_grad_(False)
         if cfg.freeze_encoder:
             model.encoder.requires_grad_(False)
         self.model: Model = model
@@ -273,9 +270,9 @@ def _with_absolute_weights(cfg: F) -> F:
 def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
     """Train on ``cfg.train.workers``; returns the final checkpoint's folder, which is a model folder."""
     cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
-    inputs = shard_origins("shards", cfg.data)
+    inputs = shard_provenance("shards", cfg.data)
     if cfg.start_from is not None:
         with local_folder(cfg.start_from) as here:
-            parent = model_origin("parent", here)
+            parent = model_provenance("parent", here)
         inputs = (*inputs, parent.model_copy(update={"path": cfg.start_from}))
     return launch(cfg, lambda device: TokenizerTask(cfg), description=description, job="train_tokenizer", inputs=inputs)

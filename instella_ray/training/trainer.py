@@ -61,7 +61,7 @@ class DiscriminatorTask(Protocol):
         """Called once a step on every rank, when both models have their gradients."""
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What a run trains."""
 
     data: Data
@@ -103,14 +103,14 @@ class Task(Protocol):
         """Further sections of the checkpoint's config.yaml."""
 
 
-BuildTask = Callable[[torch.device], Task]
+BuildTask = Callable[[torch.device], TrainingTask]
 """Makes a run's task in each of its processes, from what that computes with."""
 
 
 class Trainer:
     """Trains ``task`` on this rank. All ranks call each method together, at the same steps."""
 
-    def __init__(self, task: Task, cfg: TrainConfig, device: torch.device, last: Path | None) -> None:
+    def __init__(self, task: TrainingTask, cfg: TrainConfig, device: torch.device, last: Path | None) -> None:
         """Goes on from the checkpoint in the folder ``last``, whatever number of ranks and sharding that was saved with;
         None in a new run.
         """
@@ -133,16 +133,16 @@ class Trainer:
         kind = LEARNERS[cfg.sharding] if world > 1 else Learner
         self.learner = kind(task.step_module, task.model, cfg.optimizer, device, dtype)
         self.learners = [self.learner]
-        if (rival := task.discriminator) is not None:
-            self.learners.append(Learner(rival.step_module, rival.model, rival.optimizer, device, dtype))
+        if (second := task.discriminator) is not None:
+            self.learners.append(Learner(second.step_module, second.model, second.optimizer, device, dtype))
         self.ema = EMA(task.model, cfg.ema_decay)
         if saved is not None:
-            fill(self.ema.state, saved.average)
-            self.learner.load_moments(saved.moments)
+            fill(self.ema.state, saved.ema)
+            self.learner.load_optimizer_state(saved.optimizer_state)
             for other in self.learners[1:]:
                 assert saved.discriminator is not None
                 fill(other.model.state_dict(), saved.discriminator.weights)
-                other.load_moments(saved.discriminator.moments)
+                other.load_optimizer_state(saved.discriminator.optimizer_state)
 
     def batch(self, step: int) -> Any:
         """This rank's share of the global batch of ``step``."""
@@ -184,10 +184,10 @@ class Trainer:
 
     def save(self, folder: Path, step: int) -> None:
         """Rank 0 writes all that is needed to go on after ``step`` steps into ``folder``."""
-        weights, average = gather(self.task.model.state_dict()), gather(self.ema.state)
-        moments, rival = self.learner.moments(), None
+        weights, ema = gather(self.task.model.state_dict()), gather(self.ema.state)
+        optimizer_state, discriminator = self.learner.optimizer_state(), None
         for other in self.learners[1:]:
-            rival = Discriminator(gather(other.model.state_dict()), other.moments())
+            discriminator = Discriminator(gather(other.model.state_dict()), other.optimizer_state())
         if self.rank == 0:
-            checkpoint = Checkpoint(step, weights, average, moments, rival)
+            checkpoint = Checkpoint(step, weights, ema, optimizer_state, discriminator)
             save_checkpoint(folder, self.task.model.cfg, checkpoint, self.task.extra())

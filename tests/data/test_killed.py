@@ -114,7 +114,7 @@ def test_a_killed_worker_of_a_curation_is_replaced(
     ray_session: None, shards: str, curated: dict[str, bytes], tmp_path: Path
 ) -> None:
     killed: list[int] = []
-    watcher = kill_one(b"MapBatches(Judge)", tmp_path / "worker", killed)
+    watcher = kill_one(b"MapBatches(Prefilter)", tmp_path / "worker", killed)
     run_curate(curation(shards, tmp_path / "worker"))
     watcher.join()
     assert killed and contents(tmp_path / "worker") == curated

@@ -21,7 +21,7 @@ from instella_ray.data.scenes import render, sample_scene, scene_rows
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
-from instella_ray.evaluation.metrics.base import Batch, Result
+from instella_ray.evaluation.metrics.base import Batch, MetricResult
 from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
@@ -71,7 +71,7 @@ def test_metrics_are_those_of_one_pass_however_samples_lie_in_files(tmp_path: Pa
 def test_codes_are_measured_without_a_tokenizer(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "s", PROMPTS, CODES)
     assert set(evaluate(tmp_path / "o", samples=samples)[""]) == {"bit_usage", "diversity_bits"}
-    assert not (tmp_path / "o" / "gallery.parquet").exists()
+    assert not (tmp_path / "o" / "thumbnails.parquet").exists()
     with pytest.raises(UserError, match=r"metrics\.scene_score: needs images: give the samples' tokenizer"):
         metrics = MetricsConfig.model_validate({"scene_score": {}})
         run_evaluate(EvaluateConfig(samples=samples, output=str(tmp_path / "p"), metrics=metrics, local=True))
@@ -239,7 +239,7 @@ def test_results_name_all_that_a_reader_needs_to_repeat_them(tmp_path: Path, tok
     assert about["sampling"]["guidance_scale"] == 7.5 and about["seed"] == 3 and len(about["model_hash"]) == 64
     assert about["seconds"] == 10 and about["seconds_per_image"] == 10 / 36
     assert about["cost"] == pytest.approx(10 / 3600 * 1.5)
-    assert set(setting["metrics"]["bit_usage"]) == set(Result.__dataclass_fields__)
+    assert set(setting["metrics"]["bit_usage"]) == set(MetricResult.__dataclass_fields__)
 
 
 def test_prompts_of_ones_own_leave_the_scene_score_off(tmp_path: Path, tokenizer: str) -> None:

@@ -10,13 +10,13 @@ import torch
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.formats.shards import write_tar
-from instella_ray.data.model_provenance import LINEAGE, lineage_section, model_origin, text_encoder_origin
-from instella_ray.data.provenance import data_origin, shard_origins
+from instella_ray.data.model_provenance import LINEAGE, lineage_section, model_provenance, text_encoder_provenance
+from instella_ray.data.provenance import data_provenance, shard_provenance
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import add_section, save_model, weight_hash
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.operations.lineage import Link
-from instella_ray.runs import Origin, read_record, recorded
+from instella_ray.runs import Provenance, read_record, recorded
 from instella_ray.training.settings import TrainConfig, TrainingRun
 
 from .models import TEXT, TINY_BIT, make_generator
@@ -39,12 +39,12 @@ def make_chain(folder: Path) -> Chain:
         samples = [(f"{number}{i}", image_bytes(i, (40, 40)), f"image {i}", {}) for i in range(3)]
         write_tar(str(chain.source / f"{number}.tar"), samples)
     curate(chain)
-    tokenizer = train(chain.tokenizer, "train_tokenizer", shard_origins("shards", str(chain.curated)), "")
+    tokenizer = train(chain.tokenizer, "train_tokenizer", shard_provenance("shards", str(chain.curated)), "")
     encode(chain, tokenizer)
     parents = (
-        data_origin("codes", str(chain.codes)),
-        model_origin("tokenizer", tokenizer),
-        text_encoder_origin(TextEncoderConfig(**TEXT)),
+        data_provenance("codes", str(chain.codes)),
+        model_provenance("tokenizer", tokenizer),
+        text_encoder_provenance(TextEncoderConfig(**TEXT)),
     )
     generator = train(chain.generator, "train_generator", parents, weight_hash(tokenizer))
     return chain._replace(tokenizer=tokenizer, generator=generator)
@@ -61,7 +61,7 @@ def encode(chain: Chain, tokenizer: Path) -> None:
     run_encode(EncodeConfig(**places, local=True))
 
 
-def train(run_dir: Path, job: str, inputs: tuple[Origin, ...], tokenizer_hash: str) -> Path:
+def train(run_dir: Path, job: str, inputs: tuple[Provenance, ...], tokenizer_hash: str) -> Path:
     """A run that has saved one checkpoint, of random weights."""
     checkpoint = run_dir / "checkpoints" / "step-0000012"
     checkpoint.parent.mkdir(parents=True)

@@ -18,7 +18,6 @@ from instella_ray.training.launch import launch
 from instella_ray.training.run_dir import CHECKPOINTS, STATE, checkpoint_name
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask
 
-from .models import TINY_BIT
 from .processes import wait_until
 from .training import TWO, tokenizer_config
 
@@ -73,9 +72,7 @@ def fragile_run(shards: str, run_dir: str, notes: str, train: dict[str, Any], **
     """Train a :class:`Fragile`; returns the final checkpoint's folder."""
     Path(notes).mkdir(parents=True, exist_ok=True)
     given = {"checkpoint_every": 4, "preview_every": 12, "loggers": (), "workers": TWO, **train}
-    # No loss reads the projection for other networks' features: workers must not wait for its gradients.
-    model = TINY_BIT.model_copy(update={"repa_layer": 1})
-    cfg = tokenizer_config(shards, run_dir, **given).model_copy(update={"model": model})
+    cfg = tokenizer_config(shards, run_dir, **given)
     return launch(cfg, lambda device: Fragile(cfg, notes, **harm), description=Path(notes).name)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
-from instella_ray.serving.config import Limits, ModelArgs, ServeArgs
+from instella_ray.serving.config import ModelArgs, RequestLimits, ServeArgs
 from instella_ray.serving.local import build_local
 
 from .asgi import listening
@@ -32,7 +32,9 @@ KEY = "correct-horse-battery"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = 1_000_000
 """Steps that nobody waits for."""
-LIMITS = Limits(prompt_characters=400, prompt_tokens=20, n=3, images=4, steps=LONG, body_bytes=20_000, timeout_s=120)
+LIMITS = RequestLimits(
+    prompt_characters=400, prompt_tokens=20, n=3, images=4, steps=LONG, body_bytes=20_000, timeout_s=120
+)
 
 
 def make_folders(root: Path) -> dict[str, str]:

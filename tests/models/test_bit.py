@@ -31,10 +31,9 @@ def test_one_set_of_codes_decodes_to_any_size(resample: str, pixel_head: str) ->
 
 
 def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
-    bit = small(token_positions=True, normalize_logits=True, repa_layer=0).train()
+    bit = small(token_positions=True, normalize_logits=True).train()
     out = bit(torch.rand(4, 3, 32, 32) * 2 - 1, temperature=0.5)
-    assert out.repa is not None
-    (out.images.square().mean() + out.repa.square().mean()).backward()
+    out.images.square().mean().backward()
     missing = [name for name, p in bit.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
 
@@ -162,7 +161,6 @@ def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
         ({"num_tokens": 0}, "num_tokens\n.*greater than or equal to 1"),
         ({"rope_axes": (10, -4, 2)}, "rope_axes.1\n.*greater than or equal to 0"),
         ({"position_extent": 0}, "position_extent\n.*greater than 0"),
-        ({"repa_layer": 3}, "repa_layer must name a block 0..2"),
         ({"downsample_after": (3,)}, "blocks 0..2"),
         ({"patch_size": 12, "image_size": 48, "pixel_head": "conv"}, "power of two"),
         ({"colour": 1}, "Extra inputs"),

@@ -59,7 +59,7 @@ def a_cpu_node_is_lost_in_curation(nodes: Nodes, folder: Path) -> dict[str, Any]
     output, hit = folder / "curated-again", list[int]()
 
     def lose() -> None:
-        hit.extend(nodes.until_at_work("cpu-b", b"Judge", output / "parts"))
+        hit.extend(nodes.until_at_work("cpu-b", b"Prefilter", output / "parts"))
         nodes.lose("cpu-b")
 
     beside(lambda: run_curate(curation(output)), lose)

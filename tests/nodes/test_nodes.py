@@ -61,7 +61,7 @@ def nodes_with(seen: dict[str, list[str]], word: str) -> set[str]:
 
 def test_work_on_cpus_is_on_the_cpu_pool_and_actors_with_gpus_are_where_gpus_are(told: Told) -> None:
     seen = told(driver.stages_land_where_they_should)
-    assert nodes_with(seen["curate"], "Judge") and nodes_with(seen["curate"], "Judge") <= {"cpu-a", "cpu-b"}
+    assert nodes_with(seen["curate"], "Prefilter") and nodes_with(seen["curate"], "Prefilter") <= {"cpu-a", "cpu-b"}
     assert nodes_with(seen["curate"], "PartWriter") <= {"cpu-a", "cpu-b"}
     assert nodes_with(seen["encode"], "Decoder") and nodes_with(seen["encode"], "Decoder") <= {"cpu-a", "cpu-b"}
     assert nodes_with(seen["encode"], "Encoder") == {"gpu-a"}

@@ -22,11 +22,11 @@ from instella_ray.operations.doctor import (
     model_names,
     report,
 )
-from instella_ray.operations.facts import Facts, _amd_gpus, _nvidia_driver, gather
+from instella_ray.operations.facts import MachineFacts, _amd_gpus, _nvidia_driver, gather
 
 from ..kit.models import TEXT, make_tokenizer
 
-WELL = Facts(
+WELL = MachineFacts(
     host="a",
     python="3.12.1",
     requires_python=">=3.11",

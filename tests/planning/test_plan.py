@@ -117,7 +117,7 @@ def test_the_command_prints_everything_and_as_json_too(capsys: pytest.CaptureFix
         assert word in out
     assert cli.main([*argv, "--json", "--set", "model.kind=ar"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["subject"] == "ar generator" and found["gpus"] == 16 and found["mfu"] == pytest.approx(0.3)
+    assert found["model"] == "ar generator" and found["gpus"] == 16 and found["mfu"] == pytest.approx(0.3)
     assert (
         found["wall_hours"] * 16 == pytest.approx(found["gpu_days"] * 24) and found["cost"] > 0 and found["assumptions"]
     )

@@ -22,7 +22,7 @@ from instella_ray.planning.simulation.training import (
     FAILURES,
     NETWORK,
     STRAGGLERS,
-    Cluster,
+    ClusterConditions,
     Run,
     simulate_training,
 )
@@ -30,7 +30,7 @@ from instella_ray.planning.simulation.training import (
 from ..kit.project import ROOT, SIMULATIONS
 
 FAR = 1e18
-QUIET = Cluster(
+QUIET = ClusterConditions(
     straggling=0.0,
     hop_s=0.0,
     storage_bytes_per_s=FAR,
@@ -46,7 +46,7 @@ RUN = Run(
 )  # fmt: skip
 
 
-def cluster(**changes: float) -> Cluster:
+def cluster(**changes: float) -> ClusterConditions:
     return QUIET.model_copy(update=changes)
 
 

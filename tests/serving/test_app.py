@@ -13,7 +13,7 @@ from instella_ray.errors import UserError, run_main
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 from instella_ray.serving.app import build
-from instella_ray.serving.config import Autoscaling, Limits, ModelArgs, ServeArgs
+from instella_ray.serving.config import Autoscaling, ModelArgs, RequestLimits, ServeArgs
 from instella_ray.serving.local import build_local
 
 from ..kit.endpoint import serve_args
@@ -56,7 +56,7 @@ def test_settings_that_contradict_are_refused(folders: dict[str, str], build: Ca
     with pytest.raises(UserError, match="compilation graphs: needs a GPU"):
         build(serve_args(folders, model={"compilation": "graphs"}))
     with pytest.raises(UserError, match=r"more than limits\.steps 10"):
-        build(serve_args(folders, limits=Limits(steps=10)))
+        build(serve_args(folders, limits=RequestLimits(steps=10)))
     with pytest.raises(UserError, match="expected at least one generator"):
         build(serve_args(folders, models={}))
     with pytest.raises(ValueError, match="min_replicas"):

@@ -174,7 +174,7 @@ def full_graph() -> Any:
 
     from instella_ray.serving.failures import api_error
     from instella_ray.serving.graph import Graph, Image
-    from instella_ray.serving.health import ailing
+    from instella_ray.serving.health import unhealthy
 
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
 
@@ -195,7 +195,7 @@ def full_graph() -> Any:
     @serve.deployment(**options)
     class Caller:
         def __init__(self, busy: Any, text: Any) -> None:
-            self.graph = Graph(text, text, {"busy": busy}, "0" * 64, ailing)
+            self.graph = Graph(text, text, {"busy": busy}, "0" * 64, unhealthy)
 
         async def overflow(self, stream: bool, working: str) -> tuple[int, int]:
             """Calls until one is refused: its status, and how many were not. Those are cancelled."""

@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from instella_ray.errors import UserError
-from instella_ray.serving.local import LocalHandle, ailing, build_local
+from instella_ray.serving.local import LocalHandle, build_local, unhealthy
 
 from ..kit.asgi import in_process
 from ..kit.endpoint import events, generate, serve_args
@@ -120,7 +120,7 @@ def test_a_handle_is_closed_with_its_calls() -> None:
 def test_stages_are_asked_how_they_are() -> None:
     well, ill = LocalHandle(Stage()), LocalHandle(Stage())
     ill.stage.ended.append("wait")
-    assert asyncio.run(ailing({"well": well, "ill": ill})) == ["ill: RuntimeError"]
+    assert asyncio.run(unhealthy({"well": well, "ill": ill})) == ["ill: RuntimeError"]
 
 
 # --- the endpoint

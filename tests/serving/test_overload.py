@@ -95,7 +95,7 @@ def test_overload_is_429_at_once_and_the_queue_does_not_grow(endpoint: Endpoint)
             assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == "overloaded"
         print(f"429 after {1000 * statistics.median(seconds):.0f} ms (median), {1000 * max(seconds):.0f} ms (most)")
-        # Only this model is full, and full is not ill.
+        # Only this model is full, and full is not unhealthy.
         assert generate(client, model="ar").status_code == 200
         assert client.get("/healthz").status_code == 200
     endpoint.wait_for_rows("diffusion", 0)

@@ -66,9 +66,10 @@ def test_the_last_layer_is_what_makes_pixels(head: str, channels: int) -> None:
 def test_the_third_stage_leaves_the_encoder_and_the_features_bit_identical(shards: str) -> None:
     cfg = third_stage(shards)
     settings = cfg.train.model_copy(update={"optimizer": OptimizerConfig(lr=1e-3, warmup_steps=0, weight_decay=0.1)})
-    trainer, task, rival = begun(cfg.model_copy(update={"train": settings}))
+    trainer, task, discriminator = begun(cfg.model_copy(update={"train": settings}))
     bit = task.bit
-    parts = (bit.encoder, rival.step_module.features, bit.quantizer, bit.decoder, bit.to_pixel, rival.model.heads)
+    features, heads = discriminator.step_module.features, discriminator.model.heads
+    parts = (bit.encoder, features, bit.quantizer, bit.decoder, bit.to_pixel, heads)
     before = [state(part) for part in parts]
     facts = [stepped(trainer, step) for step in range(4)]
     changed = [
@@ -87,22 +88,22 @@ def test_the_third_stage_leaves_the_encoder_and_the_features_bit_identical(shard
 
 
 def test_the_tokenizers_loss_leaves_the_discriminator_without_gradient_and_the_other_way_round(shards: str) -> None:
-    trainer, task, rival = begun(third_stage(shards))
+    trainer, task, discriminator = begun(third_stage(shards))
     task.before_step(5)
-    rival.model.ratios.fill_(1.0)
+    discriminator.model.ratios.fill_(1.0)
     (inputs,) = task.micro_batches(task.data.batch(0, np.arange(4)), 4, torch.arange(4))
     trainer.learners[0].backward(inputs, 1, True)
-    assert all(p.grad is None for p in rival.model.parameters())
+    assert all(p.grad is None for p in discriminator.model.parameters())
     tokenizer = [p.grad.clone() for p in task.model.parameters() if p.grad is not None]
-    trainer.learners[1].backward(rival.inputs(), 1, True)
-    assert all(p.grad is not None for p in rival.model.parameters())
+    trainer.learners[1].backward(discriminator.inputs(), 1, True)
+    assert all(p.grad is not None for p in discriminator.model.parameters())
     after = [p.grad for p in task.model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(tokenizer, after, strict=True))
 
 
 def test_gradient_accumulation_equals_the_large_batch_with_a_discriminator_and_several_sizes(shards: str) -> None:
     cfg = third_stage(shards, output_sizes=(32, 40))
-    trainers, tasks, rivals = zip(
+    trainers, tasks, discriminators = zip(
         *(
             begun(cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": n})}))
             for n in (8, 2)
@@ -116,22 +117,22 @@ def test_gradient_accumulation_equals_the_large_batch_with_a_discriminator_and_s
             torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
         # Adam turns a rounding of a gradient near zero into a step of another sign: every step starts from equal weights.
         tasks[1].model.load_state_dict(tasks[0].model.state_dict())
-        rivals[1].model.heads.load_state_dict(rivals[0].model.heads.state_dict())
-    a, b = (rival.model.ratios for rival in rivals)
+        discriminators[1].model.heads.load_state_dict(discriminators[0].model.heads.state_dict())
+    a, b = (discriminator.model.ratios for discriminator in discriminators)
     assert (a > 0).all() and torch.allclose(a, b, rtol=1e-4)
 
 
 def test_a_checkpoint_brings_the_discriminator_back(shards: str, tmp_path: Path) -> None:
-    trainer, _, rival = begun(third_stage(shards))
+    trainer, _, discriminator = begun(third_stage(shards))
     for step in range(3):
         stepped(trainer, step)
     trainer.save(tmp_path, 3)
-    other, _, other_rival = begun(third_stage(shards), tmp_path)
+    other, _, other_discriminator = begun(third_stage(shards), tmp_path)
     assert other.start == 3
     first, second = stepped(trainer, 3), stepped(other, 3)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    after = state(other_rival.model)
-    assert all(torch.equal(value, after[name]) for name, value in state(rival.model).items())
+    after = state(other_discriminator.model)
+    assert all(torch.equal(value, after[name]) for name, value in state(discriminator.model).items())
 
 
 def test_a_stage_starts_from_the_average_of_the_one_before_and_is_not_calibrated_again(
@@ -139,8 +140,8 @@ def test_a_stage_starts_from_the_average_of_the_one_before_and_is_not_calibrated
 ) -> None:
     torch.manual_seed(7)
     bit = BIT(SMALL)
-    average = {name: value + 1 for name, value in bit.state_dict().items()}
-    save_model(tmp_path, bit, ema=average)
+    ema = {name: value + 1 for name, value in bit.state_dict().items()}
+    save_model(tmp_path, bit, ema=ema)
     task = TokenizerTask(third_stage(shards, start_from=str(tmp_path)))
     task.begin(task.data.batch(0, np.arange(8)))
-    assert all(torch.equal(value, average[name]) for name, value in task.model.state_dict().items())
+    assert all(torch.equal(value, ema[name]) for name, value in task.model.state_dict().items())

@@ -26,7 +26,7 @@ from instella_ray.training.generator import (
     complete_config,
     noise,
 )
-from instella_ray.training.metrics_log import bf16_peak, effort, peak_memory
+from instella_ray.training.metrics_log import bf16_peak, peak_memory, throughput
 from instella_ray.training.tokenizer import TokenizerTask
 
 from ..kit.models import TINY_BIT
@@ -87,8 +87,8 @@ def test_a_tokenizer_counts_every_image(shards: str, tmp_path: Path) -> None:
 
 
 def test_mfu_is_a_share_of_a_known_peak_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert effort(5e12, 8, 1e13) == {"flops_per_second": 4e13, "mfu": 0.5}
-    assert effort(5e12, 8, None) == {"flops_per_second": 4e13}
+    assert throughput(5e12, 8, 1e13) == {"flops_per_second": 4e13, "mfu": 0.5}
+    assert throughput(5e12, 8, None) == {"flops_per_second": 4e13}
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert bf16_peak(cpu, "bf16") is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")

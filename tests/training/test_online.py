@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from instella_ray.data.encode import EncodeConfig, Encoder
+from instella_ray.data.encode import CodesEncoder, EncodeConfig
 from instella_ray.data.formats.codes import pack_codes, unpack_codes
 from instella_ray.data.formats.images import decode_rgb, fit_square
 from instella_ray.data.formats.shards import write_tar
@@ -61,7 +61,7 @@ def test_the_same_image_and_crop_has_the_codes_of_the_encoding_job(images: str, 
     size = TINY_BIT.image_size
     whole = [decode_rgb(rows[i], at_least=2 * size) for i in index]
     crops = [fit_square(image, size, (x, y)) for image, (x, y) in zip(whole, places, strict=True)]
-    encoder = Encoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
+    encoder = CodesEncoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
     packed = encoder.encode(np.stack(crops))
     assert pack_codes(codes.numpy().astype(np.uint8)) == packed
     assert np.array_equal(unpack_codes(packed, TINY_BIT.num_tokens, TINY_BIT.bits_per_token), codes.numpy())

@@ -41,7 +41,7 @@ def train(name: str, recipe: str, folder: Path, count: int, **settings: Any) -> 
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The same files, losses, weights, moments and images in two run directories, and nothing else but times."""
+    """The same files, losses, weights, optimizer state and images in two run directories, and nothing else but times."""
 
     def files(run: Path) -> list[str]:
         return sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file() and "tfevents" not in f.name)

@@ -19,7 +19,7 @@ from instella_ray import storage
 from instella_ray.errors import UserError
 from instella_ray.training.checkpoints import Uploads, best_checkpoint
 from instella_ray.training.metrics_log import MetricsFile
-from instella_ray.training.ray_train import DivisorPolicy, HopelessPolicy
+from instella_ray.training.ray_train import DivisorPolicy, UserErrorFailurePolicy
 from instella_ray.training.run_dir import (
     SCORES,
     Attempt,
@@ -212,7 +212,7 @@ def test_a_range_of_workers_means_those_numbers_that_share_a_batch(
     ],
 )
 def test_what_would_happen_again_is_not_tried_again(failure: Exception, decision: FailureDecision) -> None:
-    policy = HopelessPolicy(FailureConfig(max_failures=1))
+    policy = UserErrorFailurePolicy(FailureConfig(max_failures=1))
     error = WorkerGroupError("failed", {0: RuntimeError("connection lost"), 1: failure})
     assert policy.make_decision(error) == decision
     assert policy.make_decision(error) == FailureDecision.RAISE

@@ -1,4 +1,4 @@
-"""However weights, gradients and moments are spread over ranks, a run is the same run: on two real processes (gloo)."""
+"""A run is the same however its weights, gradients and optimizer state are spread: on two real processes (gloo)."""
 
 from __future__ import annotations
 

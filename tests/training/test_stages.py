@@ -50,8 +50,8 @@ def finish_first(cfg: TokenizerStagesConfig) -> None:
     folder.mkdir(parents=True)
     torch.manual_seed(5)
     bit = BIT(TINY_BIT)
-    moments = Learner(bit, bit, stage.train.optimizer, CPU).moments()
-    save_checkpoint(folder, bit.cfg, Checkpoint(4, bit.state_dict(), bit.state_dict(), moments, None), {})
+    optimizer_state = Learner(bit, bit, stage.train.optimizer, CPU).optimizer_state()
+    save_checkpoint(folder, bit.cfg, Checkpoint(4, bit.state_dict(), bit.state_dict(), optimizer_state, None), {})
     Path(stage.train.run_dir, "config.yaml").write_text(dump_yaml(stage))
 
 

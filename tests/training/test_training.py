@@ -18,7 +18,7 @@ from instella_ray.training.checkpoints import Checkpoint, read_checkpoint, save_
 from instella_ray.training.launch import launch
 from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, bit_share, bit_summary, psnr
-from instella_ray.training.optim import EMA, build_optimizers, orthogonalize, rate_share
+from instella_ray.training.optim import EMA, build_optimizers, lr_scale, orthogonalize
 from instella_ray.training.run_dir import latest_checkpoint, read_metrics
 from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, TokenizerTask, run_tokenizer
@@ -30,10 +30,10 @@ from ..kit.training import HERE, PLAIN_LOSS, TWO, tokenizer_config, untimed
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
     cfg = OptimizerConfig(warmup_steps=9, decay_fraction=0.5)
-    rates = [rate_share(step, 100, cfg) for step in range(100)]
+    rates = [lr_scale(step, 100, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:50] == [1.0] * 41
     assert all(a >= b for a, b in pairwise(rates[50:])) and 0 < rates[-1] < 0.05
-    assert rate_share(99, 100, OptimizerConfig(warmup_steps=0)) == 1.0
+    assert lr_scale(99, 100, OptimizerConfig(warmup_steps=0)) == 1.0
 
 
 def test_the_average_forgets_the_start_and_copies_buffers() -> None:
@@ -113,13 +113,13 @@ def test_a_checkpoint_restores_weights_average_and_optimizer(tmp_path: Path, nam
 
     bit, learner = new(0)
     step(learner)
-    average = EMA(bit, 0.9).state
-    saved = Checkpoint(1, bit.state_dict(), average, learner.moments(), None)
+    ema = EMA(bit, 0.9).state
+    saved = Checkpoint(1, bit.state_dict(), ema, learner.optimizer_state(), None)
     save_checkpoint(tmp_path, bit.cfg, saved, {})
     found, (other, other_learner) = read_checkpoint(tmp_path), new(1)
-    assert found.step == 1 and all(torch.equal(value, found.average[name]) for name, value in average.items())
+    assert found.step == 1 and all(torch.equal(value, found.ema[name]) for name, value in ema.items())
     other.load_state_dict(found.weights)
-    other_learner.load_moments(found.moments)
+    other_learner.load_optimizer_state(found.optimizer_state)
     step(learner)
     step(other_learner)
     for (key, a), b in zip(bit.state_dict().items(), other.state_dict().values(), strict=True):

@@ -12,13 +12,13 @@ from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
 from ..job import HOW, DataJobConfig, data_job
-from ..provenance import shard_origins
+from ..provenance import shard_provenance
 from ..stages import Stage
 from .dedup import Fingerprinter
 from .dedup_job import deduplicate
 from .download import DownloadConfig, download_stage
 from .filters.config import FilterConfig
-from .prefilter import Judge
+from .prefilter import Prefilter
 from .report import write_report
 from .scoring import score_stages
 from .stats import CurationNotes, shown_shards
@@ -54,11 +54,11 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     labels = tuple(inputs.shards.values())
     shown = shown_shards(labels)
     settings = _settings(cfg, bool(inputs.links))
-    with data_job(cfg, "curate", "shards", settings, shard_origins("shards", cfg.input)) as job:
+    with data_job(cfg, "curate", "shards", settings, shard_provenance("shards", cfg.input)) as job:
         if not job.done.issuperset(labels):
             storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
             notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-            stages = [Stage(Judge(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
+            stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
             if cfg.filters.duplicates:
                 stages.append(Stage(Fingerprinter()))
             rows_per_block = cfg.rows_per_shard

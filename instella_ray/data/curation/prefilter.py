@@ -15,11 +15,11 @@ from ..formats.rows import SCHEMA
 from .filters.base import Sample, Scores
 from .filters.config import FilterConfig
 
-JUDGED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
+PREFILTERED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
 """``verdict`` as :class:`.ledger.Ledger` counts it; ``scores`` is a JSON object of numbers."""
 
 
-class Judge:
+class Prefilter:
     """Gives every row a verdict and its scores. The bytes of dropped rows go no further, but for a few to be shown.
 
     ``shown`` names the shards of which ``examples`` images a block and reason stay.
@@ -38,7 +38,7 @@ class Judge:
                 dropped[row["shard"], row["verdict"]] += 1
                 if row["shard"] not in self.shown or dropped[row["shard"], row["verdict"]] > self.examples:
                     row["image"] = None
-        return pa.Table.from_pylist(rows, JUDGED)
+        return pa.Table.from_pylist(rows, PREFILTERED)
 
     def verdict(self, row: dict[str, Any]) -> tuple[str, Scores]:
         """The verdict on one row of :data:`.tar_source.SCHEMA`, and the scores that were measured for it."""

@@ -17,7 +17,7 @@ from ..formats.images import decode_rgb
 from ..formats.parts import DOWNLOAD_REASON, DROPPED, DUPLICATES, KEPT, Ledger, Part, Row
 from ..formats.tar_source import read_samples
 from .dedup import EXACT, NEAR
-from .filters.base import Limits, Scale
+from .filters.base import Scale, ScoreLimits
 from .filters.config import FilterConfig
 from .stats import BINS, EXAMPLES, THUMBNAIL_SIZE, THUMBNAILS, edges, merged
 
@@ -31,7 +31,7 @@ def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledg
     counts = merged(part.notes.get("histograms", {}) for part in parts)
     limits = {name: found for section in filters.sections().values() for name, found in section.limits().items()}
     charts = [
-        {"name": name, "svg": svg_histogram(counts[name], scale, limits.get(name, ("", Limits()))[1])}
+        {"name": name, "svg": svg_histogram(counts[name], scale, limits.get(name, ("", ScoreLimits()))[1])}
         for name, scale in filters.scales().items()
         if sum(counts.get(name, ()))
     ]
@@ -62,7 +62,7 @@ def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
             yield {"step": reason, "kind": kind, "lost": counts[reason], "left": left}
 
 
-def svg_histogram(counts: Sequence[int], scale: Scale, limits: Limits) -> Markup:
+def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> Markup:
     """Bars over the score's axis; those beyond a limit are pale, and each limit is a line with its value."""
     width, height, left, bottom = 460, 160, 12, 22
     ends = edges(scale)

@@ -41,7 +41,7 @@ class PipelineConfig(Config):
     """GPU share of each actor; 0 computes on the CPU."""
 
 
-class Painter:
+class DiffusersPipeline:
     """A loaded pipeline; UserError where ``cfg`` names none."""
 
     def __init__(self, cfg: PipelineConfig) -> None:
@@ -56,7 +56,7 @@ class Painter:
         pipe.set_progress_bar_config(disable=True)
         self.cfg, self.pipe = cfg, pipe.to(device)
 
-    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | str]:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | str]:
         """uint8 ``[H, W, 3]`` for each prompt, or a verdict on what came out in its place.
 
         Noise is drawn on the CPU, from a generator an image: an image is the same on any device, whatever else is
@@ -73,10 +73,10 @@ class Painter:
             **{name: value for name, value in chosen.items() if value is not None},
         )
         flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(prompts)
-        return [judged(pixels, bool(flag)) for pixels, flag in zip(made.images, flagged, strict=True)]
+        return [checked(pixels, bool(flag)) for pixels, flag in zip(made.images, flagged, strict=True)]
 
 
-def judged(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
+def checked(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
     """Float ``[H, W, 3]`` in [0, 1] as uint8; or a verdict: flagged by the pipeline's own safety checker, or broken."""
     if flagged:
         return "dropped:flagged"

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ... import storage
 from ...accelerator import Precision, pick_device, precision_of_actors
-from ...runs import Origin
+from ...runs import Provenance
 from ..formats.images import UndecodableError
 from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
 from ..formats.rows import SCHEMA
@@ -21,7 +21,7 @@ from ..formats.shards import write_samples
 from ..formats.sources import find_images, shard_sources
 from ..job import HOW, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
-from ..provenance import shard_origins
+from ..provenance import shard_provenance
 from ..stages import Pool, Stage
 from .captioner import Answer, Captioner, Question, check_captioner, decode_for_captioner
 from .pretrained import located, short_name
@@ -139,7 +139,7 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
     shards = find_images(cfg.input)
-    inputs = (*shard_origins("shards", cfg.input), Origin(role="captioner", kind="name", path=cfg.model))
+    inputs = (*shard_provenance("shards", cfg.input), Provenance(role="captioner", kind="name", path=cfg.model))
     with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs) as job:
         captioner = Stage(partial(Recaptioner, cfg), Pool(cfg.actors, cfg.gpus_per_actor))
         sources = shard_sources(shards, cfg.rows_per_shard)

@@ -17,14 +17,14 @@ from pydantic import Field
 
 from ... import storage
 from ...accelerator import precision_of_actors
-from ...runs import Origin
+from ...runs import Provenance
 from ..formats.parts import KEPT, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..job import DataJobConfig, data_job
 from ..prompts import Prompt, prompts_hash, read_prompts
 from ..stages import Pool, Stage, row_table
-from .diffusers_pipeline import Painter, PipelineConfig, check_pipeline
+from .diffusers_pipeline import DiffusersPipeline, PipelineConfig, check_pipeline
 from .pretrained import located, short_name
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
@@ -58,7 +58,7 @@ class Synthesizer:
 
     def __init__(self, cfg: SynthesizeConfig, name: str) -> None:
         self.cfg, self.name, self.model = cfg, name, cfg.models[name]
-        self.painter = Painter(self.model)
+        self.pipeline = DiffusersPipeline(self.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (chunk,) = table.to_pylist()
@@ -69,9 +69,7 @@ class Synthesizer:
         seeds = [image_seed(self.cfg.seed, prompt_id, self.name) for prompt_id in ids]
         for start in range(0, len(ids), self.model.batch_size):
             now = range(start, min(start + self.model.batch_size, len(ids)))
-            for row, made in zip(
-                now, self.painter.paint([texts[i] for i in now], [seeds[i] for i in now]), strict=True
-            ):
+            for row, made in zip(now, self.pipeline([texts[i] for i in now], [seeds[i] for i in now]), strict=True):
                 place = {"shard": shard, "row": row, "last": row == len(ids) - 1, "caption": texts[row]}
                 yield {**place, **self._finished(ids[row], seeds[row], made)}
 
@@ -141,9 +139,11 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
     models = {n: m.model_copy(update={"pipeline": located(m.pipeline)}) for n, m in cfg.models.items()}
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "models": models})
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
-    asked = Origin(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
-    painters = [Origin(role="painter", kind="name", path=model.pipeline) for model in cfg.models.values()]
-    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (asked, *painters)) as job:
+    asked = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
+    pipelines = [
+        Provenance(role="diffusers pipeline", kind="name", path=model.pipeline) for model in cfg.models.values()
+    ]
+    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (asked, *pipelines)) as job:
         labels: list[str] = []
         for name, model in cfg.models.items():
             of_model = chunks(cfg, prompts, name)

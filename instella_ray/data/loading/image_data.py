@@ -20,7 +20,7 @@ from ..formats.sources import require_captions
 from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples
 from .loader import CAPTIONS, CaptionChoice
-from .order import FileOrder, Order, sample_uniforms, split_epochs
+from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
 DECODERS = 4
 """Threads that decode; Pillow leaves Python's lock while it works."""
@@ -68,7 +68,9 @@ class ImageData:
         self._starts = np.cumsum([0, *counts])
         self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)
         self._threads = ThreadPoolExecutor(DECODERS)
-        self.order: Callable[[int], Order] = lru_cache(2)(lambda epoch: FileOrder(self._starts, seed, epoch, window))
+        self.order: Callable[[int], EpochOrder] = lru_cache(2)(
+            lambda epoch: FileOrder(self._starts, seed, epoch, window)
+        )
         if not len(self):
             raise UserError(f"{pattern}: no usable image in these shards")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import UserError
 from ..formats.codes import CodesReader
-from .order import FileOrder, Order, sample_uniforms, split_epochs
+from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
 T = TypeVar("T")
 CAPTIONS = ("caption_long", "caption_short")
@@ -64,7 +64,9 @@ class CodesData:
         window: int = 64,
     ) -> None:
         self.reader, self.seed, self.captions = reader, seed, captions
-        self.order: Callable[[int], Order] = lru_cache(2)(lambda epoch: FileOrder(reader.starts, seed, epoch, window))
+        self.order: Callable[[int], EpochOrder] = lru_cache(2)(
+            lambda epoch: FileOrder(reader.starts, seed, epoch, window)
+        )
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -86,7 +88,7 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def order(self, epoch: int) -> Order: ...
+    def order(self, epoch: int) -> EpochOrder: ...
 
     def batch(self, epoch: int, samples: np.ndarray) -> Any: ...
 
@@ -117,7 +119,7 @@ class Mixture:
     def __len__(self) -> int:
         return self._rounds * len(self._owner)
 
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> EpochOrder:
         """The numbers as they are: the sources' orders do the mixing."""
         return _AsTheyAre()
 

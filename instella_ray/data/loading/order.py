@@ -11,7 +11,7 @@ from ...errors import UserError
 from ...models import philox
 
 
-class Order(Protocol):
+class EpochOrder(Protocol):
     """Sample numbers by their place in one epoch."""
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ class BatchPlan:
     """
 
     def __init__(
-        self, count: int, global_batch: int, order: Callable[[int], Order], rank: int = 0, world_size: int = 1
+        self, count: int, global_batch: int, order: Callable[[int], EpochOrder], rank: int = 0, world_size: int = 1
     ) -> None:
         """``order(epoch)`` gives an epoch's permutation of ``range(count)``."""
         if global_batch % world_size:

@@ -89,7 +89,7 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Result:
+class MetricResult:
     """A number, how sure it is, and what it is a number of."""
 
     name: str
@@ -103,7 +103,7 @@ class Result:
     weights_hash: str | None
     settings: Mapping[str, Any]
     """With ``interval``, the method, and ``confidence``."""
-    parts: tuple[Result, ...] = ()
+    parts: tuple[MetricResult, ...] = ()
     """Further numbers from the same pass: categories of a benchmark, say."""
 
     def to_json(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Metric(ABC):
         """Add samples."""
 
     @abstractmethod
-    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+    def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         """The number over everything added so far; ``seed`` is that of the bootstrap."""
 
     @abstractmethod
@@ -172,11 +172,11 @@ class Metric(ABC):
         self.ids |= new
 
     def make_result(
-        self, value: float, low: float, high: float, count: int, *, parts: tuple[Result, ...] = (), **extra: Any
-    ) -> Result:
-        """A :class:`Result` of this metric; ``extra`` joins its settings."""
+        self, value: float, low: float, high: float, count: int, *, parts: tuple[MetricResult, ...] = (), **extra: Any
+    ) -> MetricResult:
+        """A :class:`MetricResult` of this metric; ``extra`` joins its settings."""
         info, settings = self.info, {**self.info.settings, **extra}
-        return Result(
+        return MetricResult(
             info.name, value, low, high, count, info.implementation, info.weights, info.weights_hash, settings, parts
         )
 

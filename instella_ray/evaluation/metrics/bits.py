@@ -16,7 +16,7 @@ from scipy.special import xlogy
 
 from ...errors import UserError
 from .. import statistics
-from .base import Batch, Info, Metric, Result, text_array, version_of
+from .base import Batch, Info, Metric, MetricResult, text_array, version_of
 
 GROUPS = 50
 """Groups of the jackknife (512 KiB each for 128 x 64 bits)."""
@@ -51,7 +51,7 @@ class BitUsage(Metric):
         for group in np.unique(groups):
             self.ones[group] += codes[groups == group].sum(0, dtype=np.int64)
 
-    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+    def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         """``bit_usage``, with ``codes_entropy`` and ``dead_bits`` as parts.
 
         Dead bits have no interval, as what was never seen says nothing about how often it happens; the rule of three
@@ -72,8 +72,8 @@ class BitUsage(Metric):
         whole = self.make_result(usage * bits, low * bits, high * bits, count, **about, bits=bits)
         lost = self.make_result(dead, *statistics.UNKNOWN, count, interval=None, rule_of_three=min(1.0, 3 / count))
         parts = (
-            Result(**{**vars(whole), "name": "codes_entropy"}),
-            Result(**{**vars(lost), "name": "dead_bits"}),
+            MetricResult(**{**vars(whole), "name": "codes_entropy"}),
+            MetricResult(**{**vars(lost), "name": "dead_bits"}),
         )
         return self.make_result(usage, low, high, count, parts=parts, **about, bits=bits)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import UserError
 from .. import statistics
-from .base import Batch, Info, Metric, Result, text_array, version_of
+from .base import Batch, Info, Metric, MetricResult, text_array, version_of
 from .features import Features
 from .images import ImageSettings
 
@@ -62,7 +62,7 @@ class Diversity(Metric):
         batch.need("groups")
         self._add(batch.ids, batch.group_names, self.embed(batch))
 
-    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+    def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         done = self._measured()
         values = np.array([value for value, _ in done.values()])
         interval = statistics.bootstrap_mean(values, confidence=confidence, seed=seed)

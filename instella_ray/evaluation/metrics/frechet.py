@@ -21,7 +21,7 @@ from scipy import linalg
 from ... import storage
 from ...errors import UserError
 from .. import statistics
-from .base import Batch, Info, Metric, Result, text_array
+from .base import Batch, Info, Metric, MetricResult, text_array
 from .features import Features
 from .images import ImageSettings
 from .moments import GroupMoments, Sums
@@ -143,7 +143,7 @@ class Frechet(Metric):
             raise UserError(f"metric {self.info.name}: at least two images needed")
         return Gaussian.of(sums)
 
-    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+    def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         """The distance; its interval says how it varies over samples of this size, with a fixed reference as it is.
 
         Settings carry the jackknife's ``bias``: the distance falls by about that much as samples go to infinity.

@@ -17,7 +17,7 @@ from ...errors import UserError
 from .base import Batch, Info, version_of
 from .geneval_rules import OFFICIAL, TASKS, Detection, Rules, evaluate
 from .images import ImageSettings
-from .rates import Judged, RateMetric
+from .rates import RateMetric, SampleVerdict
 
 OFFICIAL_HASH = "c9d0c4f2"
 """First digits of the sha256 of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``."""
@@ -59,7 +59,7 @@ def geneval(
     """GenEval of ``images`` with their prompts' ``meta``, or of ``detections`` made before, by the detector named."""
     about = detector if isinstance(detector, DetectorInfo) else detector.info
 
-    def judge(batch: Batch) -> list[Judged]:
+    def judge(batch: Batch) -> list[SampleVerdict]:
         meta = batch.need("meta")
         if batch.detections is not None:
             found: Sequence[Sequence[Detection]] = batch.need("detections")
@@ -67,7 +67,7 @@ def geneval(
             raise UserError(f"metric geneval: no detections, and no detector '{about.name}' to make them")
         else:
             found = detector.detect(images.prepare(batch.need("images")), meta)
-        return [judge_image(f, m, rules) for f, m in zip(found, meta, strict=True)]
+        return [image_verdict(f, m, rules) for f, m in zip(found, meta, strict=True)]
 
     name = "geneval" if about.official and rules == OFFICIAL else f"geneval_rules_{about.name}"
     settings = {
@@ -80,9 +80,11 @@ def geneval(
     return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), judge)
 
 
-def judge_image(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> Judged:
+def image_verdict(
+    detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL
+) -> SampleVerdict:
     """One image's verdict; UserError for metadata that is not GenEval's."""
     tag = metadata.get("tag")
     if tag not in TASKS:
         raise UserError(f"metric geneval: metadata with tag {tag!r}, expected one of {', '.join(TASKS)}")
-    return Judged(tag, *evaluate(detections, metadata, rules))
+    return SampleVerdict(tag, *evaluate(detections, metadata, rules))

@@ -21,7 +21,7 @@ class Published:
     """One number of the paper."""
 
     metric: str
-    """Name of the :class:`.base.Result` that it belongs beside."""
+    """Name of the :class:`.base.MetricResult` that it belongs beside."""
     value: float
     source: str
     """Table and row."""

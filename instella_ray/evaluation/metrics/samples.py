@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import UserError
 from .. import statistics
-from .base import Batch, Info, Metric, Result, text_array
+from .base import Batch, Info, Metric, MetricResult, text_array
 
 Score = Callable[[Batch], np.ndarray]
 """One finite number a sample, float64 ``[B]``."""
@@ -44,7 +44,7 @@ class SampleMetric(Metric):
         """Each sample's group by id."""
         return {name: group for name, (group, _) in sorted(self._rows.items())}
 
-    def result(self, confidence: float = 0.95, seed: int = 0) -> Result:
+    def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         values = np.array(list(self.scores().values()))
         groups = list(self.groups().values())
         interval = statistics.bootstrap_mean(values, groups, confidence=confidence, seed=seed)

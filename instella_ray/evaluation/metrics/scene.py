@@ -11,22 +11,22 @@ from ...data.scene_score import MARGIN, MIN_AREA, MIN_CONTRAST, MIN_FIT, score
 from ...data.scenes import parse_caption
 from .base import Batch, Info, version_of
 from .images import ImageSettings
-from .rates import Judged, RateMetric
+from .rates import RateMetric, SampleVerdict
 
 
-def judge_scene(image: np.ndarray, caption: str) -> Judged:
+def scene_verdict(image: np.ndarray, caption: str) -> SampleVerdict:
     """Verdict on an image, uint8 ``[H, W, 3]``; UserError for a caption that is not of this set."""
     expect = parse_caption(caption)
     verdict = score(image, expect)
-    return Judged(expect.category, verdict.correct, verdict.reason)
+    return SampleVerdict(expect.category, verdict.correct, verdict.reason)
 
 
 def scene_score(images: ImageSettings = ImageSettings()) -> RateMetric:
     """Mean over categories of the share of ``images`` that show what their ``prompts`` say."""
 
-    def judge(batch: Batch) -> list[Judged]:
+    def judge(batch: Batch) -> list[SampleVerdict]:
         prepared = images.prepare(batch.need("images"))
-        return [judge_scene(x, caption) for x, caption in zip(prepared, batch.need("prompts"), strict=True)]
+        return [scene_verdict(x, caption) for x, caption in zip(prepared, batch.need("prompts"), strict=True)]
 
     thresholds = {"contrast": MIN_CONTRAST, "area": MIN_AREA, "fit": MIN_FIT, "margin": MARGIN}
     settings = {"images": images.describe(), "detector": "scenes", "thresholds": thresholds}

@@ -15,7 +15,7 @@ from .pipeline import DataJobs, LineOutcome, LineStage, simulate_line
 from .serving import ServingConfig, ServingOutcome, simulate_serving
 from .sizing import Slo, size_cpus, size_serving
 from .stage_time import StageTime
-from .training import Cluster, Run, TrainingOutcome, simulate_training
+from .training import ClusterConditions, Run, TrainingOutcome, simulate_training
 
 DAY_S = 86400
 
@@ -35,7 +35,7 @@ class TrainingJob(Config):
     """Samples a forward pass has memory for; a smaller share of the batch is one micro-batch."""
     loader: StageTime
     """Making a batch of so many samples, in the loader's thread."""
-    cluster: Cluster
+    cluster: ClusterConditions
 
 
 class SimulateConfig(Config):
@@ -55,7 +55,7 @@ class SimulateConfig(Config):
 
 @dataclass(frozen=True)
 class Simulated:
-    """One subject's figures, to read and to compute with."""
+    """Figures of one system, to read and to compute with."""
 
     title: str
     figures: dict[str, Any]
@@ -64,35 +64,35 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Report:
-    """All subjects, and what was assumed."""
+    """All systems, and what was assumed."""
 
     gpus: int
-    subjects: dict[str, Simulated]
+    systems: dict[str, Simulated]
     assumptions: list[str]
 
     def text(self) -> str:
         """Markdown."""
-        parts = [f"## {subject.title}\n\n{table(subject.rows)}" for subject in self.subjects.values()]
+        parts = [f"## {system.title}\n\n{table(system.rows)}" for system in self.systems.values()]
         return "\n\n".join([*parts, "Assumed:\n\n" + "\n".join(f"- {line}" for line in self.assumptions)])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        figures = {name: subject.figures for name, subject in self.subjects.items()}
+        figures = {name: system.figures for name, system in self.systems.items()}
         return {"gpus": self.gpus, **figures, "assumptions": self.assumptions}
 
 
 def run_simulation(cfg: SimulateConfig) -> Report:
-    """Simulate every subject of ``cfg``; UserError when it has none, or limits that cannot be met."""
-    subjects = {}
+    """Simulate every system of ``cfg``; UserError when it has none, or limits that cannot be met."""
+    systems = {}
     if cfg.serving is not None:
-        subjects["serving"] = _serving(cfg, cfg.serving)
+        systems["serving"] = _serving(cfg, cfg.serving)
     if cfg.data is not None:
-        subjects["data"] = _data(cfg, cfg.data)
+        systems["data"] = _data(cfg, cfg.data)
     if cfg.training is not None:
-        subjects["training"] = _training(cfg, cfg.training)
-    if not subjects:
+        systems["training"] = _training(cfg, cfg.training)
+    if not systems:
         raise UserError("nothing to simulate: expected at least one of serving, data, training")
-    return Report(cfg.gpus, subjects, list(_assumptions(cfg)))
+    return Report(cfg.gpus, systems, list(_assumptions(cfg)))
 
 
 def _serving(cfg: SimulateConfig, serving: ServingConfig) -> Simulated:

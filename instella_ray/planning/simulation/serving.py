@@ -21,7 +21,7 @@ from ...errors import UserError
 from ...serving.config import ModelArgs, ServeArgs
 from .clock import Compute, Processors, Variation
 from .stage_time import StageTime
-from .stations import Batches, Deployment, Meters, Process, Replica, Steps
+from .stations import BatchingReplica, Deployment, Meters, Process, Replica, Steps
 
 INGRESS, TEXT, DECODER = "ingress", "text", "decoder"
 CALLS, TEXT_BATCH, DECODER_BATCH, FILE_THREADS, WAIT_S = 64, 32, 8, 2, 0.005
@@ -315,8 +315,8 @@ class _Simulation:
 
         return self._deployment(name, model.ongoing, lambda m: Steps(self.env, self.compute, seconds, m, buckets))
 
-    def _batches(self, meters: Meters, seconds: Any, **more: Any) -> Batches:
-        return Batches(self.env, self.compute, lambda key, n: self.vary(seconds(key, n)), meters, **more)
+    def _batches(self, meters: Meters, seconds: Any, **more: Any) -> BatchingReplica:
+        return BatchingReplica(self.env, self.compute, lambda key, n: self.vary(seconds(key, n)), meters, **more)
 
     def _deployment(self, name: str, ongoing: int, make: Any) -> Deployment:
         meters = Meters.of(self.env)

@@ -105,7 +105,7 @@ class Deployment:
         return number
 
 
-class Batches:
+class BatchingReplica:
     """A replica with a micro-batcher for each key; batches of all keys are computed one at a time."""
 
     def __init__(

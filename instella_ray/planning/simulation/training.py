@@ -25,7 +25,7 @@ BACKWARD = 2 / 3
 """Of a training step's arithmetic."""
 
 
-class Cluster(Config):
+class ClusterConditions(Config):
     """What a run meets on its machines."""
 
     gpus_per_node: int = Field(8, ge=1)
@@ -93,7 +93,7 @@ class TrainingOutcome:
         return worst if self.shares[worst] > self.busy / 10 else COMPUTE
 
 
-def simulate_training(run: Run, cluster: Cluster, seed: int = 0) -> TrainingOutcome:
+def simulate_training(run: Run, cluster: ClusterConditions, seed: int = 0) -> TrainingOutcome:
     """All of ``run``'s steps, those that failures cost once more."""
     rng = np.random.default_rng(seed)
     spent = dict.fromkeys((COMPUTE, DATA, STRAGGLERS, NETWORK, CHECKPOINTS, FAILURES), 0.0)

@@ -15,7 +15,7 @@ import pytest
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.filters.samples import Resolution
 from instella_ray.data.curation.job import CurateConfig, run_curate
-from instella_ray.data.curation.prefilter import Judge
+from instella_ray.data.curation.prefilter import Prefilter
 from instella_ray.data.formats.images import decode_rgb
 from instella_ray.data.formats.shards import find_shards
 from instella_ray.data.formats.tar_source import read_samples
@@ -45,7 +45,7 @@ def config(shards: Path | str, output: Path, **more: Any) -> CurateConfig:
 def test_every_hostile_sample_gets_its_verdict(name: str) -> None:
     everything = tar_bytes([member for members, _ in HOSTILE.values() for member in members])
     row = list(read_samples(io.BytesIO(everything), "shard"))[list(HOSTILE).index(name)]
-    assert Judge(LIMITS).verdict(row)[0] == HOSTILE[name][1]
+    assert Prefilter(LIMITS).verdict(row)[0] == HOSTILE[name][1]
 
 
 def test_hostile_shards_are_accounted_for_to_the_row(hostile_shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from instella_ray.data.curation.filters.base import Limits, Sample, Scale
+from instella_ray.data.curation.filters.base import Sample, Scale, ScoreLimits
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.stats import BINS, histograms, merged
 from instella_ray.data.formats.images import UndecodableError, check_pixels, decode_rgb, fit_square, open_image
@@ -77,7 +77,7 @@ def test_histograms_count_every_score_once_and_merge(values: list[float], cut: i
 
 
 def test_limits_include_their_ends() -> None:
-    limits = Limits(1, 2)
+    limits = ScoreLimits(1, 2)
     assert [limits.allow(value) for value in (0.99, 1, 2, 2.01)] == [False, True, True, False]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from instella_ray.data.curation.filters.base import ImageFilter, Limits, Scale, Scorer, Scores
+from instella_ray.data.curation.filters.base import ImageFilter, Scale, ScoreLimits, Scorer, Scores
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.job import CurateConfig
 from instella_ray.data.curation.scoring import Score, score_stages
@@ -34,8 +34,8 @@ class Brightness(ImageFilter):
     decode_size: ClassVar[int] = 32
     calls: ClassVar[list[list[tuple[int, int]]]] = []
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"brightness": ("dark", Limits(minimum=100))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"brightness": ("dark", ScoreLimits(minimum=100))}
 
     def load(self, device: str) -> Scorer:
         def score(images: Sequence[Image.Image]) -> list[Scores]:

@@ -25,7 +25,7 @@ from instella_ray.data.formats.images import decode_rgb
 from instella_ray.data.formats.parts import PartFolder, PartWriter
 from instella_ray.data.formats.shards import find_shards, write_samples
 from instella_ray.data.formats.tar_source import read_samples
-from instella_ray.data.generation.diffusers_pipeline import PipelineConfig, judged
+from instella_ray.data.generation.diffusers_pipeline import PipelineConfig, checked
 from instella_ray.data.generation.synthesize import (
     SynthesizeConfig,
     Synthesizer,
@@ -122,9 +122,9 @@ def test_keys_of_any_prompt_ids_are_names_of_members_and_never_the_same(ids: lis
 
 
 def test_what_came_out_broken_or_flagged_is_no_image(models: dict[str, Path], tmp_path: Path) -> None:
-    assert np.array_equal(judged(np.array([[[0.0, 0.5, 1.0]]]), False), [[[0, 128, 255]]])
-    assert judged(np.array([[[0.0, np.nan, 1.0]]]), False) == "quarantined:not_finite"
-    assert judged(np.zeros((2, 2, 3)), False) == "quarantined:blank"
+    assert np.array_equal(checked(np.array([[[0.0, 0.5, 1.0]]]), False), [[[0, 128, 255]]])
+    assert checked(np.array([[[0.0, np.nan, 1.0]]]), False) == "quarantined:not_finite"
+    assert checked(np.zeros((2, 2, 3)), False) == "quarantined:blank"
     rows = made(config(models, ["prudish"], tmp_path / "out"), "prudish")
     assert [(row["verdict"], row["image"]) for row in rows] == [("dropped:flagged", None)] * 5
 

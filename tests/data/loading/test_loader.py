@@ -20,7 +20,7 @@ from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.formats.tar_index import read_index, scan_index
 from instella_ray.data.loading.image_data import ImageData
 from instella_ray.data.loading.loader import CaptionChoice, CodesData, Mixture, Prefetcher
-from instella_ray.data.loading.order import BatchPlan, FileOrder, Order, SampleOrder, sample_uniforms, split_epochs
+from instella_ray.data.loading.order import BatchPlan, EpochOrder, FileOrder, SampleOrder, sample_uniforms, split_epochs
 from instella_ray.errors import UserError
 
 from ...kit.codes import write_codes
@@ -84,7 +84,7 @@ def test_each_sample_once_an_epoch_whatever_the_ranks_and_the_resume(
     batch = 4 * micro
 
     @cache
-    def order(epoch: int) -> Order:
+    def order(epoch: int) -> EpochOrder:
         return FileOrder(np.array([0, count // 3, count]), 7, epoch, window)
 
     steps = -(-3 * count // batch) + 1
@@ -249,7 +249,7 @@ class Numbers:
         return self.count
 
     @cache  # noqa: B019
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> EpochOrder:
         return SampleOrder(self.count, 3, epoch)
 
     def batch(self, epoch: int, samples: np.ndarray) -> Rows:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .... import storage
 from ....errors import UserError
-from .base import LONGEST, ImageFilter, Limits, Scale, Scorer, Scores
+from .base import LONGEST, ImageFilter, Scale, ScoreLimits, Scorer, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +51,8 @@ class Aesthetic(ImageFilter):
                 f"{self.label}.head {self.head}: for embeddings of {len(vector)} numbers, {self.model} gives {width}"
             )
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"aesthetic": ("aesthetic", Limits(minimum=self.minimum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"aesthetic": ("aesthetic", ScoreLimits(minimum=self.minimum))}
 
     def load(self, device: str) -> Scorer:
         from ....models.clip import load_clip

@@ -33,7 +33,7 @@ class Scale(NamedTuple):
     log: bool = False
 
 
-class Limits(NamedTuple):
+class ScoreLimits(NamedTuple):
     """What a score may be, both ends included; none is no limit."""
 
     minimum: float | None = None
@@ -70,7 +70,7 @@ class Filter(Config, ABC):
             extra_import(module, self.label, "curate")
 
     @abstractmethod
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
         """Of each score with a limit: the ledger's reason, and the limit."""
 
     def reason(self, scores: Scores) -> str | None:

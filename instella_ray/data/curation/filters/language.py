@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ....errors import UserError
-from .base import Limits, Sample, SampleFilter, Scale, Scores
+from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
 READ = 2000
 """Characters looked at: more do not make it surer, and captions may be of any length."""
@@ -35,8 +35,8 @@ class Language(SampleFilter):
         if unknown := [code for code in self.languages if code not in known]:
             raise UserError(f"{self.label}.languages {unknown[0]}: expected codes out of {' '.join(sorted(known))}")
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"language_probability": ("language", Limits(minimum=self.minimum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"language_probability": ("language", ScoreLimits(minimum=self.minimum))}
 
     def measure(self, sample: Sample) -> Scores:
         text = sample.caption[:READ]

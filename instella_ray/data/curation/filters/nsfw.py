@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import Field
 
 from ....models.open_nsfw import PACKAGE, PACKAGED, load_open_nsfw
-from .base import Limits, Scale, Scorer, Scores
+from .base import Scale, ScoreLimits, Scorer, Scores
 from .onnx import CPU, CUDA, OnnxFilter
 
 
@@ -30,8 +30,8 @@ class Nsfw(OnnxFilter):
         super().check()
         self.load("cpu")  # 22 MB: cheaper than to find out on the actors
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"nsfw": ("nsfw", Limits(maximum=self.maximum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"nsfw": ("nsfw", ScoreLimits(maximum=self.maximum))}
 
     def load(self, device: str) -> Scorer:
         providers = [CUDA, CPU] if device == "cuda" else [CPU]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from .base import Limits, Sample, SampleFilter, Scale, Scores
+from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
 
 class Resolution(SampleFilter):
@@ -18,8 +18,8 @@ class Resolution(SampleFilter):
     target_size: int = Field(512, ge=1)
     """Resolution to train for (px)."""
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"shorter_edge": ("small", Limits(minimum=self.target_size / 2))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"shorter_edge": ("small", ScoreLimits(minimum=self.target_size / 2))}
 
     def measure(self, sample: Sample) -> Scores:
         return {"shorter_edge": min(sample.size)}
@@ -32,8 +32,8 @@ class AspectRatio(SampleFilter):
 
     maximum: float = Field(3.0, ge=1)
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"aspect_ratio": ("aspect_ratio", Limits(maximum=self.maximum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"aspect_ratio": ("aspect_ratio", ScoreLimits(maximum=self.maximum))}
 
     def measure(self, sample: Sample) -> Scores:
         return {"aspect_ratio": max(sample.size) / min(sample.size)}
@@ -58,8 +58,8 @@ class Watermark(MetadataScore):
 
     maximum: float = Field(0.8, ge=0, le=1)
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {self.field: ("watermark", Limits(maximum=self.maximum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {self.field: ("watermark", ScoreLimits(maximum=self.maximum))}
 
 
 class Unsafe(MetadataScore):
@@ -70,8 +70,8 @@ class Unsafe(MetadataScore):
 
     maximum: float = Field(0.5, ge=0, le=1)
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {self.field: ("unsafe", Limits(maximum=self.maximum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {self.field: ("unsafe", ScoreLimits(maximum=self.maximum))}
 
 
 class Similarity(MetadataScore):
@@ -82,8 +82,8 @@ class Similarity(MetadataScore):
 
     minimum: float = Field(0.28, ge=-1, le=1)
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {self.field: ("similarity", Limits(minimum=self.minimum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {self.field: ("similarity", ScoreLimits(minimum=self.minimum))}
 
 
 class CaptionLength(SampleFilter):
@@ -94,8 +94,8 @@ class CaptionLength(SampleFilter):
     minimum: int | None = Field(3, ge=0)
     maximum: int | None = Field(2000, ge=1)
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
-        return {"caption_chars": ("caption_length", Limits(self.minimum, self.maximum))}
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
+        return {"caption_chars": ("caption_length", ScoreLimits(self.minimum, self.maximum))}
 
     def measure(self, sample: Sample) -> Scores:
         return {"caption_chars": len(sample.caption)}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import Field
 
-from .base import LONGEST, Limits, Scale, Scorer, Scores, bounded
+from .base import LONGEST, Scale, ScoreLimits, Scorer, Scores, bounded
 from .onnx import OnnxFilter
 
 SIZE = 736
@@ -39,10 +39,10 @@ class Text(OnnxFilter):
     ignored_density: float = Field(0.02, ge=0, le=1)
     """Small text that covers no more than this is not held against an image: a signature, a date."""
 
-    def limits(self) -> Mapping[str, tuple[str, Limits]]:
+    def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
         return {
-            "text_density": ("dense_text", Limits(maximum=self.max_density)),
-            "text_size": ("small_text", Limits(minimum=self.min_text_size)),
+            "text_density": ("dense_text", ScoreLimits(maximum=self.max_density)),
+            "text_size": ("small_text", ScoreLimits(minimum=self.min_text_size)),
         }
 
     def reason(self, scores: Scores) -> str | None:

@@ -58,10 +58,10 @@ def _answer(file: bytes) -> dict[str, Any]:
     return {"data": [{"b64_json": base64.b64encode(file).decode()}]}
 
 
-def _application(rival: type, api: FastAPI, max_ongoing_requests: int) -> Application:
+def _application(cls: type, api: FastAPI, max_ongoing_requests: int) -> Application:
     actor = {"num_cpus": 0.1}
     deployment = serve.deployment(max_ongoing_requests=max_ongoing_requests, ray_actor_options=actor)
-    return deployment(serve.ingress(api)(rival)).bind()
+    return deployment(serve.ingress(api)(cls)).bind()
 
 
 def one_at_a_time(**models: Any) -> Application:

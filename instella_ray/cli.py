@@ -102,7 +102,7 @@ def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _shards(args: argparse.Namespace) -> None:
-    from .data.formats.shards import list_shards
+    from .data.formats.names import list_shards
     from .data.formats.sources import SUFFIXES
 
     made = list_shards(args.pattern, args.output, SUFFIXES)

@@ -55,13 +55,9 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
-def absolute(pattern: str) -> str:
-    """A path, URL, glob, or several with commas between, that means the same in another working directory.
-
-    Training workers run in directories of their own.
-    """
-    parts = (part.strip() for part in pattern.split(","))
-    return ",".join(part if "://" in part else str(Path(part).absolute()) for part in parts)
+def absolute(path: str) -> str:
+    """Return a path or URL that means the same in another working directory; workers run in directories of their own."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def exists(url: str) -> bool:

@@ -142,6 +142,14 @@ def test_formats_know_nothing_of_what_is_done_with_them() -> None:
     assert [pair for pair in found if pair[1].startswith(tuple(others))] == []
 
 
+def test_files_from_outside_are_opened_in_formats_alone() -> None:
+    """One reader for each kind of them, or the same fault is mended in one job and not in the others."""
+    readers = re.compile(r"\b(Image\.open|tarfile\.open|fsspec\.core|url_to_fs)\(")
+    allowed = {PACKAGE / "data" / "formats", PACKAGE / "storage.py"}
+    files = [path for path in PACKAGE.rglob("*.py") if allowed.isdisjoint((path, *path.parents))]
+    assert [f"{path}: {found[0]}" for path in files if (found := readers.search(path.read_text()))] == []
+
+
 def test_no_class_name_stands_twice() -> None:
     """A class says what it is the task, the worker or the limits *of*."""
     names = [

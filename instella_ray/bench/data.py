@@ -20,7 +20,8 @@ from ..config import Config
 from ..data.curation.job import CurateConfig, run_curate
 from ..data.formats.codes import MANIFEST, CodesFile, CodesManifest, CodesReader, pack_codes, write_codes_file
 from ..data.formats.images import decode_rgb, fit_square
-from ..data.formats.shards import find_shards, write_tar
+from ..data.formats.names import find_shards
+from ..data.formats.shards import write_tar
 from ..data.formats.sources import shard_sources
 from ..data.formats.tar_source import read_samples
 from ..data.loading.loader import CodesData

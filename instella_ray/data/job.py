@@ -15,8 +15,8 @@ from .. import storage
 from ..config import Config
 from ..errors import UserError
 from ..runs import Provenance, recorded
+from .formats.names import part_entries, write_shard_list
 from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter
-from .formats.shards import part_entries, write_shard_list
 from .pipeline import run_stages
 from .provenance import output_provenance
 from .stages import CpuPool, Source, Stage

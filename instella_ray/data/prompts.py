@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import heapq
 import json
@@ -16,11 +15,12 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..errors import UserError
+from .formats.metadata import json_value
+from .formats.texts import PROMPT_NAMES, TextError, decode_line, text_of, trimmed
 from .scenes import CATEGORIES, scene_prompts
 
 SCENES = "scenes"
 SCENES_PER_CATEGORY = 40
-TEXT_KEYS = ("prompt", "caption", "caption_long", "text")
 ID_KEYS = ("id", "key", "prompt_id")
 
 
@@ -74,7 +74,7 @@ def _scenes(count: int | None, seed: int) -> list[Prompt]:
 
 def _read(source: str) -> Iterator[Prompt]:
     if source.endswith(".txt"):
-        prompts = filter(None, map(_clean, _lines(source)))
+        prompts = filter(None, map(trimmed, _lines(source)))
         yield from (Prompt(f"{i:05d}", prompt) for i, prompt in enumerate(prompts))
     elif source.endswith(".jsonl"):
         yield from _from_records(_jsonl(source))
@@ -90,7 +90,7 @@ def _lines(source: str) -> Iterator[str]:
     with storage.open_file(source) as stream:
         for number, line in enumerate(stream, 1):
             try:
-                yield line.decode()
+                yield decode_line(line)
             except UnicodeDecodeError:
                 raise UserError(f"{source}, line {number}: not UTF-8 text") from None
 
@@ -125,30 +125,25 @@ def _parquet(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
 
 def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iterator[Prompt]:
     for number, where, record in records:
-        key = next((k for k in TEXT_KEYS if isinstance(record.get(k), str) and record[k].strip()), None)
-        if key is None:
-            if any(k in record and (record[k] is None or isinstance(record[k], str)) for k in TEXT_KEYS):
-                continue
-            raise UserError(f"{where}: no prompt, expected one of {', '.join(TEXT_KEYS)}")
+        given = [k for k in PROMPT_NAMES if k in record]
+        if not given:
+            raise UserError(f"{where}: no prompt, expected one of {', '.join(PROMPT_NAMES)}")
+        try:
+            texts = {k: text for k in given if (text := text_of(record[k], trimmed))}
+        except TextError as error:
+            raise UserError(f"{where}: no prompt ({error})") from None
+        if not texts:
+            continue
+        key, prompt = next(iter(texts.items()))
         named = next((k for k in ID_KEYS if record.get(k) is not None), None)
         category = record.get("tag", record.get("category"))
-        meta = {k: _plain(v) for k, v in record.items() if k not in (key, named, "category")}
+        meta = {k: json_value(v) for k, v in record.items() if k not in (key, named, "category")}
         try:
             json.dumps(meta)
         except (TypeError, ValueError):
             raise UserError(f"{where}: holds what JSON cannot ({', '.join(meta)})") from None
-        name = f"{number:05d}" if named is None else _clean(str(record[named]))
-        yield Prompt(name, _clean(record[key]), None if category is None else str(category), meta)
-
-
-def _clean(text: str) -> str:
-    """Without space around it, and without what no file could hold: JSON may carry halves of characters."""
-    return text.encode("utf-8", "replace").decode().strip()
-
-
-def _plain(value: Any) -> Any:
-    """Times as ISO text, which JSON holds; the rest as it is."""
-    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
+        name = f"{number:05d}" if named is None else trimmed(str(record[named]))
+        yield Prompt(name, prompt, None if category is None else str(category), meta)
 
 
 def _coco(data: Any, source: str) -> Iterator[Prompt]:
@@ -157,8 +152,9 @@ def _coco(data: Any, source: str) -> Iterator[Prompt]:
         raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
     for entry in annotations:
         try:
-            yield Prompt(str(entry["id"]), _clean(str(entry["caption"])), meta={"image_id": entry["image_id"]})
-        except (KeyError, TypeError):
+            caption = text_of(entry["caption"], trimmed)
+            yield Prompt(str(entry["id"]), caption, meta={"image_id": entry["image_id"]})
+        except (KeyError, TypeError, TextError):
             raise UserError(f"{source}: an annotation without id, image_id and caption") from None
 
 

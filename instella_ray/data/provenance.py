@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from .. import storage
 from ..runs import Provenance, read_record
 from .formats.codes import MANIFEST
+from .formats.names import SHARD_LIST, ShardEntry, absolute_pattern, find_files
 from .formats.parts import LEDGER, SETTINGS, Ledger
-from .formats.shards import SHARD_LIST, ShardEntry, find_files
 from .formats.sources import SUFFIXES
 
 ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
@@ -32,7 +32,7 @@ def files_provenance(role: str, pattern: str, entries: Sequence[ShardEntry]) -> 
     """Files that no job of ours accounts for: their names and sizes are all that is known without reading them."""
     facts = {"files": len(entries), "bytes": sum(entry.bytes for entry in entries)}
     return Provenance(
-        role=role, kind="files", path=storage.absolute(pattern), identity=files_identity(entries), facts=facts
+        role=role, kind="files", path=absolute_pattern(pattern), identity=files_identity(entries), facts=facts
     )
 
 

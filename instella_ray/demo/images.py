@@ -11,8 +11,8 @@ import numpy as np
 from .. import storage
 from ..data.curation.prefilter import Prefilter
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square
+from ..data.formats.names import find_shards
 from ..data.formats.parts import KEPT
-from ..data.formats.shards import find_shards
 from ..data.formats.tar_source import read_samples
 from ..data.loading.image_data import require_images
 from ..data.scenes import scene_prompts

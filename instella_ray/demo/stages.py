@@ -13,14 +13,13 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import torch
-from PIL import Image
 from ray import serve
 from tqdm import tqdm
 
 from .. import storage
 from ..data.curation.job import run_curate
 from ..data.encode import run_encode
-from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.images import decode_rgb, to_pixels, to_tensor
 from ..data.formats.parts import Mode
 from ..data.formats.shards import write_webdataset
 from ..data.scene_score import score, score_table
@@ -151,7 +150,7 @@ def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
 def sample_images(demo: DemoConfig, kind: str) -> list[np.ndarray]:
     """The generated images, uint8 ``[size, size, 3]`` each, in the order of the prompts."""
     files = sorted(Path(demo.path("samples", kind)).glob("*.png"))
-    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return [np.asarray(decode_rgb(file.read_bytes())) for file in files]
 
 
 def curves(demo: DemoConfig) -> dict[str, list[dict[str, Any]]]:

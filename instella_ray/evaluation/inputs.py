@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .. import storage
 from ..bulk.sample_set import SampleSet, find_sample_sets
 from ..config import Config
+from ..data.formats.names import absolute_pattern
 from ..data.formats.parts import Mode
 from ..errors import UserError
 from ..models.bit import BITConfig
@@ -63,7 +63,7 @@ class EvaluateConfig(Config):
 
     def absolute(self) -> EvaluateConfig:
         """With full paths, as actors work in directories of their own; the name of a folder may hold commas."""
-        places = {"images": self.images and storage.absolute(self.images)}
+        places = {"images": self.images and absolute_pattern(self.images)}
         for name in ("output", "samples", "tokenizer"):
             path = getattr(self, name)
             places[name] = str(Path(path).absolute()) if path and "://" not in path else path

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, TypeVar
 
 import pydantic
 
-from .. import storage
 from ..config import Config
+from ..data.formats.names import absolute_pattern
 from ..errors import UserError
 from ..models.clip import load_clip
 from .geneval_actor import GenEvalConfig, start_detector
@@ -291,5 +291,5 @@ def absolute(section: S) -> S:
     given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
     places = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
     if isinstance(section, FID):
-        places["reference"] = storage.absolute(section.reference)
+        places["reference"] = absolute_pattern(section.reference)
     return section.model_copy(update=places)

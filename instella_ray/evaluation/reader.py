@@ -20,7 +20,7 @@ from .metrics.images import ImageSettings
 from .units import Unit, label, read_images_unit, read_samples_unit
 
 T = TypeVar("T")
-HARMLESS = {"no_caption", "bad_metadata"}
+HARMLESS = {"no_caption", "bad_caption", "bad_metadata"}
 """What may be wrong with an image's row where captions play no part."""
 
 

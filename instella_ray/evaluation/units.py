@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from .. import storage
 from ..bulk.sample_set import SampleBlock, SampleSet
 from ..config import Config
-from ..data.formats.shards import find_shards
-from ..data.formats.tar_source import read_samples
-from ..data.prompts import TEXT_KEYS
+from ..data.formats.names import find_image_files, find_shards, names_shards, split_pattern
+from ..data.formats.sources import count_rows, read_rows
 from ..data.scenes import parse_caption
 from ..errors import UserError
-
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
-IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")
-KEY_COLUMNS = ("key", "__key__", "id")
 
 
 class Unit(Config):
@@ -55,10 +46,10 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
     Tars are cut at rows whose number is estimated: the last unit goes to the end, wherever that is.
     """
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
-        if any(_holds(part, suffix) for part in pattern.split(",")):
+        if any(names_shards(part, suffix) for part in split_pattern(pattern)):
             shards = find_shards(pattern, suffix)
             return [u for url, name in shards.items() for u in _cut(setting, kind, url, name, rows_per_unit)]
-    return [u for part in pattern.split(",") for u in _folder_units(setting, part.strip(), rows_per_unit)]
+    return [u for part in split_pattern(pattern) for u in _folder_units(setting, part, rows_per_unit)]
 
 
 def read_samples_unit(unit: Unit) -> SampleBlock:
@@ -73,11 +64,8 @@ def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
         for name in unit.files:
             image = storage.read_bytes(storage.join(unit.source, name))
             yield {"key": name.rsplit(".", 1)[0], "image": image, "caption": None, "problem": None}
-    elif unit.kind == "tar":
-        with storage.open_file(unit.source) as stream:
-            yield from islice(read_samples(stream, unit.name), unit.first, end)
     else:
-        yield from islice(_parquet_rows(unit.source), unit.first, end)
+        yield from islice(read_rows(unit.source, label(unit), captions=False), unit.first, end)
 
 
 def label(unit: Unit) -> str:
@@ -103,14 +91,8 @@ def has_captions(units: Sequence[Unit]) -> bool:
     return any(row["caption"] for row in islice(read_images_unit(units[0]), 16))
 
 
-def _holds(part: str, suffix: str) -> bool:
-    part = part.strip()
-    fs, path = storage.filesystem(part)
-    return bool(storage.glob(storage.join(part, f"*{suffix}"))) if fs.isdir(path) else part.endswith(suffix)
-
-
 def _cut(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
-    parts = max(1, -(-_rows(kind, url) // rows_per_unit))
+    parts = max(1, -(-count_rows(url) // rows_per_unit))
     starts = [rows_per_unit * part for part in range(parts)]
     base: dict[str, Any] = {"setting": setting, "kind": kind, "source": url}
     return [
@@ -119,25 +101,8 @@ def _cut(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> li
     ]
 
 
-def _rows(kind: str, url: str) -> int:
-    with storage.open_file(url) as stream:
-        try:
-            if kind == "parquet":
-                return int(pq.ParquetFile(stream).metadata.num_rows)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:  # headers only: the contents are skipped
-                return len({member.name.removeprefix("./").partition(".")[0] for member in tar})
-        except tarfile.TarError:
-            return 0
-        except pa.ArrowException as error:
-            raise UserError(f"{url}: not a parquet file ({str(error).splitlines()[0]})") from None
-
-
 def _folder_units(setting: str, folder: str, rows_per_unit: int) -> list[Unit]:
-    fs, root = storage.filesystem(folder)
-    found = fs.find(root) if fs.isdir(root) else []
-    files = sorted(path[len(root) :].strip("/") for path in found if path.lower().endswith(IMAGE_TYPES))
-    if not files:
-        raise UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of jpg, png or webp")
+    files = find_image_files(folder)
     base: dict[str, Any] = {"setting": setting, "kind": "files", "source": folder}
     name = folder.rstrip("/").rsplit("/", 1)[-1]
     return [
@@ -145,27 +110,3 @@ def _folder_units(setting: str, folder: str, rows_per_unit: int) -> list[Unit]:
         for first in range(0, len(files), rows_per_unit)
         if (part := files[first : first + rows_per_unit])
     ]
-
-
-def _parquet_rows(url: str) -> Iterator[dict[str, Any]]:
-    with storage.open_file(url) as stream:
-        try:
-            file = pq.ParquetFile(stream)
-            names = file.schema_arrow.names
-            image, key, caption = (
-                next((name for name in known if name in names), None)
-                for known in (IMAGE_COLUMNS, KEY_COLUMNS, TEXT_KEYS)
-            )
-            if image is None:
-                raise UserError(f"{url}: no column of images, expected one of {', '.join(IMAGE_COLUMNS)}")
-            columns = [name for name in (image, key, caption) if name]
-            number = 0
-            for batch in file.iter_batches(64, columns=columns):
-                for row in batch.to_pylist():
-                    data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
-                    text = str(row[caption]) if caption and row[caption] else None
-                    name = str(row[key]) if key else f"{number:07d}"
-                    yield {"key": name, "image": data, "caption": text, "problem": None if data else "no_image"}
-                    number += 1
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{url}: not a whole parquet file ({str(error).splitlines()[0]})") from None

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..accelerator import pick_device
 from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.names import absolute_pattern
 from ..data.loading.image_data import ImageData, require_images
 from ..errors import UserError
 from ..models.bit import BIT
@@ -161,7 +162,7 @@ def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
     require_images(cfg.data)
     sections: dict[str, Any] = {name: absolute(section) for name, section in cfg.metrics.sections().items()}
     metrics = cfg.metrics.model_copy(update=sections)
-    return cfg.model_copy(update={"data": storage.absolute(cfg.data), "sizes": sizes, "metrics": metrics})
+    return cfg.model_copy(update={"data": absolute_pattern(cfg.data), "sizes": sizes, "metrics": metrics})
 
 
 def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:

@@ -16,8 +16,8 @@ from .. import storage
 from ..bulk.sample_set import MANIFEST, SWEEP, samples_provenance
 from ..config import Config
 from ..data.formats.images import read_metadata
+from ..data.formats.names import find_files
 from ..data.formats.parts import LEDGER
-from ..data.formats.shards import find_files
 from ..data.formats.sources import SUFFIXES
 from ..data.model_provenance import model_provenance
 from ..data.provenance import data_identity, data_provenance, files_identity

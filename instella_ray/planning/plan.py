@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..config import Config
 from ..data.formats.codes import MANIFEST
-from ..data.formats.shards import find_files
+from ..data.formats.names import find_files
 from ..errors import UserError
 from ..flops import (
     ACCELERATORS,

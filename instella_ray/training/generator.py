@@ -17,6 +17,7 @@ from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.names import absolute_pattern
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..data.model_provenance import model_provenance, text_encoder_provenance
@@ -307,7 +308,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     facts = {
         "model": generator_config(cfg.model, codes, try_text_encoder(cfg.text_encoder)),
         "codes": folders,
-        "images": cfg.images and storage.absolute(cfg.images),
+        "images": cfg.images and absolute_pattern(cfg.images),
         "tokenizer": storage.absolute(cfg.tokenizer),
         "text_encoder": cfg.text_encoder.model_copy(
             update={"name": storage.absolute(name) if Path(name).is_dir() else name}

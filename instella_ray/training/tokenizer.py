@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .. import storage
 from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.names import absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
 from ..data.model_provenance import model_provenance
@@ -247,7 +248,7 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     if look.network != "none" and look.crop > min(cfg.sizes):
         raise UserError(f"loss.perceptual.crop {look.crop}: images are decoded to {min(cfg.sizes)} px")
     require_images(cfg.data)
-    facts: dict[str, Any] = {"data": storage.absolute(cfg.data)}
+    facts: dict[str, Any] = {"data": absolute_pattern(cfg.data)}
     if look.network != "none":
         facts["loss"] = cfg.loss.model_copy(update={"perceptual": _with_absolute_weights(look)})
     if cfg.adversarial is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from instella_ray.data.formats.shards import find_shards, write_tar
+from instella_ray.data.formats.names import find_shards
+from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.formats.tar_source import read_samples
 
 from .shards import image_bytes

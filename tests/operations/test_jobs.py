@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from instella_ray.data.formats.shards import find_shards, write_webdataset
+from instella_ray.data.formats.names import find_shards
+from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.scenes import scene_rows
 from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
 

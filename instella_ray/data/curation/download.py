@@ -32,6 +32,7 @@ from yarl import URL
 
 from ...config import Config
 from ...retries import RetryPolicy
+from ..formats.names import web_url
 from ..formats.parts import DOWNLOAD
 from ..stages import Pool, Stage
 from .addresses import PublicResolver, RefusedAddressError, check_literal
@@ -272,14 +273,9 @@ async def _all(fetcher: Fetcher, links: Mapping[int, str]) -> dict[int, bytes | 
 
 def _url(link: str, base: URL | None = None) -> URL:
     """A link as one that may be asked for, without the password that it may hold."""
-    try:
-        url = URL(link.strip())
-        url = base.join(url) if base else url
-        if url.scheme in ("http", "https") and url.host and url.port:
-            return url.with_user(None).with_fragment(None)
-    except ValueError:
-        pass
-    raise FetchError("bad_url")
+    if (url := web_url(link, base)) is None:
+        raise FetchError("bad_url")
+    return url
 
 
 def _explained(error: Exception, url: URL) -> FetchError:

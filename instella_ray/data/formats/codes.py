@@ -16,7 +16,7 @@ import pydantic
 from ... import storage
 from ...config import Config
 from ...errors import UserError
-from .rows import both_captions
+from .texts import both_captions
 
 T = TypeVar("T")
 

@@ -16,6 +16,10 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+"""Endings of files and members that are read as images, the most wanted first."""
+MAX_IMAGE_BYTES = 64 << 20
+"""Size of a file above which it is not read."""
 MAX_PIXELS = 64_000_000
 """Above this a file is refused unread: a few kilobytes can claim to be gigapixels."""
 
@@ -96,6 +100,13 @@ def crop_square(pixels: np.ndarray, size: int, offset: tuple[float, float] = (0.
     height, width = pixels.shape[:2]
     left, top = round((width - size) * offset[0]), round((height - size) * offset[1])
     return pixels[top : top + size, left : left + size]
+
+
+def file_extension(data: bytes) -> str:
+    """Return ``png``, ``webp`` or ``jpg``, by the file's first bytes."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[8:12] == b"WEBP" else "jpg"
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:

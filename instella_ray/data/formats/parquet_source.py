@@ -7,7 +7,6 @@ is never touched. Memory holds a few rows at a time, however large a row group i
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
@@ -17,14 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import UserError
-from .rows import MAX_IMAGE_BYTES, Keys, clean_text
+from .images import MAX_IMAGE_BYTES
+from .metadata import column_name, json_value
+from .names import Keys, row_key
+from .texts import CAPTION_NAMES, TextError, clean_text, text_of
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
-CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "alt_text")
 KEY_COLUMNS = ("key", "__key__", "id", "uid")
-LAION_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
-"""Spelled in capitals or not; the metadata of a row has them as here."""
 IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
 """Rows that are read together."""
 _COMPLAINTS = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -66,29 +65,42 @@ def read_footer(stream: IO[bytes], url: str) -> Footer | None:
         return None
 
 
-def find_columns(schema: pa.Schema, url: str) -> Columns:
-    """Find columns by name and type; UserError that names ``url`` where the image's or the caption's is missing."""
+def row_count(stream: IO[bytes]) -> int:
+    """Count the rows by the file's end; 0 where it is damaged."""
+    try:
+        return int(pq.ParquetFile(stream).metadata.num_rows)
+    except _COMPLAINTS as error:
+        if not _is_damage(error):
+            raise
+        return 0
+
+
+def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Columns:
+    """Find columns by name and type.
+
+    UserError that names ``url`` where the image's is missing, or the caption's though ``captions`` are needed.
+    """
     # Names that two columns share could not be told apart.
     names = [name for name, count in Counter(schema.names).items() if count == 1]
     types = {name: _plain(schema.field(name).type) for name in names}
     text = [name for name in names if _is_text(types[name])]
     image = _first(IMAGE_COLUMNS, [name for name in names if _is_image(types[name])])
-    link = None if image else _first(LINK_COLUMNS, text)
-    caption = _first(CAPTION_COLUMNS, text)
+    link = None if image else _first(LINK_COLUMNS, [name for name in names if _holds_text(types[name], lists=False)])
+    caption = _first(CAPTION_NAMES, [name for name in names if name != image and _holds_text(types[name])])
     found = f"found {', '.join(schema.names) or 'none'}"
     if image is None and link is None:
         expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded images, or {' or '.join(LINK_COLUMNS)}"
         raise UserError(f"{url}: no column with images or links to them; {expected}; {found}")
-    if caption is None:
-        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_COLUMNS)}; {found}")
+    if caption is None and captions:
+        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_NAMES)}; {found}")
     key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
     taken = {image, caption, key}
-    scalars = [name for name in names if name in text or _is_number(types[name])]
+    scalars = [name for name in names if name in {*text, link} or _is_number(types[name])]
     return Columns(image, link, caption, key, tuple(name for name in scalars if name not in taken))
 
 
 def read_parquet(
-    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None
+    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None, *, captions: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
@@ -100,7 +112,7 @@ def read_parquet(
     try:
         # Buffered, or else a whole column of a row group would be read at once.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        columns = find_columns(file.schema_arrow, url)
+        columns = find_columns(file.schema_arrow, url, captions=captions)
         for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
             for values in _python_rows(batch):
                 yield _row(values, columns, shard, number, keys)
@@ -153,11 +165,15 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _row(values: dict[str, Any], columns: Columns, shard: str, number: int, keys: Keys) -> dict[str, Any]:
     image = values[columns.image] if columns.image else None
-    key = _key(values.get(columns.key)) if columns.key else ""
+    given = values[columns.key] if columns.key else None
+    key = row_key(clean_text(given) if isinstance(given, bytes) else given)
     key = key or f"{shard}-{number:07d}"
-    caption = clean_text(values[columns.caption] or b"") if columns.caption else ""
     meta = _meta(values, columns)
     problem = keys.problem(key) if columns.key else None
+    try:
+        caption = text_of(values[columns.caption]) if columns.caption else ""
+    except TextError:
+        caption, problem = "", problem or "bad_caption"
     if image is not None and len(image) > MAX_IMAGE_BYTES:
         image, problem = None, problem or "oversized_member"
     linked = columns.link is not None and "url" in meta
@@ -171,21 +187,13 @@ def _problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
     return {**values, "image": None, "caption": None, "meta": "{}"}
 
 
-def _key(value: bytes | int | None) -> str:
-    """Without dots: in a tar a key ends at the first one."""
-    text = clean_text(value) if isinstance(value, bytes) else "" if value is None else str(value)
-    return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
-
-
 def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """What is known: no nulls, no NaN."""
     meta: dict[str, Any] = {}
     for column in columns.meta:
-        value = values[column]
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            continue
-        name = "url" if column == columns.link else column.lower() if column.lower() in LAION_COLUMNS else column
-        meta[name] = clean_text(value) if isinstance(value, bytes) else value
+        value = json_value(values[column])
+        if value is not None:
+            meta["url" if column == columns.link else column_name(column)] = value
     return meta
 
 
@@ -203,6 +211,17 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
+    """Tell whether values may be text: Hive, Impala and old Presto write it as plain bytes, COCO has lists of captions."""
+    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return _holds_text(kind.value_type, lists=False)
+    return _is_text(kind) or _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
@@ -211,7 +230,7 @@ def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _is_image(kind.field(index).type) and not pa.types.is_struct(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    return _is_bytes(kind)
 
 
 def _is_damage(error: Exception) -> bool:

@@ -23,13 +23,14 @@ from ... import storage
 from ...config import Config
 from ...errors import UserError
 from ...runs import RECORD
-from .tar_index import INDEX
 
 Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
 """What to do about an output that exists: refuse, go on with it, or start over."""
 
 LEDGER, SETTINGS, PARTS, QUARANTINE = "ledger.json", "settings.json", "parts", "quarantine"
+INDEX = "index"
+"""Folder of the indexes of a folder's tars (:mod:`.tar_index`)."""
 DUPLICATES = "duplicates.parquet"
 """What is decided over a finished set, and then carried out part by part."""
 KEPT, DROPPED, QUARANTINED = "kept", "dropped", "quarantined"

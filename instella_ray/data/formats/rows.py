@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -25,48 +24,8 @@ SCHEMA = pa.schema(
 ``problem`` is a ledger reason, empty for a good sample; ``meta`` a JSON object as text.
 """
 
-MAX_IMAGE_BYTES = 64 << 20
-"""Images above this size are not read: none of a training set is so large."""
 BLOCK_BYTES = 128 << 20
 """Images, or their pixels, that are in work together: what Ray Data aims at."""
-
-
-class Keys:
-    """The keys of one shard as they come, and what is wrong with each."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def problem(self, key: str) -> str | None:
-        """``unsafe_name`` for a key that leads out of a folder, ``duplicate_key`` for one that was here before."""
-        if key.startswith("/") or ".." in key.split("/"):
-            return "unsafe_name"
-        if key in self._seen:
-            return "duplicate_key"
-        self._seen.add(key)
-        return None
-
-
-def clean_text(data: bytes) -> str:
-    """UTF-8 on one line: captions with line breaks or NUL bytes become plain words."""
-    return " ".join(data.decode("utf-8", "replace").replace("\0", " ").split())
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """The object that ``text`` holds, if it does."""
-    try:
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text to Arrow
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:
-    """``caption_long`` and ``caption_short`` of a sample; its one caption stands in for what ``meta`` does not have."""
-    given = {name: meta.get(name) for name in ("caption_long", "caption_short")}
-    return {name: text if isinstance(text, str) and text else caption for name, text in given.items()}
 
 
 def blocks(rows: Iterable[dict[str, Any]], rows_per_block: int) -> Iterator[pa.Table]:

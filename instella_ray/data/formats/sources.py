@@ -18,10 +18,10 @@ import pyarrow as pa
 from ... import storage
 from ...errors import UserError
 from ..stages import Source
-from .parquet_source import Footer, read_footer, read_parquet
+from .names import find_shards, refuse_twins
+from .parquet_source import Footer, read_footer, read_parquet, row_count
 from .rows import blocks
-from .shards import find_shards, refuse_twins
-from .tar_source import read_samples
+from .tar_source import count_samples, read_samples
 
 SUFFIXES = (".tar", ".parquet")
 """A folder that holds both means its tars."""
@@ -80,17 +80,26 @@ def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]
     return storage.retry_iter(lambda: blocks(read_rows(url, label), rows_per_block))
 
 
-def read_rows(url: str, label: str) -> Iterator[dict[str, Any]]:
-    """Rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``."""
+def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
+    """Rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+
+    Without ``captions`` a parquet file needs no column of them.
+    """
     cut = _CUT.fullmatch(url)
     path = cut["url"] if cut else url
     with storage.open_file(path) as stream:
         if cut:
-            yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]))
+            yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]), captions=captions)
         elif path.endswith(".parquet"):
-            yield from read_parquet(stream, label, path)
+            yield from read_parquet(stream, label, path, captions=captions)
         else:
             yield from read_samples(stream, label)
+
+
+def count_rows(url: str) -> int:
+    """Count the rows of a shard by its headers alone; too few where it is damaged."""
+    with storage.open_file(url) as stream:
+        return row_count(stream) if url.endswith(".parquet") else count_samples(stream)
 
 
 def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:

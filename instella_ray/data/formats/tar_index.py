@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from ... import storage
-from .rows import both_captions
+from .parts import INDEX
 from .tar_source import read_samples
+from .texts import both_captions
 
-INDEX = "index"
 PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("bytes", pa.int64())])
 """One row a usable image, in the tar's order: its bytes are ``[offset, offset + bytes)``."""
 SCHEMA = pa.schema([*PLACES, ("caption_long", pa.string()), ("caption_short", pa.string())])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from .rows import MAX_IMAGE_BYTES, Keys, clean_text, json_object
-
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-_MEMBER_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
+from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
+from .metadata import json_object
+from .names import Keys, member_name
+from .texts import TextError, clean_text, text_of
 
 
 def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
@@ -28,6 +27,17 @@ def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
         yield _Sample("", problem="empty_shard").row(shard, 0)
 
 
+def count_samples(stream: IO[bytes]) -> int:
+    """Count the samples of a tar by its headers, without their contents; those before the damage of a broken one."""
+    keys: set[str] = set()
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            keys.update(name[0] for member in tar if (name := member_name(member.name)))
+    except tarfile.TarError:
+        pass
+    return len(keys)
+
+
 @dataclass
 class _Sample:
     key: str
@@ -36,13 +46,17 @@ class _Sample:
     problem: str | None = None
 
     def row(self, shard: str, number: int) -> dict[str, Any]:
-        kind = next((t for t in IMAGE_TYPES if t in self.parts), "")
+        kind = next((t for t in IMAGE_ENDINGS if t in self.parts), "")
         image = self.parts.get(kind)
         meta_text = clean_text(self.parts.get("json", b"{}"))
         meta = json_object(meta_text)
-        caption = clean_text(self.parts.get("txt", b"")) or clean_text(str((meta or {}).get("caption") or "").encode())
-        missing = None if meta is not None else "bad_metadata"
-        missing = "no_image" if image is None else "no_caption" if not caption else missing
+        caption, missing = clean_text(self.parts.get("txt", b"")), None
+        try:
+            caption = caption or text_of((meta or {}).get("caption"))
+            missing = "no_caption" if not caption else "bad_metadata" if meta is None else None
+        except TextError:
+            missing = "bad_caption"
+        missing = "no_image" if image is None else missing
         values = {"key": self.key, "shard": shard, "row": number, "problem": self.problem or missing}
         return {
             **values,
@@ -60,10 +74,10 @@ def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
     try:
         with _Tar.open(fileobj=stream, mode="r|*", encoding="utf-8", errors="replace") as tar:
             for member in tar:
-                name = _MEMBER_NAME.fullmatch(member.name.removeprefix("./"))
+                name = member_name(member.name)
                 if name is None or member.isdir():
                     continue
-                key, extension = name["key"], name["extension"].lower()
+                key, extension = name
                 if sample is None or sample.key != key or extension in sample.parts:
                     if sample is not None:
                         yield sample

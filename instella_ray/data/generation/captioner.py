@@ -19,6 +19,7 @@ from ...accelerator import Precision, compute_dtype
 from ...config import Config
 from ...errors import UserError
 from ..formats.images import UndecodableError, decode_rgb, open_image
+from ..formats.texts import one_line
 from .pretrained import fingerprint, loading
 
 MAX_ASPECT_RATIO = 100
@@ -128,11 +129,6 @@ def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
         return image
     width, height = (max(1, int(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-
-
-def one_line(text: str) -> str:
-    """Words with single spaces between."""
-    return " ".join(text.replace("\0", " ").split())
 
 
 def full_sentences(text: str) -> str:

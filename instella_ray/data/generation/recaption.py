@@ -15,6 +15,7 @@ from ... import storage
 from ...accelerator import Precision, pick_device, precision_of_actors
 from ...runs import Provenance
 from ..formats.images import UndecodableError
+from ..formats.metadata import json_object
 from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
@@ -114,13 +115,10 @@ class Recaptioner:
 
 def _problem(row: dict[str, Any]) -> str | None:
     """The row's own; but an image without a caption is none here, if its metadata is in order."""
-    if row["problem"] != "no_caption":
+    if row["problem"] not in ("no_caption", "bad_caption"):
         problem: str | None = row["problem"]
         return problem
-    try:
-        return None if isinstance(json.loads(row["meta"]), dict) else "bad_metadata"
-    except (ValueError, RecursionError):
-        return "bad_metadata"
+    return None if json_object(row["meta"]) is not None else "bad_metadata"
 
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ... import storage
 from ...errors import UserError
 from ..formats.codes import LRUCache
 from ..formats.images import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
-from ..formats.shards import find_files, find_shards
+from ..formats.names import find_files, find_shards
 from ..formats.sources import require_captions
 from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples

@@ -10,7 +10,7 @@ import pydantic
 from PIL import Image
 
 from ...config import Config
-from ...data.formats.images import crop_square
+from ...data.formats.images import crop_square, decode_rgb
 from ...errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ImageSettings(Config):
         if self.format == "jpeg":
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "JPEG", quality=self.jpeg_quality)
-            pixels = np.asarray(Image.open(buffer))
+            pixels = np.asarray(decode_rgb(buffer.getvalue()))
         if self.size is None:
             return pixels
         square = crop_square(pixels, min(pixels.shape[:2]))

@@ -17,7 +17,7 @@ from instella_ray.data.curation.filters.samples import Resolution
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.curation.prefilter import Prefilter
 from instella_ray.data.formats.images import decode_rgb
-from instella_ray.data.formats.shards import find_shards
+from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 

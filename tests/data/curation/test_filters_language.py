@@ -73,7 +73,7 @@ def test_an_unknown_language_and_a_missing_package_are_named_at_the_start(monkey
 
 
 def test_real_captions_are_english(emoji_shards: str) -> None:
-    from instella_ray.data.formats.shards import find_shards
+    from instella_ray.data.formats.names import find_shards
     from instella_ray.data.formats.tar_source import read_samples
 
     with open(next(iter(find_shards(emoji_shards))), "rb") as stream:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.formats.shards import find_shards, write_tar, write_webdataset
+from instella_ray.data.formats.names import find_shards
+from instella_ray.data.formats.shards import write_tar, write_webdataset
 from instella_ray.data.formats.sources import require_captions
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.errors import UserError

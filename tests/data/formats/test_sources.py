@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from instella_ray import cli, storage
-from instella_ray.data.formats.parts import PARTS, Part, PartFolder
-from instella_ray.data.formats.shards import (
+from instella_ray.data.formats.names import (
     ShardEntry,
     find_shards,
     list_shards,
@@ -20,6 +19,7 @@ from instella_ray.data.formats.shards import (
     read_shard_list,
     write_shard_list,
 )
+from instella_ray.data.formats.parts import PARTS, Part, PartFolder
 from instella_ray.data.formats.sources import SUFFIXES, find_inputs, read_blocks, require_captions
 from instella_ray.errors import UserError
 

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from instella_ray.data.formats.images import UndecodableError
+from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.parts import PartFolder, PartWriter
 from instella_ray.data.formats.rows import SCHEMA
-from instella_ray.data.formats.shards import find_shards, write_samples, write_tar
+from instella_ray.data.formats.shards import write_samples, write_tar
 from instella_ray.data.formats.sources import read_blocks
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.generation.captioner import Captioner, Question, decode_for_captioner, full_sentences

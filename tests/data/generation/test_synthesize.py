@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from instella_ray.config import dump_yaml
 from instella_ray.data.formats.images import decode_rgb
+from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.parts import PartFolder, PartWriter
-from instella_ray.data.formats.shards import find_shards, write_samples
+from instella_ray.data.formats.shards import write_samples
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.generation.diffusers_pipeline import PipelineConfig, checked
 from instella_ray.data.generation.synthesize import (

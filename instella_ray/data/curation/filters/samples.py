@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from ...formats.metadata import score
 from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
 
@@ -46,8 +47,8 @@ class MetadataScore(SampleFilter):
     """Name in the metadata, and of the score."""
 
     def measure(self, sample: Sample) -> Scores:
-        value = sample.meta.get(self.field)
-        return {self.field: float(value)} if isinstance(value, int | float) and value == value else {}
+        value = score(sample.meta, self.field)
+        return {} if value is None else {self.field: value}
 
 
 class Watermark(MetadataScore):

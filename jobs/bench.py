@@ -1,4 +1,4 @@
-"""`python jobs/bench.py --config configs/bench/quick.yaml`: measure caching, the engine and the serving graph."""
+"""Run the benchmarks of caching, engine and serving: `python jobs/bench.py --config configs/bench/quick.yaml`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = parse_job(BenchConfig, argv, prog="bench.py", description="Measure; every ratio is against the same run.")
+    cfg = parse_job(BenchConfig, argv, prog="bench.py", description="Run benchmarks; ratios compare within one run.")
     goals = [goal for result in run_bench(cfg) for goal in result.goals]
     print(f"\n{sum(goal.met for goal in goals)} of {len(goals)} goals met; all numbers are in {cfg.output}")
     return 0

@@ -1,4 +1,4 @@
-"""`python jobs/curate.py --config configs/data/curate.yaml --set input='SHARDS' --set output=DIR`"""
+"""Curate shards: `python jobs/curate.py --config configs/data/curate.yaml --set input='SHARDS' --set output=DIR`."""
 
 from __future__ import annotations
 

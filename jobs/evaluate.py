@@ -1,4 +1,4 @@
-"""Measure samples: `python jobs/evaluate.py --config configs/evaluation/scenes.yaml --set samples=DIR --set output=DIR`."""
+"""Evaluate samples: `python jobs/evaluate.py --config configs/evaluation/scenes.yaml --set samples=DIR --set output=DIR`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Measure samples, or a tokenizer's reconstructions, and write report.html."
+    about = "Evaluate samples, or a tokenizer's reconstructions, and write report.html."
     cfg = parse_job(EvaluateConfig, argv, prog="evaluate.py", description=about, switches={"local": "local"})
     print(f"report: {run_evaluate(cfg)}")
     return 0

@@ -1,4 +1,4 @@
-"""`python jobs/recaption.py --config configs/data/recaption.yaml --set input=DIR --set output=DIR`"""
+"""Recaption: `python jobs/recaption.py --config configs/data/recaption.yaml --set input=DIR --set output=DIR`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Describe the images of curated shards anew: a long and a short caption each."
+    about = "Recaption the images of curated shards: one long and one short caption each."
     cfg = parse_job(RecaptionConfig, argv, prog="recaption.py", description=about, switches={"local": "local"})
     ledger = run_recaption(cfg)
     print(f"{cfg.output}: {ledger.summary()}")

@@ -13,14 +13,14 @@ from instella_ray.errors import run_main
 
 
 class SampleJobConfig(Config):
-    """Codes to make, and images to make of them."""
+    """Configuration of sampling, and of decoding the samples."""
 
     sample: SampleConfig
     decode: DecodeConfig = DecodeConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Sample images in bulk, as codes; with --decode also as images. Run again with sample.mode=resume to go on."
+    about = "Sample images in bulk, as codes; with --decode also as images. sample.mode=resume continues a run."
     own = {"flags": {"decode": "decode.format"}, "switches": {"local": "sample.local"}}
     cfg = parse_job(SampleJobConfig, argv, prog="sample.py", description=about, **own)
     for name, manifest in run_sample(cfg.sample).items():

@@ -1,4 +1,4 @@
-"""`python jobs/serve.py --config configs/serve/demo.yaml`: the endpoint, on loopback, until Ctrl-C."""
+"""Serve the endpoint until Ctrl-C, by default on loopback: `python jobs/serve.py --config configs/serve/demo.yaml`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from instella_ray.serving.app import ServeArgs, build
 
 
 class ServeJobConfig(Config):
-    """The endpoint and where it listens."""
+    """Configuration of the endpoint and its address."""
 
     app: ServeArgs
     host: str = "127.0.0.1"
-    """Address to listen on; one that other machines reach needs API keys (INSTELLA_API_KEYS or app.api_keys_file)."""
+    """Address to listen on; other than loopback requires API keys (INSTELLA_API_KEYS or app.api_keys_file)."""
     port: int = Field(8000, ge=1, le=65535)
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_free_port(cfg.host, cfg.port)
     app = build(cfg.app)
     init_ray()
-    # A supervisor says SIGTERM where a terminal says Ctrl-C. After Ray's start: its own handler aborts a slow shutdown.
+    # Supervisors stop a process with SIGTERM. Set after Ray's start, because Ray's handler would abort a slow shutdown.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.start(http_options={"host": cfg.host, "port": cfg.port})

@@ -1,4 +1,4 @@
-"""`python jobs/synthesize.py --config configs/data/synthesize.yaml --set prompts=FILE --set output=DIR`"""
+"""Synthesize: `python jobs/synthesize.py --config configs/data/synthesize.yaml --set prompts=FILE --set output=DIR`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instella_ray.errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Make a captioned set of images: one of every prompt by every model."
+    about = "Synthesize a captioned set of images: one per prompt and model."
     cfg = parse_job(SynthesizeConfig, argv, prog="synthesize.py", description=about, switches={"local": "local"})
     ledger = run_synthesize(cfg)
     print(f"{cfg.output}: {ledger.summary()}")

@@ -1,4 +1,4 @@
-"""`python jobs/train_generator.py --config configs/generator/demo.yaml --set train.run_dir=DIR`"""
+"""Train a generator: `python jobs/train_generator.py --config configs/generator/demo.yaml --set train.run_dir=DIR`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python jobs/train_tokenizer.py --config configs/tokenizer/demo.yaml --set train.run_dir=DIR`"""
+"""Train a tokenizer: `python jobs/train_tokenizer.py --config configs/tokenizer/demo.yaml --set train.run_dir=DIR`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instella_ray.evaluation.validation_tokenizer import ValidatedStages, run_va
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Train a tokenizer in one stage or several, on Ray Train or in this process."
+    about = "Train a tokenizer in one or several stages, on Ray Train or in this process."
     cfg = parse_job(ValidatedStages, argv, prog="train_tokenizer.py", description=about)
     print(f"model: {run_validated_stages(cfg)}")
     return 0

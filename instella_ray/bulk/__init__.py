@@ -1,1 +1,1 @@
-"""Bulk sampling: prompts in, codes and images out, on any number of machines."""
+"""Bulk sampling: generates codes and images from prompts on any number of machines."""

@@ -1,4 +1,4 @@
-"""Sampled codes to images, at any size: files with their prompt and settings inside, or WebDataset tars."""
+"""Decoding of sampled codes to images of any size: files with prompt and settings as metadata, or WebDataset tars."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ from .sample_set import SampleBlock, SampleSet, find_sample_sets
 
 
 class DecodeConfig(Config):
-    """Whether and how samples become images."""
+    """Decoding of samples: output format, tokenizer, size and resources."""
 
     format: Literal["png", "jpeg", "webp", "tar"] | None = None
-    """A file an image, or a WebDataset tar of PNGs for each file of codes; none decodes nothing."""
+    """One file per image, or a WebDataset tar of PNGs per file of codes; none disables decoding."""
     tokenizer: str | None = None
-    """Model folder of the BIT whose codes they are."""
+    """Model folder of the BIT that defines the codes."""
     size: int | None = Field(None, ge=1)
-    """Edge (px); none means the tokenizer's own."""
+    """Edge of the images (px); none means the tokenizer's ``image_size``."""
     batch_size: int = Field(16, ge=1)
-    """Images a decoder call."""
+    """Images per decoder call."""
     actors: int | None = Field(None, ge=1)
-    """None means one a GPU, or one for every two CPUs."""
+    """Number of actors; none means one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
+    """GPU share of each actor; 0 decodes on the CPU."""
 
 
 class SampleDecoder:
-    """The tokenizer's decoder over blocks of samples."""
+    """Decoder of sampled codes in batches."""
 
     def __init__(self, tokenizer: str, size: int, *, batch_size: int = 16, device: str = "cpu") -> None:
         self.device, self.size, self.batch_size = pick_device(device), size, batch_size
         self.bit = load_expected(tokenizer, BIT, device=self.device)
 
     def images(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        """uint8 ``[size, size, 3]`` of each of the codes, uint8 0/1 ``[N, L, K]``."""
+        """Decode ``codes``, uint8 0/1 ``[N, L, K]``; yields one image uint8 ``[size, size, 3]`` per sample."""
         for start in range(0, len(codes), self.batch_size):
             batch = torch.from_numpy(codes[start : start + self.batch_size]).to(self.device)
             with torch.no_grad():
@@ -58,18 +59,21 @@ class SampleDecoder:
 
 
 def check_tokenizer(tokenizer: str, size: int | None, samples: SampleSet) -> int:
-    """The size to decode at; UserError for a tokenizer that did not make these codes, or cannot make that size."""
+    """Return the size to decode at (px), by default the tokenizer's.
+
+    Raises UserError if ``samples`` have codes of another tokenizer, or the tokenizer cannot decode this size.
+    """
     bit = load_expected(tokenizer, BIT)
     if samples.run.tokenizer_hash != weight_hash(bit):
         raise UserError(f"{samples.folder}: codes of another tokenizer than {tokenizer}")
     size = size or bit.cfg.image_size
     if size % (multiple := bit.cfg.decode_multiple):
-        raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {tokenizer} needs to decode")
+        raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {tokenizer} requires")
     return size
 
 
 class DecodeWorker:
-    """Ray Data's actor: writes the images of one file of samples."""
+    """Ray Data actor that decodes one file of samples and writes its images."""
 
     def __init__(self, cfg: DecodeConfig, folder: str, size: int) -> None:
         assert cfg.tokenizer is not None and cfg.format is not None
@@ -103,13 +107,13 @@ class DecodeWorker:
 
 
 def image_name(block: SampleBlock, row: int) -> str:
-    """A file name that cannot leave its folder, whatever the prompt's id: its words, and a hash-like seed."""
+    """Return a file name of seed and prompt words, which is a safe path component for any prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", block.prompts[row].lower()).strip("-")[:60]
     return f"{block.seeds[row]:016x}-{words}".rstrip("-")
 
 
 def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
-    """The files that file ``number`` of codes becomes."""
+    """Return the URLs of the images, or of the tar, of file ``number`` of the samples."""
     folder = storage.join(samples.folder, f"images-{size}")
     if kind == "tar":
         return [storage.join(folder, samples.manifest.files[number].name.replace(".parquet", ".tar"))]
@@ -118,24 +122,23 @@ def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[st
 
 
 def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
-    """Decode the finished samples of ``folder``, on Ray or in this process; images that are there already stay.
+    """Decode the finished samples of ``folder``, on Ray or in this process; keeps existing images.
 
-    Returns how many there are.
-
-    UserError for samples that are not finished or damaged, or codes of another tokenizer.
+    Returns the total number of images. Raises UserError for unfinished or damaged samples and for codes of another
+    tokenizer.
     """
     if cfg.format is None or cfg.tokenizer is None:
-        raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that made the codes")
+        raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that defines the codes")
     cfg = cfg.model_copy(update={"tokenizer": storage.absolute(cfg.tokenizer)})
     folder = storage.absolute(folder)
     sets, total = find_sample_sets(folder), 0
     todo: list[dict[str, Any]] = []
     size = check_tokenizer(str(cfg.tokenizer), cfg.size, next(iter(sets.values())))
     for name, samples in sets.items():
-        there = set(storage.glob(storage.join(samples.folder, f"images-{size}", "*")))
+        existing = set(storage.glob(storage.join(samples.folder, f"images-{size}", "*")))
         for number, file in enumerate(samples.manifest.files):
             total += file.rows
-            if not there.issuperset(image_urls(samples, number, size, str(cfg.format))):
+            if not existing.issuperset(image_urls(samples, number, size, str(cfg.format))):
                 todo.append({"setting": name, "number": number, "rows": file.rows})
     if todo:
         worker = Stage(partial(DecodeWorker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))

@@ -1,4 +1,4 @@
-"""What a sampling job is to make: its configuration, the settings of a sweep, and each sample's number and seed."""
+"""Plan of a sampling job: its configuration, the settings of a sweep, and the index and seed of each sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models.sampling import Guidance, Sampler, SamplingConfig, Temperature
 
 
 class Sweep(Config):
-    """Values to try; every combination becomes a setting. Keys without values stay as ``sampling`` has them."""
+    """Sweep over sampling settings: all combinations of the values; keys without values are taken from ``sampling``."""
 
     num_inference_steps: tuple[int, ...] = ()
     guidance_scale: tuple[Guidance, ...] = ()
@@ -28,7 +28,7 @@ class Sweep(Config):
     sampler: tuple[Sampler, ...] = ()
 
     def settings(self, base: SamplingConfig) -> dict[str, SamplingConfig]:
-        """Settings by name; the one of no sweep is named ''."""
+        """Return the settings by name, ``key=value`` joined by ``+``; without a sweep one setting named ''."""
         keys = [key for key in type(self).model_fields if getattr(self, key)]
         found = {}
         for values in itertools.product(*(dict.fromkeys(getattr(self, key)) for key in keys)):
@@ -38,64 +38,64 @@ class Sweep(Config):
 
 
 class SampleConfig(Config):
-    """Which images to make, as codes."""
+    """Configuration of a sampling job."""
 
     model: str
     """Model folder of a diffusion or AR generator."""
     prompts: str = "scenes"
-    """A .txt, .jsonl, .parquet or (COCO) .json file; ``scenes`` are the procedural set's own."""
+    """A .txt, .jsonl, .parquet or (COCO) .json file; ``scenes`` means the prompts of the procedural scenes."""
     output: str
-    """Folder for the parquet files and ``manifest.json``; a sweep has a folder a setting within."""
+    """Folder for the parquet files and ``manifest.json``; a sweep writes one subfolder per setting."""
     mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    """If the output exists: new fails, resume continues it, fresh starts over."""
     local: bool = False
-    """Work in this process, one file after another, without Ray; the samples are the same."""
+    """Run in this process, one file after another, without Ray; the samples are identical."""
     count: int | None = Field(None, ge=1)
-    """Draw so many of the prompts; none means all."""
+    """Number of prompts to draw; none means all."""
     images_per_prompt: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    """Of the draw of prompts and of every sample's own seed."""
+    """Seed of the draw of prompts and of all sample seeds."""
     sampling: SamplingConfig = SamplingConfig()
     sweep: Sweep = Sweep()
-    """Values of the sampling settings to try, all combinations; text features are shared."""
+    """Values of sampling settings, combined exhaustively; text features are shared."""
     batch_size: int = Field(16, ge=1)
-    """Slots of each actor's step engine; changes no bit."""
+    """Slots of each actor's step engine; does not affect the samples."""
     samples_per_file: int = Field(256, ge=1)
-    """What is lost at most when an actor dies."""
+    """Samples per file: the most that is lost if an actor dies."""
     text_length: int = Field(128, ge=1)
-    """Longer prompts are cut to so many tokens, with a warning."""
+    """Maximum prompt tokens; longer prompts are truncated, with a warning."""
     precision: Precision = "auto"
-    """auto: bfloat16 on GPUs, float32 on CPUs."""
+    """Precision of weights and arithmetic; auto: bfloat16 on GPUs, float32 on CPUs."""
     compilation: Compilation = "none"
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
     actors: int | None = Field(None, ge=1)
-    """None means one a GPU, or one for every two CPUs."""
+    """Number of actors; none means one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each actor; 0 samples on the CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of each actor."""
     price_per_hour: float | None = Field(None, ge=0)
-    """What an actor's hour costs, for the bar and the manifest."""
+    """Price of one actor per hour, for the cost in the progress bar and the manifest."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A sample to make."""
+    """Planned sample."""
 
     prompt: Prompt
     index: int
-    """Number of the image among those of this text."""
+    """Number of this sample among all samples of the same text, from 0."""
     seed: int
 
 
 def sample_seed(seed: int, text: str, index: int) -> int:
-    """A sample's own seed, 63 bits: the same in every set that has this text, whatever else it has."""
+    """Derive a sample's 63-bit seed; it depends only on the arguments, not on the other samples of the set."""
     digest = hashlib.sha256(f"{seed}\n{index}\n{text}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 def plan_samples(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -> Iterator[Planned]:
-    """All samples, by prompt. A text that comes again goes on with its indices: no two samples are the same image."""
+    """Yield all samples, by prompt. Repeated texts continue their indices, so that no two samples are identical."""
     seen: Counter[str] = Counter()
     for prompt in prompts:
         for index in range(seen[prompt.text], seen[prompt.text] + images_per_prompt):
@@ -104,9 +104,9 @@ def plan_samples(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -
 
 
 def settings_of(cfg: SampleConfig, kind: str) -> dict[str, SamplingConfig]:
-    """The sweep's settings by name; UserError for what a model of this ``kind`` does not have."""
+    """Return the sweep's settings by name; raises UserError for parameters that models of this ``kind`` lack."""
     if kind == "ar":
         wrong = next((k for k in ("num_inference_steps", "sampler") if getattr(cfg.sweep, k)), None)
         if wrong:
-            raise UserError(f"sweep.{wrong}: an autoregressive model has none; expected guidance_scale or temperature")
+            raise UserError(f"sweep.{wrong}: autoregressive models have none; expected guidance_scale or temperature")
     return cfg.sweep.settings(cfg.sampling)

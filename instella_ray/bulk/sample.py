@@ -1,4 +1,4 @@
-"""The bulk sampling job: prompts in, packed codes out, on any number of actors; killed and resumed without a trace."""
+"""Bulk sampling job: prompts to files of packed codes, on any number of actors, resumable with identical results."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What every actor knows."""
+    """Definition of a sampling job, sent to every actor."""
 
     folder: str
     samples: tuple[Planned, ...]
     samples_per_file: int
     runs: Mapping[str, SampleRun]
-    """By the name of their setting."""
+    """Runs by the name of their setting."""
     sampler: SamplerOptions
 
     @property
     def units(self) -> int:
-        """Files of each setting."""
+        """Number of files per setting."""
         return -(-len(self.samples) // self.samples_per_file)
 
     def unit(self, number: int) -> tuple[Planned, ...]:
-        """The samples of file ``number``."""
+        """Return the samples of file ``number``."""
         return self.samples[number * self.samples_per_file : (number + 1) * self.samples_per_file]
 
     def setting_folder(self, name: str) -> str:
         return storage.join(self.folder, name) if name else self.folder
 
     def url(self, name: str, number: int) -> str:
-        """File ``number`` of a setting."""
+        """Return the URL of file ``number`` of the setting ``name``."""
         return storage.join(self.setting_folder(name), f"samples-{number:05d}.parquet")
 
     def ids(self, number: int) -> list[str]:
@@ -75,7 +75,7 @@ class SampleJob:
 
 
 class SampleWorker:
-    """Ray Data's actor: makes the files of a unit, all settings in one batch, and reports how many samples it made."""
+    """Ray Data actor that samples and writes the files of a unit, all settings in one batch; returns their number."""
 
     def __init__(self, job: SampleJob) -> None:
         self.job, self.sampler = job, Sampler(job.sampler)
@@ -92,15 +92,15 @@ class SampleWorker:
 
 
 def run_sample(cfg: SampleConfig) -> dict[str, SampleManifest]:
-    """Sample into ``cfg.output``; returns the manifests, by setting, that are also written there.
+    """Sample into ``cfg.output``; returns the manifests, which are also written there, by setting.
 
-    UserError for a model folder that is none, prompts that hold none, settings the model does not have, or an output
-    that exists unasked or was made with other settings.
+    Raises UserError for an invalid model folder, no prompts, settings that the model lacks, and an output that
+    exists in mode ``new`` or was made with other settings.
     """
     job = plan_job(cfg)
     resuming = open_output(job.folder, cfg.mode, _settings(cfg, job))
     with recorded(job.folder, "sample", cfg, _inputs(cfg, job)):
-        done = _look_through(job) if resuming else {}
+        done = _check_files(job) if resuming else {}
         if set(job.runs) != {""}:
             storage.write_json(storage.join(job.folder, SWEEP), {"settings": list(job.runs)})
         todo = [(n, [name for name in job.runs if (name, n) not in done]) for n in range(job.units)]
@@ -116,11 +116,11 @@ def _inputs(cfg: SampleConfig, job: SampleJob) -> tuple[Provenance, ...]:
 
 
 def plan_job(cfg: SampleConfig) -> SampleJob:
-    """The whole job, from the folders and files that ``cfg`` names."""
+    """Read the model and prompts of ``cfg`` and plan the job; raises UserError if they are invalid."""
     model = storage.absolute(cfg.model)
     identity, section = Identity.of(model), read_checkpoint_config(model)["model"]
     if identity.text_encoder is None:
-        raise UserError(f"{model}: names no text encoder in its config.yaml, expected the one it was trained with")
+        raise UserError(f"{model}: no text encoder in config.yaml; expected the one it was trained with")
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     encoder = _cut(identity.text_encoder, cfg.text_length)
@@ -160,7 +160,7 @@ def _cut(encoder: TextEncoderConfig, text_length: int) -> TextEncoderConfig:
 
 
 def _settings(cfg: SampleConfig, job: SampleJob) -> dict[str, Any]:
-    """What must be equal for a job to be resumed."""
+    """Return the settings that must be equal for a job to be resumed."""
     run = next(iter(job.runs.values()))
     about = run.model_dump(mode="json", exclude={"model", "prompts", "sampling"})
     sampling = {f"sampling.{k}": v for k, v in cfg.sampling.model_dump(mode="json").items()}
@@ -168,8 +168,8 @@ def _settings(cfg: SampleConfig, job: SampleJob) -> dict[str, Any]:
     return {**about, **sampling, **sweep, "samples_per_file": cfg.samples_per_file}
 
 
-def _look_through(job: SampleJob) -> dict[tuple[str, int], SampleFile]:
-    """Files that are there and whole, by setting and number. All others are set aside, and named."""
+def _check_files(job: SampleJob) -> dict[tuple[str, int], SampleFile]:
+    """Return the intact files by setting and number; moves all others to quarantine and logs them."""
     done = {}
     for name in job.runs:
         folder = job.setting_folder(name)
@@ -179,18 +179,18 @@ def _look_through(job: SampleJob) -> dict[tuple[str, int], SampleFile]:
                 try:
                     done[name, number] = check_file(url, job.runs[name], job.ids(number))
                 except BadFile as error:
-                    _set_aside(url, str(error))
+                    _quarantine(url, str(error))
         expected = {job.url(name, number) for number in range(job.units)}
         for url in storage.glob(storage.join(folder, "samples-*.parquet")):
             if url not in expected:
-                _set_aside(url, f"{url}: no file of this job")
+                _quarantine(url, f"{url}: not a file of this job")
     return done
 
 
-def _set_aside(url: str, why: str) -> None:
+def _quarantine(url: str, reason: str) -> None:
     folder, _, name = url.rpartition("/")
     to = storage.join(folder, QUARANTINE, name)
-    log.warning("%s: moved to %s/, to be made anew", why, QUARANTINE)
+    log.warning("%s: moved to %s/, will be sampled again", reason, QUARANTINE)
     storage.move(url, to)
 
 
@@ -225,7 +225,7 @@ def _close(cfg: SampleConfig, job: SampleJob, name: str, done: Mapping[tuple[str
         hardware=f"{hardware['processor']}, {hardware['cores']} cores, GPUs: {', '.join(hardware['gpus']) or 'none'}",
         price_per_hour=cfg.price_per_hour,
     )
-    # Last, so that a folder with a manifest is a complete one.
+    # Written last, so that a folder with a manifest is complete.
     storage.write_json(storage.join(job.setting_folder(name), MANIFEST), manifest.model_dump(mode="json"))
     return manifest
 

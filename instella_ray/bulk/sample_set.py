@@ -1,7 +1,7 @@
-"""Samples on disk: a folder of parquet files with packed codes, and a manifest that says what made them.
+"""Sample sets on disk: a folder of parquet files with packed codes, and a manifest with their provenance.
 
-A sample's bits are a function of the model, its prompt, its number and the settings; the hash of all these is the *run*,
-and every file carries it. So a file that was damaged, or belongs to another run, is found and named.
+A sample's bits are a function of the model, its prompt, its index and the settings. The hash of these is the id of the
+*run* and is stored in every file, so that a file of another run is detected, like a damaged one.
 """
 
 from __future__ import annotations
@@ -41,49 +41,49 @@ SCHEMA = pa.schema(
 
 
 class BadFile(UserError):
-    """A file of samples that is missing, damaged, or of another run; the message names it."""
+    """A file of samples is missing, damaged or of another run; the message names it."""
 
 
 class SampleFile(Config):
-    """One parquet file."""
+    """Manifest entry of one parquet file."""
 
     name: str
     rows: int
     seconds: float
-    """Time that its actor took."""
+    """Actor time for sampling it, in seconds."""
 
 
 class SampleRun(Config):
-    """Everything that a sample's bits depend on, beside its prompt and number."""
+    """Everything that a sample's bits depend on, except its prompt and index."""
 
     model: str
-    """Where the model was; what counts is its hash."""
+    """Model folder at sampling time; not part of the id, which contains the hash."""
     model_hash: str
     kind: str
     """``diffusion`` or ``ar``."""
     tokenizer_hash: str | None
     text_encoder: dict[str, Any] | None
     text_length: int
-    """Longer prompts were cut to so many tokens."""
+    """Maximum prompt tokens; longer prompts were truncated."""
     precision: str
     num_tokens: int
     bits_per_token: int
     seed: int
     sampling: SamplingConfig
     prompts: str
-    """Where they came from; what counts is their hash."""
+    """Source of the prompts; not part of the id, which contains the hash."""
     prompts_hash: str
     images_per_prompt: int
 
     @property
     def id(self) -> str:
-        """Sixteen digits of the hash of all that counts."""
+        """First 16 hexadecimal digits of the SHA-256 of all fields except ``model`` and ``prompts``."""
         about = self.model_dump(mode="json", exclude={"model", "prompts"})
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class SampleManifest(Config):
-    """A finished folder."""
+    """Manifest of a finished folder of samples."""
 
     run_id: str
     run: SampleRun
@@ -91,22 +91,22 @@ class SampleManifest(Config):
     files: tuple[SampleFile, ...]
     hardware: str
     price_per_hour: float | None = None
-    """Of one actor."""
+    """Price of one actor per hour; none if unknown."""
 
     @property
     def seconds(self) -> float:
-        """Of all actors together."""
+        """Total actor time, in seconds."""
         return sum(file.seconds for file in self.files)
 
     @property
     def cost(self) -> float | None:
-        """In the currency of the price."""
+        """Total cost in the currency of the price; none without a price."""
         return None if self.price_per_hour is None else self.seconds / 3600 * self.price_per_hour
 
 
 @dataclass(frozen=True)
 class SampleBlock:
-    """The rows of one file, in order."""
+    """Samples of one file, in order."""
 
     ids: list[str]
     """``PROMPT_ID/INDEX``, unique in the set."""
@@ -116,7 +116,7 @@ class SampleBlock:
     categories: list[str | None]
     meta: list[dict[str, Any]]
     seeds: list[int]
-    """Each sample's own: a request with it gives the same bits."""
+    """Seed of each sample; a request with this seed gives the same bits."""
     codes: np.ndarray
     """uint8 0/1 ``[N, L, K]``."""
 
@@ -125,10 +125,10 @@ class SampleBlock:
 
 
 class SampleSet:
-    """A finished folder of samples, read file by file."""
+    """Reader of a finished folder of samples, file by file."""
 
     def __init__(self, folder: str) -> None:
-        """UserError where the folder is none, or not finished."""
+        """Read the manifest; raises UserError for a missing or unfinished folder."""
         path = finished_file(folder, MANIFEST, "folder of samples")
         try:
             self.manifest = SampleManifest.model_validate(storage.read_json(path))
@@ -137,35 +137,38 @@ class SampleSet:
         self.folder, self.run = folder, self.manifest.run
 
     def __len__(self) -> int:
-        """Samples in all files."""
+        """Number of samples in all files."""
         return self.manifest.rows
 
     def block(self, number: int) -> SampleBlock:
-        """File ``number``; :class:`BadFile` where it is not what the manifest says."""
+        """Read file ``number``; raises :class:`BadFile` if it does not match the manifest."""
         file = self.manifest.files[number]
         url = storage.join(self.folder, file.name)
         try:
             block = read_block(url, self.run)
             if len(block) != file.rows:
-                raise BadFile(f"{url}: {len(block)} samples, the manifest says {file.rows}")
+                raise BadFile(f"{url}: {len(block)} samples, expected {file.rows} as in the manifest")
         except BadFile as error:
-            raise BadFile(f"{error}; the sampling job with mode=resume sets it aside and makes it anew") from None
+            raise BadFile(f"{error}; run the sampling job with mode=resume to replace it") from None
         return block
 
     def blocks(self) -> Iterator[SampleBlock]:
-        """All files."""
+        """Iterate over the blocks of all files."""
         return (self.block(number) for number in range(len(self.manifest.files)))
 
 
 def find_sample_sets(folder: str) -> dict[str, SampleSet]:
-    """Sets by the name of their setting: those of a sweep, or the one that ``folder`` is, named ''."""
+    """Open the sample sets of ``folder`` by setting name: those of a sweep, or ``folder`` itself with the name ''."""
     path = storage.join(folder, SWEEP)
     names = storage.read_json(path)["settings"] if storage.exists(path) else [""]
     return {name: SampleSet(storage.join(folder, name) if name else folder) for name in names}
 
 
 def samples_provenance(role: str, folder: str) -> Provenance:
-    """A folder of samples, one set or a sweep, by the runs that made it; without a record its manifest names the model."""
+    """Return the provenance of a folder of samples, one set or a sweep, identified by the ids of its runs.
+
+    Inputs come from the folder's run record; without one, they are the model and prompts of its manifest.
+    """
     sets = find_sample_sets(folder)
     run = next(iter(sets.values())).run
     identity = hashlib.sha256(" ".join(found.manifest.run_id for found in sets.values()).encode()).hexdigest()
@@ -188,7 +191,7 @@ def sample_id(prompt_id: str, index: int) -> str:
 
 
 def write_block(url: str, block: SampleBlock, run: SampleRun, seconds: float) -> None:
-    """Store a file, whole or absent."""
+    """Write a file of samples atomically."""
     columns = {
         "sample_id": block.ids,
         "prompt_id": block.prompt_ids,
@@ -205,16 +208,16 @@ def write_block(url: str, block: SampleBlock, run: SampleRun, seconds: float) ->
 
 
 def read_block(url: str, run: SampleRun) -> SampleBlock:
-    """The samples of a file of ``run``; :class:`BadFile` for one that is missing, damaged or of another run."""
+    """Read a file of ``run``; raises :class:`BadFile` if it is missing, damaged or of another run."""
     return _block_of(_table(url, run), url, run)
 
 
 def check_file(url: str, run: SampleRun, ids: Sequence[str]) -> SampleFile:
-    """The manifest's entry of a file; :class:`BadFile` unless it holds just the samples ``ids`` of ``run``."""
+    """Return the manifest entry of a file; raises :class:`BadFile` unless it holds exactly ``ids`` of ``run``."""
     table = _table(url, run)
     found = _block_of(table, url, run)
     if found.ids != list(ids):
-        raise BadFile(f"{url}: holds other samples than it should")
+        raise BadFile(f"{url}: does not hold the expected samples")
     seconds = float(table.schema.metadata[b"seconds"])
     return SampleFile(name=url.rsplit("/", 1)[-1], rows=len(found), seconds=seconds)
 
@@ -238,7 +241,7 @@ def _table(url: str, run: SampleRun) -> pa.Table:
             file = pq.ParquetFile(stream, page_checksum_verification=True)
             made_by = (file.schema_arrow.metadata or {}).get(b"run", b"").decode()
             if made_by != run.id:
-                raise BadFile(f"{url}: of another run ({made_by or 'none named'}, expected {run.id})")
+                raise BadFile(f"{url}: of another run ({made_by or 'no id'}, expected {run.id})")
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise BadFile(f"{url}: damaged ({str(error).splitlines()[0]})") from None

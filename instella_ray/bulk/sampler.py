@@ -1,4 +1,4 @@
-"""The step engine as a bulk sampler: prompts in, codes out, any mixture of settings in one batch. No Ray."""
+"""Bulk sampler over the step engine: prompts to codes, with different settings in one batch. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .plan import Planned
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What a sampler is made of."""
+    """Model, text encoder and engine settings of a sampler."""
 
     model: str
     """Model folder."""
@@ -26,14 +26,15 @@ class SamplerOptions:
     engine: EngineOptions
     precision: Precision = "auto"
     threads: int = 1
+    """CPU threads."""
     device: str = "auto"
 
 
 class Sampler:
-    """A text encoder and an engine over one model.
+    """Sampler of one model: a text encoder and a step engine.
 
-    Bits are those that the endpoint gives for the same seed and settings: each prompt is encoded by itself, and the
-    engine's rows do not depend on their company.
+    Bits are identical to those of the endpoint for the same seed and settings: each prompt is encoded separately, and
+    the engine's rows do not depend on the other rows of the batch.
     """
 
     def __init__(self, options: SamplerOptions) -> None:
@@ -44,13 +45,13 @@ class Sampler:
         self.engine = load_engine(options.model, self._features(""), options.engine, device, options.precision)
 
     def run(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> dict[str, np.ndarray]:
-        """Codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` under each of the ``settings``, by name."""
+        """Return codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` with each of the ``settings``, by setting name."""
         cfg = self.engine.model.cfg
         codes = {name: np.zeros((len(samples), cfg.num_tokens, cfg.bits_per_token), np.uint8) for name in settings}
         requests = self._requests(samples, settings)
         upcoming = next(requests, None)
         while upcoming is not None or not self.engine.idle:
-            # Just ahead of the engine: features of all prompts at once might not fit into memory.
+            # Submits only one batch ahead: the features of all prompts might not fit into memory.
             while upcoming is not None and len(self.engine.waiting) < self.engine.options.slots:
                 self.engine.submit(upcoming)
                 upcoming = next(requests, None)

@@ -1,1 +1,1 @@
-"""The step engine: rows of any requests, at any step, in one batch; its models, its buckets and its draws. No Ray here."""
+"""Step engine, in which requests at different steps share one batch; its weights, buckets and draws. No Ray."""

@@ -1,4 +1,4 @@
-"""How an engine's network is run: batch sizes that may be used, torch.compile, recorded GPU graphs."""
+"""Execution of an engine's network: batch-size buckets, torch.compile and recorded GPU graphs."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from ..errors import UserError
 Compilation = Literal["none", "compile", "graphs"]
 
 Forward = Callable[[int], Tensor]
-"""Outputs ``[2 rows, ..., K]`` of the first ``rows`` slots, read from tensors that never move."""
+"""Computes outputs ``[2 rows, ..., K]`` of the first ``rows`` slots from tensors with fixed addresses."""
 
 
 def bucket_sizes(slots: int) -> list[int]:
-    """1, 2, 4, ... and ``slots`` itself: a batch is at most twice as large as it needs to be."""
+    """Return the powers of two below ``slots``, then ``slots``: no batch exceeds twice the number of occupied slots."""
     return [2**i for i in range(slots.bit_length()) if 2**i < slots] + [slots]
 
 
 def usable_buckets(forward: Forward, sizes: Sequence[int]) -> list[int]:
-    """Those of ``sizes`` at which ``forward`` gives every row the very numbers that the largest size gives it.
+    """Return the ``sizes`` at which ``forward`` gives every row exactly the output it gives at the largest size.
 
-    A matrix library may sum in another order for another number of rows, and a last digit then decides a bit here and
-    there. Whether it does depends on the device, the shapes and the number of threads, so it is tried out, on the
-    tables as they are. Where only the largest size is left, every step costs as much as a full one.
+    A matrix library may change its order of summation with the number of rows, and a difference in the last digit can
+    flip sampled bits. Whether it does depends on the device, the shapes and the number of threads, so it is measured,
+    on the current content of the tables. If only the largest size remains, every step costs as much as a full batch.
     """
     whole = forward(sizes[-1]).clone()
     return [n for n in sizes if n == sizes[-1] or torch.equal(forward(n), whole[: 2 * n])]
 
 
 def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -> Forward:
-    """``network`` as it is, through torch.compile, or as one recorded graph for each of ``sizes``."""
+    """Return ``network`` unchanged, compiled with torch.compile, or recorded as one graph for each of ``sizes``.
+
+    Raises UserError for ``graphs`` without a GPU.
+    """
     if compilation == "none":
         return network
     if compilation == "compile":
-        # Once a size: its batch is a constant of the compiled code.
+        # Compiled once per size, so that the batch size is a constant of the compiled code.
         return torch.compile(network, dynamic=False)
     if not torch.cuda.is_available():
         raise UserError("compilation graphs: PyTorch sees no GPU here; expected none or compile")
@@ -52,7 +55,7 @@ def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -
 
 
 def _record(network: Forward, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    # The first passes choose kernels and allocate work space, which must not happen while a graph is recorded.
+    # Warm-up: the first passes choose kernels and allocate workspace, which is not allowed while a graph is recorded.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -60,7 +63,7 @@ def _record(network: Forward, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
             network(rows)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Another engine may be at work in its own thread, as when weights are swapped: its calls are not ours to forbid.
+    # The default mode would also reject CUDA calls of another engine's thread, which runs while weights are swapped.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = network(rows)
     return graph, output

@@ -1,4 +1,4 @@
-"""Random numbers of the slots, drawn some steps ahead: generating them costs by the call more than by the number."""
+"""Random numbers of the engine's slots, drawn several steps ahead because each call has a high fixed cost."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from torch import Tensor
 from ..models import rng
 
 AHEAD = 16
-"""Draws that a slot holds at most. Those of an image that ends early are lost, so not too many."""
+"""Maximum number of draws buffered per slot; limited because those left over when an image ends early are wasted."""
 NUMBERS = 16_384
-"""Numbers that a slot holds at most: where a draw has many, it is they that cost, and none should be lost."""
+"""Maximum number of random values buffered per slot: for large draws the values, not the calls, dominate the cost."""
 
 
 class Draws:
-    """For each slot some consecutive draws of its own seed; the very numbers that :func:`.rng.uniforms` gives."""
+    """Buffer of consecutive draws for each slot's seed, identical to the values of :func:`.rng.uniforms`."""
 
     def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int, numbers: int = NUMBERS) -> None:
-        """``seed [slots]`` is the engine's own table, which it writes when a slot is given; ``numbers``: see NUMBERS."""
+        """``seed [slots]``: the engine's table, updated in place when a slot is assigned; ``numbers``: see NUMBERS."""
         self.seed, self.stream = seed, stream
         self.ahead = max(1, min(AHEAD, numbers // (tokens * bits)))
         self.first = torch.zeros_like(seed)
-        """The first draw that each slot holds."""
+        """Index of the first buffered draw of each slot, ``[slots]``."""
         self.table = torch.zeros(len(seed), self.ahead, tokens, bits, device=seed.device)
         self._slot, self._next = (torch.arange(n, device=seed.device) for n in (len(seed), self.ahead))
         self._left = 0
 
     @property
     def row_tables(self) -> list[Tensor]:
-        """Tensors with a row a slot."""
+        """Tensors with one row per slot."""
         return [self.first, self.table]
 
     def start(self, slot: int) -> Tensor:
-        """A new seed's draws from 0 on; returns draw 0, ``[tokens, bits]``."""
+        """Buffer the draws of a slot's new seed from draw 0 on; return draw 0, ``[tokens, bits]``."""
         self._fill(slice(slot, slot + 1), torch.zeros_like(self.first[:1]))
         return self.table[slot, 0]
 
     def take(self, draw: Tensor) -> Tensor:
-        """Draw ``draw [rows]`` of the first slots, ``[rows, tokens, bits]``.
+        """Return the draws with indices ``draw [rows]`` of the first slots, ``[rows, tokens, bits]``.
 
-        Each slot's draws must be consecutive from call to call. Slots without a request get some numbers or other.
+        A slot's indices must be consecutive from call to call. Slots without a request get arbitrary values.
         """
         rows = len(draw)
         if self._left == 0:
-            # All at once, also those that joined since and still have some.
+            # Refills all slots in one call, including those that started later and still have draws.
             self._fill(slice(rows), draw)
             self._left = self.ahead
         self._left -= 1

@@ -1,11 +1,11 @@
-"""The step engine: requests of any size, step count, guidance, temperature, sampler and seed share one batch.
+"""Step engine: requests of any size, step count, guidance, temperature, sampler and seed share one batch.
 
 Every image has the same latent shape, so a fixed table of slots holds all of them. Each :meth:`StepEngine.step`
-takes waiting requests into free slots, runs one forward pass over the occupied ones, advances each row by its own
-schedule and releases those that are done. Occupied slots are always the first ones, so a pass takes the smallest
-*bucket* of rows that holds them. No Ray here: the server and the bulk job wrap the same engine.
+assigns waiting requests to free slots, runs one forward pass over the occupied slots, advances each row by its own
+schedule and releases finished rows. Occupied slots are always the first ones, so a pass uses the smallest *bucket* of
+rows that covers them. Independent of Ray: the server and the bulk job wrap the same engine.
 
-A request's bits do not depend on its company, because a row's arithmetic does not: see :func:`.buckets.usable_buckets`.
+A request's bits do not depend on the other requests in the batch: see :func:`.buckets.usable_buckets`.
 """
 
 from __future__ import annotations
@@ -30,43 +30,44 @@ from .draws import Draws
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make."""
+    """Request for one image."""
 
     id: str
     features: Tensor
     """Text features of the prompt ``[layers, T, width]``, without padding."""
     params: SamplingParams
-    """Exactly one row."""
+    """Sampling parameters of exactly one row."""
     deadline: float = float("inf")
-    """``time.monotonic()`` after which nobody wants the image any more."""
+    """Time of the engine's clock (``time.monotonic()``) after which the request expires; infinite by default."""
     preview_every: int = 0
-    """Report the current estimate after every so many steps; 0 reports none."""
+    """Number of steps between two :class:`Progress` events with the current estimate; 0 reports none."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """An image's bits."""
+    """Event: a request is complete."""
 
     id: str
     codes: Tensor
-    """uint8 0/1 ``[L, K]``."""
+    """Bits of the image, uint8 0/1 ``[L, K]``."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An image on its way."""
+    """Event: a request has advanced."""
 
     id: str
     step: int
-    """Steps done."""
+    """Completed steps."""
     steps: int
+    """Total number of steps."""
     estimate: Tensor
-    """The most likely final bits as of now, uint8 0/1 ``[L, K]``; tokens that AR has not reached are 0."""
+    """Current most likely final bits, uint8 0/1 ``[L, K]``; tokens that AR has not generated yet are 0."""
 
 
 @dataclass(frozen=True)
 class Expired:
-    """A request whose deadline passed before it was done."""
+    """Event: the deadline of a request passed before it was complete."""
 
     id: str
 
@@ -77,23 +78,23 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is laid out."""
+    """Settings of an engine."""
 
     slots: int = 8
-    """Images that can be on their way at once."""
+    """Maximum number of images processed at once."""
     text_length: int = 128
-    """Prompt tokens that a slot has room for."""
+    """Maximum number of prompt tokens per slot."""
     compilation: Compilation = "none"
-    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs, one a bucket."""
+    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs, one per bucket."""
     batch_invariant: bool = True
-    """Use only buckets of rows that give the same bits as the whole table on this device. False uses all: faster on
-    GPUs when few requests are there, but an image may then depend on its company."""
+    """Use only buckets of rows that give the same bits as the full table on this device. False uses all buckets: faster
+    on GPUs with few requests, but an image may then depend on the other requests in the batch."""
 
 
 class StepEngine(ABC):
-    """The slot table; :class:`DiffusionEngine` and :class:`AREngine` know what one step is.
+    """Slot table and scheduling; :class:`DiffusionEngine` and :class:`AREngine` implement one step.
 
-    Rows of the network's batch are interleaved: 2i is slot i with its prompt, 2i + 1 the same slot without.
+    Rows of the network's batch are interleaved: row 2i is slot i with its prompt, row 2i + 1 slot i without a prompt.
     """
 
     model: DiffusionGenerator | ARGenerator
@@ -101,14 +102,18 @@ class StepEngine(ABC):
     def __init__(
         self, model: DiffusionGenerator | ARGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock
     ) -> None:
-        """``empty_prompt``: features ``[layers, T, width]`` of the unconditional prompt (T may be 0)."""
+        """Allocate the slots and compile the network.
+
+        ``empty_prompt``: features ``[layers, T, width]`` of the unconditional prompt (T may be 0). Raises UserError for
+        ``slots`` below 1 and for an empty prompt longer than ``text_length``.
+        """
         self.options, self.clock = options, clock
         slots, weight = options.slots, model.x_embedder.weight
         if slots < 1:
             raise UserError(f"slots {slots}: expected at least 1")
         self.waiting: deque[Request] = deque()
         self.requests: list[Request] = []
-        """Who occupies slot 0, 1, ..."""
+        """Requests in slot order: ``requests[i]`` occupies slot i."""
         self.cancelled: set[str] = set()
         self.position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self.params = SamplingParams.of(slots).map(lambda value: value.to(weight.device))
@@ -117,28 +122,31 @@ class StepEngine(ABC):
         unconditional = self._text_kv(empty_prompt)
         self.cache = JointCache.empty(2 * slots, self.options.text_length, cfg.num_tokens, unconditional.keys)
         self.forward, self.buckets = self._prepare(empty_prompt.shape[-1])
-        # Rows with a prompt are written when a slot is given; those without never change.
+        # Rows with a prompt are overwritten when a slot is assigned; rows without a prompt never change.
         self.cache.put(slice(None), unconditional)
         self.steps = 0
-        """Forward passes so far."""
+        """Number of forward passes since the start."""
 
     @property
     def active(self) -> int:
-        """Occupied slots."""
+        """Number of occupied slots."""
         return len(self.requests)
 
     @property
     def idle(self) -> bool:
-        """True when there is nothing to do."""
+        """True when no request is waiting or in a slot."""
         return not self.waiting and not self.requests
 
     def submit(self, request: Request) -> None:
-        """Queue a request; slots are given in the order of submission."""
+        """Queue a request; slots are assigned in the order of submission.
+
+        Raises UserError for parameters of more than one row, features of a wrong shape and prompts over the limit.
+        """
         if len(request.params) != 1:
             raise UserError(f"request {request.id}: expected parameters of one row, got {len(request.params)}")
         cfg, shape = self.model.cfg, tuple(request.features.shape)
         if len(shape) != 3 or (shape[0], shape[2]) != (cfg.layers, cfg.text_width):
-            # Found here, because an exception in a step would end everybody's images.
+            # Checked here, because an exception in a step would fail all requests in the batch.
             expected = f"[{cfg.layers}, tokens, {cfg.text_width}]"
             raise UserError(f"request {request.id}: text features of shape {list(shape)}, expected {expected}")
         length, limit = shape[1], self.options.text_length
@@ -147,14 +155,14 @@ class StepEngine(ABC):
         self.waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request: its slot is free again at the next step. Unknown ids are ignored."""
+        """Cancel a request: its slot is released at the next step. Unknown ids are ignored."""
         self.waiting = deque(r for r in self.waiting if r.id != request_id)
         if any(r.id == request_id for r in self.requests):
             self.cancelled.add(request_id)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Let go of who is cancelled or late, admit, run one forward pass, advance every row; returns what happened."""
+        """Release cancelled and expired requests, admit waiting ones, run one forward pass and return the events."""
         events: list[Event] = self._release()
         self._admit()
         if not self.requests:
@@ -164,7 +172,7 @@ class StepEngine(ABC):
         self.steps += 1
         self.position[:rows] += 1
         position, length = self.position.tolist(), self._length().tolist()
-        # From the last slot on, because a released slot is filled with the last one.
+        # In reverse order, because a released slot is filled with the last occupied one.
         for slot in reversed(range(self.active)):
             request = self.requests[slot]
             if position[slot] >= length[slot]:
@@ -177,7 +185,7 @@ class StepEngine(ABC):
 
     @torch.no_grad()
     def _prepare(self, text_width: int) -> tuple[Forward, list[int]]:
-        """Compile, and find the buckets of rows to use, on noise in place of requests."""
+        """Compile the network and determine the usable buckets, with noise in place of requests."""
         slots, cfg = self.options.slots, self.model.cfg
         sizes = bucket_sizes(slots)
         forward = compiled(self._network, sizes, self.options.compilation)
@@ -193,15 +201,15 @@ class StepEngine(ABC):
 
     def _release(self) -> list[Event]:
         now = self.clock()
-        late = [r.id for r in (*self.waiting, *self.requests) if r.deadline <= now and r.id not in self.cancelled]
-        gone = self.cancelled.union(late)
-        if gone:
-            self.waiting = deque(r for r in self.waiting if r.id not in gone)
+        expired = [r.id for r in (*self.waiting, *self.requests) if r.deadline <= now and r.id not in self.cancelled]
+        released = self.cancelled.union(expired)
+        if released:
+            self.waiting = deque(r for r in self.waiting if r.id not in released)
             for slot in reversed(range(self.active)):
-                if self.requests[slot].id in gone:
+                if self.requests[slot].id in released:
                     self._free(slot)
             self.cancelled.clear()
-        return [Expired(name) for name in late]
+        return [Expired(name) for name in expired]
 
     def _admit(self) -> None:
         while self.waiting and self.active < self.options.slots:
@@ -214,7 +222,7 @@ class StepEngine(ABC):
             self._start(slot)
 
     def _free(self, slot: int) -> None:
-        """Fill ``slot`` with the last occupied one, so that occupied slots stay the first ones."""
+        """Release ``slot`` by moving the last occupied slot into it, so that occupied slots stay contiguous."""
         last = self.active - 1
         if slot < last:
             self.requests[slot] = self.requests[last]
@@ -225,7 +233,7 @@ class StepEngine(ABC):
         self.requests.pop()
 
     def _text_kv(self, features: Tensor) -> TextKV:
-        """Projected text of one prompt, padded to the slot's length *before* the projection: a fixed shape."""
+        """Project the text of one prompt, padded to the slot's length *before* the projection for a fixed shape."""
         layers, count, width = features.shape
         weight, length = self.model.x_embedder.weight, self.options.text_length
         if count > length:
@@ -239,32 +247,32 @@ class StepEngine(ABC):
             return self.model.text_kv(padded, mask)
 
     def _row_tables(self) -> list[Tensor]:
-        """Further tensors with a row a slot."""
+        """Additional tensors with one row per slot."""
         return []
 
     @abstractmethod
     def _start(self, slot: int) -> None:
-        """Prepare a newly occupied slot."""
+        """Initialize a newly occupied slot."""
 
     @abstractmethod
     def _network(self, rows: int) -> Tensor:
-        """The network's outputs for the first ``rows`` slots, ``[2 rows, ..., K]``, from tensors that never move."""
+        """Run the network on the first ``rows`` slots, ``[2 rows, ..., K]``, on tensors with fixed addresses."""
 
     @abstractmethod
     def _advance(self, rows: int) -> None:
-        """One forward pass over the first ``rows`` slots; writes their next ``z``."""
+        """Run one forward pass over the first ``rows`` slots and update their ``z``."""
 
     @abstractmethod
     def _estimate(self, slot: int) -> Tensor:
-        """The most likely final bits of a slot as of its last step, 0/1 ``[L, K]``."""
+        """Return the most likely final bits of a slot after its last step, 0/1 ``[L, K]``."""
 
     @abstractmethod
     def _length(self) -> Tensor:
-        """Steps that each slot takes in all, ``[slots]``."""
+        """Return the total number of steps of each slot, ``[slots]``."""
 
 
 class DiffusionEngine(StepEngine):
-    """Rows at different times of different schedules."""
+    """Step engine of a diffusion generator: each row has its own schedule and time step."""
 
     def __init__(
         self, model: DiffusionGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
@@ -299,7 +307,7 @@ class DiffusionEngine(StepEngine):
 
 
 class AREngine(StepEngine):
-    """Rows at different tokens; keys and values of the tokens so far live in the slots."""
+    """Step engine of an autoregressive generator: each row is at its own token; slots hold the KV cache."""
 
     def __init__(
         self, model: ARGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
@@ -314,11 +322,11 @@ class AREngine(StepEngine):
 
     def _start(self, slot: int) -> None:
         self.draws.start(slot)
-        # Positions after a row's own are masked, so what the slot held before needs no clearing.
+        # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
         self.z[slot] = 0
 
     def _token(self, rows: int) -> Tensor:
-        # Slots without a request may stand past the end; they compute the last token again, for nobody.
+        # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.
         return self.position[:rows].clamp(max=self.z.shape[1] - 1)
 
     def _network(self, rows: int) -> Tensor:
@@ -348,6 +356,6 @@ def build_engine(
     *,
     clock: Clock = time.monotonic,
 ) -> StepEngine:
-    """The engine of the model's kind."""
+    """Build the engine for the kind of ``model``; ``empty_prompt [layers, T, width]``."""
     kind = AREngine if isinstance(model, ARGenerator) else DiffusionEngine
     return kind(model, empty_prompt, options or EngineOptions(), clock)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which weights a generator replica serves, and whether others may take their place."""
+"""Weights of a generator replica: loading them into an engine, and compatibility checks before a swap."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .engine import EngineOptions, StepEngine, build_engine
 
 
 class Weights(Config):
-    """Serve's ``user_config`` of a generator: changing it swaps the weights of running replicas."""
+    """Serve's ``user_config`` of a generator deployment; changing it swaps the weights of running replicas."""
 
     path: str
     """Model folder."""
     version: str | None = None
-    """Anything; another value reads the same folder again."""
+    """Any text; a new value reloads the weights from the same folder."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model has in common with those that can replace it behind the same text encoder and decoder."""
+    """Properties that two generators must share to be interchangeable behind one text encoder and decoder."""
 
     tokenizer_hash: str | None
     text_encoder: TextEncoderConfig | None
@@ -37,7 +37,7 @@ class Identity:
 
     @classmethod
     def of(cls, path: str) -> Identity:
-        """That of a model folder; UserError where it holds no generator."""
+        """Read the identity of a model folder; raises UserError if it holds no generator."""
         config = read_checkpoint_config(path)
         if config["model"].get("kind") == "bit":
             raise UserError(f"{path}: holds a tokenizer, expected a generator")
@@ -46,18 +46,21 @@ class Identity:
         return cls(config.get("tokenizer_hash"), encoder, model.num_tokens, model.bits_per_token)
 
     def check(self, other: Identity, path: str) -> None:
-        """UserError that says in what the model at ``path``, which is ``other``, differs."""
+        """Raise UserError with the difference if ``other``, the identity of the model at ``path``, is incompatible."""
         if other.tokenizer_hash != self.tokenizer_hash:
-            raise UserError(f"{path}: was trained on codes of another tokenizer than the weights that are served")
+            raise UserError(f"{path}: was trained on codes of another tokenizer than the served weights")
         if other.text_encoder != self.text_encoder:
-            raise UserError(f"{path}: reads another text encoder than the weights that are served")
+            raise UserError(f"{path}: uses another text encoder than the served weights")
         mine, its = (f"{m.num_tokens} tokens of {m.bits_per_token} bits" for m in (self, other))
         if mine != its:
-            raise UserError(f"{path}: makes {its}, the weights that are served make {mine}")
+            raise UserError(f"{path}: generates {its}, expected {mine} as the served weights")
 
 
 def serving_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """With ``auto`` bfloat16 on GPUs, float32 on CPUs whichever: replicas on unequal machines must agree bit for bit."""
+    """Return the dtype of weights; ``auto`` is bfloat16 on GPUs and float32 on all CPUs.
+
+    It ignores what a CPU supports, because replicas on different machines must give identical bits.
+    """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return compute_dtype(device, precision)
@@ -66,7 +69,10 @@ def serving_dtype(device: torch.device, precision: Precision) -> torch.dtype:
 def load_engine(
     path: str, empty_prompt: Tensor, options: EngineOptions, device: torch.device, precision: Precision
 ) -> StepEngine:
-    """A new engine over the weights of a model folder; ``empty_prompt [layers, T, width]``."""
+    """Load the generator of a model folder into a new engine; ``empty_prompt [layers, T, width]``.
+
+    Raises UserError for a folder that holds a tokenizer.
+    """
     model = load_model(path, device=device)
     if isinstance(model, BIT):
         raise UserError(f"{path}: holds a tokenizer, expected a generator")

@@ -1,1 +1,1 @@
-"""Serving: the graph around the step engine, on Ray Serve or in one process, and its HTTP API."""
+"""Serving of the step engine on Ray Serve or in one process, with an HTTP API."""

@@ -1,4 +1,4 @@
-"""Who may ask, and for how much: API keys, and the size of a body before anybody has read it."""
+"""Access control: API keys, the listening address, and the limit on the size of a request body."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from .failures import ApiError
 KEYS_VARIABLE = "INSTELLA_API_KEYS"
 SHORTEST_KEY = 16
 OPEN_PATHS = ("/", "/healthz")
-"""The page sends the key that its user types in; probes have none."""
+"""Paths without a key check: the page, which asks its user for the key, and health probes, which have none."""
 BODY_TIMEOUT_S = 30.0
 
 
 class ApiKeys:
-    """The keys that open the endpoint. Only their digests are kept, so that Serve's records hold no secret."""
+    """Set of valid API keys. Stores digests only, so that Serve's state and logs contain no secret."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self.digests = tuple(_digest(key.encode()) for key in keys)
 
     @classmethod
     def load(cls, file: str | None = None) -> ApiKeys:
-        """Those of the environment, comma separated, and of ``file``, one a line; lines with # are comments."""
+        """Load the keys of the variable INSTELLA_API_KEYS, comma-separated, and of ``file``, one per line.
+
+        Lines of ``file`` that begin with # are comments. Raises UserError for a file that cannot be read or holds no
+        key, and for a key that is short, contains spaces or is not ASCII.
+        """
         keys = os.environ.get(KEYS_VARIABLE, "").split(",")
         if file is not None:
             try:
@@ -42,7 +46,7 @@ class ApiKeys:
             keys += [line for line in lines if not line.lstrip().startswith("#")]
         keys = [key.strip() for key in keys if key.strip()]
         if any(len(key) < SHORTEST_KEY or not key.isascii() or " " in key for key in keys):
-            # Without the key itself: this line ends up in logs.
+            # The message omits the key, because it is written to logs.
             raise UserError(f"API keys: expected at least {SHORTEST_KEY} ASCII characters each, without spaces")
         if file is not None and not keys:
             raise UserError(f"api_keys_file {file}: holds no key")
@@ -52,14 +56,14 @@ class ApiKeys:
         return bool(self.digests)
 
     def accept(self, key: bytes) -> bool:
-        """True for one of the keys; takes as long for a nearly right one as for any other."""
+        """Return whether ``key`` is valid, in constant time."""
         given = _digest(key)
-        # Not any(): it would stop at the first, and tell by its time which key it was.
+        # any() would stop at the first match and so reveal by its timing which key matched.
         return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address that only this machine reaches."""
+    """Return whether only this machine can reach the address ``host``."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -67,19 +71,19 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(host: str, keys: ApiKeys) -> None:
-    """UserError for an address that others reach while there are no keys."""
+    """Raise UserError if other machines can reach ``host`` and no keys are set."""
     if not keys and not is_loopback(host):
         raise UserError(
-            f"host {host}: others could reach this endpoint, and there are no API keys; "
+            f"host {host}: other machines could reach this endpoint, and there are no API keys; "
             f"set {KEYS_VARIABLE} or app.api_keys_file, or listen on 127.0.0.1"
         )
 
 
 def require_free_port(host: str, port: int) -> None:
-    """UserError when nothing can listen there. Serve itself would say so from an actor, after everything is loaded."""
+    """Raise UserError if ``port`` cannot be bound. Serve reports this only from an actor, after loading all models."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended a moment ago is no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
             probe.bind((host, port))
     except OSError as error:
         raise UserError(f"port {port}: cannot listen on {host} ({error.strerror}); choose another port") from None
@@ -97,11 +101,11 @@ class KeyCheck:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if not self.keys:
-            # The job refuses to listen for others without keys; `serve deploy` listens where its file says.
+            # jobs/serve.py checks the address before it listens; `serve deploy` listens on the address of its file.
             client = scope.get("client")
             if client and is_loopback(client[0]):
                 return None
-            message = f"no API keys are set ({KEYS_VARIABLE}), so this endpoint answers on its own machine only"
+            message = f"no API keys are set ({KEYS_VARIABLE}), so only requests from this machine are accepted"
             return ApiError(403, message, kind="authentication_error", code="no_api_keys")
         if (scope["path"].removeprefix(scope.get("root_path", "")) or "/") in self.open_paths:
             return None
@@ -113,7 +117,10 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """ASGI middleware: reads a body up to ``max_bytes`` and passes it on whole; 413 for more, announced or not."""
+    """ASGI middleware that reads the whole body before the application runs.
+
+    Answers 413 for a body over ``max_bytes``, with or without a Content-Length, and 408 after ``timeout_s`` seconds.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
         self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
@@ -135,7 +142,7 @@ class BodyLimit:
                 await self.app(scope, _first({"type": "http.request", "body": body}, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None for a client that went away."""
+        """Return the body; None if the client disconnected."""
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.max_bytes:
             raise self._too_large()
@@ -159,7 +166,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _first(message: Message, receive: Receive) -> Receive:
-    """``message``, then what ``receive`` brings."""
+    """Return a ``receive`` that yields ``message`` first."""
     waiting = [message]
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""A bound on the images under way, so that a queue never grows: who does not fit is told so at once."""
+"""Admission control: limits the images in progress and rejects further requests immediately."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ LONGEST_RETRY_AFTER_S = 60.0
 
 
 class Gate:
-    """Lets requests in while there is room for all of their images.
+    """Limit on the number of images in progress; admits or rejects a request as a whole.
 
-    Serve's own bound comes second. It is checked image by image and before the text encoder is through with a
-    prompt: it would let a burst pass, drop half a request, and drop an image that is on its second try.
+    Serve's own limit is only a second one. It is checked per image and before the text encoder has finished a prompt:
+    it would admit a burst, reject part of a request, and reject an image that is being retried.
     """
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.capacity, self.clock = capacity, clock
         self.inside = 0
-        """Images under way."""
-        self._left: deque[float] = deque(maxlen=WINDOW)
+        """Number of images in progress."""
+        self._finished: deque[float] = deque(maxlen=WINDOW)
 
     @contextmanager
     def enter(self, images: int) -> Iterator[None]:
-        """Room for ``images`` within; :class:`.failures.ApiError` 429 when there is not."""
+        """Admit ``images`` for the duration of the block; raises :class:`.failures.ApiError` 429 over the capacity."""
         excess = self.inside + images - self.capacity
         if excess > 0:
             raise overloaded(self._seconds_for(excess))
@@ -37,11 +37,11 @@ class Gate:
             yield
         finally:
             self.inside -= images
-            self._left.extend([self.clock()] * min(images, WINDOW))
+            self._finished.extend([self.clock()] * min(images, WINDOW))
 
     def _seconds_for(self, images: int) -> float:
-        """How long so many images take to leave, at the pace of the last ones."""
-        if not self._left:
+        """Estimate the seconds until ``images`` images have finished, from the rate of the last ``WINDOW`` ones."""
+        if not self._finished:
             return 1.0
-        pace_s = (self.clock() - self._left[0]) / len(self._left)
+        pace_s = (self.clock() - self._finished[0]) / len(self._finished)
         return min(max(images * pace_s, 1.0), LONGEST_RETRY_AFTER_S)

@@ -1,4 +1,4 @@
-"""The HTTP API: what each route does. It knows the graph by its calls only, and nothing of how it is deployed."""
+"""HTTP API: routes, validation and request handling, independent of how the graph is deployed."""
 
 from __future__ import annotations
 
@@ -35,37 +35,39 @@ PAGE_POLICY = (
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEALTH_FOR_S = 1.0
-"""How long an answer about the stages' health stands, so that probes cost little."""
+"""Seconds for which the result of a health check is cached, so that frequent probes cost little."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the folders of an endpoint hold."""
+    """Properties of the models of an endpoint, read from their folders."""
 
     tokens: int
+    """Tokens per image."""
     bits: int
+    """Bits per token."""
     kinds: dict[str, str]
-    """``diffusion`` or ``ar``, by model."""
+    """``diffusion`` or ``ar``, by model name."""
     tokenizer_hash: str
 
 
 class Service:
-    """Requests that have been parsed, to answers."""
+    """Handler of parsed requests: checks them against the limits and runs them on the graph."""
 
     def __init__(
         self, args: ServeArgs, served: Served, graph: Graph, count_tokens: Callable[[str], int] | None = None
     ) -> None:
-        """``count_tokens`` is needed where prompts are limited in tokens."""
+        """``count_tokens`` counts the tokens of a prompt; required only if ``limits.prompt_tokens`` is set."""
         self.args, self.served, self.graph, self.count_tokens = args, served, graph, count_tokens
         self.gates = {name: Gate(model.capacity) for name, model in args.models.items()}
         self.decoding = Gate(args.limits.images + args.decoder.queue)
         self._health: tuple[float, list[str]] = (-HEALTH_FOR_S, [])
         self._checking = asyncio.Lock()
 
-    # --- what the routes call
+    # --- called by the routes
 
     async def generate(self, request: ImageRequest) -> ImageResponse:
-        """All images, or the first failure."""
+        """Generate all images of a request; raises the first failure."""
         images, deadline = self._images(request), self._deadline(request.timeout_s)
         as_codes = request.response_format == "codes"
 
@@ -84,7 +86,7 @@ class Service:
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
     async def stream(self, request: ImageRequest) -> AsyncGenerator[bytes, None]:
-        """Server-sent events, after one empty item that says that the request has been let in."""
+        """Yield server-sent events, after one empty item that marks the admission of the request."""
         images, deadline = self._images(request), self._deadline(request.timeout_s)
         model = images[0].model
         stream = ImageStream(
@@ -103,7 +105,7 @@ class Service:
                     yield item
 
     async def decode(self, request: DecodeRequest) -> ImageResponse:
-        """Images of codes that were asked for earlier."""
+        """Decode the codes of images that were generated earlier."""
         model, (width, height) = self._model(request.model), self._size(request.size)
         codes = self._codes(request.all_codes)
         deadline = self._deadline(request.timeout_s)
@@ -117,11 +119,11 @@ class Service:
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
     def models(self) -> dict[str, Any]:
-        """OpenAI's list."""
+        """Return the served models in the format of OpenAI's list."""
         return {"object": "list", "data": [self.model(name) for name in self.args.models]}
 
     def model(self, name: str) -> dict[str, Any]:
-        """OpenAI's entry, with what the model takes under a key of our own."""
+        """Return OpenAI's entry of a model, with its settings and limits under the additional key ``instella_ray``."""
         about = {
             "kind": self.served.kinds[self._model(name)],
             "defaults": self.args.models[name].defaults.model_dump(),
@@ -133,7 +135,7 @@ class Service:
         return {"id": name, "object": "model", "created": 0, "owned_by": "instella-ray", "instella_ray": about}
 
     async def unhealthy(self) -> list[str]:
-        """Stages that do not answer, as of a second ago at most."""
+        """Return the unhealthy stages; the result is cached for HEALTH_FOR_S."""
         async with self._checking:
             asked, answer = self._health
             if time.monotonic() - asked > HEALTH_FOR_S:
@@ -141,7 +143,7 @@ class Service:
                 self._health = time.monotonic(), answer
         return answer
 
-    # --- what a request asks for, checked
+    # --- validation
 
     def _images(self, request: ImageRequest) -> list[GeneratedImage]:
         name, (width, height) = self._model(request.model), self._size(request.size)
@@ -169,7 +171,7 @@ class Service:
             raise refused("num_inference_steps", f"{steps}, expected at most {limits.steps}")
 
     async def _check_tokens(self, images: list[GeneratedImage]) -> None:
-        # Within the gate and in a thread: it takes longer than all other checks together.
+        # After admission and in a thread, because it takes longer than all other checks together.
         limit, count = self.args.limits.prompt_tokens, self.count_tokens
         if limit is None or count is None:
             return
@@ -221,31 +223,31 @@ class Service:
 
 
 def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """The routes over ``service``, behind ``keys``; ``lifespan`` surrounds the time in which they are served."""
+    """Build the FastAPI application over ``service``, protected by ``keys``; ``lifespan`` as FastAPI defines it."""
     api = FastAPI(
         title="instella-ray",
         description="Text to image over binary tokens.",
-        # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
+        # The documentation pages load scripts from other sites. /openapi.json remains available.
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
     )
     api.add_middleware(BodyLimit, max_bytes=service.args.limits.body_bytes)
-    # Added last, so it comes first: nobody without a key makes us read a body.
+    # Added last, so it runs first: the body of a request without a key is never read.
     api.add_middleware(KeyCheck, keys=keys)
     _add_error_answers(api)
 
     @api.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
         if not PAGE.is_file():
-            raise ApiError(404, "this server is without its page; the API is at /v1", code="not_found")
+            raise ApiError(404, "the playground page is not installed; the API is at /v1", code="not_found")
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
         unhealthy = await service.unhealthy()
         if unhealthy:
-            message = f"not answering: {', '.join(unhealthy)}"
+            message = f"unhealthy: {', '.join(unhealthy)}"
             raise ApiError(503, message, kind="server_error", code="unhealthy", retry_after_s=5)
         return JSONResponse({"status": "ok"})
 
@@ -263,7 +265,7 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
             if not request.stream:
                 return await service.generate(request)
             events = service.stream(request)
-            # The first item comes when the request has been let in: until then a failure has a status of its own.
+            # The first item marks admission: failures before it can still set the HTTP status.
             await anext(events)
         return EventStream(events)
 

@@ -1,7 +1,7 @@
-"""The endpoint as ``serve run`` and ``serve deploy`` build it: text encoder -> generator -> decoder behind one HTTP API."""
+"""Ray Serve application: text encoder -> generator -> decoder behind one HTTP API, for ``serve run`` and ``deploy``."""
 
-# No ``from __future__ import annotations`` here: Serve looks at what ``build`` is annotated with, and turns the arguments of
-# its file into a ServeArgs only where it finds the class itself.
+# No ``from __future__ import annotations`` here: Serve reads the annotation of ``build`` and converts the arguments of its
+# file to ServeArgs only if the annotation is the class itself, not its name.
 
 from typing import Any
 
@@ -23,14 +23,15 @@ from .setup import Setup
 __all__ = ["ModelArgs", "ServeArgs", "build"]
 
 CALLS = 64
-"""Calls that a text encoder's or a decoder's replica holds at once; they are batched there."""
+"""Maximum number of concurrent calls to a replica of the text encoder or decoder, which batches them."""
 HEALTH_CHECK_PERIOD_S = 2.0
-"""Shorter than Serve's 10 s: /healthz knows what these checks found, and a broken replica draws calls until the third."""
+"""Seconds between health checks. Shorter than Serve's 10 s, because /healthz reports their result and a broken replica
+receives calls until the third failure."""
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP API's replica. Its routes are made where it runs, because they close over its handles."""
+    """Replica of the HTTP API. Creates its routes in the replica, because they close over its handles."""
 
     def __init__(
         self, setup: Setup, text: DeploymentHandle, decoder: DeploymentHandle, generators: dict[str, DeploymentHandle]
@@ -44,9 +45,9 @@ class Ingress:
 
 
 def build(args: ServeArgs) -> Application:
-    """The application, as ``serve run instella_ray.serving.app:build`` calls it with ``args`` from its file.
+    """Build the application; ``serve run instella_ray.serving.app:build`` passes ``args`` from its file.
 
-    UserError as :meth:`.setup.Setup.of`.
+    Raises UserError as :meth:`.setup.Setup.of`.
     """
     setup = Setup.of(args)
     text = _stage(args, TextEncoderStage, "TextEncoder", args.text).bind(**setup.text())
@@ -58,7 +59,7 @@ def build(args: ServeArgs) -> Application:
 
 
 def _generator(args: ServeArgs, name: str, model: ModelArgs) -> serve.Deployment:
-    # A second bound behind the ingress's own gate, for the time when fewer replicas run than may.
+    # A second limit behind the gate of the ingress, for times when fewer than the maximum number of replicas run.
     bound = {"ongoing": model.ongoing, "max_queued_requests": model.capacity}
     return _stage(args, GeneratorStage, f"Generator-{name}", model, **bound)
 
@@ -71,7 +72,7 @@ def _stage(
         ray_actor_options={"num_cpus": args.cpus(settings), "num_gpus": args.gpus(settings)},
         max_ongoing_requests=ongoing,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        # Scaling down never ends a request that may still meet its deadline.
+        # Longer than any deadline, so that scaling down never aborts a request that could still finish.
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
         **_fixed_or_scaled(settings, ongoing),
         **options,
@@ -93,8 +94,8 @@ def _fixed_or_scaled(settings: StageArgs, ongoing: int) -> dict[str, Any]:
 
 
 def _ingress(args: ServeArgs) -> serve.Deployment:
-    # Room for every image that may be under way as a request of its own, and for those that are turned away: a queue
-    # in Serve's proxy would keep them waiting for their 429.
+    # Enough for every image in progress as a separate request, and for rejected requests: queued in Serve's proxy they
+    # would wait for their 429.
     images = sum(model.capacity for model in args.models.values()) + args.limits.images + args.decoder.queue
     return serve.deployment(
         name="Ingress",

@@ -1,4 +1,4 @@
-"""Micro-batching for stages whose cost is per call: a few calls that arrive together become one."""
+"""Micro-batching of concurrent calls, for stages whose cost is dominated by the number of calls."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ B = TypeVar("B")
 
 
 class MicroBatcher(Generic[A, B]):
-    """Collects items for ``wait_s`` seconds or until there are ``size``, and runs ``call(items)`` in a thread.
+    """Batcher that collects items for ``wait_s`` seconds or up to ``size`` and runs ``call(items)`` in a thread.
 
-    ``call`` returns one result an item. An exception reaches everybody in its batch. Calls run one at a time.
+    ``call`` returns one result per item. An exception is raised to every caller in the batch. Calls run one at a time.
     """
 
     def __init__(self, call: Callable[[Sequence[A]], Sequence[B]], *, size: int, wait_s: float = 0.005) -> None:
@@ -22,7 +22,7 @@ class MicroBatcher(Generic[A, B]):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, item: A) -> B:
-        """The result for ``item``."""
+        """Return the result for ``item``; raises the exception of its batch."""
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._run())
         future: asyncio.Future[B] = asyncio.get_running_loop().create_future()
@@ -30,7 +30,7 @@ class MicroBatcher(Generic[A, B]):
         return await future
 
     def close(self) -> None:
-        """End the worker. No caller may be waiting any more."""
+        """Stop the worker. No calls may be pending."""
         if self._worker is not None:
             self._worker.cancel()
 

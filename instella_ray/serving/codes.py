@@ -1,4 +1,4 @@
-"""An image's bits, and the same as text: 1,024 bytes at full size, in base64."""
+"""Codes of generated images and their base64 form: 1,024 bytes before encoding at full size."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..errors import UserError
 
 
 class Generated(NamedTuple):
-    """What a generator has made of a request."""
+    """Result of a generator call."""
 
     codes: np.ndarray
-    """uint8 0/1 ``[L, K]``."""
+    """Bits of the image, uint8 0/1 ``[L, K]``."""
     weights: str
-    """Hash of the weights that made them: they may be swapped at any time."""
+    """Hash of the weights that generated ``codes``; kept per image because weights may be swapped at any time."""
 
 
 def pack(codes: np.ndarray) -> str:
-    """Base64 of uint8 0/1 ``[L, K]``, eight bits a byte, the first one highest."""
+    """Encode uint8 0/1 ``[L, K]`` as base64, eight bits per byte, most significant bit first."""
     return base64.b64encode(np.packbits(codes).tobytes()).decode()
 
 
 def unpack(text: str, tokens: int, bits: int) -> np.ndarray:
-    """Uint8 0/1 ``[tokens, bits]`` of what :func:`pack` gave; UserError that says what was expected for anything else."""
+    """Decode the output of :func:`pack` to uint8 0/1 ``[tokens, bits]``; raises UserError for any other text."""
     count = tokens * bits
     try:
         data = base64.b64decode(text, validate=True)

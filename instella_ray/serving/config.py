@@ -1,4 +1,4 @@
-"""How an endpoint is laid out: what ``serve run instella_ray.serving.app:build`` and ``jobs/serve.py`` read."""
+"""Configuration of an endpoint, as ``serve run instella_ray.serving.app:build`` and ``jobs/serve.py`` read it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class RequestLimits(Config):
-    """What one request may ask for; more is refused with an answer that names the field."""
+    """Limits of one request; a request over a limit is refused with an error that names the field."""
 
     prompt_characters: int = Field(4000, ge=1)
     prompt_tokens: int | None = Field(None, ge=1)
-    """Longer prompts are refused. None: they are cut to what the text encoder and the slots have room for."""
+    """Maximum prompt tokens; longer prompts are refused. None: truncated to the limit of text encoder and slots."""
     n: int = Field(16, ge=1)
-    """Images a prompt."""
+    """Maximum images per prompt."""
     images: int = Field(64, ge=1)
-    """Images a request: n times its prompts, or codes to decode."""
+    """Maximum images per request: n times its prompts, or codes to decode."""
     steps: int = Field(1000, ge=1)
     body_bytes: int = Field(1 << 20, ge=1)
     timeout_s: Finite = Field(300.0, gt=0)
-    """The longest deadline a request may set, and the deadline of one that sets none."""
+    """Maximum and default deadline of a request, in seconds."""
 
 
 class Autoscaling(Config):
-    """Between how many replicas a stage moves, and how fast."""
+    """Autoscaling of a stage: range of replicas, target load and delays."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(4, ge=1)
     target_load: Finite = Field(0.8, gt=0, le=1)
-    """Share of a replica's places that should be taken: of its slots, or of the calls it works on at once."""
+    """Target utilisation of a replica: share of its slots, or of its concurrent calls."""
     upscale_delay_s: Finite = Field(5.0, ge=0)
     downscale_delay_s: Finite = Field(120.0, ge=0)
 
@@ -51,16 +51,17 @@ class Autoscaling(Config):
 
 
 class StageArgs(Config):
-    """One stage of the graph."""
+    """Replicas and resources of one stage of the graph."""
 
     replicas: int = Field(1, ge=1)
-    """Fixed number of replicas, where there is no ``autoscaling``."""
+    """Fixed number of replicas; ignored if ``autoscaling`` is set."""
     autoscaling: Autoscaling | None = None
     num_cpus: float | None = Field(None, ge=0)
-    """As the endpoint's own, for this stage alone."""
+    """Logical CPUs per replica of this stage; none means the endpoint's ``num_cpus``."""
     num_gpus: float | None = Field(None, ge=0)
+    """GPU share per replica of this stage; none means the endpoint's ``num_gpus``."""
     queue: int = Field(64, ge=0)
-    """Images that may wait beside those that replicas work on; the next one is refused with 429."""
+    """Maximum queued images beyond those in replicas; further ones are refused with 429."""
 
     @property
     def least_replicas(self) -> int:
@@ -72,29 +73,29 @@ class StageArgs(Config):
 
 
 class ModelArgs(StageArgs):
-    """One generator behind the endpoint."""
+    """One generator of the endpoint."""
 
     path: str
     """Model folder of a diffusion or AR generator."""
     defaults: SamplingConfig = SamplingConfig()
-    """What a request gets where it says nothing."""
+    """Defaults of the sampling parameters that a request omits."""
     slots: int = Field(8, ge=1)
-    """Images that share a forward pass."""
+    """Maximum images per forward pass of a replica."""
     compilation: Compilation = "none"
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
-    """Give an image the same bits in any company, even where that costs speed."""
+    """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
     longest_step_s: Finite = Field(60.0, gt=0)
-    """A replica whose engine has not come round for so long is replaced."""
+    """Seconds without a completed engine step after which a replica is replaced."""
 
     @property
     def ongoing(self) -> int:
-        """Calls that a replica holds: its slots, and as many that take over without a trip through the handle."""
+        """Concurrent calls per replica: its slots and as many queued, so that a freed slot is refilled at once."""
         return 2 * self.slots
 
     @property
     def capacity(self) -> int:
-        """Images that may be under way."""
+        """Maximum number of images in progress."""
         return self.most_replicas * self.ongoing + self.queue
 
     def options(self, text_length: int) -> EngineOptions:
@@ -102,33 +103,33 @@ class ModelArgs(StageArgs):
 
 
 class ServeArgs(Config):
-    """An endpoint: one tokenizer, one text encoder, any number of generators over its codes."""
+    """Endpoint: one tokenizer, one text encoder and any number of generators over the tokenizer's codes."""
 
     tokenizer: str
     """Model folder of the BIT."""
     models: dict[str, ModelArgs]
-    """Generators by the name that requests use; the first is the default."""
+    """Generators by the name used in requests; the first is the default."""
     text_length: int = Field(128, ge=1)
-    """Prompt tokens that a slot has room for."""
+    """Maximum number of prompt tokens per slot."""
     sizes: tuple[int, ...] = Field((512, 768, 1024), min_length=1)
-    """Edges (px) that images may have; the first is the default."""
+    """Permitted edges of images (px); the first is the default."""
     limits: RequestLimits = RequestLimits()
     text: StageArgs = StageArgs()
-    """The text encoder's replicas."""
+    """Text encoder stage."""
     decoder: StageArgs = StageArgs()
-    """The decoder's replicas."""
+    """Decoder stage."""
     safety: SafetyConfig | None = None
-    """Look at every image before it leaves; needs the extra ``safety``."""
+    """Safety checker applied to every image; requires the extra ``safety``. None: no check."""
     api_keys_file: str | None = None
-    """File with one key a line, beside those of the variable INSTELLA_API_KEYS. No keys: loopback only."""
+    """File with one API key per line, in addition to the variable INSTELLA_API_KEYS. No keys: loopback only."""
     num_cpus: float = Field(1.0, ge=0)
-    """Logical CPUs a replica reserves."""
+    """Logical CPUs reserved per replica."""
     threads: int = Field(1, ge=1)
-    """Threads a replica computes with on the CPU."""
+    """CPU threads per replica."""
     num_gpus: float = Field(0.0, ge=0)
-    """GPU share of each replica."""
+    """GPU share per replica."""
     precision: Precision = "auto"
-    """Of weights and arithmetic; auto is bf16 on GPUs."""
+    """Precision of weights and arithmetic; auto is bf16 on GPUs."""
 
     def gpus(self, stage: StageArgs) -> float:
         return self.num_gpus if stage.num_gpus is None else stage.num_gpus
@@ -137,14 +138,14 @@ class ServeArgs(Config):
         return self.num_cpus if stage.num_cpus is None else stage.num_cpus
 
     def check(self) -> None:
-        """UserError for settings that contradict each other."""
+        """Raise UserError for contradictory settings."""
         if not self.models:
             raise UserError("models: expected at least one generator")
         for name, model in self.models.items():
             if self.limits.images > model.capacity:
                 raise UserError(
-                    f"limits.images {self.limits.images}: models.{name} has room for {model.capacity} images "
-                    "under way (replicas * 2 * slots + queue), so the largest request could never be let in"
+                    f"limits.images {self.limits.images}: models.{name} admits at most {model.capacity} images at once "
+                    "(replicas * 2 * slots + queue), so the largest request could never be admitted"
                 )
             if model.compilation == "graphs" and not self.gpus(model):
                 raise UserError(f"models.{name}.compilation graphs: needs a GPU, expected num_gpus above 0")

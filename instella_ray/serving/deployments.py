@@ -1,7 +1,7 @@
-"""The three stages of the sampling graph, each a Ray Serve deployment of its own.
+"""Stages of the sampling graph: text encoder, generator and decoder, each deployed separately on Ray Serve.
 
-They import no Serve but for metrics, and that only in a replica: a stage is a plain class, and can be called without any
-deployment. Who does so calls ``close`` at the end; a replica's process ends with it.
+A stage is a plain class that also runs without Serve; it imports Serve only for metrics, and only within a replica.
+Outside of Serve, call ``close`` when done; in a replica the end of the process releases everything.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from .scaling import ACTIVE, SLOTS, WAITING
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
-"""Between two updates of the engine's metrics."""
+"""Seconds between two updates of the engine's metrics."""
 
 
 class TextEncoderStage:
-    """Prompts to features of every layer, micro-batched and cached."""
+    """Text encoder stage: prompts to features of all layers, micro-batched and cached."""
 
     def __init__(
         self,
@@ -56,8 +56,11 @@ class TextEncoderStage:
         batch_invariant: bool = True,
         cache_bytes: int = 256 << 20,
     ) -> None:
-        """``batch_invariant`` runs each prompt that is not in the cache by itself: padded beside others its features
-        differ in the last digits, and an image would depend on who else was asking."""
+        """Load the text encoder.
+
+        ``batch_invariant`` encodes each prompt that is not in the cache separately: the features of a padded batch
+        differ in the last digits, so an image would depend on concurrent requests.
+        """
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
@@ -67,15 +70,15 @@ class TextEncoderStage:
         self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=1 if batch_invariant else 32)
 
     async def encode(self, prompt: str) -> np.ndarray:
-        """Float32 ``[layers, T, width]``, without padding."""
+        """Encode ``prompt``; returns float32 ``[layers, T, width]`` without padding."""
         with self.times.measure("text"):
             return await self.batcher(prompt)
 
     async def check_health(self) -> None:
-        """Answers while the event loop does."""
+        """Return at once; the check times out only if the event loop is blocked."""
 
     async def close(self) -> None:
-        """End what runs beside the calls, of which none may be under way."""
+        """Stop the batcher. No calls may be in progress."""
         self.batcher.close()
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -84,10 +87,10 @@ class TextEncoderStage:
 
 
 class GeneratorStage:
-    """Features to codes, in the step engine.
+    """Generator stage: text features to codes, in the step engine.
 
     ``generate`` and ``follow`` raise UserError, :class:`.runner.DeadlineExceeded` or :class:`.runner.EngineFailed`.
-    A call that is cancelled gives its slot back at the next step.
+    The slot of a cancelled call is released at the next step.
     """
 
     def __init__(
@@ -101,8 +104,11 @@ class GeneratorStage:
         *,
         precision: Precision = "auto",
     ) -> None:
-        """``empty_prompt [layers, T, width]``: features without a prompt. A step that takes ``longest_step_s`` counts as
-        hung: Serve then replaces the replica."""
+        """Load the model folder ``path`` and start its engine.
+
+        ``empty_prompt [layers, T, width]``: features of the unconditional prompt. If a step takes longer than
+        ``longest_step_s`` seconds, the health check fails and Serve replaces the replica.
+        """
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "generator"})
         self.options = options or EngineOptions()
@@ -110,31 +116,31 @@ class GeneratorStage:
         self._empty, self._device, self._precision = torch.tensor(empty_prompt), pick_device(device), precision
         self.weights, self.identity = Weights(path=path), Identity.of(path)
         self.refused: str | None = None
-        """Why the last swap of weights was refused; None when what is served is what was asked for."""
+        """Reason why the last swap of weights was refused; None if the served weights are the configured ones."""
         self.times, self.metrics = StageTimes(), EngineMetrics() if in_replica() else None
         self._runners: dict[int, EngineRunner] = {0: EngineRunner(self._load(path))}
-        """By number; the last one takes new requests, those before it end what they have."""
+        """Runners by number; the last one receives new requests, earlier ones finish theirs."""
         self._hash = weight_hash(path)
-        """Of the weights that take new requests."""
+        """Hash of the weights of the current runner."""
         self._swap, self._retiring = asyncio.Lock(), set[asyncio.Task[None]]()
         self._reporter: asyncio.Task[None] | None = None
         self._in_service = False
 
     @property
     def runner(self) -> EngineRunner:
-        """The one that takes new requests."""
+        """The current runner, which receives new requests."""
         return next(reversed(self._runners.values()))
 
     async def generate(
         self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
     ) -> Generated:
-        """Codes of ``features [layers, T, width]``, and whose they are.
+        """Generate codes for ``features [layers, T, width]``; returns them with the hash of the weights.
 
-        ``sampling`` holds the fields of :class:`SamplingParams`.
+        ``sampling`` holds the fields of :class:`SamplingParams`; ``timeout_s`` is the deadline in seconds from now.
         """
-        # A copy: arrays from the object store are read-only.
+        # torch.tensor copies: arrays from the object store are read-only.
         prompt, params = torch.tensor(features), _params(sampling)
-        runner, weights = self.runner, self._hash  # others may take their place meanwhile
+        runner, weights = self.runner, self._hash  # read together: a swap may replace them during the call
         with self.times.measure("generate"):
             codes = await runner.generate(prompt, params, timeout_s=timeout_s)
         return Generated(codes.numpy(), weights)
@@ -146,14 +152,16 @@ class GeneratorStage:
         timeout_s: float = float("inf"),
         preview_every: int = 1,
     ) -> AsyncIterator[dict[str, Any]]:
-        """As :meth:`generate`, with ``{"step", "steps", "codes", "weights"}`` after every ``preview_every`` steps, where
-        codes are the most likely bits as of then, and ``{"codes", "weights", "done": True}`` at the end. 0 gives the end
-        alone."""
+        """Generate codes as :meth:`generate` and yield the progress.
+
+        Yields ``{"step", "steps", "codes", "weights"}`` every ``preview_every`` steps, where codes are the current most
+        likely bits, and ``{"codes", "weights", "done": True}`` at the end. With ``preview_every`` 0 only the latter.
+        """
         prompt, params = torch.tensor(features), _params(sampling)
         weights = self._hash
         events = self.runner.follow(prompt, params, timeout_s=timeout_s, preview_every=preview_every)
         with self.times.measure("generate"):
-            # Closed here and now when the caller leaves, not when the garbage is collected: the slot waits for it.
+            # Closed immediately if the caller disconnects, not at garbage collection, to release the slot.
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Progress):
@@ -163,22 +171,22 @@ class GeneratorStage:
                         yield {"codes": event.codes.numpy(), "weights": weights, "done": True}
 
     async def check_health(self) -> None:
-        """:class:`.runner.EngineFailed` when an engine has died or hangs. Serve asks now and then."""
+        """Raise :class:`.runner.EngineFailed` if an engine has failed or hangs. Called periodically by Serve."""
         for runner in self._runners.values():
             runner.check(self.longest_step_s)
         if self.metrics is not None and (self._reporter is None or self._reporter.done()):
             self._reporter = asyncio.create_task(self._keep_reporting())
-        # Serve asks for the first time when the replica has been made and configured.
+        # Serve runs the first health check after the replica has been created and configured.
         self._in_service = True
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :class:`.scaling.RowsPolicy` decides by."""
+        """Return the load of the replica, the input of :class:`.scaling.RowsPolicy`."""
         stats = [runner.stats for runner in self._runners.values()]
         waiting, active = (float(sum(getattr(s, name) for s in stats)) for name in ("waiting", "active"))
         return {WAITING: waiting, ACTIVE: active, SLOTS: float(self.options.slots)}
 
     async def status(self) -> dict[str, Any]:
-        """Which process serves which weights, and what it has to do."""
+        """Return process id, weights, last refused swap, and counts of the engines."""
         stats = [runner.stats for runner in self._runners.values()]
         return {
             "pid": os.getpid(),
@@ -193,11 +201,11 @@ class GeneratorStage:
         }
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Swap weights (:class:`.weights.Weights`): new requests go to the new ones, old requests end with the old ones.
+        """Swap weights (:class:`.weights.Weights`): new requests use the new weights, running ones keep the old.
 
-        A swap that cannot be made is refused: a replica in service logs why, keeps it in :meth:`status` and goes on
-        with what it has, because Serve would stop it for an exception. A replica that is only starting raises: it must
-        not serve other weights than its siblings.
+        If the swap fails, a replica in service logs the reason, reports it in :meth:`status` and continues with its
+        current weights, because Serve would stop it on an exception. A starting replica raises, because it must not
+        serve other weights than the other replicas.
         """
         async with self._swap:
             try:
@@ -209,10 +217,10 @@ class GeneratorStage:
                 if not self._in_service:
                     raise
                 self.refused = str(error) or type(error).__name__
-                log.error("weights not swapped, %s goes on: %s", self.weights.path, self.refused)
+                log.error("weights not swapped, still serving %s: %s", self.weights.path, self.refused)
 
     async def close(self) -> None:
-        """End the engines and their threads, when they have finished what they have."""
+        """Stop the engines and their threads after their requests have finished."""
         await asyncio.gather(*self._retiring)
         await self.runner.drain()
         if self._reporter is not None:
@@ -220,7 +228,7 @@ class GeneratorStage:
 
     async def _swap_to(self, weights: Weights) -> None:
         self.identity.check(Identity.of(weights.path), weights.path)
-        # In a thread, because reading weights takes seconds in which the old engine's callers want their events.
+        # In a thread, because loading takes seconds and must not block events of the old engine's callers.
         engine = await asyncio.to_thread(self._load, weights.path)
         new_hash = await asyncio.to_thread(weight_hash, weights.path)
         old = next(reversed(self._runners))
@@ -252,7 +260,10 @@ class GeneratorStage:
 
 
 class DecoderStage:
-    """Codes to image files: micro-batched by size, checked and encoded in threads while the next batch decodes."""
+    """Decoder stage: codes to image files, micro-batched by size.
+
+    Files are safety-checked and encoded in threads while the next batch is decoded.
+    """
 
     def __init__(
         self,
@@ -265,7 +276,10 @@ class DecoderStage:
         file_threads: int = 2,
         safety: SafetyConfig | None = None,
     ) -> None:
-        """An image of a ``batch`` above 1 may differ in a pixel's last digit from one decoded alone."""
+        """Load the tokenizer in the folder ``path``.
+
+        With a ``batch`` above 1, pixels may differ in the last digit from those of an image decoded alone.
+        """
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "decoder"})
         self.device = pick_device(device)
@@ -275,7 +289,7 @@ class DecoderStage:
         self.checker = load_checker(safety) if safety is not None else None
         self.times = StageTimes()
         self._batchers: dict[tuple[int, int], MicroBatcher[np.ndarray, np.ndarray]] = {}
-        # One size at a time, so that a replica keeps to its threads.
+        # Only one batch is decoded at a time, so that a replica does not exceed its CPU threads.
         self._turn = threading.Lock()
         self._files = ThreadPoolExecutor(file_threads, thread_name_prefix="image-files")
 
@@ -287,10 +301,10 @@ class DecoderStage:
         output_format: str = "png",
         metadata: Mapping[str, Any] | None = None,
     ) -> bytes:
-        """The file of an image of ``height x width`` pixels from uint8 0/1 ``codes [L, K]``, with ``metadata`` in it.
+        """Decode uint8 0/1 ``codes [L, K]`` to an image file of ``height x width`` pixels that contains ``metadata``.
 
-        UserError for codes, a size or a format that do not fit; :class:`.safety.Flagged` where a safety checker is
-        set and withholds the image.
+        Raises UserError for invalid codes, sizes or formats, and :class:`.safety.Flagged` if the safety checker
+        withholds the image.
         """
         self._check(codes, output_format)
         with self.times.measure("decode"):
@@ -299,16 +313,16 @@ class DecoderStage:
         return await loop.run_in_executor(self._files, self._to_file, image, output_format, metadata)
 
     async def check_health(self) -> None:
-        """Answers while the event loop does."""
+        """Return at once; the check times out only if the event loop is blocked."""
 
     async def close(self) -> None:
-        """End what runs beside the calls, of which none may be under way."""
+        """Stop the batchers and threads. No calls may be in progress."""
         for batcher in self._batchers.values():
             batcher.close()
         self._files.shutdown()
 
     def _check(self, codes: np.ndarray, output_format: str) -> None:
-        # Before batching: what one caller got wrong must not reach the others of its batch.
+        # Checked before batching: an error in a batch would be raised to all of its callers.
         expected = (self.bit.cfg.num_tokens, self.bit.cfg.bits_per_token)
         if codes.shape != expected or codes.dtype != np.uint8 or codes.max(initial=0) > 1:
             raise UserError(
@@ -326,7 +340,7 @@ class DecoderStage:
 
     def _decode(self, batch: Sequence[np.ndarray], height: int, width: int) -> list[np.ndarray]:
         codes = torch.from_numpy(np.stack(batch)).to(self.device)
-        # Positions and the quantizer's embedding stay exact: only matrix products are halved.
+        # autocast keeps positions and the quantizer's embedding in float32; only matrix products use bfloat16.
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         with self._turn, half:
             return list(to_pixels(self.bit.decode(codes, height, width)))
@@ -351,4 +365,4 @@ def _weights(user_config: Mapping[str, Any]) -> Weights:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "user_config"
-        raise UserError(f"{where}: {first['msg']}, expected path and perhaps version") from None
+        raise UserError(f"{where}: {first['msg']}, expected path and, optionally, version") from None

@@ -1,4 +1,4 @@
-"""Every failure of a request as an answer in OpenAI's error form."""
+"""Conversion of exceptions to HTTP error responses in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """HTTP error response: status, OpenAI's message, type (``kind``), param and code, and Retry-After in seconds."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error form."""
+        """JSON body in OpenAI's error format."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
@@ -52,18 +52,18 @@ class ApiError(Exception):
 
 
 def refused(param: str, message: str, *, code: str | None = None) -> ApiError:
-    """400 for a field of the request; the message begins with its name."""
+    """Return a 400 for the field ``param`` of a request; the message begins with its name."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def overloaded(retry_after_s: float) -> ApiError:
-    """429: everything is taken, and so is the queue."""
-    message = "every slot and every place in the queue is taken; try again later"
+    """Return a 429: all slots are occupied and the queue is full."""
+    message = "all slots are occupied and the queue is full; try again later"
     return ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
 
 
 def api_error(error: BaseException) -> ApiError:
-    """The answer for an exception of ours, of a stage (where Ray wraps it) or of Serve."""
+    """Convert an exception of this package, of a stage (possibly wrapped by Ray) or of Serve to a response."""
     for cause in reversed(causes(error)):
         match cause:
             case ApiError():
@@ -73,12 +73,12 @@ def api_error(error: BaseException) -> ApiError:
             case Flagged():
                 return ApiError(400, str(cause), code="content_policy_violation")
             case DeadlineExceeded() | TimeoutError():
-                message = "timeout_s: the deadline passed before the answer was ready"
+                message = "timeout_s: the deadline passed before the request was complete"
                 return ApiError(504, message, kind="timeout_error", param="timeout_s", code="deadline_exceeded")
         if (wait_s := full_queue_wait_s(cause)) is not None:
             return overloaded(wait_s)
     if replica_failed(error):
-        message = "the replica that worked on this request failed, and so did those that took over; try again"
+        message = "the replica that processed this request failed, and so did all retries; try again"
         return ApiError(503, message, kind="server_error", code="replica_failed", retry_after_s=1)
     log.error("a request failed", exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", kind="server_error")
@@ -86,9 +86,9 @@ def api_error(error: BaseException) -> ApiError:
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Whatever goes wrong within leaves as an :class:`ApiError`.
+    """Convert any exception raised within the block to an :class:`ApiError`.
 
-    Before FastAPI sees it, because Serve registers its own plain-text answer for an overloaded deployment there.
+    Needed in the route, because Serve registers its own plain-text handler for overloaded deployments in FastAPI.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The sampling graph as the endpoint calls it: one image's way through the stages, with second tries.
+"""Sampling graph: calls the stages for each image, with retries.
 
-Features go from replica to replica through Ray's object store. Codes pass here, because they are 1 KiB and make the
-generation and the decoding two calls that are repeated on their own; an image passes here once, as a file.
+Features are passed between replicas through Ray's object store. Codes (1 KiB) are returned to this process, so that
+generation and decoding are retried independently; an image is returned once, as a file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """What to make."""
+    """Specification of one image of a request."""
 
     index: int
+    """Number of the image within its request, from 0."""
     model: str
     prompt: str
     sampling: Mapping[str, Any]
@@ -35,19 +36,19 @@ class GeneratedImage:
     output_format: str
 
     def metadata(self, weights: Mapping[str, str]) -> dict[str, Any]:
-        """What is written into the file; ``weights`` are the hashes of the models that made it."""
+        """Return the metadata written into the file; ``weights`` are the hashes of its models by role."""
         return {"model": self.model, "prompt": self.prompt, **self.sampling, "weights": dict(weights)}
 
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes ``{"step", "steps", "codes", "weights"}``, once for every ``preview_every`` steps and in their order."""
+"""Receives ``{"step", "steps", "codes", "weights"}`` every ``preview_every`` steps, in order."""
 
 
 class Handle(Protocol):
-    """Calls a stage: Serve's ``DeploymentHandle``, or :class:`.local.LocalHandle`.
+    """Handle of a stage: Serve's ``DeploymentHandle`` or :class:`.local.LocalHandle`.
 
-    ``handle.method.remote(...)`` begins a call at once. What it returns is awaited, or iterated over after
-    ``options(stream=True)``, and may be an argument of another call before that; ``cancel()`` ends it.
+    ``handle.method.remote(...)`` starts a call immediately. The returned object is awaited (iterated over after
+    ``options(stream=True)``), may be passed as an argument to another call, and has ``cancel()`` to end the call.
     """
 
     def options(self, *, stream: bool) -> Handle: ...
@@ -56,11 +57,11 @@ class Handle(Protocol):
 
 
 Health = Callable[[Mapping[str, Any]], Awaitable[list[str]]]
-"""Takes the stages' handles by name; returns the names of those that are unhealthy, each with what is known of it."""
+"""Receives the stages' handles by name; returns a line ``name: reason`` for each unhealthy stage."""
 
 
 class Graph:
-    """Handles of the stages."""
+    """Client of the stages: generates and decodes images through their handles."""
 
     def __init__(
         self,
@@ -74,10 +75,10 @@ class Graph:
         self.tokenizer_hash, self.health = tokenizer_hash, health
 
     async def codes(self, image: GeneratedImage, deadline: float) -> Generated:
-        """Bits, and whose they are; ``deadline`` in terms of ``time.monotonic()``."""
+        """Generate the codes of an image; ``deadline`` in terms of ``time.monotonic()``."""
 
         async def attempt() -> Generated:
-            # The features are made anew for every try: those of the last one may have died with their replica.
+            # Encoded again in each attempt: earlier features may be lost with the replica that stored them.
             async with _cancelling(self.text.encode.remote(image.prompt)) as features:
                 call = self.generators[image.model].generate.remote(
                     features, dict(image.sampling), deadline - time.monotonic()
@@ -88,7 +89,7 @@ class Graph:
         return await CALLS.call_async(attempt, deadline=deadline)
 
     async def follow(self, image: GeneratedImage, deadline: float, preview_every: int, report: Report) -> Generated:
-        """As :meth:`codes`, with a ``report`` on the way. A second try does not report again what the first one did."""
+        """Generate as :meth:`codes` and call ``report`` with the progress; a retry does not repeat reported steps."""
         reported = 0
 
         async def attempt() -> Generated:
@@ -105,7 +106,7 @@ class Graph:
                         if update["step"] > reported:
                             reported = update["step"]
                             report(update)
-            raise RuntimeError("a followed image ended without its codes")
+            raise RuntimeError("the stream of an image ended without codes")
 
         return await CALLS.call_async(attempt, deadline=deadline)
 
@@ -118,7 +119,7 @@ class Graph:
         metadata: dict[str, Any] | None,
         deadline: float,
     ) -> bytes:
-        """The file of an image."""
+        """Decode ``codes [L, K]`` to an image file; ``deadline`` in terms of ``time.monotonic()``."""
 
         async def attempt() -> bytes:
             call = self.decoder.decode.remote(codes, height, width, output_format, metadata)
@@ -128,21 +129,21 @@ class Graph:
         return await CALLS.call_async(attempt, deadline=deadline)
 
     async def file(self, image: GeneratedImage, made: Generated, deadline: float) -> bytes:
-        """The file of ``image``, which has the bits of ``made``."""
+        """Decode ``made``, the codes of ``image``, to its file."""
         metadata = image.metadata(self.weights(made))
         return await self.decode(made.codes, image.height, image.width, image.output_format, metadata, deadline)
 
     def weights(self, made: Generated) -> dict[str, str]:
-        """Hashes of the models behind an image."""
+        """Return the weight hashes of an image's ``generator`` and ``tokenizer``."""
         return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
 
     async def unhealthy(self) -> list[str]:
-        """Stages that are unhealthy, with what is known of them."""
+        """Return a line ``name: reason`` for each unhealthy stage."""
         return await self.health({"text": self.text, "decoder": self.decoder, **self.generators})
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order. The first exception is raised, and so is a cancellation, when all others have ended."""
+    """Run all coroutines and return results in order; an exception or cancellation is raised after all have ended."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
@@ -154,7 +155,7 @@ async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 @asynccontextmanager
 async def _cancelling(call: Any) -> AsyncIterator[Any]:
-    """A call that is cancelled with the block. Serve alone would let it run on, to occupy a slot for nobody."""
+    """Cancel ``call`` if the block raises. Serve would let it run on and occupy a slot without a receiver."""
     try:
         yield call
     except BaseException:

@@ -1,4 +1,4 @@
-"""Whether an endpoint's stages are well, as Ray Serve sees them."""
+"""Health of an endpoint's stages according to Ray Serve."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ TIMEOUT_S = 3.0
 
 
 async def unhealthy(stages: Mapping[str, DeploymentHandle]) -> list[str]:
-    """Stages without a replica that passed its last health check, with what Serve says of them.
+    """Return ``name: status`` of each stage without a replica that passed its last health check.
 
-    Serve is asked, not the replicas: a call to one that is full waits for its turn, and full is not unhealthy.
+    Queries Serve rather than the replicas: a call to a fully loaded replica would wait in its queue, and a loaded
+    replica is not unhealthy.
     """
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -31,6 +32,6 @@ def _deployments() -> dict[str, DeploymentStatusOverview]:
 
 
 def _alive(about: DeploymentStatusOverview | None) -> bool:
-    # One that is being given new settings goes on with its requests.
+    # A replica that is being reconfigured continues to process requests.
     states = about.replica_states.items() if about is not None else ()
     return any(count and state in ("RUNNING", "UPDATING") for state, count in states)

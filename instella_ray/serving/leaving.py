@@ -1,4 +1,4 @@
-"""Requests whose client has gone away: Serve cancels them by itself, plain ASGI servers let them run on."""
+"""Cancellation of requests whose client has disconnected, for plain ASGI servers; Ray Serve does this itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class CancelOnLeave:
-    """ASGI middleware: cancels a request's work as soon as its client leaves, so that it occupies nothing for nobody."""
+    """ASGI middleware that cancels a request as soon as its client disconnects, to free its slot."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -21,10 +21,10 @@ class CancelOnLeave:
 
 
 class _Request:
-    """One request at work. Its connection is watched from the end of its body on: before, the application reads."""
+    """One running request. Its connection is watched once the application has read the whole body."""
 
     def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        self._receive, self._left = receive, asyncio.Event()
+        self._receive, self._disconnected = receive, asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         self._work = asyncio.ensure_future(app(scope, self._next, send))
 
@@ -32,7 +32,7 @@ class _Request:
         try:
             await self._work
         except asyncio.CancelledError:
-            if not self._left.is_set():
+            if not self._disconnected.is_set():
                 raise
         finally:
             if self._watcher is not None:
@@ -40,7 +40,7 @@ class _Request:
 
     async def _next(self) -> Message:
         if self._watcher is not None:
-            await self._left.wait()
+            await self._disconnected.wait()
             return {"type": "http.disconnect"}
         message = await self._receive()
         if not message.get("more_body"):
@@ -50,5 +50,5 @@ class _Request:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._left.set()
+        self._disconnected.set()
         self._work.cancel()

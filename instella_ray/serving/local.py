@@ -1,6 +1,6 @@
-"""The endpoint in one process, without Ray: API, limits, engines and page as on Serve, every stage once.
+"""Endpoint in one process, without Ray: the same API, limits, engines and page as on Serve, one instance per stage.
 
-Where ``replicas``, ``autoscaling`` and shares of CPUs lay an endpoint out over a cluster, they have no effect here.
+``replicas``, ``autoscaling`` and CPU shares, which distribute an endpoint over a cluster, have no effect here.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _END = object()
 
 @dataclass(frozen=True)
 class LocalHandle:
-    """Calls a stage of this process as Serve's handles do. A call is a task of the running loop."""
+    """Handle of a stage in this process, with the interface of Serve's handles; calls are tasks of the running loop."""
 
     stage: Any
     stream: bool = False
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
-    """Those under way."""
+    """Calls in progress."""
 
     def options(self, *, stream: bool) -> LocalHandle:
-        """The same stage, called for an answer in parts or in one piece."""
+        """Return a handle of the same stage whose calls stream their results or return one."""
         return LocalHandle(self.stage, stream, self.calls)
 
     def __getattr__(self, method: str) -> LocalMethod:
         return LocalMethod(self, getattr(self.stage, method))
 
     def begin(self, call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a call of the stage."""
+        """Start a call of the stage."""
         task = asyncio.create_task(call)
         self.calls.add(task)
         task.add_done_callback(self.calls.discard)
         return task
 
     async def close(self) -> None:
-        """Cancel the calls under way and end the stage's threads."""
+        """Cancel the calls in progress and close the stage."""
         for call in self.calls:
             call.cancel()
         await asyncio.gather(*self.calls, return_exceptions=True)
@@ -57,13 +57,13 @@ class LocalHandle:
 
 @dataclass(frozen=True)
 class LocalMethod:
-    """A method of a stage, to be called."""
+    """Method of a stage, called with ``remote``."""
 
     handle: LocalHandle
     function: Callable[..., Any]
 
     def remote(self, *arguments: Any) -> asyncio.Task[Any] | LocalStream:
-        """Begin a call; arguments that are calls themselves are waited for first."""
+        """Start a call; arguments that are calls are awaited first."""
         if self.handle.stream:
             return LocalStream(self.handle, self.function, arguments)
         return self.handle.begin(self._call(arguments))
@@ -73,7 +73,7 @@ class LocalMethod:
 
 
 class LocalStream:
-    """The parts of a call's answer. The call does not wait for who reads them."""
+    """Asynchronous iterator over the results of a streaming call. The call does not wait for its reader."""
 
     def __init__(
         self, handle: LocalHandle, function: Callable[..., AsyncGenerator[Any, None]], arguments: tuple[Any, ...]
@@ -83,7 +83,7 @@ class LocalStream:
         self._call.add_done_callback(lambda _: self._parts.put_nowait(_END))
 
     def cancel(self) -> None:
-        """End the call."""
+        """Cancel the call."""
         self._call.cancel()
 
     def __aiter__(self) -> LocalStream:
@@ -92,7 +92,7 @@ class LocalStream:
     async def __anext__(self) -> Any:
         if (part := await self._parts.get()) is not _END:
             return part
-        await self._call  # raises what ended it, if anything did
+        await self._call  # raises the exception of the call, if any
         raise StopAsyncIteration
 
     async def _run(self, function: Callable[..., AsyncGenerator[Any, None]], arguments: tuple[Any, ...]) -> None:
@@ -106,7 +106,7 @@ async def _answers(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 async def unhealthy(stages: Mapping[str, LocalHandle]) -> list[str]:
-    """Stages that fail their health check, with what kind of failure it is."""
+    """Return ``name: exception type`` of each stage that fails its health check."""
     found = []
     for name, handle in stages.items():
         try:
@@ -117,14 +117,14 @@ async def unhealthy(stages: Mapping[str, LocalHandle]) -> list[str]:
 
 
 def build_local(args: ServeArgs) -> FastAPI:
-    """The application with its models loaded, for any ASGI server; its lifespan ends the engines and their threads.
+    """Build the application with its models loaded, for any ASGI server; its lifespan stops the engines and threads.
 
-    The graph is its ``state.graph``. UserError as :meth:`.setup.Setup.of`.
+    The application's ``state.graph`` is the graph. Raises UserError as :meth:`.setup.Setup.of`.
     """
     setup = Setup.of(args)
     text, decoder = LocalHandle(TextEncoderStage(**setup.text())), LocalHandle(DecoderStage(**setup.decoder()))
     generators = {name: LocalHandle(GeneratorStage(**setup.generator(name))) for name in args.models}
-    # Each stage has called this process's records its own.
+    # Each stage has set the process-wide log context to its own name.
     logs.set_up({"job": "serve", "stage": "all"})
 
     @asynccontextmanager

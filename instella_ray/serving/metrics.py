@@ -1,7 +1,7 @@
-"""What the stages tell Ray's Prometheus endpoint, beside what Serve tells by itself.
+"""Prometheus metrics of the stages and their engines, in addition to Serve's own.
 
-Only a replica of Serve tells anything: elsewhere nobody would read it, and Ray need not be loaded. Ray prefixes each name
-with ``ray_``, gives counters the suffix ``_total``, and adds the tags deployment, replica and application.
+Metrics are exported only within a Serve replica; elsewhere they have no reader, and Ray need not be imported. Ray adds
+the prefix ``ray_``, the suffix ``_total`` of counters, and the tags deployment, replica and application.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ray.serve.metrics import Counter, Histogram
 
 BOUNDARIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
-"""Seconds, upper bounds of the histogram's bins."""
+"""Upper bounds of the histogram's bins, in seconds."""
 
 
 def in_replica() -> bool:
-    """True in a process that Serve runs as a replica."""
+    """Return whether this process is a Serve replica."""
     serve = sys.modules.get("ray.serve")
     if serve is None:
         return False
@@ -41,7 +41,7 @@ class StageTimes:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Times the block; one that ends in an exception is not counted."""
+        """Record the duration of the block, unless it raises."""
         began = time.perf_counter()
         yield
         if self._seconds is not None:
@@ -53,30 +53,30 @@ def _stage_seconds() -> Histogram:
 
     return Histogram(
         "instella_stage_seconds",
-        description="Time that a stage took for one call or batch, waiting within the stage included.",
+        description="Duration of one call or batch of a stage, including queueing within the stage.",
         boundaries=BOUNDARIES,
         tag_keys=("stage",),
     )
 
 
 class EngineMetrics:
-    """Gauges of rows and slots; counters of steps, images and busy seconds, whose rates are steps/s and load."""
+    """Gauges of rows and slots; counters of steps, images and busy seconds, whose rates give steps/s and load."""
 
     def __init__(self) -> None:
         from ray.serve.metrics import Counter, Gauge
 
-        self._waiting = Gauge("instella_waiting_rows", description="Images without a slot.")
-        self._active = Gauge("instella_active_rows", description="Images on their way.")
-        self._slots = Gauge("instella_slots", description="Images that can be on their way at once.")
+        self._waiting = Gauge("instella_waiting_rows", description="Images waiting for a slot.")
+        self._active = Gauge("instella_active_rows", description="Images that occupy a slot.")
+        self._slots = Gauge("instella_slots", description="Maximum number of images processed at once.")
         self._steps = Counter("instella_steps", description="Forward passes of the step engine.")
-        self._images = Counter("instella_images", description="Images finished.")
-        self._busy = Counter("instella_busy_seconds", description="Seconds that the step engine was at work.")
+        self._images = Counter("instella_images", description="Completed images.")
+        self._busy = Counter("instella_busy_seconds", description="Seconds spent in steps of the step engine.")
         self._last: dict[int, EngineStats] = {}
 
     def report(self, engines: dict[int, EngineStats]) -> None:
-        """Tell the state of a replica's engines by number, the one that takes new requests last.
+        """Export the state of a replica's engines, by number; the last one receives new requests.
 
-        There is more than one only while weights are being swapped.
+        There are several only while weights are being swapped.
         """
         stats = list(engines.values())
         self._waiting.set(sum(s.waiting for s in stats))
@@ -91,5 +91,5 @@ class EngineMetrics:
 
     @staticmethod
     def _increase(counter: Counter, by: float) -> None:
-        if by > 0:  # Ray refuses 0
+        if by > 0:  # Ray raises for 0
             counter.inc(by)

@@ -1,4 +1,4 @@
-"""Ray's own exceptions, told apart without loading Ray: where nobody has loaded it, nobody raises them."""
+"""Classification of Ray's exceptions without importing Ray: if it is not loaded, none can have been raised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def is_loss(error: BaseException) -> bool:
-    """True for what Ray raises when the process or machine that worked on a call, or one of its arguments, is gone."""
+    """Return whether ``error`` is Ray's for a call whose process, machine or argument was lost."""
     known = sys.modules.get("ray.exceptions")
     if known is None:
         return False
@@ -22,7 +22,7 @@ def is_loss(error: BaseException) -> bool:
 
 
 def full_queue_wait_s(error: BaseException) -> float | None:
-    """After how many seconds Serve wants to be asked again, where its own queue was full; None for other exceptions."""
+    """Return the seconds to wait before a retry if Serve's queue was full; None for any other exception."""
     known = sys.modules.get("ray.serve.exceptions")
     if known is None or not isinstance(error, known.BackPressureError):
         return None

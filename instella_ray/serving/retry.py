@@ -1,7 +1,7 @@
-"""Calls that are made again when the replica working on them is lost.
+"""Retry policy for calls whose replica is lost.
 
-Serve does not do that, because it cannot know that a call may be repeated. Ours may: the same seed gives the same bits
-wherever it is run.
+Serve does not retry, because it cannot know that a call is idempotent. These calls are: the same seed gives the same
+bits on any replica.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from .runner import EngineFailed
 
 
 def replica_failed(error: BaseException) -> bool:
-    """True when the call may well succeed elsewhere: its replica, or one before it, died or broke."""
+    """Return whether ``error`` is the failure of a replica, so that a retry on another one may succeed."""
     return any(isinstance(cause, EngineFailed) or is_loss(cause) for cause in causes(error))
 
 
 CALLS = RetryPolicy(replica_failed, tries=3, first_wait_s=0.2)
-"""The waits are for the loss to get known."""
+"""Waits between attempts, so that Serve can detect the lost replica."""

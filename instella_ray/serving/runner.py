@@ -1,4 +1,4 @@
-"""Runs a step engine in a thread and lets coroutines follow their images."""
+"""Runner of a step engine in a thread, with an asynchronous interface for its callers."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from ..models.sampling import SamplingParams
 
 
 class DeadlineExceeded(Exception):
-    """The request's deadline passed before its image was done; its slot is free again."""
+    """The deadline of a request passed before its image was complete; its slot has been released."""
 
 
 class EngineFailed(Exception):
-    """The engine cannot go on; its replica is to be replaced, and the request made again elsewhere."""
+    """The engine has failed; its replica must be replaced and the request retried on another one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """A look at an engine, taken between two steps or in the middle of one."""
+    """Snapshot of an engine's counters, possibly taken during a step."""
 
     waiting: int
-    """Requests without a slot."""
+    """Requests waiting for a slot."""
     active: int
+    """Occupied slots."""
     slots: int
     steps: int
     """Forward passes since the start."""
     images: int
-    """Images finished since the start."""
+    """Completed images since the start."""
     busy_s: float
     """Seconds spent in steps since the start."""
     silence_s: float
-    """Seconds since the engine last came round, 0 while it has nothing to do."""
+    """Seconds since the last completed engine step; 0 when idle."""
 
 
 class EngineRunner:
-    """One thread steps the engine while there is work; any number of callers follow their own requests.
+    """Runner that steps an engine in its own thread while it has requests, for any number of concurrent callers.
 
-    The engine belongs to that thread alone: callers leave commands in an inbox, which is emptied between steps, so
-    that no event loop ever waits for a step.
+    Only this thread accesses the engine: callers put commands into an inbox, which is emptied between steps, so that no
+    event loop blocks on a step.
     """
 
     def __init__(self, engine: StepEngine) -> None:
@@ -57,16 +58,16 @@ class EngineRunner:
         self._callers: dict[str, _Caller] = {}
         self._failure: Exception | None = None
         self._closing = False
-        self._came_round = time.monotonic()
+        self._last_step = time.monotonic()
         self._images, self._busy = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="step-engine", daemon=True)
         self._thread.start()
 
     @property
     def stats(self) -> EngineStats:
-        """Counts and times for metrics, scaling and health."""
+        """Current counters, for metrics, autoscaling and health checks."""
         engine = self.engine
-        silence = 0.0 if engine.idle and self._inbox.empty() else time.monotonic() - self._came_round
+        silence = 0.0 if engine.idle and self._inbox.empty() else time.monotonic() - self._last_step
         return EngineStats(
             waiting=len(engine.waiting) + self._inbox.qsize(),
             active=engine.active,
@@ -78,35 +79,35 @@ class EngineRunner:
         )
 
     def check(self, longest_step_s: float) -> None:
-        """:class:`EngineFailed` when the thread has died, or has work and has not come round for ``longest_step_s``."""
+        """Raise :class:`EngineFailed` if the thread has failed or completed no step for ``longest_step_s`` seconds."""
         if self._failure is not None:
             raise EngineFailed(f"the step engine has failed: {self._failure}")
         if (silence := self.stats.silence_s) > longest_step_s:
-            raise EngineFailed(f"the step engine has not come round for {silence:.0f} s")
+            raise EngineFailed(f"the step engine has not completed a step for {silence:.0f} s")
 
     async def generate(self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf")) -> Tensor:
-        """Codes, uint8 ``[L, K]``; raises as :meth:`follow`."""
+        """Generate codes, uint8 0/1 ``[L, K]``; raises as :meth:`follow`."""
         async with aclosing(self.follow(features, params, timeout_s=timeout_s)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     return event.codes
-        raise AssertionError("a followed request ends with its image or an exception")
+        raise AssertionError("a request ends with Finished or an exception")
 
     async def follow(
         self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf"), preview_every: int = 0
     ) -> AsyncGenerator[Progress | Finished, None]:
-        """What happens to a request, :class:`.engine.Finished` last.
+        """Submit a request and yield its events, :class:`.engine.Finished` last.
 
-        Leaving the loop, or being cancelled, frees the slot at the next step. UserError for a request that the engine
-        refuses, :class:`DeadlineExceeded` after ``timeout_s`` seconds, :class:`EngineFailed` when the engine breaks.
+        Closing or cancelling the generator releases the slot at the next step. Raises UserError for an invalid request,
+        :class:`DeadlineExceeded` after ``timeout_s`` seconds, and :class:`EngineFailed` if the engine fails.
         """
         deadline = self.engine.clock() + timeout_s
         request = Request(uuid.uuid4().hex, features, params, deadline, preview_every)
         caller = _Caller(asyncio.get_running_loop())
         self._inbox.put(lambda: self._submit(request, caller))
         if self._failure is not None or self._closing:
-            # The thread may have ended before it could see the command.
-            caller.tell(EngineFailed(f"the step engine has ended ({self._failure or 'closed'})"))
+            # The thread may have ended before it processed the command.
+            caller.put(EngineFailed(f"the step engine has ended ({self._failure or 'closed'})"))
         try:
             while True:
                 event = await caller.events.get()
@@ -121,7 +122,7 @@ class EngineRunner:
             self._inbox.put(lambda: self._cancel(request.id))
 
     async def drain(self) -> None:
-        """Wait until every request is done, then end the thread. New requests must go elsewhere from now on."""
+        """Wait until all requests have ended, then stop the thread. No new requests may be submitted."""
         while self._failure is None and (self._callers or not self.engine.idle or not self._inbox.empty()):
             await asyncio.sleep(0.02)
         self._closing = True
@@ -132,40 +133,40 @@ class EngineRunner:
         try:
             while True:
                 self._take_commands()
-                # A request may have come in between drain's last look and its goodbye.
+                # A request may have arrived between drain's last check and its setting of _closing.
                 if self._closing and self.engine.idle:
                     return
-                began = self._came_round = time.monotonic()
+                began = self._last_step = time.monotonic()
                 for event in self.engine.step():
-                    self._tell(event)
+                    self._dispatch(event)
                 self._busy += time.monotonic() - began
         except Exception as error:
             self._failure = error
             for caller in self._callers.values():
-                caller.tell(EngineFailed(f"the step engine has failed: {error}"))
+                caller.put(EngineFailed(f"the step engine has failed: {error}"))
             raise
 
     def _take_commands(self) -> None:
         if self.engine.idle and not self._closing:
             command = self._inbox.get()
-            self._came_round = time.monotonic()
+            self._last_step = time.monotonic()
             command()
         while not self._inbox.empty():
             self._inbox.get()()
 
-    def _tell(self, event: Event) -> None:
+    def _dispatch(self, event: Event) -> None:
         ended = not isinstance(event, Progress)
         caller = self._callers.pop(event.id, None) if ended else self._callers.get(event.id)
         self._images += isinstance(event, Finished)
         if caller is not None:
-            caller.tell(event)
+            caller.put(event)
 
     def _submit(self, request: Request, caller: _Caller) -> None:
         try:
             self.engine.submit(request)
             self._callers[request.id] = caller
         except UserError as error:
-            caller.tell(error)
+            caller.put(error)
 
     def _cancel(self, request_id: str) -> None:
         if self._callers.pop(request_id, None) is not None:
@@ -173,13 +174,13 @@ class EngineRunner:
 
 
 class _Caller:
-    """A coroutine's mailbox, filled from the engine's thread."""
+    """Event queue of one caller, filled from the engine's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-    def tell(self, event: Event | Exception) -> None:
-        # The loop may have closed, in which case nobody is listening any more.
+    def put(self, event: Event | Exception) -> None:
+        # The caller's loop may have closed meanwhile.
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)

@@ -1,7 +1,7 @@
-"""How many replicas each stage needs. The generator's follow the rows that wait for it and those on their way.
+"""Autoscaling of the stages: the generator by waiting and active rows, the others by their concurrent calls.
 
-Serve copies the policy into its controller, so nothing heavy may be imported here; and the stages, which report what it
-decides by, run without Ray too.
+Serve loads the policy in its controller, so this module must import nothing heavy; it imports Ray only in functions,
+because the stages, which report the policy's input, also run without Ray.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 WAITING, ACTIVE, SLOTS = "waiting_rows", "active_rows", "slots"
-"""What a generator replica's ``record_autoscaling_stats`` reports."""
+"""Keys of the values that ``record_autoscaling_stats`` of a generator replica reports."""
 
 
 def desired_replicas(rows: float, slots: float, utilisation: float) -> int:
-    """Replicas of ``slots`` slots each, so that ``rows`` rows occupy the share ``utilisation`` of them; at least 1."""
-    # Less a trifle, because 7 / 0.7 is a little more than 10.
+    """Return the number of replicas, at least 1, at which ``rows`` occupy the share ``utilisation`` of all slots."""
+    # Subtracts a tolerance for rounding errors: 7 / 0.7 is slightly more than 10.
     return max(1, math.ceil(rows / (slots * utilisation) - 1e-9))
 
 
 class RowsPolicy:
-    """A Serve autoscaling policy: rows waiting (in replicas, and in handles before them) and active, per slot.
+    """Serve autoscaling policy by rows per slot: rows waiting in replicas, queued in handles, and active.
 
-    Serve applies the deployment's delays, factors and bounds to the answer.
+    Serve applies the deployment's delays, factors and limits to the result.
     """
 
     def __init__(self, utilisation: float = 0.8) -> None:
@@ -37,7 +37,7 @@ class RowsPolicy:
         reported = ctx.aggregated_metrics or {}
         slots = list((reported.get(SLOTS) or {}).values())
         if not slots or not all(slots):
-            # Replicas have started and not reported yet, or the controller has: no reason to change anything.
+            # No reports yet after a start of the replicas or the controller: keep the current number.
             return ctx.target_num_replicas, {}
         rows = sum((reported.get(WAITING) or {}).values()) + sum((reported.get(ACTIVE) or {}).values())
         rows += ctx.total_queued_requests or 0
@@ -53,7 +53,7 @@ def generator_scaling(
     downscale_delay_s: float = 120.0,
     look_back_s: float = 10.0,
 ) -> AutoscalingConfig:
-    """Between ``lowest`` and ``highest`` generator replicas, by rows per slot."""
+    """Return Serve's config for ``lowest`` to ``highest`` generator replicas, scaled by rows per slot."""
     from ray.serve.config import AutoscalingPolicy
 
     policy = AutoscalingPolicy(policy_function=RowsPolicy, policy_kwargs={"utilisation": utilisation})
@@ -69,7 +69,7 @@ def stage_scaling(
     downscale_delay_s: float = 120.0,
     look_back_s: float = 10.0,
 ) -> AutoscalingConfig:
-    """Between ``lowest`` and ``highest`` replicas of a stage whose load is its calls: ``ongoing`` a replica."""
+    """Return Serve's config for ``lowest`` to ``highest`` replicas with a target of ``ongoing`` calls per replica."""
     return _config(lowest, highest, upscale_delay_s, downscale_delay_s, look_back_s, target_ongoing_requests=ongoing)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API's requests and answers, in OpenAI's shape with a diffusion user's extras."""
+"""Request and response bodies of the HTTP API: OpenAI's format with additional sampling parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ Size = Annotated[str | None, AfterValidator(_size)]
 
 
 class RequestBody(BaseModel):
-    """No unknown keys, no guessing: ``"20"`` is not a number. What is left out takes the server's default."""
+    """Base of request bodies: rejects unknown keys and wrong types (``"20"`` for a number).
+
+    Omitted fields take the server's defaults.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -44,31 +47,31 @@ class ImageRequest(RequestBody):
 
     prompt: Prompt | list[Prompt] = Field(description="One prompt, or several; the empty prompt is allowed")
     model: str | None = Field(None, description="A model of GET /v1/models; the first one by default")
-    n: int = Field(1, ge=1, description="Images a prompt")
+    n: int = Field(1, ge=1, description="Images per prompt")
     size: Size = Field(None, description="WIDTHxHEIGHT in pixels, for example 1024x1024, or auto")
-    response_format: ResponseFormat = Field("b64_json", description="codes: the image's bits, to be decoded later")
+    response_format: ResponseFormat = Field("b64_json", description="codes: the image's bits, for decoding later")
     output_format: ImageFormat = "png"
     stream: bool = Field(False, description="Answer with server-sent events")
-    partial_images: int = Field(0, ge=0, le=8, description="Previews of each image, where the answer is a stream")
-    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Image i uses seed + i; drawn at random by default")
+    partial_images: int = Field(0, ge=0, le=8, description="Previews per image; requires stream")
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request (s)")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Image i uses seed + i; random by default")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="The paper's alpha; 0 is without guidance"
+        None, ge=0, le=100, allow_inf_nan=False, description="The paper's alpha; 0 disables guidance"
     )
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False, description="0 is greedy")
     rho: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
     sampler: Sampler | None = None
-    final_draw: bool | None = Field(None, description="Draw the last step's bits; false is a threshold at 0.5")
+    final_draw: bool | None = Field(None, description="Sample the bits of the last step; false thresholds them at 0.5")
     user: str | None = Field(None, description="Accepted for compatibility; not used")
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        """One message in place of one for each kind that a prompt may be."""
+        """Check the type here for one error message; pydantic would give one per member of the union."""
         prompts = value if isinstance(value, list) else [value]
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("expected a text or a list of at least one")
+            raise ValueError("expected a string or a non-empty list of strings")
         for prompt in prompts:
             _encodable(prompt)
         return value
@@ -82,30 +85,30 @@ class ImageRequest(RequestBody):
 
     @property
     def prompts(self) -> list[str]:
-        """One entry an image."""
+        """Prompts of all images, each repeated ``n`` times."""
         given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return [prompt for prompt in given for _ in range(self.n)]
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling parameters that the request sets."""
+        """Return the sampling parameters that the request sets."""
         return {name: value for name in SamplingConfig.model_fields if (value := getattr(self, name)) is not None}
 
 
 class DecodeRequest(RequestBody):
     """Body of ``POST /v1/codes/decode``."""
 
-    codes: str | list[str] = Field(description="What response_format codes gave, once or several times")
-    size: Size = Field(None, description="WIDTHxHEIGHT in pixels; any size of the server, whatever was asked for then")
+    codes: str | list[str] = Field(description="One or several codes, as returned with response_format codes")
+    size: Size = Field(None, description="WIDTHxHEIGHT in pixels; independent of the size at generation")
     output_format: ImageFormat = "png"
-    model: str | None = Field(None, description="Accepted for symmetry: all models write the same tokenizer's codes")
-    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request")
+    model: str | None = Field(None, description="Must be served, but has no effect: all models share a tokenizer")
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request (s)")
 
     @field_validator("codes", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         given = value if isinstance(value, list) else [value]
         if not given or not all(isinstance(item, str) for item in given):
-            raise ValueError("expected a base64 text or a list of at least one")
+            raise ValueError("expected a base64 string or a non-empty list of base64 strings")
         return value
 
     @property
@@ -114,19 +117,19 @@ class DecodeRequest(RequestBody):
 
 
 class ImageResult(BaseModel):
-    """One image of an answer."""
+    """One image of a response."""
 
     b64_json: str | None = None
     codes: str | None = None
-    """Base64 of the bits, packed as ``numpy.packbits`` does it."""
+    """Bits of the image, packed as by ``numpy.packbits``, in base64."""
     seed: int | None = None
     prompt: str | None = None
     weights: dict[str, str] | None = None
-    """Hashes of the weights of ``generator`` and ``tokenizer``, by which ``instella-ray lineage`` finds them."""
+    """Weight hashes of ``generator`` and ``tokenizer``, as used by ``instella-ray lineage``."""
 
 
 class ImageResponse(BaseModel):
-    """Answer of ``POST /v1/images/generations`` and ``POST /v1/codes/decode``."""
+    """Response of ``POST /v1/images/generations`` and ``POST /v1/codes/decode``."""
 
     created: int
     model: str

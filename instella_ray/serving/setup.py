@@ -1,4 +1,4 @@
-"""An endpoint before any stage runs: its folders looked into, its settings checked. The same on Serve and in one process."""
+"""Setup of an endpoint before its stages start: reads model folders and checks settings, with and without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .graph import Graph
 
 @dataclass(frozen=True)
 class Setup:
-    """What the stages and the API of an endpoint are made with."""
+    """Inputs of the stages and the API of an endpoint."""
 
     args: ServeArgs
     keys: ApiKeys
@@ -32,32 +32,32 @@ class Setup:
 
     @classmethod
     def of(cls, args: ServeArgs) -> Setup:
-        """Look into the folders of ``args``.
+        """Read the model folders of ``args``.
 
-        UserError when one is missing or its model does not belong to the tokenizer, or settings contradict.
+        Raises UserError for missing folders, generators of another tokenizer and contradictory settings.
         """
         args.check()
         keys = ApiKeys.load(args.api_keys_file)
-        served, text_config = _look_into_folders(args)
-        # A longer prompt is cut, with a warning, to what a slot has room for.
+        served, text_config = _read_folders(args)
+        # Longer prompts are truncated, with a warning, to the length of a slot.
         limit = min(text_config.max_length, args.text_length)
         text_config = text_config.model_copy(update={"max_length": limit})
         return cls(args, keys, served, text_config, _empty_prompt(text_config))
 
     def text(self) -> dict[str, Any]:
-        """Arguments of :class:`.deployments.TextEncoderStage`."""
+        """Return the arguments of :class:`.deployments.TextEncoderStage`."""
         args = self.args
         return {
             "cfg": self.text_config,
             "threads": args.threads,
             "device": self._device(args.text),
             "precision": args.precision,
-            # Prompts in a batch change each other's last digits, and with them a bit of an image here and there.
+            # Batching changes the last digits of the features, which can flip bits of an image.
             "batch_invariant": all(model.batch_invariant for model in args.models.values()),
         }
 
     def decoder(self) -> dict[str, Any]:
-        """Arguments of :class:`.deployments.DecoderStage`."""
+        """Return the arguments of :class:`.deployments.DecoderStage`."""
         args = self.args
         return {
             "path": storage.absolute(args.tokenizer),
@@ -68,7 +68,7 @@ class Setup:
         }
 
     def generator(self, name: str) -> dict[str, Any]:
-        """Arguments of :class:`.deployments.GeneratorStage` for one of the models."""
+        """Return the arguments of :class:`.deployments.GeneratorStage` for the model ``name``."""
         args, model = self.args, self.args.models[name]
         return {
             "path": storage.absolute(model.path),
@@ -81,7 +81,7 @@ class Setup:
         }
 
     def service(self, graph: Graph) -> Service:
-        """What the API's routes call, over the stages of ``graph``."""
+        """Return the request handler of the API, on top of ``graph``."""
         limited = self.args.limits.prompt_tokens is not None
         count = partial(_count_tokens, _tokenizer(self.text_config)) if limited else None
         return Service(self.args, self.served, graph, count)
@@ -106,12 +106,12 @@ def _count_tokens(tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(prompt, truncation=False)["input_ids"])
 
 
-def _look_into_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
+def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
     bit = load_expected(args.tokenizer, BIT)
     bit_hash, multiple = weight_hash(bit), bit.cfg.decode_multiple
     wrong = next((size for size in args.sizes if size % multiple), None)
     if wrong is not None:
-        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} needs to decode")
+        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} requires")
     encoders, kinds = [], {}
     for name, model in args.models.items():
         config = read_checkpoint_config(model.path)
@@ -122,5 +122,5 @@ def _look_into_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
         kinds[name] = str(config["model"].get("kind"))
         encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
     if any(encoder != encoders[0] for encoder in encoders):
-        raise UserError("models: all generators of one endpoint must read the same text encoder")
+        raise UserError("models: the generators use different text encoders, expected the same one for all")
     return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), encoders[0]

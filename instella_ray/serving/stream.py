@@ -1,4 +1,4 @@
-"""A request's images as server-sent events, in OpenAI's names and with their progress."""
+"""Server-sent events of a request: progress, previews and images, with OpenAI's event names."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from .graph import GeneratedImage, Graph, all_or_none
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still there\n\n"
 KEEP_ALIVE_S = 15.0
-"""Proxies on the way close a connection that is silent for long, and an image may wait for its slot."""
+"""Seconds without an event before a keep-alive, because proxies close idle connections while an image is queued."""
 REPORTS = 20
-"""About as many progress events an image, however many steps it takes."""
+"""Approximate number of progress events per image, independent of its steps."""
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def report_every(steps: int, partial_images: int) -> int:
-    """Steps between two reports: few enough events, and one wherever a preview is due."""
+    """Return the steps between two progress events: about REPORTS per image, but at least one per preview."""
     return max(1, min(steps // REPORTS, steps // (partial_images + 1)))
 
 
 def due(step: int, steps: int, partial_images: int) -> int:
-    """How many previews should have been seen after ``step``, when they are spread evenly before the image."""
+    """Return how many previews are due after ``step`` if they are evenly spaced before the image."""
     return min(partial_images, step * (partial_images + 1) // steps)
 
 
 class ImageStream:
-    """Follows the images of one request and gathers their events, in order for each image."""
+    """Event stream of one request: generates its images concurrently; events are in order per image."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ImageStream:
         self._events: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Events as bytes, ``[DONE]`` last. Closing it early cancels what is under way."""
+        """Yield the encoded events, ``[DONE]`` last. Closing the generator early cancels the images in progress."""
         work = asyncio.create_task(self._run())
         try:
             while (item := await self._next()) is not None:
@@ -87,9 +87,9 @@ class ImageStream:
 
         def report(update: dict[str, Any]) -> None:
             step, steps = update["step"], update["steps"]
-            self._tell("progress", image, step=step, steps=steps)
+            self._emit("progress", image, step=step, steps=steps)
             if len(previews) < due(step, steps, self.partial_images):
-                # Not awaited: the next events, and the image itself, need not wait for a preview.
+                # Decoded in a task, so that a preview delays neither later events nor the image.
                 before = previews[-1] if previews else None
                 previews.append(asyncio.create_task(self._preview(image, update, len(previews), before)))
 
@@ -100,7 +100,7 @@ class ImageStream:
         finally:
             for preview in previews:
                 preview.cancel()
-        # The codes stand beside the file: 1 KiB that can be decoded again at another size.
+        # The codes (1 KiB) are always included, so that the image can be decoded again at another size.
         more = {
             "codes": pack(made.codes),
             "weights": self.graph.weights(made),
@@ -108,7 +108,7 @@ class ImageStream:
             "prompt": image.prompt,
             "model": image.model,
         }
-        self._tell("completed", image, created_at=int(time.time()), **{**self._format(image), **shown, **more})
+        self._emit("completed", image, created_at=int(time.time()), **{**self._format(image), **shown, **more})
 
     async def _preview(
         self, image: GeneratedImage, update: dict[str, Any], number: int, before: asyncio.Task[None] | None
@@ -116,7 +116,7 @@ class ImageStream:
         shown = await self._shown(image, Generated(update["codes"], update["weights"]))
         if before is not None:
             await before
-        self._tell(
+        self._emit(
             "partial_image",
             image,
             created_at=int(time.time()),
@@ -135,13 +135,13 @@ class ImageStream:
     def _format(self, image: GeneratedImage) -> dict[str, str]:
         return {"size": f"{image.width}x{image.height}", "output_format": image.output_format}
 
-    def _tell(self, name: str, image: GeneratedImage, **data: Any) -> None:
+    def _emit(self, name: str, image: GeneratedImage, **data: Any) -> None:
         name = f"image_generation.{name}"
         self._events.put_nowait(event(name, {"type": name, "index": image.index, **data}))
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events that ends its source when the client leaves, not when garbage is collected."""
+    """Server-sent event response that closes its source when the client disconnects, not at garbage collection."""
 
     def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

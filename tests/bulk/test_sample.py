@@ -165,7 +165,7 @@ def test_an_output_is_never_overwritten_or_mixed(finished: Path, folders: dict[s
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="not made by this job"):
         run_sample(config(folders, tmp_path / "foreign", mode="fresh"))
-    with pytest.raises(UserError, match="autoregressive model has none"):
+    with pytest.raises(UserError, match="autoregressive models have none"):
         run_sample(config(folders, tmp_path / "x", "ar", sweep=Sweep(num_inference_steps=(1, 2))))
     assert not (tmp_path / "x").exists()
 

@@ -355,7 +355,7 @@ def test_a_stalled_engine_is_noticed() -> None:
         task = asyncio.create_task(runner.generate(torch.zeros(2, 1, 8), SamplingParams.of(1)))
         while runner.stats.silence_s < 0.05:
             await asyncio.sleep(0.01)
-        with pytest.raises(EngineFailed, match="not come round"):
+        with pytest.raises(EngineFailed, match="not completed a step"):
             runner.check(0.01)
         release.set()
         await task

@@ -107,7 +107,7 @@ def test_codes_decoded_later_at_another_size_are_the_image_asked_for_there(clien
     [
         ({"codes": "not base64!"}, "codes", "base64"),
         ({"codes": "AAAA\n"}, "codes", "base64"),
-        ({"codes": []}, "codes", "at least one"),
+        ({"codes": []}, "codes", "non-empty"),
         ({"codes": ["AAAA", 3]}, "codes", "base64"),
         ({"codes": base64.b64encode(bytes(1024)).decode()}, "codes", "expected 3 bytes"),
         ({"codes": ["AAAA"] * 65}, "codes", "at most 64"),

@@ -51,7 +51,7 @@ def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(
 
 @pytest.mark.parametrize("build", [build, build_local])
 def test_settings_that_contradict_are_refused(folders: dict[str, str], build: Callable[[ServeArgs], object]) -> None:
-    with pytest.raises(UserError, match=r"limits.images 64: models.diffusion has room for 4 images"):
+    with pytest.raises(UserError, match=r"limits.images 64: models.diffusion admits at most 4 images"):
         build(serve_args(folders, model={"slots": 2, "queue": 0}))
     with pytest.raises(UserError, match="compilation graphs: needs a GPU"):
         build(serve_args(folders, model={"compilation": "graphs"}))

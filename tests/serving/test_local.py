@@ -144,7 +144,7 @@ def test_an_engine_that_breaks_is_told_and_makes_the_endpoint_ill(
     monkeypatch.setattr(api.state.graph.generators["ar"].stage.runner.engine, "step", lambda: 1 / 0)
     for answer in (generate(client, model="ar"), client.get("/healthz")):
         assert answer.status_code == 503
-    assert client.get("/healthz").json()["error"]["message"] == "not answering: ar: EngineFailed"
+    assert client.get("/healthz").json()["error"]["message"] == "unhealthy: ar: EngineFailed"
     assert generate(client, model="ar").json()["error"]["code"] == "replica_failed"
     assert list(events(client, model="ar"))[-1]["error"]["code"] == "replica_failed"
     assert generate(client, model="diffusion").status_code == 200

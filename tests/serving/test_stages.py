@@ -140,7 +140,7 @@ def test_a_generator_of_the_other_kind_can_take_over(folders: dict[str, str]) ->
     [
         ({"path": "stranger"}, "codes of another tokenizer"),
         ({"path": "reader"}, "another text encoder"),
-        ({"path": "longer"}, "makes 5 tokens of 6 bits, the weights that are served make 4 tokens of 6 bits"),
+        ({"path": "longer"}, "generates 5 tokens of 6 bits, expected 4 tokens of 6 bits as the served weights"),
         ({"path": "bit"}, "holds a tokenizer, expected a generator"),
         ({"path": "nowhere"}, "not a model folder"),
         ({"folder": "new"}, "path: Field required"),
@@ -192,7 +192,7 @@ def test_health_follows_the_engine_and_not_the_port(folders: dict[str, str]) -> 
         await generator.check_health()
         task = asyncio.create_task(generator.generate(features(1), sampling(1), 60.0))
         await until(lambda: generator.runner.stats.silence_s > 0.05)
-        with pytest.raises(EngineFailed, match="not come round"):
+        with pytest.raises(EngineFailed, match="not completed a step"):
             await generator.check_health()
         release.set()
         await task

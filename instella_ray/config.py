@@ -20,6 +20,8 @@ from .errors import UserError
 C = TypeVar("C", bound="Config")
 
 _only_read: ContextVar[bool] = ContextVar("only_read", default=False)
+RENAMED = {"picture": "image", "rival": "baseline"}
+"""Words of keys before 0.1, and the words in their place: an error about an old key names the new one."""
 
 
 class Config(pydantic.BaseModel):
@@ -218,7 +220,8 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | Non
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         names = _keys_at(cls, location[:-1])
-        close = difflib.get_close_matches(location[-1], names, n=1)
+        close = [name for name in (_renamed(location[-1]),) if name in names]
+        close = close or difflib.get_close_matches(location[-1], names, n=1)
         hint = f", did you mean '{close[0]}'?" if close else f", expected one of {', '.join(names)}" if names else ""
         return f"{where}unknown key '{dotted}'{hint}{more}"
     if first["type"] == "missing":
@@ -227,6 +230,13 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | Non
     value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
     at = f"'{dotted}'{value}: " if dotted else ""
     return f"{where}{at}{message}{more}"
+
+
+def _renamed(key: str) -> str:
+    """Replace the words of :data:`RENAMED` in a key."""
+    for old, new in RENAMED.items():
+        key = key.replace(old, new)
+    return key
 
 
 def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:

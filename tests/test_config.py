@@ -169,3 +169,11 @@ def test_the_demo_trains_what_its_configurations_say() -> None:
     assert shipped == tokenizer_config(demo, demo.path("curated", "*.tar"))
     generator = load_config(GeneratorRunConfig, str(ROOT / "configs/generator/demo.yaml"))
     assert generator == generator_config(demo, "diffusion", generator.tokenizer, ())
+
+
+def test_a_renamed_key_is_answered_with_its_new_name(tmp_path: Path) -> None:
+    class Counts(Config):
+        images_per_shard: int = 1
+
+    with pytest.raises(UserError, match=r"unknown key 'pictures_per_shard', did you mean 'images_per_shard'\?"):
+        load_config(Counts, write(tmp_path, "pictures_per_shard: 3"))

@@ -8,55 +8,40 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from instella_ray import cli
 from instella_ray.config import Config, job_config
+from instella_ray.data.curation.filters.config import FilterConfig
+from instella_ray.demo.recipe import DemoConfig
+from instella_ray.evaluation.metric_settings import MetricsConfig
+from instella_ray.planning.plan import PlanOptions
+from instella_ray.planning.simulation.run import SimulateConfig
 
 from .conftest import MARKERS
-from .kit.project import DEPLOY, JOBS, MAKEFILE, PACKAGE, PROJECT, ROOT, SIMULATIONS, job, texts, tracked
+from .kit.project import (
+    DEPLOY,
+    JOBS,
+    MAKEFILE,
+    PACKAGE,
+    PROJECT,
+    ROOT,
+    SIMULATIONS,
+    imports,
+    job,
+    python_files,
+    room_of,
+    texts,
+    tracked,
+)
 from .tiers import PARTS, TIERS
 
-# From the ground up: a room imports from the floors below its own, and from nothing beside it.
-FLOORS = [
-    {"logs"},
-    {"errors", "retries"},
-    {"transient"},
-    {"config", "storage", "packages", "accelerator", "rendering"},
-    {"models", "runs"},
-    {"flops", "engine"},
-    {"data"},
-    {"training"},
-    {"serving", "bulk"},
-    {"evaluation"},
-    {"planning"},
-    {"demo", "bench", "operations"},
-    {"cli"},
-]
-WITHOUT_RAY = (
-    "models",
-    "flops.py",
-    "engine",
-    "serving/batching.py",
-    "serving/runner.py",
-    "serving/safety.py",
-    "data/scenes.py",
-    "data/formats",
-    "data/generation/captioner.py",
-    "data/generation/diffusers_pipeline.py",
-    "data/prompts.py",
-    "evaluation/metrics",
-    "evaluation/statistics.py",
-    "bulk/sampler.py",
-    "bulk/sample_set.py",
-    "planning/simulation",
-)
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
     "data/curate": ("curate", ["input=a", "output=b"]),
@@ -72,144 +57,6 @@ JOB_OF = {
     "evaluation/reconstruction": ("evaluate", ["images=a", "tokenizer=b", "output=c"]),
 }
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in (DEPLOY, *SIMULATIONS))
-
-
-def python_files() -> list[Path]:
-    return [path for path in tracked() if path.suffix == ".py"]
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file imports, inside functions too."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(parts[: len(parts) - node.level]) if node.level else []
-            base += [node.module] if node.module else []
-            yield from (".".join([*base, alias.name]) for alias in node.names)
-
-
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-# --- code
-
-
-def test_every_room_has_a_floor() -> None:
-    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert rooms - set().union(*FLOORS) == set()
-
-
-def test_rooms_import_only_from_floors_below() -> None:
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    wrong = set()
-    for path in PACKAGE.rglob("*.py"):
-        here = room_of(path)
-        for name in imports(path):
-            package, _, rest = name.partition(".")
-            room = rest.partition(".")[0]
-            if package == "instella_ray" and room in floor and room != here and floor[room] >= floor.get(here, -1):
-                wrong.add((str(path.relative_to(PACKAGE)), room))
-    assert wrong == set()
-
-
-def modules_imported(path: Path) -> set[str]:
-    """Modules of the package that a file of it imports, inside functions too; not what is imported for types alone."""
-    found = set()
-    for name in imports(path):
-        while name and not (ROOT / Path(*name.split("."))).with_suffix(".py").is_file():
-            name = name.rpartition(".")[0]
-        found |= {name} if name.startswith(f"{PACKAGE.name}.") else set()
-    return found
-
-
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = {".".join(p.relative_to(ROOT).with_suffix("").parts): modules_imported(p) for p in PACKAGE.rglob("*.py")}
-    while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
-        graph = {module: needs for module, needs in graph.items() if module not in leaves}
-    # What is left imports a circle, or is in one.
-    while tops := graph.keys() - set().union(*graph.values()):
-        graph = {module: needs for module, needs in graph.items() if module not in tops}
-    assert sorted(graph) == []
-
-
-def test_formats_know_nothing_of_what_is_done_with_them() -> None:
-    others = {".".join(("instella_ray.data", room)) for room in ("curation", "generation", "loading", "job", "encode")}
-    files = (PACKAGE / "data" / "formats").glob("*.py")
-    found = {(path.name, name) for path in files for name in modules_imported(path)}
-    assert [pair for pair in found if pair[1].startswith(tuple(others))] == []
-
-
-def test_files_from_outside_are_opened_in_formats_alone() -> None:
-    """One reader for each kind of them, or the same fault is mended in one job and not in the others."""
-    readers = re.compile(r"\b(Image\.open|tarfile\.open|fsspec\.core|url_to_fs)\(")
-    allowed = {PACKAGE / "data" / "formats", PACKAGE / "storage.py"}
-    files = [path for path in PACKAGE.rglob("*.py") if allowed.isdisjoint((path, *path.parents))]
-    assert [f"{path}: {found[0]}" for path in files if (found := readers.search(path.read_text()))] == []
-
-
-def test_no_class_name_stands_twice() -> None:
-    """A class says what it is the task, the worker or the limits *of*."""
-    names = [
-        node.name
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-    ]
-    assert sorted(name for name, times in Counter(names).items() if times > 1) == []
-
-
-@pytest.mark.parametrize("part", WITHOUT_RAY)
-def test_models_samplers_and_engine_never_import_ray(part: str) -> None:
-    path = PACKAGE / part
-    files = [path] if path.is_file() else list(path.rglob("*.py"))
-    assert files
-    assert [f"{f}: {name}" for f in files for name in imports(f) if name.split(".")[0] == "ray"] == []
-
-
-@pytest.mark.process
-def test_curation_its_workers_and_the_loader_never_load_torch() -> None:
-    """Half of what a worker's start would take, and most of its memory; filters with networks load it where they run.
-
-    Training's batches are made without it too: tests/data/loading/test_loader.py makes some.
-    """
-    modules = ("curation.job", "curation.prefilter", "views", "formats.codes", "loading.loader", "loading.image_data")
-    parts = ", ".join(f"instella_ray.data.{name}" for name in modules)
-    code = f"import sys, {parts}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_files_can_be_read_in_one_sitting() -> None:
-    by_machine = ("LICENSE", "constraints.txt")
-
-    def longest(path: str, text: str) -> int:
-        """Lines; a page is three texts in one file: its style, its elements and its script."""
-        parts = re.split(r"^</?(?:style|script)\b", text, flags=re.M) if path.endswith(".html") else [text]
-        return max(len(part.splitlines()) for part in parts)
-
-    assert {p: n for p, text in texts() if p not in by_machine and (n := longest(p, text)) > 400} == {}
-
-
-def test_nothing_is_left_to_do_or_hollow() -> None:
-    marks = re.compile(r"\b(TO" + "DO|FIX" + "ME|XX" + r"X)\b")
-    left = [f"{path}: {match[0]}" for path, text in texts() if (match := marks.search(text))]
-    for path in python_files():
-        tree = ast.parse(path.read_text())
-        interfaces = {
-            id(function)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in ("Protocol", "ABC") for base in node.bases)
-            for function in node.body
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and id(node) not in interfaces:
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                hollow = [isinstance(x, ast.Pass) or ast.unparse(x) == "..." for x in body]
-                if body and all(hollow):
-                    left.append(f"{path.relative_to(ROOT)}: {node.name} does nothing")
-    assert left == []
 
 
 # --- jobs, commands and configurations
@@ -247,10 +94,43 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_configuration_loads_into_its_job(path: Path) -> None:
+    assert isinstance(loaded(path), Config)
+
+
+def loaded(path: Path) -> Config:
+    """A configuration file as its job loads it."""
     relative = path.relative_to(ROOT / "configs").with_suffix("")
     name, given = JOB_OF.get(str(relative)) or JOB_OF[str(relative.parent)]
     overrides = [word for item in given for word in ("--set", item)]
-    assert isinstance(job_config(job(name), ["--config", str(path), *overrides]), Config)
+    return job_config(job(name), ["--config", str(path), *overrides])
+
+
+def configurations() -> set[type[Config]]:
+    """All that jobs and commands are configured with, down to the last section."""
+    found: set[type[Config]] = set()
+    new: set[type[Config]] = {DemoConfig, PlanOptions, SimulateConfig, *(type(loaded(path)) for path in CONFIGS)}
+    while new:
+        found |= new
+        new = {section for cls in new for field in cls.model_fields.values() for section in sections(field.annotation)}
+        new -= found
+    return found
+
+
+def sections(annotation: Any) -> Iterator[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections(argument)
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """An option that nothing reads does nothing. Of filters and metrics each section is read in turn."""
+    trees = [ast.parse(path.read_text()) for folder in (PACKAGE, ROOT / "jobs") for path in folder.rglob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unread = {f"{cls.__name__}.{name}" for cls in configurations() for name in cls.model_fields if name not in read} - {
+        f"{cls.__name__}.{name}" for cls in (FilterConfig, MetricsConfig) for name in cls.model_fields
+    }
+    assert sorted(unread) == []
 
 
 def test_every_job_has_a_configuration_to_start_from() -> None:

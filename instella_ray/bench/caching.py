@@ -112,7 +112,7 @@ def run_caching(cfg: CachingBench, repeats: int) -> SuiteResult:
         goal = DIFFUSION_GOAL if kind == "diffusion" else AR_GOAL
         goals.append(Goal(f"{kind}, cached against uncached", ratio(slow.wall, fast.wall).median, goal, ">="))
     setting: dict[str, Any] = {**cfg.model_dump(), "threads": torch.get_num_threads(), "repeats": repeats}
-    return SuiteResult("What caching text and tokens is worth", setting, rows, goals)
+    return SuiteResult("Caching of text and tokens", setting, rows, goals)
 
 
 def _model(cfg: CachingBench, kind: str) -> DiffusionGenerator | ARGenerator:

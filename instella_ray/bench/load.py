@@ -98,7 +98,7 @@ async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: in
                 answers.append(await _ask(client, next(source)))
 
         await asyncio.gather(*(one_client() for _ in range(in_flight)))
-    return _seen(answers, few_steps(bodies), start, end)
+    return _measured(answers, few_steps(bodies), start, end)
 
 
 def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, seed: int = 0) -> Load:
@@ -120,7 +120,7 @@ async def _open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, se
             await asyncio.sleep(due - time.perf_counter())
             tasks.append(asyncio.create_task(_ask(client, next(source))))
         answers = await asyncio.gather(*tasks)
-    return _seen(answers, few_steps(bodies), start, end)
+    return _measured(answers, few_steps(bodies), start, end)
 
 
 Answer = tuple[int, float, float]
@@ -138,7 +138,7 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     return body["num_inference_steps"], asked, now
 
 
-def _seen(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
+def _measured(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
     within = sum(start <= now <= end for _, _, now in answers)
     took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
     return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])

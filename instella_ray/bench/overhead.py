@@ -85,7 +85,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
             goals.append(Goal(f"{name} {kind}, step against forward", more["wall"].median, GOAL, "<="))
     setting: dict[str, Any] = {"threads": torch.get_num_threads(), "repeats": repeats}
     sizes = {name: " ".join(f"{k}={v}" for k, v in size.model_dump().items()) for name, size in cfg.sizes.items()}
-    return SuiteResult("What the engine adds to a forward pass", {**setting, **sizes}, rows, goals)
+    return SuiteResult("Engine overhead over a forward pass", {**setting, **sizes}, rows, goals)
 
 
 def full_engine(size: TableSize, kind: Literal["diffusion", "ar"]) -> StepEngine:

@@ -95,7 +95,7 @@ def run_serving(cfg: ServingBench) -> SuiteResult:
     rows += [_row(f"{rate:.1f}/s at random", name, load) for name, load in opened.items()]
     waits = opened[GRAPH].percentile(99) / opened[STATIC].percentile(99)
     goals = [*_goals(closed), Goal(f"{rate:.1f} requests/s at random, p99 against {STATIC}", waits, 0.5, "<=")]
-    return SuiteResult("The graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
+    return SuiteResult("Serving graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
 
 
 def _row(load_name: str, contestant: str, load: Load) -> dict[str, Cell]:

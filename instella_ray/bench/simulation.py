@@ -91,7 +91,7 @@ def run_simulation_bench(cfg: SimulationBench) -> SuiteResult:
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, LOW, ">="))
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, HIGH, "<="))
     about = {**cfg.model_dump(mode="json"), "load before": found["load"], **{k: str(v) for k, v in found.items()}}
-    return SuiteResult("The simulation against the real thing", about, rows, goals)
+    return SuiteResult("Simulation against measurements", about, rows, goals)
 
 
 def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class EvaluationInputs:
         self.size = cfg.size or PLAIN_SIZE
         self.tokenizer_hash: str | None = None
         if cfg.tokenizer is not None:
-            self._look_at(cfg, cfg.tokenizer)
+            self._read_tokenizer(cfg, cfg.tokenizer)
         if cfg.samples is not None:
             self.sets = find_sample_sets(cfg.samples)
             self.units = {name: sample_units(name, found) for name, found in self.sets.items()}
@@ -109,7 +109,7 @@ class EvaluationInputs:
     def all_units(self) -> list[Unit]:
         return [unit for units in self.units.values() for unit in units]
 
-    def _look_at(self, cfg: EvaluateConfig, tokenizer: str) -> None:
+    def _read_tokenizer(self, cfg: EvaluateConfig, tokenizer: str) -> None:
         bit = parse_model(read_checkpoint_config(tokenizer)["model"], tokenizer)
         if not isinstance(bit, BITConfig):
             raise UserError(f"tokenizer {tokenizer}: contains a {bit.kind} generator, expected a BIT")

@@ -68,7 +68,7 @@ class Reader:
     def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
         block = read_samples_unit(unit)
         chosen = [row for row, name in enumerate(block.ids) if only is None or name in only]
-        for rows in _cut(chosen, self.options.batch_size):
+        for rows in _batches(chosen, self.options.batch_size):
             codes = block.codes[rows]
             ids, prompts, groups = (
                 [column[row] for row in rows] for column in (block.ids, block.prompts, block.prompt_ids)
@@ -78,7 +78,7 @@ class Reader:
             yield LabelledBatch(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
     def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
-        for rows in _cut(self._pixels(unit, only), self.options.batch_size):
+        for rows in _batches(self._pixels(unit, only), self.options.batch_size):
             ids, captions, pixels, hashes = zip(*rows, strict=True)
             originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
             batch = Batch(ids, originals, prompts=prompts)
@@ -117,7 +117,7 @@ class Reader:
         return to_pixels(self.bit.decode(torch.from_numpy(codes).to(self.device), size, size))
 
 
-def _cut(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+def _batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(rows)
     while part := list(islice(rest, size)):
         yield part

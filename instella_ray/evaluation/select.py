@@ -60,7 +60,7 @@ def choose_images(
     wanted = show.prompts + 2 * show.extremes * len(scored)
     share = min(1.0, show.most / max(1, settings * wanted))
     extremes, prompts = int(show.extremes * share), int(show.prompts * share)
-    ends = {name: _ends(metric, extremes) for name, metric in scored.items()}
+    ends = {name: _best_and_worst(metric, extremes) for name, metric in scored.items()}
     best, worst = ({name: pair[side] for name, pair in ends.items()} for side in (0, 1))
     grid = tuple(_grid(records, prompts))
     judged = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
@@ -76,7 +76,7 @@ def _grid(records: Sequence[Record], count: int) -> list[str]:
             place = first.setdefault(group, (name, category or ""))
             first[group] = min(place, (name, category or ""))
     by_category: dict[str, list[str]] = {}
-    for group in sorted(first, key=_draw):
+    for group in sorted(first, key=_name_hash):
         name, category = first[group]
         by_category.setdefault(category, []).append(name)
     each = -(-count // max(1, len(by_category)))
@@ -87,11 +87,11 @@ def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:
     """Sort images from best to worst; ties are ordered by the hash of their ids."""
     reasons = {k: v.reason for k, v in metric.verdicts().items()} if isinstance(metric, RateMetric) else {}
     sign = 1 if better(metric.info.name) == "lower" else -1
-    rows = sorted(metric.scores().items(), key=lambda row: (sign * row[1], _draw(row[0])))
+    rows = sorted(metric.scores().items(), key=lambda row: (sign * row[1], _name_hash(row[0])))
     return [Shown(id=name, score=value, reason=reasons.get(name, "")) for name, value in rows]
 
 
-def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
+def _best_and_worst(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
     """Return the best and worst images; for a rate metric correct and incorrect ones."""
     ranked = _ranked(metric)
     if isinstance(metric, RateMetric):
@@ -100,5 +100,5 @@ def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, .
     return tuple(ranked[:count]), tuple(ranked[::-1][:count])
 
 
-def _draw(name: str) -> bytes:
+def _name_hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()

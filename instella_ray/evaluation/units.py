@@ -55,9 +55,9 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
     The number of rows of a tar is an estimate, so the last unit of a shard extends to the shard's end.
     """
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
-        if any(_holds(part, suffix) for part in pattern.split(",")):
+        if any(_has_files(part, suffix) for part in pattern.split(",")):
             shards = find_shards(pattern, suffix)
-            return [u for url, name in shards.items() for u in _cut(setting, kind, url, name, rows_per_unit)]
+            return [u for url, name in shards.items() for u in _shard_units(setting, kind, url, name, rows_per_unit)]
     return [u for part in pattern.split(",") for u in _folder_units(setting, part.strip(), rows_per_unit)]
 
 
@@ -103,13 +103,13 @@ def has_captions(units: Sequence[Unit]) -> bool:
     return any(row["caption"] for row in islice(read_images_unit(units[0]), 16))
 
 
-def _holds(part: str, suffix: str) -> bool:
+def _has_files(part: str, suffix: str) -> bool:
     part = part.strip()
     fs, path = storage.filesystem(part)
     return bool(storage.glob(storage.join(part, f"*{suffix}"))) if fs.isdir(path) else part.endswith(suffix)
 
 
-def _cut(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
+def _shard_units(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
     parts = max(1, -(-_rows(kind, url) // rows_per_unit))
     starts = [rows_per_unit * part for part in range(parts)]
     base: dict[str, Any] = {"setting": setting, "kind": kind, "source": url}

@@ -49,7 +49,7 @@ def submit(order: Submission) -> int:
     cluster lacks resources and ``order.queue`` is not set, and if the cluster cannot be reached.
     """
     root = Path(order.working_dir).absolute()
-    script, arguments = _parted(order.command)
+    script, arguments = _split_command(order.command)
     package = find_package(root)
     _require(script, package, "the job")
     needs = least(read_job(root, script, arguments))
@@ -109,7 +109,7 @@ def new_id(name: str) -> str:
     return new_run_id(name)
 
 
-def _parted(command: Sequence[str]) -> tuple[str, list[str]]:
+def _split_command(command: Sequence[str]) -> tuple[str, list[str]]:
     """Split a job's command line into script and arguments; raises UserError if there is no script."""
     words = list(command)
     if words and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]):

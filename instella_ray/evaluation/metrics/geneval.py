@@ -59,7 +59,7 @@ def geneval(
     """Create GenEval of ``images`` with their prompts' ``meta``, or of precomputed ``detections`` of the named detector."""
     about = detector if isinstance(detector, DetectorInfo) else detector.info
 
-    def judge(batch: Batch) -> list[SampleVerdict]:
+    def verdicts(batch: Batch) -> list[SampleVerdict]:
         meta = batch.need("meta")
         if batch.detections is not None:
             found: Sequence[Sequence[Detection]] = batch.need("detections")
@@ -77,7 +77,7 @@ def geneval(
         "images": images.describe(),
         **about.settings,
     }
-    return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), judge)
+    return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), verdicts)
 
 
 def image_verdict(

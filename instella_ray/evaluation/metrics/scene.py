@@ -24,10 +24,10 @@ def scene_verdict(image: np.ndarray, caption: str) -> SampleVerdict:
 def scene_score(images: ImageSettings = ImageSettings()) -> RateMetric:
     """Create the scene score: mean over categories of the share of ``images`` that match their ``prompts``."""
 
-    def judge(batch: Batch) -> list[SampleVerdict]:
+    def verdicts(batch: Batch) -> list[SampleVerdict]:
         prepared = images.prepare(batch.need("images"))
         return [scene_verdict(x, caption) for x, caption in zip(prepared, batch.need("prompts"), strict=True)]
 
     thresholds = {"contrast": MIN_CONTRAST, "area": MIN_AREA, "fit": MIN_FIT, "margin": MARGIN}
     settings = {"images": images.describe(), "detector": "scenes", "thresholds": thresholds}
-    return RateMetric(Info("scene_score", version_of("instella-ray"), settings=settings), judge)
+    return RateMetric(Info("scene_score", version_of("instella-ray"), settings=settings), verdicts)

@@ -1,1 +1,1 @@
-"""Measurements that any reader can repeat: one file a suite, every ratio against a baseline of the same run."""
+"""Reproducible benchmark suites, one per file; every ratio is against a baseline of the same run."""

@@ -1,6 +1,6 @@
-"""What the serving graph is compared with: the same models in one deployment, one request at a time, or in static batches.
+"""Serving baselines: the same models in one deployment, with one request at a time or static batches.
 
-Both answer the same HTTP request in the same form, so that transport costs the same.
+Both have the same HTTP request and response format as the serving graph, so that the transport cost is equal.
 """
 
 # No ``from __future__ import annotations``: see serving/app.py.
@@ -27,7 +27,7 @@ FIELDS = ("seed", "num_inference_steps", "guidance_scale", "temperature", "sampl
 
 
 class Pipeline:
-    """All three models in one process: prompts in, PNG files out. A plain function, without any serving."""
+    """All three models in one process, from request bodies to PNG files, without serving."""
 
     def __init__(self, tokenizer: str, generator: str, text: TextEncoderConfig, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -39,7 +39,7 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, bodies: Sequence[dict[str, Any]]) -> list[bytes]:
-        """One PNG a request; the batch takes as many steps as its longest request."""
+        """Generate one PNG per request; the batch takes as many steps as its longest request."""
         prompts = [body["prompt"] for body in bodies]
         text = self.model.text_kv(*self.text.encode([*prompts, ""]))
         params = SamplingParams.of(len(bodies), **{name: [body[name] for body in bodies] for name in FIELDS})
@@ -65,7 +65,7 @@ def _application(cls: type, api: FastAPI, max_ongoing_requests: int) -> Applicat
 
 
 def one_at_a_time(**models: Any) -> Application:
-    """A request waits until those before it are done."""
+    """Build an application that processes requests sequentially."""
     api = FastAPI()
 
     class OneAtATime:
@@ -81,7 +81,7 @@ def one_at_a_time(**models: Any) -> Application:
 
 
 def static_batches(size: int, wait_s: float, **models: Any) -> Application:
-    """``@serve.batch``: up to ``size`` requests that arrive within ``wait_s`` start together and end together."""
+    """Build an application with ``@serve.batch``: up to ``size`` requests arriving within ``wait_s`` run as one batch."""
     api = FastAPI()
 
     class StaticBatches:

@@ -1,4 +1,4 @@
-"""Bulk sampling against the bare batched sampler: what Ray Data, files and the engine cost; and whether memory grows."""
+"""Bulk sampling suite: the job's throughput relative to the bare batched sampler, and its memory growth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATE_GOAL, MEMORY_GOAL = 0.9, 1.2
 
 
 class BulkBench(Config):
-    """The job that is measured, over demo-size models of random weights."""
+    """Configuration of the measured jobs, with demo-size models of random weights."""
 
     models: ServingBench = ServingBench()
     samples: int = Field(1536, ge=2)
@@ -36,11 +36,11 @@ class BulkBench(Config):
     sampling: SamplingConfig = SamplingConfig(guidance_scale=2.0, temperature=0.5)
     samples_per_file: int = 128
     memory_samples: tuple[int, int] = (1000, 10_000)
-    """A small and a large job, whose peak memory is compared."""
+    """Samples of a small and a large job, whose peak memory is compared."""
 
 
 def run_bulk(cfg: BulkBench) -> SuiteResult:
-    """One row a contestant; threads and actors use two cores where they say two."""
+    """Measure the bare sampler and the job with one and two threads or actors; one row per contestant."""
     rows: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -63,7 +63,7 @@ def run_bulk(cfg: BulkBench) -> SuiteResult:
 
 
 def _prompts(folder: Path, count: int) -> list[Prompt]:
-    """``count`` different captions, also as the file that the job reads."""
+    """Create ``count`` different prompts and write them to the job's input file."""
     captions = dict.fromkeys(p.text for p in read_prompts("scenes", count=3 * count))
     texts = [f"{text}, number {i}" for i, text in enumerate(list(captions) * (1 + count // len(captions)))][:count]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
@@ -72,7 +72,7 @@ def _prompts(folder: Path, count: int) -> list[Prompt]:
 
 @torch.no_grad()
 def _bare(cfg: BulkBench, path: str, prompts: list[Prompt], threads: int) -> float:
-    """Images a second of the sampler's loop, each batch's prompts encoded together."""
+    """Measure images per second of the plain sampling loop, with the prompts of each batch encoded together."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     model = load_model(path)
@@ -88,17 +88,17 @@ def _bare(cfg: BulkBench, path: str, prompts: list[Prompt], threads: int) -> flo
         params = SamplingParams.of(len(batch), seed=[s.seed for s in batch], **cfg.sampling.model_dump())
         generate(model, model.text_kv(features[:, rows], mask[rows]), empty, params)
         done += len(batch)
-        if done == 0:  # the first batch warms up
+        if done == 0:  # the first batch is warm-up
             began = time.perf_counter()
     torch.set_num_threads(before)
     return done / (time.perf_counter() - began)
 
 
 def _job(cfg: BulkBench, model: str, prompts: list[Prompt], output: Path, actors: int) -> float:
-    """Images a second between a job's first file and its last: without the start of Ray and its actors."""
+    """Measure images per second between a job's first and last file, which excludes the start of Ray and its actors."""
     run_sample(_config(cfg, model, output, str(output.parent / "prompts.jsonl"), actors=actors, sampling=cfg.sampling))
     made = sorted(path.stat().st_mtime for path in output.glob("samples-*.parquet"))
-    # So many files had been begun before the first was there.
+    # Each actor had one file in progress when the first was finished.
     return (len(made) - actors) * cfg.samples_per_file / (made[-1] - made[actors - 1])
 
 
@@ -116,11 +116,11 @@ def _config(cfg: BulkBench, model: str, output: Path, prompts: str, **more: obje
 
 
 def _peak(cfg: BulkBench, model: str, output: Path, count: int) -> float:
-    """Most private memory (MB) of all processes together while they made ``count`` samples of one step each."""
+    """Measure the peak private memory (MB) of all processes while sampling ``count`` images with one step each."""
     output.mkdir()
     _prompts(output, count // cfg.images_per_prompt)
     one_step = cfg.sampling.model_copy(update={"num_inference_steps": 1})
-    while _actors():  # those of the job before are on their way out
+    while _actors():  # actors of the previous job are still exiting
         time.sleep(0.1)
     with peak_memory() as peak:
         run_sample(_config(cfg, model, output / "out", str(output / "prompts.jsonl"), actors=1, sampling=one_step))
@@ -134,5 +134,5 @@ def _actors() -> list[str]:
             if path.read_bytes().startswith((b"ray::MapWorker", b"ray::_MapWorker")):
                 found.append(path.parent.name)
         except OSError:
-            continue  # it ended while we looked
+            continue  # the process has exited
     return found

@@ -1,8 +1,7 @@
-"""What cached text keys/values and the AR cache are worth: whole images with and without them, no Ray.
+"""Caching suite: speedup from cached text keys/values and from the AR cache, on complete images without Ray.
 
-Text is the projection of the prompt at every depth, a function of the prompt alone. The baseline projects it again at
-every denoising step, as a model does whose forward pass takes features; the AR baseline runs the whole prefix again
-for every token.
+The text keys/values of all layers depend only on the prompt. The diffusion baseline projects them at every denoising step,
+like a model whose forward pass takes text features; the AR baseline recomputes the whole prefix for every token.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ DIFFUSION_GOAL, AR_GOAL = 1.25, 8.0
 
 
 class CachingBench(Config):
-    """Sizes: the paper's latent and text length, a smaller network."""
+    """Model sizes: the paper's latent and text length with a smaller network."""
 
     num_tokens: int = 128
     bits_per_token: int = 64
     width: int = 256
-    """Of the generator and of the text features, which are equal in the paper too."""
+    """Width of the generator and of the text features, which are equal in the paper too."""
     layers: int = 6
     heads: int = 4
     text_length: int = 128
     batch: int = 4
-    """Images; with guidance the network sees twice as many rows."""
+    """Images per batch; guidance doubles the network's rows."""
     steps: int = 20
 
 
@@ -45,13 +44,13 @@ class Prompts:
     """Text features of a batch and of the empty prompt."""
 
     features: Tensor
-    """``[layers, B, T, width]``, every position real."""
+    """Features of the prompts, float32 ``[layers, B, T, width]``, no padding."""
     empty: Tensor
-    """``[layers, 1, T, width]``, no position real."""
+    """Features of the empty prompt, float32 ``[layers, 1, T, width]``, only padding."""
 
     @classmethod
     def of(cls, cfg: CachingBench) -> Prompts:
-        """Noise of the right shape."""
+        """Create random features."""
         shape = (cfg.layers, cfg.batch, cfg.text_length, cfg.width)
         features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return cls(features, torch.zeros(cfg.layers, 1, *shape[2:]))
@@ -62,14 +61,14 @@ class Prompts:
         return real, torch.zeros_like(real[:1])
 
     def project(self, model: DiffusionGenerator | ARGenerator) -> tuple[TextKV, TextKV]:
-        """Keys and values with and without the prompt."""
+        """Project the keys and values of the prompts and of the empty prompt."""
         real, none = self.masks
         with torch.no_grad():
             return model.text_kv(self.features, real), model.text_kv(self.empty, none)
 
 
-class Forgetful:
-    """A diffusion network that projects the text anew in every call."""
+class UncachedText:
+    """Diffusion network that projects the text features in every call."""
 
     def __init__(self, model: DiffusionGenerator, prompts: Prompts) -> None:
         self.cfg, self.x_embedder, self.model = model.cfg, model.x_embedder, model
@@ -79,24 +78,24 @@ class Forgetful:
         self.mask = torch.cat((real, none.expand(len(real), -1)))
 
     def __call__(self, z: Tensor, t: Tensor, _: TextKV | JointCache) -> Tensor:
-        """As the network's own call."""
+        """Run the network, ignoring the cached text."""
         return self.model(z, t, self.model.text_kv(self.features, self.mask))
 
 
 def run_caching(cfg: CachingBench, repeats: int) -> SuiteResult:
-    """Diffusion and AR, each against its uncached form; all contestants must draw the same bits."""
+    """Measure diffusion and AR generators, each against its uncached form; all contestants of a kind generate equal bits."""
     rows: list[dict[str, Cell]] = []
     prompts, params = (
         Prompts.of(cfg),
         SamplingParams.of(cfg.batch, seed=range(cfg.batch), num_inference_steps=cfg.steps),
     )
     diffusion, ar = cast(DiffusionGenerator, _model(cfg, "diffusion")), cast(ARGenerator, _model(cfg, "ar"))
-    forgetful = cast(DiffusionGenerator, Forgetful(diffusion, prompts))
+    uncached = cast(DiffusionGenerator, UncachedText(diffusion, prompts))
     engines = {kind: _engine(model, cfg) for kind, model in (("diffusion", diffusion), ("ar", ar))}
     goals = []
     contestants: dict[str, dict[str, Callable[[], Tensor]]] = {
         "diffusion": {
-            "text projected every step": lambda: generate_diffusion(forgetful, *prompts.project(diffusion), params),
+            "text projected every step": lambda: generate_diffusion(uncached, *prompts.project(diffusion), params),
             "text projected once": lambda: generate_diffusion(diffusion, *prompts.project(diffusion), params),
             "engine": lambda: _drain(engines["diffusion"], prompts, params),
         },
@@ -113,7 +112,7 @@ def run_caching(cfg: CachingBench, repeats: int) -> SuiteResult:
         goal = DIFFUSION_GOAL if kind == "diffusion" else AR_GOAL
         goals.append(Goal(f"{kind}, cached against uncached", ratio(slow.wall, fast.wall).median, goal, ">="))
     setting: dict[str, Any] = {**cfg.model_dump(), "threads": torch.get_num_threads(), "repeats": repeats}
-    return SuiteResult("What caching text and tokens is worth", setting, rows, goals)
+    return SuiteResult("Caching of text and tokens", setting, rows, goals)
 
 
 def _model(cfg: CachingBench, kind: str) -> DiffusionGenerator | ARGenerator:
@@ -124,7 +123,7 @@ def _model(cfg: CachingBench, kind: str) -> DiffusionGenerator | ARGenerator:
 
 
 def _engine(model: DiffusionGenerator | ARGenerator, cfg: CachingBench) -> StepEngine:
-    # The sampler above pads nothing here, so both compute the same shapes.
+    # The sampler adds no padding here, so both compute the same shapes.
     options = EngineOptions(slots=cfg.batch, text_length=cfg.text_length)
     return build_engine(model, torch.zeros(cfg.layers, 0, cfg.width), options)
 

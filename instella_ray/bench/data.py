@@ -1,4 +1,4 @@
-"""The data path: what the pipeline costs over decoding alone, and how fast packed codes are read."""
+"""Data suite: pipeline throughput relative to plain decoding, speed of reading packed codes, and memory growth."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2
 
 
 class DataBench(Config):
-    """Images that are made for the purpose, and how they are read."""
+    """Generated images, and the options of reading them."""
 
     shards: int = Field(32, ge=1)
     images_per_shard: int = Field(64, ge=1)
     image_size: tuple[int, int] = (768, 576)
     """Width and height; about 100 kB of JPEG each."""
     size: int = Field(256, ge=1)
-    """Square that each becomes."""
+    """Side of the square that images are resized to (pixels)."""
     workers: int = Field(2, ge=1)
-    """Processes that decode, for every contestant: as many as this machine has cores, which is what Ray takes."""
+    """Decoding processes of every contestant; set it to the machine's number of cores, which is what Ray uses."""
     rounds: int = Field(3, ge=1)
     codes: int = Field(200_000, ge=1)
-    """Full-size packed codes that are read, in files of a thousand."""
+    """Number of full-size packed codes to read, in files of a thousand."""
     batch: int = Field(512, ge=1)
     memory_shards: tuple[int, int] = (8, 80)
-    """A small and a large curation, whose peak memory is compared."""
+    """Shards of a small and a large curation, whose peak memory is compared."""
 
 
 def run_data(cfg: DataBench) -> SuiteResult:
-    """One row a contestant; the limit is what the same processes do who only decode and resize."""
+    """Measure the contestants, one row each; the upper bound is that of processes that only decode and resize."""
     rows: list[dict[str, Cell]] = []
     goals: list[Goal] = []
     with tempfile.TemporaryDirectory() as name:
@@ -74,7 +74,7 @@ def run_data(cfg: DataBench) -> SuiteResult:
         }
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         peaks: dict[str, float] = {}
-        for name, run in contestants.items():  # the first round warms up; to watch memory costs time
+        for name, run in contestants.items():  # warm-up round; memory is measured here because measuring takes time
             with peak_memory(with_ray=name == OURS) as peak:
                 run()
             peaks[name] = peak[0]
@@ -112,7 +112,7 @@ def run_data(cfg: DataBench) -> SuiteResult:
 
 
 def _write_shards(cfg: DataBench, folder: Path, count: int) -> list[str]:
-    """Tars of noisy images, as large in bytes as photographs are. A few images, over and over."""
+    """Write tars of a few repeated noisy images, whose files are as large as those of photographs."""
     rng = np.random.default_rng(0)
     width, height = cfg.image_size
     files = []
@@ -140,7 +140,7 @@ def _shard_alone(url: str, size: int) -> int:
 
 
 def _alone(cfg: DataBench, urls: list[str]) -> int:
-    """Processes with nothing to hand over."""
+    """Decode in processes that return only counts."""
     pool = multiprocessing.get_context("fork").Pool(cfg.workers)
     count = sum(pool.imap_unordered(partial(_shard_alone, size=cfg.size), urls))
     pool.close()
@@ -149,7 +149,7 @@ def _alone(cfg: DataBench, urls: list[str]) -> int:
 
 
 def _pipeline(cfg: DataBench, urls: list[str]) -> int:
-    """As the encoding job reads, with all pixels handed to this process."""
+    """Decode with the encoding job's pipeline, and transfer all pixels to this process."""
     sources = shard_sources(find_shards(",".join(urls)), cfg.images_per_shard)
     decoder = Stage(ViewDecoder(cfg.size, 1, False))
     batch: Any
@@ -164,7 +164,7 @@ def _pipeline(cfg: DataBench, urls: list[str]) -> int:
 
 
 def _webdataset(cfg: DataBench, urls: list[str]) -> int:
-    """What many would write instead."""
+    """Decode with webdataset and a PyTorch DataLoader, the common alternative."""
     try:
         import webdataset
     except ImportError:
@@ -180,11 +180,11 @@ def _webdataset(cfg: DataBench, urls: list[str]) -> int:
 
 
 def _first(sample: tuple[bytes], size: int) -> np.ndarray:
-    return _square(sample[0], size).copy()  # torch wants to own what it stacks
+    return _square(sample[0], size).copy()  # torch needs writable arrays
 
 
 def write_codes(folder: Path, captions: Sequence[str], manifest: CodesManifest) -> None:
-    """A folder of random codes, one for each of ``captions``, in files of a thousand; ``manifest`` tells their sizes."""
+    """Write a folder of random codes, one per caption, in files of a thousand; ``manifest`` defines their sizes."""
     rng = np.random.default_rng(0)
     facts = {"shard": "0", "width": 512, "height": 512, "source": "bench", "caption_short": "a short caption"}
     files = []
@@ -202,7 +202,7 @@ def write_codes(folder: Path, captions: Sequence[str], manifest: CodesManifest) 
 
 
 def _codes(cfg: DataBench, folder: Path) -> float:
-    """Samples a second of the generators' loader, files read and unpacked, in the order of training."""
+    """Measure samples per second of the generators' loader, reading and unpacking in training order."""
     sizes = CodesManifest(tokenizer_hash="bench", num_tokens=128, bits_per_token=64, rows=0, files=())
     write_codes(folder, ["a long caption of an image " * 8] * cfg.codes, sizes)
     data = CodesData(CodesReader(str(folder)), 0)
@@ -215,7 +215,7 @@ def _codes(cfg: DataBench, folder: Path) -> float:
 
 
 def _curation_peak(cfg: DataBench, folder: Path, shards: int) -> float:
-    """Peak private MB of a curation that reads, judges and writes."""
+    """Measure the peak private memory (MB) of a curation job."""
     _write_shards(cfg, folder / "in", shards)
     filters = {"resolution": {"target_size": 512}}
     given = {"input": str(folder / "in"), "output": str(folder / "out"), "filters": filters, "rows_per_shard": 64}

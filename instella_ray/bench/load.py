@@ -1,5 +1,5 @@
-"""Load over HTTP. Closed: so many clients, each of which asks for the next image as soon as it has one. Open: requests
-that come at random moments, whoever is still waiting."""
+"""HTTP load generators: a closed loop of clients that send the next request after each response, and an open loop with
+Poisson arrivals."""
 
 from __future__ import annotations
 
@@ -22,45 +22,46 @@ PATH = "/v1/images/generations"
 
 @dataclass(frozen=True)
 class Load:
-    """What the clients saw."""
+    """Client-side measurements of one or more windows."""
 
     window_s: float
+    """Length of the window (s)."""
     answered: int
-    """Images that came within the window."""
+    """Number of images received in the window."""
     latencies: list[float]
-    """Seconds from question to answer, of every image that was asked for within the window."""
+    """Latencies (s) of all requests sent in the window."""
     short: list[float]
-    """Those among them of requests with few steps (:func:`few_steps`)."""
+    """Latencies (s) of requests with few steps (:func:`few_steps`)."""
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.answered / self.window_s
 
     def percentile(self, share: float) -> float:
-        """Seconds within which ``share`` per cent were answered."""
+        """Return the ``share``-th percentile of latency in seconds."""
         return percentile(self.latencies, share)
 
     @staticmethod
     def joined(parts: Sequence[Load]) -> Load:
-        """Several windows as one."""
+        """Combine several windows."""
         window, answered = sum(part.window_s for part in parts), sum(part.answered for part in parts)
         latencies, short = ([s for part in parts for s in getattr(part, name)] for name in ("latencies", "short"))
         return Load(window, answered, latencies, short)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Infinite where there is nothing."""
+    """Compute the ``share``-th percentile; infinite without values."""
     return float(np.percentile(values, share)) if values else float("inf")
 
 
 def few_steps(bodies: Sequence[dict[str, Any]]) -> int:
-    """The number of steps that a quarter of the requests does not exceed."""
+    """Return the 25th percentile of the requests' numbers of steps."""
     return int(np.percentile([body["num_inference_steps"] for body in bodies], 25))
 
 
 def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Bodies of requests that differ in everything a user may choose; the same ones for every contestant."""
+    """Create request bodies with random values of all user parameters, determined by ``seed``."""
     rng = np.random.default_rng(seed)
     prompts = [expectation.caption for expectation in scene_prompts(8, seed)]
     return [
@@ -78,9 +79,9 @@ def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], see
 
 
 def closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
-    """Keep ``in_flight`` requests under way for ``seconds``; a refusal or an answer without an image is an error.
+    """Keep ``in_flight`` requests in flight for ``seconds``, after a warm-up of a quarter of that time.
 
-    A quarter of that time goes before, uncounted, so that the window opens on a loop that is full.
+    Raises UserError for a refused request or a response without an image.
     """
     return asyncio.run(_closed_loop(url, bodies, in_flight, seconds))
 
@@ -97,13 +98,14 @@ async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: in
                 answers.append(await _ask(client, next(source)))
 
         await asyncio.gather(*(one_client() for _ in range(in_flight)))
-    return _seen(answers, few_steps(bodies), start, end)
+    return _measured(answers, few_steps(bodies), start, end)
 
 
 def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, seed: int = 0) -> Load:
-    """Requests at random moments, ``rate`` a second on average, for ``seconds`` after a quarter of that time uncounted.
+    """Send ``rate`` requests per second with Poisson arrivals for ``seconds``, after a warm-up of a quarter of that time.
 
-    The moments are a function of ``seed``: every contestant meets the same. Returns when all are answered.
+    ``seed`` determines the arrival times, so that they are the same for every contestant. Returns when all requests are
+    answered. Raises UserError for a refused request or a response without an image.
     """
     return asyncio.run(_open_loop(url, bodies, rate, seconds, seed))
 
@@ -118,11 +120,11 @@ async def _open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, se
             await asyncio.sleep(due - time.perf_counter())
             tasks.append(asyncio.create_task(_ask(client, next(source))))
         answers = await asyncio.gather(*tasks)
-    return _seen(answers, few_steps(bodies), start, end)
+    return _measured(answers, few_steps(bodies), start, end)
 
 
 Answer = tuple[int, float, float]
-"""Steps, and when it was asked and answered."""
+"""Number of steps, and times of request and response (s)."""
 
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
@@ -132,11 +134,11 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     if response.status_code != 200:
         raise UserError(f"{client.base_url}{PATH}: status {response.status_code}: {response.text[:200]}")
     if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
-        raise UserError(f"{client.base_url}{PATH}: the answer holds no PNG")
+        raise UserError(f"{client.base_url}{PATH}: the response contains no PNG")
     return body["num_inference_steps"], asked, now
 
 
-def _seen(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
+def _measured(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
     within = sum(start <= now <= end for _, _, now in answers)
     took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
     return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])

@@ -1,4 +1,4 @@
-"""Timing: contestants take turns, so that whatever else the machine does meets all of them alike."""
+"""Timing with interleaved contestants, so that other load on the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of some measurements, and the quartiles around it."""
+    """Median and quartiles of measurements."""
 
     median: float
     low: float
@@ -20,27 +20,27 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Median and quartiles of at least one value."""
+        """Compute median and quartiles of at least one value."""
         low, median, high = np.percentile(values, (25, 50, 75))
         return cls(float(median), float(low), float(high))
 
     def text(self, scale: float = 1.0, digits: int = 2) -> str:
-        """``median (low..high)``, each times ``scale``."""
+        """Format as ``median (low..high)``, each times ``scale``."""
         return f"{self.median * scale:.{digits}f} ({self.low * scale:.{digits}f}..{self.high * scale:.{digits}f})"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant's rounds."""
+    """Times of one contestant's rounds."""
 
     wall: list[float]
-    """Seconds."""
+    """Wall-clock seconds."""
     cpu: list[float]
-    """Seconds of processor time over all threads of this process: unlike wall time, free of what others run."""
+    """CPU seconds of all threads of this process; unlike wall time not affected by other processes."""
 
 
 def race(contestants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Time every contestant once a round, ``repeats`` rounds, after ``warmup`` rounds that do not count."""
+    """Time every contestant once per round for ``repeats`` rounds, after ``warmup`` rounds that are not counted."""
     timings = {name: Timing([], []) for name in contestants}
     for turn in range(-warmup, repeats):
         for name, run in contestants.items():
@@ -55,5 +55,5 @@ def race(contestants: Mapping[str, Callable[[], object]], *, repeats: int, warmu
 
 
 def ratio(baseline: list[float], other: list[float]) -> Spread:
-    """How many times ``other`` goes into ``baseline``, round by round: above 1, ``other`` is the faster one."""
+    """Compute the speedup of ``other`` over ``baseline`` by round; above 1, ``other`` is faster."""
     return Spread.of([b / o for b, o in zip(baseline, other, strict=True)])

@@ -1,4 +1,4 @@
-"""How much memory a job takes, over all processes that it has."""
+"""Peak memory of a job over all its processes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 
 @contextmanager
 def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
-    """Private MB of this process and all below it; the largest sum is the list's only entry.
+    """Measure the peak private memory (MB) of this process and its descendants, the only entry of the yielded list.
 
-    ``with_ray=False`` leaves out Ray's own processes and workers, for those who do not use them. Pages that processes
-    share, libraries and the object store, do not count.
+    ``with_ray=False`` excludes Ray's processes and workers, for contestants that do not use them. Shared pages
+    (libraries, object store) are not counted.
     """
     peak, over = [0.0], threading.Event()
 
     def watch() -> None:
         ended = False
-        while not ended:  # a last look at the end: a short job would be over before the first one
+        while not ended:  # also measure at the end: a short job could finish before the first sample
             ended = over.wait(0.2)
             peak[0] = max(peak[0], sum(map(_private_mb, processes(with_ray))))
 
@@ -34,7 +34,7 @@ def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
 
 
 def processes(with_ray: bool) -> list[int]:
-    """This process and all below it, those of Ray among them or not."""
+    """Return the pids of this process and its descendants, with or without those of Ray."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -42,9 +42,9 @@ def processes(with_ray: bool) -> list[int]:
             if with_ray or not name.endswith(("(raylet", "(gcs_server")):
                 parents[int(entry.parent.name)] = int(rest.split()[1])
         except (OSError, IndexError):
-            continue  # it ended while we looked
+            continue  # the process has exited
     found = [os.getpid()]
-    for pid in found:  # grows while it is walked
+    for pid in found:  # the list grows during iteration
         found += [child for child, parent in parents.items() if parent == pid]
     return found
 
@@ -54,5 +54,5 @@ def _private_mb(pid: int) -> float:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    # Pages that a fork has not changed count once, in parts.
+    # Proportional sizes: pages shared between forks count once in total.
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 1e3

@@ -1,4 +1,4 @@
-"""How many images a second each metric measures, one batch on this machine."""
+"""Metrics suite: throughput of each evaluation metric on one batch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ FREE = MetricsConfig(
 
 
 class MetricsBench(Config):
-    """What is measured of how many images."""
+    """Batch and metrics to measure."""
 
     images: int = Field(32, ge=4, multiple_of=4)
-    """Four of each prompt."""
+    """Images in the batch, four per prompt."""
     size: int = Field(256, ge=16)
     num_tokens: int = 128
     bits_per_token: int = 64
     metrics: MetricsConfig = FREE
-    """As of jobs/evaluate.py; lpips without weights is as fast as with them."""
+    """Metrics, as in jobs/evaluate.py; lpips without weights is as fast as with them."""
 
 
 def run_metrics(cfg: MetricsBench, repeats: int) -> SuiteResult:
-    """One row a metric: images a second, and who measured."""
+    """Measure each metric; one row per metric with images per second and implementation."""
     rng, count = np.random.default_rng(0), cfg.images
     scenes = [scene_at(0, i // 4) for i in range(count)]
     images = np.stack([render(scene, cfg.size) for scene in scenes])

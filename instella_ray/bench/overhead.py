@@ -1,4 +1,4 @@
-"""What the step engine adds to the bare forward pass of a full table: schedules, guidance, draws, bookkeeping."""
+"""Overhead suite: time of an engine step relative to the bare forward pass of a full slot table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOAL = 1.05
 
 
 class TableSize(Config):
-    """A generator and the table that holds its images."""
+    """Sizes of a generator and of its slot table."""
 
     num_tokens: int
     bits_per_token: int
@@ -37,15 +37,15 @@ SIZES = {
 
 
 class OverheadBench(Config):
-    """Which tables to measure."""
+    """Slot tables to measure."""
 
     sizes: dict[str, TableSize] = SIZES
     steps_a_round: int = 4
-    """A round's time is that of so many steps."""
+    """Steps per timed round."""
 
 
 def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
-    """One row a table and kind: a step against the network alone, on the same rows in the same round."""
+    """Measure an engine step against the forward pass on the same rows; one row per table and generator kind."""
     rows: list[dict[str, Cell]] = []
     goals = []
     for name, size in cfg.sizes.items():
@@ -59,7 +59,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
 
             def step(engine: StepEngine = engine) -> None:
                 for _ in range(cfg.steps_a_round):
-                    # Everybody stays: neither admissions nor images, which a bare pass knows nothing of.
+                    # Keep all slots occupied: a bare pass has neither admissions nor finished images.
                     engine.position.zero_()
                     engine.step()
 
@@ -85,11 +85,11 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
             goals.append(Goal(f"{name} {kind}, step against forward", more["wall"].median, GOAL, "<="))
     setting: dict[str, Any] = {"threads": torch.get_num_threads(), "repeats": repeats}
     sizes = {name: " ".join(f"{k}={v}" for k, v in size.model_dump().items()) for name, size in cfg.sizes.items()}
-    return SuiteResult("What the engine adds to a forward pass", {**setting, **sizes}, rows, goals)
+    return SuiteResult("Engine overhead over a forward pass", {**setting, **sizes}, rows, goals)
 
 
 def full_engine(size: TableSize, kind: Literal["diffusion", "ar"]) -> StepEngine:
-    """An engine of random weights whose every slot is taken by an image that is far from done."""
+    """Create an engine with random weights in which every slot has an image with many steps left."""
     torch.manual_seed(0)
     given = size.model_dump(exclude={"slots", "text_length"})
     model = build_generator(GeneratorConfig(kind=kind, heads=4, zero_init=False, **given)).eval()

@@ -1,4 +1,4 @@
-"""What a suite hands back: rows of numbers and goals, as a table to read and as JSON to compare."""
+"""Results of a benchmark suite: rows and goals, as text table and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..storage import write_json
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that was promised."""
+    """Target for a measured value."""
 
     name: str
     value: float
@@ -24,33 +24,33 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether the promise holds in this run."""
+        """Whether this run meets the target."""
         return (operator.ge if self.kind == ">=" else operator.le)(self.value, self.target)
 
     def text(self) -> str:
-        """One line."""
+        """Format the goal as one line."""
         return f"{'met   ' if self.met else 'MISSED'} {self.name}: {self.value:.3g} (goal {self.kind} {self.target:g})"
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """One suite's measurements."""
+    """Measurements of one suite."""
 
     suite: str
     setting: dict[str, Any]
-    """Sizes, threads, repeats: what a reader needs to repeat it."""
+    """Sizes, threads and repeats needed to reproduce the measurement."""
     rows: list[dict[str, Cell]]
     goals: list[Goal] = field(default_factory=list)
 
     def text(self) -> str:
-        """Title, table and goals."""
+        """Format title, settings, table and goals."""
         plain = {name: value for name, value in self.setting.items() if not isinstance(value, dict)}
         lines = [f"## {self.suite}", ", ".join(f"{name} {value}" for name, value in plain.items()), ""]
         return "\n".join([*lines, table(self.rows), "", *(goal.text() for goal in self.goals)])
 
 
 def write_results(path: str, results: Sequence[SuiteResult]) -> None:
-    """All results with the machine's description, as JSON."""
+    """Write all results and the machine's description as JSON."""
     entries = [
         {**dataclasses.asdict(result), "goals": [{**vars(goal), "met": goal.met} for goal in result.goals]}
         for result in results

@@ -1,4 +1,4 @@
-"""Runs the suites that a configuration names, prints each table as it is ready, and writes all of them as JSON."""
+"""Benchmark runner: runs the configured suites, prints their tables, and writes the results as JSON."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "tr
 
 
 class BenchConfig(Config):
-    """Which suites to measure, and how thoroughly."""
+    """Suites to run and their options."""
 
     suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data", "training")
     repeats: int = Field(5, ge=1)
-    """Rounds that count, in the suites without a server."""
+    """Measured rounds of the suites without a server."""
     threads: int = Field(1, ge=1)
-    """Threads to compute with, in the suites without a server."""
+    """PyTorch threads of the suites without a server."""
     output: str = "runs/bench.json"
     caching: CachingBench = CachingBench()
     overhead: OverheadBench = OverheadBench()
@@ -43,7 +43,7 @@ class BenchConfig(Config):
 
 
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
-    """Measure every suite in turn."""
+    """Run all suites sequentially; results are written after each."""
     suites: dict[str, Callable[[], SuiteResult]] = {
         "caching": lambda: run_caching(cfg.caching, cfg.repeats),
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),

@@ -1,4 +1,4 @@
-"""The serving graph against the two obvious ways to serve the same models, over HTTP, on the same machine, in turn."""
+"""Serving suite: the serving graph against two baselines with the same models over HTTP on the same machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DEMO_BIT = BITConfig(
 
 
 class ServingBench(Config):
-    """Models of random weights, the load, and how each contestant is laid out."""
+    """Models with random weights, the load, and the deployment of each contestant."""
 
     tokenizer: BITConfig = DEMO_BIT
     width: int = 128
@@ -50,28 +50,28 @@ class ServingBench(Config):
     text_width: int = 384
     text_length: int = 48
     sizes: tuple[int, ...] = (64, 96)
-    """Edges that images may have."""
+    """Image widths and heights (pixels)."""
     steps: tuple[int, int] = (5, 50)
     in_flight: tuple[int, ...] = (1, 4, 16)
     seconds: float = Field(8.0, gt=0)
-    """Each contestant's window at each number in flight, in each round."""
+    """Window (s) of each contestant, load and round."""
     rounds: int = Field(3, ge=1)
     open_share: float = Field(0.8, gt=0, lt=1)
-    """Of the images a second that static batches give at most: the rate of requests that come at random moments."""
+    """Request rate of the open loop, as a share of the largest throughput of static batches."""
     slots: int = 16
     threads: int = 1
-    """Of each replica of the graph."""
+    """Threads of each replica of the graph."""
     baseline_threads: int = 2
-    """Of the only replica that each baseline has."""
+    """Threads of the single replica of each baseline."""
     batch: int = 16
-    """The largest static batch."""
+    """Largest static batch."""
     batch_wait_s: float = 0.02
     num_cpus: float = 0.1
     """Logical CPUs that each replica of the graph reserves."""
 
 
 def run_serving(cfg: ServingBench) -> SuiteResult:
-    """Rows for each load and contestant; goals at the largest number in flight, and for random arrivals."""
+    """Measure every load and contestant; goals are for the largest closed loop and for the open loop."""
     loads: dict[tuple[int, str], list[Load]] = {}
     arrivals: dict[str, list[Load]] = {}
     bodies = mixed_requests(512, cfg.sizes, cfg.steps)
@@ -95,7 +95,7 @@ def run_serving(cfg: ServingBench) -> SuiteResult:
     rows += [_row(f"{rate:.1f}/s at random", name, load) for name, load in opened.items()]
     waits = opened[GRAPH].percentile(99) / opened[STATIC].percentile(99)
     goals = [*_goals(closed), Goal(f"{rate:.1f} requests/s at random, p99 against {STATIC}", waits, 0.5, "<=")]
-    return SuiteResult("The graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
+    return SuiteResult("Serving graph over HTTP", cfg.model_dump(mode="json"), rows, goals)
 
 
 def _row(load_name: str, contestant: str, load: Load) -> dict[str, Cell]:
@@ -125,7 +125,7 @@ def _goals(loads: dict[tuple[int, str], Load]) -> list[Goal]:
 def endpoints(
     cfg: ServingBench, folder: Path, contestants: Sequence[str] = (GRAPH, SINGLE, STATIC)
 ) -> Iterator[dict[str, str]]:
-    """All ``contestants``, deployed side by side; idle ones compute nothing. Yields their addresses."""
+    """Deploy all ``contestants`` at the same time and yield their addresses; idle ones use no CPU."""
     from ray import serve
 
     from ..serving.app import ServeArgs, build
@@ -156,7 +156,7 @@ def endpoints(
 
 
 def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:
-    """What :class:`..serving.config.ServeArgs` is made of, for the folders that :func:`save_models` gives."""
+    """Return the fields of :class:`..serving.config.ServeArgs` for the model folders of :func:`save_models`."""
     return {
         "tokenizer": models["tokenizer"],
         "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots}},
@@ -168,7 +168,7 @@ def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:
 
 
 def save_models(cfg: ServingBench, folder: Path) -> dict[str, str]:
-    """Model folders of a random tokenizer and a random diffusion generator over its codes."""
+    """Save a random tokenizer and a random diffusion generator of its codes; returns the model folders."""
     torch.manual_seed(0)
     bit = BIT(cfg.tokenizer)
     sizes = GeneratorConfig(

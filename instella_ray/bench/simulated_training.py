@@ -1,4 +1,4 @@
-"""The simulation of a training run against a real one: a tokenizer from images, one worker, its data made in a thread."""
+"""Predicted and measured throughput of tokenizer training from images with one worker and a loader thread."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
 from .stage_times import median_seconds
 
 WARM_UP = 0.25
-"""Share of a real run's steps that do not count: caches fill, and batches made ahead are used up."""
+"""Share of a real run's steps that are not counted, until caches are filled and prefetched batches used."""
 CHECKPOINTS = 4
 UNLIMITED = 1e15
 
 
 def training_config(sizes: BITConfig, data: str, run_dir: Path, steps: int, batch: int) -> TokenizerConfig:
-    """A run of so many ``steps`` with :data:`CHECKPOINTS` checkpoints."""
+    """Configure a tokenizer run of ``steps`` steps with :data:`CHECKPOINTS` checkpoints."""
     return TokenizerConfig(
         model=sizes,
         data=data,
@@ -43,7 +43,7 @@ def training_config(sizes: BITConfig, data: str, run_dir: Path, steps: int, batc
 
 
 class TrainingStages:
-    """What a worker does, one thing at a time, in a process without Ray Train."""
+    """Measures a training worker's stages in isolation, in a process without Ray Train."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         import torch
@@ -55,7 +55,7 @@ class TrainingStages:
         self.trainer = Trainer(TokenizerTask(cfg), cfg.train, device, None)
 
     def measure(self, repeats: int) -> dict[str, float]:
-        """Seconds of a ``step``, of making a ``batch`` and of writing a checkpoint (``save``), and its ``bytes``."""
+        """Measure seconds of a ``step``, of loading a ``batch`` and of writing a checkpoint (``save``), and its ``bytes``."""
         numbers, steps = itertools.count(), itertools.count()
         batch = self.trainer.batch(0)
         found = {
@@ -76,9 +76,9 @@ class TrainingStages:
 
 
 def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int) -> float:
-    """Images a second of the run of ``cfg`` on so many cores, from the times of :class:`TrainingStages`.
+    """Predict images per second of the run of ``cfg`` on ``cores`` cores, from the times of :class:`TrainingStages`.
 
-    While a batch is decoded its threads and the step's share the cores evenly.
+    While a batch is decoded, decoding threads and the training step share the cores evenly.
     """
     step_s = alone["step"] + alone["batch"] * (1 - min(1.0, cores / (DECODERS + 1)))
     train = cfg.train
@@ -106,7 +106,7 @@ def predicted_rate(cfg: TokenizerConfig, alone: Mapping[str, float], cores: int)
 
 
 def real_rate(cfg: TokenizerConfig) -> float:
-    """Images a second of the real run, behind its warm-up."""
+    """Run the training and return images per second after the warm-up."""
     run_tokenizer(cfg)
     rows: list[dict[str, Any]] = read_metrics(cfg.train.run_dir)
     rates = [row["images_per_second"] for row in rows[int(WARM_UP * len(rows)) :]]

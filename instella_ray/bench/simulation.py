@@ -1,4 +1,4 @@
-"""The simulation against the real thing: stage times in isolation, the prediction from them, and what then happens."""
+"""Simulation suite: throughput and latency predicted from isolated stage times, against real measurements."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ from .stage_times import DataStages, Stages
 
 T = TypeVar("T")
 LOW, HIGH = 0.8, 1.2
-"""Shares of what was measured between which a prediction is good."""
+"""Acceptable range of predicted / measured."""
 
 
 class SimulationBench(Config):
-    """What is predicted and measured."""
+    """Systems to predict and measure."""
 
     graph: ServingBench = ServingBench()
     """Models and slots; its loads are not used."""
     in_flight: tuple[int, ...] = (2, 8, 16)
     open_share: float = Field(0.7, gt=0, lt=1)
-    """Of the real throughput at the most in flight: the rate of a load at random moments."""
+    """Request rate of the open loop, as a share of the measured throughput of the largest closed loop."""
     seconds: float = Field(10.0, gt=0)
     rounds: int = Field(2, ge=1)
     repeats: int = Field(15, ge=1)
-    """Calls of a stage in isolation, of which the middle one counts."""
+    """Calls of a stage in isolation, of which the median is used."""
     tokenizers: dict[str, BITConfig] = Field(
         default_factory=lambda: {"small": DEMO_BIT.model_copy(update={"image_size": 256})}
     )
     shards: tuple[int, int] = (6, 30)
-    """Of a small and a large encoding job, whose difference is free of what starting costs."""
+    """Shards of a small and a large encoding job, whose time difference excludes the startup."""
     images_per_shard: int = Field(64, ge=1)
     trained: dict[str, BITConfig] = Field(
         default_factory=lambda: {
@@ -69,13 +69,13 @@ class SimulationBench(Config):
             "larger": DEMO_BIT.model_copy(update={"encoder_layers": 12, "decoder_layers": 12}),
         }
     )
-    """Tokenizers that are trained from images: one whose steps decoding slows down, and one that hardly notices."""
+    """Tokenizers to train from images: one whose training is limited by decoding, and one that is not."""
     training_steps: int = Field(160, ge=8)
     global_batch: int = Field(8, ge=1)
 
 
 def run_simulation_bench(cfg: SimulationBench) -> SuiteResult:
-    """A row a load or job: predicted, real and their ratio."""
+    """Predict and measure every load and job; one row each with both values and their ratio."""
     init_ray(log_to_driver=False)
     rows: list[dict[str, Cell]] = []
     goals: list[Goal] = []
@@ -91,7 +91,7 @@ def run_simulation_bench(cfg: SimulationBench) -> SuiteResult:
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, LOW, ">="))
                 goals.append(Goal(f"{row['what']}: {what}, predicted/real", ratio, HIGH, "<="))
     about = {**cfg.model_dump(mode="json"), "load before": found["load"], **{k: str(v) for k, v in found.items()}}
-    return SuiteResult("The simulation against the real thing", about, rows, goals)
+    return SuiteResult("Simulation against measurements", about, rows, goals)
 
 
 def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _serving(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) ->
     with endpoints(cfg.graph, folder / "graph", (GRAPH,)) as urls:
         url = urls[GRAPH]
         closed_loop(url, _bodies(cfg, 0, 512), 4, cfg.seconds)
-        found |= _around(cfg, url, found)
+        found |= _request_overhead(cfg, url, found)
         predicted_by = _prediction(cfg, found, folder, models)
         real: dict[str, list[Load]] = {}
         loads = {f"{n} in flight": {"in_flight": n} for n in cfg.in_flight}
@@ -145,7 +145,7 @@ def _compared(what: str, predicted: float, real: float) -> dict[str, Cell]:
 
 
 def _bodies(cfg: SimulationBench, seed: int, count: int) -> list[dict[str, Any]]:
-    """Prompts that no cache has seen."""
+    """Create request bodies with unique prompts, so that none is cached."""
     bodies = mixed_requests(count, cfg.graph.sizes, cfg.graph.steps, seed)
     return [{**body, "prompt": f"{body['prompt']}, {seed} {i}"} for i, body in enumerate(bodies)]
 
@@ -156,16 +156,16 @@ def _mix(cfg: SimulationBench) -> tuple[RequestKind, ...]:
 
 
 def _alone(cfg: SimulationBench, models: dict[str, str]) -> dict[str, Any]:
-    """Stage times of one process alone, and how fast it is beside as many others as there are cores."""
+    """Measure stage times of one process alone, and its relative speed with one process per core (``together``)."""
     import ray
 
     actor: Any = ray.remote(num_cpus=0)(Stages)
     actors = [actor.remote(cfg.graph, models, cfg.repeats) for _ in range(_cores())]
     rows = cfg.graph.slots
-    ray.get([each.step.remote(rows) for each in actors])  # all are there
+    ray.get([each.step.remote(rows) for each in actors])  # wait until all have started
     found = ray.get(actors[0].measure.remote())
     alone = ray.get(actors[0].step.remote(rows))
-    # Several times, because they begin and end a little apart.
+    # Repeated, because the processes do not start and end at exactly the same time.
     beside = [ray.get([each.step.remote(rows) for each in actors]) for _ in range(3)]
     for each in actors:
         ray.kill(each)
@@ -173,8 +173,8 @@ def _alone(cfg: SimulationBench, models: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def _around(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str, float]:
-    """What a request costs outside of the stages, from requests of few steps one at a time: CPU time, and time besides."""
+def _request_overhead(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str, float]:
+    """Measure CPU time and latency of a request outside of the stages, from sequential requests with few steps."""
     began, used = time.perf_counter(), _cpu_seconds()
     time.sleep(cfg.seconds / 2)
     idle = (_cpu_seconds() - used) / (time.perf_counter() - began)
@@ -189,7 +189,7 @@ def _around(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str,
     decode = sum(times[1] for times in stages["decode"].values()) / len(stages["decode"])
     file = sum(stages["file"].values()) / len(stages["file"])
     inside = stages["text"] + stages["admit"] + few * stages["step"][1] + decode + file
-    # The decoder waits for others to come, which is simulated.
+    # Subtract the decoder's batch collection time (5 ms), which is simulated.
     return {
         "ingress": max(0.0, cpu - inside),
         "hop": max(0.0, (mean - max(cpu, inside) - 0.005) / 3),
@@ -201,7 +201,7 @@ def _around(cfg: SimulationBench, url: str, stages: dict[str, Any]) -> dict[str,
 
 
 def _machine(found: Mapping[str, Any]) -> Machine:
-    """This machine: of its cores' time, what Ray's own processes use while nobody asks for anything is gone."""
+    """Describe this machine; the idle CPU use of Ray's processes is subtracted from its cores' speed."""
     return Machine(cores=_cores(), together=max(0.1, found["together"] - found["idle"] / _cores()))
 
 
@@ -212,7 +212,7 @@ def _cpu_seconds() -> float:
             times = psutil.Process(pid).cpu_times()
             total += times.user + times.system
         except psutil.Error:
-            continue  # it ended while we looked
+            continue  # the process has exited
     return total
 
 
@@ -238,7 +238,7 @@ def _prediction(cfg: SimulationBench, found: dict[str, Any], folder: Path, model
     )
     return ServingConfig(
         endpoint=str(endpoint),
-        # Client, proxy and ingress are processes of their own, and each works on another request.
+        # Client, proxy and ingress are separate processes, which work on different requests concurrently.
         replicas={INGRESS: 3},
         buckets=tuple(found["buckets"]),
         machine=_machine(found),
@@ -248,7 +248,7 @@ def _prediction(cfg: SimulationBench, found: dict[str, Any], folder: Path, model
 
 
 def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[dict[str, Cell]]) -> None:
-    """The encoding job with one actor, which decodes too: Ray Data joins the two where neither asks for a GPU."""
+    """Predict and measure the encoding job with one actor, which also decodes: Ray Data fuses both stages on CPUs."""
     made = DataBench(images_per_shard=cfg.images_per_shard)
     few, many = cfg.shards
     shards = _write_shards(made, folder / "shards", many)
@@ -257,7 +257,7 @@ def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[d
         at.mkdir()
         save_model(at, BIT(sizes))
         given, repeats = (str(at), shards[0], sizes.image_size), max(2, cfg.repeats // 5)
-        took, alone = _around_it(DataStages, given, repeats, partial(_jobs, cfg, at, shards, folder))
+        took, alone = _with_stage_times(DataStages, given, repeats, partial(_jobs, cfg, at, shards, folder))
         stages = [LineStage(ENCODERS, 1, (alone["decode"] + alone["encode"]) * cfg.images_per_shard)]
         predicted = simulate_line(stages, machine=machine).blocks_per_s * cfg.images_per_shard
         real = (many - few) * cfg.images_per_shard / (took[1] - took[0])
@@ -268,18 +268,23 @@ def _encoding(cfg: SimulationBench, folder: Path, machine: Machine, rows: list[d
 
 
 def _training(cfg: SimulationBench, folder: Path, rows: list[dict[str, Cell]]) -> None:
-    """Training from the images of the encoding jobs."""
+    """Predict and measure training from the images of the encoding jobs."""
     for name, sizes in cfg.trained.items():
         run = training_config(
             sizes, f"{folder}/shards/*.tar", folder / f"trained-{name}", cfg.training_steps, cfg.global_batch
         )
-        real, alone = _around_it(TrainingStages, (run,), cfg.repeats, partial(real_rate, run))
+        real, alone = _with_stage_times(TrainingStages, (run,), cfg.repeats, partial(real_rate, run))
         found: dict[str, Cell] = {f"{key} ms": alone[key] * 1000 for key in ("batch", "step", "save")}
         rows.append(_compared(f"training the {name} tokenizer", predicted_rate(run, alone, _cores()), real) | found)
 
 
-def _around_it(kind: type, given: tuple[Any, ...], repeats: int, work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-    """What ``work`` gives, and stage times that ``kind`` measures: means of before and after, as a machine's speed drifts."""
+def _with_stage_times(
+    kind: type, given: tuple[Any, ...], repeats: int, work: Callable[[], T]
+) -> tuple[T, dict[str, float]]:
+    """Run ``work`` and return its result with the stage times of ``kind``.
+
+    Stage times are the mean of measurements before and after, since the machine's speed drifts.
+    """
     import ray
 
     def measure() -> dict[str, float]:
@@ -293,12 +298,12 @@ def _around_it(kind: type, given: tuple[Any, ...], repeats: int, work: Callable[
 
 
 def _jobs(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], folder: Path) -> list[float]:
-    """Seconds of the small and of the large job."""
+    """Measure the seconds of the small and of the large job."""
     return [_job(cfg, tokenizer, shards[:count], folder / f"{tokenizer.name}-{count}") for count in cfg.shards]
 
 
 def _job(cfg: SimulationBench, tokenizer: Path, shards: Sequence[str], output: Path) -> float:
-    """Seconds of the whole job."""
+    """Run the job and return its seconds."""
     began = time.perf_counter()
     run_encode(
         EncodeConfig(

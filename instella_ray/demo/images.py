@@ -1,4 +1,4 @@
-"""The demo's images: shards to train on, and what is held out to measure on and to take prompts from."""
+"""The demo's images: training shards, and held-out images for measurement and prompts."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from ..errors import UserError
 from .recipe import DemoConfig, curate_config
 
 ENOUGH, LEAST = 200, 16
-"""Held-out images: no further tar is held out above the first number, and fewer than the second measure nothing."""
+"""Number of held-out images above which no further tar is held out, and the minimum number for measurement."""
 SHARE = 0.15
-"""Part of a small set that is held out, in bytes: to count images, all of them would have to be read."""
+"""Share of a small data set to hold out, in bytes, since counting images would require reading all of them."""
 
 
 class HeldOutImages(NamedTuple):
-    """What a demo trains on and is measured on."""
+    """Training shards and held-out images."""
 
     train: str
-    """Pattern of the shards to train on."""
+    """Pattern of the training shards."""
     captions: list[str]
-    """Of the held-out images."""
+    """Captions of the held-out images."""
     pixels: np.ndarray
-    """The held-out images, uint8 ``[N, size, size, 3]``, centre crops."""
+    """Held-out images, uint8 ``[N, size, size, 3]``, centre crops."""
 
 
 def scene_images(demo: DemoConfig) -> HeldOutImages:
-    """The scenes that the demo has drawn, in training shards and one that is held out."""
+    """Read the held-out shard of the demo's scenes, and return it with the training shards."""
     (held_out,) = find_shards(demo.path("shards", "held_out"))
     return _images(demo.path("shards", "*.tar"), list(_usable(held_out, demo)))
 
 
 def own_images(demo: DemoConfig) -> HeldOutImages:
-    """The images of ``demo.shards``: whole tars are held out, from the last one on, until there are enough.
+    """Split the images of ``demo.shards``: whole tars are held out, starting with the last, until there are enough.
 
-    UserError when too few can be held out, or none is left to train on.
+    Raises UserError if too few images can be held out, or none are left for training.
     """
     assert demo.shards is not None
     require_images(demo.shards)
@@ -60,7 +60,7 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
     if len(held_out) < least:
         raise UserError(
             f"shards {demo.shards}: {len(held_out)} usable images in the tars after the first, "
-            f"expected at least {least} of them to measure on"
+            f"expected at least {least} to measure on"
         )
     train = ",".join(urls)
     require_images(train)
@@ -68,18 +68,18 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
 
 
 def demo_prompts(demo: DemoConfig, images: HeldOutImages) -> list[tuple[str, str]]:
-    """(prompt, category) of every image to generate. With shards of one's own: captions of held-out images."""
+    """Return (prompt, category) of every image to generate; with ``demo.shards`` captions of held-out images."""
     if demo.shards is None:
         return [(e.caption, e.category) for e in scene_prompts(demo.prompts_per_category, demo.seed)]
     return [(caption, "captions") for caption in islice(dict.fromkeys(images.captions), demo.prompts_per_category)]
 
 
 def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(caption, pixels) of the samples that curation would keep: what is measured on is like what is trained on."""
-    judge = Prefilter(curate_config(demo, url).filters)
+    """Yield (caption, pixels) of the samples that curation keeps, so that held-out images match the training data."""
+    prefilter = Prefilter(curate_config(demo, url).filters)
     with storage.open_file(url) as stream:
         for row in read_samples(stream, url):
-            if judge.verdict(row)[0] != KEPT:
+            if prefilter.verdict(row)[0] != KEPT:
                 continue
             try:
                 yield row["caption"], fit_square(decode_rgb(row["image"]), demo.size)

@@ -1,4 +1,4 @@
-"""What each stage of the demo runs with: the same typed configurations that the jobs read from ``configs/``."""
+"""Configuration of the demo, and of each of its stages, as the typed configs that the jobs read from ``configs/``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..training.tokenizer import TokenizerConfig
 
 KINDS: tuple[Literal["diffusion", "ar"], ...] = ("diffusion", "ar")
 PATCHES = 4
-"""Patches along an image's side: few, because attention over them is what a CPU spends its time on."""
+"""Patches per image side: few, because attention over patches dominates the time on a CPU."""
 HEAD = 32
 """Width of an attention head."""
 
 
 class StepsConfig(Config):
-    """How long each training stage runs."""
+    """Number of training steps of each training stage."""
 
     tokenizer: int = Field(700, ge=1)
     diffusion: int = Field(1700, ge=1)
@@ -37,19 +37,19 @@ class StepsConfig(Config):
 
 
 class DemoConfig(Config):
-    """The demo: where, on what, how long. The defaults take about 13 minutes on two CPU cores."""
+    """Configuration of the demo. The defaults take about 13 minutes on two CPU cores."""
 
     folder: str = "demo"
-    """Receives everything; ``report.html`` at the end."""
+    """Output folder of all stages and ``report.html``."""
     size: int = 64
-    """Edge of the images (px), a multiple of 16."""
+    """Image size (pixels a side): 16, 32, 64, 128, ..."""
     shards: str | None = None
-    """Captioned WebDataset tars to use in place of the scenes (path or glob). The last ones are held out."""
+    """Captioned WebDataset tars to use instead of the scenes (path or glob). The last ones are held out."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
-    """Scenes to draw for training."""
+    """Number of training scenes."""
     held_out: int = Field(600, ge=1)
-    """Scenes to draw for measuring; with shards of one's own, the most images to measure on."""
+    """Number of held-out scenes; with ``shards`` the largest number of held-out images."""
     prompts_per_category: int = Field(40, ge=1)
     """Images to generate and score in each category, by each generator."""
     width: int = Field(128, ge=HEAD, multiple_of=HEAD)
@@ -70,7 +70,7 @@ class DemoConfig(Config):
 
     @model_validator(mode="after")
     def _every_stage_fits(self) -> DemoConfig:
-        # Made once here, so that what does not fit is refused before the first stage, not minutes later.
+        # Build all configs once, so that invalid values are reported before the first stage instead of minutes later.
         try:
             tokenizer_config(self, "")
             for kind in KINDS:
@@ -81,7 +81,7 @@ class DemoConfig(Config):
         return self
 
     def path(self, *names: str) -> str:
-        """A path inside the demo's folder."""
+        """Return a path inside the demo's folder."""
         return "/".join([self.folder, *names])
 
 
@@ -96,7 +96,7 @@ TINY: dict[str, int] = {
     "steps.diffusion": 20,
     "steps.ar": 20,
 }
-"""Overrides for the same stages in a few minutes, to see them run: the images mean nothing."""
+"""Overrides that run all stages in a few minutes as a smoke test; the images are meaningless."""
 
 
 def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
@@ -149,7 +149,7 @@ def generator_config(
 
 
 def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingConfig:
-    """Guidance and temperature that suit the demo's small models."""
+    """Return sampling settings tuned for the demo's small models."""
     if kind == "ar":
         return SamplingConfig(guidance_scale=1.0, temperature=0.1)
     return SamplingConfig(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
@@ -171,7 +171,8 @@ def _train(demo: DemoConfig, name: str, steps: int, *, global_batch: int, lr: fl
         global_batch=global_batch,
         optimizer=OptimizerConfig(name="muon", lr=lr, warmup_steps=warmup, decay_fraction=0.3),
         ema_decay=0.99 if name == "tokenizer" else 0.995,
-        # At these widths casting costs more than bf16 products save: 105 against 127 ms a diffusion step with AVX512-BF16.
+        # At these widths casting costs more than bf16 products save: a diffusion step takes 105 ms in float32, 127 ms in
+        # bf16 (with AVX512-BF16).
         precision="fp32",
         workers=demo.workers,
         log_every=min(20, max(1, steps // 10)),

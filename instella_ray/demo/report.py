@@ -1,4 +1,4 @@
-"""``report.html``: one file without outside assets, from what the stages left in the demo's folder."""
+"""``report.html`` of the demo: a self-contained page rendered from the stages' results and files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_report(demo: DemoConfig, prompts: Prompts, results: dict[str, dict[str
                 svg_curves({"tokenizer": _series(metrics, "tokenizer", "psnr")}),
             ),
             ("Tokenizer: loss", svg_curves({"tokenizer": _series(metrics, "tokenizer", "loss")}, log=True)),
-            ("Generators: loss (nats a bit)", svg_curves({k: _series(metrics, k, "loss") for k in KINDS})),
+            ("Generators: loss (nats per bit)", svg_curves({k: _series(metrics, k, "loss") for k in KINDS})),
             ("Generators: bit accuracy", svg_curves({k: _series(metrics, k, "bit_accuracy") for k in KINDS})),
         ],
         reconstructions=data_uri(Path(demo.path("reconstructions.png")).read_bytes()),
@@ -71,7 +71,7 @@ def _score_rows(quality: dict[str, Any], scores: dict[str, Any]) -> list[tuple[s
 
 
 def _gallery(demo: DemoConfig, prompts: Prompts, kind: str) -> list[dict[str, Any]]:
-    """The first images of each category, with their prompt and, for scenes, the scorer's verdict."""
+    """Return the first images of each category, with prompt and, for scenes, the scene detector's verdict."""
     shown, seen = [], dict.fromkeys([category for _, category in prompts], 0)
     limit = SHOWN if demo.shards is None else 6 * SHOWN
     for (prompt, category), image in zip(prompts, stages.sample_images(demo, kind), strict=True):

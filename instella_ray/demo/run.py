@@ -1,4 +1,4 @@
-"""Runs the demo's stages in order, each once, and leaves no process behind."""
+"""Runner of the demo: executes the stages in order, each once, and shuts down Ray at the end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from .state import DemoState, Mode
 def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     """Run the demo in ``demo.folder`` and return the report's path.
 
-    ``mode``: ``new`` refuses a folder that holds a demo, ``resume`` goes on with it, ``fresh`` starts over.
+    ``mode``: ``new`` fails if the folder contains a demo, ``resume`` continues it, ``fresh`` starts over. Raises UserError
+    for input that a later stage would reject.
     """
     state = DemoState(demo, mode)
     images = _check_input(demo)
-    state.begin()  # nothing was written or deleted before
+    state.begin()  # writes and deletes nothing until the input is checked
     print(dump_yaml(demo), end="")
     resume = mode == "resume"
     again: Mode = "resume" if resume else "new"
@@ -60,11 +61,11 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
 
 
 def _check_input(demo: DemoConfig) -> HeldOutImages | None:
-    """Refuse in one line what would fail in a later stage; returns the images where they are not drawn first."""
+    """Check the input of all stages; returns the images if they come from ``demo.shards``, else None."""
     import ray
 
     if ray.is_initialized():
-        raise UserError("the demo starts a Ray of its own: run it outside of a Ray job")
+        raise UserError("Ray is already running in this process: the demo starts its own; run it outside of a Ray job")
     check_resources(demo.workers, {"CPU": _cpus(), "GPU": torch.cuda.device_count()})
     images = None if demo.shards is None else own_images(demo)
     try_text_encoder(demo.text_encoder)
@@ -72,7 +73,7 @@ def _check_input(demo: DemoConfig) -> HeldOutImages | None:
 
 
 def _start_ray() -> None:
-    # A throw-away cluster on loopback: no token file in the user's home, no usage report, no dashboard.
+    # A temporary cluster on loopback: no token file in the user's home, no usage report, no dashboard.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -83,12 +84,12 @@ def _start_ray() -> None:
 
 
 def _cpus() -> int:
-    # More logical CPUs than cores: a worker group, its controller and a data task are up at the same time.
+    # More logical CPUs than cores: a worker group, its controller and a data task run at the same time.
     return max(4, os.cpu_count() or 1)
 
 
 def _end_on_sigterm() -> None:
-    """SIGTERM ends the demo as Ctrl-C does: Ray is shut down on the way out."""
+    """Handle SIGTERM like Ctrl-C, so that Ray is shut down."""
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
         raise KeyboardInterrupt

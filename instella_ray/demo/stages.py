@@ -1,4 +1,4 @@
-"""The demo's stages, one function each: facts in, facts out, files in the demo's folder in between."""
+"""Stages of the demo, one function each, which return facts and write files to the demo's folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .recipe import (
 
 SCENES_PER_SHARD = 2000
 PREVIEWS = 6
-"""Prompts of the images that are made while a generator trains: of scenes, one a category."""
+"""Number of preview prompts during generator training: for scenes, one per category."""
 Facts = dict[str, Any]
 Prompts = list[tuple[str, str]]
 
@@ -74,10 +74,10 @@ def train_tokenizer(demo: DemoConfig, resume: bool) -> Facts:
 
 
 def measure_tokenizer(demo: DemoConfig, held_out: HeldOutImages, checkpoint: str) -> Facts:
-    """PSNR on held-out images before and after training, and the scene score of true and restored images."""
+    """Measure PSNR on held-out images before and after training, and scene scores of originals and reconstructions."""
     images = to_tensor(held_out.pixels)
     bit = load_expected(checkpoint, BIT)
-    torch.manual_seed(demo.seed)  # the weights that training started from
+    torch.manual_seed(demo.seed)  # reproduces the initial weights of training
     untrained = build_model(bit.cfg.model_dump()).eval()
     assert isinstance(untrained, BIT)
     before = evaluate_tokenizer(untrained, images, title="before training")
@@ -113,7 +113,7 @@ def train_generator(
 
 
 def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generators: dict[str, str]) -> Facts:
-    """Deploy the endpoint, ask it for every prompt with both generators, and keep the PNG files."""
+    """Deploy the endpoint, request every prompt from both generators, and save the PNG files."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     facts: Facts = {}
@@ -140,7 +140,7 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
 
 
 def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
-    """The six-category table of both generators; nothing for images that are not scenes."""
+    """Compute the scene scores of both generators by category; empty for images that are not scenes."""
     if demo.shards is not None:
         return {}
     captions = [prompt for prompt, _ in prompts]
@@ -148,13 +148,13 @@ def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
 
 
 def sample_images(demo: DemoConfig, kind: str) -> list[np.ndarray]:
-    """The generated images, uint8 ``[size, size, 3]`` each, in the order of the prompts."""
+    """Read the generated images, uint8 ``[size, size, 3]`` each, in the order of the prompts."""
     files = sorted(Path(demo.path("samples", kind)).glob("*.png"))
     return [np.asarray(decode_rgb(file.read_bytes())) for file in files]
 
 
 def curves(demo: DemoConfig) -> dict[str, list[dict[str, Any]]]:
-    """The logged metrics of each training run."""
+    """Read the logged metrics of each training run."""
     return {name: read_metrics(demo.path("runs", name)) for name in ("tokenizer", *KINDS)}
 
 
@@ -162,7 +162,7 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
     body = {"prompt": prompt, "model": kind, "seed": seed, "size": f"{demo.size}x{demo.size}"}
     response = client.post("/v1/images/generations", json=body)
     if response.status_code != 200:
-        raise RuntimeError(f"endpoint answered {response.status_code}: {response.text[:300]}")
+        raise RuntimeError(f"endpoint returned status {response.status_code}: {response.text[:300]}")
     return base64.b64decode(response.json()["data"][0]["b64_json"])
 
 
@@ -173,7 +173,7 @@ def _scores(captions: Sequence[str], images: Sequence[np.ndarray] | np.ndarray, 
 
 
 def _resuming(train: Any, resume: bool) -> Any:
-    """Go on with the run only where it has begun."""
+    """Set ``resume`` if requested and if the run has been started."""
     return train.model_copy(update={"resume": resume and Path(train.run_dir, "config.yaml").exists()})
 
 

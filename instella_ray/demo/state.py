@@ -1,4 +1,4 @@
-"""What the demo has done so far, in ``state.json``, so that it can be interrupted and gone on with."""
+"""State of the demo in ``state.json``, which makes it resumable."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ STATE = "state.json"
 
 
 class DemoState:
-    """Finished stages with their results and times. The folder belongs to one configuration.
+    """Finished stages with their results and times; a folder belongs to one configuration.
 
-    Made, it has only looked at the folder: UserError when that is not for this demo in this mode.
+    The constructor only reads. It raises UserError if the folder is not valid for this demo and mode.
     """
 
     def __init__(self, demo: DemoConfig, mode: Mode) -> None:
@@ -26,25 +26,25 @@ class DemoState:
         self.settings = demo.model_dump(mode="json", exclude={"folder"})
         if not storage.is_empty(demo.folder):
             if not storage.exists(self.path):
-                raise UserError(f"folder {demo.folder}: is not empty and no demo wrote it; choose another one")
+                raise UserError(f"folder {demo.folder}: not empty and not written by the demo; expected another folder")
             if mode == "new":
-                raise UserError(f"folder {demo.folder}: holds a demo already; --resume goes on, --fresh starts over")
+                raise UserError(f"folder {demo.folder}: contains a demo; --resume continues it, --fresh starts over")
             if mode == "resume":
                 saved = storage.read_json(self.path)
                 if saved["settings"] != self.settings:
                     raise UserError(f"folder {demo.folder}: its demo has other settings; --fresh starts over")
                 self.stages = saved["stages"]
         elif mode == "resume":
-            raise UserError(f"folder {demo.folder}: no demo to resume there")
+            raise UserError(f"folder {demo.folder}: contains no demo to resume")
 
     def begin(self) -> None:
-        """Take the folder over, which deletes the demo in it where a fresh one was asked for."""
+        """Start writing to the folder; mode ``fresh`` deletes its contents first."""
         if self.mode == "fresh":
             storage.remove_tree(self.folder)
         self._save()
 
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of ``stage()``, or the saved one where it ran to its end before."""
+        """Run ``stage`` and save its result, or return the saved result of an earlier run."""
         if name not in self.stages:
             print(f"\n== {name}", flush=True)
             began = time.perf_counter()

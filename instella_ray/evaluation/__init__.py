@@ -1,1 +1,1 @@
-"""Metrics, intervals and reports of samples and of tokenizers."""
+"""Metrics, confidence intervals and reports for generated samples and tokenizers."""

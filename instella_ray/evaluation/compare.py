@@ -1,4 +1,4 @@
-"""Two evaluations side by side: differences with their significance, and the same prompts' images."""
+"""Comparison of two evaluations: metric differences with significance tests, and images of the shared prompts."""
 
 from __future__ import annotations
 
@@ -22,52 +22,53 @@ from .statistics import paired_difference
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
 LEVEL = 0.05
-NOTE = "p-values by flipping the signs of whole prompts' differences, not corrected for the number of metrics"
+NOTE = "p-values from a sign-flip permutation test over prompts, not corrected for the number of metrics"
 IMAGES = 48
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of both."""
+    """A metric (or part of one) measured in both evaluations."""
 
     name: str
     a: Json
     b: Json
-    """``value``, ``low``, ``high``, ``count``."""
+    """Result as JSON, with ``value``, ``low``, ``high`` and ``count``."""
     difference: float
-    """B minus A."""
+    """Value in B minus value in A."""
     low: float | None = None
     high: float | None = None
     p_value: float | None = None
-    """None: unpaired."""
+    """Two-sided p-value; None for an unpaired comparison."""
     how: str = ""
     verdict: str = ""
 
 
 @dataclass(frozen=True)
 class SettingComparison:
-    """Of one setting with one other."""
+    """Comparison of one setting of evaluation A with one setting of evaluation B."""
 
     a: str
     b: str
     """``FOLDER`` or ``FOLDER#SETTING``."""
     rows: list[Row]
     refused: dict[str, str]
-    """Metrics that are not comparable, and why."""
+    """Reason by name of each metric that is not comparable."""
     differs: list[tuple[str, str, str]]
-    """What differs in what was measured: name, in A, in B."""
+    """Differing input properties: dotted name, value in A, value in B."""
     images: list[tuple[Json, Json]]
 
     def text(self) -> str:
-        """For a terminal."""
+        """Format the comparison for a terminal."""
         lines = [f"A {self.a}", f"B {self.b}", "", table([_cells(row) for row in self.rows])]
         return "\n".join([*lines, *(f"not compared: {name}: {why}" for name, why in self.refused.items())])
 
 
 def compare(a: str, b: str, output: str | None = None) -> list[SettingComparison]:
-    """Compare two outputs of evaluations, ``FOLDER`` or ``FOLDER#SETTING``; ``output`` gets a page.
+    """Compare two evaluation outputs, each ``FOLDER`` or ``FOLDER#SETTING``; write an HTML page to ``output``.
 
-    Settings of one name are compared, or the only two there are. UserError where nothing is comparable.
+    Settings are paired by name; if each side has a single setting, those two are compared. Raises UserError if nothing
+    is comparable.
     """
     first, second = _open(a), _open(b)
     found = [
@@ -123,7 +124,7 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> S
 
 
 def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:
-    """Why two metrics do not measure the same thing in the same way; None where they do."""
+    """Return the reason why results of the two metrics are not comparable; None if they are."""
     if a.name != b.name:
         return f"A measured {a.name}, B {b.name}: other metrics"
     ours, theirs = _facts(a), _facts(b)
@@ -139,20 +140,20 @@ def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str 
 def _facts(info: Info) -> Json:
     facts = asdict(info)
     reference = facts["settings"].get("reference")
-    if reference and reference["sha256"]:  # where its file lies makes no difference
+    if reference and reference["sha256"]:  # identified by content: the file's path is irrelevant
         facts["settings"]["reference"] = {**reference, "source": None}
     return facts
 
 
 def _rows(a: Json, b: Json, ours: Metric, theirs: Metric, same: set[str]) -> Iterator[Row]:
-    """The metric's own number and those of its parts."""
+    """Yield the rows of a metric and of its parts."""
     parts = {part["name"]: part for part in b["parts"]}
     whole, others = _row(a, b), [_row(p, parts[p["name"]]) for p in a["parts"] if p["name"] in parts]
     if isinstance(ours, RateMetric) and isinstance(theirs, RateMetric):
         verdicts = ours.verdicts()
         names = sorted(same & set(verdicts) & set(theirs.verdicts()))
         sizes = Counter(verdicts[name].category for name in names)
-        # The score is the mean over categories: a sample counts by the size of its own.
+        # The score is the unweighted mean over categories, so a sample is weighted by the inverse of its category's size.
         weights = {name: len(names) / len(sizes) / sizes[verdicts[name].category] for name in names}
         yield _paired(whole, ours, theirs, weights)
         for row in others:
@@ -172,7 +173,7 @@ def _row(a: Json, b: Json) -> Row:
 
 
 def _scores(metric: SampleMetric | Diversity) -> dict[str, float]:
-    """None where they cannot be told without the network."""
+    """Return scores by sample (or prompt) name; empty if computing them needs a network that is not loaded."""
     try:
         return metric.scores()
     except UserError:
@@ -180,7 +181,7 @@ def _scores(metric: SampleMetric | Diversity) -> dict[str, float]:
 
 
 def _paired(row: Row, ours: Any, theirs: Any, weights: Mapping[str, float]) -> Row:
-    """The difference over the samples that both have, each weighted."""
+    """Compute the weighted difference over the samples that both evaluations share."""
     if len(weights) < 2:
         return _unpaired(row)
     a, b, names = ours.scores(), theirs.scores(), list(weights)

@@ -1,4 +1,4 @@
-"""Evaluation job: samples, or a tokenizer's reconstructions, are measured and become ``report.html``."""
+"""Evaluation job: measures generated samples or tokenizer reconstructions and writes ``report.html``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ REFERENCE = "reference"
 def run_evaluate(cfg: EvaluateConfig) -> str:
     """Measure, write ``results.json`` and ``report.html`` into ``cfg.output``, and return the report's path.
 
-    UserError when the inputs is not whole, does not fit the tokenizer or the metrics, or the output exists unasked.
+    Raises UserError if the inputs are incomplete or do not match the tokenizer or the metrics, or if the output exists
+    and ``cfg.mode`` is ``new``.
     """
     cfg = cfg.absolute()
     if cfg.preset is not None:
@@ -45,7 +46,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     sections = choose(cfg.metrics, frozenset(inputs.offers), scenes=inputs.scenes)
     sections = {name: absolute(section) for name, section in sections.items()}
     if cfg.local and isinstance(sections.get("geneval"), GenEval):
-        raise UserError("metrics.geneval: its detector needs an environment that Ray makes; expected local=false")
+        raise UserError("metrics.geneval: the detector runs in a Ray runtime environment; expected local=false")
     open_output(cfg.output, cfg.mode, _identity(cfg, inputs, sections))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
@@ -83,7 +84,7 @@ def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, 
 
 
 def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section]) -> dict[str, Any]:
-    """What a job must share with the one whose output it goes on with."""
+    """Return the settings that must be unchanged for a job to resume into the same output folder."""
     work = [unit.model_dump(mode="json") for unit in inputs.all_units]
     runs = {name: about.get("run_id") for name, about in inputs.about.items()}
     return {
@@ -98,11 +99,11 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
 
 
 def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
-    """Where the statistics of FID's reference are, gathered from its images where they are not stored, and its name."""
+    """Return path and source name of FID's reference statistics, computing them from images if they are not stored."""
     if fid.reference.endswith(".npz"):
         return fid.reference, fid.reference
     if fid.images.size is None:
-        raise UserError("metrics.fid.images.size: a reference of images needs one, for example 256")
+        raise UserError("metrics.fid.images.size: missing; a reference made of images needs it, for example 256")
     url = storage.join(cfg.output, f"{REFERENCE}.npz")
     if not storage.exists(url):
         sections = {"fid": Reference(**fid.model_dump())}

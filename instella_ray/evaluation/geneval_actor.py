@@ -1,13 +1,13 @@
-"""GenEval's official detector as a Ray actor in a runtime environment of its own.
+"""GenEval's official detector as a Ray actor in an isolated runtime environment.
 
-Not runnable offline, and not run by the tests: the environment installs mmdet 2.27 and compiles or downloads mmcv-full 1.7,
-the weights come from their hosts, and the detector needs a GPU. What is tested is that Ray accepts the environment and that
-detections come back as the rules want them.
+It cannot run offline and is not run by the tests: the environment installs mmdet 2.27 and compiles or downloads mmcv-full
+1.7, the weights are downloaded from their hosts, and the detector needs a GPU. The tests check that Ray accepts the
+environment and that detections are returned in the format of the rules.
 
-Ray demands the cluster's own Python and Ray in every worker, so the official environment (Python 3.9, torch 1.12) cannot
-be used as it is: the packages below are the official ones with a torch that has wheels for Python 3.11. The worker reports
-the versions it ran with, and results carry them. mmcv-full has no wheel for that Python. Build one once, where the same
-torch and kind of GPU are (9.0 is Hopper), or name a container image or conda environment that has everything:
+Ray requires the cluster's Python and Ray versions in every worker, so the official environment (Python 3.9, torch 1.12)
+cannot be used unchanged: the packages below are the official ones with a torch that has wheels for Python 3.11. The worker
+reports its package versions, and results include them. mmcv-full has no wheel for that Python. Build one on a machine with
+the same torch and GPU architecture (9.0 is Hopper), or name a container image or conda environment with all packages:
 
     TORCH_CUDA_ARCH_LIST=9.0 MMCV_WITH_OPS=1 pip wheel --no-build-isolation --no-deps mmcv-full==1.7.2
 """
@@ -40,22 +40,23 @@ PACKAGES = (
     "opencv-python-headless==4.7.0.72",
     "yapf==0.33.0",
 )
-"""Beside mmcv-full; the official versions but for torch, torchvision and numpy (1.12.1, 0.13.1, 1.23.1)."""
+"""Packages installed in addition to mmcv-full: the official versions, except torch, torchvision and numpy (officially
+1.12.1, 0.13.1, 1.23.1)."""
 
 
 class GenEvalConfig(Config):
-    """Where the official detector's parts are."""
+    """Weights and environment of the official detector."""
 
     weights: str
-    """``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``, at the same path on every node."""
+    """Path of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``, the same on every node."""
     color_weights: str = "openai"
-    """CLIP ViT-L-14 as a file or as open_clip's tag, which downloads."""
+    """CLIP ViT-L-14 weights: a local file, or an open_clip tag, which is downloaded."""
     mmcv_wheel: str | None = None
-    """Path or URL of a wheel of mmcv-full 1.7: the environment is installed by Ray, with :data:`PACKAGES`."""
+    """Path or URL of an mmcv-full 1.7 wheel, which Ray installs together with :data:`PACKAGES`."""
     image_uri: str | None = None
-    """A container image that has everything, in place of the wheel."""
+    """Container image with all packages, instead of the wheel."""
     conda: str | None = None
-    """A conda environment on every node that has everything, in place of the wheel."""
+    """Conda environment with all packages, present on every node, instead of the wheel."""
     gpus: float = pydantic.Field(default=1, gt=0)
 
     @pydantic.model_validator(mode="after")
@@ -67,7 +68,7 @@ class GenEvalConfig(Config):
 
 
 def runtime_env(cfg: GenEvalConfig) -> dict[str, Any]:
-    """Ray's description of the environment."""
+    """Return Ray's ``runtime_env`` for the detector's actor."""
     if cfg.image_uri:
         return {"image_uri": cfg.image_uri}
     if cfg.conda:
@@ -80,7 +81,7 @@ def _address(wheel: str) -> str:
 
 
 class RemoteDetector:
-    """The detector of :mod:`.metrics.geneval`'s kind whose work is done by an actor."""
+    """A :class:`.metrics.geneval.Detector` that delegates to a Ray actor."""
 
     def __init__(self, actor: Any) -> None:
         import ray
@@ -94,12 +95,12 @@ class RemoteDetector:
 
 
 def detection(data: Mapping[str, Any]) -> Detection:
-    """A worker's plain data as the rules' type."""
+    """Convert a worker's plain dict to a :class:`.metrics.geneval_rules.Detection`."""
     return Detection(data["label"], float(data["score"]), tuple(data["box"]), data.get("color"))
 
 
 def start_detector(cfg: GenEvalConfig, worker: type = OfficialDetector) -> Detector:
-    """Start the actor and wait until it has loaded; UserError where its environment cannot be made."""
+    """Start the actor and wait until it has loaded; raises UserError if its environment cannot be set up."""
     import ray
 
     remote: Any = ray.remote(worker).options(num_gpus=cfg.gpus, runtime_env=runtime_env(cfg))
@@ -107,4 +108,4 @@ def start_detector(cfg: GenEvalConfig, worker: type = OfficialDetector) -> Detec
     try:
         return RemoteDetector(actor)
     except (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.RayActorError) as error:
-        raise UserError(f"geneval: the detector's environment did not come up: {error}") from None
+        raise UserError(f"geneval: the detector's environment could not be set up: {error}") from None

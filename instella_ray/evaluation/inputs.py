@@ -1,4 +1,4 @@
-"""What an evaluation is asked to measure, looked at before any of it is read."""
+"""Configuration and validated inputs of an evaluation."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from .select import ShowConfig
 from .units import Unit, has_captions, has_scene_captions, image_units, sample_units
 
 PLAIN_SIZE = 256
-"""Pixels a side of images that are measured as they are, where nothing else is asked for."""
+"""Default size (pixels a side) of images that are measured without a tokenizer."""
 
 
 class EvaluateConfig(Config):
-    """What is measured, by which metrics, and where the report goes."""
+    """Inputs, metrics and output of an evaluation job."""
 
     output: str
-    """Folder for ``report.html``, ``results.json`` and what the metrics gathered."""
+    """Output folder for ``report.html``, ``results.json`` and the metrics' states."""
     samples: str | None = None
-    """Folder of samples, one set or a sweep."""
+    """Folder of generated samples: one sample set, or a sweep of several."""
     images: str | None = None
-    """In place of samples: tars, parquet files or folders of images, which the tokenizer reconstructs."""
+    """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files or folders."""
     tokenizer: str | None = None
-    """Model folder of the BIT. Without it samples stay codes, and images are measured as they are: a ceiling."""
+    """Model folder of the BIT. None measures samples as codes only, and images without reconstruction (an upper bound)."""
     size: int | None = Field(None, ge=16)
-    """Pixels a side of the images that are measured; none means the tokenizer's own."""
+    """Pixels a side of the measured images; none means the tokenizer's image size."""
     mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    """If the output exists: new fails, resume continues it, fresh deletes it and starts over."""
     local: bool = False
-    """Work in this process, one unit after another, without Ray; the numbers are the same."""
+    """Measure all units sequentially in this process, without Ray; the results are the same."""
     metrics: MetricsConfig | None = None
-    """Those to measure; none means those that need no file beside."""
+    """Metrics to measure; none means all that need no external files."""
     preset: str | None = None
-    """A table of the paper whose numbers stand beside ours: paper-table1, paper-table3, ..."""
+    """Table of the paper whose published numbers are shown next to the results: paper-table1, paper-table3, ..."""
     show: ShowConfig = ShowConfig()
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     batch_size: int = Field(16, ge=1)
-    """Images a call of a network."""
+    """Images per forward pass of a network."""
     rows_per_unit: int = Field(1000, ge=1)
-    """Images that an actor measures in one go; of samples it is a file."""
+    """Images per unit of work; for samples a unit is one file."""
     actors: int | None = Field(None, ge=1)
-    """Measuring actors; none means one a GPU, or one for every two CPUs."""
+    """Number of actors; none means one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each actor; 0 measures on the CPU."""
 
@@ -62,7 +62,10 @@ class EvaluateConfig(Config):
         return self
 
     def absolute(self) -> EvaluateConfig:
-        """With full paths, as actors work in directories of their own; the name of a folder may hold commas."""
+        """Return a copy with absolute paths, since each actor runs in another working directory.
+
+        Folder names may contain commas.
+        """
         places = {"images": self.images and absolute_pattern(self.images)}
         for name in ("output", "samples", "tokenizer"):
             path = getattr(self, name)
@@ -71,13 +74,17 @@ class EvaluateConfig(Config):
 
 
 class EvaluationInputs:
-    """Its units of work, what they offer to metrics, and what a report says of them."""
+    """Units of work of an evaluation by setting, the batch columns they provide to metrics, and their description.
+
+    Raises UserError for a tokenizer that is not a BIT or does not match the samples or the size, and for settings
+    without files.
+    """
 
     def __init__(self, cfg: EvaluateConfig) -> None:
         self.size = cfg.size or PLAIN_SIZE
         self.tokenizer_hash: str | None = None
         if cfg.tokenizer is not None:
-            self._look_at(cfg, cfg.tokenizer)
+            self._read_tokenizer(cfg, cfg.tokenizer)
         if cfg.samples is not None:
             self.sets = find_sample_sets(cfg.samples)
             self.units = {name: sample_units(name, found) for name, found in self.sets.items()}
@@ -95,17 +102,17 @@ class EvaluationInputs:
             self.about = {"": {"images": cfg.images}}
         empty = next((name for name, units in self.units.items() if not units), None)
         if empty is not None:
-            raise UserError(f"samples {cfg.samples}: setting '{empty}' holds no files")
+            raise UserError(f"samples {cfg.samples}: setting '{empty}' has no files")
         self.scenes = "prompts" in self.offers and has_scene_captions(next(iter(self.units.values())))
 
     @property
     def all_units(self) -> list[Unit]:
         return [unit for units in self.units.values() for unit in units]
 
-    def _look_at(self, cfg: EvaluateConfig, tokenizer: str) -> None:
+    def _read_tokenizer(self, cfg: EvaluateConfig, tokenizer: str) -> None:
         bit = parse_model(read_checkpoint_config(tokenizer)["model"], tokenizer)
         if not isinstance(bit, BITConfig):
-            raise UserError(f"tokenizer {tokenizer}: holds a {bit.kind} generator, expected a BIT")
+            raise UserError(f"tokenizer {tokenizer}: contains a {bit.kind} generator, expected a BIT")
         self.size, self.tokenizer_hash = cfg.size or bit.image_size, weight_hash(tokenizer)
         multiple = bit.size_multiple if cfg.images else bit.decode_multiple
         if self.size % multiple:
@@ -116,7 +123,9 @@ class EvaluationInputs:
             theirs = found.run.tokenizer_hash
             if cfg.tokenizer is not None and theirs != self.tokenizer_hash:
                 ours = str(self.tokenizer_hash)[:12]
-                raise UserError(f"{found.folder}: codes of tokenizer {str(theirs)[:12]}, {cfg.tokenizer} is {ours}")
+                raise UserError(
+                    f"{found.folder}: codes of tokenizer {str(theirs)[:12]}, expected {ours} ({cfg.tokenizer})"
+                )
 
 
 def _about(samples: SampleSet) -> dict[str, Any]:

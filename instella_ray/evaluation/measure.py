@@ -1,7 +1,7 @@
-"""Measuring: an actor takes a unit of work and stores what every metric gathered from it; the driver merges.
+"""Distributed measurement: actors measure units of work and store metric states, which the driver merges.
 
-A unit's folder holds a state a metric and, last of all, ``rows.json``: with it the unit is finished. So whatever was killed
-at whatever point, measuring again adds what is missing and gives the same numbers.
+A unit's folder contains one state per metric and ``rows.json``, which is written last and marks the unit as finished. An
+interrupted measurement can therefore be rerun: it measures the missing units and gives the same results.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from .reader import Reader, ReaderOptions
 from .units import Unit
 
 SINGLE = "single"
-"""Folder of what is not part of a sweep."""
+"""Folder name of the setting of a sample set that is not part of a sweep."""
 ROWS = "rows.json"
 
 
 class Record(Config):
-    """What became of a unit: with it the unit is finished."""
+    """Metadata of a measured unit; its presence marks the unit as finished."""
 
     unit: Unit
     ids: tuple[str, ...]
     groups: tuple[str, ...]
-    """A sample's prompt by its id; an image is its own group."""
+    """Prompt id of each sample; for images each image's own id."""
     prompts: tuple[str, ...]
     categories: tuple[str | None, ...]
     originals: tuple[str, ...]
-    """Hash of each image's file, to know it again; of samples ''."""
+    """Hash of each source image file, to match images between evaluations; '' for samples."""
     quarantined: dict[str, int]
-    """Images that could not be read, by reason."""
+    """Number of unreadable images by reason."""
     seconds: float
     device: str
 
 
 class States:
-    """``FOLDER/SETTING/UNIT/METRIC.npz`` and each unit's record."""
+    """Stored metric states, ``FOLDER/SETTING/UNIT/METRIC.npz``, and the record of each unit."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -60,13 +60,13 @@ class States:
         return storage.join(self.folder, setting or SINGLE, unit, name)
 
     def record(self, unit: Unit) -> Record | None:
-        """None where the unit is not finished."""
+        """Return the unit's record, None if it is not finished; raises UserError for a record of another unit."""
         path = self.path(unit.setting, unit.name, ROWS)
         if not storage.exists(path):
             return None
         record = Record.model_validate(storage.read_json(path))
         if record.unit != unit:
-            raise UserError(f"{path}: of another piece of work; use mode=fresh or another folder")
+            raise UserError(f"{path}: belongs to a different unit of work; use mode=fresh or another folder")
         return record
 
     def save(self, record: Record, metrics: Mapping[str, Metric]) -> None:
@@ -76,9 +76,9 @@ class States:
         storage.write_json(self.path(setting, unit, ROWS), record.model_dump(mode="json"))
 
     def merged(self, setting: str, units: Sequence[str], name: str, into: Metric | None = None) -> Metric:
-        """A metric over all ``units``, in their order, so that sums are rounded alike each time.
+        """Merge a metric's states of all ``units``, in the given order, so that rounding is reproducible.
 
-        ``into`` is an empty one to merge into, for what needs its network: distances between images of two files.
+        ``into``: an empty metric with a loaded network to merge into, for metrics that compare images of different files.
         """
         for unit in units:
             part = load_state(self.path(setting, unit, f"{name}.npz"))
@@ -92,14 +92,14 @@ class States:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What every actor is told."""
+    """Options of the measuring actors."""
 
     states: str
     sections: Mapping[str, Section]
     reader: ReaderOptions
     per_prompt: int = 0
     reference: tuple[str, str] | None = None
-    """FID's: where it is stored, and what it was made of."""
+    """FID's reference statistics: path, and name of the source they were computed from."""
     gpu: bool = False
 
     def tools(self, device: str = "cpu") -> Tools:
@@ -107,7 +107,7 @@ class MeasureOptions:
 
 
 def load_reference(reference: tuple[str, str] | None) -> Gaussian | None:
-    """A reference as its results name it: by what it was made of."""
+    """Load reference statistics and label them with the source they were computed from; None for None."""
     if reference is None:
         return None
     url, source = reference
@@ -116,7 +116,7 @@ def load_reference(reference: tuple[str, str] | None) -> Gaussian | None:
 
 
 class Measurer:
-    """Actor with the tokenizer and the metrics' networks. What is the user's to mend comes back in ``problem``."""
+    """Actor that measures units with the tokenizer and the metrics' networks; returns UserErrors in ``problem``."""
 
     def __init__(self, task: MeasureOptions) -> None:
         self.task = task
@@ -134,7 +134,7 @@ class Measurer:
         return pa.Table.from_pylist([dict(zip(REPORT.names, r, strict=True)) for r in reports], REPORT)
 
     def measured(self, unit: Unit) -> Record:
-        """The unit's record, measured unless an actor that was lost had just finished it."""
+        """Measure the unit and return its record; reuses an existing record, which a lost actor may have written."""
         states = States(self.task.states)
         if (found := states.record(unit)) is not None:
             return found
@@ -170,9 +170,9 @@ REPORT = pa.schema([("images", pa.int64()), ("problem", pa.string())])
 
 
 def measure(task: MeasureOptions, units: Sequence[Unit], pool: Pool, *, local: bool, title: str) -> list[Record]:
-    """Measure what is not finished yet, on a pool of actors or in this process; returns the records of all ``units``.
+    """Measure unfinished units, on a pool of actors or in this process; returns the records of all ``units``.
 
-    UserError with the first problem that an actor met: a file of samples that is not whole, weights that are not there.
+    Raises UserError with the first problem reported by an actor, such as an incomplete sample file or missing weights.
     """
     states = States(task.states)
     done = {(unit.setting, unit.name): record for unit in units if (record := states.record(unit))}
@@ -192,6 +192,6 @@ def measure(task: MeasureOptions, units: Sequence[Unit], pool: Pool, *, local: b
 
 
 def _total(units: Sequence[Unit]) -> int | None:
-    """Rows of all units, where that is known."""
+    """Return the number of rows of all units; None if a unit's is unknown."""
     counts = [unit.rows for unit in units]
     return None if None in counts else sum(count or 0 for count in counts)

@@ -1,4 +1,4 @@
-"""Which metrics are measured and with what, as configuration: a section each, which loads its network and makes it."""
+"""Configuration sections of the metrics; each section loads its network and creates its metric."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ from .metrics.scene import scene_score
 from .metrics.ssim import ssim
 
 Maker = Callable[[], Metric]
-"""Gives an empty metric; all that one gives share the network that was loaded for it."""
+"""Factory of empty metrics; all metrics of one factory share its loaded network."""
 S = TypeVar("S", bound=Config)
 Network = Literal["inception", "efficientnet_lite0"]
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a metric is made with, beside its own settings."""
+    """Arguments of metric creation beyond the metric's own settings."""
 
     device: str = "cpu"
     reference: Gaussian | None = None
-    """Of FID."""
+    """Reference statistics of FID."""
     per_prompt: int = 0
-    """Images of each prompt, for metrics that wait for the last one; 0: not known."""
+    """Images per prompt, for metrics that compute a prompt's value once it is complete; 0: unknown."""
 
 
 class Section(Config):
     """Settings of one metric."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
-    """Columns of a :class:`.metrics.base.Batch`; ``groups`` means several images of a prompt."""
+    """Required columns of :class:`.metrics.base.Batch`; ``groups`` means several images per prompt."""
 
     @abstractmethod
     def load(self, tools: Tools) -> Maker:
-        """Load what it measures with; UserError where that is not to be had."""
+        """Load the metric's network and return its factory; raises UserError if weights or packages are missing."""
 
 
 class Images(Section):
-    """A metric of images."""
+    """Settings of a metric over images."""
 
     images: ImageSettings = ImageSettings()
 
 
 class SceneScore(Images):
-    """Share of images that show what a caption of the scenes says, by the set's own detector."""
+    """Share of images that match their scene caption, according to the scene detector."""
 
     needs = frozenset({"images", "prompts"})
 
@@ -77,7 +77,7 @@ class SceneScore(Images):
 
 
 class Bits(Section):
-    """Usage of the bits, entropy of the codes, dead bits."""
+    """Bit usage, code entropy and dead bits."""
 
     needs = frozenset({"codes"})
 
@@ -86,7 +86,7 @@ class Bits(Section):
 
 
 class BitDiversity(Section):
-    """Share of bits in which two codes of a prompt differ."""
+    """Share of bits that differ between two codes of the same prompt."""
 
     needs = frozenset({"codes", "groups"})
 
@@ -95,6 +95,8 @@ class BitDiversity(Section):
 
 
 class PSNR(Images):
+    """Peak signal-to-noise ratio of reconstructions (dB)."""
+
     needs = frozenset({"images", "references"})
 
     def load(self, tools: Tools) -> Maker:
@@ -102,6 +104,8 @@ class PSNR(Images):
 
 
 class SSIM(Images):
+    """Structural similarity of reconstructions."""
+
     needs = frozenset({"images", "references"})
 
     def load(self, tools: Tools) -> Maker:
@@ -109,24 +113,24 @@ class SSIM(Images):
 
 
 class LPIPS(Images):
-    """Distance of deep features; without ``weights`` a stand-in with a random trunk and another name."""
+    """LPIPS distance; without ``weights`` the trunk is random and the metric has another name."""
 
     needs = frozenset({"images", "references"})
     net: Net = "vgg"
     weights: str | None = None
-    """torchvision's file of the trunk."""
+    """torchvision weights file of the trunk."""
 
     def load(self, tools: Tools) -> Maker:
         return partial(lpips_distance, load_lpips(self.weights, net=self.net, device=tools.device), self.images)
 
 
-class OfFeatures(Images):
-    """A metric over the features of a network."""
+class FeatureMetric(Images):
+    """Settings of a metric over the features of a network."""
 
     network: Network = "inception"
-    """``inception`` is FID's own; any other gives a stand-in with another name."""
+    """Feature network: ``inception`` is FID's standard; with any other the metric has another name."""
     weights: str | None = None
-    """The network's file; efficientnet_lite0 has one in its package."""
+    """Weights file of the network; none uses the weights packaged with efficientnet_lite0."""
 
     def features(self, device: str) -> Features:
         if self.network == "inception":
@@ -134,8 +138,8 @@ class OfFeatures(Images):
         return efficientnet_lite0(self.weights, device=device)
 
 
-class RFID(OfFeatures):
-    """Frechet distance of reconstructions to their originals."""
+class RFID(FeatureMetric):
+    """Frechet distance between reconstructions and their originals."""
 
     needs = frozenset({"images", "references"})
 
@@ -143,14 +147,14 @@ class RFID(OfFeatures):
         return partial(frechet, self.features(tools.device), reconstruction=True, images=self.images)
 
 
-class FID(OfFeatures):
-    """Frechet distance to a reference."""
+class FID(FeatureMetric):
+    """Frechet distance to reference statistics."""
 
     images: ImageSettings = FID_IMAGES
     reference: str
-    """Images (tars, parquet, a folder), or an ``.npz`` with ``mu`` and ``sigma``."""
+    """Reference images (tars, parquet files, a folder), or an ``.npz`` file with ``mu`` and ``sigma``."""
     groups: int = pydantic.Field(GROUPS, ge=2)
-    """Of the jackknife."""
+    """Number of jackknife groups."""
 
     def load(self, tools: Tools) -> Maker:
         features = self.features(tools.device)
@@ -158,7 +162,7 @@ class FID(OfFeatures):
 
 
 class Reference(FID):
-    """Gathers what FID is measured against: images as they are, through no lossy format."""
+    """Gathers FID's reference statistics from images, without lossy recompression."""
 
     def load(self, tools: Tools) -> Maker:
         images = self.images.model_copy(update={"format": "pixels"})
@@ -166,15 +170,15 @@ class Reference(FID):
 
 
 class ClipScore(Images):
-    """Cosine between image and prompt; the paper's network is the default."""
+    """Cosine similarity of image and prompt embeddings; the default network is the paper's."""
 
     needs = frozenset({"images", "prompts"})
     images: ImageSettings = CLIP_IMAGES
     model: str = PAPER_MODEL
     weights: str | None = PAPER_TAG
-    """A local file, or open_clip's tag, which downloads; null is a random network under another name."""
+    """Local file, or open_clip tag, which is downloaded; null uses random weights and another metric name."""
     prefix: str = ""
-    """Put before each prompt."""
+    """Text prepended to each prompt."""
 
     def load(self, tools: Tools) -> Maker:
         clip = load_clip(self.model, self.weights, asker="metric clip_score", extra="eval", device=tools.device)
@@ -182,13 +186,13 @@ class ClipScore(Images):
 
 
 class ImageReward(Images):
-    """People's liking, by the official network."""
+    """ImageReward human-preference score, by the official network."""
 
     needs = frozenset({"images", "prompts"})
     weights: str
-    """``ImageReward.pt``."""
+    """Path of ``ImageReward.pt``."""
     med_config: str
-    """``med_config.json``."""
+    """Path of ``med_config.json``."""
 
     def load(self, tools: Tools) -> Maker:
         scorer = load_image_reward(self.weights, self.med_config, device=tools.device)
@@ -196,7 +200,7 @@ class ImageReward(Images):
 
 
 class GenEval(Images, GenEvalConfig):
-    """GenEval with its official detector, which runs in an environment of its own."""
+    """GenEval with its official detector, which runs in an isolated environment."""
 
     needs = frozenset({"images", "meta"})
 
@@ -205,8 +209,8 @@ class GenEval(Images, GenEvalConfig):
         return partial(geneval, start_detector(GenEvalConfig(**own)), images=self.images)
 
 
-class FeatureDiversity(OfFeatures):
-    """``1 - cosine`` of the features of two images of a prompt."""
+class FeatureDiversity(FeatureMetric):
+    """``1 - cosine`` of the features of two images of the same prompt."""
 
     needs = frozenset({"images", "groups"})
     images: ImageSettings = ImageSettings(size=256)
@@ -217,7 +221,7 @@ class FeatureDiversity(OfFeatures):
 
 
 class LpipsDiversity(LPIPS):
-    """LPIPS between two images of a prompt."""
+    """LPIPS distance between two images of the same prompt."""
 
     needs = frozenset({"images", "groups"})
     images: ImageSettings = ImageSettings(size=256)
@@ -228,13 +232,13 @@ class LpipsDiversity(LPIPS):
 
 
 class MetricsConfig(Config):
-    """What is measured: each metric named here, with its options (``psnr: {}`` for none)."""
+    """Metrics to measure: those named here, with their options (``psnr: {}`` for defaults)."""
 
     scene_score: SceneScore | None = None
     bit_usage: Bits | None = None
-    """Usage of the bits, entropy of the codes, dead bits."""
+    """Bit usage, code entropy and dead bits."""
     diversity_bits: BitDiversity | None = None
-    """Share of bits in which two codes of a prompt differ."""
+    """Share of bits that differ between two codes of the same prompt."""
     psnr: PSNR | None = None
     ssim: SSIM | None = None
     lpips: LPIPS | None = None
@@ -247,25 +251,25 @@ class MetricsConfig(Config):
     diversity_lpips: LpipsDiversity | None = None
 
     def sections(self) -> dict[str, Section]:
-        """Those that are on, by name."""
+        """Return the enabled sections by name."""
         named = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in named.items() if section is not None}
 
 
-EXPLAINED = {
+MISSING_COLUMN = {
     "images": "images: give the samples' tokenizer",
-    "references": "originals beside reconstructions: give images and a tokenizer",
-    "prompts": "a prompt or caption with every image",
+    "references": "originals of reconstructions: give images and a tokenizer",
+    "prompts": "a prompt or caption for every image",
     "codes": "codes: give samples, or images and a tokenizer",
     "meta": "samples of GenEval's prompts",
-    "groups": "samples, several of each prompt",
+    "groups": "several samples per prompt",
 }
 
 
 def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: bool) -> dict[str, Section]:
-    """The sections to measure; None: those that need no file beside, the scene score where captions are ``scenes``.
+    """Return the sections to measure; for None those that need no external file, and the scene score if ``scenes``.
 
-    UserError for one that needs what the inputs do not have, and where nothing is left.
+    Raises UserError for a metric that needs a column missing from ``offers``, and if no metric is left.
     """
     if metrics is None:
         free = MetricsConfig(
@@ -280,14 +284,14 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
         found = metrics.sections()
     for name, section in found.items():
         if missing := section.needs - offers:
-            raise UserError(f"metrics.{name}: needs {EXPLAINED[min(missing)]}")
+            raise UserError(f"metrics.{name}: needs {MISSING_COLUMN[min(missing)]}")
     if not found:
-        raise UserError("metrics: none is on; name those to measure, for example clip_score")
+        raise UserError("metrics: none enabled; expected at least one, for example clip_score")
     return found
 
 
 def absolute(section: S) -> S:
-    """The section with local files by their full path: actors work in directories of their own."""
+    """Return a copy with absolute paths of local files, since each actor runs in another working directory."""
     given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
     places = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
     if isinstance(section, FID):

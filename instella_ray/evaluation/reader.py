@@ -1,4 +1,4 @@
-"""Units of work as batches for the metrics: codes are decoded, originals reconstructed, in the process that measures."""
+"""Reader of units of work as metric batches: decodes codes and reconstructs original images with the tokenizer."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from .units import Unit, label, read_images_unit, read_samples_unit
 
 T = TypeVar("T")
 HARMLESS = {"no_caption", "bad_caption", "bad_metadata"}
-"""What may be wrong with an image's row where captions play no part."""
+"""Problems of a row that are ignored if captions are not needed."""
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """How images come about."""
+    """Options of decoding, resizing and batching."""
 
     tokenizer: str | None
-    """None: samples stay codes, images are measured as they are."""
+    """Model folder of the BIT; None leaves samples as codes and images without reconstruction."""
     size: int
-    """Pixels a side of what is measured."""
+    """Pixels a side of the measured images."""
     batch_size: int
     captions: bool = False
-    """An image without a caption is of no use."""
+    """Whether captions are required: images without one are quarantined."""
     images: ImageSettings | None = None
-    """Images are brought to this instead of ``size``: those of a reference."""
+    """Preprocessing to apply instead of resizing to ``size``, for FID reference images."""
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """One batch with what reports say about its rows."""
+    """A batch with the category and source hash of each row."""
 
     batch: Batch
     categories: list[str | None]
     originals: list[str]
-    """Hash of each image's file; of samples ''."""
+    """Hash of each source image file; '' for samples."""
 
 
 @dataclass
 class Reader:
-    """Reads units; counts in ``quarantined`` the images that could not be read, by reason."""
+    """Reader of units of work; ``quarantined`` counts unreadable images by reason."""
 
     options: ReaderOptions
     device: torch.device
@@ -62,13 +62,13 @@ class Reader:
         self.bit = load_expected(folder, BIT, device=self.device) if folder else None
 
     def batches(self, unit: Unit, only: Collection[str] | None = None) -> Iterator[LabelledBatch]:
-        """The unit's rows in order, or those of the ids ``only``; cut in the same way each time."""
+        """Yield the unit's rows in order, or those with ids in ``only``; batch boundaries are deterministic."""
         return self._samples(unit, only) if unit.kind == "samples" else self._images(unit, only)
 
     def _samples(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
         block = read_samples_unit(unit)
         chosen = [row for row, name in enumerate(block.ids) if only is None or name in only]
-        for rows in _cut(chosen, self.options.batch_size):
+        for rows in _batches(chosen, self.options.batch_size):
             codes = block.codes[rows]
             ids, prompts, groups = (
                 [column[row] for row in rows] for column in (block.ids, block.prompts, block.prompt_ids)
@@ -78,7 +78,7 @@ class Reader:
             yield LabelledBatch(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
     def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
-        for rows in _cut(self._pixels(unit, only), self.options.batch_size):
+        for rows in _batches(self._pixels(unit, only), self.options.batch_size):
             ids, captions, pixels, hashes = zip(*rows, strict=True)
             originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
             batch = Batch(ids, originals, prompts=prompts)
@@ -117,7 +117,7 @@ class Reader:
         return to_pixels(self.bit.decode(torch.from_numpy(codes).to(self.device), size, size))
 
 
-def _cut(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+def _batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(rows)
     while part := list(islice(rest, size)):
         yield part

@@ -1,4 +1,4 @@
-"""``report.html``: one file without outside assets, made of what an evaluation left in its output folder."""
+"""``report.html`` of an evaluation: a self-contained page rendered from its output folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROTOCOL = {
     "temperature": "temperature",
     "steps": "num_inference_steps",
 }
-"""Names of a preset's sampling, and of ours."""
+"""Fields of :class:`.presets.Sampling`, and their names in the sampling config."""
 
 
 def write_report(output: str) -> str:
@@ -49,7 +49,7 @@ def write_report(output: str) -> str:
 
 
 def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
-    """Every number of a setting, each beside the published one of the same name; then the published ones alone."""
+    """Return rows of all results of a setting with published values of the same name, then the other published values."""
     found = [row for result in setting["metrics"].values() for row in (result, *result["parts"])]
     if (each := setting["about"].get("seconds_per_image")) is not None:
         about = f"one actor on {setting['about']['hardware']}, in bulk"
@@ -61,7 +61,7 @@ def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
 
 
 def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
-    """In what a setting does not follow the published protocol."""
+    """Return the differences between a setting and the published protocol, one text each."""
     about = setting["about"]
     found: list[str] = []
     if table is None:
@@ -82,7 +82,7 @@ def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
 
 
 def best(settings: Sequence[Json]) -> dict[str, list[str]]:
-    """The settings with the best value of each metric that has a better end."""
+    """Return the settings with the best value of each metric that has a better direction."""
     found: dict[str, list[str]] = {}
     for name in _names(settings):
         results = {s["name"]: s["metrics"][name] for s in settings if name in s["metrics"]}
@@ -94,7 +94,7 @@ def best(settings: Sequence[Json]) -> dict[str, list[str]]:
 
 
 def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
-    """A chart for each metric and each number that was swept, with a line for every value of the others."""
+    """Yield title and chart for each metric and swept numeric parameter, with a line per value of the other parameters."""
     sampling = [setting["about"].get("sampling", {}) for setting in settings]
     keys = [key for key in sampling[0] if len({str(s.get(key)) for s in sampling}) > 1]
     for name in _names(settings):
@@ -113,7 +113,7 @@ def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as lines of a run card: dotted name and text."""
+    """Flatten nested values to rows of a run card: dotted name and text."""
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its output folder, read back: numbers, gathered scores, prompts, images."""
+"""Reader of an evaluation's output folder: results, metric states, prompts and thumbnails."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Json = dict[str, Any]
 
 
 class Evaluation:
-    """A finished evaluation."""
+    """Results of a finished evaluation."""
 
     def __init__(self, folder: str) -> None:
-        """UserError where the folder is none, or not finished."""
+        """Read the results; raises UserError if the folder has no finished evaluation."""
         path = finished_file(folder, RESULTS, "evaluation")
         results = storage.read_json(path)
         try:
             self.card: Json = results["card"]
             self.settings: dict[str, Json] = {setting["name"]: setting for setting in results["settings"]}
         except (KeyError, TypeError):
-            raise UserError(f"{path}: not the results of an evaluation") from None
+            raise UserError(f"{path}: expected the results of an evaluation") from None
         self.folder, self.states = folder, States(storage.join(folder, STATES))
 
     def metric(self, setting: str, name: str) -> Metric:
-        """What a metric gathered over all of a setting."""
+        """Load a metric's merged state over all units of a setting."""
         return self.states.merged(setting, self.settings[setting]["units"], name)
 
     def asked(self, setting: str) -> dict[str, tuple[str, str]]:
-        """What every sample is of, by its id and by that of its group: its prompt, and the hash of its original."""
+        """Return each sample's prompt and hash of its original, by sample id and by group id."""
         found: dict[str, tuple[str, str]] = {}
         for unit in self.settings[setting]["units"]:
             record = storage.read_json(self.states.path(setting, unit, ROWS))
@@ -46,7 +46,7 @@ class Evaluation:
         return found
 
     def images(self, setting: str) -> dict[str, Json]:
-        """Rows of the thumbnails by id; empty where only codes were measured."""
+        """Return the thumbnail rows by sample id; empty if only codes were measured."""
         return self._thumbnails.get(setting, {})
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Which images a report shows: a fixed sample of prompts, the best and the worst by every score."""
+"""Selection of the images in a report: a fixed sample of prompts, and the best and worst images by each score."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class ShowConfig(Config):
     """Images in the report."""
 
     prompts: int = Field(24, ge=0)
-    """In the grid, spread over categories: a sample drawn by a hash of their ids, so that two runs show the same."""
+    """Prompts in the grid, spread over categories and selected by a hash of their ids, so that all runs show the same."""
     extremes: int = Field(8, ge=0)
-    """Best and worst images by each score."""
+    """Number of best and of worst images by each score."""
     size: int = Field(256, ge=16)
-    """Longer side in pixels at most."""
+    """Largest side of a thumbnail (pixels)."""
     most: int = Field(600, ge=0)
-    """Images in the whole report: a sweep shows fewer of each setting."""
+    """Largest number of images in the report; a sweep shows fewer of each setting."""
 
 
 class Shown(Config):
@@ -36,14 +36,15 @@ class Shown(Config):
 
 
 class Selection(Config):
-    """What is shown of a setting."""
+    """Images of a setting to show."""
 
     grid: tuple[str, ...]
     verdicts: dict[str, str]
-    """Of the grid's images, by the metric that judges them: why they are wrong, '' where they are right."""
+    """Reason by id of each grid image that the first rate metric evaluated; '' for a correct image."""
     best: dict[str, tuple[Shown, ...]]
-    """By metric."""
+    """Best images by metric."""
     worst: dict[str, tuple[Shown, ...]]
+    """Worst images by metric."""
 
     @property
     def ids(self) -> set[str]:
@@ -54,12 +55,12 @@ class Selection(Config):
 def choose_images(
     records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int
 ) -> Selection:
-    """A fixed sample of prompts, and the best and worst by every score, of one of ``settings``."""
+    """Select a fixed sample of prompts and the best and worst images by each score, for one of ``settings`` settings."""
     scored = {name: m for name, m in metrics.items() if isinstance(m, SampleMetric | RateMetric)}
     wanted = show.prompts + 2 * show.extremes * len(scored)
     share = min(1.0, show.most / max(1, settings * wanted))
     extremes, prompts = int(show.extremes * share), int(show.prompts * share)
-    ends = {name: _ends(metric, extremes) for name, metric in scored.items()}
+    ends = {name: _best_and_worst(metric, extremes) for name, metric in scored.items()}
     best, worst = ({name: pair[side] for name, pair in ends.items()} for side in (0, 1))
     grid = tuple(_grid(records, prompts))
     judged = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
@@ -68,14 +69,14 @@ def choose_images(
 
 
 def _grid(records: Sequence[Record], count: int) -> list[str]:
-    """One image of each prompt; categories take turns, prompts come by the hash of their name."""
+    """Select one image per prompt, equally many prompts per category, in the order of the hashes of their ids."""
     first: dict[str, tuple[str, str]] = {}
     for record in records:
         for name, group, category in zip(record.ids, record.groups, record.categories, strict=True):
             place = first.setdefault(group, (name, category or ""))
             first[group] = min(place, (name, category or ""))
     by_category: dict[str, list[str]] = {}
-    for group in sorted(first, key=_draw):
+    for group in sorted(first, key=_name_hash):
         name, category = first[group]
         by_category.setdefault(category, []).append(name)
     each = -(-count // max(1, len(by_category)))
@@ -83,15 +84,15 @@ def _grid(records: Sequence[Record], count: int) -> list[str]:
 
 
 def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:
-    """Best first; those of one score by the hash of their name."""
+    """Sort images from best to worst; ties are ordered by the hash of their ids."""
     reasons = {k: v.reason for k, v in metric.verdicts().items()} if isinstance(metric, RateMetric) else {}
     sign = 1 if better(metric.info.name) == "lower" else -1
-    rows = sorted(metric.scores().items(), key=lambda row: (sign * row[1], _draw(row[0])))
+    rows = sorted(metric.scores().items(), key=lambda row: (sign * row[1], _name_hash(row[0])))
     return [Shown(id=name, score=value, reason=reasons.get(name, "")) for name, value in rows]
 
 
-def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
-    """Best and worst; where images are right or wrong, right ones and wrong ones."""
+def _best_and_worst(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
+    """Return the best and worst images; for a rate metric correct and incorrect ones."""
     ranked = _ranked(metric)
     if isinstance(metric, RateMetric):
         right, wrong = ([s for s in ranked if s.score == score] for score in (1, 0))
@@ -99,5 +100,5 @@ def _ends(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, .
     return tuple(ranked[:count]), tuple(ranked[::-1][:count])
 
 
-def _draw(name: str) -> bytes:
+def _name_hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()

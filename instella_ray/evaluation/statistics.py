@@ -1,7 +1,7 @@
-"""How sure a number is: bootstrap, jackknife and Wilson intervals for independent groups of images.
+"""Confidence intervals: bootstrap, jackknife and Wilson intervals for independent groups of images.
 
-Images of one prompt resemble each other, so what is drawn again, left out or counted is the group (the prompt), never
-the single image. All functions are pure: the same arrays in the same order give the same interval.
+Images of one prompt are correlated, so groups (prompts), not single images, are resampled, left out or counted. All
+functions are deterministic: the same arrays in the same order give the same interval.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WILSON = "Wilson with the groups' effective size"
 
 
 class Interval(NamedTuple):
-    """A two-sided confidence interval; both ends nan where the data cannot tell."""
+    """Two-sided confidence interval; both bounds are nan if there is too little data."""
 
     low: float
     high: float
@@ -32,13 +32,13 @@ class Totals(NamedTuple):
     """Sums over independent groups."""
 
     sums: np.ndarray
-    """float64 ``[G]``, sum of the values of each group."""
+    """Sum of the values of each group, float64 ``[G]``."""
     sizes: np.ndarray
-    """int64 ``[G]``, number of values of each group."""
+    """Number of values of each group, int64 ``[G]``."""
 
 
 def totals(values: np.ndarray, groups: Sequence[str] | None = None) -> Totals:
-    """Sum ``values [N]`` by group name (None: each value is a group of its own); groups in the order of names."""
+    """Sum ``values [N]`` by group name (None: each value is its own group); groups are sorted by name."""
     values = np.asarray(values, np.float64)
     if groups is None:
         return Totals(values, np.ones(len(values), np.int64))
@@ -54,10 +54,10 @@ def bootstrap_mean(
     seed: int = 0,
     resamples: int = 2000,
 ) -> Interval:
-    """Interval of the mean of ``values [N]``: groups are drawn again, with replacement, as often as there are.
+    """Compute a cluster bootstrap interval of the mean of ``values [N]``, resampling whole groups with replacement.
 
     The plain percentile interval is too narrow for few groups (by sqrt((n-1)/n) and z in place of t); the expanded
-    one moves its quantiles out by just that (Hesterberg 2015, section 5.3).
+    percentile interval corrects its quantiles for that (Hesterberg 2015, section 5.3). Unknown for fewer than two groups.
     """
     sums, sizes = totals(values, groups)
     if len(sums) < 2:
@@ -68,7 +68,7 @@ def bootstrap_mean(
 
 
 class Difference(NamedTuple):
-    """Of two runs on the same samples: mean of ours minus theirs, its interval, and a two-sided p-value."""
+    """Mean paired difference of two runs on the same samples, its interval, and a two-sided p-value."""
 
     value: float
     low: float
@@ -86,10 +86,10 @@ def paired_difference(
     seed: int = 0,
     resamples: int = 2000,
 ) -> Difference:
-    """Compare ``ours [N]`` with ``theirs [N]``, sample by sample.
+    """Compare ``ours [N]`` with ``theirs [N]``, sample by sample; the difference is ours minus theirs.
 
-    The interval is :func:`bootstrap_mean` of the differences; the p-value comes from flipping the sign of each group's
-    difference at random, which changes nothing where the two are alike: ``(1 + #{|flipped| >= |seen|}) / (1 + flips)``.
+    The interval is :func:`bootstrap_mean` of the differences. The p-value is that of a sign-flip permutation test over
+    groups, whose null hypothesis is a symmetric difference: ``(1 + #{|flipped| >= |observed|}) / (1 + flips)``.
     """
     difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     interval = bootstrap_mean(difference, groups, confidence=confidence, seed=seed, resamples=resamples)
@@ -98,28 +98,29 @@ def paired_difference(
     reached = 0
     for count in _chunks(resamples, len(sums)):
         flips = rng.integers(0, 2, (count, len(sums)), np.int8) * 2.0 - 1
-        # A sum in another order differs in its last digits: those must not decide.
+        # The order of summation changes the last digits, so compare with a tolerance.
         reached += int((np.abs(flips @ sums) >= abs(sums.sum()) * (1 - 1e-12)).sum())
     return Difference(float(difference.mean()), *interval, (1 + reached) / (1 + resamples), len(difference))
 
 
 class Jackknife(NamedTuple):
-    """What leaving out each group in turn says about a statistic."""
+    """Jackknife estimates of a statistic: interval, standard error and bias."""
 
     low: float
     high: float
     standard_error: float
     bias: float
-    """Estimated distance of the statistic from its limit for infinitely many samples."""
+    """Estimated difference of the statistic from its limit for infinitely many samples."""
 
 
 def jackknife(value: float, left_out: np.ndarray, sizes: np.ndarray, *, confidence: float = 0.95) -> Jackknife:
-    """Interval around ``value`` from the ``left_out [G]`` values without each group of ``sizes [G]`` samples.
+    """Compute a delete-a-group jackknife interval around ``value``.
 
-    Groups may differ in size (Busing, Meijer and van der Leeden 1999): with ``h = n / sizes`` and pseudo-values
+    ``left_out [G]`` are the statistic's values without each group, ``sizes [G]`` the groups' numbers of samples. Groups
+    may differ in size (Busing, Meijer and van der Leeden 1999): with ``h = n / sizes`` and pseudo-values
     ``p = h value - (h - 1) left_out``, the corrected value is ``c = G value - sum((1 - 1/h) left_out)`` and the
-    variance ``mean((p - c)^2 / (h - 1))``. The interval is ``value -+ t(G - 1) sqrt(variance)``: it says how the
-    statistic of *this many* samples varies, and leaves its bias, ``value - c``, where it is.
+    variance ``mean((p - c)^2 / (h - 1))``. The interval is ``value -+ t(G - 1) sqrt(variance)``: it describes the variation
+    of the statistic over samples of the same size, and is not corrected for the bias ``value - c``.
     """
     left_out, sizes = np.asarray(left_out, np.float64), np.asarray(sizes, np.float64)
     count = len(left_out)
@@ -134,7 +135,7 @@ def jackknife(value: float, left_out: np.ndarray, sizes: np.ndarray, *, confiden
 
 
 class Rate(NamedTuple):
-    """A share of correct samples, its interval, and the size of a simple random sample that would vary as much."""
+    """Rate of correct samples, its interval, and its effective sample size."""
 
     value: float
     low: float
@@ -143,11 +144,11 @@ class Rate(NamedTuple):
 
 
 def rate(correct: np.ndarray, groups: Sequence[str] | None = None, *, confidence: float = 0.95) -> Rate:
-    """Share of true values in ``correct [N]`` (bool) with Wilson's interval, which unlike a bootstrap stays honest when
-    all or none are true.
+    """Compute the rate of true values in ``correct [N]`` (bool) with Wilson's interval.
 
-    Its sample size is the effective one: the size of a simple random sample whose share would vary as much as the
-    groups' shares do, between the number of groups and the number of values.
+    Unlike a bootstrap, Wilson's interval has the right coverage if all or none are true. It uses the effective sample
+    size: the size of a simple random sample with the same variance of the rate, between the number of groups and the
+    number of values.
     """
     sums, sizes = totals(correct, groups)
     if not len(sums):
@@ -163,19 +164,19 @@ def rate(correct: np.ndarray, groups: Sequence[str] | None = None, *, confidence
 
 
 def wilson(share: float, size: float, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a ``share`` seen in ``size`` trials."""
+    """Compute Wilson's score interval of a ``share`` observed in ``size`` trials."""
     z = float(stats.norm.ppf((1 + confidence) / 2))
     centre = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * np.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
-    # At share 0 and 1 the end is exact, and rounding must not put it past the share.
+    # At share 0 and 1 a bound equals the share; rounding must not move it beyond.
     return Interval(min(max(0.0, float(centre - half)), share), max(min(1.0, float(centre + half)), share))
 
 
 def mean_of_rates(rates: Sequence[Rate], *, confidence: float = 0.95) -> Rate:
-    """Unweighted mean of k independent rates, with Wilson's interval at the effective size of the mean.
+    """Compute the unweighted mean of k independent rates, with Wilson's interval at the mean's effective sample size.
 
-    With ``q = (size share + 1/2) / (size + 1)``, the shares kept off 0 and 1, the mean's variance is
-    ``v = sum(q (1 - q) / size) / k^2`` and its size ``mean(q) (1 - mean(q)) / v``.
+    With the shares shrunk away from 0 and 1, ``q = (size share + 1/2) / (size + 1)``, the mean's variance is
+    ``v = sum(q (1 - q) / size) / k^2`` and its effective size ``mean(q) (1 - mean(q)) / v``.
     """
     if not rates:
         return Rate(float("nan"), *UNKNOWN, 0.0)
@@ -188,12 +189,12 @@ def mean_of_rates(rates: Sequence[Rate], *, confidence: float = 0.95) -> Rate:
 
 
 def group_number(name: str, groups: int) -> int:
-    """The group in [0, ``groups``) that ``name`` belongs to, the same on every machine and in every shard."""
+    """Map ``name`` to a group number in [0, ``groups``), the same on every machine and in every shard."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % groups
 
 
 def _resampled(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means of ``resamples`` draws of as many groups as there are."""
+    """Compute the means of ``resamples`` bootstrap resamples of the groups."""
     means = []
     for count in _chunks(resamples, len(sums)):
         drawn = rng.integers(0, len(sums), (count, len(sums)), np.int32)
@@ -202,7 +203,7 @@ def _resampled(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, re
 
 
 def _chunks(total: int, width: int) -> list[int]:
-    """``total`` rows of ``width`` numbers in pieces that stay under 32 MiB."""
+    """Split ``total`` rows of ``width`` numbers into chunks of less than 32 MiB."""
     step = max(1, (4 << 20) // max(width, 1))
     return [min(step, total - start) for start in range(0, total, step)]
 

@@ -1,4 +1,4 @@
-"""Thumbnails of the images that a report shows, made by actors like those that measured."""
+"""Thumbnails of the images in a report, rendered by a pool of actors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ThumbnailOptions:
-    """What the painting actors are told."""
+    """Options of the thumbnail actors."""
 
     reader: ReaderOptions
     size: int
@@ -45,7 +45,7 @@ class ThumbnailOptions:
 
 
 class ThumbnailActor:
-    """Actor: rows with a unit and the ids to show become thumbnails."""
+    """Actor that renders thumbnails from rows with a unit and the ids to show."""
 
     def __init__(self, order: ThumbnailOptions) -> None:
         self.order = order
@@ -79,7 +79,7 @@ def write_thumbnails(
     *,
     local: bool,
 ) -> None:
-    """Write ``thumbnails.parquet`` with the chosen images of every setting."""
+    """Write ``thumbnails.parquet`` with the selected images of every setting."""
     rows = []
     for setting, found in records.items():
         wanted = selections[setting].ids
@@ -96,7 +96,7 @@ def write_thumbnails(
 
 
 def read_thumbnails(output: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Setting -> id -> row of :data:`SCHEMA`; UserError where there is none."""
+    """Read rows of :data:`SCHEMA` by setting and sample id; raises UserError if the file is missing or damaged."""
     url = storage.join(output, THUMBNAILS)
     with storage.open_file(url) as stream:
         try:

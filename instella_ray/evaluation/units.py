@@ -1,4 +1,4 @@
-"""What is measured, cut into units of work: files of samples, or consecutive images of shards, parquet or folders."""
+"""Units of work of an evaluation: sample files, or consecutive images of tars, parquet files or folders."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from ..errors import UserError
 
 
 class Unit(Config):
-    """What an actor measures in one go, and what is measured again where it was interrupted."""
+    """Unit of work, which an actor measures as a whole, again after an interruption."""
 
     setting: str
-    """Of a sweep; '' where there is one alone."""
+    """Name of the sweep's setting; '' without a sweep."""
     name: str
-    """Unique in its setting; good for a file's name."""
+    """Name, unique within its setting and valid as a file name."""
     kind: Literal["samples", "tar", "parquet", "files"]
     source: str
-    """Folder of the samples, shard, or folder of the image files."""
+    """Sample folder, shard, or folder of the image files."""
     first: int = 0
-    """Number of the file of samples, or first row."""
+    """Index of the sample file, or of the first row."""
     rows: int | None
-    """None: to the end of the shard."""
+    """Number of rows; None: to the end of the shard."""
     files: tuple[str, ...] = ()
-    """Below the folder."""
+    """Image files relative to the folder."""
 
 
 def sample_units(setting: str, samples: SampleSet) -> list[Unit]:
-    """A unit for each file of a set."""
+    """Create a unit for each file of a sample set."""
     files = enumerate(samples.manifest.files)
     base: dict[str, Any] = {"setting": setting, "kind": "samples", "source": samples.folder}
     return [Unit(**base, name=file.name.rsplit(".", 1)[0], first=i, rows=file.rows) for i, file in files]
 
 
 def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Unit]:
-    """Units of the images of tars, parquet files or folders; UserError where there are none.
+    """Create units for the images of tars, parquet files or folders; raises UserError if there are no images.
 
-    Tars are cut at rows whose number is estimated: the last unit goes to the end, wherever that is.
+    The number of rows of a tar is an estimate, so the last unit of a shard extends to the shard's end.
     """
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
         if any(names_shards(part, suffix) for part in split_pattern(pattern)):
             shards = find_shards(pattern, suffix)
-            return [u for url, name in shards.items() for u in _cut(setting, kind, url, name, rows_per_unit)]
+            return [u for url, name in shards.items() for u in _shard_units(setting, kind, url, name, rows_per_unit)]
     return [u for part in split_pattern(pattern) for u in _folder_units(setting, part, rows_per_unit)]
 
 
 def read_samples_unit(unit: Unit) -> SampleBlock:
-    """The rows of a file of samples; :class:`.sample_set.BadFile` where it is not whole."""
+    """Read a sample file; raises :class:`.sample_set.BadFile` if it is incomplete."""
     return SampleSet(unit.source).block(unit.first)
 
 
 def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
-    """Rows with ``key``, ``image`` (bytes), ``caption`` (or None) and ``problem`` (or None)."""
+    """Yield rows with ``key``, ``image`` (bytes), ``caption`` (or None) and ``problem`` (or None)."""
     end = None if unit.rows is None else unit.first + unit.rows
     if unit.kind == "files":
         for name in unit.files:
@@ -69,12 +69,12 @@ def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
 
 
 def label(unit: Unit) -> str:
-    """The shard's name: what an image's id begins with, however shards are cut."""
+    """Return the shard's name: the prefix of its images' ids, which does not depend on the unit size."""
     return unit.name if unit.kind == "samples" else unit.name.rpartition("-")[0]
 
 
 def has_scene_captions(units: Sequence[Unit]) -> bool:
-    """Whether the first unit's captions are all of the scenes."""
+    """Return whether all captions of the first unit (of images the first 64) are scene captions."""
     unit = units[0]
     if unit.kind == "samples":
         captions: list[str | None] = list(read_samples_unit(unit).prompts)
@@ -87,11 +87,11 @@ def has_scene_captions(units: Sequence[Unit]) -> bool:
 
 
 def has_captions(units: Sequence[Unit]) -> bool:
-    """Whether images come with captions, judged by the first ones."""
+    """Return whether images have captions, judged by the first 16."""
     return any(row["caption"] for row in islice(read_images_unit(units[0]), 16))
 
 
-def _cut(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
+def _shard_units(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:
     parts = max(1, -(-count_rows(url) // rows_per_unit))
     starts = [rows_per_unit * part for part in range(parts)]
     base: dict[str, Any] = {"setting": setting, "kind": kind, "source": url}

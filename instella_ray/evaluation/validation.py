@@ -1,4 +1,4 @@
-"""Validation while a model trains: its checkpoints are measured on other workers as they come, and the best one is kept."""
+"""Validation during training: evaluates each checkpoint in the background and keeps the best one."""
 
 from __future__ import annotations
 
@@ -23,33 +23,36 @@ from .metrics.base import better
 
 FOLDER, ROWS, BEST = "validation", "validation.json", "best.json"
 POLL = 2.0
-"""Seconds between two looks for new checkpoints."""
+"""Seconds between polls for new checkpoints."""
 log = logging.getLogger(__name__)
 Numbers = dict[str, dict[str, Any]]
-"""Of each metric its name, value, and ends of the interval, ``low`` and ``high``."""
+"""By metric: its name, value, and interval bounds ``low`` and ``high``."""
 
 
 class ValidationSchedule(Config):
-    """Which checkpoints are measured, and by what the best one is told."""
+    """Schedule of validation and criterion of the best checkpoint."""
 
     every_steps: int = Field(2000, ge=1)
-    """Steps between two checkpoints that are measured; the last one always is."""
+    """Minimum number of steps between validated checkpoints; the last checkpoint is always validated."""
     best_by: str
-    """Metric that tells the best checkpoint."""
+    """Metric that selects the best checkpoint."""
     folder: str | None = None
-    """A folder that all nodes share, for what is measured: a folder in it for each run. None means
-    ``RUN_DIR/validation``, which cannot be where the run directory is a URL."""
+    """Shared folder of all nodes for validation outputs, with a subfolder per run. None means ``RUN_DIR/validation``,
+    which is not possible if the run directory is a URL."""
 
 
 class Validator(ABC):
-    """Measures checkpoints of a run into ``RUN_DIR/validation``: a folder each, and a row each in ``validation.json``."""
+    """Base class of validators, which write a folder and a row of ``validation.json`` for each validated checkpoint.
+
+    The output folder is ``RUN_DIR/validation``, or ``schedule.folder`` with the run's name. Raises UserError if it is a URL.
+    """
 
     def __init__(self, schedule: ValidationSchedule, run_dir: str) -> None:
         self.schedule, self.run_dir = schedule, located(run_dir)
         if not storage.is_local(place := schedule.folder or self.run_dir):
             raise UserError(
-                f"{place}: validation beside training loads models from a folder that all "
-                "nodes share, not from a URL; name one as validation.folder"
+                f"{place}: validation during training loads models from a shared folder, not from a URL; "
+                "expected a folder that all nodes share as validation.folder"
             )
         name = self.run_dir.rstrip("/").rpartition("/")[2]
         self.folder = Path(schedule.folder, name).absolute() if schedule.folder else Path(self.run_dir, FOLDER)
@@ -58,16 +61,16 @@ class Validator(ABC):
 
     @abstractmethod
     def measure(self, model: str, folder: Path) -> Numbers:
-        """Measure the model folder ``model``; what is worth keeping goes into ``folder``."""
+        """Evaluate the model folder ``model`` and write outputs to ``folder``."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Step, and value and interval of each metric, of what was measured so far."""
+        """Return the validated checkpoints: step, and value and interval of each metric."""
         path = str(self.folder / ROWS)
         rows: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
         return rows
 
     def due(self, ended: bool) -> list[str]:
-        """Finished checkpoints that are to be measured; once training has ``ended``, the last one among them."""
+        """Return finished checkpoints to validate, including the last one if training has ``ended``."""
         last, found = max((row["step"] for row in self.rows()), default=0), []
         checkpoints = finished_checkpoints(self.run_dir)
         for checkpoint in checkpoints:
@@ -78,7 +81,7 @@ class Validator(ABC):
         return found
 
     def validate(self, checkpoint: str) -> dict[str, Any]:
-        """Measure a checkpoint; returns its row. It is copied first, as training deletes old ones."""
+        """Validate a checkpoint and return its row. The checkpoint is copied first, since training deletes old ones."""
         folder = self.folder / Path(checkpoint).name
         model = folder / "model"
         if not model.exists():
@@ -89,7 +92,7 @@ class Validator(ABC):
         return self.add({"step": checkpoint_step(checkpoint), "metrics": self.measure(str(model), folder)})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Note a row, mark the best one in ``best.json``, and drop the copies of all other models."""
+        """Store a row, write the best one to ``best.json``, and delete the copies of all other models."""
         best_by = self.schedule.best_by
         rows = sorted([*(r for r in self.rows() if r["step"] != row["step"]), row], key=lambda r: r["step"])
         storage.write_json(str(self.folder / ROWS), rows)
@@ -104,15 +107,15 @@ class Validator(ABC):
         return row
 
     def follow(self, ended: threading.Event) -> None:
-        """Measure checkpoints as they come, until training has ended and its last one is measured."""
+        """Validate new checkpoints until training has ended and its last checkpoint is validated."""
         try:
             while not self.given_up.is_set():
                 last_look = ended.is_set()
                 for checkpoint in self.due(last_look):
                     try:
                         self.validate(checkpoint)
-                    except FileNotFoundError:  # deleted by training in the meantime, which had come further
-                        log.warning("validation: %s was gone before it could be copied", checkpoint)
+                    except FileNotFoundError:  # training keeps only the latest checkpoints
+                        log.warning("validation: %s was deleted before it could be copied", checkpoint)
                 if last_look:
                     return
                 ended.wait(POLL)
@@ -122,7 +125,10 @@ class Validator(ABC):
 
 @contextmanager
 def validating(validator: Validator | None) -> Iterator[None]:
-    """Validate in the background what the block trains; a problem is raised once training is done. None: nothing to do."""
+    """Validate checkpoints in a background thread while the block trains; with None do nothing.
+
+    Raises UserError for a failed validation after training has ended.
+    """
     if validator is None:
         yield
         return
@@ -132,7 +138,7 @@ def validating(validator: Validator | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        validator.given_up.set()  # nothing waits for what it may be about to measure
+        validator.given_up.set()  # training failed: do not wait for pending validations
         raise
     ended.set()
     thread.join()
@@ -145,12 +151,12 @@ def validating(validator: Validator | None) -> Iterator[None]:
 
 
 def require_best_by(best_by: str, measured: Collection[str]) -> None:
-    """ValueError unless ``best_by`` is among the ``measured`` metrics and has a better end."""
+    """Raise ValueError unless ``best_by`` is among the ``measured`` metrics and has a better direction."""
     if best_by not in measured or better(best_by) is None:
         names = ", ".join(name for name in measured if better(name)) or "one of metrics"
-        raise ValueError(f"best_by {best_by}: expected a metric that is measured and has a better end: {names}")
+        raise ValueError(f"best_by {best_by}: expected a measured metric with a better direction: {names}")
 
 
 def numbers(results: Iterable[tuple[str, dict[str, Any]]]) -> Numbers:
-    """Of each metric's result as JSON what a row holds."""
+    """Convert metric results (JSON) to the form stored in a row."""
     return {name: {key: result[key] for key in ("name", "value", "low", "high")} for name, result in results}

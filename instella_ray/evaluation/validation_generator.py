@@ -1,4 +1,4 @@
-"""Validation of a generator while it trains: each checkpoint draws images of fixed prompts, and these are measured."""
+"""Validation of a generator during training: samples fixed prompts with each checkpoint and evaluates the images."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from .validation import Numbers, ValidationSchedule, Validator, numbers, require
 
 
 class ValidationConfig(ValidationSchedule):
-    """What a checkpoint is asked to draw, how that is measured, and by what the best one is told."""
+    """Prompts, sampling and metrics of a generator's validation."""
 
     prompts: str = SCENES
-    """As of jobs/sample.py."""
+    """Prompts, as in jobs/sample.py."""
     count: int | None = Field(240, ge=1)
     images_per_prompt: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     sampling: SamplingConfig = SamplingConfig(guidance_scale=4.0, temperature=0.6)
     text_length: int = Field(128, ge=1)
     size: int | None = Field(None, ge=16)
-    """Pixels a side of the images; none means the tokenizer's own."""
+    """Pixels a side of the images; none means the tokenizer's image size."""
     metrics: MetricsConfig | None = None
-    """As of jobs/evaluate.py."""
+    """Metrics, as in jobs/evaluate.py."""
     best_by: str = "scene_score"
-    """Metric that tells the best checkpoint."""
+    """Metric that selects the best checkpoint."""
     batch_size: int = Field(16, ge=1)
     actors: int | None = Field(1, ge=1)
     gpus_per_actor: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _best_can_be_told(self) -> ValidationConfig:
+    def _best_by_is_measured(self) -> ValidationConfig:
         scenes = ["scene_score"] if self.prompts == SCENES else []
         require_best_by(self.best_by, list(self.metrics.sections()) if self.metrics else scenes)
         return self
 
 
 class ValidatedRun(GeneratorRunConfig):
-    """A generator run whose checkpoints may be validated."""
+    """Configuration of a generator run with optional validation."""
 
     validation: ValidationConfig | None = None
-    """None: training alone."""
+    """Validation of checkpoints; None disables it."""
 
 
 class GeneratorValidator(Validator):
-    """Samples a checkpoint and evaluates the samples, each as its job does."""
+    """Validator that runs the sampling job and the evaluation job on each checkpoint."""
 
     def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str, *, here: bool) -> None:
-        """``here`` runs both in this process, as ``--local`` does."""
+        """``here``: run both jobs in this process, like ``--local``."""
         super().__init__(cfg, run_dir)
         self.cfg, self.tokenizer = cfg, tokenizer
         self.spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor, "local": here}
-        """How both jobs are run."""
+        """Execution options of both jobs."""
 
     def measure(self, model: str, folder: Path) -> Numbers:
         cfg = self.cfg
@@ -83,7 +83,7 @@ class GeneratorValidator(Validator):
 
 
 def generator_validator(run: ValidatedRun) -> GeneratorValidator | None:
-    """What measures the run's checkpoints, where it asks for that."""
+    """Create the validator of a run; None if validation is disabled."""
     if run.validation is None:
         return None
     here = run.train.workers.count == 0

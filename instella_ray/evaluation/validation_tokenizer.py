@@ -1,4 +1,4 @@
-"""Validation of a tokenizer while it trains: each checkpoint restores held-out images, and these are measured."""
+"""Validation of a tokenizer during training: reconstructs held-out images with each checkpoint and measures them."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ OFFERS = frozenset({"images", "references"})
 
 
 class TokenizerValidation(ValidationSchedule):
-    """What a checkpoint is asked to restore, how that is measured, and by what the best one is told."""
+    """Held-out images, sizes, metrics and resources of a tokenizer's validation."""
 
     data: str
-    """Held-out images: curated WebDataset tars (path, glob, commas between several)."""
+    """Held-out images: curated WebDataset tars (paths or globs, comma-separated)."""
     count: int = Field(256, ge=1)
-    """So many of them, the first ones, each cropped at the same place every time."""
+    """Number of images: the first ones, with deterministic crops."""
     sizes: tuple[int, ...] = ()
-    """Pixels a side that images are decoded to and measured at; none means the sizes that the stage trains."""
+    """Pixels a side at which images are decoded and measured; none means the sizes of the training stage."""
     metrics: MetricsConfig = MetricsConfig(psnr=PSNR(), ssim=SSIM())
-    """Those of jobs/evaluate.py that compare a restoration with its original."""
+    """Metrics of jobs/evaluate.py that compare a reconstruction with its original."""
     best_by: str = "psnr"
-    """Metric that tells the best checkpoint, over all sizes."""
+    """Metric that selects the best checkpoint, over all sizes."""
     shown: int = Field(8, ge=1)
-    """Images shown, originals above their restorations."""
+    """Number of images shown, originals above their reconstructions."""
     batch_size: int = Field(16, ge=1)
     cpus: float = Field(1.0, ge=0)
-    """Logical CPUs that measuring reserves. Where training leaves none, it waits until that has ended."""
+    """Logical CPUs that validation reserves. If training leaves none free, validation waits until it has ended."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs that it reserves, or a part of one. Beside a run in the calling process (train.workers.count 0) it reserves
-    nothing, and computes there, on the GPU unless this is 0."""
+    """GPUs that validation reserves, or a fraction of one. For a run in the calling process (train.workers.count 0)
+    nothing is reserved and validation runs in that process, on the GPU unless this is 0."""
 
     @model_validator(mode="after")
-    def _can_be_measured(self) -> TokenizerValidation:
+    def _metrics_compare_with_originals(self) -> TokenizerValidation:
         sections = self.metrics.sections()
         if other := [name for name, section in sections.items() if not section.needs <= OFFERS]:
             raise ValueError(f"metrics.{other[0]}: expected metrics that compare an image with its original")
@@ -60,28 +60,28 @@ class TokenizerValidation(ValidationSchedule):
 
 
 class ValidatedTokenizer(TokenizerConfig):
-    """A tokenizer run whose checkpoints may be validated."""
+    """Configuration of a tokenizer run with optional validation."""
 
     validation: TokenizerValidation | None = None
-    """None: training alone."""
+    """Validation of checkpoints; None disables it."""
 
 
 class ValidatedStages(TokenizerStagesConfig, ValidatedTokenizer):
-    """A tokenizer run, or several stages of one; each stage's checkpoints may be validated."""
+    """Configuration of a tokenizer run with one or several stages, each with optional validation."""
 
     stage_type = ValidatedTokenizer
 
 
 class MeasuredReconstruction(NamedTuple):
-    """What restoring has come to."""
+    """Metric values of a checkpoint's reconstructions, and an image of some of them."""
 
     numbers: Numbers
     image: np.ndarray
-    """uint8 ``[H, W, 3]``."""
+    """Originals above their reconstructions, uint8 ``[H, W, 3]``."""
 
 
 class TokenizerValidator(Validator):
-    """Restores images in a task of its own, on whichever node has room, or in this process."""
+    """Validator that reconstructs images in a Ray task on any node with free resources, or in this process."""
 
     def __init__(self, cfg: TokenizerValidation, run_dir: str, *, here: bool) -> None:
         super().__init__(cfg, run_dir)
@@ -94,7 +94,7 @@ class TokenizerValidator(Validator):
 
 
 def _on_cluster(model: str, cfg: TokenizerValidation) -> MeasuredReconstruction:
-    """:func:`measure_restorations` in a task of Ray."""
+    """Run :func:`measure_restorations` in a Ray task; raises UserError if the cluster has fewer GPUs than it needs."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -113,9 +113,9 @@ def _on_cluster(model: str, cfg: TokenizerValidation) -> MeasuredReconstruction:
 
 @torch.inference_mode()
 def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredReconstruction:
-    """Restore images of ``cfg.data`` at ``cfg.sizes`` by the BIT of the folder ``model``, and compare.
+    """Reconstruct images of ``cfg.data`` at ``cfg.sizes`` with the BIT in folder ``model``, and measure them.
 
-    A metric is over the images of all sizes; where there are several, those of each stand beside it as ``NAME_SIZE``.
+    Each metric is computed over the images of all sizes; with several sizes also per size, as ``NAME_SIZE``.
     """
     device = pick_device("cuda" if cfg.gpus else "cpu")
     bit = load_expected(model, BIT, device=device)
@@ -133,7 +133,7 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredRecons
         codes = bit.encode(to_tensor(pixels[seen]).to(device))
         for size in sizes:
             restored, originals = to_pixels(bit.decode(codes, size, size)), pixels[size]
-            # Two sizes of one image are no two images: the interval draws them together.
+            # Different sizes of one image are not independent, so they form one group of the bootstrap.
             groups = [str(number) for number in index]
             batch = Batch([f"{group} at {size}" for group in groups], restored, originals, groups=groups)
             for name in makers:
@@ -147,15 +147,15 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredRecons
 
 
 def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
-    """The stage's validation with its sizes and absolute paths; None where it asks for none.
+    """Return the stage's validation with its sizes and absolute paths; None if validation is disabled.
 
-    UserError for held-out shards without images, for sizes that the model cannot decode to, and for a GPU that the
-    calling process is to compute on where it has none.
+    Raises UserError for held-out shards without images, for sizes that the model cannot decode to, and if validation
+    would run on a GPU of the calling process, which has none.
     """
     if not isinstance(stage, ValidatedTokenizer) or (cfg := stage.validation) is None:
         return None
     if cfg.gpus and stage.train.workers.count == 0 and not torch.cuda.is_available():
-        raise UserError(f"validation.gpus {cfg.gpus:g}: PyTorch sees no GPU here, where the run would compute")
+        raise UserError(f"validation.gpus {cfg.gpus:g}: PyTorch sees no GPU in this process, which runs the validation")
     sizes, multiple = cfg.sizes or stage.sizes, stage.model.decode_multiple
     if wrong := [size for size in sizes if size <= 0 or size % multiple]:
         raise UserError(f"validation.sizes {wrong[0]}: not a multiple of {multiple}")
@@ -166,14 +166,17 @@ def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
 
 
 def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:
-    """What measures the stage's checkpoints, where it asks for that."""
+    """Create the validator of a stage; None if validation is disabled."""
     cfg = complete_validation(stage)
     here = stage.train.workers.count == 0
     return TokenizerValidator(cfg, stage.train.run_dir, here=here) if cfg else None
 
 
 def run_validated_stages(cfg: ValidatedStages) -> str:
-    """:func:`..training.stages.run_stages` with validation beside each stage, all of it checked before the first one."""
+    """Run all stages with validation during each; every stage's validation is checked before the first one starts.
+
+    See :func:`..training.stages.run_stages`.
+    """
     for stage in cfg.each().values() or [cfg.single()]:
         complete_validation(stage)
     return run_stages(cfg, lambda stage: validating(tokenizer_validator(stage)))

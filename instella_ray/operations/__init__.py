@@ -1,1 +1,1 @@
-"""Jobs on machines of one's own: are those in order, how a job gets there, and where a result comes from."""
+"""Operations: machine and cluster checks (doctor), job submission, and lineage of results."""

@@ -1,4 +1,4 @@
-"""Claims on a cluster, in numbers and in words, and whether its nodes have room for them."""
+"""Resource needs of jobs: totals, formatting, and comparison with a cluster's nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Group(NamedTuple):
-    """Processes that run at the same time, each with the same claim."""
+    """Concurrent processes with the same resources each."""
 
     processes: int
     cpus: float
@@ -15,11 +15,11 @@ class Group(NamedTuple):
 
 
 Needs = tuple[Group, ...]
-"""Groups that run at the same time."""
+"""Groups of processes that run concurrently."""
 
 
 def totals(needs: Needs) -> dict[str, float]:
-    """Amounts by Ray's names of resources."""
+    """Sum the needs by Ray's resource names."""
     return {
         "GPU": sum(group.processes * group.gpus for group in needs),
         "CPU": sum(group.processes * group.cpus for group in needs),
@@ -27,7 +27,7 @@ def totals(needs: Needs) -> dict[str, float]:
 
 
 def lacking(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """What ``nodes`` do not have of ``needs``, in words: in total, or for one process on one node; None if nothing."""
+    """Describe the resources that ``nodes`` lack for ``needs``, in total or for one process on one node; None if none."""
     wanted = totals(needs)
     have = {name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}
     short = [name for name, amount in wanted.items() if amount > have[name]]
@@ -43,6 +43,6 @@ def lacking(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> str | None:
 
 
 def amounts(resources: Mapping[str, float], names: Iterable[str]) -> str:
-    """``16 GPUs and 128 CPUs``."""
+    """Format resources, such as ``16 GPUs and 128 CPUs``."""
     found = {name: resources.get(name, 0.0) for name in names}
     return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in found.items())

@@ -1,4 +1,4 @@
-"""A cluster as seen from outside: through the address of its dashboard, with its token."""
+"""Client of a remote cluster, through its dashboard's address and token."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ MOST_NODES = 10_000
 
 
 class ClusterClient:
-    """The jobs and nodes behind ``address``; UserError names it where nothing answers or the token is refused."""
+    """Client of the cluster at ``address``; raises UserError if it does not answer or rejects the token."""
 
     def __init__(self, address: str | None) -> None:
         self.address = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or LOCAL
-        os.environ[ADDRESS] = self.address  # Ray's clients prefer this variable to what they are given
-        for module in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and of each connection that ends
+        os.environ[ADDRESS] = self.address  # Ray's clients prefer this variable to their argument
+        for module in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with self.reached():
             self.jobs = JobSubmissionClient(self.address)
 
     def nodes(self) -> list[dict[str, float]]:
-        """Amounts of all resources of each living node, by Ray's names."""
+        """Return the total resources of each alive node, by Ray's resource names."""
         with self.reached():
             states = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
             return [dict(state.resources_total) for state in states]
 
     @contextmanager
     def reached(self) -> Iterator[None]:
-        """Says in one line why the cluster could not be asked."""
+        """Convert authentication and connection errors to a UserError with one line."""
         try:
             yield
         except AuthenticationError:
@@ -48,5 +48,5 @@ class ClusterClient:
                 "in RAY_AUTH_TOKEN or ~/.ray/auth_token"
             ) from None
         except (ConnectionError, requests.RequestException, RayStateApiException) as error:
-            said = str(error).splitlines()[0]
-            raise UserError(f"{self.address}: expected the dashboard of a running Ray cluster ({said})") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.address}: expected the dashboard of a running Ray cluster ({reason})") from None

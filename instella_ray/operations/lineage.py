@@ -1,7 +1,7 @@
-"""Where something comes from: the chain from an image, model, run, or set of codes or samples down to the source shards.
+"""Lineage: the provenance chain from an image, model, run, or set of codes or samples down to the source shards.
 
-The chain is what run records and checkpoints say. Each of its things that can still be found is looked at again: one
-that is now another, or is gone, is named at its place.
+The chain is read from run records and checkpoints. Every artifact that still exists is verified: changed and missing ones
+are marked.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..runs import RECORD, Provenance, read_record
 from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]
-"""The same as it was, the same at another place, another one at its place, not to be found, nothing to tell it by."""
+"""Unchanged, found at another path, other contents at its path, not found, or not verifiable."""
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Link(Config):
-    """A thing of the chain, as it was and as it was found."""
+    """Artifact in the chain, with its recorded provenance and current state."""
 
     role: str
     path: str
@@ -40,30 +40,30 @@ class Link(Config):
     facts: dict[str, Any]
     state: State
     note: str | None = None
-    """What there is to say of its state."""
+    """Explanation of the state."""
     inputs: tuple[Link, ...] = ()
 
     def walk(self) -> Iterator[Link]:
-        """This one and all below it."""
+        """Yield this link and all links below it."""
         yield self
         for link in self.inputs:
             yield from link.walk()
 
 
 def trace(thing: str, models: Sequence[str] = ()) -> Link:
-    """The chain behind ``thing``: an image's file, or a model folder, run directory, or output folder of a job.
+    """Trace the provenance of ``thing``: an image file, model folder, run directory, or output folder of a job.
 
-    ``models`` are folders to look for models in whose place is not known, or not theirs any more. UserError where
-    ``thing`` is none of these.
+    ``models``: folders in which to search for models whose path is unknown or outdated. Raises UserError if ``thing`` is
+    none of these.
     """
-    shelf = Shelf(models)
+    verifier = ProvenanceVerifier(models)
     if thing.lower().endswith(IMAGES):
-        return _image(thing, shelf)
-    return shelf.found(_provenance(thing))
+        return _image(thing, verifier)
+    return verifier.link(_provenance(thing))
 
 
 def _provenance(folder: str) -> Provenance:
-    """A folder by what lies in it."""
+    """Read the provenance of a folder according to its files; raises UserError if there is none."""
     has = {name: storage.exists(storage.join(folder, name)) for name in (CONFIG, RECORD, LEDGER, MANIFEST, SWEEP)}
     if has[CONFIG] and storage.is_local(folder) and any(Path(folder, name).is_file() for name in (WEIGHTS, EMA)):
         return model_provenance("model", folder)
@@ -74,7 +74,7 @@ def _provenance(folder: str) -> Provenance:
     record = read_record(folder) if has[RECORD] else None
     if record is None:
         expected = "an image, a model folder, a run directory, or the output folder of a job"
-        raise UserError(f"{folder}: nothing there says where it comes from; expected {expected}")
+        raise UserError(f"{folder}: no provenance found; expected {expected}")
     facts = {**record.facts, "attempts": len(record.attempts)}
     if storage.exists(storage.join(folder, CHECKPOINTS)) and storage.is_local(folder):
         model = model_provenance("checkpoint", latest_checkpoint(folder))
@@ -82,43 +82,45 @@ def _provenance(folder: str) -> Provenance:
     return Provenance(role="run", kind="name", path=storage.absolute(folder), facts=facts, inputs=record.inputs)
 
 
-def _image(path: str, shelf: Shelf) -> Link:
+def _image(path: str, verifier: ProvenanceVerifier) -> Link:
     about = read_metadata(storage.read_bytes(path))
     if about is None:
-        raise UserError(f"{path}: says nothing of what made it; expected an image from this endpoint or bulk job")
+        raise UserError(f"{path}: no metadata of its generation; expected an image from the endpoint or the decode job")
     weights = about.get("weights")
     facts = {name: about[name] for name in ("model", "seed", "prompt") if name in about}
     named = weights.items() if isinstance(weights, Mapping) else ()
     named_weights = [Provenance(role=str(role), kind="model", path="", identity=str(value)) for role, value in named]
-    note = None if named_weights else "names no weights: made before images did"
-    links = tuple(shelf.found(provenance) for provenance in named_weights)
+    note = None if named_weights else "names no weights: made before images recorded them"
+    links = tuple(verifier.link(provenance) for provenance in named_weights)
     return Link(role="image", path=path, identity=None, facts=facts, state="here", note=note, inputs=links)
 
 
-class Shelf:
-    """Where models are looked for."""
+class ProvenanceVerifier:
+    """Verifies recorded provenance against the file system, searching models in ``folders``.
+
+    Raises UserError for a folder that does not exist.
+    """
 
     def __init__(self, folders: Sequence[str]) -> None:
-        """UserError for a folder that is none."""
         for folder in folders:
             if not Path(folder).is_dir():
                 raise UserError(f"--models {folder}: no such folder")
         self.folders = folders
         self._hash = cache(weight_hash)
 
-    def found(self, provenance: Provenance) -> Link:
-        """``provenance`` and what is behind it, as they are now. A model that is found tells its own chain."""
+    def link(self, provenance: Provenance) -> Link:
+        """Verify ``provenance`` and its inputs; a found model without recorded inputs contributes its own."""
         try:
-            state, note, place = self._look(provenance)
-        except Exception as error:  # damaged, or a store out of reach: that is what there is to say of it
-            state, note, place = "unknown", f"cannot be looked at ({type(error).__name__}: {error})", None
+            state, note, place = self._verify(provenance)
+        except Exception as error:  # damaged files or an unreachable store must not hide the rest of the chain
+            state, note, place = "unknown", f"cannot be verified ({type(error).__name__}: {error})", None
         if place is not None and provenance.kind == "model" and not provenance.inputs:
-            told = model_provenance(provenance.role, place, provenance.identity)
+            own = model_provenance(provenance.role, place, provenance.identity)
             provenance = provenance.model_copy(
-                update={"facts": {**told.facts, **provenance.facts}, "inputs": told.inputs}
+                update={"facts": {**own.facts, **provenance.facts}, "inputs": own.inputs}
             )
         if place is not None and provenance.kind == "model" and not provenance.inputs:
-            note = "; ".join(filter(None, (note, "says nothing of what it was trained on")))
+            note = "; ".join(filter(None, (note, "no record of its training data")))
         return Link(
             role=provenance.role,
             path=place or provenance.path,
@@ -126,11 +128,11 @@ class Shelf:
             facts=provenance.facts,
             state=state,
             note=note,
-            inputs=tuple(self.found(each) for each in provenance.inputs),
+            inputs=tuple(self.link(each) for each in provenance.inputs),
         )
 
-    def _look(self, provenance: Provenance) -> tuple[State, str | None, str | None]:
-        """State, what to say of it, and where it is now."""
+    def _verify(self, provenance: Provenance) -> tuple[State, str | None, str | None]:
+        """Return the state, a note, and the current path."""
         if provenance.kind in ("name", "samples") or (provenance.identity is None and provenance.kind == "files"):
             return "unknown", None, None
         now = self._identity(provenance)
@@ -139,12 +141,12 @@ class Shelf:
         if provenance.kind == "model" and (other := self._elsewhere(provenance.identity)) is not None:
             return "moved", f"was at {provenance.path}" if provenance.path else None, other
         if now is not None:
-            return "changed", f"now {now[:12]}: not what was read then", None
-        hint = f"not found in {', '.join(self.folders)}" if self.folders else "not found; --models FOLDER looks there"
-        return "missing", hint if provenance.kind == "model" else "not there any more", None
+            return "changed", f"now {now[:12]}: differs from what was read", None
+        hint = f"not found in {', '.join(self.folders)}" if self.folders else "not found; search with --models FOLDER"
+        return "missing", hint if provenance.kind == "model" else "no longer exists", None
 
     def _identity(self, provenance: Provenance) -> str | None:
-        """That of what is at the provenance's place now, None where nothing is."""
+        """Return the identity of the current contents of the recorded path; None if there are none."""
         if not provenance.path:
             return None
         if provenance.kind == "files":
@@ -161,7 +163,7 @@ class Shelf:
         return next((path for path in self._all() if self._hash(path) == identity), None)
 
     def _all(self) -> Iterator[str]:
-        """Every model folder on the shelf, the newest checkpoint of a run first."""
+        """Yield every model folder below ``folders``, the newest checkpoint of a run first."""
         for folder in self.folders:
             for here, below, files in os.walk(folder):
                 below.sort(reverse=True)
@@ -177,7 +179,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def tree(link: Link) -> str:
-    """The chain as lines for people."""
+    """Format the chain as a text tree."""
     return "\n".join(_lines(link, "", ""))
 
 
@@ -185,7 +187,7 @@ def _lines(link: Link, first: str, rest: str) -> Iterator[str]:
     identity = f" {link.identity[:12]}" if link.identity else ""
     facts = ", ".join(f"{name} {value}" for name, value in link.facts.items() if value is not None)
     mark = {"changed": "  ** CHANGED **", "missing": "  ** MISSING **"}.get(link.state, "")
-    yield f"{first}{link.role}{identity}  {link.path or '(place not known)'}{mark}"
+    yield f"{first}{link.role}{identity}  {link.path or '(path unknown)'}{mark}"
     bar = "│  " if link.inputs else "   "
     for more in (facts, link.note):
         if more:

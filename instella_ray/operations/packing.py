@@ -1,4 +1,4 @@
-"""Which files of a working directory go with a job, and the zip file that Ray uploads of them."""
+"""Packing of a working directory: selection of the files for a job, and the zip file that Ray uploads."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ EXCLUDES = (
     *("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx"),
     *("*.tar", "*.tar.*", "*.tgz", "*.zip", "*.parquet", "*.arrow"),
 )
-"""What no job needs, beside what git ignores; patterns as git writes them. Data and weights are read where they lie."""
+"""Excluded files in addition to those that git ignores, as gitignore patterns. Data and weights are not uploaded."""
 LIMIT = 100 << 20
-"""Bytes that a job may take along; Ray keeps them in the memory of the head."""
+"""Largest package in bytes; Ray keeps it in the memory of the head node."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class Package(NamedTuple):
-    """The files of a working directory that go with a job."""
+    """Files of a working directory to upload with a job."""
 
     root: Path
     sizes: Mapping[str, int]
-    """Bytes by path below ``root``."""
+    """Size in bytes by path relative to ``root``."""
 
     @property
     def total(self) -> int:
@@ -42,7 +42,7 @@ class Package(NamedTuple):
         return ", ".join(f"{path} {mebibytes(size)}" for path, size in named)
 
     def write(self, target: Path) -> None:
-        """Zip the files; the same contents give the same bytes, so that Ray uploads them once."""
+        """Zip the files deterministically: equal contents give equal bytes, so that Ray uploads them only once."""
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(self.sizes):
                 entry = zipfile.ZipInfo(path, EPOCH)
@@ -51,10 +51,10 @@ class Package(NamedTuple):
 
 
 def find_package(root: Path) -> Package:
-    """What of ``root`` goes with a job; UserError names the largest files where that is too much.
+    """Select the files of ``root`` to upload; raises UserError with the largest files if they exceed :data:`LIMIT`.
 
-    In a git checkout these are the files that git tracks or would, elsewhere those that no pattern of ``.gitignore``
-    names; without :data:`EXCLUDES` and run directories.
+    In a git checkout these are the tracked and the untracked, not ignored files; elsewhere the files that do not match
+    ``.gitignore``. :data:`EXCLUDES` and run directories are excluded.
     """
     if not root.is_dir():
         raise UserError(f"--working-dir {root}: expected a folder")
@@ -67,7 +67,7 @@ def find_package(root: Path) -> Package:
     if package.total > LIMIT:
         raise UserError(
             f"{root}: {mebibytes(package.total)} to pack, expected at most {mebibytes(LIMIT)}; the largest are "
-            f"{package.largest(5)}: let .gitignore name what the job does not need, or put it where the job reads it"
+            f"{package.largest(5)}: add what the job does not need to .gitignore, or move data to shared storage"
         )
     return package
 
@@ -77,7 +77,7 @@ def mebibytes(size: int) -> str:
 
 
 def _listed_by_git(root: Path) -> list[str] | None:
-    """Files below ``root`` that are tracked, or untracked and not ignored; None where there is no checkout or no git."""
+    """List files below ``root`` that are tracked, or untracked and not ignored; None without a checkout or git."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def _listed_by_git(root: Path) -> list[str] | None:
 
 
 def _walked(root: Path) -> Iterator[str]:
-    """Files below ``root``, without looking into folders that are not wanted."""
+    """Yield files below ``root``, without descending into excluded folders."""
     ignore = root / ".gitignore"
     lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.is_file() else []
     unwanted = PathSpec.from_lines("gitwildmatch", [*lines, *EXCLUDES])
@@ -98,7 +98,7 @@ def _walked(root: Path) -> Iterator[str]:
 
 
 def _run_directories(names: list[str]) -> list[str]:
-    """Folders among ``names`` that training has written, by the two files that each of them has."""
+    """Find run directories of training among ``names``, by their metrics and config files."""
     found = set(names)
     logs = [name for name in names if name.endswith(f"/{METRICS}")]
     return [folder for name in logs if f"{(folder := name.removesuffix(f'/{METRICS}'))}/{CONFIG}" in found]

@@ -1,4 +1,4 @@
-"""What a job needs at least, from its configuration."""
+"""Minimum resource needs of jobs, from their configurations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..training.stages import TokenizerStagesConfig
 from .claims import Group, Needs, totals
 
 READER: Needs = (Group(1, 1, 0),)
-"""The one CPU that a driver's tasks need to get anywhere at all."""
+"""Minimum of a data job: one CPU for the driver's tasks."""
 
 
 @singledispatch
 def least(config: Config) -> Needs:
-    """The fewest processes that the job of ``config`` can do its work with.
+    """Return the fewest processes with which the job of ``config`` can run.
 
-    A configuration that is not known here is that of a job made of others, whose parts run one after another.
+    A configuration without a registered rule is that of a composite job, whose parts run one after another.
     """
     parts = [getattr(config, name) for name in type(config).model_fields]
     return largest([READER, *(least(part) for part in parts if isinstance(part, Config))])
@@ -34,10 +34,10 @@ def least(config: Config) -> Needs:
 
 @least.register
 def _(config: TrainingRun) -> Needs:
-    # Measuring checkpoints meanwhile needs more, but waits until there is room.
+    # Validation during training needs more, but waits until resources are free.
     workers = config.train.workers
     if workers.count == 0:
-        return ()  # trained in the job's own process
+        return ()  # training runs in the job's process
     return (Group(workers.least, workers.cpus, float(workers.gpu)),)
 
 
@@ -73,10 +73,10 @@ def _(config: ServeArgs) -> Needs:
 
 
 def actors(pools: Iterable[tuple[int | None, float]]) -> Needs:
-    """Needs of pools of (actors, GPUs an actor); on CPUs they share what there is, however many they are."""
+    """Return the needs of pools of (actors, GPUs per actor); CPU actors need nothing extra, as they share CPUs."""
     return READER + tuple(Group(count or 1, 0, gpus) for count, gpus in pools if gpus)
 
 
 def largest(needs: Sequence[Needs]) -> Needs:
-    """The most demanding of several that are met one after another: by GPUs, then by CPUs."""
+    """Return the largest of several needs that occur one after another: by GPUs, then by CPUs."""
     return max(needs, key=lambda groups: (totals(groups)["GPU"], totals(groups)["CPU"]))

@@ -1,4 +1,4 @@
-"""Submit a job: pack the working directory, hold the job's needs against the cluster, follow its log to the end."""
+"""Job submission: packs the working directory, checks the job's needs against the cluster, and follows its log."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from .waiting import queued
 
 
 class Submission(NamedTuple):
-    """A job and where it goes."""
+    """Job to submit, target cluster and options."""
 
     command: Sequence[str]
-    """As it would be run here: ``jobs/X.py --config ...``, with ``python`` before it or not."""
+    """Command line as run locally: ``jobs/X.py --config ...``, optionally preceded by ``python``."""
     address: str | None = None
-    """Of the cluster's dashboard; none means what Ray's variables name, or this machine."""
+    """Address of the cluster's dashboard; none uses Ray's environment variables, else this machine."""
     name: str | None = None
-    """What the job's id begins with; none means the job's own name."""
+    """Prefix of the job's id; none uses the script's name."""
     working_dir: str = "."
     follow: bool = True
-    """Print the log until the job ends, and end as it did."""
+    """Print the log until the job ends, and return its exit code."""
     dry_run: bool = False
-    """Say what would be done, and do nothing."""
+    """Print what would be submitted, without submitting."""
     queue: bool = False
-    """Let the job wait on the cluster until that has grown to what the job needs."""
+    """Let the job wait on the cluster until it has scaled up to the job's needs."""
 
 
 def submit(order: Submission) -> int:
-    """Returns the exit code for the shell: the job's own where it is followed.
+    """Submit a job and return the shell exit code: the job's own if its log is followed.
 
-    UserError when the job would be refused where it runs, when its files are too large or not among those packed, when
-    the cluster lacks something and the job may not wait for it, and when the cluster cannot be reached.
+    Raises UserError if the job's configuration is invalid, if its files are too large or not in the package, if the
+    cluster lacks resources and ``order.queue`` is not set, and if the cluster cannot be reached.
     """
     root = Path(order.working_dir).absolute()
-    script, arguments = _parted(order.command)
+    script, arguments = _split_command(order.command)
     package = find_package(root)
     _require(script, package, "the job")
     needs = least(read_job(root, script, arguments))
@@ -66,7 +66,7 @@ def submit(order: Submission) -> int:
         have = {name: sum(node.get(name, 0.0) for node in nodes) for name in totals(needs)}
         print(f"has   {amounts(have, have)} on {len(nodes)} nodes, {cluster.address}")
     if short and not order.queue:
-        raise UserError(f"{script}: {short}; --queue lets the job wait there until the cluster has grown to that")
+        raise UserError(f"{script}: {short}; --queue lets the job wait until the cluster has scaled up")
     if order.dry_run:
         return 0
     job = new_id(order.name or PurePosixPath(script).stem)
@@ -81,20 +81,20 @@ def submit(order: Submission) -> int:
         with cluster.reached():
             details = LogFollower(cluster.jobs, job).run()
     except KeyboardInterrupt:
-        print(f"\n{job} runs on\nfollow it: {again}\nstop it:   {stop}", flush=True)
+        print(f"\n{job} continues to run\nfollow it: {again}\nstop it:   {stop}", flush=True)
         return 130
-    said = details.message.partition(", last available logs")[0].splitlines() if details.message else []
-    print(f"{job}: {details.status.value}" + (f", {said[0]}" if said else ""), flush=True)
+    message = details.message.partition(", last available logs")[0].splitlines() if details.message else []
+    print(f"{job}: {details.status.value}" + (f", {message[0]}" if message else ""), flush=True)
     return exit_code(details)
 
 
 def read_job(root: Path, script: str, arguments: Sequence[str]) -> Config:
-    """The configuration that ``script`` would run with, which it reads as it does when it runs."""
+    """Load the configuration with which ``script`` would run, through the script's own ``main``."""
     spec = importlib.util.spec_from_file_location(f"submitted_{PurePosixPath(script).stem}", root / script)
     if spec is None or spec.loader is None:
         raise UserError(f"{script}: expected a job, jobs/NAME.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks annotations up there
+    sys.modules[spec.name] = module  # pydantic resolves annotations in sys.modules
     with chdir(root):
         spec.loader.exec_module(module)
         if not callable(main := getattr(module, "main", None)):
@@ -103,14 +103,14 @@ def read_job(root: Path, script: str, arguments: Sequence[str]) -> Config:
 
 
 def new_id(name: str) -> str:
-    """A new job's id, which is its run's too; UserError for a name that Ray could not take."""
+    """Create a job id, which is also the run id; raises UserError for a name that Ray does not accept."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name {name}: expected letters, digits and . _ -")
     return new_run_id(name)
 
 
-def _parted(command: Sequence[str]) -> tuple[str, list[str]]:
-    """Script and arguments of a job's command line."""
+def _split_command(command: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a job's command line into script and arguments; raises UserError if there is no script."""
     words = list(command)
     if words and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]):
         words.pop(0)
@@ -126,7 +126,7 @@ def _require(path: str, package: Package, what: str) -> None:
 
 
 def _require_config(arguments: Sequence[str], package: Package) -> None:
-    """A path from the working directory must go along; an absolute one may lie where the cluster reads it too."""
+    """Require that a relative config path is in the package; an absolute one may be on storage that the cluster reads."""
     parser = argparse.ArgumentParser(add_help=False)
     add_config_arguments(parser)
     path = parser.parse_known_args(arguments)[0].config
@@ -147,4 +147,4 @@ def _send(cluster: ClusterClient, package: Package, job: str, command: Sequence[
                     runtime_env={"working_dir": str(target), "env_vars": {RUN_ID: job}},
                 )
         except RuntimeError as error:
-            raise UserError(f"{cluster.address}: did not take the job ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{cluster.address}: rejected the job ({str(error).splitlines()[0]})") from None

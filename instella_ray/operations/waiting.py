@@ -1,7 +1,7 @@
-"""Run a command of a job once the cluster has room for it: ``python -m instella_ray.operations.waiting NEEDS -- COMMAND``.
+"""Run a command once the cluster has enough resources: ``python -m instella_ray.operations.waiting NEEDS -- COMMAND``.
 
-NEEDS is a JSON list of [processes, CPUs each, GPUs each]. An autoscaler adds nodes for work that waits, and a job that
-looks at the cluster first and gives up would never wait. So this asks for the room in the job's place, from within.
+NEEDS is a JSON list of [processes, CPUs each, GPUs each]. An autoscaler adds nodes only for pending resource requests, but
+a job fails at its start if the cluster is too small. So this module requests the resources from within the cluster first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LOOK_S = 30.0
 
 
 def queued(needs: Needs, command: Sequence[str]) -> list[str]:
-    """``command`` behind a wait for ``needs``, as the words of a command line."""
+    """Return the command line that waits for ``needs`` and then runs ``command``."""
     return ["python", "-m", __spec__.name, json.dumps(needs), "--", *command]
 
 
-def wait_for_room(needs: Needs) -> None:
-    """Return once the cluster has had room for ``needs`` at the same time."""
+def wait_for_resources(needs: Needs) -> None:
+    """Block until the cluster can provide ``needs`` at the same time."""
     claims = [{"CPU": group.cpus, "GPU": group.gpus} for group in needs for _ in range(group.processes)]
     bundles = [{name: amount for name, amount in claim.items() if amount} for claim in claims]
     ray.init(log_to_driver=False)
@@ -36,7 +36,7 @@ def wait_for_room(needs: Needs) -> None:
     while not group.wait(LOOK_S):
         have = ray.cluster_resources()
         print(f"waiting, the cluster has {amounts(have, wanted)}", flush=True)
-    # The nodes stay for a while with nothing to do, which is longer than the command takes to claim them.
+    # The autoscaler's idle timeout is longer than the command takes to claim the nodes.
     remove_placement_group(group)
     ray.shutdown()
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     needs, separator, *command = sys.argv[1:] if argv is None else argv
     if separator != "--" or not command:
         raise UserError("expected NEEDS -- COMMAND")
-    wait_for_room(tuple(Group(*group) for group in json.loads(needs)))
+    wait_for_resources(tuple(Group(*group) for group in json.loads(needs)))
     os.execvp(command[0], command)
 
 

@@ -1,1 +1,1 @@
-"""What a run will need and how a cluster will do, told before either is begun."""
+"""Resource plans of training runs, and simulations of serving, data jobs and training."""

@@ -1,7 +1,7 @@
-"""How much memory a training worker needs: states by how they are sharded, activations by what the backward pass keeps.
+"""Memory estimates of a training worker: weights, gradients and optimizer state by sharding, and activations.
 
-Activations are counted from the tensors that PyTorch's plain kernels save, which a test measures; fused kernels save
-somewhat less. The allocator's fragments and the libraries' own buffers (a few GB on a GPU) are not part of it.
+Activations are the tensors that PyTorch's non-fused kernels save for the backward pass, which a test measures; fused
+kernels save somewhat less. Allocator fragmentation and library buffers (a few GB on a GPU) are not included.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ from ..training.settings import Sharding
 
 
 class Bytes(NamedTuple):
-    """Bytes a value: of what matrix products keep, and of what norms keep, which are always computed in float32."""
+    """Bytes per saved value."""
 
     product: int
+    """Inputs of matrix products."""
     norm: int
+    """Inputs and outputs of norms, which are always computed in float32."""
     cast: int
-    """Of a further product that reads the same float32 value: autocast makes each a copy of its own."""
+    """Additional product that reads the same float32 value, since autocast makes a copy for each."""
 
     @classmethod
     def of(cls, bf16: bool) -> Bytes:
-        """Under autocast to bfloat16, or in plain float32."""
+        """Return the sizes under autocast to bfloat16, or in float32."""
         return cls(2, 4, 2) if bf16 else cls(4, 4, 0)
 
 
 class Memory(NamedTuple):
-    """Bytes on one worker at the height of a step."""
+    """Peak memory of a training step on one worker, in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
-    """AdamW's two moments, and with ZeRO-2 another copy of the weights that they belong to."""
+    """AdamW's two moments, and with ZeRO-2 a copy of the weights of this worker's partition."""
     ema: float
     buffers: float
-    """What is gathered or reduced, and bfloat16 copies of the weights under autocast."""
+    """Communication buffers, and bfloat16 copies of the weights under autocast."""
     frozen: float
-    """Networks that do not learn, and the cache of text features."""
+    """Frozen networks and the text feature cache."""
     inputs: float
-    """The step's text features or images."""
+    """Text features or images of the step."""
     activations: float
 
     @property
@@ -50,39 +52,39 @@ class Memory(NamedTuple):
 
 
 def states(parameters: float, sharding: Sharding, world: int, *, bf16: bool) -> Memory:
-    """Weights, gradients, AdamW and EMA of ``parameters`` weights on each of ``world`` workers; all else is 0.
+    """Estimate weights, gradients, AdamW state and EMA of ``parameters`` weights on each of ``world`` workers, in bytes.
 
-    All are float32. With ZeRO-2 each worker holds its share of the weights once more, in the form that the optimizer
-    changes, and the whole average; with FSDP2 a share of that too.
+    All are float32; the other fields are 0. With ZeRO-2 each worker has an additional copy of its partition of the
+    weights for the optimizer, and the complete EMA; with FSDP2 the EMA is sharded too.
     """
     n = parameters
     copies = 2 * n if bf16 else 0
     if sharding == "zero2":
-        # Gradients live in two buckets until they are reduced, one that fills and one on its way; after that a share.
+        # Gradients are in two buckets until reduced, one being filled and one being sent; afterwards only a share is kept.
         buckets = 2 * 4 * min(BUCKET, n)
         return Memory(4 * n, 4 * n / world, 12 * n / world, 4 * n, copies + buckets, 0, 0, 0)
     if sharding == "fsdp2":
         share = 4 * n / world
         return Memory(share, share, 2 * share, share, copies / 8, 0, 0, 0)
-    # DistributedDataParallel reduces gradients in buckets beside them.
+    # DistributedDataParallel reduces gradients in additional buckets.
     return Memory(4 * n, 4 * n, 8 * n, 4 * n, copies + (4 * n if world > 1 else 0), 0, 0, 0)
 
 
 def generator_activations(
     cfg: GeneratorConfig, text_tokens: int, *, bf16: bool, gradient_checkpointing: bool = False
 ) -> float:
-    """Bytes that the backward pass of one sample keeps; with checkpointing each block keeps its input and its text."""
+    """Estimate the activation memory of one sample in bytes; with checkpointing each block keeps only its inputs."""
     size, d, n, t = Bytes.of(bf16), cfg.width, cfg.num_tokens, text_tokens
-    # Text: its features, their projection, keys before and after their norm, and its part of the joined keys and values.
+    # Text: features, their projection, keys before and after the norm, and the text's part of the joint keys and values.
     text = t * (size.product * (cfg.text_width + 4 * d) + size.norm * d)
-    # Image: inputs of q, k, v, of the output and of the feed-forward; q, the image's keys and values, attention's output;
-    # feed-forward before and after GELU; both sides of the norms of q and k.
+    # Image: inputs of q, k, v, of the output and of the feed-forward; q, the image's keys and values, attention output;
+    # feed-forward before and after GELU; inputs and outputs of the norms of q and k.
     image = n * d * (size.product * (3 + 4 + 8) + size.cast * 2 + (size.norm + size.product) * 2)
     if cfg.kind == "diffusion":
-        # Two layer norms keep input and output in float32, each gate what it multiplies.
+        # Two layer norms keep input and output in float32, each gate its factors.
         image += n * d * (size.norm * 4 + size.product * 2) + size.product * 8 * d
     else:
-        # The learned split token makes the residual stream, and so both RMS norms, float32; the mask becomes a bias.
+        # The learned split token makes the residual stream and therefore both RMS norms float32; the mask becomes a bias.
         image += n * d * size.norm * 4 + size.product * n * (n + t)
     ends = n * (size.product * d + size.norm * 2 * d + size.norm * 4 * cfg.bits_per_token)
     if not gradient_checkpointing:
@@ -94,10 +96,10 @@ def generator_activations(
 def tokenizer_activations(
     cfg: BITConfig, input_size: int, output_size: int, *, bf16: bool, frozen_encoder: bool = False
 ) -> float:
-    """Bytes that the backward pass of one image keeps, without the networks that losses bring."""
+    """Estimate the activation memory of one image in bytes, without the networks of the losses."""
     size = Bytes.of(bf16)
     # Two norms (learned tokens make the residual stream float32) and the inputs of their five products; q and k before and
-    # after their norms and turned by RoPE; v, attention's output twice, as heads and as columns; SwiGLU's four.
+    # after their norms and after RoPE; v; attention output in two layouts; SwiGLU's four.
     block = size.norm * 4 + size.product * 2 + size.cast * 3
     block += (size.norm + 2 * size.product) * 2 + size.product * (3 + 16)
     total = 0.0

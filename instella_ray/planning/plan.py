@@ -1,8 +1,8 @@
-"""What a training run will need: FLOP, GPU-days, memory, storage, network and cost, with all that was assumed.
+"""Resource plan of a training run: FLOP, GPU-days, memory, storage, network and cost, with all assumptions.
 
-The paper gives its diffusion run three times, and they do not agree: 20 days on a node of 8 (160 GPU-days), "approximately
-200 GPU-days", and 177 GPU-days in Table 3. It names 120 images/s a GPU but no number of steps: at that rate and a batch of
-4096, 160 GPU-days are 405,000 steps and 177 are 448,000. ``configs/generator/paper.yaml`` has 400,000.
+The paper states three inconsistent durations of its diffusion run: 20 days on a node of 8 (160 GPU-days), "approximately
+200 GPU-days", and 177 GPU-days in Table 3. It gives 120 images/s per GPU but no number of steps: at that rate and a batch
+of 4096, 160 GPU-days are 405,000 steps and 177 are 448,000. ``configs/generator/paper.yaml`` has 400,000.
 """
 
 from __future__ import annotations
@@ -37,43 +37,43 @@ from ..training.tokenizer import TokenizerConfig
 from .memory import generator_activations, states, tokenizer_activations
 
 PAPER_IMAGES_PER_SECOND = 120.0
-"""Of the paper's generators in training, on one MI300X (section 1)."""
+"""Training throughput of the paper's generators on one MI300X (section 1)."""
 CAPTION_BYTES = 500
-"""Of an image's long and short caption together."""
+"""Bytes of an image's long and short caption together."""
 FEATURE_CACHE = float(1 << 30)
-"""What :class:`..models.text_encoder.TextFeatureCache` keeps."""
+"""Capacity (bytes) of :class:`..models.text_encoder.TextFeatureCache`."""
 
 
 class PlanOptions(Config):
-    """What a run's configuration does not say."""
+    """Assumptions of a plan that are not part of the run's configuration."""
 
     device: Literal["mi300x", "mi325x", "mi350x", "mi355x", "h100", "h100pcie", "h200", "a100"] = "mi300x"
     """Accelerator."""
     mfu: float | None = Field(None, gt=0, le=1)
-    """Share of the bf16 peak that the model's arithmetic reaches, without recomputation, as in metrics.jsonl."""
+    """Model FLOP utilization: share of the bf16 peak, without recomputation, as in metrics.jsonl."""
     images_per_second: float | None = Field(None, gt=0)
-    """Measured throughput of one GPU, in place of mfu."""
+    """Measured throughput of one GPU, instead of mfu."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
-    """In any currency."""
+    """Price of a GPU-hour in any currency; none omits the cost."""
     from_images: bool = False
-    """Encode raw images within a generator's training loop, in place of reading packed codes; so it is with images."""
+    """Encode raw images in a generator's training loop instead of reading packed codes; implied by the run's images."""
     text_tokens: int | None = Field(None, ge=1)
-    """Tokens of a caption, padding included; none means the text encoder's limit."""
+    """Tokens of a caption, including padding; none means the text encoder's limit."""
     images: int = Field(100_000_000, ge=1)
-    """Distinct images, where no folder of codes tells."""
+    """Number of distinct images, if those of the run's data are not counted."""
     image_bytes: int = Field(150_000, ge=1)
-    """Of one image's file."""
+    """Size of an image file."""
 
     @model_validator(mode="after")
     def _one_speed(self) -> PlanOptions:
         if self.mfu is not None and self.images_per_second is not None:
-            raise ValueError("mfu and images_per_second both say how fast it is: expected one of them")
+            raise ValueError("mfu and images_per_second both define the throughput: expected one of them")
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's needs. Bytes are of one worker or of the whole run, as each says; seconds, FLOP and bytes are plain."""
+    """Resource needs of a run. Times, FLOP and bytes are in base units, without prefixes."""
 
     model: str
     parameters: int
@@ -81,25 +81,27 @@ class Plan:
     gpus: int
     samples: int
     flop_per_sample: dict[str, float]
-    """``forward``, ``backward``, then what is frozen or done again, and their sums ``model`` and ``hardware``."""
+    """FLOP by part: ``forward``, ``backward``, frozen networks, recomputation, and the sums ``model`` and ``hardware``."""
     images_per_second: float
-    """Of one GPU."""
+    """Throughput of one GPU."""
     mfu: float
+    """Model FLOP utilization."""
     hfu: float
-    """With what is computed a second time."""
+    """Hardware FLOP utilization: also counts recomputation."""
     gpu_hours: float
     memory: dict[str, float]
-    """Bytes of one worker, by use."""
+    """Memory of one worker by use (bytes)."""
     device_memory: float
+    """Memory of one GPU (bytes)."""
     storage: dict[str, float]
-    """Bytes of the data set and of the checkpoints that are kept."""
+    """Size of the data set and of the kept checkpoints (bytes)."""
     network: dict[str, float]
-    """Bytes that a worker sends a step, and that all workers read a second."""
+    """``sent_per_step``: bytes that a worker sends per step; ``read_per_second``: bytes that all workers read per second."""
     cost: float | None
     assumptions: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, with those that follow from them, for JSON."""
+        """Return all figures, including derived ones, for JSON."""
         derived = {"gpu_days": self.gpu_days, "wall_hours": self.gpu_hours / self.gpus}
         return dataclasses.asdict(self) | derived | {"memory_total": self.memory_total, "fits": self.fits}
 
@@ -109,29 +111,29 @@ class Plan:
 
     @property
     def memory_total(self) -> float:
-        """Bytes of one worker."""
+        """Memory of one worker (bytes)."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether one worker's memory is enough, with a tenth of it left to the allocator and the libraries."""
+        """Whether a worker fits into a GPU's memory, with a tenth reserved for the allocator and libraries."""
         return self.memory_total <= 0.9 * self.device_memory
 
     def text(self) -> str:
-        """For a terminal."""
+        """Format the plan for a terminal."""
         days = self.gpu_days / self.gpus
         parts = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in self.flop_per_sample.items())
         uses = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory.items() if value >= 5e7)
         verdict = "fits" if self.fits else "does not fit"
         rows = {
             "run": f"{self.model}, {self.parameters / 1e9:.3g} B weights, {self.samples:,} samples",
-            "GFLOP a sample": parts,
-            "speed": f"{self.images_per_second:,.1f} images/s a GPU: MFU {self.mfu:.1%}, HFU {self.hfu:.1%}",
+            "GFLOP per sample": parts,
+            "speed": f"{self.images_per_second:,.1f} images/s per GPU: MFU {self.mfu:.1%}, HFU {self.hfu:.1%}",
             "time": f"{self.gpu_days:,.1f} GPU-days ({self.gpu_hours:,.0f} GPU-hours), {days:,.1f} days on {self.gpus} GPUs",
-            "memory a GPU": f"{self.memory_total / 1e9:.1f} GB of {self.device_memory / 1e9:.0f} ({verdict}): {uses}",
+            "memory per GPU": f"{self.memory_total / 1e9:.1f} GB of {self.device_memory / 1e9:.0f} ({verdict}): {uses}",
             "storage": ", ".join(f"{name} {value / 1e9:,.1f} GB" for name, value in self.storage.items()),
-            "network": f"a GPU sends {self.network['sent_per_step'] / 1e9:.2f} GB a step; "
-            f"all read {self.network['read_per_second'] / 1e6:,.2f} MB/s of data",
+            "network": f"each GPU sends {self.network['sent_per_step'] / 1e9:.2f} GB per step; "
+            f"all together read {self.network['read_per_second'] / 1e6:,.2f} MB/s of data",
             "cost": "unknown without a price" if self.cost is None else f"{self.cost:,.0f}",
         }
         width = max(map(len, rows))
@@ -140,30 +142,33 @@ class Plan:
 
 
 class _PlannedRun(NamedTuple):
-    """What a plan needs to know of a run beyond its :class:`TrainConfig`."""
+    """Figures of a run that depend on its model and data."""
 
     name: str
     parameters: int
     flops: TrainingFlops
     frozen: dict[str, float]
-    """FLOP of each frozen part, by name."""
+    """FLOP per sample of each frozen network, by name."""
     frozen_bytes: float
+    """Memory of frozen networks and caches (bytes)."""
     inputs: float
+    """Memory of a step's inputs (bytes)."""
     activations: float
-    """Bytes of a micro-batch."""
+    """Activations of a micro-batch (bytes)."""
     data: dict[str, float]
-    """Bytes of the data set, by kind."""
+    """Size of the data set by kind (bytes)."""
     sample_bytes: float
+    """Bytes read per sample."""
     assumptions: list[str]
 
 
 def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) -> Plan:
-    """What ``run`` needs on ``options.device``; UserError for a text encoder whose sizes cannot be known."""
+    """Plan ``run`` on ``options.device``; raises UserError for a text encoder whose sizes cannot be read."""
     train, device = run.train, ACCELERATORS[options.device]
     planned = _generator(run, options) if isinstance(run, GeneratorRunConfig) else _tokenizer(run, options)
     gpus, bf16 = train.workers.ranks, train.precision != "fp32"
     if options.images_per_second is not None:
-        speed, source = options.images_per_second, f"{options.images_per_second:g} images/s a GPU, as given"
+        speed, source = options.images_per_second, f"{options.images_per_second:g} images/s per GPU, as given"
     elif options.mfu is not None:
         speed, source = options.mfu * device.peak / planned.flops.model, f"MFU {options.mfu:.3g}, as given"
     else:
@@ -175,7 +180,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
     memory = held._replace(frozen=planned.frozen_bytes, inputs=planned.inputs, activations=planned.activations)
     recomputed = {"recomputed": planned.flops.recomputed} if planned.flops.recomputed else {}
     flops = {"forward": planned.flops.forward, "backward": planned.flops.backward, **planned.frozen, **recomputed}
-    # Weights, their average and AdamW's two moments, all float32; the new one is there before an old one goes.
+    # Weights, EMA and AdamW's two moments, all float32; a new checkpoint is written before an old one is deleted.
     checkpoints = 16.0 * planned.parameters * (train.keep_checkpoints + 1)
     return Plan(
         model=planned.name,
@@ -253,17 +258,17 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _PlannedRun:
     size, micro = 2 if bf16 else 4, _micro_batch(run.train)
     features = model.layers * tokens * model.text_width
     accumulation = run.train.global_batch // run.train.workers.ranks // micro
-    # Those of all micro-batches; of the one at work a copy without padding, and one in the weights' dtype.
+    # Features of all micro-batches; for the current one also a copy without padding, and one in the weights' dtype.
     inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
     rows = _rows(run)
     count = rows or options.images
     kind, each = ("images", options.image_bytes) if online else ("codes", bit.code_bytes)
-    assumptions = [f"captions of {tokens} tokens, encoded anew each time"]
+    assumptions = [f"captions of {tokens} tokens, never cached"]
     if tokenizer is None:
-        assumptions.append(f"tokenizer {run.tokenizer}: not there, so the paper's sizes")
+        assumptions.append(f"tokenizer {run.tokenizer}: not found, assuming the paper's sizes")
     if rows is None:
         assumptions.append(f"{count:,} distinct images")
-    assumptions.append(f"{each:,} bytes a sample of {kind}, and {CAPTION_BYTES} of captions")
+    assumptions.append(f"{each:,} bytes of {kind} per sample, and {CAPTION_BYTES} of captions")
     return _PlannedRun(
         name=f"{model.kind} generator",
         parameters=_count(model),
@@ -280,7 +285,7 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _PlannedRun:
 
 def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _PlannedRun:
     if options.from_images:
-        raise UserError("a tokenizer is always trained from images: expected from_images to be left out")
+        raise UserError("from_images: expected none for a tokenizer, which is always trained from images")
     size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
     micro, frozen = _micro_batch(run.train), run.freeze_encoder
     each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
@@ -297,7 +302,7 @@ def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _PlannedRun:
         sample_bytes=float(options.image_bytes),
         assumptions=[
             f"{options.images:,} distinct images of {options.image_bytes:,} bytes",
-            "the losses' own networks (perceptual, discriminator) are not counted",
+            "networks of the losses (perceptual, discriminator) are not counted",
         ],
     )
 
@@ -307,7 +312,7 @@ def _micro_batch(train: TrainConfig) -> int:
 
 
 def _sent_per_step(parameters: int, train: TrainConfig, bf16: bool) -> float:
-    """Bytes that each worker sends in ring collectives: every one passes on all shares but its own."""
+    """Compute the bytes that each worker sends per step in ring collectives, (workers - 1) / workers of each tensor."""
     workers = train.workers.ranks
     share, half = (workers - 1) / workers, 2 if bf16 else 4
     accumulation = train.global_batch // workers // _micro_batch(train)
@@ -327,7 +332,7 @@ def _tokenizer_sizes(folder: str) -> BITConfig | None:
 
 
 def _rows(run: GeneratorRunConfig) -> int | None:
-    """Rows of all folders of codes, or of all shards of images; None where one is not there yet, or was not counted."""
+    """Count the rows of all code folders, or of all image shards; None if one is missing or has no count."""
     if run.images is not None:
         try:
             counts = [shard.rows for shard in find_files(run.images)]

@@ -104,7 +104,7 @@ def test_a_run_prints_its_tables_and_writes_them(tmp_path: Path, capsys: pytest.
     path = tmp_path / "bench.json"
     run_bench(BenchConfig(suites=("caching",), repeats=1, output=str(path), caching=CACHING))
     out, written = capsys.readouterr().out, json.loads(path.read_text())
-    assert "## What caching text and tokens is worth" in out and "times as fast" in out
+    assert "## Caching of text and tokens" in out and "times as fast" in out
     assert written["hardware"]["cores"] >= 1
     (result,) = written["results"]
     assert result["setting"]["width"] == 16 and len(result["rows"]) == 6

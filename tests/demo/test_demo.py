@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_
 
     refused = start(folder)
     output, _ = refused.communicate(timeout=120)
-    assert refused.returncode == 2 and "--resume goes on, --fresh starts over" in output
+    assert refused.returncode == 2 and "--resume continues it, --fresh starts over" in output
 
     second = start(folder, "--resume")
     output, _ = second.communicate(timeout=900)
@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_the_demo_ends_with_a_report_and_no_process(tmp_
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for mode in ("new", "resume", "fresh"):
-        with pytest.raises(UserError, match="no demo wrote it"):
+        with pytest.raises(UserError, match="not written by the demo"):
             DemoState(DemoConfig(folder=str(tmp_path)), mode)  # type: ignore[arg-type]
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -122,7 +122,7 @@ def test_a_demo_is_gone_on_with_only_as_asked(tmp_path: Path) -> None:
         return {"answer": 42}
 
     DemoState(demo, "new").run("one", stage)
-    with pytest.raises(UserError, match="--resume goes on, --fresh starts over"):
+    with pytest.raises(UserError, match="--resume continues it, --fresh starts over"):
         DemoState(demo, "new")
     with pytest.raises(UserError, match="other settings"):
         DemoState(demo.model_copy(update={"seed": 1}), "resume")

@@ -72,7 +72,7 @@ def test_an_image_is_traced_by_the_weights_that_it_names(made: Chain, tmp_path: 
     assert link.facts["seed"] == 7 and below(link, "generator").path == str(copy)
     assert below(link, "generator", "codes", "shards", "shards").path == str(made.source)
     assert below(link, "tokenizer").state == "missing" and "models" in str(below(link, "tokenizer").note)
-    assert below(trace(path), "generator").note == "not found; --models FOLDER looks there"
+    assert below(trace(path), "generator").note == "not found; search with --models FOLDER"
 
 
 def test_what_was_changed_since_is_reported_at_its_place(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,9 +115,9 @@ def test_data_made_before_there_were_records_is_followed_by_its_settings(chain: 
 
 def test_a_model_without_a_past_says_so_and_other_things_are_user_errors(tmp_path: Path) -> None:
     alone = trace(make_generator(tmp_path / "alone", "0" * 64))
-    assert alone.note == "says nothing of what it was trained on" and alone.inputs == ()
+    assert alone.note == "no record of its training data" and alone.inputs == ()
     assert "names no weights" in str(trace(write_image(tmp_path / "old.png", None)).note)
-    with pytest.raises(UserError, match="nothing there says where it comes from"):
+    with pytest.raises(UserError, match="no provenance found"):
         trace(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
         trace(str(tmp_path / "no.png"))

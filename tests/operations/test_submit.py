@@ -105,8 +105,8 @@ def packages(head: Head) -> list[str]:
 def test_a_job_that_the_cluster_has_no_room_for_is_refused_before_anything_is_sent(head: Head, project: str) -> None:
     before = (packages(head), [job.submission_id for job in head.client.list_jobs()])
     code, output = head.run("--working-dir", project, "--", *TRAINING)
-    expected = "error: jobs/wide.py: needs 6 CPUs, the cluster has 4 CPUs; --queue lets the job wait there until the"
-    assert code == 2 and output == f"{expected} cluster has grown to that\n"
+    expected = "error: jobs/wide.py: needs 6 CPUs, the cluster has 4 CPUs; --queue lets the job wait until the"
+    assert code == 2 and output == f"{expected} cluster has scaled up\n"
     assert (packages(head), [job.submission_id for job in head.client.list_jobs()]) == before
 
 
@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, trial: 
     order.interrupt()
     assert order.wait() == 130
     assert order.output.endswith(
-        f"\n{order.job} runs on\nfollow it: ray job logs --address {head.address} --follow {order.job}\n"
+        f"\n{order.job} continues to run\nfollow it: ray job logs --address {head.address} --follow {order.job}\n"
         f"stop it:   ray job stop --address {head.address} {order.job}\n"
     )
     assert head.client.get_job_status(order.job) == "RUNNING"

@@ -195,7 +195,7 @@ def test_a_mix_that_the_endpoint_cannot_serve_is_refused(tmp_path: Path) -> None
     cases = {
         "serving.models: no 'h'": serving(tmp_path, {"rate": 1.0}, kind={"model": "h"}),
         "serving.times.decode: no '32x32'": serving(tmp_path, {"rate": 1.0}, kind={"size": "32x32"}),
-        "200000 images a request": serving(tmp_path, {"rate": 1.0}, kind={"images": 200_000}),
+        "200000 images per request": serving(tmp_path, {"rate": 1.0}, kind={"images": 200_000}),
         "serving.replicas.x": serving(tmp_path, {"rate": 1.0}).model_copy(update={"replicas": {"x": 1}}),
         "serving.buckets": serving(tmp_path, {"rate": 1.0}).model_copy(update={"buckets": (1, 2)}),
     }

@@ -61,14 +61,14 @@ def test_checkpoints_of_a_run_directory_that_is_a_url_are_measured_in_a_folder_o
     for step, size in ((100, 3), (200, 5)):
         for name in ("config.yaml", "model.safetensors", "ema.safetensors", "metrics.json", "state.json"):
             storage.write_bytes(storage.join(run_dir, "checkpoints", f"step-{step:07d}", name), b"x" * size)
-    with pytest.raises(UserError, match="name one as validation"):
+    with pytest.raises(UserError, match="all nodes share as validation"):
         NamedValidator(ValidationSchedule(best_by="scene_score"), run_dir)
     shared = ValidationSchedule(every_steps=100, best_by="scene_score", folder=str(tmp_path / "measured"))
     with validating(validator := NamedValidator(shared, run_dir)):
         assert wait_until(lambda: len(validator.rows()) == 2, 30)
     best = storage.read_json(str(tmp_path / "measured" / "bit" / "best.json"))
     assert best["step"] == 200 and Path(best["model"], "model.safetensors").read_bytes() == b"x" * 5
-    with pytest.raises(UserError, match="memory://out: validation beside training"):
+    with pytest.raises(UserError, match="memory://out: validation during training"):
         NamedValidator(ValidationSchedule(best_by="scene_score", folder="memory://out"), run_dir)
 
 
@@ -84,9 +84,9 @@ def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_best_that_cannot_be_told_is_refused() -> None:
-    with pytest.raises(ValueError, match="best_by scene_score: expected a metric that is measured"):
+    with pytest.raises(ValueError, match="best_by scene_score: expected a measured metric"):
         ValidationConfig(prompts="own.txt")
-    with pytest.raises(ValueError, match=r"best_by bit_usage: expected a metric .* a better end: scene_score"):
+    with pytest.raises(ValueError, match=r"best_by bit_usage: expected a measured metric .* direction: scene_score"):
         ValidationConfig.model_validate({"metrics": {"bit_usage": {}, "scene_score": {}}, "best_by": "bit_usage"})
 
 

@@ -65,7 +65,7 @@ def test_a_stage_is_validated_at_the_sizes_that_it_trains(shards: str, tmp_path:
     [
         ({"sizes": (32, 36)}, r"validation\.sizes 36: not a multiple of 8"),
         ({"data": "nowhere.tar"}, "nowhere.tar"),
-        ({"best_by": "rfid"}, "best_by rfid: expected a metric that is measured and has a better end: psnr, ssim"),
+        ({"best_by": "rfid"}, "best_by rfid: expected a measured metric with a better direction: psnr, ssim"),
         ({"metrics": {"bit_usage": {}}}, r"metrics\.bit_usage: expected metrics that compare"),
     ],
 )

@@ -1,1 +1,1 @@
-"""One small file a metric; all of them merge over shards and give intervals (see :mod:`.base`)."""
+"""Metrics, one per file; all merge over shards and report confidence intervals (see :mod:`.base`)."""

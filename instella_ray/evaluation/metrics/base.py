@@ -1,8 +1,8 @@
-"""What every metric is: ``update`` with batches, ``merge`` with the same metric of other shards, ``result``, ``state``.
+"""Base classes of metrics: batches, results, and accumulators with ``update``, ``merge``, ``result`` and ``state``.
 
-A metric has two parts that part ways: the network that scores images, and what was gathered from it. The second one is
-plain arrays (``state``), so a driver merges shards without loading any weights. Merging shards in any order gives what
-one pass over all samples gives, and a sample that comes twice is refused.
+A metric separates the network that scores images from the values accumulated from it. The latter are plain arrays
+(``state``), so a driver merges shards without loading any weights. Merging shards in any order gives the result of a single
+pass over all samples; a duplicate sample is an error.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ LOWER = ("fid", "rfid", "frechet", "rfrechet", "lpips")
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to measure; a metric says which of the optional columns it needs."""
+    """Samples to measure; each metric requires some of the optional columns."""
 
     ids: Sequence[str]
-    """Unique over all shards."""
+    """Sample ids, unique over all shards."""
     images: np.ndarray | None = None
     """uint8 ``[B, H, W, 3]``."""
     references: np.ndarray | None = None
     """Originals of reconstructions, uint8 ``[B, H, W, 3]``."""
     prompts: Sequence[str] | None = None
     codes: np.ndarray | None = None
-    """0/1 uint8 ``[B, L, K]``."""
+    """Bits 0/1, uint8 ``[B, L, K]``."""
     groups: Sequence[str] | None = None
-    """Samples of one group (prompt) are not independent; None: every sample is its own group."""
+    """Group (prompt) of each sample; samples of one group are not independent. None: every sample is its own group."""
     meta: Sequence[Mapping[str, Any]] | None = None
-    """What a benchmark says about each prompt (GenEval's ``tag, include, exclude``)."""
+    """Benchmark metadata of each prompt (GenEval's ``tag, include, exclude``)."""
     detections: Sequence[Sequence[Any]] | None = None
-    """Per image, the :class:`.geneval_rules.Detection` list."""
+    """List of :class:`.geneval_rules.Detection` of each image."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def need(self, column: str) -> Any:
-        """The column, one entry a sample; UserError where it is missing."""
+        """Return a column with one entry per sample; raises UserError if it is missing or has another length."""
         value = getattr(self, column)
         if value is None:
-            raise UserError(f"metrics: this one needs '{column}' with every sample")
+            raise UserError(f"metrics: this metric needs '{column}' for every sample")
         if len(value) != len(self.ids):
             raise UserError(f"metrics: {len(value)} {column} for {len(self.ids)} samples")
         return value
@@ -64,20 +64,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Info:
-    """What was measured, by what: two results are comparable where these agree."""
+    """Identity of a metric; results are comparable only if it is equal."""
 
     name: str
-    """A stand-in (other weights, features or detector) never has the real metric's name."""
+    """Metric name; a substitute (other weights, features or detector) never has the standard metric's name."""
     implementation: str
     """Package and version."""
     weights: str | None = None
     weights_hash: str | None = None
-    """sha256 of the weights' file, or of the tensors where there is none."""
+    """sha256 of the weights file, or of the tensors if there is no file."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Everything else that changes the number: image size, resize filter, image format, layers, thresholds."""
+    """Everything else that affects the value: image size, resize filter, image format, layers, thresholds."""
 
     def __post_init__(self) -> None:
-        # As they come back from a file (lists for tuples), or a stored shard would differ from a fresh one.
+        # Normalize to the JSON form (lists for tuples), so that a shard loaded from a file equals a fresh one.
         object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings))))
 
     def to_json(self) -> str:
@@ -90,24 +90,24 @@ class Info:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A number, how sure it is, and what it is a number of."""
+    """Value of a metric with its confidence interval and the metric's identity."""
 
     name: str
     value: float
     low: float
     high: float
-    """Ends of the confidence interval; nan where there is none."""
+    """Bounds of the confidence interval; nan if there is none."""
     count: int
     implementation: str
     weights: str | None
     weights_hash: str | None
     settings: Mapping[str, Any]
-    """With ``interval``, the method, and ``confidence``."""
+    """The metric's settings, with the interval's method (``interval``) and ``confidence``."""
     parts: tuple[MetricResult, ...] = ()
-    """Further numbers from the same pass: categories of a benchmark, say."""
+    """Additional results of the same pass, such as categories of a benchmark."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; nan becomes null."""
+        """Return plain JSON values; nan becomes null."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"}
         for key in ("value", "low", "high"):
             data[key] = data[key] if math.isfinite(data[key]) else None
@@ -115,7 +115,7 @@ class MetricResult:
 
 
 class Metric(ABC):
-    """Base of the accumulators; ``kind`` is how a stored state finds its class again."""
+    """Base class of the accumulators; ``kind`` identifies the class of a stored state."""
 
     kind: ClassVar[str]
 
@@ -129,18 +129,18 @@ class Metric(ABC):
 
     @abstractmethod
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
-        """The number over everything added so far; ``seed`` is that of the bootstrap."""
+        """Compute the result over all samples added so far; ``seed`` seeds the bootstrap."""
 
     @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was gathered, without the info."""
+        """Return the accumulated values, without the info."""
 
     @abstractmethod
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add what :meth:`arrays` gave, here or in another process."""
+        """Add values returned by :meth:`arrays` of this or another process."""
 
     def merge(self, other: Metric) -> None:
-        """Add what ``other`` gathered; UserError unless it measured the same thing in the same way."""
+        """Add the accumulated values of ``other``; raises UserError unless kind and info are equal."""
         ours, theirs = (asdict(m.info) for m in (self, other))
         if self.kind != other.kind or ours != theirs:
             key = next((k for k in ours if ours[k] != theirs[k]), "kind")
@@ -150,20 +150,23 @@ class Metric(ABC):
         self.restore(other.arrays())
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything as numpy arrays of numbers and text, none of objects: ``.npz`` without pickles."""
+        """Return everything as numpy arrays of numbers and text, not objects, to store as ``.npz`` without pickling."""
         return {"kind": np.array(self.kind), "info": np.array(self.info.to_json()), **self.arrays()}
 
     @classmethod
     def from_state(cls: type[M], state: Mapping[str, np.ndarray]) -> M:
-        """A metric that can merge and give results, but has no network to update with."""
+        """Restore a metric that can merge and give results, but has no network to update with.
+
+        Raises UserError for a state of another kind.
+        """
         if str(state["kind"]) != cls.kind:
-            raise UserError(f"metric state: of kind '{state['kind']}', expected '{cls.kind}'")
+            raise UserError(f"metric state: kind '{state['kind']}', expected '{cls.kind}'")
         metric = cls(Info.from_json(str(state["info"])))
         metric.restore(state)
         return metric
 
     def claim(self, ids: Sequence[str]) -> None:
-        """Note that these samples are in; UserError for one that already was."""
+        """Record the ids of added samples; raises UserError for a duplicate."""
         new = set(ids)
         twice = sorted(self.ids & new)
         if twice or len(new) != len(ids):
@@ -174,7 +177,7 @@ class Metric(ABC):
     def make_result(
         self, value: float, low: float, high: float, count: int, *, parts: tuple[MetricResult, ...] = (), **extra: Any
     ) -> MetricResult:
-        """A :class:`MetricResult` of this metric; ``extra`` joins its settings."""
+        """Create a :class:`MetricResult` of this metric; ``extra`` is added to its settings."""
         info, settings = self.info, {**self.info.settings, **extra}
         return MetricResult(
             info.name, value, low, high, count, info.implementation, info.weights, info.weights_hash, settings, parts
@@ -182,12 +185,12 @@ class Metric(ABC):
 
 
 def better(name: str) -> Literal["higher", "lower"] | None:
-    """Which way a metric is better; None where it is a matter of taste, as diversity is."""
+    """Return whether higher or lower values of a metric are better; None if neither is, as for diversity."""
     return "lower" if name.startswith(LOWER) else "higher" if name.startswith(HIGHER) else None
 
 
 def version_of(package: str) -> str:
-    """``"package 1.2.3"`` of an installed distribution."""
+    """Return name and version of an installed distribution, as ``"package 1.2.3"``."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -195,5 +198,5 @@ def version_of(package: str) -> str:
 
 
 def text_array(values: Sequence[str]) -> np.ndarray:
-    """Strings as a numpy array of text (an empty list too)."""
+    """Convert strings to a numpy array of text, which may be empty."""
     return np.array(list(values), np.str_) if len(values) else np.empty(0, "<U1")

@@ -1,9 +1,9 @@
-"""How the codes use their bits: usage of each bit, and the entropy of whole codes.
+"""Bit usage metric: entropy of each code bit, entropy of whole codes, and dead bits.
 
 With ``p`` the share of images that have a bit set and ``H(p) = -p log2 p - (1 - p) log2(1 - p)``: ``bit_usage`` is the
-mean of H over all L x K bits (1: every bit tells half of the images from the other half), ``codes_entropy`` its sum,
-an upper bound on the bits of information in a code, reached when bits are independent (0 to L K). ``dead_bits`` is the
-share of bits that are the same in every image.
+mean of H over all L x K bits (1: every bit is set in half of the images), ``codes_entropy`` its sum, an upper bound on the
+bits of information in a code, reached when bits are independent (0 to L K). ``dead_bits`` is the share of bits that are
+equal in all images.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .. import statistics
 from .base import Batch, Info, Metric, MetricResult, text_array, version_of
 
 GROUPS = 50
-"""Groups of the jackknife (512 KiB each for 128 x 64 bits)."""
+"""Number of jackknife groups (64 KiB each for 128 x 64 bits)."""
 
 
 def entropy(shares: np.ndarray) -> np.ndarray:
-    """Entropy in bits of bits that are set with probability ``shares``."""
+    """Compute the entropy (bits) of Bernoulli variables with probabilities ``shares``."""
     return -(xlogy(shares, shares) + xlogy(1 - shares, 1 - shares)) / np.log(2)
 
 
 class BitUsage(Metric):
-    """Counts of set bits by group; intervals by the jackknife, since images' bits depend on each other."""
+    """Counts of set bits by group; intervals by the jackknife, since the bits of an image are not independent."""
 
     kind = "bits"
 
@@ -37,7 +37,7 @@ class BitUsage(Metric):
         super().__init__(info or Info("bit_usage", version_of("instella-ray"), settings=about))
         self.counts = np.zeros(int(self.info.settings["groups"]), np.int64)
         self.ones: np.ndarray | None = None
-        """int64 ``[groups, L, K]``."""
+        """Number of images with each bit set, int64 ``[groups, L, K]``."""
 
     def update(self, batch: Batch) -> None:
         codes = np.asarray(batch.need("codes"))
@@ -52,10 +52,10 @@ class BitUsage(Metric):
             self.ones[group] += codes[groups == group].sum(0, dtype=np.int64)
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
-        """``bit_usage``, with ``codes_entropy`` and ``dead_bits`` as parts.
+        """Compute ``bit_usage``, with ``codes_entropy`` and ``dead_bits`` as parts.
 
-        Dead bits have no interval, as what was never seen says nothing about how often it happens; the rule of three
-        (a bit without a change in n images changes in fewer than 3/n of all, at 95 %) is in its settings.
+        Dead bits have no interval, as resampling cannot estimate the rate of an event that was never observed; its
+        settings have the rule of three instead (a bit constant over n images differs in fewer than 3/n of all, at 95 %).
         """
         count = int(self.counts.sum())
         about: dict[str, Any] = {"interval": statistics.JACKKNIFE, "confidence": confidence}

@@ -1,8 +1,8 @@
-"""CLIP score (Hessel et al. 2021, without its factor 2.5): mean cosine between image and prompt, through open_clip.
+"""CLIP score (Hessel et al. 2021, without its factor 2.5): mean cosine similarity of image and prompt, with open_clip.
 
-``cos(E_I(x), E_T(p))``, -1 to 1. Images are resized to 256 px, then go through the model's own resize and crop (224 px
-for ViT-bigG-14). The paper says "ViT-G/14" and no more. The evaluation code that it cites for FID takes open_clip's
-``ViT-g-14`` (``laion2b_s12b_b42k``) under that name and puts "A photo depicts " before each prompt; both are settings here.
+``cos(E_I(x), E_T(p))``, -1 to 1. Images are resized to 256 px, then preprocessed with the model's resize and crop (224 px
+for ViT-bigG-14). The paper only says "ViT-G/14". The evaluation code that it cites for FID uses open_clip's ``ViT-g-14``
+(``laion2b_s12b_b42k``) under that name and prepends "A photo depicts " to each prompt; both are settings here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAPER_IMAGES = ImageSettings(size=256)
 
 
 def clip_score(clip: Clip, *, images: ImageSettings = PAPER_IMAGES, prefix: str = "") -> SampleMetric:
-    """CLIP score of ``images`` with their ``prompts``, each with ``prefix`` before it."""
+    """Create the CLIP score of ``images`` with their ``prompts``; ``prefix`` is prepended to each prompt."""
 
     def score(batch: Batch) -> np.ndarray:
         prepared = images.prepare(batch.need("images"))
@@ -37,7 +37,7 @@ def clip_score(clip: Clip, *, images: ImageSettings = PAPER_IMAGES, prefix: str 
 
 
 def metric_name(clip: Clip) -> str:
-    """``clip_score`` for the paper's network alone; any other, or random weights, say so."""
+    """Return ``clip_score`` for the paper's network; for any other network or random weights a name that states it."""
     random = "random_" if clip.weights is None else ""
     plain = clip.model.lower().replace("-", "_")
     return "clip_score" if clip.model == PAPER_MODEL and not random else f"clip_score_{random}{plain}"

@@ -1,8 +1,7 @@
-"""Diversity: mean distance between two images of the same prompt, averaged over prompts.
+"""Diversity metrics: mean distance between two images of the same prompt, averaged over prompts.
 
-For a prompt with m images, ``2 / (m (m - 1)) sum_{i<j} d(x_i, x_j)``; prompts with one image say nothing and are left
-out. Distances: share of differing code bits (0 to 1, independent bits: 0.5), ``1 - cos`` of feature vectors (0 to 2), or
-LPIPS.
+For a prompt with m images, ``2 / (m (m - 1)) sum_{i<j} d(x_i, x_j)``; prompts with a single image are excluded. Distances:
+share of differing code bits (0 to 1, independent bits: 0.5), ``1 - cos`` of feature vectors (0 to 2), or LPIPS.
 """
 
 from __future__ import annotations
@@ -23,42 +22,45 @@ BITS, COSINE = "share of differing code bits", "1 - cosine"
 
 
 def bit_distance(codes: np.ndarray) -> float:
-    """Mean over pairs of ``codes [m, N]`` (0/1) of the share of bits in which they differ."""
-    ones = codes.sum(0, dtype=np.int64)  # pairs that differ in a bit: those with it times those without
+    """Compute the mean share of differing bits over all pairs of ``codes [m, N]`` (0/1)."""
+    ones = codes.sum(0, dtype=np.int64)  # number of pairs that differ in a bit: ones times zeros
     return float((ones * (len(codes) - ones)).mean() / (len(codes) * (len(codes) - 1) / 2))
 
 
 def cosine_distance(vectors: np.ndarray) -> float:
-    """Mean over pairs of ``vectors [m, D]`` of ``1 - cos``."""
+    """Compute the mean of ``1 - cos`` over all pairs of ``vectors [m, D]``."""
     unit = vectors.astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     return float(1 - (unit @ unit.T)[np.triu_indices(len(unit), 1)].mean())
 
 
 Embed = Callable[[Batch], np.ndarray]
-"""What to remember of each sample, ``[B, ...]`` of any shape."""
+"""Representation of each sample to store, ``[B, ...]`` of any shape."""
 MeanDistance = Callable[[np.ndarray], float]
-"""Mean over pairs of remembered samples ``[m, ...]``, m >= 2."""
-OF_ARRAYS: dict[str, MeanDistance] = {BITS: bit_distance, COSINE: cosine_distance}
-"""Distances that need no network: a metric made from a state has them by its settings."""
+"""Mean distance over all pairs of stored samples ``[m, ...]``, m >= 2."""
+ARRAY_DISTANCES: dict[str, MeanDistance] = {BITS: bit_distance, COSINE: cosine_distance}
+"""Distances that need no network: a metric restored from a state selects one by its settings."""
 
 
 class Diversity(Metric):
-    """Keeps what each sample leaves until its prompt has ``per_prompt`` samples (settings; 0: to the end)."""
+    """Mean pairwise distance of each prompt's samples.
+
+    Stores each sample's representation until its prompt has ``per_prompt`` samples (a setting; 0: until the result).
+    """
 
     kind = "diversity"
 
     def __init__(self, info: Info, embed: Embed | None = None, mean_distance: MeanDistance | None = None) -> None:
         super().__init__(info)
         self.embed = embed
-        self.mean_distance = mean_distance or OF_ARRAYS.get(info.settings["distance"])
+        self.mean_distance = mean_distance or ARRAY_DISTANCES.get(info.settings["distance"])
         self.per_prompt = int(info.settings["per_prompt"])
         self._open: dict[str, dict[str, np.ndarray]] = {}
         self._done: dict[str, tuple[float, int]] = {}
 
     def update(self, batch: Batch) -> None:
         if self.embed is None:
-            raise RuntimeError(f"metric {self.info.name}: made from a state, it has no network to update with")
+            raise RuntimeError(f"metric {self.info.name}: made from a state, without a network to update with")
         batch.need("groups")
         self._add(batch.ids, batch.group_names, self.embed(batch))
 
@@ -72,7 +74,7 @@ class Diversity(Metric):
         return self.make_result(value, *interval, count, **about)
 
     def scores(self) -> dict[str, float]:
-        """Each prompt's mean distance by prompt, of those with two images or more."""
+        """Return the mean distance by prompt, for prompts with at least two images."""
         return {name: value for name, (value, _) in self._measured().items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -92,7 +94,7 @@ class Diversity(Metric):
         columns = (arrays[name].tolist() for name in ("done", "done_values", "done_counts"))
         done = {name: (value, count) for name, value, count in zip(*columns, strict=True)}
         for name in done:
-            self._check_room(name, self.per_prompt)
+            self._check_count(name, self.per_prompt)
         waiting = arrays["open_ids"].tolist()
         self.claim(sorted(set(arrays["ids"].tolist()) - set(waiting)))
         self._done.update(done)
@@ -100,7 +102,7 @@ class Diversity(Metric):
 
     def _add(self, ids: Sequence[str], groups: Sequence[str], rows: np.ndarray) -> None:
         for group, new in Counter(groups).items():
-            self._check_room(group, new)
+            self._check_count(group, new)
         self.claim(ids)
         for name, group, row in zip(ids, groups, rows, strict=True):
             self._open.setdefault(group, {})[name] = row
@@ -108,7 +110,7 @@ class Diversity(Metric):
             for group in [g for g in dict.fromkeys(groups) if len(self._open[g]) == self.per_prompt]:
                 self._done[group] = self._measure(self._open.pop(group))
 
-    def _check_room(self, group: str, new: int) -> None:
+    def _check_count(self, group: str, new: int) -> None:
         if self.per_prompt and (group in self._done or len(self._open.get(group, ())) + new > self.per_prompt):
             raise UserError(f"metric {self.info.name}: more than {self.per_prompt} images of prompt {group}")
 
@@ -119,14 +121,14 @@ class Diversity(Metric):
     def _measure(self, rows: Mapping[str, np.ndarray]) -> tuple[float, int]:
         if self.mean_distance is None:
             raise UserError(
-                f"metric {self.info.name}: images of one prompt lie in several shards and their distance needs a network; "
-                "merge the states into a metric that has it"
+                f"metric {self.info.name}: images of one prompt are in several shards and their distance needs a network; "
+                "merge the states into a metric that has it loaded"
             )
         return self.mean_distance(np.stack([row for _, row in sorted(rows.items())])), len(rows)
 
 
 def code_diversity(*, per_prompt: int = 0) -> Diversity:
-    """Mean pairwise share of differing bits among the codes of a prompt."""
+    """Create the mean pairwise share of differing bits among the codes of a prompt."""
 
     def embed(batch: Batch) -> np.ndarray:
         codes = np.asarray(batch.need("codes"), np.uint8)
@@ -139,7 +141,7 @@ def code_diversity(*, per_prompt: int = 0) -> Diversity:
 def feature_diversity(
     features: Features, *, images: ImageSettings = ImageSettings(size=256), per_prompt: int = 0
 ) -> Diversity:
-    """Mean pairwise ``1 - cos`` of features among the images of a prompt."""
+    """Create the mean pairwise ``1 - cos`` of features among the images of a prompt."""
     settings = {"distance": COSINE, **features.settings, "images": images.describe(), "per_prompt": per_prompt}
     name = f"diversity_{features.name}"
     info = Info(name, features.implementation, features.weights, features.weights_hash, settings)
@@ -149,8 +151,10 @@ def feature_diversity(
 def image_diversity(
     info: Info, distance: Callable[[np.ndarray, np.ndarray], np.ndarray], images: ImageSettings
 ) -> Diversity:
-    """Mean of any ``distance(images, others) -> [B]`` (:func:`.lpips_distance.lpips_diversity`). Images are kept until
-    their prompt is complete, so set ``per_prompt``."""
+    """Create the mean pairwise ``distance(images, others) -> [B]`` (see :func:`.lpips_distance.lpips_diversity`).
+
+    Images are kept in memory until their prompt is complete, so set ``per_prompt``.
+    """
 
     def mean_distance(group: np.ndarray) -> float:
         first, second = np.triu_indices(len(group), 1)

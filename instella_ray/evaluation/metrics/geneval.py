@@ -1,8 +1,8 @@
-"""GenEval: share of images that show what a prompt names, in six tasks; the score is the mean over tasks.
+"""GenEval metric: share of images that show what their prompt describes, in six tasks; the score is the mean over tasks.
 
-The official prompts (553, four images each) carry their claims as metadata; a detector says what is in each image;
-:mod:`.geneval_rules` decides. The metric is called ``geneval`` with the official detector only (Mask2Former with Swin-S
-for objects, CLIP ViT-L/14 for colours, see :mod:`.geneval_worker`). Any other detector's name becomes part of the metric's.
+The official prompts (553, four images each) have metadata with the required objects; a detector finds the objects of each
+image; :mod:`.geneval_rules` compares them. The metric is named ``geneval`` only with the official detector (Mask2Former
+with Swin-S for objects, CLIP ViT-L/14 for colours, see :mod:`.geneval_worker`). Otherwise its name includes the detector's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OFFICIAL_HASH = "c9d0c4f2"
 
 @dataclass(frozen=True)
 class DetectorInfo:
-    """Which detector made the detections."""
+    """Identity of the detector that made the detections."""
 
     name: str
     implementation: str
@@ -39,32 +39,32 @@ class DetectorInfo:
 
 
 class Detector(Protocol):
-    """Anything that finds objects in images."""
+    """Object detector."""
 
     info: DetectorInfo
 
     def detect(self, images: np.ndarray, meta: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
-        """Objects in uint8 ``[B, H, W, 3]``; with their colour for the classes whose colour ``meta`` asks for."""
+        """Detect objects in uint8 ``[B, H, W, 3]``, with colours for the classes whose colour ``meta`` specifies."""
         ...
 
 
 def colored_classes(meta: Mapping[str, Any]) -> list[str]:
-    """Classes whose colour a prompt's metadata asks for."""
+    """Return the classes whose colour a prompt's metadata specifies."""
     return sorted({clause["class"] for clause in meta.get("include", ()) if "color" in clause})
 
 
 def geneval(
     detector: DetectorInfo | Detector, rules: Rules = OFFICIAL, images: ImageSettings = ImageSettings()
 ) -> RateMetric:
-    """GenEval of ``images`` with their prompts' ``meta``, or of ``detections`` made before, by the detector named."""
+    """Create GenEval of ``images`` with their prompts' ``meta``, or of precomputed ``detections`` of the named detector."""
     about = detector if isinstance(detector, DetectorInfo) else detector.info
 
-    def judge(batch: Batch) -> list[SampleVerdict]:
+    def verdicts(batch: Batch) -> list[SampleVerdict]:
         meta = batch.need("meta")
         if batch.detections is not None:
             found: Sequence[Sequence[Detection]] = batch.need("detections")
         elif isinstance(detector, DetectorInfo):
-            raise UserError(f"metric geneval: no detections, and no detector '{about.name}' to make them")
+            raise UserError(f"metric geneval: no detections, expected them or a loaded detector '{about.name}'")
         else:
             found = detector.detect(images.prepare(batch.need("images")), meta)
         return [image_verdict(f, m, rules) for f, m in zip(found, meta, strict=True)]
@@ -77,13 +77,13 @@ def geneval(
         "images": images.describe(),
         **about.settings,
     }
-    return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), judge)
+    return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), verdicts)
 
 
 def image_verdict(
     detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL
 ) -> SampleVerdict:
-    """One image's verdict; UserError for metadata that is not GenEval's."""
+    """Evaluate one image; raises UserError for metadata that is not GenEval's."""
     tag = metadata.get("tag")
     if tag not in TASKS:
         raise UserError(f"metric geneval: metadata with tag {tag!r}, expected one of {', '.join(TASKS)}")

@@ -1,14 +1,15 @@
-"""GenEval's scoring rules (Ghosh et al. 2023) on detections given as plain data.
+"""GenEval's scoring rules (Ghosh et al. 2023), applied to detections given as plain data.
 
-A prompt's metadata has ``tag`` (the task), ``include`` (all of these must hold) and ``exclude`` (none of these may):
-clauses with ``class``, ``count``, and where it applies ``color`` or ``position`` (relation, index of the clause it refers
-to). The rules follow the official evaluation, its order of steps and its corner cases included:
+A prompt's metadata has ``tag`` (the task), ``include`` (clauses that must all hold) and ``exclude`` (clauses of which none
+may hold): clauses with ``class``, ``count``, and optionally ``color`` or ``position`` (relation, index of the clause it
+refers to). The rules follow the official evaluation, including its order of steps and corner cases:
 
-- a detection counts above a confidence of 0.3, in the task ``counting`` above 0.9; at most 16 of a class, by confidence;
-- ``include`` looks at the ``count`` most confident objects of its class, and asks for at least that many;
-- colour: all of those have the clause's colour, by a zero-shot classifier;
-- position: each of those stands so to each object of the other clause, which itself has to hold;
-- ``exclude``: fewer than ``count`` objects. Counting prompts exclude one more than they ask for, so that they are exact.
+- a detection counts above a confidence of 0.3, in the task ``counting`` above 0.9; at most 16 per class, by confidence;
+- ``include`` considers the ``count`` most confident objects of its class, and requires at least that many;
+- colour: all considered objects have the clause's colour, according to a zero-shot classifier;
+- position: each considered object has the relation to each object of the other clause, which itself must hold;
+- ``exclude``: fewer than ``count`` objects. Counting prompts exclude one more object than they require, so the count is
+  exact.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 @dataclass(frozen=True)
 class Detection:
-    """One object that a detector found."""
+    """A detected object."""
 
     label: str
     """Class name in GenEval's spelling (``computer mouse``, ``tv remote``)."""
@@ -33,20 +34,20 @@ class Detection:
     box: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels; y points down."""
     color: str | None = None
-    """Of :data:`COLORS`, where a prompt asks for this class's colour."""
+    """One of :data:`COLORS`; None unless a prompt specifies this class's colour."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The official thresholds."""
+    """Thresholds of the rules; the defaults are the official ones."""
 
     threshold: float = 0.3
     counting_threshold: float = 0.9
     max_objects: int = 16
     max_overlap: float = 1.0
-    """Overlap (IoU) from which the less confident of two objects of a class is dropped; 1 keeps all."""
+    """Overlap (IoU) at which the less confident of two objects of a class is dropped; 1 keeps all."""
     position_margin: float = 0.1
-    """Share of both objects' size by which their centres may differ and still count as level."""
+    """Offset between two objects' centres that counts as zero, as a fraction of the sum of their sizes."""
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,7 +57,7 @@ OFFICIAL = Rules()
 
 
 def select(detections: Sequence[Detection], tag: str, rules: Rules = OFFICIAL) -> dict[str, list[Detection]]:
-    """What counts as an object for task ``tag``, by class, most confident first."""
+    """Select the detections that count for task ``tag``, by class, most confident first."""
     least = rules.counting_threshold if tag == "counting" else rules.threshold
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -72,7 +73,7 @@ def select(detections: Sequence[Detection], tag: str, rules: Rules = OFFICIAL) -
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes, whose last pixels are counted in."""
+    """Compute the intersection over union of two boxes with inclusive pixel coordinates."""
 
     def area(box: Sequence[float]) -> float:
         return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
@@ -83,10 +84,10 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def relations(a: Detection, b: Detection, margin: float = OFFICIAL.position_margin) -> set[str]:
-    """How ``a`` stands to ``b``: any of left of, right of, above, below.
+    """Return the relations of ``a`` to ``b``: any of left of, right of, above, below.
 
-    The offset between centres is shortened on each axis by ``margin`` times both widths (heights); a relation holds where
-    what is left makes up more than half of the whole offset's length.
+    The offset between centres is reduced on each axis by ``margin`` times the sum of both widths (heights); a relation
+    holds if the remainder is more than half of the full offset's length.
     """
     boxes = np.array([a.box, b.box], np.float64).reshape(2, 2, 2)
     centres, sizes = boxes.mean(1), np.abs(boxes[:, 1] - boxes[:, 0])
@@ -100,7 +101,7 @@ def relations(a: Detection, b: Detection, margin: float = OFFICIAL.position_marg
 
 
 def evaluate(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = OFFICIAL) -> tuple[bool, str]:
-    """Whether an image shows what its prompt's metadata says, and why not."""
+    """Return whether the detections satisfy a prompt's metadata, and the reasons if they do not."""
     objects = select(detections, metadata["tag"], rules)
     groups: list[list[Detection] | None] = []
     reasons = []
@@ -119,7 +120,7 @@ def evaluate(detections: Sequence[Detection], metadata: Mapping[str, Any], rules
 def _clause(
     found: list[Detection], clause: Mapping[str, Any], groups: list[list[Detection] | None], rules: Rules
 ) -> str:
-    """Why the clause does not hold for its objects; empty where it does."""
+    """Return the reason why the clause does not hold for its objects; empty if it holds."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"

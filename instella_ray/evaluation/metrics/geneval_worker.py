@@ -1,8 +1,8 @@
-"""GenEval's official detector, to be run in an environment of its own (see :mod:`instella_ray.evaluation.geneval_actor`).
+"""GenEval's official detector, to run in an isolated environment (see :mod:`instella_ray.evaluation.geneval_actor`).
 
-It needs mmdet 2, mmcv-full 1 and a torch of their time, which cannot live beside this project's. Nothing here but numpy and
-Pillow is imported before that environment's packages. It has not been run by this project's tests: neither the packages
-(mmcv-full has to be compiled) nor the weights can be had on a machine without a GPU and without access to their hosts.
+It needs mmdet 2, mmcv-full 1 and a compatible old torch, which conflict with this project's versions. Apart from numpy and
+Pillow, its packages are imported only inside the actor. This project's tests do not run it: the packages (mmcv-full has to
+be compiled) and the weights are not available on a machine without a GPU and without access to their hosts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CONFIG = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 COLOR_MODEL, COLOR_WEIGHTS = "ViT-L-14", "openai"
 TEMPLATES = ("a photo of a {{c}} {name}", "a photo of a {{c}}-colored {name}", "a photo of a {{c}} object")
 BACKGROUND = "#999"
-"""What lies behind an object, outside its mask, when its colour is told."""
+"""Fill colour outside an object's mask when its colour is classified."""
 KEPT, MOST = 0.3, 16
-"""Detections under the lowest threshold, and past the 16th of a class, play no part in the rules."""
+"""Lowest confidence and largest number per class that the rules use; other detections are dropped."""
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
@@ -33,11 +33,11 @@ _NAMES = (
     "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 )
 CLASSES = tuple(_NAMES.split(", "))
-"""COCO's 80 classes in its order, as the official prompts spell them."""
+"""COCO's 80 classes in COCO's order, in the spelling of the official prompts."""
 
 
 class OfficialDetector:
-    """Mask2Former (Swin-S, COCO instances) for objects, CLIP for their colours, with the official settings."""
+    """Official detector: Mask2Former (Swin-S, COCO instances) for objects, CLIP for colours, official settings."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class OfficialDetector:
         self.classifiers: dict[str, Any] = {}
 
     def about(self) -> dict[str, Any]:
-        """The fields of a :class:`.geneval.DetectorInfo`."""
+        """Return the fields of a :class:`.geneval.DetectorInfo`."""
         with open(self.weights, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         packages = ("mmdet", "mmcv-full", "torch", "open-clip-torch", "clip-benchmark")
@@ -80,11 +80,13 @@ class OfficialDetector:
         }
 
     def detect(self, image: np.ndarray, colored: Sequence[str]) -> list[dict[str, Any]]:
-        """Objects in one image, uint8 ``[H, W, 3]``: dicts with ``label, score, box, color``; the colour of ``colored``
-        classes only."""
+        """Detect objects in one image, uint8 ``[H, W, 3]``: dicts with ``label, score, box, color``.
+
+        ``color`` is None except for the classes in ``colored``.
+        """
         from mmdet.apis import inference_detector
 
-        result = inference_detector(self.detector, np.ascontiguousarray(image[..., ::-1]))  # OpenCV's channel order
+        result = inference_detector(self.detector, np.ascontiguousarray(image[..., ::-1]))  # mmdet expects BGR
         boxes, masks = result if isinstance(result, tuple) else (result, None)
         found = []
         for index, label in enumerate(CLASSES):
@@ -106,14 +108,14 @@ class OfficialDetector:
             )
         whole = Image.fromarray(image)
         crops = [(self.transform(_crop(whole, box, mask)), 0) for box, mask in objects]
-        loader: Any = torch.utils.data.DataLoader(crops, batch_size=16)  # type: ignore[arg-type]  # a list will do
+        loader: Any = torch.utils.data.DataLoader(crops, batch_size=16)  # type: ignore[arg-type]  # a list works as a dataset
         with torch.no_grad():
             logits, _ = zeroshot.run_classification(self.clip, self.classifiers[label], loader, self.device)
         return [self.colors[int(i)] for i in logits.argmax(1)]
 
 
 def _crop(image: Image.Image, box: np.ndarray, mask: np.ndarray | None) -> Image.Image:
-    """The object alone on grey, cut to its box."""
+    """Crop the object to its box, with everything outside its mask in grey."""
     if mask is not None:
         plain = Image.new("RGB", image.size, color=BACKGROUND)
         image = Image.composite(image, plain, Image.fromarray(mask))

@@ -1,8 +1,7 @@
-"""ImageReward (Xu et al. 2023): a score of people's liking for an image given its prompt, standardised to about N(0, 1).
+"""ImageReward (Xu et al. 2023): human-preference score of an image given its prompt, standardised to about N(0, 1).
 
-The official package scores; it needs its checkpoint ``ImageReward.pt``, ``med_config.json`` and BERT's vocabulary, and a
-transformers of its time (4.x), so it is not among this project's requirements. Where it cannot be imported the message
-says so.
+Uses the official package, which needs its checkpoint ``ImageReward.pt``, ``med_config.json``, BERT's vocabulary and
+transformers 4.x. It is therefore not among this project's requirements; an import failure gives a message with the remedy.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from .images import ImageSettings
 from .samples import SampleMetric
 
 Scorer = Callable[[str, bytes], float]
-"""Score of (prompt, PNG bytes)."""
+"""Function from (prompt, PNG bytes) to the score."""
 HINT = (
-    "pip install image-reward; its release of 2023 needs transformers 4, which has apply_chunking_to_forward: "
-    "give it an environment of its own, or install it from its repository"
+    "pip install image-reward; its 2023 release needs transformers 4 (for apply_chunking_to_forward): "
+    "install it in a separate environment, or from its repository"
 )
 
 
 def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> Scorer:
-    """The official network from local files, without its downloads."""
+    """Load the official network from local files, without downloading; raises UserError for missing or wrong files."""
     package = optional_import("ImageReward.ImageReward", "metric image_reward", HINT)
     import torch
 
@@ -52,7 +51,7 @@ def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> 
 def image_reward(
     scorer: Scorer, *, weights: str, images: ImageSettings = ImageSettings(), name: str = "image_reward"
 ) -> SampleMetric:
-    """ImageReward of ``images`` with their ``prompts``; a scorer that is not the official network has another ``name``."""
+    """Create ImageReward of ``images`` with their ``prompts``; set ``name`` for any other scorer."""
 
     def score(batch: Batch) -> np.ndarray:
         prepared = images.prepare(batch.need("images"))

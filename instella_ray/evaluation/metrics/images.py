@@ -1,4 +1,4 @@
-"""How images are brought to a metric: one crop, one resize with a named filter, one image format."""
+"""Image preprocessing of the metrics: crop, resize filter and image format."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 
 class ImageSettings(Config):
-    """Part of every result, since FID moves by several points with the filter or with JPEG (Parmar et al. 2022)."""
+    """Image preprocessing settings.
+
+    They are part of every result, since FID changes by several points with the filter or JPEG (Parmar et al. 2022).
+    """
 
     size: int | None = pydantic.Field(default=None, ge=1)
-    """Square size in pixels: the centre square is cut out and resized. None: images are taken as they are."""
+    """Size in pixels to which the centre square is resized. None: no crop and no resize."""
     filter: Literal["bicubic", "lanczos", "bilinear", "box"] = "bicubic"
-    """Pillow's filter, which widens when shrinking (antialiased)."""
+    """Pillow's resize filter, which is antialiased when shrinking."""
     format: Literal["pixels", "png", "jpeg"] = "pixels"
-    """What images go through before they are measured: nothing, a lossless file, or JPEG."""
+    """Image format applied before measuring: none, lossless PNG, or JPEG compression."""
     jpeg_quality: int = pydantic.Field(default=95, ge=1, le=100)
 
     def describe(self) -> dict[str, Any]:
-        """For a result's settings."""
+        """Return the settings as part of a result's settings."""
         about = self.model_dump()
         if self.format != "jpeg":
             del about["jpeg_quality"]
@@ -38,7 +41,7 @@ class ImageSettings(Config):
         return about
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """uint8 ``[B, H, W, 3]`` in, the same out at this size and through this format."""
+        """Preprocess uint8 ``[B, H, W, 3]`` to uint8 ``[B, size, size, 3]``; raises UserError for other inputs."""
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise UserError(f"images: expected uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
@@ -48,7 +51,7 @@ class ImageSettings(Config):
         return np.stack([self._one(image) for image in images])
 
     def prepare_originals(self, images: np.ndarray) -> np.ndarray:
-        """The same for what images are compared with: at this size, but through no lossy format."""
+        """Preprocess originals: the same as :meth:`prepare`, but without lossy compression."""
         return self.model_copy(update={"format": "pixels"}).prepare(images)
 
     def _one(self, pixels: np.ndarray) -> np.ndarray:
@@ -66,7 +69,7 @@ class ImageSettings(Config):
 
 
 def to_planes(images: np.ndarray) -> Tensor:
-    """uint8 ``[B, H, W, 3]`` to a uint8 tensor ``[B, 3, H, W]``."""
+    """Convert uint8 ``[B, H, W, 3]`` to a uint8 tensor ``[B, 3, H, W]``."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -1,9 +1,9 @@
-"""LPIPS (Zhang et al. 2018): distance of deep features, weighted as people judge, through the ``lpips`` package.
+"""LPIPS (Zhang et al. 2018): distance of deep features with weights trained on human judgements, from the ``lpips`` package.
 
 For each layer l, features are normalised over channels, squared differences weighted by the trained heads and averaged
-over places; the distance is the sum over layers, 0 for equal images. The heads come with the package; the trunk is
-torchvision's ImageNet network, given as its weights' file. Without it the trunk is random and the metric has another
-name: it checks that code runs, not how images look.
+over positions; the distance is the sum over layers, 0 for equal images. The heads come with the package; the trunk is
+torchvision's ImageNet network, given as a weights file. Without it the trunk is random and the metric has another name:
+it then only tests the code and does not measure perceptual quality.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 Net = Literal["alex", "vgg"]
 TRUNKS = {"vgg": ("397923af",), "alex": ("7be5be79", "4df8aa71")}
-"""First digits of the sha256 of torchvision's ``vgg16-397923af.pth`` and of both alexnet-owt files."""
+"""First digits of the sha256 of torchvision's ``vgg16-397923af.pth`` and of both alexnet-owt files, by network."""
 
 
 @dataclass(frozen=True)
 class Lpips:
-    """A network that measures distances, and what it is."""
+    """LPIPS network with its identity."""
 
     name: str
     weights: str | None
@@ -43,7 +43,7 @@ class Lpips:
     device: str
 
     def __call__(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Distances ``[B]`` between uint8 images ``[B, H, W, 3]``, which go in scaled to [-1, 1]."""
+        """Compute distances, float64 ``[B]``, between uint8 images ``[B, H, W, 3]``, which are scaled to [-1, 1]."""
         import torch
 
         with torch.no_grad():
@@ -52,9 +52,10 @@ class Lpips:
 
 
 def load_lpips(trunk: str | None, *, net: Net = "vgg", device: str = "cpu", seed: int = 0) -> Lpips:
-    """LPIPS v0.1 over ``net``, with the trunk of a torchvision weights file, or a random one drawn with ``seed``.
+    """Load LPIPS v0.1 over ``net``, with the trunk of a torchvision weights file, or a random one drawn with ``seed``.
 
-    Named ``lpips_vgg`` (``lpips_alex``) for torchvision's published weights only.
+    Named ``lpips_vgg`` (``lpips_alex``) only for torchvision's published weights. Raises UserError for a missing or wrong
+    file.
     """
     expected = "torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth"
     path = None if trunk is None else local_weights(trunk, "lpips", expected)
@@ -73,7 +74,7 @@ def load_lpips(trunk: str | None, *, net: Net = "vgg", device: str = "cpu", seed
 
 
 def _load_trunk(network: nn.Module, path: Path) -> None:
-    """torchvision's ``features.N.weight`` into the package's ``net.sliceM.N.weight``."""
+    """Load torchvision's ``features.N.weight`` into the package's ``net.sliceM.N.weight``."""
     import torch
 
     try:
@@ -84,7 +85,7 @@ def _load_trunk(network: nn.Module, path: Path) -> None:
     names = {name: re.sub(r"^net\.slice\d+", "features", name) for name in own}
     missing = sorted(set(names.values()) - set(state))
     if missing:
-        raise UserError(f"metric lpips: {path}: no {missing[0]}; expected the whole torchvision network's state")
+        raise UserError(f"metric lpips: {path}: no {missing[0]}; expected the complete torchvision state dict")
     network.load_state_dict({name: state[theirs] for name, theirs in names.items()}, strict=False)
 
 
@@ -94,7 +95,7 @@ def _info(model: Lpips, prefix: str, images: ImageSettings, **more: object) -> I
 
 
 def lpips_distance(model: Lpips, images: ImageSettings = ImageSettings()) -> SampleMetric:
-    """LPIPS of ``images`` against ``references``."""
+    """Create LPIPS of ``images`` against ``references``."""
 
     def score(batch: Batch) -> np.ndarray:
         return model(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))
@@ -103,6 +104,6 @@ def lpips_distance(model: Lpips, images: ImageSettings = ImageSettings()) -> Sam
 
 
 def lpips_diversity(model: Lpips, *, images: ImageSettings = ImageSettings(size=256), per_prompt: int = 0) -> Diversity:
-    """Mean pairwise LPIPS among the images of a prompt."""
+    """Create the mean pairwise LPIPS among the images of a prompt."""
     info = _info(model, "diversity_", images, distance="lpips", per_prompt=per_prompt)
     return image_diversity(info, model, images)

@@ -1,4 +1,4 @@
-"""Sums of features and of their products, by group: what covariances are made of, and what merges."""
+"""Mergeable sums of features and their outer products by group, from which covariances are computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Sums(NamedTuple):
-    """Over samples: their number, the sum of features ``[D]`` and of outer products ``[D, D]``, float64."""
+    """Number of samples, sum of features ``[D]`` and sum of outer products ``[D, D]``, float64."""
 
     count: int  # type: ignore[assignment]  # a tuple's own method has this name
     total: np.ndarray
@@ -30,8 +30,8 @@ class Sums(NamedTuple):
 class GroupMoments:
     """:class:`Sums` of every group.
 
-    A small shard keeps its features, float32 ``[n, D]``, which take less room than a ``[D, D]`` matrix; a group with
-    more than D of them is folded into its sums, so memory stays bounded however many samples come.
+    A group with few samples keeps its features, float32 ``[n, D]``, which need less memory than a ``[D, D]`` matrix. With
+    more than D of them they are folded into its sums, so memory is bounded for any number of samples.
     """
 
     def __init__(self, number: int) -> None:
@@ -41,7 +41,7 @@ class GroupMoments:
         self._cache: dict[int, Sums] = {}
 
     def add(self, features: np.ndarray, groups: np.ndarray) -> None:
-        """``features [n, D]`` of samples in ``groups [n]``."""
+        """Add ``features [n, D]`` of samples in ``groups [n]``."""
         features = np.asarray(features, np.float32)
         self._cache.clear()
         for group in np.unique(groups).tolist():
@@ -51,11 +51,11 @@ class GroupMoments:
                 self._fold(group, Sums.of(np.concatenate(self._rows.pop(group))))
 
     def groups(self) -> list[int]:
-        """Those that have samples."""
+        """Return the groups that have samples."""
         return sorted({*self._rows, *self._folded})
 
     def all(self, without: int | None = None) -> Sums | None:
-        """Sums over all groups but one; None where there are no samples."""
+        """Return the sums over all groups except ``without``; None if there are no samples."""
         if -1 not in self._cache:
             whole: Sums | None = None
             for group in self.groups():
@@ -71,7 +71,7 @@ class GroupMoments:
         return rest if rest.count else None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Numbers only; of the symmetric matrices the upper triangles."""
+        """Return the state as numeric arrays; symmetric matrices are stored as upper triangles."""
         folded = sorted(self._folded.items())
         rows = [(group, part) for group, parts in sorted(self._rows.items()) for part in parts]
         width = next((len(s.total) for _, s in folded), next((part.shape[1] for _, part in rows), 0))
@@ -87,7 +87,7 @@ class GroupMoments:
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add what :meth:`arrays` gave."""
+        """Add a state returned by :meth:`arrays`."""
         totals, triangles = arrays["folded_totals"], arrays["folded_outers"]
         upper = np.triu_indices(totals.shape[1])
         counts = zip(arrays["folded_groups"].tolist(), arrays["folded_counts"].tolist(), strict=True)

@@ -1,7 +1,7 @@
-"""The paper's protocols and its published numbers, as data to put beside ours.
+"""Evaluation protocols and published results of the paper, to compare with measured results.
 
 From "Instella-T2I: Pushing the Limits of 1D Discrete Latent Space Image Generation": Tables 1 to 3, Appendix D.1 (sampling)
-and D.2 (metrics). Nothing here is measured by this project.
+and D.2 (metrics). None of these values were measured by this project.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Literal
 from ...errors import UserError
 
 Sampler = Literal["posterior", "simplified"]
-"""Alg. 1, Alg. 2."""
+"""Samplers of the paper's Alg. 1 and Alg. 2."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """One number of the paper."""
+    """A published result of the paper."""
 
     metric: str
-    """Name of the :class:`.base.MetricResult` that it belongs beside."""
+    """Name of the corresponding :class:`.base.MetricResult`."""
     value: float
     source: str
     """Table and row."""
@@ -30,27 +30,27 @@ class Published:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the images were drawn (Appendix D.1)."""
+    """Sampling settings of the images (Appendix D.1)."""
 
     sampler: Sampler
     guidance: float
-    """alpha."""
+    """Guidance scale (alpha)."""
     temperature: float
-    """tau."""
+    """Temperature (tau)."""
     steps: int
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A table's protocol and numbers."""
+    """Protocol and published results of one table."""
 
     name: str
     sampling: Sampling | None
-    """None for a tokenizer."""
+    """Sampling settings; None for a tokenizer, or if the paper does not give them."""
     size: int
     """Pixels a side of the images."""
     prompts: Mapping[str, int] = field(default_factory=dict)
-    """Number of prompts by metric: a setting, these are the defaults."""
+    """Default number of prompts by metric."""
     images_per_prompt: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
@@ -77,15 +77,15 @@ AUTOREGRESSIVE = _table1("Instella AR (0.8B, 1024 px)", (0.96, 0.43, 0.40, 0.80,
 
 CLIP_NOTE = (
     "D.2 says 'ViT-G/14' at 256 px on 30K prompts of MSCOCO 2014. Here: open_clip ViT-bigG-14. The evaluation code cited for "
-    "FID (Kang et al. 2023) means open_clip's ViT-g-14 by that name and puts 'A photo depicts ' before each prompt"
+    "FID (Kang et al. 2023) uses that name for open_clip's ViT-g-14 and prepends 'A photo depicts ' to each prompt"
 )
 FID_PROMPTS_NOTE = (
     "the paper calls the column FID-30K (Table 3) but says 3K prompts in D.2, and 'val2024' for val2014: the number of "
     "prompts is a setting, 30,000 by default"
 )
 FID_RESIZE_NOTE = (
-    "the cited evaluation code cuts the centre square, resizes to 256 px with Lanczos, and feeds Inception through "
-    "clean-fid's antialiased resize; here the same up to 256 px, then torch-fidelity's TensorFlow 1 resize"
+    "the cited evaluation code crops the centre square, resizes to 256 px with Lanczos, and then uses clean-fid's "
+    "antialiased resize for Inception; here the same up to 256 px, then torch-fidelity's TensorFlow 1 resize"
 )
 
 TABLE1 = Preset(
@@ -121,7 +121,7 @@ TABLE3 = Preset(
     notes=(
         FID_PROMPTS_NOTE,
         FID_RESIZE_NOTE,
-        "with 50 steps the same table has FID 15.10 and 1.32 s an image (Diffusion BIT, 1B)",
+        "with 50 steps the same table has FID 15.10 and 1.32 s per image (Diffusion BIT, 1B)",
         "the image size of Table 3 is not stated; 1024 px as in Table 1",
     ),
 )
@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called ``name``; UserError with those there are."""
+    """Return the preset ``name``; raises UserError that lists the known presets."""
     if name not in PRESETS:
         raise UserError(f"preset '{name}': expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

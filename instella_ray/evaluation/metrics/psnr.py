@@ -1,4 +1,4 @@
-"""PSNR: mean over images of ``10 log10(255^2 / MSE)`` in dB, MSE over all pixels and channels of one image."""
+"""PSNR metric: mean over images of ``10 log10(255^2 / MSE)`` in dB, MSE over all pixels and channels of one image."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .images import ImageSettings
 from .samples import SampleMetric
 
 CEILING = 100.0
-"""dB of an image that came back unchanged, as in training's previews."""
+"""PSNR (dB) of identical images, the same as in training previews."""
 
 
 def image_psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """dB ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape; at most :data:`CEILING`.
+    """Compute PSNR (dB, float64 ``[B]``) of uint8 ``[B, H, W, 3]`` against originals of the same shape.
 
-    The squared error is summed in whole numbers, so it is exact.
+    Values are at most :data:`CEILING`. The squared error is summed in integers, so it is exact.
     """
     difference = images.astype(np.int64) - references.astype(np.int64)
     mse = np.square(difference).reshape(len(images), -1).mean(1) / 255.0**2
@@ -23,7 +23,7 @@ def image_psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def psnr(images: ImageSettings = ImageSettings()) -> SampleMetric:
-    """PSNR of ``images`` against ``references``."""
+    """Create PSNR of ``images`` against ``references``."""
 
     def score(batch: Batch) -> np.ndarray:
         return image_psnr(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))

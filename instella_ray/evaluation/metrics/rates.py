@@ -1,4 +1,4 @@
-"""Metrics that are shares of correct images, by category: GenEval and the scene score."""
+"""Metrics that are rates of correct images by category: GenEval and the scene score."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .base import Batch, Info, Metric, MetricResult, text_array
 
 
 class SampleVerdict(NamedTuple):
-    """One image's verdict."""
+    """Evaluation of one image."""
 
     category: str
     correct: bool
     reason: str
-    """Why it is wrong; empty where it is correct."""
+    """Reason for an incorrect image; empty if correct."""
 
 
 VerdictsOf = Callable[[Batch], Sequence[SampleVerdict]]
@@ -26,7 +26,7 @@ VerdictsOf = Callable[[Batch], Sequence[SampleVerdict]]
 class RateMetric(Metric):
     """Share of correct images in each category, and their unweighted mean, which is the score.
 
-    Intervals are Wilson's over groups: a bootstrap of a category that is all right or all wrong would claim certainty.
+    Intervals are Wilson's over groups: a bootstrap of a category with all images correct, or none, would have zero width.
     """
 
     kind = "rate"
@@ -38,23 +38,26 @@ class RateMetric(Metric):
 
     def update(self, batch: Batch) -> None:
         if self.verdicts_of is None:
-            raise RuntimeError(f"metric {self.info.name}: made from a state, it has nothing to judge with")
+            raise RuntimeError(f"metric {self.info.name}: made from a state, without a detector to update with")
         self._add(batch.ids, batch.group_names, self.verdicts_of(batch))
 
     def scores(self) -> dict[str, float]:
-        """1 or 0 by sample id."""
+        """Return 1 (correct) or 0 by sample id."""
         return {name: float(verdict.correct) for name, (_, verdict) in sorted(self._rows.items())}
 
     def groups(self) -> dict[str, str]:
-        """Each sample's group by id."""
+        """Return the group by sample id."""
         return {name: group for name, (group, _) in sorted(self._rows.items())}
 
     def verdicts(self) -> dict[str, SampleVerdict]:
-        """Category, verdict and reason by sample id."""
+        """Return the verdict by sample id."""
         return {name: verdict for name, (_, verdict) in sorted(self._rows.items())}
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
-        """``value`` is the mean over categories; ``parts`` has each category; settings count correct prompts too."""
+        """Compute the mean over categories, with each category in ``parts``.
+
+        Settings include the number of prompts, and of prompts with at least one correct image.
+        """
         by_category: dict[str, list[tuple[str, bool]]] = {}
         for _, (group, verdict) in sorted(self._rows.items()):
             by_category.setdefault(verdict.category, []).append((group, verdict.correct))

@@ -12,13 +12,13 @@ from .. import statistics
 from .base import Batch, Info, Metric, MetricResult, text_array
 
 Score = Callable[[Batch], np.ndarray]
-"""One finite number a sample, float64 ``[B]``."""
+"""Function that returns one finite score per sample, float64 ``[B]``."""
 
 
 class SampleMetric(Metric):
-    """Mean of one number a sample, with a cluster bootstrap over groups.
+    """Mean of one score per sample, with a cluster bootstrap over groups.
 
-    Samples are put in the order of their ids first, so the order in which shards came changes no digit.
+    Samples are sorted by id first, so the result does not depend on the order of shards.
     """
 
     kind = "sample"
@@ -30,18 +30,18 @@ class SampleMetric(Metric):
 
     def update(self, batch: Batch) -> None:
         if self.score is None:
-            raise RuntimeError(f"metric {self.info.name}: made from a state, it has nothing to score with")
+            raise RuntimeError(f"metric {self.info.name}: made from a state, without a network to update with")
         values = np.asarray(self.score(batch), np.float64)
         if values.shape != (len(batch),):
             raise RuntimeError(f"metric {self.info.name}: {values.shape} scores for {len(batch)} samples")
         self._add(batch.ids, batch.group_names, values)
 
     def scores(self) -> dict[str, float]:
-        """Each sample's number by id: best and worst images, paired comparisons."""
+        """Return the score by sample id, for best and worst images and paired comparisons."""
         return {name: value for name, (_, value) in sorted(self._rows.items())}
 
     def groups(self) -> dict[str, str]:
-        """Each sample's group by id."""
+        """Return the group by sample id."""
         return {name: group for name, (group, _) in sorted(self._rows.items())}
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
@@ -66,6 +66,8 @@ class SampleMetric(Metric):
     def _add(self, ids: Sequence[str], groups: Sequence[str], values: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            raise UserError(f"metric {self.info.name}: sample {ids[bad[0]]} scored {values[bad[0]]}")
+            raise UserError(
+                f"metric {self.info.name}: sample {ids[bad[0]]} has score {values[bad[0]]}, expected a finite number"
+            )
         self.claim(ids)
         self._rows.update((name, (group, float(value))) for name, group, value in zip(ids, groups, values, strict=True))

@@ -1,6 +1,6 @@
-"""Scene score: share of images of the ``scenes`` set whose caption holds (see :mod:`instella_ray.data.scene_score`).
+"""Scene score metric: share of ``scenes`` images that match their caption (see :mod:`instella_ray.data.scene_score`).
 
-GenEval's categories with a detector that knows these shapes only; not GenEval.
+It has GenEval's categories, but a detector for the scenes' shapes only; it is not GenEval.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .rates import RateMetric, SampleVerdict
 
 
 def scene_verdict(image: np.ndarray, caption: str) -> SampleVerdict:
-    """Verdict on an image, uint8 ``[H, W, 3]``; UserError for a caption that is not of this set."""
+    """Evaluate an image, uint8 ``[H, W, 3]``; raises UserError for a caption that is not a scene caption."""
     expect = parse_caption(caption)
     verdict = score(image, expect)
     return SampleVerdict(expect.category, verdict.correct, verdict.reason)
 
 
 def scene_score(images: ImageSettings = ImageSettings()) -> RateMetric:
-    """Mean over categories of the share of ``images`` that show what their ``prompts`` say."""
+    """Create the scene score: mean over categories of the share of ``images`` that match their ``prompts``."""
 
-    def judge(batch: Batch) -> list[SampleVerdict]:
+    def verdicts(batch: Batch) -> list[SampleVerdict]:
         prepared = images.prepare(batch.need("images"))
         return [scene_verdict(x, caption) for x, caption in zip(prepared, batch.need("prompts"), strict=True)]
 
     thresholds = {"contrast": MIN_CONTRAST, "area": MIN_AREA, "fit": MIN_FIT, "margin": MARGIN}
     settings = {"images": images.describe(), "detector": "scenes", "thresholds": thresholds}
-    return RateMetric(Info("scene_score", version_of("instella-ray"), settings=settings), judge)
+    return RateMetric(Info("scene_score", version_of("instella-ray"), settings=settings), verdicts)

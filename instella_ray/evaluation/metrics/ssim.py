@@ -1,8 +1,8 @@
-"""SSIM of Wang et al. (2004): means of local structural similarity, on each colour channel.
+"""SSIM metric (Wang et al. 2004): mean of the local structural similarity over pixels and colour channels.
 
 ``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
 covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. There is a window
-around every pixel, and beyond the image's edge its mirror image, as in torchmetrics. Range -1 to 1.
+around every pixel, with mirror padding at the image borders, as in torchmetrics. Range -1 to 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 
 
 def image_ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """SSIM ``[B]`` of uint8 ``[B, H, W, 3]`` against originals of the same shape, at least 11 pixels a side."""
+    """Compute SSIM (float64 ``[B]``) of uint8 ``[B, H, W, 3]`` against originals of the same shape.
+
+    Raises UserError for images smaller than 11 pixels a side.
+    """
     if min(images.shape[1:3]) < WINDOW:
-        raise UserError(f"ssim: images of {images.shape[2]}x{images.shape[1]} pixels, at least {WINDOW} a side needed")
+        raise UserError(
+            f"ssim: images of {images.shape[2]}x{images.shape[1]} pixels, expected at least {WINDOW} a side"
+        )
     return np.array([_ssim(a / 255.0, b / 255.0) for a, b in zip(images, references, strict=True)])
 
 
@@ -35,7 +40,7 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _blur(plane: np.ndarray) -> np.ndarray:
-    """``[H, W, C]`` under the window around every pixel."""
+    """Filter ``[H, W, C]`` with the Gaussian window."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     kernel = np.exp(-((offsets / SIGMA) ** 2) / 2)
     kernel /= kernel.sum()
@@ -43,7 +48,7 @@ def _blur(plane: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: ImageSettings = ImageSettings()) -> SampleMetric:
-    """SSIM of ``images`` against ``references``."""
+    """Create SSIM of ``images`` against ``references``."""
 
     def score(batch: Batch) -> np.ndarray:
         return image_ssim(images.prepare(batch.need("images")), images.prepare_originals(batch.need("references")))

@@ -1,4 +1,4 @@
-"""Stored states of metrics: what a shard gathered, read back as the metric that it belongs to."""
+"""Storage of metric states: saving, and loading as the metric's class."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .rates import RateMetric
 from .samples import SampleMetric
 
 KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in (SampleMetric, RateMetric, Frechet, BitUsage, Diversity)}
-"""Accumulators by the name under which their states are stored."""
+"""Accumulator classes by the ``kind`` in their stored states."""
 
 
 def save_state(url: str, metric: Metric) -> None:
-    """Store what a shard gathered, whole or absent."""
+    """Save a metric's state atomically."""
     with storage.open_file(url, "wb") as stream:
         np.savez(stream, **metric.state())  # type: ignore[arg-type]
 
 
 def load_state(url: str) -> Metric:
-    """The metric of a stored shard, able to merge and to give results."""
+    """Load a stored metric, which can merge and give results; raises UserError for a file that is not a metric state."""
     with storage.open_file(url) as stream:
         try:
             with np.load(stream, allow_pickle=False) as archive:

@@ -1,4 +1,4 @@
-"""What every simulation needs: time that computing takes, alone or on shared cores, and averages over time."""
+"""Building blocks of the simulations: random service times, processor sharing, and time averages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import simpy
 
 Compute = Callable[[float], simpy.Event]
-"""Takes seconds of work, gives the event of its end."""
+"""Function from seconds of work to the event of its completion."""
 
 
 class Variation:
-    """Random factors of mean 1 for service times: gamma distributed with coefficient of variation ``cv``.
+    """Random service times: multiplies by gamma-distributed factors of mean 1 and coefficient of variation ``cv``.
 
-    0 leaves times as they are, 1 makes them exponential.
+    With ``cv`` 0 times are deterministic, with 1 exponentially distributed.
     """
 
     def __init__(self, cv: float, rng: np.random.Generator) -> None:
@@ -28,21 +28,21 @@ class Variation:
 
 
 class Processors:
-    """Cores that all work is shared by in equal parts, as a time-slicing kernel does.
+    """Cores with processor sharing: all jobs progress at the same rate, as with a time-slicing kernel.
 
-    ``together`` is the speed of each core when all of them compute, against one that computes alone: below 1 where they
-    share memory or are two threads of one core.
+    ``together`` is the speed of each core when all compute, relative to one that computes alone: below 1 if cores share
+    memory bandwidth or are two threads of one physical core.
     """
 
     def __init__(self, env: simpy.Environment, cores: int, together: float = 1.0) -> None:
         self.env, self.cores, self.together = env, cores, together
         self._work, self._at = 0.0, 0.0
-        """Work that each job present since the beginning would have had by ``_at``."""
+        """Seconds of work that a job present since the start would have received by time ``_at``."""
         self._ends: list[tuple[float, int, simpy.Event]] = []
         self._number, self._alarm = itertools.count(), 0
 
     def __call__(self, seconds: float) -> simpy.Event:
-        """Event of the end of ``seconds`` of work, counted on a core of one's own."""
+        """Return the completion event of ``seconds`` of work, measured on an exclusive core."""
         self._advance()
         done = self.env.event()
         heapq.heappush(self._ends, (self._work + seconds, next(self._number), done))
@@ -69,17 +69,17 @@ class Processors:
 
     def _ring(self, alarm: int) -> None:
         if alarm != self._alarm:
-            return  # jobs have come or gone since, and with them another alarm
+            return  # superseded: jobs have arrived or left since
         self._advance()
         first = self._ends[0][0]
-        # Rounding must not leave a rest that takes no time: whoever was due with this alarm is done.
+        # Rounding may leave a remainder of almost 0; complete every job that was due at this alarm.
         while self._ends and self._ends[0][0] <= max(first, self._work):
             heapq.heappop(self._ends)[2].succeed()
         self._set_alarm()
 
 
 class Level:
-    """A number that changes now and then, and its mean over time since :meth:`restart`."""
+    """Piecewise constant counter and its time average since :meth:`restart`."""
 
     def __init__(self, env: simpy.Environment) -> None:
         self.env, self.value = env, 0
@@ -94,6 +94,6 @@ class Level:
 
     @property
     def mean(self) -> float:
-        """0 when no time has passed."""
+        """Time average; 0 if no time has passed."""
         passed = self.env.now - self._began
         return (self._area + self.value * (self.env.now - self._since)) / passed if passed else 0.0

@@ -1,4 +1,4 @@
-"""The data jobs as discrete events: storage, CPU workers, GPU encoders in a line, with bounded buffers between them."""
+"""Discrete-event simulation of the data jobs: storage, CPU workers and GPU encoders in a pipeline with bounded buffers."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from .stations import Process
 
 STORAGE, CPUS, ENCODERS = "storage", "CPU workers", "encoders"
 ROUNDS = 8
-"""Blocks that the largest stage's workers see each, in a simulated window."""
+"""Blocks per worker of the largest stage in a simulated window."""
 
 
 @dataclass(frozen=True)
 class LineStage:
-    """Workers that do the same with every block."""
+    """Pipeline stage of identical workers."""
 
     name: str
     workers: int
     block_s: float
-    """Seconds that a worker takes for a block."""
+    """Seconds per block and worker."""
 
     @property
     def capacity(self) -> float:
-        """Blocks a second when nothing is in the way."""
+        """Blocks per second if never blocked or starved."""
         return self.workers / self.block_s if self.block_s else float("inf")
 
 
 @dataclass(frozen=True)
 class LineOutcome:
-    """What comes out of a line in its steady state."""
+    """Steady-state throughput and utilisation of a pipeline."""
 
     blocks_per_s: float
     utilisation: dict[str, float]
-    """By stage: mean share of its workers at work."""
+    """Mean share of busy workers by stage."""
 
     @property
     def bottleneck(self) -> str:
-        """The busiest stage: it is what all others wait for."""
+        """Stage with the highest utilisation."""
         return max(self.utilisation, key=lambda name: self.utilisation[name])
 
 
@@ -58,9 +58,10 @@ def simulate_line(
     machine: Machine | None = None,
     seed: int = 0,
 ) -> LineOutcome:
-    """Send ``blocks`` through ``stages``; the first and the last quarter of them, fill and drain, do not count.
+    """Simulate ``blocks`` passing through ``stages``; the first and last quarter (fill and drain) are not counted.
 
-    ``buffer``: blocks a worker of the next stage that may wait between two. ``machine``: cores that all workers share.
+    ``buffer``: capacity of the queue between two stages, in blocks per worker of the next stage. ``machine``: cores that
+    all workers share; None gives each worker its own core.
     """
     env = simpy.Environment()
     blocks = blocks or ROUNDS * max(stage.workers for stage in stages) + 200
@@ -98,43 +99,44 @@ def simulate_line(
 
 
 class StorageConfig(Config):
-    """Where images are read from."""
+    """Storage from which images are read."""
 
     bytes_per_s: float = Field(gt=0)
-    """All readers together."""
+    """Total throughput of all readers."""
     stream_bytes_per_s: float = Field(gt=0)
-    """One reader; it holds its CPU while it reads."""
+    """Throughput of one reader, which occupies its CPU while it reads."""
     source: str
+    """Source of these figures."""
 
 
 class DataJobs(Config):
-    """Curation on CPUs, then encoding: decoding on CPUs, the tokenizer on GPUs."""
+    """Curation on CPUs, and encoding with decoding on CPUs and the tokenizer on GPUs."""
 
     images: int = Field(600_000_000, ge=1)
     image_bytes: int = Field(150_000, ge=1)
     block: int = Field(256, ge=1)
-    """Images that are handed on together."""
+    """Images per block, the unit passed between stages."""
     storage: StorageConfig
     curate: StageTime
-    """An image on one CPU: read, judged, written."""
+    """Time to read, filter and write an image on one CPU."""
     curate_cpus: int = Field(256, ge=1)
-    """Of the CPU pool, where curation runs."""
+    """CPUs of the pool that runs curation."""
     decode: StageTime
-    """An image on one CPU, down to the square that the tokenizer reads."""
+    """Time to decode an image on one CPU to the tokenizer's input size."""
     cpus_per_gpu: float = Field(11.0, gt=0)
-    """On GPU nodes, for decoding."""
+    """CPUs per GPU on GPU nodes, for decoding."""
     encode: StageTime
-    """Images of a batch on one GPU."""
+    """Time to encode a batch of images on one GPU."""
     encode_batch: int = Field(64, ge=1)
     variation: float = Field(0.2, ge=0)
     """Coefficient of variation of a block's time."""
 
     def curation(self) -> list[LineStage]:
-        """What curation is a line of."""
+        """Return the stages of curation."""
         return [self._reading(), self._cpus(self.curate_cpus, self.curate)]
 
     def encoding(self, gpus: int, cpus: int | None = None) -> list[LineStage]:
-        """What encoding is a line of, on ``gpus`` with so many CPU workers."""
+        """Return the stages of encoding on ``gpus`` GPUs with ``cpus`` CPU workers (None: ``cpus_per_gpu`` per GPU)."""
         each = self.encode.of(self.encode_batch) / self.encode_batch
         workers = cpus or max(1, round(gpus * self.cpus_per_gpu))
         return [self._reading(), self._cpus(workers, self.decode), LineStage(ENCODERS, gpus, self.block * each)]

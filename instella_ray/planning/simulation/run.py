@@ -1,4 +1,4 @@
-"""``instella-ray simulate``: what a configuration asks to be simulated, as tables with everything that was assumed."""
+"""``instella-ray simulate``: runs the configured simulations and reports figures and assumptions as tables."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ class TrainingJob(Config):
     """A run of ``jobs/train_generator.py`` on the simulated GPUs."""
 
     run: str
-    """Its configuration."""
+    """Path of the run's configuration."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` for keys of it."""
+    """Overrides of that configuration, ``key=value``."""
     images_per_second: float = Field(gt=0)
-    """Of one GPU, computing alone."""
+    """Throughput of one GPU while computing."""
     speed_source: str
-    """Where that comes from."""
+    """Source of that figure."""
     largest_micro_batch: int = Field(512, ge=1)
-    """Samples a forward pass has memory for; a smaller share of the batch is one micro-batch."""
+    """Largest micro-batch that fits into memory (samples)."""
     loader: StageTime
-    """Making a batch of so many samples, in the loader's thread."""
+    """Time to load a batch by number of samples, in the loader's thread."""
     cluster: ClusterConditions
 
 
 class SimulateConfig(Config):
-    """What to simulate: any of an endpoint, the data jobs, a training run."""
+    """Systems to simulate: any of an endpoint, the data jobs and a training run."""
 
     seed: int = 0
     gpus: int = Field(8, ge=1)
-    """Of the encoding job and of the training run."""
+    """GPUs of the encoding job and of the training run."""
     serving: ServingConfig | None = None
     slo: Slo | None = None
-    """Find the endpoint's replicas for its load; none simulates those of ``serving.replicas``."""
+    """Objective for which to size the endpoint's replicas; none simulates ``serving.replicas``."""
     data: DataJobs | None = None
     busy: float = Field(0.95, gt=0, lt=1)
-    """Find the CPU workers that keep the encoding GPUs at work for this share of the time."""
+    """Target utilisation of the encoding GPUs, for which to size the CPU workers."""
     training: TrainingJob | None = None
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Figures of one system, to read and to compute with."""
+    """Title, figures and table rows of one simulated system."""
 
     title: str
     figures: dict[str, Any]
@@ -64,25 +64,25 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Report:
-    """All systems, and what was assumed."""
+    """Results of all simulated systems, and the assumptions."""
 
     gpus: int
     systems: dict[str, Simulated]
     assumptions: list[str]
 
     def text(self) -> str:
-        """Markdown."""
+        """Format the report as Markdown."""
         parts = [f"## {system.title}\n\n{table(system.rows)}" for system in self.systems.values()]
         return "\n\n".join([*parts, "Assumed:\n\n" + "\n".join(f"- {line}" for line in self.assumptions)])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures and assumptions for JSON."""
         figures = {name: system.figures for name, system in self.systems.items()}
         return {"gpus": self.gpus, **figures, "assumptions": self.assumptions}
 
 
 def run_simulation(cfg: SimulateConfig) -> Report:
-    """Simulate every system of ``cfg``; UserError when it has none, or limits that cannot be met."""
+    """Simulate every system of ``cfg``; raises UserError if it has none, or an objective that cannot be met."""
     systems = {}
     if cfg.serving is not None:
         systems["serving"] = _serving(cfg, cfg.serving)
@@ -193,14 +193,14 @@ def _failed(outcome: TrainingOutcome) -> str:
 
 
 def planned(job: TrainingJob, gpus: int) -> Run:
-    """What the run's own plan says of it on ``gpus``; UserError where its batch cannot be shared by them."""
+    """Derive the simulated run on ``gpus`` GPUs from its plan; raises UserError if they do not divide its global batch."""
     from ...evaluation.validation_generator import ValidatedRun
     from ..plan import PlanOptions, plan_run
 
     batch = load_config(ValidatedRun, job.run, job.overrides).train.global_batch
     share, rest = divmod(batch, gpus)
     if rest:
-        raise UserError(f"gpus {gpus}: the run's global batch of {batch} is not a multiple of it")
+        raise UserError(f"gpus {gpus}: expected a divisor of the run's global batch of {batch}")
     micro = next(size for size in range(min(job.largest_micro_batch, share), 0, -1) if share % size == 0)
     sizes = [f"train.workers.count={gpus}", f"train.micro_batch_size={micro}"]
     run = load_config(ValidatedRun, job.run, [*job.overrides, *sizes])
@@ -214,7 +214,7 @@ def planned(job: TrainingJob, gpus: int) -> Run:
         sent_bytes=plan.network["sent_per_step"],
         batch_bytes=per_sample * batch,
         batch_s=job.loader.of(share),
-        # Weights, their average and the optimizer's two moments in float32.
+        # Weights, EMA and the optimizer's two moments in float32.
         checkpoint_bytes=16.0 * plan.parameters,
         checkpoint_every=run.train.checkpoint_every,
     )
@@ -225,23 +225,23 @@ def _assumptions(cfg: SimulateConfig) -> Iterator[str]:
         times = cfg.serving.times
         yield from _sources("serving.times", times)
         yield f"serving.times.hop_s: {times.hop_s:g} s ({times.hop_source}); every time varies by {times.variation:.0%}"
-        yield "serving: steady load, replicas as many as stated, no deadline missed and none lost"
-        yield "serving: an endpoint has one replica of its ingress, so that more of them are so many endpoints"
+        yield "serving: steady load, a fixed number of replicas, no deadlines and no lost replicas"
+        yield "serving: an endpoint has one ingress replica, so several of them stand for several endpoints"
     if cfg.data is not None:
         yield from _sources("data", cfg.data)
-        yield f"data.storage: {cfg.data.storage.bytes_per_s / 1e9:g} GB/s in all ({cfg.data.storage.source})"
+        yield f"data.storage: {cfg.data.storage.bytes_per_s / 1e9:g} GB/s in total ({cfg.data.storage.source})"
     if cfg.training is not None:
-        yield f"training: {cfg.training.images_per_second:g} images/s a GPU ({cfg.training.speed_source})"
+        yield f"training: {cfg.training.images_per_second:g} images/s per GPU ({cfg.training.speed_source})"
         yield from _sources("training", cfg.training)
         cluster = cfg.training.cluster
         yield (
-            f"training.cluster: {cluster.network_bytes_per_s / 1e9:g} GB/s a GPU in a ring, of which the "
-            f"backward pass hides what it can; a node fails once in {cluster.node_mtbf_days:g} days ({cluster.source})"
+            f"training.cluster: {cluster.network_bytes_per_s / 1e9:g} GB/s per GPU in a ring, overlapped with the "
+            f"backward pass; each node fails once in {cluster.node_mtbf_days:g} days ({cluster.source})"
         )
 
 
 def _sources(prefix: str, cfg: Config) -> Iterator[str]:
-    """A line for each stage time below ``cfg``."""
+    """Yield a line for each stage time in ``cfg``."""
     for name in type(cfg).model_fields:
         value = getattr(cfg, name)
         each = value.items() if isinstance(value, dict) else [("", value)]

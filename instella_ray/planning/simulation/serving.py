@@ -1,7 +1,7 @@
-"""The endpoint as discrete events: requests through ingress, text encoder, step engine and decoder, as its settings say.
+"""Discrete-event simulation of the endpoint: requests through ingress, text encoder, step engine and decoder.
 
-Not simulated: deadlines, callers who leave, previews, lost replicas, and autoscaling (a number of replicas is given, which
-is what :mod:`.sizing` looks for). Guidance costs nothing: the engine computes every row with the prompt and without.
+Not simulated: deadlines, disconnecting clients, previews, lost replicas, and autoscaling (the number of replicas is fixed;
+:mod:`.sizing` searches for it). Guidance has no extra cost: the engine always computes every row with and without prompt.
 """
 
 from __future__ import annotations
@@ -21,66 +21,69 @@ from ...errors import UserError
 from ...serving.config import ModelArgs, ServeArgs
 from .clock import Compute, Processors, Variation
 from .stage_time import StageTime
-from .stations import BatchingReplica, Deployment, Meters, Process, Replica, Steps
+from .stations import BatchingReplica, Deployment, EngineReplica, Meters, Process, Replica
 
 INGRESS, TEXT, DECODER = "ingress", "text", "decoder"
 CALLS, TEXT_BATCH, DECODER_BATCH, FILE_THREADS, WAIT_S = 64, 32, 8, 2, 0.005
-"""Of the real deployments: calls a replica holds, largest batches, threads for image files, seconds to collect a batch."""
+"""Constants of the real deployments: calls per replica, largest batches, image file threads, batch collection time (s)."""
 
 
 class Machine(Config):
-    """One machine that every replica runs on."""
+    """Machine whose cores all replicas share."""
 
     cores: int = Field(ge=1)
     together: float = Field(1.0, gt=0, le=1)
-    """Speed of a core when all compute, against one alone."""
+    """Speed of a core when all compute, relative to one that computes alone."""
 
 
 class ServingTimes(Config):
-    """How long each stage takes."""
+    """Service times of the stages."""
 
     ingress: StageTime
-    """Reading a request and writing its answer, one at a time in a replica of the ingress."""
+    """Time to parse a request and write its response; an ingress replica handles one at a time."""
     text: StageTime
-    """Prompts of a batch that are not in the cache."""
+    """Time to encode a batch of prompts that are not cached."""
     text_cached: float = Field(0.0, ge=0, le=1)
-    """Share of prompts that the cache has."""
+    """Cache hit rate of prompts."""
     admit: StageTime
-    """Projecting the text of an image that gets a slot, before a step."""
+    """Time to project the text of an image admitted to a slot, before a step."""
     step: dict[str, StageTime]
-    """By generator: a step over so many slots."""
+    """Time of a step by generator and number of slots."""
     decode: dict[str, StageTime]
-    """By size (``512x512``): codes to pixels."""
+    """Time to decode codes to pixels, by image size (``512x512``)."""
     file: dict[str, StageTime]
-    """By size: pixels to a file."""
+    """Time to encode pixels as a file, by image size."""
     hop_s: float = Field(0.0, ge=0)
-    """A call's way to another deployment and back, in which nothing computes."""
+    """Round-trip latency (s) of a call to another deployment, without computation."""
     hop_source: str = "given"
+    """Source of ``hop_s``."""
     variation: float = Field(0.0, ge=0)
-    """Coefficient of variation of every time above, gamma distributed."""
+    """Coefficient of variation of all times above, which are gamma distributed."""
 
 
 class RequestKind(Config):
-    """Requests that ask for the same."""
+    """Class of requests with the same parameters."""
 
     share: float = Field(1.0, gt=0)
+    """Relative frequency."""
     model: str
     steps: tuple[int, int] = (20, 20)
-    """Lowest and highest number of steps, all equally likely; an AR generator takes one a token."""
+    """Lowest and highest number of steps, uniformly distributed; an AR generator needs one per token."""
     size: str = "512x512"
     images: int = Field(1, ge=1)
 
 
 class LoadConfig(Config):
-    """What comes in: at random moments or, in a closed loop, from clients that ask again when they have their answer."""
+    """Load: an open loop with Poisson arrivals, or a closed loop of clients that send the next request after a response."""
 
     rate: float | None = Field(None, gt=0)
-    """Requests a second, Poisson."""
+    """Requests per second of an open loop."""
     in_flight: int | None = Field(None, ge=1)
-    """Clients of a closed loop."""
+    """Number of clients of a closed loop."""
     seconds: float = Field(60.0, gt=0)
+    """Length of the measured window."""
     warm_up_s: float = Field(15.0, ge=0)
-    """Before them; not counted."""
+    """Seconds before the window, which are not counted."""
     mix: tuple[RequestKind, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -91,23 +94,23 @@ class LoadConfig(Config):
 
 
 class ServingConfig(Config):
-    """An endpoint, how many replicas it has, and what is asked of it."""
+    """Simulated endpoint: its settings, replicas, service times and load."""
 
     endpoint: str
-    """A file of ``jobs/serve.py`` (its section ``app``): slots, queues and the rest are taken from there."""
+    """Configuration file of ``jobs/serve.py``, whose section ``app`` defines slots, queues and all other settings."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` for keys of that section."""
+    """Overrides of that section, ``key=value``."""
     replicas: dict[str, int] = Field(default_factory=dict)
-    """By deployment: ingress, text, decoder and each generator; 1 where nothing is said."""
+    """Number of replicas by deployment (ingress, text, decoder and each generator); 1 if not given."""
     buckets: tuple[int, ...] | None = None
-    """Batch sizes that the step engine may use; none means 1, 2, 4, ... up to its slots."""
+    """Batch sizes of the step engine; none means 1, 2, 4, ... up to its slots."""
     machine: Machine | None = None
-    """Where all replicas share cores; none gives each its own device."""
+    """Machine whose cores all replicas share; none gives each replica its own device."""
     times: ServingTimes
     load: LoadConfig
 
     def app(self) -> ServeArgs:
-        """The endpoint's own settings. UserError for a load that it cannot serve, or times that it lacks."""
+        """Load the endpoint's settings; raises UserError for a load that it cannot serve, or missing times."""
         app = load_config(ServeArgs, self.endpoint, self.overrides, section="app")
         for kind in self.load.mix:
             for name, table, key in (
@@ -117,57 +120,58 @@ class ServingConfig(Config):
                 ("times.file", self.times.file, kind.size),
             ):
                 if key not in table:
-                    raise UserError(f"serving.{name}: no '{key}', which load.mix asks for (has {', '.join(table)})")
+                    raise UserError(f"serving.{name}: no '{key}', which load.mix uses (has {', '.join(table)})")
             if kind.images > (capacity := self.capacity(app.models[kind.model], kind.model)):
-                raise UserError(f"serving.load.mix: {kind.images} images a request, there is room for {capacity}")
+                raise UserError(f"serving.load.mix: {kind.images} images per request, expected at most {capacity}")
         names = [INGRESS, TEXT, DECODER, *app.models]
         if unknown := [name for name in self.replicas if name not in names]:
             raise UserError(f"serving.replicas.{unknown[0]}: expected one of {', '.join(names)}")
         return app
 
     def count(self, deployment: str) -> int:
-        """Its replicas."""
+        """Return the number of replicas of a deployment."""
         return self.replicas.get(deployment, 1)
 
     def capacity(self, model: ModelArgs, name: str) -> int:
-        """Images that may be under way, as :attr:`ModelArgs.capacity` says for its own number of replicas."""
+        """Return the largest number of images in flight, as :attr:`ModelArgs.capacity` with this number of replicas."""
         return self.count(name) * model.ongoing + model.queue
 
 
 @dataclass(frozen=True)
 class ServingOutcome:
-    """What the clients would see, and how busy each deployment would be."""
+    """Simulated throughput, latencies and utilisation of an endpoint."""
 
     window_s: float
+    """Length of the measured window (s)."""
     arrived: int
-    """Requests from beginning to end, warm-up included; all of them are ``answered`` or ``refused``."""
+    """Number of requests, including warm-up; each is either ``answered`` or ``refused``."""
     answered: int
     refused: int
     images_per_s: float
-    """Answered within the window."""
+    """Images completed per second in the window."""
     latencies: np.ndarray
-    """Seconds, of requests that came within the window and were let in."""
+    """Latencies (s) of requests that arrived in the window and were accepted."""
     refused_share: float
-    """Of requests that came within the window."""
+    """Share of requests arriving in the window that were refused."""
     utilisation: dict[str, float]
-    """By deployment: mean share of its replicas that are at work; of generators, of their slots."""
+    """Mean share of busy replicas by deployment; for generators of occupied slots."""
     waiting: dict[str, float]
-    """By deployment: mean number of images that wait there."""
+    """Mean number of waiting images by deployment."""
     inside: float
-    """Mean number of requests under way."""
+    """Mean number of requests in flight."""
 
     def percentile(self, share: float) -> float:
-        """Seconds within which ``share`` per cent were answered; infinite where nobody was."""
+        """Return the ``share``-th percentile of latency in seconds; infinite without accepted requests."""
         return float(np.percentile(self.latencies, share)) if len(self.latencies) else float("inf")
 
     @property
     def bottleneck(self) -> str:
-        """The busiest deployment."""
+        """Deployment with the highest utilisation."""
         return max(self.utilisation, key=lambda name: self.utilisation[name])
 
 
 def simulate_serving(cfg: ServingConfig, seed: int = 0) -> ServingOutcome:
-    """Run the load to its end and until everybody has an answer. A function of its arguments alone."""
+    """Simulate the load until every request is answered; the result depends only on the arguments."""
     return _Simulation(cfg, seed).run()
 
 
@@ -176,12 +180,12 @@ class _Simulation:
         self.cfg, self.app, self.env = cfg, cfg.app(), simpy.Environment()
         machine = cfg.machine
         self.compute: Compute = Processors(self.env, machine.cores, machine.together) if machine else self.env.timeout
-        # Streams of their own: a further replica does not change who comes when, and what they ask for.
+        # Separate random streams, so that the number of replicas does not change arrival times and request contents.
         arrivals, self.content, self.routes, times = (np.random.default_rng([seed, part]) for part in range(4))
         self.arrivals, self.vary = arrivals, Variation(cfg.times.variation, times)
         self.deployments = {INGRESS: self._ingress(), TEXT: self._text(), DECODER: self._decoder()}
         self.deployments |= {name: self._generator(name, model) for name, model in self.app.models.items()}
-        self.room = {name: cfg.capacity(model, name) for name, model in self.app.models.items()}
+        self.free_capacity = {name: cfg.capacity(model, name) for name, model in self.app.models.items()}
         self.shares = list(accumulate(kind.share for kind in cfg.load.mix))
         self.inside = Meters.of(self.env).present
         self.begin, self.end = cfg.load.warm_up_s, cfg.load.warm_up_s + cfg.load.seconds
@@ -202,7 +206,7 @@ class _Simulation:
         self.inside.restart()
         env.run(self.end)
         busy = {name: meter.busy.mean / self.cfg.count(name) for name, meter in meters.items()}
-        # An engine steps for one image as for many: how full it is tells how much more it could do.
+        # An engine is busy with a single image, so its spare capacity is given by the share of occupied slots.
         for name, model in self.app.models.items():
             busy[name] = meters[name].served.mean / (self.cfg.count(name) * model.slots)
         waiting, inside = {name: meter.waiting for name, meter in meters.items()}, self.inside.mean
@@ -222,7 +226,7 @@ class _Simulation:
             inside,
         )
 
-    # --- what comes in
+    # --- requests
 
     def _open(self, rate: float) -> Process:
         while True:
@@ -234,7 +238,7 @@ class _Simulation:
     def _client(self) -> Process:
         while self.env.now < self.end:
             yield self.env.process(self._request())
-            # A refused client that asks again at once would stop the clock.
+            # Without a delay a refused client would retry forever at the same simulated time.
             yield self.env.timeout(1e-6)
 
     def _request(self) -> Process:
@@ -244,18 +248,18 @@ class _Simulation:
         counts = self.begin <= asked < self.end
         self.arrived += 1
         self.came += counts
-        if self.room[kind.model] < kind.images:
+        if self.free_capacity[kind.model] < kind.images:
             self.refused += 1
             self.turned_away += counts
             return
-        self.room[kind.model] -= kind.images
+        self.free_capacity[kind.model] -= kind.images
         self.inside.add(1)
         yield from self._call(INGRESS)
-        # The prompt's further images find it in the cache, or in the batch.
+        # Further images of the prompt find its features in the cache, or share its batch.
         ways = [self._image(kind, steps, cached or number > 0) for number in range(kind.images)]
         yield self.env.all_of([self.env.process(way) for way in ways])
         self.inside.add(-1)
-        self.room[kind.model] += kind.images
+        self.free_capacity[kind.model] += kind.images
         self.answered += 1
         if self.begin <= self.env.now <= self.end:
             self.images += kind.images
@@ -276,11 +280,11 @@ class _Simulation:
             yield self.env.timeout(self.cfg.times.hop_s)
         yield from self.deployments[name].call(key, steps)
 
-    # --- what is there
+    # --- deployments
 
     def _ingress(self) -> Deployment:
         times = self.cfg.times
-        # Serve holds as many requests there as may be under way, and the gate bounds those.
+        # The ingress has no limit of its own: the admission gate bounds the number of requests in flight.
         return self._deployment(INGRESS, 1 << 30, lambda m: self._batches(m, lambda key, n: times.ingress.of(n)))
 
     def _text(self) -> Deployment:
@@ -313,7 +317,9 @@ class _Simulation:
         def seconds(rows: int, admitted: int) -> float:
             return self.vary(times.step[name].of(rows) + admitted * times.admit.of(1))
 
-        return self._deployment(name, model.ongoing, lambda m: Steps(self.env, self.compute, seconds, m, buckets))
+        return self._deployment(
+            name, model.ongoing, lambda m: EngineReplica(self.env, self.compute, seconds, m, buckets)
+        )
 
     def _batches(self, meters: Meters, seconds: Any, **more: Any) -> BatchingReplica:
         return BatchingReplica(self.env, self.compute, lambda key, n: self.vary(seconds(key, n)), meters, **more)

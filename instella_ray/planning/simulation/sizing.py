@@ -1,4 +1,4 @@
-"""How many of what: replicas of each deployment for a load and its limits, CPU workers that keep GPUs busy."""
+"""Sizing by simulation: replicas of each deployment that meet an SLO, and CPU workers that keep GPUs busy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOST_REPLICAS = 4096
 
 
 class Slo(Config):
-    """What callers are promised."""
+    """Service-level objective of the endpoint."""
 
     p99_s: float = Field(gt=0)
-    """99 of a hundred requests are answered within so many seconds."""
+    """Largest 99th percentile of latency (s)."""
     refused: float = Field(0.001, ge=0, le=1)
     """Largest share of requests that may be refused."""
 
@@ -30,20 +30,20 @@ class Slo(Config):
 
 @dataclass(frozen=True)
 class Layout:
-    """Replicas by deployment, and what they do."""
+    """Replicas by deployment, and their simulated outcome."""
 
     replicas: dict[str, int]
     outcome: ServingOutcome
 
 
 def size_serving(cfg: ServingConfig, slo: Slo, seed: int = 0) -> Layout:
-    """Replicas that meet ``slo`` under ``cfg``'s load, of which no single one can be left out.
+    """Find replicas that meet ``slo`` under the load of ``cfg``, such that none can be removed.
 
-    From those that the mean load needs, the busiest deployment gets more until the limits are met; then each gives back
-    what it can. UserError for limits that no number of replicas meets: with one image alone the time is too long.
+    Starts with the replicas that the mean load needs, adds replicas to the bottleneck until the SLO is met, then removes
+    those that are not needed. Raises UserError for an SLO that no number of replicas meets.
     """
     if cfg.load.rate is None:
-        raise UserError("serving.load: sizing needs a rate of requests; a closed loop never asks for more than it gets")
+        raise UserError("serving.load: sizing needs a rate of requests; a closed loop adapts to the capacity")
     tried: dict[tuple[int, ...], Layout] = {}
     counts = _needed(cfg, cfg.load.rate)
     with tqdm(desc="sizing", unit="layout", delay=3, leave=False) as bar:
@@ -59,8 +59,8 @@ def size_serving(cfg: ServingConfig, slo: Slo, seed: int = 0) -> Layout:
             counts = {**counts, (name := _busiest(layout)): counts[name] + max(1, counts[name] // 10)}
             if max(counts.values()) > MOST_REPLICAS or layout.outcome.utilisation[name] < 0.05:
                 raise UserError(
-                    f"slo: p99 within {slo.p99_s:g} s cannot be had with any number of replicas "
-                    f"(p50 {layout.outcome.percentile(50):.3g} s while all are idle); expected more"
+                    f"slo: p99 within {slo.p99_s:g} s cannot be met with any number of replicas "
+                    f"(p50 {layout.outcome.percentile(50):.3g} s at low utilisation); expected a higher limit"
                 )
         changed = True
         while changed:
@@ -72,7 +72,7 @@ def size_serving(cfg: ServingConfig, slo: Slo, seed: int = 0) -> Layout:
 
 
 def size_cpus(jobs: DataJobs, gpus: int, busy: float = 0.95, seed: int = 0) -> int | None:
-    """Fewest CPU workers with which encoding keeps ``gpus`` at work for the share ``busy``; None where storage forbids it."""
+    """Find the fewest CPU workers that keep ``gpus`` encoders at utilisation ``busy``; None if storage is too slow."""
 
     def enough(cpus: int) -> bool:
         outcome = simulate_line(jobs.encoding(gpus, cpus), variation=jobs.variation, seed=seed)
@@ -95,13 +95,13 @@ def size_cpus(jobs: DataJobs, gpus: int, busy: float = 0.95, seed: int = 0) -> i
 
 def _busiest(layout: Layout) -> str:
     outcome = layout.outcome
-    # Where several are at their end, who waits most tells who is the cause.
+    # If several are saturated, the one with the longest queue is the cause.
     full = {name: share for name, share in outcome.utilisation.items() if share > 0.95}
     return max(full, key=lambda name: outcome.waiting[name]) if full else outcome.bottleneck
 
 
 def _needed(cfg: ServingConfig, rate: float) -> dict[str, int]:
-    """Replicas by the mean load and the best batches alone: with fewer a queue would grow without end."""
+    """Compute the replicas needed for the mean load with full batches; with fewer, queues grow without bound."""
     app, times, total = cfg.app(), cfg.times, sum(kind.share for kind in cfg.load.mix)
     seconds = dict.fromkeys([INGRESS, TEXT, DECODER, *dict.fromkeys(kind.model for kind in cfg.load.mix)], 0.0)
     seconds[INGRESS] = rate * times.ingress.of(1)

@@ -1,4 +1,4 @@
-"""How long a stage takes for a batch: measured, or from the FLOP model; each number says where it comes from."""
+"""Service time of a stage by batch size: measured, or from the FLOP model, with its source."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ Work = Literal["text_encoder", "text_projection", "diffusion_step", "encoder", "
 
 
 class StageTime(Config):
-    """Seconds of one call, by the number of items in it."""
+    """Seconds of one call by its number of items."""
 
     seconds: dict[int, float] | None = None
-    """Measured, by batch size. Between two of them along the line, beyond the last along the last line."""
+    """Measured seconds by batch size; interpolated linearly, and extrapolated beyond the largest."""
     work: Work | None = None
-    """In place of it: FLOP of an item of the paper's networks, at ``mfu`` of the ``device``'s peak."""
+    """Work per item, instead of ``seconds``: FLOP of the paper's network, at ``mfu`` of the ``device``'s peak."""
     size: int = Field(512, ge=1)
-    """Edge (px) of the images of an encoder or decoder."""
+    """Image size (pixels a side) of an encoder or decoder."""
     device: str = "mi300x"
     mfu: float = Field(0.118, gt=0, le=1)
-    """The paper's in training, from its 120 images/s on an MI300X."""
+    """Model FLOP utilization; the default is the paper's in training, from its 120 images/s on an MI300X."""
     fixed_s: float = Field(0.0, ge=0)
-    """Of a call, whatever is in it; beside ``work``."""
+    """Constant seconds per call, in addition to ``work``."""
     source: str
-    """Where the numbers come from."""
+    """Source of the figures."""
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> StageTime:
+    def _seconds_or_work(self) -> StageTime:
         if (self.seconds is None) == (self.work is None):
             raise ValueError("expected either seconds or work")
         if self.seconds is not None and (not self.seconds or min(self.seconds) < 1 or min(self.seconds.values()) < 0):
             raise ValueError("expected seconds of at least 0 by batch sizes of at least 1")
         if self.device not in ACCELERATORS:
-            raise ValueError(f"expected a device of {', '.join(ACCELERATORS)}")
+            raise ValueError(f"device {self.device}: expected one of {', '.join(ACCELERATORS)}")
         return self
 
     def of(self, count: int) -> float:
-        """Seconds of a call with ``count`` items."""
+        """Return the seconds of a call with ``count`` items."""
         if self.work is not None:
             return self.fixed_s + count * _flop(self.work, self.size) / (self.mfu * ACCELERATORS[self.device].peak)
         assert self.seconds is not None
-        return _along(tuple(sorted(self.seconds.items())), count)
+        return _interpolated(tuple(sorted(self.seconds.items())), count)
 
 
 @cache
 def _flop(work: Work, size: int) -> float:
-    """Of an item. A step is computed with the prompt and without."""
+    """Compute the FLOP of an item; a diffusion step counts twice, with and without prompt."""
     bit, generator = BITConfig(), GeneratorConfig()
     if work == "text_encoder":
         return text_encoder_forward(AMD_OLMO_1B, TEXT_TOKENS)
@@ -74,7 +74,7 @@ def _flop(work: Work, size: int) -> float:
 
 
 @cache
-def _along(known: tuple[tuple[int, float], ...], count: int) -> float:
+def _interpolated(known: tuple[tuple[int, float], ...], count: int) -> float:
     sizes, seconds = zip(*known, strict=True)
     if len(sizes) == 1:
         return float(seconds[0] * max(1.0, count / sizes[0]))

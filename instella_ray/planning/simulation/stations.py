@@ -1,6 +1,6 @@
-"""The serving graph's deployments as simulated processes: replicas behind a handle, batches, the step engine.
+"""Simulated deployments of the serving graph: replicas behind a handle, batching, and the step engine.
 
-They do what :mod:`...serving.batching`, :mod:`...serving.deployments`, :mod:`...engine.engine` and Serve's router do, in
+They reproduce :mod:`...serving.batching`, :mod:`...serving.deployments`, :mod:`...engine.engine` and Serve's router in
 simulated time.
 """
 
@@ -18,37 +18,38 @@ from .clock import Compute, Level
 
 Process = Generator[simpy.Event, Any, Any]
 Seconds = Callable[[Hashable, int], float]
-"""Of one call for so many items of one key."""
+"""Function from key and number of items to the seconds of one call."""
 
 
 @dataclass(eq=False)
 class Call:
-    """An image at a deployment."""
+    """Call of a deployment for one image."""
 
     done: simpy.Event
+    """Completion event."""
     key: Hashable = None
-    """Only calls of one key share a batch."""
+    """Batching key: only calls with the same key share a batch."""
     steps: int = 0
-    """Of the engine."""
+    """Number of engine steps."""
 
 
 class Replica(Protocol):
-    """What a deployment has one or more of."""
+    """Replica of a deployment."""
 
     def take(self, call: Call) -> None:
-        """Begin with a call; its ``done`` tells the end."""
+        """Accept a call, and trigger its ``done`` when it is completed."""
 
 
 @dataclass
 class Meters:
-    """A deployment's averages over time."""
+    """Time averages of a deployment."""
 
     busy: Level
-    """Replicas at work."""
+    """Number of busy replicas."""
     present: Level
-    """Calls that came and have not been answered."""
+    """Number of calls in the deployment, waiting or computed."""
     served: Level
-    """Those of them that are being computed."""
+    """Number of calls being computed."""
 
     @classmethod
     def of(cls, env: simpy.Environment) -> Meters:
@@ -56,7 +57,7 @@ class Meters:
 
     @property
     def waiting(self) -> float:
-        """Mean number of calls that wait."""
+        """Mean number of waiting calls."""
         return self.present.mean - self.served.mean
 
     def restart(self) -> None:
@@ -65,7 +66,7 @@ class Meters:
 
 
 class Deployment:
-    """Replicas behind a handle: of two picked at random the one with fewer calls; a queue when all are full."""
+    """Replicas behind a handle that routes to the less loaded of two random ones, and queues when all are full."""
 
     def __init__(
         self,
@@ -75,13 +76,13 @@ class Deployment:
         meters: Meters,
         rng: np.random.Generator,
     ) -> None:
-        """``ongoing``: calls that a replica holds at once."""
+        """``ongoing``: largest number of concurrent calls per replica."""
         self.env, self.replicas, self.ongoing, self.meters, self.rng = env, replicas, ongoing, meters, rng
         self.calls = [0] * len(replicas)
         self._queue: deque[simpy.Event] = deque()
 
     def call(self, key: Hashable = None, steps: int = 0) -> Process:
-        """A call's way from the handle to its answer."""
+        """Simulate a call from the handle to its response."""
         self.meters.present.add(1)
         number = yield from self._place()
         call = Call(self.env.event(), key, steps)
@@ -106,7 +107,7 @@ class Deployment:
 
 
 class BatchingReplica:
-    """A replica with a micro-batcher for each key; batches of all keys are computed one at a time."""
+    """Replica with a micro-batcher per key; batches of all keys are computed sequentially."""
 
     def __init__(
         self,
@@ -120,7 +121,11 @@ class BatchingReplica:
         after: Seconds | None = None,
         threads: int = 1,
     ) -> None:
-        """``after(key, 1)``: seconds that each call then takes in one of ``threads``, while the next batch is computed."""
+        """``size``, ``wait_s``: largest batch, and seconds to collect one.
+
+        ``after(key, 1)``: seconds of each call's post-processing in one of ``threads`` threads, concurrent with the next
+        batch.
+        """
         self.env, self.compute, self.seconds, self.meters = env, compute, seconds, meters
         self.size, self.wait_s, self.after = size, wait_s, after
         self._threads = simpy.Resource(env, threads)
@@ -167,8 +172,8 @@ class BatchingReplica:
         call.done.succeed()
 
 
-class Steps:
-    """A generator's replica: a table of slots, and passes over the smallest bucket that holds those that are taken."""
+class EngineReplica:
+    """Generator replica: a table of slots, with steps over the smallest bucket that holds all occupied slots."""
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class Steps:
         meters: Meters,
         buckets: Sequence[int],
     ) -> None:
-        """``seconds(rows, admitted)`` of a step over so many slots, before which so many images were let in."""
+        """``seconds(rows, admitted)``: seconds of a step over ``rows`` slots, after admitting ``admitted`` images."""
         self.env, self.compute, self.seconds, self.meters = env, compute, seconds, meters
         self.buckets = sorted(buckets)
         self._waiting: deque[Call] = deque()

@@ -1,5 +1,4 @@
-"""A training run as discrete events: batches made ahead, steps that wait for the slowest worker and for the network,
-checkpoints and their uploads, nodes that fail."""
+"""Discrete-event simulation of a training run: prefetched batches, stragglers, network, checkpoints and node failures."""
 
 from __future__ import annotations
 
@@ -22,79 +21,81 @@ COMPUTE, DATA, STRAGGLERS, NETWORK, CHECKPOINTS, FAILURES = (
     "failures",
 )
 BACKWARD = 2 / 3
-"""Of a training step's arithmetic."""
+"""Share of the backward pass in a training step's FLOP."""
 
 
 class ClusterConditions(Config):
-    """What a run meets on its machines."""
+    """Network, storage, straggling and failure rates of a cluster."""
 
     gpus_per_node: int = Field(8, ge=1)
     network_bytes_per_s: float = Field(50e9, gt=0)
-    """A GPU sends, at best."""
+    """Peak send bandwidth of a GPU."""
     hop_s: float = Field(10e-6, ge=0)
-    """From one GPU to the next in the ring."""
+    """Latency from one GPU to the next in the ring."""
     straggling: float = Field(0.02, ge=0)
     """Standard deviation of the logarithm of a worker's step time."""
     storage_bytes_per_s: float = Field(gt=0)
-    """All workers read at most."""
+    """Total read bandwidth of all workers."""
     disk_bytes_per_s: float = Field(gt=0)
-    """A checkpoint is written with, while training waits."""
+    """Bandwidth of writing a checkpoint, which blocks training."""
     upload_bytes_per_s: float = Field(gt=0)
-    """A checkpoint is uploaded with, while training goes on."""
+    """Bandwidth of uploading a checkpoint, concurrent with training."""
     node_mtbf_days: float = Field(gt=0)
-    """Mean time until a node fails."""
+    """Mean time between failures of a node."""
     restart_s: float = Field(ge=0)
-    """From a failure to the first step after it."""
+    """Seconds from a failure to the first step after it."""
     source: str
-    """Where these numbers come from."""
+    """Source of these figures."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run's configuration decides its time; :func:`..plan.plan_run` knows these figures."""
+    """Figures of a run that determine its duration; :func:`..plan.plan_run` provides them."""
 
     gpus: int
     steps: int
     step_s: float
-    """Computing a step, when all GPUs are equally fast."""
+    """Seconds of computing a step, without stragglers."""
     sends_after: float
-    """Share of a step's backward passes behind which sending hides: the last micro-batch's of copies that are reduced once a
-    step (DDP), all of a run whose gradients or weights are sharded."""
+    """Share of a step's backward passes that communication overlaps with: that of the last micro-batch if gradients are
+    reduced once per step (DDP), 1 if gradients or weights are sharded."""
     sent_bytes: float
-    """A GPU sends each step."""
+    """Bytes that a GPU sends per step."""
     batch_bytes: float
-    """All workers read each step."""
+    """Bytes that all workers read per step."""
     batch_s: float
-    """Making a worker's share of a batch, in its loader thread."""
+    """Seconds to load a worker's share of a batch, in its loader thread."""
     checkpoint_bytes: float
     checkpoint_every: int
+    """Steps between checkpoints."""
     prefetch: int = 4
-    """Batches made ahead (:class:`..data.loader.Prefetcher`)."""
+    """Number of prefetched batches (:class:`...data.loading.loader.Prefetcher`)."""
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """Where a run's time goes."""
+    """Simulated duration of a run and its breakdown."""
 
     seconds: float
     shares: dict[str, float]
-    """Of the run's time; computing is what its GPUs are there for."""
+    """Share of the run's time by activity."""
     failures: int
+    """Number of node failures."""
 
     @property
     def busy(self) -> float:
-        """Share of the GPUs' time in which they compute what counts."""
+        """Share of time spent on computing that was not lost to failures."""
         return self.shares[COMPUTE]
 
     @property
     def bottleneck(self) -> str:
-        """What takes most time beside computing, where that is more than a tenth of computing; else computing."""
+        """Largest activity other than computing if it exceeds a tenth of computing, else computing."""
         worst = max((name for name in self.shares if name != COMPUTE), key=lambda name: self.shares[name])
         return worst if self.shares[worst] > self.busy / 10 else COMPUTE
 
 
 def simulate_training(run: Run, cluster: ClusterConditions, seed: int = 0) -> TrainingOutcome:
-    """All of ``run``'s steps, those that failures cost once more."""
+    """Simulate all steps of ``run``, including those repeated after failures."""
     rng = np.random.default_rng(seed)
     spent = dict.fromkeys((COMPUTE, DATA, STRAGGLERS, NETWORK, CHECKPOINTS, FAILURES), 0.0)
     load_s = max(run.batch_s, run.batch_bytes / cluster.storage_bytes_per_s)
@@ -107,7 +108,7 @@ def simulate_training(run: Run, cluster: ClusterConditions, seed: int = 0) -> Tr
     next_failure = rng.exponential(mtbf_s)
     loader = _Loader(load_s, run.prefetch)
     since, pending = dict(spent), dict(spent)
-    """Time since the last checkpoint, and before that since the last one that is uploaded: a failure makes it worthless."""
+    """Time since the last checkpoint, and between the last uploaded checkpoint and that one: a failure loses both."""
     while step < run.steps:
         for factor in _slowest(rng, run.gpus, cluster.straggling, min(4096, run.steps - step)):
             waited = loader.take(now)
@@ -119,7 +120,7 @@ def simulate_training(run: Run, cluster: ClusterConditions, seed: int = 0) -> Tr
             since[DATA] += waited
             since[NETWORK] += exposed
             if step % run.checkpoint_every == 0:
-                # One upload at a time: the next checkpoint waits for the one before.
+                # One upload at a time: a checkpoint waits for the previous upload.
                 pause = max(writing, upload_end - now)
                 now, since[CHECKPOINTS] = now + pause, since[CHECKPOINTS] + pause
                 _move(pending, spent)
@@ -142,7 +143,7 @@ def simulate_training(run: Run, cluster: ClusterConditions, seed: int = 0) -> Tr
 
 
 class _Loader:
-    """The thread that makes batches, a few ahead."""
+    """Loader thread with prefetching."""
 
     def __init__(self, seconds: float, depth: int, now: float = 0.0) -> None:
         self.seconds = seconds
@@ -151,7 +152,7 @@ class _Loader:
             self._ready.append((self._ready[-1] if self._ready else now) + seconds)
 
     def take(self, now: float) -> float:
-        """Seconds until the next batch is there; a place is free for another from then on."""
+        """Take the next batch and return the seconds waited for it; its slot is then free for prefetching."""
         waited = max(0.0, self._ready.popleft() - now)
         last = self._ready[-1] if self._ready else now + waited
         self._ready.append(max(last, now + waited) + self.seconds)
@@ -159,8 +160,8 @@ class _Loader:
 
 
 def _slowest(rng: np.random.Generator, gpus: int, sigma: float, count: int) -> list[float]:
-    """Factors by which the slowest of ``gpus`` lognormal step times (median 1) exceeds a typical one, ``count`` steps."""
-    # The largest of N is the quantile u^(1/N): one draw a step, however many GPUs.
+    """Draw for ``count`` steps the maximum of ``gpus`` lognormal step times (median 1), at least 1."""
+    # The maximum of N draws is the quantile at u^(1/N): one draw per step for any number of GPUs.
     factors: list[float] = np.exp(sigma * np.maximum(0.0, ndtri(rng.random(count) ** (1 / gpus)))).tolist()
     return factors
 

@@ -134,7 +134,7 @@ class TrainConfig(Config):
         return self
 
     def worker_counts(self) -> list[int]:
-        """Return the possible numbers of workers in ascending order: those that divide a global batch evenly."""
+        """Return the possible worker counts, ascending: those that divide the global batch into whole micro-batches."""
         workers, unit = self.workers, self.micro_batch_size or 1
         counts = range(workers.least, workers.ranks + 1)
         return [count for count in counts if self.global_batch % (count * unit) == 0]

@@ -56,15 +56,15 @@ class TokenizerStagesConfig(TokenizerConfig):
 
 
 def run_stages(
-    cfg: TokenizerStagesConfig, beside: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
+    cfg: TokenizerStagesConfig, stage_context: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
 ) -> str:
     """Train all stages and return the final checkpoint of the last stage, a model folder.
 
     ``train.resume`` skips finished stages and resumes an interrupted one. All stages are validated before the first
-    one starts. ``beside(stage)`` is a context entered for each stage, including those already finished.
+    one starts. ``stage_context(stage)`` is a context entered for each stage, including those already finished.
     """
     if not cfg.stages:
-        with beside(single := cfg.single()):
+        with stage_context(single := cfg.single()):
             return run_tokenizer(single)
     stages = {name: complete_tokenizer(stage) for name, stage in cfg.each().items()}
     run_dir = located(cfg.train.run_dir)
@@ -79,7 +79,7 @@ def run_stages(
         train = stage.train.model_copy(update={"resume": name in begun, "run_dir": storage.join(run_dir, name)})
         start_from = stage.start_from if previous is None else previous
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
-        with beside(stage):
+        with stage_context(stage):
             previous = _finished(stage)
             if previous is None:
                 previous = run_tokenizer(stage, f"tokenizer, {name}")

@@ -1,3 +1,3 @@
-"""Instella-T2I on Ray: binary image tokens, from captioned shards to a served image."""
+"""Instella-T2I on Ray: data curation, training, sampling, evaluation and serving of text-to-image over binary tokens."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What this machine computes with: CUDA, ROCm (which PyTorch calls cuda too) or CPU."""
+"""Device and precision selection: CUDA, ROCm (also called cuda by PyTorch) or CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or with ``auto`` the GPU where there is one."""
+    """Return the named device; ``auto`` is the GPU if available, else the CPU. UserError for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,21 +25,26 @@ def pick_device(name: str = "auto") -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}': expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{name}': PyTorch sees no GPU here")
+        raise UserError(f"device '{name}': PyTorch sees no GPU on this machine")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{name}': PyTorch sees {torch.cuda.device_count()} GPU(s) here, counted from 0")
+        raise UserError(
+            f"device '{name}': PyTorch sees {torch.cuda.device_count()} GPU(s) on this machine, numbered from 0"
+        )
     return device
 
 
 def device_label(device: torch.device) -> str:
-    """A name for reports: the GPU's, or the processor's."""
+    """Return the name of the GPU or CPU for reports."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({'ROCm' if torch.version.hip else 'CUDA'})"
     return _processor()
 
 
 def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
-    """bfloat16 where matrix products are fast in it (GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    """Return the compute dtype: ``auto`` is bfloat16 on GPUs and CPUs with AVX512-BF16 or AMX, else float32.
+
+    UserError for an unknown precision.
+    """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" or fast_bf16(_cpu_flags()) else "fp32"
     try:
@@ -49,17 +54,17 @@ def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.
 
 
 def precision_of_actors(precision: Precision, gpus_per_actor: float) -> Precision:
-    """``precision`` of a job's actors, with ``auto`` decided where the job starts: its settings must name it."""
+    """Return the ``precision`` of a job's actors, with ``auto`` resolved by the driver so that it can be recorded."""
     return precision if precision != "auto" else "bf16" if gpus_per_actor else "fp32"
 
 
 def fast_bf16(flags: Collection[str]) -> bool:
-    """Whether a processor with these flags of /proc/cpuinfo multiplies bfloat16 matrices in hardware."""
+    """Return whether a CPU with these /proc/cpuinfo flags has bfloat16 matrix multiplication in hardware."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def hardware_summary() -> dict[str, Any]:
-    """Processor, cores, memory and GPUs, for run cards."""
+    """Return CPU, cores, memory (GiB), GPUs and versions for reports."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""``instella-ray``: the commands that people type; jobs for clusters are in ``jobs/``."""
+"""Command-line interface ``instella-ray``; cluster jobs are in ``jobs/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit code."""
+    """Run the command line ``argv`` (default: that of the process) and return the exit code."""
     parser = argparse.ArgumentParser(prog="instella-ray", description="Instella-T2I on Ray.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
@@ -34,22 +34,24 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
     demo = commands.add_parser(
         "demo",
-        help="captioned images in, images out: the whole loop on this machine",
+        help="run the whole pipeline on this machine, from captioned images to generated ones",
         description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
-        "HTTP, score, and write report.html. About 13 minutes on two CPU cores.",
+        "HTTP, evaluate, and write report.html. Takes about 13 minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument("--folder", help="where everything goes (default: demo)")
-    demo.add_argument("--size", type=int, help="edge of the images in pixels (default: 64)")
+    demo.add_argument("--folder", help="output folder (default: demo)")
+    demo.add_argument("--size", type=int, help="side of the images in pixels (default: 64)")
     demo.add_argument(
-        "--shards", help="captioned WebDataset tars to use in place of the scenes (path or glob); the last are held out"
+        "--shards", help="captioned WebDataset tars to use instead of the scenes (path or glob); the last are held out"
     )
-    demo.add_argument("--seed", type=int, help="seed of everything (default: 0)")
-    demo.add_argument("--tiny", action="store_true", help="the same stages in a few minutes; images mean nothing")
-    again = demo.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with an interrupted demo in the folder")
-    again.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")
+    demo.add_argument("--seed", type=int, help="seed of all stages (default: 0)")
+    demo.add_argument(
+        "--tiny", action="store_true", help="run the same stages in a few minutes, with meaningless images"
+    )
+    existing = demo.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="resume an interrupted demo in the folder")
+    existing.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")
     add_config_arguments(demo)
     demo.set_defaults(run=_demo)
 
@@ -66,15 +68,14 @@ def _demo(args: argparse.Namespace) -> None:
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "compare",
-        help="two evaluations side by side: differences with their significance",
-        description="Compare two outputs of jobs/evaluate.py: paired over the samples of the same prompts where a metric "
-        "scores samples, by intervals elsewhere. What was not measured in the same way is named and left out.",
+        help="compare two evaluations, with the significance of differences",
+        description="Compare two outputs of jobs/evaluate.py. Metrics with scores per sample are compared by a paired test "
+        "over samples of the same prompts, others by confidence intervals. Metrics measured differently are listed and "
+        "not compared.",
     )
-    command.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING names one setting of a sweep")
-    command.add_argument("b", metavar="B", help="another; differences are B minus A")
-    command.add_argument(
-        "--output", metavar="FILE", help="also write a page with the same prompts' images side by side"
-    )
+    command.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING selects one setting of a sweep")
+    command.add_argument("b", metavar="B", help="second output folder; differences are B minus A")
+    command.add_argument("--output", metavar="FILE", help="also write an HTML page with images of the same prompts")
     command.set_defaults(run=_compare)
 
 
@@ -91,13 +92,13 @@ def _compare(args: argparse.Namespace) -> None:
 def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "shards",
-        help="list shards once, for jobs to read the list instead of a bucket",
-        description="Write the names and sizes of the WebDataset tars and parquet files that PATTERN names to a JSON file "
-        "that every job takes as its input. A list called shards.json in the folder of its shards also stands for that "
+        help="write a shard list, which jobs read instead of listing a bucket",
+        description="Write the names and sizes of the WebDataset tars and parquet files that match PATTERN to a JSON file, "
+        "which every job accepts as its input. A list named shards.json in the folder of its shards is also used for that "
         "folder.",
     )
-    command.add_argument("pattern", metavar="PATTERN", help="path, glob or folder, or several with commas between")
-    command.add_argument("--output", metavar="FILE", required=True, help="the list, a path or URL that ends with .json")
+    command.add_argument("pattern", metavar="PATTERN", help="path, glob or folder, or several separated by commas")
+    command.add_argument("--output", metavar="FILE", required=True, help="path or URL of the list, ending with .json")
     command.set_defaults(run=_shards)
 
 
@@ -114,13 +115,13 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
     command = commands.add_parser(
         "plan",
-        help="what a training run will need: GPU-days, memory, storage, network and cost",
-        description="Predict a run of jobs/train_generator.py or jobs/train_tokenizer.py from its configuration: FLOP a "
-        "sample from the networks' sizes, time from a measured throughput or MFU, and all that was assumed.",
+        help="predict a training run's GPU-days, memory, storage, network traffic and cost",
+        description="Predict a run of jobs/train_generator.py or jobs/train_tokenizer.py from its configuration: FLOP per "
+        "sample from the networks' sizes, time from a measured throughput or MFU. All assumptions are printed.",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file of the job")
     add_overrides(command)
-    command.add_argument("--gpus", metavar="N", help="the same as --set train.workers.count=N")
+    command.add_argument("--gpus", metavar="N", help="same as --set train.workers.count=N")
     for name, field in PlanOptions.model_fields.items():
         about: dict[str, Any] = {"help": f"{field.description} (default: {field.default})", "default": None}
         about |= {"action": "store_true"} if field.annotation is bool else {"metavar": "VALUE"}
@@ -159,9 +160,10 @@ def _plan(args: argparse.Namespace) -> None:
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "simulate",
-        help="replicas for a load, CPU workers for GPUs, and where a run's time goes, by simulation",
-        description="Simulate an endpoint, the data jobs and a training run as discrete events from stage times: how many "
-        "replicas meet a load's limits, how many CPUs keep GPUs busy, how long it takes, and what is the bottleneck.",
+        help="simulate the replicas for a load, the CPU workers for GPUs, and a run's bottlenecks",
+        description="Simulate an endpoint, the data jobs and a training run with discrete events from stage times: the "
+        "number of replicas for a load's latency limits, the number of CPUs that keep GPUs busy, the duration, and the "
+        "bottleneck.",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/simulation")
     add_overrides(command)
@@ -183,15 +185,15 @@ def _simulate(args: argparse.Namespace) -> None:
 def _add_lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "lineage",
-        help="what is behind an image, model, run, or set of codes or samples, down to the source shards",
-        description="Print the chain of runs, checkpoints and data behind THING, and whether each of them is still what it "
-        "was. Exit code 1 where one is not; what is missing is named at its place.",
+        help="print the provenance of an image, model, run, or set of codes or samples, down to the source shards",
+        description="Print the runs, checkpoints and data that THING was made from, and whether each is unchanged. Exit "
+        "code 1 if one has changed; missing ones are marked.",
     )
     command.add_argument(
-        "thing", metavar="THING", help="an image's file, model folder, run directory, or output folder of a job"
+        "thing", metavar="THING", help="image file, model folder, run directory, or output folder of a job"
     )
     command.add_argument(
-        "--models", metavar="FOLDER", nargs="+", default=[], help="where to look for models, by weights"
+        "--models", metavar="FOLDER", nargs="+", default=[], help="folders to search for models by weight hash"
     )
     command.add_argument("--json", action="store_true", help="print the chain as JSON")
     command.set_defaults(run=_lineage)
@@ -208,17 +210,17 @@ def _lineage(args: argparse.Namespace) -> int:
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
-        help="is this machine, the storage, and what a configuration names in order, and what to do where it is not",
-        description="Look at versions, accelerators, memory, disk, limits and authentication, and at storage and weights "
-        "where they are named. Exit code 1 where there is a problem.",
+        help="check this machine, storage and configured models, and suggest fixes",
+        description="Check versions, accelerators, memory, disk, limits and authentication, and the given storage and "
+        "weights. Exit code 1 if there is a problem.",
     )
     for flag, metavar, about in (
-        ("--storage", "URL", "write, read, list and delete an object there"),
-        ("--models", "FOLDER", "model folders that are to load"),
-        ("--config", "FILE", "a job's configuration: the model folders and text encoders that it names"),
+        ("--storage", "URL", "storage to check by writing, reading, listing and deleting an object"),
+        ("--models", "FOLDER", "model folders to load"),
+        ("--config", "FILE", "job configurations whose model folders and text encoders to check"),
     ):
         command.add_argument(flag, metavar=metavar, nargs="+", default=[], help=about)
-    command.add_argument("--address", help="look at every node of this Ray cluster (auto: the one that runs here)")
+    command.add_argument("--address", help="check every node of this Ray cluster (auto: the running local one)")
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
     command.set_defaults(run=_doctor)
 

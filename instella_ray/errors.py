@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how every command ends."""
+"""User errors, and the common main function of all commands."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
-    """Bad input: one line that names the thing and says what was expected. Commands print it and exit with 2."""
+    """Bad input, described in one line with the expected value. Commands print it and exit with code 2."""
 
 
 def run_main(command: Callable[[], int | None]) -> int:
-    """Run ``command`` and return the process's exit code: its own, 2 on a :class:`UserError`, 130 on Ctrl-C."""
+    """Run ``command`` and return the exit code: its result, 2 on :class:`UserError`, 130 on Ctrl-C.
+
+    Other exceptions propagate, or with JSON logging are logged with exit code 1.
+    """
     logs.set_up({})
     try:
         return command() or 0

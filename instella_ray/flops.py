@@ -1,7 +1,7 @@
-"""What the networks compute, per image, and what accelerators can: the arithmetic behind MFU and ``instella-ray plan``.
+"""FLOP counts of the networks and peak FLOP/s of accelerators, for MFU and ``instella-ray plan``.
 
-A multiply-add counts as 2 FLOP. Matrix products, convolutions and attention are counted, as
-``torch.utils.flop_counter`` does, element-wise work is not. Masked attention counts in full, because it is computed.
+A multiply-add counts as 2 FLOP. Like in ``torch.utils.flop_counter``, matrix products, convolutions and attention are
+counted, elementwise operations are not. Masked attention counts in full, because it is computed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .models.generator import GeneratorConfig
 
 
 class Work(NamedTuple):
-    """FLOP of one forward pass, split by what the backward pass needs."""
+    """FLOP of one forward pass, with the part that needs no input gradient."""
 
     forward: float
     from_data: float = 0.0
-    """Part of ``forward`` in layers that read data: nothing asks for their input's gradient."""
+    """Part of ``forward`` in layers that read data, whose input gradient is not computed."""
 
     @property
     def backward(self) -> float:
-        """A gradient for the weights and one for the input, each as much as the forward pass."""
+        """FLOP of the backward pass: weight and input gradients, each as much as the forward pass."""
         return 2 * self.forward - self.from_data
 
     def __add__(self, other: tuple[Any, ...]) -> Work:
-        """Both, one after another."""
+        """Return the FLOP of both."""
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -36,39 +36,42 @@ class TrainingFlops(NamedTuple):
     """FLOP of training on one sample."""
 
     forward: float
-    """Forward pass of what learns."""
+    """Forward pass of the trained networks."""
     backward: float
     frozen: float = 0.0
-    """Forward passes of what does not learn: text encoder, tokenizer."""
+    """Forward passes of the frozen networks: text encoder, tokenizer."""
     recomputed: float = 0.0
-    """Forward work that gradient checkpointing does a second time."""
+    """Forward FLOP recomputed by gradient checkpointing."""
 
     @property
     def model(self) -> float:
-        """What the mathematics asks for, without recomputation. MFU counts this."""
+        """Model FLOP, without recomputation; the basis of MFU."""
         return self.forward + self.backward + self.frozen
 
     @property
     def hardware(self) -> float:
-        """What the device computes. HFU counts this."""
+        """Hardware FLOP, with recomputation; the basis of HFU."""
         return self.model + self.recomputed
 
 
 class TextEncoderSizes(NamedTuple):
-    """What the cost of a language model's forward pass follows from."""
+    """Sizes that determine the FLOP of a language model's forward pass."""
 
     layers: int
     width: int
     attention_width: int
-    """Heads times their width."""
+    """Number of heads times head width."""
     matrix_weights: int
-    """Weights of all matrices that a token is multiplied by (no embedding, no LM head)."""
+    """Elements of all weight matrices, without embeddings and LM head."""
     parameters: int
-    """All weights, embeddings included."""
+    """All parameters, embeddings included."""
 
     @classmethod
     def of(cls, model: nn.Module, layers: int | None = None) -> TextEncoderSizes:
-        """Sizes of a Transformers ``model`` without LM head, on any device, meta too; of its first ``layers`` layers."""
+        """Return the sizes of a Transformers ``model`` without LM head, on any device including meta.
+
+        ``layers`` restricts them to the first layers.
+        """
         cfg: Any = model.config
         matrices = sum(
             p.numel()
@@ -85,15 +88,16 @@ class TextEncoderSizes(NamedTuple):
 
 
 AMD_OLMO_1B = TextEncoderSizes(16, 2048, 2048, 16 * (4 * 2048**2 + 3 * 2048 * 8192), 1_176_764_416)
-"""The paper's text encoder, for plans where the hub cannot be asked: 16 layers, feed-forward 8192, 50,304 words."""
+"""The paper's text encoder, for plans without hub access: 16 layers, feed-forward 8192, vocabulary of 50,304."""
 
 
 class Accelerator(NamedTuple):
-    """A device of the table below."""
+    """Accelerator with peak FLOP/s and memory."""
 
     label: str
+    """Part of the device name that PyTorch reports."""
     peak: float
-    """Dense bf16 FLOP/s with matrix units."""
+    """Peak dense bf16 FLOP/s."""
     memory: float
     """Bytes."""
     source: str
@@ -109,29 +113,29 @@ ACCELERATORS = {
     "h200": Accelerator("NVIDIA H200", 989.4e12, 141e9, "NVIDIA H200 SXM data sheet, without sparsity"),
     "a100": Accelerator("NVIDIA A100", 312e12, 80e9, "NVIDIA A100 data sheet, without sparsity"),
 }
-"""Peaks and memory by the makers' data sheets. A processor's peak is not known."""
+"""Peaks and memory from the vendors' data sheets. CPUs are not included."""
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:
-    """The entry for a name as PyTorch reports it (``NVIDIA H100 80GB HBM3``); None for one that is not in the table."""
-    if "NVL" in device_name:  # slower cards of the same names
+    """Return the entry for PyTorch's device name (``NVIDIA H100 80GB HBM3``); None if it is not in the table."""
+    if "NVL" in device_name:  # slower variants with the same names
         return None
     return next((found for found in ACCELERATORS.values() if found.label in device_name), None)
 
 
 def linear(tokens: float, inputs: int, outputs: int) -> float:
-    """``tokens`` vectors through one matrix."""
+    """Return the FLOP of multiplying ``tokens`` vectors by one matrix."""
     return 2.0 * tokens * inputs * outputs
 
 
 def attention(queries: float, keys: float, width: int) -> float:
-    """Scores and weighted sum over all heads, ``width`` columns together."""
+    """Return the FLOP of attention scores and weighted sums over all heads, of total width ``width``."""
     return 4.0 * queries * keys * width
 
 
 @cache
 def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
-    """An image of ``height x width`` pixels to quantizer logits."""
+    """Return the FLOP of encoding an image of ``height x width`` pixels to quantizer logits."""
     d, patches = cfg.encoder_width, (height // cfg.patch_size) * (width // cfg.patch_size)
     embedding = linear(patches, 3 * cfg.patch_size**2, d)
     total = embedding
@@ -146,7 +150,7 @@ def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
 
 @cache
 def bit_decode(cfg: BITConfig, height: int, width: int) -> Work:
-    """Codes to an image of ``height x width`` pixels."""
+    """Return the FLOP of decoding codes to an image of ``height x width`` pixels."""
     d, patch = cfg.decoder_width, cfg.patch_size
     patches = (height // patch) * (width // patch) // 4 ** len(cfg.upsample_after)
     total = linear(cfg.num_tokens, cfg.bits_per_token, cfg.encoder_width)
@@ -161,11 +165,14 @@ def bit_decode(cfg: BITConfig, height: int, width: int) -> Work:
 
 @cache
 def generator_forward(cfg: GeneratorConfig, text_tokens: int) -> Work:
-    """All image tokens of one sample at once, and its text's keys and values: a training pass, or a sampling step."""
+    """Return the FLOP of all image tokens of one sample and its text keys and values.
+
+    This is a training forward pass, or a sampling step without cached text.
+    """
     text = generator_text(cfg, text_tokens)
     d, count, bits = cfg.width, cfg.num_tokens, cfg.bits_per_token
     block = linear(count, d, 4 * d) + attention(count, text_tokens + count, d) + linear(count, d, 8 * d)
-    # The AR network's first token is the split token, which is learned.
+    # The AR network's first token is the learned split token, which needs no embedding.
     embedding = linear(count if cfg.kind == "diffusion" else count - 1, bits, d)
     total, data = embedding + linear(count, d, bits), embedding
     if cfg.kind == "diffusion":
@@ -175,13 +182,13 @@ def generator_forward(cfg: GeneratorConfig, text_tokens: int) -> Work:
 
 
 def generator_text(cfg: GeneratorConfig, text_tokens: int) -> Work:
-    """The part of :func:`generator_forward` that depends on the prompt only: text projections, keys and values."""
+    """Return the part of :func:`generator_forward` that depends only on the prompt: text projections, keys and values."""
     projection = cfg.layers * linear(text_tokens, cfg.text_width, cfg.width)
     return Work(projection + cfg.layers * linear(text_tokens, cfg.width, 2 * cfg.width), projection)
 
 
 def text_encoder_forward(sizes: TextEncoderSizes, text_tokens: int) -> float:
-    """A prompt of ``text_tokens``, padding included, through the language model without its LM head."""
+    """Return the FLOP of the language model without LM head for a prompt of ``text_tokens``, padding included."""
     products = linear(text_tokens, 1, sizes.matrix_weights)
     return products + sizes.layers * attention(text_tokens, text_tokens, sizes.attention_width)
 
@@ -194,9 +201,9 @@ def generator_training(
     tokenizer: BITConfig | None = None,
     gradient_checkpointing: bool = False,
 ) -> TrainingFlops:
-    """One sample: three times the forward pass (once more when blocks are recomputed), and what is frozen, forward.
+    """Return the FLOP of training on one sample: forward, backward, recomputation, and forward of frozen networks.
 
-    Without a ``text_encoder`` features are at hand, with a ``tokenizer`` its images are encoded within the loop.
+    Without a ``text_encoder`` features are given; with a ``tokenizer`` images are encoded online.
     """
     work = generator_forward(cfg, text_tokens)
     frozen = text_encoder_forward(text_encoder, text_tokens) if text_encoder else 0.0
@@ -213,18 +220,18 @@ def tokenizer_training(
     frozen_encoder: bool = False,
     gradient_checkpointing: bool = False,
 ) -> TrainingFlops:
-    """One image, encoded at ``input_size`` and decoded at ``output_size`` pixels a side.
+    """Return the FLOP of training on one image, encoded at ``input_size`` and decoded at ``output_size`` pixels a side.
 
-    The losses' own networks (perceptual, discriminator) are not part of it.
+    The networks of the losses (perceptual, discriminator) are not counted.
     """
     encode, decode = bit_encode(cfg, input_size, input_size), bit_decode(cfg, output_size, output_size)
-    learns = decode if frozen_encoder else encode + decode
-    again = learns.forward if gradient_checkpointing else 0.0
-    return TrainingFlops(learns.forward, learns.backward, encode.forward if frozen_encoder else 0.0, again)
+    trained = decode if frozen_encoder else encode + decode
+    recomputed = trained.forward if gradient_checkpointing else 0.0
+    return TrainingFlops(trained.forward, trained.backward, encode.forward if frozen_encoder else 0.0, recomputed)
 
 
 def _bit_block(tokens: int, width: int) -> float:
-    """Self-attention with four matrices, SwiGLU with three of four times the width."""
+    """Return the FLOP of a tokenizer block: self-attention with four matrices, SwiGLU with three of 4x width."""
     return linear(tokens, width, 16 * width) + attention(tokens, tokens, width)
 
 
@@ -234,7 +241,7 @@ def _pixel_head(cfg: BITConfig, patches: int) -> float:
     total, channels, side = 0.0, cfg.decoder_width, 1
     while side < cfg.patch_size:
         narrower = max(channels // 2, 16)
-        # Each place of a transposed convolution writes to 4 x 4 places.
+        # Each input position of the transposed convolution writes to 4 x 4 output positions.
         total += linear(patches * side**2, channels, 16 * narrower)
         channels, side = narrower, 2 * side
     return total + linear(patches * side**2, 9 * channels, 3)

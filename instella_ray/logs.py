@@ -1,7 +1,7 @@
-"""Log records of every process of a run: JSON lines for machines, plain lines for people.
+"""Logging of every process of a run: plain text or JSON lines on stderr, and optionally a JSON file.
 
-``INSTELLA_RAY_LOG=json`` asks for the former on stderr, ``INSTELLA_RAY_LOG_FILE`` for a file of them beside. What a record
-carries beside its message, the run's id, the job and the rank, is what :func:`set_up` was told in its process.
+``INSTELLA_RAY_LOG=json`` selects JSON on stderr, ``INSTELLA_RAY_LOG_FILE`` an additional JSON file. The context fields of
+the records (run id, job, rank) are set per process with :func:`set_up`.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ FORMAT, FILE = "INSTELLA_RAY_LOG", "INSTELLA_RAY_LOG_FILE"
 RUN_ID, JOB = "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
 PACKAGE = __name__.partition(".")[0]
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
-"""What Python's own records hold; anything else is a field that was logged with ``extra``."""
+"""Attributes of Python's log records; all others were logged with ``extra``."""
 
 _context: dict[str, Any] = {}
 
 
 def run_id(job: str) -> str:
-    """The id of the run that this process is part of: ``INSTELLA_RAY_RUN_ID``, which is set where it is not.
+    """Return the run id of this process, ``INSTELLA_RAY_RUN_ID``, which is set if missing.
 
-    What is started from here inherits it.
+    Child processes inherit it.
     """
     return os.environ.setdefault(RUN_ID, new_run_id(job))
 
 
 def new_run_id(name: str) -> str:
-    """``name``, the time (UTC) and six random digits."""
+    """Return a new run id: ``name``, the time (UTC) and six random hex digits."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def context() -> dict[str, Any]:
-    """What this process's records carry and where they go, to be handed to :func:`set_up` in a worker's process."""
+    """Return this process's context fields, format and log file, to pass to :func:`set_up` in a worker process."""
     places = {"format": FORMAT, "file": FILE, "job": JOB, "run": RUN_ID}
     return {**{name: os.environ[key] for name, key in places.items() if os.environ.get(key)}, **_context}
 
 
 def begin_job(job: str) -> None:
-    """Set up the records of a job's driver, whose processes inherit its run id."""
+    """Set up logging in a job's driver; its child processes inherit the run id."""
     os.environ[JOB] = job
     run_id(job)
     set_up({})
 
 
 def set_up(fields: Mapping[str, Any]) -> None:
-    """Log this package's records to stderr, as lines for people or as JSON, and to a file of JSON where one is asked for.
+    """Log this package's records to stderr as text or JSON, and to a JSON file if configured.
 
-    ``fields`` (run, job, rank, attempt, ...) are added to those that this process's records carry; ``format`` and
-    ``file`` among them say what the environment says elsewhere.
+    ``fields`` (run, job, rank, attempt, ...) are added to this process's context; its ``format`` and ``file`` override the
+    environment variables.
     """
     _context.update(fields)
     found = context()
@@ -70,12 +70,12 @@ def set_up(fields: Mapping[str, Any]) -> None:
         logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     if found.get("format", "text") not in ("json", "text"):
-        logger.warning("%s=%s: expected json or text; lines of text it is", FORMAT, found["format"])
+        logger.warning("%s=%s: expected json or text; using text", FORMAT, found["format"])
 
 
 @contextmanager
 def carrying(fields: Mapping[str, Any]) -> Iterator[None]:
-    """:func:`set_up` with ``fields`` for the time of the block."""
+    """Add ``fields`` to the context with :func:`set_up` during the block."""
     before = dict(_context)
     set_up(fields)
     try:
@@ -86,13 +86,13 @@ def carrying(fields: Mapping[str, Any]) -> Iterator[None]:
 
 
 def for_machines() -> bool:
-    """Whether records are asked for as JSON, on stderr or in a file."""
+    """Return whether JSON records are configured, on stderr or in a file."""
     found = context()
     return found.get("format") == "json" or bool(found.get("file"))
 
 
 class StderrHandler(logging.StreamHandler[Any]):
-    """Writes to whatever stderr is at that moment."""
+    """Stream handler that uses the current ``sys.stderr``, which may be replaced at run time."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ class StderrHandler(logging.StreamHandler[Any]):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time (UTC), level, job, run, rank and attempt where known, message, further fields."""
+    """Formatter of one JSON object per record: UTC time, level, context fields, message and ``extra`` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         about: dict[str, Any] = {"time": f"{clock}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
         about |= {name: value for name, value in context().items() if name not in ("format", "file")}
         about |= {"message": record.getMessage(), "logger": record.name, "process": record.process}
-        # What is logged with extra never takes the place of what every record has.
+        # Fields from extra never override standard fields.
         about = {**{name: value for name, value in vars(record).items() if name not in STANDARD}, **about}
         if record.exc_info:
             about["error"] = self.formatException(record.exc_info)
@@ -119,7 +119,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The message, after the level's name where something is wrong."""
+    """Formatter of plain messages, prefixed with the level from warning on, and the rank of other ranks than 0."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""

@@ -1,4 +1,4 @@
-"""Packages of optional extras: imported where they are needed, and named where they are missing."""
+"""Imports of optional packages, with an installation hint if they are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import UserError
 
 
 def optional_import(module: str, asker: str, hint: str) -> Any:
-    """The module, or a UserError in which ``asker`` says what to install where it does not import."""
+    """Import and return ``module``; UserError, prefixed with ``asker`` and with the ``hint``, if that fails."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -17,5 +17,5 @@ def optional_import(module: str, asker: str, hint: str) -> Any:
 
 
 def extra_import(module: str, asker: str, extra: str) -> Any:
-    """:func:`optional_import` of a module that one of this project's extras brings."""
+    """Import a module of this project's ``extra`` as :func:`optional_import`."""
     return optional_import(module, asker, f"pip install 'instella-ray[{extra}]'")

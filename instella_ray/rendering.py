@@ -1,4 +1,4 @@
-"""What reports share: pages of one file without outside assets, curves, images within a page, tables for a terminal."""
+"""Report rendering: self-contained HTML pages, SVG curves, inline images and Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-HERE = Path(__file__).parent
-"""Where ``page.html.j2`` is, which other pages extend."""
+TEMPLATES = Path(__file__).parent
+"""Folder of ``page.html.j2``, the base template of all pages."""
 COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
-PIXELATED = 128
-"""Images up to this size stay lossless: each of their pixels is seen."""
-FEW = 20
-"""Up to so many points of a curve are marked."""
+LOSSLESS_SIZE = 128
+"""Largest side in pixels of images stored as PNG, because their single pixels are visible."""
+MAX_MARKED_POINTS = 20
+"""Largest number of points of a curve that are drawn as markers."""
 
 Cell = str | int | float
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page of a template file; all text is escaped, and a name that is missing is an error."""
-    loader = jinja2.FileSystemLoader([template.parent, HERE])
+    """Render a template file to HTML; text is escaped, and an undefined name raises an error."""
+    loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"number": number, "uri": data_uri}
     return page.get_template(template.name).render(**values)
 
 
 def number(value: float | None) -> str:
-    """Four digits; a dash for what is not known."""
+    """Format a number with four significant digits; a dash for None or a value that is not finite."""
     return "–" if value is None or not np.isfinite(value) else f"{value:.4g}"
 
 
 def table(rows: Sequence[Mapping[str, Cell]]) -> str:
-    """A Markdown table with aligned columns; a row may lack columns that others have."""
+    """Format ``rows`` as a Markdown table with aligned columns; missing cells are empty."""
     if not rows:
         return "(nothing measured)"
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -52,10 +52,10 @@ def table(rows: Sequence[Mapping[str, Cell]]) -> str:
 
 
 def thumbnail(pixels: np.ndarray, size: int) -> bytes:
-    """File bytes of uint8 ``[H, W, 3]``, its longer side at most ``size``: PNG where it is small, else JPEG."""
+    """Encode uint8 ``[H, W, 3]``, downscaled to a longer side of ``size``: PNG if small, else JPEG; returns file bytes."""
     image = Image.fromarray(pixels)
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    if max(image.size) <= PIXELATED:
+    if max(image.size) <= LOSSLESS_SIZE:
         return encode_png(np.asarray(image))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
@@ -63,14 +63,14 @@ def thumbnail(pixels: np.ndarray, size: int) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 ``[H, W, 3]``."""
+    """Encode uint8 ``[H, W, 3]`` as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def data_uri(image: bytes) -> str:
-    """An image's file within the page."""
+    """Return the data URI of PNG or JPEG file bytes."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
@@ -82,9 +82,9 @@ def svg_curves(
     axis: str = "step",
     spans: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Markup:
-    """Line charts of (x, value) points as inline SVG; ``log`` takes the value axis logarithmically.
+    """Draw line charts of (x, value) points as inline SVG; ``log`` uses a logarithmic value axis.
 
-    ``spans`` are intervals (x, low, high) by the same names, drawn as upright bars.
+    ``spans`` are intervals (x, low, high) by series name, drawn as vertical bars.
     """
     width, height, left, bottom = 460, 200, 52, 24
     points = [point for line in series.values() for point in line]
@@ -116,7 +116,7 @@ def svg_curves(
         dots = [at(*point) for point in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        if len(dots) <= FEW:
+        if len(dots) <= MAX_MARKED_POINTS:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in dots]
         for x, *ends in (spans or {}).get(name, ()):
             (x1, y1), (_, y2) = at(x, ends[0]), at(x, ends[1])

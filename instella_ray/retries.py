@@ -1,4 +1,4 @@
-"""Calls that are made again when they fail: how often, and after which waits. Which failures count, the caller says."""
+"""Retries with exponential backoff; the caller defines which errors are retried."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ T = TypeVar("T")
 
 
 def causes(error: BaseException, *, context: bool = False) -> list[BaseException]:
-    """The error and those behind it, each once, the outermost first.
+    """Return the error and its causes, each once, outermost first.
 
-    Behind an error is what it was raised from, and what Ray holds as its ``cause``; with ``context`` also what was being
-    handled when it was raised, where nobody said that the two have nothing to do with each other.
+    Causes are ``__cause__`` and Ray's ``cause``; with ``context`` also ``__context__``, unless it is suppressed.
     """
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
@@ -34,38 +33,38 @@ def causes(error: BaseException, *, context: bool = False) -> list[BaseException
 
 
 def random_jitter(failures: int) -> float:
-    """A factor of 0.5 to 1.5: those that failed together do not come back together."""
+    """Return a random factor of 0.5 to 1.5, so that callers that failed together do not retry at the same time."""
     return random.uniform(0.5, 1.5)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff with jitter.
+    """Retry policy: exponential backoff with jitter.
 
-    The last error is raised, as it is, when ``again`` refuses it, no try is left, or the wait would pass the deadline.
+    The last error is raised unchanged if ``again`` returns False, no try is left, or the wait would exceed the deadline.
     """
 
     again: Callable[[BaseException], bool]
-    """Whether the call may succeed after this error."""
+    """Returns whether to retry after an error."""
     tries: int
-    """In all, at least 1."""
+    """Maximum number of calls, at least 1."""
     first_wait_s: float
-    """Wait before the second try (s), about; it doubles with each further one."""
+    """Wait before the second call in seconds, without jitter; doubles with each further call."""
     jitter: Callable[[int], float] = random_jitter
-    """A factor of the wait, by the number of failures so far (1 and more)."""
+    """Returns a factor on the wait from the number of failures so far (1 and more)."""
     asked_wait_s: Callable[[BaseException], float] = lambda error: 0.0
-    """The least wait that the error itself asks for (s)."""
+    """Returns the minimum wait in seconds that an error requests, such as Retry-After."""
     clock: Callable[[], float] = time.monotonic
-    """What deadlines are in terms of (s)."""
+    """Clock of deadlines, in seconds."""
 
     def call(self, function: Callable[[], T]) -> T:
-        """Return ``function()``."""
+        """Return ``function()``, with retries."""
         return tenacity.Retrying(**self._options(math.inf))(function)
 
     def iterate(self, make: Callable[[], Iterator[T]]) -> Iterator[T]:
-        """Iterate over ``make()``; after a failure it is made anew and goes on behind what was given.
+        """Iterate over ``make()``; after a failure, call it again and skip the items already yielded.
 
-        ``make`` has to give the same items every time. Items that arrive do not restore tries.
+        ``make`` must yield the same items every time. Yielded items do not reset the number of tries.
         """
         given = 0
         for attempt in tenacity.Retrying(**self._options(math.inf)):
@@ -76,11 +75,11 @@ class RetryPolicy:
                 return
 
     async def call_async(self, function: Callable[[], Awaitable[T]], *, deadline: float = math.inf) -> T:
-        """Return ``await function()``; no wait is begun that would end after ``deadline``, in terms of the clock."""
+        """Return ``await function()``, with retries; no wait is started that would end after ``deadline`` of the clock."""
         async for attempt in tenacity.AsyncRetrying(**self._options(deadline)):
             with attempt:
                 return await function()
-        raise AssertionError("a try either returns or raises")
+        raise AssertionError("unreachable: every attempt returns or raises")
 
     def _options(self, deadline: float) -> dict[str, Any]:
         def wait(state: tenacity.RetryCallState) -> float:

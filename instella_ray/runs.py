@@ -1,7 +1,7 @@
-"""Run records: every job's output folder says in ``run.json`` who made it, from what, with which code, and how it ended.
+"""Run records: ``run.json`` in every job's output folder, with configuration, inputs, code version and status.
 
-What was read is a tree of :class:`Provenance`, each with what its own record says it was made from: a folder that is copied
-elsewhere still tells the whole chain.
+Inputs are trees of :class:`Provenance` that include the inputs' own records, so that a copied folder still has the complete
+chain.
 """
 
 from __future__ import annotations
@@ -29,69 +29,70 @@ from .errors import UserError
 
 RECORD = "run.json"
 Kind = Literal["model", "data", "files", "samples", "name"]
-"""What tells a :class:`Provenance` from others: its weights, its job's account, names and sizes, its run, its name alone."""
+"""Kind of a :class:`Provenance`, by the source of its identity: weights, the job's ledger, file names and sizes, the run, or
+only the name."""
 log = logging.getLogger(__name__)
 
 
 class Provenance(Config):
-    """Something that a job read or wrote, and what that was made from as far as it says."""
+    """Input or output of a job, with its recorded inputs."""
 
     role: str
-    """What it was to the job: codes, tokenizer, shards, ..."""
+    """Role in the job: codes, tokenizer, shards, ..."""
     kind: Kind
     path: str
-    """Where it was then."""
+    """Path at the time of the job."""
     identity: str | None = None
-    """Sha256 that tells it from others of its kind; None where there is none to be had."""
+    """Sha256 that identifies it among others of its kind; None if not available."""
     facts: dict[str, Any] = Field(default_factory=dict)
-    """What is worth knowing of it: rows, step, run, code, ..."""
+    """Further properties: rows, step, run, code, ..."""
     inputs: tuple[Provenance, ...] = ()
 
 
 class RunAttempt(Config):
-    """One start of a job."""
+    """One attempt of a job."""
 
     id: str
     run: str
-    """The run id that its log records carry."""
+    """Run id of its log records."""
     command: tuple[str, ...]
     config: dict[str, Any]
     code: dict[str, Any]
-    """Version of the package; commit and whether files differed from it, where it ran from a checkout."""
+    """Package version; for a git checkout also the commit and whether files differ from it."""
     versions: dict[str, str]
     host: str
     started: str
-    """UTC."""
+    """Start time (UTC)."""
     ended: str | None = None
     status: Literal["running", "finished", "failed", "interrupted"] = "running"
-    """A process that was killed leaves ``running`` behind."""
+    """Status; stays ``running`` if the process was killed."""
     error: str | None = None
 
 
 class RunRecord(Config):
-    """The file."""
+    """Contents of ``run.json``."""
 
     schema_version: Literal[1] = 1
     job: str
     inputs: tuple[Provenance, ...]
-    """What the last attempt read."""
+    """Inputs of the last attempt."""
     outputs: tuple[Provenance, ...] = ()
     attempts: tuple[RunAttempt, ...]
 
     @property
     def run(self) -> str:
-        """Id of the first attempt."""
+        """Run id of the first attempt."""
         return self.attempts[0].run
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Job, run and code, as a :class:`Provenance` tells them."""
+        """Job, run, code and status, for :attr:`Provenance.facts`."""
         last = self.attempts[-1]
         return {"job": self.job, "run": self.run, "code": code_label(last.code), "status": last.status}
 
 
 def read_record(folder: str) -> RunRecord | None:
-    """The record of a job's output folder, None where there is none; UserError where it cannot be read."""
+    """Read the record of a job's output folder; None if there is none, UserError if it is invalid."""
     path = storage.join(folder, RECORD)
     if not storage.exists(path):
         return None
@@ -100,14 +101,14 @@ def read_record(folder: str) -> RunRecord | None:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: not a record of a run, version 1 ({where}: {first['msg']})") from None
+        raise UserError(f"{path}: not a run record of version 1 ({where}: {first['msg']})") from None
 
 
 @contextmanager
 def recorded(folder: str, job: str, config: Config, inputs: Sequence[Provenance]) -> Iterator[list[Provenance]]:
-    """Keep ``folder``'s record while the block works in it; what is appended to the list are the job's outputs.
+    """Record an attempt in ``folder``'s ``run.json`` during the block; append the job's outputs to the yielded list.
 
-    The folder must be the job's already. What an earlier attempt has noted there stays.
+    The folder must already belong to the job. Records of earlier attempts are kept.
     """
     begun = read_record(folder)
     attempt = _attempt(job, config)
@@ -127,7 +128,7 @@ def recorded(folder: str, job: str, config: Config, inputs: Sequence[Provenance]
 
 
 def _end(folder: str, attempt: RunAttempt, end: Mapping[str, Any], outputs: Iterable[Provenance]) -> None:
-    """Note how ``attempt`` ended; others may have begun since. A store that refuses is no reason to fail a job."""
+    """Record the end of ``attempt``; newer attempts may have started. A failed write is only logged."""
     path = storage.join(folder, RECORD)
     try:
         storage.filesystem(path)[0].invalidate_cache()
@@ -138,7 +139,7 @@ def _end(folder: str, attempt: RunAttempt, end: Mapping[str, Any], outputs: Iter
         last = record.attempts[-1].id == attempt.id
         changed = {"attempts": attempts, "outputs": tuple(outputs) if last else record.outputs}
         storage.write_json(path, record.model_copy(update=changed).model_dump(mode="json"))
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # stores raise unrelated error types
         log.warning("%s: could not be written (%s: %s)", path, type(error).__name__, error)
 
 
@@ -161,7 +162,7 @@ def _now() -> str:
 
 @cache
 def code_version() -> dict[str, Any]:
-    """Version of this package; with the commit, and whether files differ from it, where it is a checkout's."""
+    """Return the version of this package; for a git checkout also the commit and whether files differ from it."""
     about: dict[str, Any] = {"version": __version__}
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
@@ -174,13 +175,13 @@ def code_version() -> dict[str, Any]:
 
 
 def _git(root: Path, *words: str) -> str:
-    # No locks: another git may be at work in the checkout, and a commit is not to fail because a job looks at it.
+    # Without locks, so that a concurrent git command in the checkout does not fail.
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(root), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=env).stdout.strip()
 
 
 def code_label(code: Mapping[str, Any]) -> str:
-    """``0.1.0``, ``0.1.0 at 1a2b3c4d5e6f`` or ``0.1.0 at 1a2b3c4d5e6f with changes``."""
+    """Format a code version: ``0.1.0``, ``0.1.0 at 1a2b3c4d5e6f`` or ``0.1.0 at 1a2b3c4d5e6f with changes``."""
     commit = f" at {code['commit'][:12]}" if code.get("commit") else ""
     return f"{code['version']}{commit}{' with changes' if code.get('dirty') else ''}"

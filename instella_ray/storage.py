@@ -1,4 +1,4 @@
-"""Files anywhere fsspec reaches: local paths, ``gs://``, ``s3://``, ``memory://``. Writes are whole or absent."""
+"""File access through fsspec: local paths, ``gs://``, ``s3://``, ``memory://``, with retries and atomic writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RETRIES = RetryPolicy(transient, tries=5, first_wait_s=0.5)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of ``url`` and the path within it."""
+    """Return the fsspec filesystem of ``url`` and the path within it; UserError for an unknown or missing protocol."""
     try:
         return fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -33,25 +33,25 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def retry(call: Callable[[], T], policy: RetryPolicy = RETRIES) -> T:
-    """``call()``, repeated with growing waits on transient errors."""
+    """Return ``call()``, retried with exponential backoff on transient errors."""
     return policy.call(call)
 
 
 def retry_iter(make: Callable[[], Iterator[T]], policy: RetryPolicy = RETRIES) -> Iterator[T]:
-    """What ``make()`` iterates over; after a transient error it is made anew and goes on behind what was given.
+    """Iterate over ``make()``; after a transient error, call it again and skip the items already yielded.
 
-    ``make`` has to give the same items every time.
+    ``make`` must yield the same items every time.
     """
     return policy.iterate(make)
 
 
 def is_local(url: str) -> bool:
-    """True for a path on this machine."""
+    """Return whether ``url`` is a path on this machine."""
     return "local" in getattr(filesystem(url)[0], "protocol", ()) or "://" not in url
 
 
 def join(url: str, *parts: str) -> str:
-    """``url`` with further path parts."""
+    """Append path parts to ``url``."""
     return "/".join([url.rstrip("/"), *parts])
 
 
@@ -61,29 +61,30 @@ def absolute(path: str) -> str:
 
 
 def exists(url: str) -> bool:
+    """Return whether a file or folder exists."""
     fs, path = filesystem(url)
     return bool(retry(lambda: fs.exists(path)))
 
 
 def size(url: str) -> int:
-    """Bytes of a file."""
+    """Return the size of a file in bytes."""
     fs, path = filesystem(url)
     return int(retry(lambda: fs.size(path)))
 
 
 def is_empty(url: str) -> bool:
-    """True for a folder that is not there or holds nothing."""
+    """Return whether a folder does not exist or is empty."""
     fs, path = filesystem(url)
     return not fs.exists(path) or not retry(lambda: fs.ls(path, detail=False))
 
 
 def glob(pattern: str) -> list[str]:
-    """The files that match, sorted, in the form the pattern has; a plain name matches itself where it exists."""
+    """Return the matching files, sorted, as paths or URLs like the pattern; a plain name matches itself if it exists."""
     return list(sizes(pattern))
 
 
 def sizes(pattern: str) -> dict[str, int]:
-    """:func:`glob` with the bytes of each file, from one listing."""
+    """Return the matching files of :func:`glob` with their sizes in bytes, from one listing."""
     fs, path = filesystem(pattern)
     found = retry(lambda: fs.glob(path, detail=True))
     protocol, separator, _ = pattern.partition("://")
@@ -93,7 +94,7 @@ def sizes(pattern: str) -> dict[str, int]:
 
 
 def move(url: str, to: str) -> None:
-    """Give a file another name, within one filesystem."""
+    """Move a file within one filesystem."""
     fs, path = filesystem(url)
     target = filesystem(to)[1]
     fs.makedirs(fs._parent(target), exist_ok=True)
@@ -101,19 +102,19 @@ def move(url: str, to: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Delete a folder with all it holds; nothing where there is none."""
+    """Delete a folder and its contents, if it exists."""
     fs, path = filesystem(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
-"""There an object appears when its upload is committed; to upload it and then move it would be to write it twice."""
+"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it."""
 
 
 @contextmanager
 def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
-    """Open for reading, or for an atomic write: the file appears under its name when the block ends well."""
+    """Open a file for reading or for an atomic write, which appears when the block succeeds; UserError if missing."""
     fs, path = filesystem(url)
     if "r" in mode:
         try:
@@ -133,7 +134,7 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
         stream.close()
         stream.commit()
     except BaseException:
-        with suppress(Exception):  # a store forgets what is never committed; what went wrong first is what counts
+        with suppress(Exception):  # uncommitted uploads expire, and the original error must not be hidden
             stream.discard()
         raise
 
@@ -158,11 +159,11 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_many(urls: Iterable[str], *, at_once: int = 64) -> Iterator[bytes]:
-    """The contents of many small files, in order: a store that answers slowly is asked for several at a time."""
-    left = iter(urls)
+    """Read many small files in order, with ``at_once`` parallel requests to hide a store's latency."""
+    remaining = iter(urls)
     with ThreadPoolExecutor(at_once) as threads:
-        # In portions, or else what is read ahead of the caller would pile up.
-        while portion := list(islice(left, 16 * at_once)):
+        # In portions, to bound the memory of files read ahead of the caller.
+        while portion := list(islice(remaining, 16 * at_once)):
             yield from threads.map(_read_whole, portion)
 
 
@@ -172,7 +173,7 @@ def _read_whole(url: str) -> bytes:
 
 
 def file_sha256(url: str) -> str:
-    """sha256 of a file; UserError where there is none."""
+    """Return the sha256 of a file; UserError if it does not exist."""
     digest = hashlib.sha256()
     with open_file(url) as stream:
         while chunk := stream.read(1 << 20):
@@ -185,7 +186,7 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> Any:
-    """Parsed JSON; UserError naming the file where it is none."""
+    """Read and parse a JSON file; UserError if it does not exist or is not valid JSON."""
     try:
         return json.loads(read_bytes(url))
     except ValueError as error:
@@ -206,7 +207,7 @@ def write_json(url: str, value: Any) -> None:
 
 
 def read_parquet(url: str, **options: Any) -> Any:
-    """A parquet file as a pyarrow table; ``options`` are those of pyarrow's ``read_table``."""
+    """Read a parquet file as a pyarrow table; ``options`` are passed to pyarrow's ``read_table``."""
     import pyarrow.parquet as pq
 
     with open_file(url) as stream:
@@ -214,7 +215,7 @@ def read_parquet(url: str, **options: Any) -> Any:
 
 
 def write_parquet(url: str, table: Any, **options: Any) -> None:
-    """A pyarrow table as a parquet file; ``options`` are those of pyarrow's ``write_table``."""
+    """Write a pyarrow table as a parquet file atomically; ``options`` are passed to pyarrow's ``write_table``."""
     import pyarrow.parquet as pq
 
     with open_file(url, "wb") as stream:
@@ -223,7 +224,7 @@ def write_parquet(url: str, table: Any, **options: Any) -> None:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """A local folder that appears under ``path`` complete when the block ends well, and leaves no trace otherwise."""
+    """Provide a temporary local folder that is renamed to ``path`` if the block succeeds, and deleted otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

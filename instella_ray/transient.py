@@ -1,7 +1,7 @@
-"""Errors of a storage after which the same call may go through a moment later: by type, errno and HTTP status.
+"""Classification of storage errors as transient or permanent, by type, errno and HTTP status.
 
-Never by an error's text, which holds paths. Types are known by their names, because none of these libraries is loaded
-for a local file.
+Error texts are not used, because they contain paths. Types are compared by name, so that the libraries need not be imported
+for local files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ERRNOS = {
     socket.EAI_AGAIN,
 }
 UNDECIDED_ERRNOS = {errno.EIO, errno.EREMOTEIO, errno.EBUSY}
-"""s3fs gives these to answers of the store, raised from the answer itself."""
+"""Errnos that s3fs assigns to error responses of the store; the response, the error's cause, decides."""
 TYPES = {
     "builtins.TimeoutError": True,
     "builtins.ConnectionError": True,
@@ -58,20 +58,20 @@ TYPES = {
     "gcsfs.NonRetryableError": False,
     "google.TransportError": True,
 }
-"""Whether errors of a type (its package and its name) are transient; a more special type goes first."""
+"""Whether errors of a type (top-level package and class name) are transient; subclasses take precedence."""
 
 
 def transient(error: BaseException) -> bool:
-    """True when the call may succeed if it is made again: the outermost error says so that says anything.
+    """Return whether a retry of the call may succeed, decided by the outermost error of a known kind.
 
-    What libraries raise around what went wrong says nothing, so what is behind it is asked.
+    Wrapper errors of libraries are of no known kind, so their causes are examined.
     """
     verdicts = (_verdict(cause) for cause in causes(error, context=True))
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
 def _verdict(error: BaseException) -> bool | None:
-    """Whether this one error is transient, or None where it does not say."""
+    """Return whether this error, without its causes, is transient; None if it is of no known kind."""
     if status := http_status(error):
         return status in STATUSES
     for kind in type(error).__mro__:
@@ -82,7 +82,7 @@ def _verdict(error: BaseException) -> bool | None:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of the answer that an error stands for: of gcsfs, Google's, aiohttp's, botocore's, requests', httpx's."""
+    """Return the HTTP status of an error of gcsfs, Google's clients, aiohttp, botocore, requests or httpx; else None."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         answers = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

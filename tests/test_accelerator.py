@@ -38,13 +38,13 @@ def test_with_a_gpu_auto_is_the_gpu_and_the_cpu_can_still_be_asked_for(monkeypat
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     gpus(monkeypatch, 0)
-    with pytest.raises(UserError, match=f"^device '{name}': PyTorch sees no GPU here$"):
+    with pytest.raises(UserError, match=f"^device '{name}': PyTorch sees no GPU on this machine$"):
         pick_device(name)
 
 
 def test_a_number_past_the_last_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
-    with pytest.raises(UserError, match=r"^device 'cuda:2': PyTorch sees 2 GPU\(s\) here, counted from 0$"):
+    with pytest.raises(UserError, match=r"^device 'cuda:2': PyTorch sees 2 GPU\(s\) on this machine, numbered from 0$"):
         pick_device("cuda:2")
 
 

@@ -1,1 +1,1 @@
-"""The networks: the binary tokenizer (BIT), both generators and the frozen text encoder. Torch only, no Ray."""
+"""Networks and samplers: binary tokenizer (BIT), diffusion and AR generators, text encoder. Independent of Ray."""

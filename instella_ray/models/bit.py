@@ -1,4 +1,4 @@
-"""BIT, the 1D binary image tokenizer (section 2.1 of the paper): images <-> ``num_tokens x bits_per_token`` bits."""
+"""BIT, the 1D binary image tokenizer (section 2.1): images <-> ``num_tokens x bits_per_token`` bits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .layers import RMSNorm
 from .rope import RopeStyle, rope_table, sinusoidal_grid
 
 POSITION_STD = 0.3
-"""Scale of explicit positions at the start: large enough to tell places apart, small enough not to drown the codes."""
+"""Initial scale of explicit positions: large enough to distinguish positions, small enough not to dominate the codes."""
 
 
 AxisWidth = Annotated[int, Field(ge=0)]
 
 
 class BITConfig(Config):
-    """Sizes and variants of a tokenizer. The defaults are the paper's; lengths in pixels unless said otherwise."""
+    """Sizes and variants of a tokenizer. The defaults are the paper's; lengths are in pixels unless stated otherwise."""
 
     kind: Literal["bit"] = "bit"
     image_size: int = Field(512, ge=1)
-    """Size the encoder was trained to read. Any other multiple of :attr:`encode_multiple` works too."""
+    """Image size of the encoder in training. Other multiples of :attr:`encode_multiple` can be encoded as well."""
     patch_size: int = Field(16, ge=1)
     num_tokens: int = Field(128, ge=1)
     bits_per_token: int = Field(64, ge=1)
@@ -37,23 +37,23 @@ class BITConfig(Config):
     decoder_layers: int = Field(16, ge=1)
     decoder_heads: int = Field(16, ge=1)
     rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
-    """Columns of a head given to (latent index, row, column); their sum is the head's width."""
+    """Columns of a head for (latent index, row, column); their sum is the head's width."""
     rope: RopeStyle = "rotary"
     position_extent: float | None = Field(64.0, gt=0)
-    """Every grid side spans [0, extent - 1]; none means integer positions, without interpolation."""
+    """Positions of each grid side span [0, extent - 1]; none means integer positions, without interpolation."""
     downsample_after: tuple[int, ...] = (7,)
-    """Encoder blocks after which image tokens are merged 2x2."""
+    """Encoder blocks followed by a 2x2 merge of image tokens."""
     upsample_after: tuple[int, ...] = (7,)
-    """Decoder blocks after which image tokens are expanded 2x2."""
+    """Decoder blocks followed by a 2x2 expansion of image tokens."""
     resample: Literal["linear", "conv"] = "linear"
     pixel_head: Literal["linear", "conv"] = "linear"
     init_std: float = Field(0.02, ge=0)
-    """Scale of the initial latent and mask tokens."""
+    """Standard deviation of the initial latent and mask tokens."""
     token_positions: bool = False
-    """Add explicit positions to the decoder's input, beside RoPE: a learned vector for each latent token, sinusoids of
-    its place for each mask token. Small tokenizers leave their first plateau much sooner with it."""
+    """Add explicit positions to the decoder's input in addition to RoPE: a learned vector for each latent token, 2D
+    sinusoids for each mask token. Small tokenizers leave their first loss plateau much sooner with it."""
     normalize_logits: bool = False
-    """Batch norm (without affine) on each quantizer logit, so that every bit starts balanced and none collapses."""
+    """Batch norm (without affine) on each quantizer logit, so that every bit is balanced initially and none collapses."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BITConfig:
@@ -67,7 +67,7 @@ class BITConfig(Config):
             raise ValueError(f"rope_axes must be even numbers, got {self.rope_axes}")
         for name, layers in (("downsample_after", self.encoder_layers), ("upsample_after", self.decoder_layers)):
             if any(not 0 <= i < layers for i in getattr(self, name)):
-                raise ValueError(f"{name} must name blocks 0..{layers - 1}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be block indices 0..{layers - 1}, got {getattr(self, name)}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
         if self.image_size % self.encode_multiple:
@@ -76,17 +76,17 @@ class BITConfig(Config):
 
     @property
     def encode_multiple(self) -> int:
-        """Sides of an image to encode are multiples of this: the grid of patches is even at each 2x2 merge."""
+        """Required divisor of the sides of encoded images, so that the patch grid is even at each 2x2 merge."""
         return self.patch_size * 2 ** len(self.downsample_after)
 
     @property
     def decode_multiple(self) -> int:
-        """Sides of a decoded image are multiples of this: the first grid doubles at each 2x2 expansion."""
+        """Required divisor of the sides of decoded images, as the initial grid doubles at each 2x2 expansion."""
         return self.patch_size * 2 ** len(self.upsample_after)
 
     @property
     def size_multiple(self) -> int:
-        """Sides of an image that is encoded and decoded at the same size are multiples of this."""
+        """Required divisor of the sides of images that are encoded and decoded at the same size."""
         return max(self.encode_multiple, self.decode_multiple)
 
     @property
@@ -96,18 +96,18 @@ class BITConfig(Config):
 
 
 class BITOutput(NamedTuple):
-    """What a training step needs."""
+    """Outputs of a training forward pass."""
 
     images: Tensor
     """Reconstruction ``[B, 3, height, width]``, about [-1, 1], not clamped."""
     logits: Tensor
     """Quantizer logits ``[B, L, K]``."""
     code_loss: Tensor
-    """``mean(s (1 - s))``, s = sigmoid(logits): small when bits are decided."""
+    """``mean(s (1 - s))`` with s = sigmoid(logits): small if bit probabilities are near 0 or 1."""
 
 
 class BITEncoder(nn.Module):
-    """Images to refined latent tokens ``[B, L, encoder_width]``; image tokens are discarded (Eq. 1)."""
+    """Encoder (Eq. 1): images to latent tokens ``[B, L, encoder_width]``; image tokens are discarded."""
 
     def __init__(self, cfg: BITConfig) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class BITEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         cfg = self.cfg
-        # Images come as float32 whatever the weights are.
+        # Images are float32 for every dtype of the weights.
         grid = self.patch_embedder(images.to(self.patch_embedder.weight.dtype))
         (height, width), extent, latents = grid.shape[-2:], cfg.position_extent, cfg.num_tokens
         x = torch.cat((self.latent_tokens.expand(len(images), -1, -1), grid.flatten(2).transpose(1, 2)), dim=1)
@@ -140,7 +140,7 @@ class BITEncoder(nn.Module):
 
 
 class BITDecoder(nn.Module):
-    """Latent vectors ``[B, L, encoder_width]`` and a grid of mask tokens to image features ``[B, d, h, w]`` (Eq. 1)."""
+    """Decoder (Eq. 1): latent vectors ``[B, L, encoder_width]`` and mask tokens to image features ``[B, d, h, w]``."""
 
     def __init__(self, cfg: BITConfig) -> None:
         super().__init__()
@@ -156,11 +156,11 @@ class BITDecoder(nn.Module):
         self.norm_out = RMSNorm(width)
 
     def forward(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """``height`` and ``width`` count patches of the output."""
+        """Decode ``latents`` to a grid of ``height x width`` patches."""
         cfg, count = self.cfg, self.cfg.num_tokens
         factor = 2 ** len(cfg.upsample_after)
         height, width = height // factor, width // factor
-        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. No expansion, no floor.
+        # Floor division, as published: an odd extent of 15 starts at 7 and ends at 14. Not applied without expansion.
         extent = cfg.position_extent // factor if cfg.position_extent and factor > 1 else cfg.position_extent
         masks: Tensor = self.mask_tokens
         tokens = self.input_layer(latents)
@@ -182,7 +182,7 @@ class BITDecoder(nn.Module):
 
 
 class BIT(nn.Module):
-    """The tokenizer. ``encode`` and ``decode`` are all that the generators, the server and the jobs need."""
+    """Binary image tokenizer; generators, server and jobs use only :meth:`encode` and :meth:`decode`."""
 
     def __init__(self, cfg: BITConfig) -> None:
         super().__init__()
@@ -195,10 +195,10 @@ class BIT(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
-        """Data-dependent start: shift and scale the patch embedding to mean 0 and deviation 1 on ``images [B,3,H,W]``.
+        """Shift and scale the initial patch embedding to mean 0 and deviation 1 on ``images [B, 3, H, W]``.
 
-        Plain backgrounds otherwise give every patch nearly the same vector, and training first sits on the mean
-        image.
+        Otherwise plain backgrounds give all patches nearly the same vector, and training first stalls at predicting the
+        mean image.
         """
         embed = self.encoder.patch_embedder
         assert embed.bias is not None
@@ -208,18 +208,24 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1]."""
+        """Return quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1].
+
+        UserError for sides that are not multiples of :attr:`BITConfig.encode_multiple`.
+        """
         _check_size("encode", self.cfg.encode_multiple, *images.shape[-2:])
         return self.quantizer.logits(self.encoder(images))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes, uint8 0/1 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1]. Deterministic (tau = 0)."""
+        """Encode ``images [B, 3, H, W]`` in [-1, 1] to codes, uint8 0/1 ``[B, L, K]``. Deterministic (tau = 0)."""
         return (self.encode_logits(images).sigmoid() > 0.5).to(torch.uint8)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Images ``[B, 3, height, width]`` (pixels) of 0/1 ``codes [B, L, K]``: about [-1, 1], not clamped, float32."""
+        """Decode ``codes [B, L, K]`` (0/1) to images, float32 ``[B, 3, height, width]``, about [-1, 1], not clamped.
+
+        UserError for sides that are not multiples of :attr:`BITConfig.decode_multiple`.
+        """
         return self._decode(codes.to(self.quantizer.embed.dtype), height, width).float()
 
     def forward(
@@ -231,9 +237,9 @@ class BIT(nn.Module):
         height: int | None = None,
         width: int | None = None,
     ) -> BITOutput:
-        """One training pass: encode, draw bits at ``temperature`` (Eq. 4), decode at ``height x width`` pixels.
+        """Encode, sample bits at ``temperature`` (Eq. 4) and decode at ``height x width`` pixels, for training.
 
-        Bits are drawn by uniforms ``u [B, L, K]``, or by torch's own generator. Without a size the output has the input's.
+        Bits are sampled with uniforms ``u [B, L, K]``, or torch's generator if None. The default size is the input's.
         """
         logits = self.encode_logits(images)
         soft = logits.sigmoid()
@@ -251,10 +257,10 @@ class BIT(nn.Module):
 def _check_size(task: str, multiple: int, height: int, width: int) -> None:
     if height % multiple or width % multiple or not height or not width:
         raise UserError(
-            f"image size {width}x{height}: both sides must be multiples of {multiple} for this tokenizer to {task}"
+            f"image size {width}x{height}: expected both sides to be multiples of {multiple} for this tokenizer to {task}"
         )
 
 
 def _as_grid(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``[B, h * w, d] -> [B, d, h, w]``."""
+    """Reshape tokens to a grid, ``[B, h * w, d] -> [B, d, h, w]``."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))

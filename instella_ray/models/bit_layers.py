@@ -1,4 +1,4 @@
-"""Parts of the tokenizer: transformer block, 2x2 resampling in both forms, pixel head in both forms, quantizer."""
+"""Layers of the tokenizer: transformer block, 2x2 resampling, pixel heads and binary quantizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rope import RopeStyle, apply_rope
 
 
 class BITBlock(nn.Module):
-    """Pre-norm self-attention over [latent; image] tokens, then SwiGLU."""
+    """Pre-norm transformer block: self-attention over [latent; image] tokens, then SwiGLU."""
 
     def __init__(self, width: int, heads: int, rope: RopeStyle) -> None:
         super().__init__()
@@ -32,7 +32,10 @@ class BITBlock(nn.Module):
 
 
 class LinearDown(nn.Module):
-    """Eq. 2: the four tokens of a 2x2 cell, concatenated, merged by one linear map. ``[B,d,H,W] -> [B,d,H/2,W/2]``."""
+    """Linear 2x2 merge (Eq. 2): the concatenated tokens of a cell through one linear map.
+
+    ``[B,d,H,W] -> [B,d,H/2,W/2]``.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,7 +46,10 @@ class LinearDown(nn.Module):
 
 
 class LinearUp(nn.Module):
-    """Eq. 3: a token expanded to 4 d channels and split into a 2x2 cell. ``[B,d,H,W] -> [B,d,2H,2W]``."""
+    """Linear 2x2 expansion (Eq. 3): a token expanded to 4 d channels and split into a cell.
+
+    ``[B,d,H,W] -> [B,d,2H,2W]``.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,7 +60,7 @@ class LinearUp(nn.Module):
 
 
 class ConvDown(nn.Module):
-    """Published form of the merge: a strided 3x3 convolution beside an averaging shortcut."""
+    """Published 2x2 merge: a strided 3x3 convolution plus an average-pooling shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class ConvDown(nn.Module):
 
 
 class ConvUp(nn.Module):
-    """Published form of the expansion: 3x3 convolution and pixel shuffle beside a nearest-neighbour shortcut."""
+    """Published 2x2 expansion: 3x3 convolution and pixel shuffle plus a nearest-neighbour shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,22 +86,22 @@ UP = {"linear": LinearUp, "conv": ConvUp}
 
 
 class LinearPixelHead(nn.Linear):
-    """One linear map a token to its patch; the output vector is laid out (row, column, channel)."""
+    """Linear map from a token to its patch; the output vector is laid out as (row, column, channel)."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__(width, patch * patch * 3)
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, d, H, W] -> [B, 3, H * patch, W * patch]``."""
+        """Map tokens ``[B, d, H, W]`` to pixels ``[B, 3, H * patch, W * patch]``."""
         y = super().forward(x.movedim(1, -1)).unflatten(-1, (self.patch, self.patch, 3))
         return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class ConvPixelHead(nn.Sequential):
-    """Light convolutional decoder: one (transposed convolution, norm, ReLU) a doubling, then a 3x3 convolution.
+    """Light convolutional decoder: (transposed convolution, norm, ReLU) per doubling, then a 3x3 convolution.
 
-    The paper finds it clearly better than the linear head on text and faces.
+    The paper reports that it is clearly better than the linear head on text and faces.
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -116,9 +122,10 @@ PIXEL_HEADS = {"linear": LinearPixelHead, "conv": ConvPixelHead}
 
 
 class BinaryQuantizer(nn.Module):
-    """Eq. 4: ``codes ~ Bernoulli(sigmoid(R(z) / tau))`` in training, ``sigmoid(R(z)) > 0.5`` otherwise (tau = 0).
+    """Binary quantizer (Eq. 4).
 
-    ``embed [K, d]`` maps bits back to a vector: a token is the sum of the rows of its set bits.
+    ``codes ~ Bernoulli(sigmoid(R(z) / tau))`` in training, ``sigmoid(R(z)) > 0.5`` otherwise (tau = 0). ``embed [K, d]``
+    maps bits back to vectors: a token is the sum of the rows of its set bits.
     """
 
     def __init__(self, width: int, bits: int, *, normalized_tokens: int | None = None) -> None:
@@ -128,18 +135,18 @@ class BinaryQuantizer(nn.Module):
         self.norm = nn.BatchNorm1d(normalized_tokens * bits, affine=False, momentum=0.05) if normalized_tokens else None
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, L, K]`` of encoder tokens ``[B, L, width]``."""
+        """Return logits ``[B, L, K]`` of encoder tokens ``[B, L, width]``."""
         logits = self.proj(tokens)
         return logits if self.norm is None else self.norm(logits.flatten(1)).view_as(logits)
 
     def quantize(self, logits: Tensor, temperature: float, u: Tensor | None = None) -> Tensor:
-        """Bits 0/1 of ``logits [B, L, K]``, with the straight-through gradient of ``sigmoid(logits)``.
+        """Quantize ``logits [B, L, K]`` to bits 0/1, with the straight-through gradient of ``sigmoid(logits)``.
 
-        With a temperature they are drawn by uniforms ``u`` of the same shape; without those, by torch's own generator.
+        A positive temperature samples with uniforms ``u`` of the same shape, or with torch's generator if None.
         """
         soft = logits.sigmoid()
         if temperature > 0:
-            # Not torch.bernoulli, which raises on NaN: a loss that is not finite is the training loop's to report.
+            # Not torch.bernoulli, which raises on NaN: the training loop reports a loss that is not finite.
             u = torch.rand_like(logits) if u is None else u
             bits = (u < (logits / temperature).sigmoid()).to(logits.dtype)
         else:

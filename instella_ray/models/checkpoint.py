@@ -1,4 +1,4 @@
-"""Model folders: ``model.safetensors``, ``ema.safetensors`` and ``config.yaml``. Nothing is ever unpickled."""
+"""Model folders: ``model.safetensors``, ``ema.safetensors`` and ``config.yaml``, saved and loaded without pickle."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CONFIG, WEIGHTS, EMA = "config.yaml", "model.safetensors", "ema.safetensors"
 def save_model(
     folder: str | Path, model: Model, *, ema: Mapping[str, Tensor] | None = None, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write ``model`` (and its moving average) into an existing local ``folder``.
+    """Write ``model`` (and its EMA weights) to an existing local ``folder``.
 
-    ``extra`` are further sections of ``config.yaml``: the text encoder and tokenizer hash of a generator, say.
+    ``extra`` are further sections of ``config.yaml``, such as the text encoder and tokenizer hash of a generator.
     """
     save_weights(Path(folder), model.cfg, model.state_dict(), ema=ema, extra=extra)
 
@@ -43,7 +43,7 @@ def save_weights(
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """:func:`save_model` of a model's tensors, which need not be where the model is."""
+    """Write a model's tensors to an existing local ``folder``, as :func:`save_model`."""
     for name, state in ((WEIGHTS, weights), (EMA, ema)):
         if state is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name)
@@ -58,7 +58,7 @@ def add_section(folder: str | Path, name: str, section: Mapping[str, Any]) -> No
 
 
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's ``config.yaml``; UserError where it is no model folder."""
+    """Read the folder's ``config.yaml``; UserError if it is not a model folder."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: not a model folder (no {CONFIG}); expected {CONFIG} and {WEIGHTS}")
@@ -69,19 +69,19 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
 
 
 def parse_model(section: Mapping[str, Any], source: str | None = None) -> ModelConfig:
-    """The ``model`` section of a ``config.yaml``; UserError names ``source`` and the key that is wrong."""
+    """Validate the ``model`` section of a ``config.yaml``; UserError names ``source`` and the wrong key."""
     if section.get("kind") == "bit":
         return validate(BITConfig, section, source)
     return validate(GeneratorConfig, section, source)
 
 
 def build_model(section: Mapping[str, Any]) -> Model:
-    """A new model from the ``model`` section of a ``config.yaml``."""
+    """Build a new model from the ``model`` section of a ``config.yaml``."""
     return _new(parse_model(section))
 
 
 def assemble(cfg: ModelConfig, state: Mapping[str, Tensor], source: str | Path) -> Model:
-    """A model in eval mode made of the tensors of ``state``; UserError names ``source`` where they do not fit."""
+    """Build a model in eval mode from the tensors of ``state``; UserError names ``source`` if they do not fit."""
     with torch.device("meta"):
         model = _new(cfg)
     if problem := _misfit(model.state_dict(), state):
@@ -91,14 +91,14 @@ def assemble(cfg: ModelConfig, state: Mapping[str, Tensor], source: str | Path) 
 
 
 def load_model(folder: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> Model:
-    """The model of a folder in eval mode, with its moving average where there is one and ``ema`` is true."""
+    """Load the model of a folder in eval mode, with EMA weights if it has them and ``ema`` is true."""
     cfg = parse_model(read_checkpoint_config(folder)["model"], str(Path(folder) / CONFIG))
     path = _weights_file(folder, ema)
     return assemble(cfg, read_tensors(path, device), path)
 
 
 def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device: str | torch.device = "cpu") -> M:
-    """:meth:`load_model`, refusing a folder that holds another kind of model."""
+    """Load a model as :func:`load_model`; UserError if it is not a ``kind``."""
     model = load_model(folder, ema=ema, device=device)
     if not isinstance(model, kind):
         raise UserError(f"{folder}: holds a {type(model).__name__}, expected a {kind.__name__}")
@@ -106,16 +106,16 @@ def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device
 
 
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError names a file that is none, or is cut short."""
+    """Read the tensors of a safetensors file; UserError if it is not one or is truncated."""
     try:
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole safetensors file ({reason})") from None
+        raise UserError(f"{path}: not a complete safetensors file ({reason})") from None
 
 
 def weight_hash(source: str | Path | nn.Module, *, ema: bool = True) -> str:
-    """Sha256 over names and bytes of the weights that :func:`load_model` would load: a model's identity."""
+    """Return the sha256 over names, dtypes, shapes and bytes of the weights that :func:`load_model` would load."""
     if isinstance(source, nn.Module):
         state = source.state_dict()
     else:
@@ -133,11 +133,11 @@ def _new(cfg: ModelConfig) -> Model:
 
 
 def _misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """The first difference in names or shapes in one line; None where ``state`` fits."""
+    """Describe the first difference in names or shapes in one line; None if ``state`` fits."""
     problems = [f"no tensor {name}" for name in expected if name not in state]
     problems += [f"tensor {name} is not part of the model" for name in state if name not in expected]
     problems += [
-        f"tensor {name} has shape {tuple(state[name].shape)}, the model needs {tuple(value.shape)}"
+        f"tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}"
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]

@@ -1,4 +1,4 @@
-"""A discriminator on frozen DINO features (section 2.1, third stage): small heads tell true images from restored ones."""
+"""Discriminator with small heads on frozen DINO features (section 2.1, third stage), and its hinge loss."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .perceptual import PUBLISHED, RANDOM
 
 
 class DiscriminatorConfig(Config):
-    """Which frozen network looks at the images, and the heads that learn on its features."""
+    """Settings of the discriminator: frozen backbone and trained heads."""
 
     backbone: str = "vit_small_patch16_224.dino"
     """timm's name of a vision transformer; the default is the paper's DINO-S."""
     weights: str = PUBLISHED
-    """``published``: the hub's of that name; ``random``: untrained, for tests; or a local file (safetensors, pth)."""
+    """``published``: from the hub; ``random``: untrained, for tests; or a local file (safetensors, pth)."""
     size: int = Field(224, ge=8)
-    """Pixels a side of what the backbone sees: the whole image, and a crop of larger ones."""
+    """Side in pixels of the backbone's input: the resized whole image, and a crop of larger ones."""
     blocks: tuple[int, ...] = Field((2, 5, 8, 11), min_length=1)
-    """Transformer blocks, from 0, whose tokens a head reads each."""
+    """Transformer blocks, from 0, whose tokens are the input of one head each."""
     width: int = Field(64, ge=1)
-    """Channels of a head."""
+    """Hidden channels of a head."""
 
 
 class FrozenFeatures(nn.Module):
-    """Tokens of some blocks of a vision transformer, a map ``[B, C, h, w]`` each, of images in [-1, 1]."""
+    """Frozen vision transformer: images in [-1, 1] to one feature map ``[B, C, h, w]`` per selected block."""
 
     def __init__(self, cfg: DiscriminatorConfig, seed: int = 0) -> None:
         super().__init__()
@@ -51,11 +51,11 @@ class FrozenFeatures(nn.Module):
 
     @property
     def channels(self) -> int:
-        """C of each map."""
+        """Channels C of each feature map."""
         return int(self.backbone.embed_dim)
 
     def train(self, mode: bool = True) -> FrozenFeatures:
-        """It does not learn, whatever is trained around it."""
+        """Keep eval mode when an enclosing module is trained."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -67,7 +67,7 @@ class FrozenFeatures(nn.Module):
 
 
 class DiscriminatorHeads(nn.Module):
-    """One small convolutional head a map: maps ``[B, C, h, w]`` to logits ``[B, maps * h * w]``, high for true images."""
+    """One convolutional head per map: maps ``[B, C, h, w]`` to logits ``[B, maps * h * w]``, high for real images."""
 
     def __init__(self, channels: int, maps: int, width: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class DiscriminatorHeads(nn.Module):
 
 
 def hinge_loss(true: Tensor, restored: Tensor) -> Tensor:
-    """The discriminator's loss: ``mean(max(0, 1 - true)) / 2 + mean(max(0, 1 + restored)) / 2`` over logits."""
+    """Return the discriminator's hinge loss ``mean(max(0, 1 - true)) / 2 + mean(max(0, 1 + restored)) / 2`` over logits."""
     return (F.relu(1 - true).mean() + F.relu(1 + restored).mean()) / 2
 
 
@@ -104,9 +104,9 @@ def _load_backbone(cfg: DiscriminatorConfig, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = timm.create_model(cfg.backbone, num_classes=0, dynamic_img_size=True, **source)
-    except Exception as error:  # timm, the hub and the readers of files each have their own
+    except Exception as error:  # timm, the hub and the file readers raise unrelated error types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"discriminator: {cfg.backbone} with weights {cfg.weights}: {reason}") from None
     if not hasattr(model, "blocks") or not hasattr(model, "forward_intermediates"):
-        raise UserError(f"discriminator.backbone {cfg.backbone}: expected a vision transformer of timm")
+        raise UserError(f"discriminator.backbone {cfg.backbone}: expected a timm vision transformer")
     return model

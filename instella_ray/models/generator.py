@@ -1,6 +1,6 @@
-"""The generators of sections 2.2 and 2.3: transformers over the bits of an image, as deep as the text encoder.
+"""Diffusion and AR generators (sections 2.2 and 2.3): transformers over image bits, as deep as the text encoder.
 
-Block i reads the text encoder's layer i through its own projection, and image tokens alone are queries.
+Block i reads the text encoder's layer i through its own projection; only image tokens are queries.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_n
 
 
 class GeneratorConfig(Config):
-    """Sizes of a generator. The defaults are the paper's, which mirror AMD-OLMo-1B."""
+    """Sizes and variants of a generator. The defaults are the paper's, which match AMD-OLMo-1B."""
 
     kind: Literal["diffusion", "ar"] = "diffusion"
     num_tokens: int = Field(128, ge=1)
     bits_per_token: int = Field(64, ge=1)
     width: int = Field(2048, ge=1)
     layers: int = Field(16, ge=1)
-    """Must equal the number of text feature layers."""
+    """Number of blocks; must equal the number of text feature layers."""
     heads: int = Field(16, ge=1)
     text_width: int = Field(2048, ge=1)
     position_std: float = Field(0.02, ge=0)
-    """Scale of the initial position embeddings (the published weights started from 0)."""
+    """Standard deviation of the initial position embeddings (the published weights were initialized to 0)."""
     zero_init: bool = True
-    """adaLN-Zero: modulation and output start at zero (diffusion). False: Xavier everywhere, as published."""
+    """adaLN-Zero: modulation and output weights are initialized to zero (diffusion). False: Xavier, as published."""
     unused_time_embed: bool = False
-    """Carry the timestep embedding that the published AR checkpoint holds and never uses."""
+    """Include the timestep embedding that the published AR checkpoint contains but does not use."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GeneratorConfig:
@@ -45,7 +45,7 @@ class GeneratorConfig(Config):
 
 
 class GeneratorBlock(nn.Module):
-    """What both kinds of block share: positions, text projection, joint attention."""
+    """Base of both block types: position embeddings, text projection and joint attention."""
 
     def __init__(self, cfg: GeneratorConfig, positions: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class GeneratorBlock(nn.Module):
         self.attn = JointAttention(cfg.width, cfg.heads)
 
     def text_kv(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, heads, T, D]`` of this depth's text features ``[B, T, text_width]``."""
+        """Return keys and values ``[B, heads, T, D]`` of this block's text features ``[B, T, text_width]``."""
         return self.attn.key_value(self.proj_cond(features))
 
 
 class DiffusionBlock(GeneratorBlock):
-    """adaLN modulation by the timestep around attention and feed-forward."""
+    """Diffusion transformer block: attention and feed-forward with adaLN modulation by the timestep."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg, cfg.num_tokens)
@@ -68,14 +68,14 @@ class DiffusionBlock(GeneratorBlock):
 
     def forward(self, x: Tensor, embedding: Tensor, context: TextKV | JointCache, block: int, mask: Tensor) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.norm1(embedding)
-        # Positions join after the modulation and never enter the residual stream.
+        # Positions are added after the modulation, and not to the residual stream.
         y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
         x = x + gate_1 * self.attn(y, context, block, mask)
         return x + gate_2 * self.ff(layer_norm(x) * (1 + scale_2) + shift_2)
 
 
 class ARBlock(GeneratorBlock):
-    """RMSNorm in place of adaLN, causal attention."""
+    """AR transformer block: RMSNorm instead of adaLN, causal attention."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg, cfg.num_tokens + 1)
@@ -89,7 +89,7 @@ class ARBlock(GeneratorBlock):
 
 
 class Generator(nn.Module):
-    """Common to both kinds: the bit embedding in, the text projections, the logits out."""
+    """Base of both generators: bit embedding, text projections and output layer."""
 
     transformer_blocks: nn.ModuleList
 
@@ -97,42 +97,42 @@ class Generator(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.gradient_checkpointing = False
-        """Keep no more of a block for the backward pass than what goes in, and compute the rest again there."""
+        """Recompute the activations of blocks in the backward pass from their inputs."""
         self.x_embedder = nn.Linear(cfg.bits_per_token, cfg.width)
         self.proj_out = nn.Linear(cfg.width, cfg.bits_per_token)
 
     def text_kv(self, features: Tensor, mask: Tensor) -> TextKV:
-        """Project text once for all steps.
+        """Project text features to keys and values, once for all steps.
 
-        ``features [layers, B, T, text_width]``, ``mask`` bool ``[B, T]``, true at real tokens. Whatever stands at
-        padded positions, NaN included, has no influence.
+        ``features [layers, B, T, text_width]``, ``mask`` bool ``[B, T]``, true at real tokens. Values at padded positions,
+        NaN included, have no effect. UserError for features of another number of layers or width.
         """
         cfg = self.cfg
         if len(features) != cfg.layers or features.shape[-1] != cfg.text_width:
             raise UserError(
                 f"text features have {len(features)} layers of width {features.shape[-1]}, "
-                f"this generator reads {cfg.layers} layers of width {cfg.text_width}"
+                f"expected {cfg.layers} layers of width {cfg.text_width}"
             )
-        # A masked softmax weight is 0, but 0 * NaN is NaN: so padded features are cleared first.
+        # A masked attention weight is 0, but 0 * NaN is NaN, so padded features are set to 0 first.
         features = features.masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
         blocks = cast(list[GeneratorBlock], list(self.transformer_blocks))
         pairs = [self._run(block.text_kv, f) for block, f in zip(blocks, features, strict=True)]
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
 
     def _run(self, function: Callable[..., Any], *given: Any) -> Any:
-        """``function(*given)``, which nothing random is in, kept or computed again for the backward pass."""
+        """Call the deterministic ``function(*given)``, with gradient checkpointing if enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
         return function(*given)
 
     @torch.no_grad()
     def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.1) -> None:
-        """Data-dependent start: text projections whose outputs are uncorrelated, with mean 0 and nearly equal variance.
+        """Initialize the text projections to whiten ``features``: uncorrelated outputs with mean 0 and similar variance.
 
-        ``features [layers, B, T, text_width]`` and ``mask [B, T]`` of some hundred prompts like those to come. Word
-        order makes up a small part of a language model's features; whitened, it is as large as the words themselves,
-        so that a generator learns to tell "a circle left of a square" from its reverse in far fewer steps. ``ridge``,
-        a share of the mean variance, keeps directions that are nearly empty from being blown up.
+        ``features [layers, B, T, text_width]`` and ``mask [B, T]`` should come from some hundred representative prompts.
+        Word order accounts for a small part of the variance of a language model's features; after whitening it has the
+        same scale as word identity, so that a generator learns to distinguish "a circle left of a square" from its reverse
+        in far fewer steps. ``ridge``, a fraction of the mean variance, limits the scaling of low-variance directions.
         """
         for block, layer in zip(self.transformer_blocks, features, strict=True):
             project = cast(GeneratorBlock, block).proj_cond
@@ -142,7 +142,7 @@ class Generator(nn.Module):
             variance = scale.square() / len(tokens)
             count = min(len(variance), self.cfg.width)
             whiten = directions[:count] / (variance[:count] + ridge * variance.mean()).sqrt()[:, None]
-            # Any rotation is as white as another; a random one shares the directions out among the heads.
+            # Whitening is invariant to rotation; a random one distributes the directions over the heads.
             rotation, _ = torch.linalg.qr(torch.randn(self.cfg.width, count, dtype=torch.float64))
             weight = rotation.to(whiten.device) @ whiten
             project.weight.copy_(weight)
@@ -150,7 +150,7 @@ class Generator(nn.Module):
 
 
 class DiffusionGenerator(Generator):
-    """Bernoulli diffusion network: reads noisy bits and t, predicts for each bit the logit that it was flipped."""
+    """Bernoulli diffusion network: predicts from noisy bits and t the logit that each bit was flipped."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg)
@@ -165,10 +165,9 @@ class DiffusionGenerator(Generator):
                     nn.init.zeros_(module.weight)
 
     def forward(self, z: Tensor, t: Tensor, text: TextKV | JointCache) -> Tensor:
-        """Logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at times ``t [B]`` in [0, 1] (1 is pure noise).
+        """Return logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at timesteps ``t [B]`` in [0, 1] (1: noise).
 
-        With a :class:`JointCache` the image's keys and values are written beside the text's: the same result,
-        without a gradient.
+        With a :class:`JointCache` the image's keys and values are written to the cache: same result, without gradients.
         """
         x = self.x_embedder(z)
         embedding = self.time_embed(t)
@@ -181,7 +180,7 @@ class DiffusionGenerator(Generator):
 
 
 class ARGenerator(Generator):
-    """Token-by-token network: position i predicts the bits of token i from the text and the tokens before it."""
+    """Autoregressive network: position i predicts the bits of token i from the text and the preceding tokens."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg)
@@ -192,12 +191,12 @@ class ARGenerator(Generator):
         self.norm_out = RMSNorm(cfg.width)
 
     def forward(self, z: Tensor | None, text: TextKV) -> Tensor:
-        """Logits ``[B, n + 1, K]`` given the first ``n`` tokens' bits ``z [B, n, K]`` (None: n = 0), all at once."""
+        """Return logits ``[B, n + 1, K]`` given the bits of the first ``n`` tokens, ``z [B, n, K]`` (None: n = 0)."""
         x = self.split_token.expand(len(text), -1, -1)
         if z is not None:
             x = torch.cat((x, self.x_embedder(z)), dim=1)
         count = x.shape[1]
-        # Every real text token and the image positions up to the query's own.
+        # Visible keys: all real text tokens, and image positions up to the query's.
         causal = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
         seen_text = text.mask[:, None, None].expand(-1, -1, count, -1)
         mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
@@ -206,10 +205,10 @@ class ARGenerator(Generator):
         return self.proj_out(self.norm_out(x))
 
     def step(self, previous: Tensor, position: Tensor, cache: JointCache) -> Tensor:
-        """Logits ``[B, K]`` of token ``position [B]``, given the bits ``previous [B, K]`` of the token before it.
+        """Return logits ``[B, K]`` of token ``position [B]``, given the bits ``previous [B, K]`` of the preceding token.
 
-        Updates ``cache``, which holds the text and the tokens so far. Rows may be at different positions; at position 0
-        the split token stands in for ``previous``. Equals :meth:`forward` on the whole prefix.
+        Updates ``cache``, which holds the text and the preceding tokens. Rows may be at different positions; at position 0
+        the split token replaces ``previous``. Equals :meth:`forward` on the whole prefix.
         """
         first = (position == 0)[:, None, None]
         x = torch.where(first, self.split_token, self.x_embedder(previous)[:, None])
@@ -225,5 +224,5 @@ class ARGenerator(Generator):
 
 
 def build_generator(cfg: GeneratorConfig) -> DiffusionGenerator | ARGenerator:
-    """The network that ``cfg.kind`` names."""
+    """Build the generator of ``cfg.kind``."""
     return DiffusionGenerator(cfg) if cfg.kind == "diffusion" else ARGenerator(cfg)

@@ -1,18 +1,18 @@
-"""Check this implementation against recorded numbers: ``python -m instella_ray.models.golden FOLDER``.
+"""Comparison of this implementation with recorded tensors: ``python -m instella_ray.models.golden FOLDER``.
 
-The folder holds ``config.json`` with the facts that shapes cannot tell, ``io.safetensors`` with inputs and outputs, and
-small checkpoints under the published names: ``bit``, ``diffusion`` and ``ar.safetensors``, of any sizes. For each
-recorded output the largest absolute difference and the number of wrong bits are printed. The exit code is
+The folder contains ``config.json`` with settings that tensor shapes do not determine, ``io.safetensors`` with inputs and
+outputs, and small checkpoints with published parameter names: ``bit``, ``diffusion`` and ``ar.safetensors``, of any size.
+For each recorded output the largest absolute difference and the number of wrong bits are printed. The exit code is
 
-- 0 when every recorded output was compared and agrees;
-- 1 past 1e-5, with any wrong bit, or with an output that was not compared: its name is unknown here, or an input or a
-  checkpoint that it needs is not in the folder. What was never recorded is no failure, so a folder with some of the
-  checkpoints passes when it records nothing of the others; which are missing is said.
-- 2 when the folder is malformed: no ``config.json``, no ``io.safetensors`` or no checkpoint at all, a file or a fact
-  that is damaged or missing, shapes that do not go together.
+- 0 if every recorded output was compared and agrees;
+- 1 for a difference above 1e-5, a wrong bit, or an output that was not compared, because its name is unknown, or an
+  input or checkpoint is missing. Outputs that were not recorded are no failure: a folder with some of the checkpoints
+  passes if it records nothing of the others. Missing checkpoints are printed.
+- 2 if the folder is malformed: no ``config.json``, no ``io.safetensors`` or no checkpoint, a damaged or missing file or
+  setting, or inconsistent shapes.
 
-At temperature 0 a recording has to hold the greedy decision. The published samplers divide by it first and get NaN,
-which agrees with nothing.
+At temperature 0 a recording must contain the greedy decision: the published samplers divide by the temperature and get
+NaN, which never agrees.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ SAMPLERS = {"alg1": "posterior", "alg2": "simplified"}
 INPUTS = re.compile(
     r"bit\.(x\d+|code_dec)|(gen|samp)\.(feat\.\d+|mask)|gen\.z|dit\.(t|noise_u|zt)|samp\.(alg1|alg2|ar)\.u"
 )
-"""Tensors that others are computed from. ``dit.zt`` is compared as well, where the noise that made it is recorded."""
+"""Names of input tensors. ``dit.zt`` is also compared if its noise is recorded."""
 
 F = TypeVar("F", bound=RecordedFacts)
 
 
 class TensorComparison(NamedTuple):
-    """One recorded tensor against ours."""
+    """Comparison of one recorded tensor with the computed one."""
 
     name: str
     difference: float = 0.0
     """Largest absolute difference; 0 for bits."""
     wrong_bits: int = 0
     not_checked: str = ""
-    """Why there is nothing to compare the recording with."""
+    """Reason why the tensor was not compared; empty if it was."""
 
     @property
     def passed(self) -> bool:
@@ -81,7 +81,7 @@ class TensorComparison(NamedTuple):
 
 
 class Absent(Exception):
-    """A tensor or a checkpoint that the folder does not hold."""
+    """A tensor or checkpoint is missing in the folder."""
 
 
 class Recording(dict[str, Tensor]):
@@ -91,17 +91,17 @@ class Recording(dict[str, Tensor]):
         raise Absent(name)
 
     def floats(self, name: str) -> Tensor:
-        """Bits and numbers alike as float32, as the networks take them."""
+        """Return bits or numbers as float32, the networks' input dtype."""
         return self[name].float()
 
 
 class Golden:
-    """A folder of recorded numbers; :meth:`compare` yields one comparison a recorded output."""
+    """A folder of recorded tensors; :meth:`compare` yields one comparison per recorded output."""
 
     def __init__(self, folder: Path) -> None:
         for name in ("config.json", "io.safetensors"):
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name}; expected a folder of recorded numbers")
+                raise UserError(f"{folder}: no {name}; expected a folder of recorded tensors")
         self.folder = folder
         self.missing = [f"{kind}.safetensors" for kind in FILES if not (folder / f"{kind}.safetensors").is_file()]
         if len(self.missing) == len(FILES):
@@ -110,7 +110,7 @@ class Golden:
         if not isinstance(self.config, dict):
             raise UserError(f"{folder / 'config.json'}: expected an object, got {type(self.config).__name__}")
         self.io = Recording(read_tensors(folder / "io.safetensors"))
-        # Several outputs are read off one run.
+        # Several outputs come from the same run.
         self.diffusion_trajectory = cache(self._diffusion_trajectory)
         self.ar_trajectory = cache(self._ar_trajectory)
 
@@ -122,10 +122,10 @@ class Golden:
             if check and match:
                 yield from self._compare(name, partial(check, self, *match.groups()))
             elif not INPUTS.fullmatch(name):
-                yield TensorComparison(name, not_checked="an output of this name is unknown")
+                yield TensorComparison(name, not_checked="unknown output name")
 
     def encoding(self, image: str, part: str, noscale: str | None) -> Tensor:
-        """``bit.x0.logits`` and its kin, of every recorded image."""
+        """Compute ``bit.x0.logits``, ``code``, ``zq`` or ``code_loss`` of every recorded image."""
         bit, images = self.bit(noscale), self._images(image)
         logits = bit.encode_logits(images)
         soft = logits.sigmoid()
@@ -137,7 +137,7 @@ class Golden:
         }[part]()
 
     def decoding(self, size: str, row: str | None, noscale: str | None) -> Tensor:
-        """``bit.dec_base`` and its kin: of all codes or one row, at the size of that name."""
+        """Compute ``bit.dec_SIZE``: decode all codes or one row, at the named size."""
         codes, sizes = self.io["bit.code_dec"], self.facts(SizesSection).sizes
         if size not in sizes:
             raise UserError(f"{self.folder / 'config.json'}: key 'sizes.{size}' is required")
@@ -145,17 +145,17 @@ class Golden:
         return self.bit(noscale).decode(chosen, *sizes[size])
 
     def encoder_state(self, block: str, image: str, row: str) -> Tensor:
-        """All tokens ``[1, L + H * W, d]`` after an encoder block, before any merge that follows it."""
+        """Compute all tokens ``[1, L + H * W, d]`` after an encoder block, before a following merge."""
         states: list[Tensor] = []
         bit, images = self.bit(), self._images(image)
-        watched = bit.encoder.transformer_blocks[int(block)]
-        hook = watched.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+        module = bit.encoder.transformer_blocks[int(block)]
+        hook = module.register_forward_hook(lambda _module, _inputs, output: states.append(output))
         bit.encode_logits(images[int(row) : int(row) + 1])
         hook.remove()
         return states[0]
 
     def encoder_rope(self, function: str, stage: str, image: str) -> Tensor:
-        """Cosines or sines ``[L + H * W, D]`` after ``stage`` merges."""
+        """Compute RoPE cosines or sines ``[L + H * W, D]`` after ``stage`` merges."""
         cfg = self.bit().cfg
         height, width = (side // cfg.patch_size for side in self._images(image).shape[-2:])
         extent = cfg.position_extent
@@ -165,7 +165,7 @@ class Golden:
         return cos if function == "cos" else sin
 
     def diffusion_network(self, part: str) -> Tensor:
-        """``dit.*``: noise, network output, losses."""
+        """Compute ``dit.*``: noise, network output and losses."""
         z, t, z_t = (partial(self.io.floats, name) for name in ("gen.z", "dit.t", "dit.zt"))
 
         def out() -> Tensor:
@@ -185,7 +185,7 @@ class Golden:
         }[part]()
 
     def ar_network(self, part: str) -> Tensor:
-        """``ar.*``: teacher forcing, the whole sequence, the first token, losses."""
+        """Compute ``ar.*``: outputs with teacher forcing, for the whole sequence and the first token, and losses."""
         z, text = partial(self.io.floats, "gen.z"), self._text(self.ar, "gen")
 
         def forced() -> Tensor:
@@ -200,7 +200,7 @@ class Golden:
         }[part]()
 
     def bit(self, noscale: str | None = None) -> BIT:
-        """The recorded tokenizer, with integer positions where a name ends in ``noscale``."""
+        """Return the recorded tokenizer, with integer positions for names that end in ``noscale``."""
         return self._unscaled_bit if noscale else self._scaled_bit
 
     @cached_property
@@ -216,7 +216,7 @@ class Golden:
         return model
 
     def facts(self, section: type[F]) -> F:
-        """A part of ``config.json``; UserError names the key that is missing or wrong."""
+        """Validate a section of ``config.json``; UserError names a missing or wrong key."""
         return validate(section, self.config, str(self.folder / "config.json"))
 
     @cached_property
@@ -247,7 +247,10 @@ class Golden:
         return model_from_state(kind, state, path, settings)
 
     def _images(self, name: str) -> Tensor:
-        """Recorded images ``[N, 3, H, W]``, less the remainder that the published patch embedding leaves unread."""
+        """Return recorded images ``[N, 3, H, W]``, cropped to multiples of the patch size.
+
+        The published patch embedding ignores the remainder.
+        """
         images, patch = self.io[f"bit.{name}"], self.bit().cfg.patch_size
         height, width = (side - side % patch for side in images.shape[-2:])
         return images[..., :height, :width]
@@ -270,17 +273,17 @@ class Golden:
         )
         halves = text.rows(slice(0, batch)), text.rows(slice(batch, None))
         looped = generate_diffusion(model, *halves, params, uniforms=u)
-        # Once more step by step, to see network outputs and probabilities.
+        # Repeated step by step to obtain network outputs and probabilities.
         z = (u[0] < 0.5).float()
         states, outs, probabilities, x0_prob = [z], [], [torch.full_like(z, 0.5)], z
         for index in range(steps):
             step = torch.full((batch,), index)
             t, s = timestep_of(step, params), timestep_of(step + 1, params)
             out = model(torch.cat((z, z)), torch.cat((t, t)), text)
-            draw = u[min(index + 1, len(u) - 1)]  # the last step thresholds and looks at none
-            following, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw)
+            draw = u[min(index + 1, len(u) - 1)]  # the last step thresholds and uses no draw
+            next_z, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw)
             probabilities.append(transition_probability(z, x0_prob, t, s, params.sampler))
-            z = following
+            z = next_z
             states.append(z)
             outs.append(out)
         return {
@@ -308,22 +311,22 @@ class Golden:
     def _compare(self, name: str, compute: Callable[[], Tensor]) -> Iterator[TensorComparison]:
         recorded = self.io[name]
         try:
-            ours = compute()
+            computed = compute()
         except Absent as absent:
             if not INPUTS.fullmatch(name):
                 yield TensorComparison(name, not_checked=f"the folder has no {absent}")
             return
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # tensors whose shapes do not go together
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # inconsistent tensor shapes
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.folder}: {name} cannot be computed from its inputs ({reason})") from None
-        if ours.shape != recorded.shape:
-            raise UserError(f"{name}: ours has shape {tuple(ours.shape)}, the recording {tuple(recorded.shape)}")
+        if computed.shape != recorded.shape:
+            raise UserError(f"{name}: computed shape {tuple(computed.shape)}, recorded shape {tuple(recorded.shape)}")
         if not recorded.is_floating_point():
-            yield TensorComparison(name, wrong_bits=int((ours.to(recorded.dtype) != recorded).sum()))
+            yield TensorComparison(name, wrong_bits=int((computed.to(recorded.dtype) != recorded).sum()))
             return
-        difference = (ours - recorded).abs().max() if recorded.numel() else torch.zeros(())
+        difference = (computed - recorded).abs().max() if recorded.numel() else torch.zeros(())
         yield TensorComparison(name, float(difference.nan_to_num(nan=float("inf"))))
 
 
@@ -337,13 +340,14 @@ CHECKS: dict[str, Callable[..., Tensor]] = {
     r"samp\.(alg1|alg2)\.(out|p|z|x0_prob_last)": lambda golden, name, part: golden.diffusion_trajectory(name)[part],
     r"samp\.ar\.(z|out_last|p)": lambda golden, part: golden.ar_trajectory()[part],
 }
-"""For each form of an output's name, what gives it; groups of the name are the arguments."""
+"""Function that computes each output, by a pattern of its name; the pattern's groups are the arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m instella_ray.models.golden",
-        description="Compare this implementation with recorded numbers; exit code 1 past 1e-5 or with any wrong bit.",
+        description="Compare this implementation with recorded tensors; exit code 1 for a difference above 1e-5, a wrong "
+        "bit, or an output that was not compared.",
     )
     parser.add_argument("folder", type=Path, help="folder with config.json, io.safetensors and checkpoints")
     args = parser.parse_args(argv)
@@ -351,15 +355,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def check() -> int:
         golden = Golden(args.folder)
         for name in golden.missing:
-            print(f"no {name} in {args.folder}: what it gives is not compared")
+            print(f"no {name} in {args.folder}: its outputs are not compared")
         results = list(golden.compare())
         for result in results:
             print(result)
         compared = [result for result in results if not result.not_checked]
         failed = sum(not result.passed for result in compared)
-        left_out = len(results) - len(compared)
-        print(f"{len(compared)} tensors compared, {failed} failed" + (f", {left_out} not checked" if left_out else ""))
-        return 1 if failed or left_out or not compared else 0
+        skipped = len(results) - len(compared)
+        print(f"{len(compared)} tensors compared, {failed} failed" + (f", {skipped} not checked" if skipped else ""))
+        return 1 if failed or skipped or not compared else 0
 
     return run_main(check)
 

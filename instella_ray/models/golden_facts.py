@@ -1,6 +1,6 @@
-"""What ``config.json`` in a folder of recorded numbers says: the facts that the shapes of tensors cannot tell.
+"""Schema of ``config.json`` in a folder of recorded tensors: settings that cannot be derived from tensor shapes.
 
-Each section is read on its own, when a recorded tensor needs it.
+Each section is validated separately, when a recorded tensor needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .bit import AxisWidth
 
 
 class RecordedFacts(Config):
-    """A part of ``config.json``. The rest of it, prose for the most part, is of no interest here."""
+    """Base of a section of ``config.json``; unknown keys, mostly prose, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -26,12 +26,12 @@ class TokenizerFacts(RecordedFacts):
 class TokenizerSection(RecordedFacts):
     bit: TokenizerFacts
     bae_scale: float | None
-    """Null: integer positions everywhere."""
+    """Extent of positions in pixels; null means integer positions."""
 
 
 class SizesSection(RecordedFacts):
     sizes: dict[str, tuple[int, int]]
-    """Height and width (px) by name."""
+    """Height and width in pixels by name."""
 
 
 class SamplingFacts(RecordedFacts):

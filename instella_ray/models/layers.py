@@ -1,6 +1,6 @@
-"""Building blocks shared by the tokenizer and the generators.
+"""Layers shared by the tokenizer and the generators: norms, attention, feed-forward, timestep embedding, adaLN.
 
-Parameter names follow the published checkpoints, so that a published file loads without a renaming table.
+Parameter names follow the published checkpoints, so that a published file loads without renaming.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """``w * x / sqrt(mean(x^2) + 1e-6)`` over the last axis; statistics in float32 whatever the input's dtype."""
+    """RMS norm ``w * x / sqrt(mean(x^2) + 1e-6)`` over the last axis; statistics in float32 for every input dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,15 +26,15 @@ class RMSNorm(nn.Module):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm without affine parameters: adaLN supplies scale and shift."""
+    """Apply layer norm without affine parameters; adaLN provides scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 class Attention(nn.Module):
-    """Projections of a multi-head attention: no biases, RMSNorm on q and k after the split into heads.
+    """Multi-head attention projections: no biases, RMSNorm on q and k after the split into heads.
 
-    The three callers (tokenizer self-attention, joint text-image attention, cached AR attention) differ only in
-    which keys they bring, so this class offers the projections and :meth:`attend`, and they compose them.
+    Tokenizer self-attention, joint text-image attention and cached AR attention differ only in their keys and values, so
+    this class provides the projections and :meth:`attend`, which they combine.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -48,25 +48,25 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(width // heads)
 
     def split(self, x: Tensor) -> Tensor:
-        """``[B, S, width] -> [B, heads, S, D]``."""
+        """Split the heads, ``[B, S, width] -> [B, heads, S, D]``."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
-        """Normalised queries ``[B, heads, S, D]`` of ``x [B, S, width]``."""
+        """Return normalized queries ``[B, heads, S, D]`` of ``x [B, S, width]``."""
         return self.norm_q(self.split(self.q_proj(x)))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised keys and plain values, each ``[B, heads, S, D]``, of ``x [B, S, width]``."""
+        """Return normalized keys, and values, each ``[B, heads, S, D]``, of ``x [B, S, width]``."""
         return self.norm_k(self.split(self.k_proj(x))), self.split(self.v_proj(x))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention, heads merged and projected: ``[B, Sq, width]``. ``mask`` is true where a key is seen."""
+        """Apply softmax attention, merge and project the heads: ``[B, Sq, width]``. ``mask`` is true for visible keys."""
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """``W_down(silu(W_gate y) * W_up y)`` without biases."""
+    """SwiGLU feed-forward ``W_down(silu(W_gate y) * W_up y)`` without biases."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class _GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``d -> 4d -> d`` with tanh-approximated GELU and biases."""
+    """Feed-forward ``d -> 4d -> d`` with tanh-approximated GELU and biases."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The middle Identity (dropout elsewhere) keeps the published names net.0.proj and net.2.
+        # Identity in place of the dropout layer keeps the published names net.0.proj and net.2.
         self.net = nn.Sequential(_GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, y: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class FeedForward(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """``t [B] in [0, 1] -> [B, width]``: the raw scalar through two linear layers, no sinusoid."""
+    """Timestep embedding ``t [B] in [0, 1] -> [B, width]``: two linear layers on the raw scalar, no sinusoids."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: the timestep embedding mapped to ``parts`` vectors, each ``[B, 1, width]`` to broadcast over tokens."""
+    """adaLN modulation: timestep embedding to ``parts`` vectors, each ``[B, 1, width]`` to broadcast over tokens."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()

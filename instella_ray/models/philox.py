@@ -1,7 +1,7 @@
-"""Philox-4x32-10 (Salmon et al., 2011): random words as a function of a counter and a key.
+"""Philox-4x32-10 (Salmon et al., 2011): counter-based random numbers in NumPy.
 
-The rounds are written in integer operations that NumPy arrays and torch tensors share: the same numbers come from
-both, and where batches are prepared no torch is needed.
+The rounds use integer operations common to NumPy arrays and torch tensors, so that both give the same numbers, and data
+loading does not need torch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def rounds(
     even: Any, odd: Any, key: Any, *, multipliers: Any, key_steps: Any, flip: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """Words 0 and 2, and words 1 and 3, of the generator's output, ``[2, ...]`` each.
+    """Apply the ten rounds; returns words 0 and 2, and words 1 and 3, of the output, ``[2, ...]`` each.
 
-    ``even``, ``odd`` are the same words of the counter and ``key`` the two of the key, int64 with values in [0, 2^32);
-    ``multipliers``, ``key_steps`` the constants along the first axis; ``flip`` reverses the first axis.
+    ``even``, ``odd`` are the same words of the counter and ``key`` the two words of the key, int64 in [0, 2^32);
+    ``multipliers``, ``key_steps`` are the constants along the first axis; ``flip`` reverses the first axis.
     """
-    # Both halves of a round are in one array, because small arrays cost by the operation. Only the factor of a product
-    # must be cut to 32 bits: what stands above them in the other words is cut with it, a round later.
+    # Both halves of a round share one array, because the cost of small arrays is per operation. Only the factor of a
+    # product must be masked to 32 bits: higher bits of the other words are masked with it in the next round.
     for number in range(10):
         # int64 products wrap modulo 2^64, which keeps both 32-bit halves of the unsigned product.
         product = flip(even * multipliers)
@@ -39,9 +39,9 @@ def rounds(
 
 
 def philox(counter: Words, key: tuple[np.ndarray, np.ndarray]) -> Words:
-    """Four random 32-bit words for each 128-bit ``counter`` and 64-bit ``key``, as :func:`.rng.philox` gives them.
+    """Return four random 32-bit words for each 128-bit ``counter`` and 64-bit ``key``, equal to :func:`.rng.philox`.
 
-    Every word is an int64 array ``[N]`` with values in [0, 2^32); shapes broadcast against each other.
+    Every word is an int64 array ``[N]`` with values in [0, 2^32); shapes are broadcast.
     """
     c0, c1, c2, c3, k0, k1 = np.broadcast_arrays(*counter, *key)
     even, odd = rounds(

@@ -1,11 +1,11 @@
-"""Import of the released Instella-T2I checkpoints into model folders of this project.
+"""Conversion of the released Instella-T2I checkpoints to model folders.
 
     python -m instella_ray.models.published RELEASE_FOLDER OUTPUT_FOLDER
 
-reads ``bae/model.safetensors``, ``diffusion.pt`` and ``ar.pt`` (those that are there) and writes ``OUTPUT/bit``,
-``OUTPUT/diffusion`` and ``OUTPUT/ar`` as safetensors. Parameter names are the same on both sides; sizes are read off
-the shapes, and what shapes cannot tell (RoPE axes, resampling places, position extent) are the released settings unless
-options say otherwise. The output folder is absent or complete: a failed import leaves nothing behind.
+reads ``bae/model.safetensors``, ``diffusion.pt`` and ``ar.pt`` (those that exist) and writes ``OUTPUT/bit``,
+``OUTPUT/diffusion`` and ``OUTPUT/ar`` as safetensors. Parameter names are unchanged; sizes are derived from tensor
+shapes. Settings that shapes do not determine (RoPE axes, resampling blocks, position extent) default to the released
+ones and can be set by options. The output folder is written atomically: a failed import leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .checkpoint import Model, assemble, load_expected, read_tensors, save_model
 from .generator import GeneratorConfig
 
 LICENSE = (
-    "The released Instella-T2I weights are under AMD's research-only RAIL licence, which these converted files keep: "
-    "read it beside the release before using or sharing them."
+    "The released Instella-T2I weights are under AMD's research-only RAIL licence, which also applies to these converted "
+    "files: read it in the release before using or sharing them."
 )
 TEXT_ENCODER = {"name": "amd/AMD-OLMo-1B", "max_length": 128}
 FILES = {"bit": "bae/model.safetensors", "diffusion": "diffusion.pt", "ar": "ar.pt"}
@@ -39,22 +39,22 @@ State = Mapping[str, Tensor]
 
 
 class ReleaseSettings(Config):
-    """What a tokenizer's shapes cannot tell; the defaults are the released settings."""
+    """Tokenizer settings that tensor shapes do not determine; the defaults are the released settings."""
 
     rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
     downsample_after: tuple[int, ...] = (7,)
     upsample_after: tuple[int, ...] = (7,)
     bae_scale: float | None = Field(1024.0, gt=0)
-    """Pixels that every side of an image is stretched to when positions are counted; none: no interpolation."""
+    """Extent in pixels that positions of every image side are interpolated to; none: no interpolation."""
 
 
 RELEASED = ReleaseSettings()
 
 
 def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, source: str = "tokenizer") -> BITConfig:
-    """The tokenizer's configuration from its tensors' shapes, with the released variants of every option.
+    """Derive the tokenizer's configuration from tensor shapes, with the released variant of every option.
 
-    UserError names ``source`` where the tensors are not those of a tokenizer, or the settings do not go with them.
+    UserError names ``source`` if the tensors are not a tokenizer's, or the settings do not match them.
     """
     encoder_width, _, patch, _ = _shape(state, "encoder.patch_embedder.weight", 4, source)
     decoder_width = _shape(state, "decoder.mask_tokens", 3, source)[-1]
@@ -62,7 +62,7 @@ def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, so
     multiple = patch * 2 ** len(settings.downsample_after)
     sizes = {
         "kind": "bit",
-        # The released tokenizers read 512 px; one with an odd patch reads the next size below that fits.
+        # The released tokenizers read 512 px; for other patch sizes, the largest multiple below.
         "image_size": multiple * max(512 // multiple, 1),
         "patch_size": patch,
         "num_tokens": _shape(state, "encoder.latent_tokens", 3, source)[1],
@@ -82,9 +82,9 @@ def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, so
 
 
 def generator_config_from_state(state: State, source: str = "generator") -> GeneratorConfig:
-    """A generator's configuration from its tensors' shapes: the split token tells AR from diffusion.
+    """Derive a generator's configuration from tensor shapes; only an AR generator has a split token.
 
-    UserError names ``source`` where the tensors are not those of a generator.
+    UserError names ``source`` if the tensors are not a generator's.
     """
     ar = "split_token" in state
     width, bits = _shape(state, "x_embedder.weight", 2, source)
@@ -106,7 +106,7 @@ def generator_config_from_state(state: State, source: str = "generator") -> Gene
 
 
 def model_from_state(kind: str, state: State, source: Path, settings: ReleaseSettings = RELEASED) -> Model:
-    """The model of ``kind``, one of :data:`FILES`, in eval mode; UserError names ``source`` where it holds no such one."""
+    """Build the model of ``kind``, a key of :data:`FILES`, in eval mode; UserError names ``source`` for another kind."""
     if kind == "bit":
         return assemble(bit_config_from_state(state, settings, str(source)), state, source)
     config = generator_config_from_state(state, str(source))
@@ -116,14 +116,17 @@ def model_from_state(kind: str, state: State, source: Path, settings: ReleaseSet
 
 
 def load_published(path: Path) -> dict[str, Tensor]:
-    """The tensors of one released file. Pickles are read with ``weights_only=True``: no code in them runs."""
+    """Read the tensors of a released file; pickles with ``weights_only=True``, so that no code in them is executed.
+
+    UserError for a file of another format.
+    """
     if path.suffix == ".safetensors":
         return read_tensors(path)
     expected = "expected a DeepSpeed checkpoint with its weights under 'module'"
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A damaged or hostile pickle can fail in any way.
-        raise UserError(f"{path}: refused, not a file of plain tensors ({type(error).__name__}); {expected}") from None
+    except Exception as error:  # a damaged or malicious pickle can raise any error
+        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__}); {expected}") from None
     state = content.get("module") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: {expected}")
@@ -133,17 +136,17 @@ def load_published(path: Path) -> dict[str, Tensor]:
 def import_published(
     source: Path, output: Path, settings: ReleaseSettings = RELEASED, tokenizer: Path | None = None
 ) -> list[Path]:
-    """Convert every released file found under ``source`` into a folder under ``output``; returns the folders.
+    """Convert every released file under ``source`` to a model folder under ``output``; returns the folders.
 
-    Generators are marked with the hash of the release's own tokenizer, or of the one in the model folder ``tokenizer``.
+    Generators are stored with the hash of the release's tokenizer, or of that in the model folder ``tokenizer``.
     """
     found = {kind: source / file for kind, file in FILES.items() if (source / file).is_file()}
     if not found:
         raise UserError(f"{source}: none of the released files found; expected {', '.join(FILES.values())}")
     if not is_empty(str(output)):
-        raise UserError(f"{output}: exists already; choose another output folder")
+        raise UserError(f"{output}: already exists; choose another output folder")
     if tokenizer is not None and "bit" in found:
-        raise UserError(f"--tokenizer {tokenizer}: the release has its own, {found['bit']}; expected one of the two")
+        raise UserError(f"--tokenizer {tokenizer}: the release contains {found['bit']}; expected one of the two")
     bit = None if tokenizer is None else load_expected(tokenizer, BIT)
     with atomic_dir(output) as folder:
         for kind, path in found.items():
@@ -157,25 +160,25 @@ def import_published(
             save_model(folder / kind, model, extra=extra)
     if bit is None:
         print(
-            f"note: no {FILES['bit']} in {source}, so {' and '.join(found)} name no tokenizer, and whatever decodes "
-            "codes will refuse them; import again with --tokenizer FOLDER to name it",
+            f"note: no {FILES['bit']} in {source}, so {' and '.join(found)} have no tokenizer hash, and their codes cannot "
+            "be decoded; import again with --tokenizer FOLDER to set it",
             file=sys.stderr,
         )
     return [output / kind for kind in found]
 
 
 def _lineage(model: Model, path: Path, bit: BIT | None) -> dict[str, Any]:
-    """What a generator's ``config.yaml`` says of its surroundings; the tokenizer's hash is left out without one.
+    """Return the text encoder and, with a tokenizer, the tokenizer hash for a generator's ``config.yaml``.
 
-    UserError where the generator's codes are not of the tokenizer's size.
+    UserError if the generator's codes do not have the tokenizer's size.
     """
     if bit is None:
         return {"text_encoder": TEXT_ENCODER}
-    theirs, ours = ((m.cfg.num_tokens, m.cfg.bits_per_token) for m in (model, bit))
-    if theirs != ours:
+    generated, decoded = ((m.cfg.num_tokens, m.cfg.bits_per_token) for m in (model, bit))
+    if generated != decoded:
         raise UserError(
-            f"{path}: writes codes of {theirs[0]} tokens x {theirs[1]} bits, "
-            f"the tokenizer reads {ours[0]} tokens x {ours[1]} bits"
+            f"{path}: writes codes of {generated[0]} tokens x {generated[1]} bits, "
+            f"the tokenizer reads {decoded[0]} tokens x {decoded[1]} bits"
         )
     return {"text_encoder": TEXT_ENCODER, "tokenizer_hash": weight_hash(bit)}
 
@@ -183,7 +186,7 @@ def _lineage(model: Model, path: Path, bit: BIT | None) -> dict[str, Any]:
 def _shape(state: State, name: str, axes: int, source: str) -> torch.Size:
     shape = state[name].shape if name in state else None
     if shape is None or len(shape) != axes or 0 in shape:
-        found = "there is none" if shape is None else f"it has shape {tuple(shape)}"
+        found = "found none" if shape is None else f"found shape {tuple(shape)}"
         raise UserError(f"{source}: expected a tensor {name} with {axes} axes, {found}")
     return shape
 
@@ -194,11 +197,11 @@ def _depth(state: State, prefix: str) -> int:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """``"8,28,28"`` as integers; ``none`` is the empty list."""
+    """Parse ``"8,28,28"`` to integers; ``none`` is the empty tuple."""
     try:
         return () if text == "none" else tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers with commas between, or none") from None
+        raise argparse.ArgumentTypeError(f"'{text}': expected comma-separated integers, or none") from None
 
 
 def _scale(text: str) -> float | None:
@@ -213,11 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m instella_ray.models.published", description="Convert the released Instella-T2I checkpoints."
     )
     parser.add_argument(
-        "source", type=Path, help="folder of the release, with bae/model.safetensors, diffusion.pt, ar.pt"
+        "source", type=Path, help="folder of the release, with bae/model.safetensors, diffusion.pt and ar.pt"
     )
     parser.add_argument("output", type=Path, help="new folder for bit/, diffusion/ and ar/")
     for option, parse, metavar, meaning in (
-        ("rope-axes", _numbers, "A,B,C", "columns of a head given to latent index, row, column"),
+        ("rope-axes", _numbers, "A,B,C", "columns of a head for latent index, row and column"),
         ("downsample-after", _numbers, "I,..", "encoder blocks followed by a 2x2 merge"),
         ("upsample-after", _numbers, "I,..", "decoder blocks followed by a 2x2 expansion"),
         ("bae-scale", _scale, "PIXELS", "extent of positions, none: integer positions"),

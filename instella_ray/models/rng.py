@@ -1,7 +1,7 @@
-"""Counter-based uniforms: an image's random bits depend on its own seed and on nothing around it.
+"""Counter-based uniform random numbers in torch, which depend only on an image's seed and the draw's index.
 
-Philox (:mod:`.philox`) in plain integer tensor operations, so that every device gives the same numbers and a row's
-numbers are the same alone, in any batch, after a retry, and in another process.
+Philox (:mod:`.philox`) in integer tensor operations: a row has the same numbers on every device, in any batch, after a
+retry and in another process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from .philox import KEY_STEPS, MASK, MULTIPLIERS, rounds
 
 DIFFUSION, AR, TRAINING = 0, 1, 2
-"""Streams: draws for different purposes never share a number. Within one, a draw is told by its count."""
+"""Streams of independent random numbers for different purposes. Draws within a stream are numbered."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10: four random 32-bit words for each 128-bit ``counter`` and 64-bit ``key``.
+    """Return four random 32-bit words (Philox-4x32-10) for each 128-bit ``counter`` and 64-bit ``key``.
 
-    Every word is an int64 tensor with values in [0, 2^32); shapes broadcast against each other.
+    Every word is an int64 tensor with values in [0, 2^32); shapes are broadcast.
     """
     c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)
     even, odd, k = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((k0, k1))
@@ -31,15 +31,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Multipliers and key steps, ``[2]`` each, copied to a device once."""
+    """Return multipliers and key steps, ``[2]`` each, cached per device."""
     return torch.tensor(MULTIPLIERS, device=device), torch.tensor(KEY_STEPS, device=device)
 
 
 def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int = DIFFUSION) -> Tensor:
-    """Float32 ``[B, tokens, bits]`` in [0, 1), a function of (seed, draw, stream, token, bit) alone.
+    """Return uniforms, float32 ``[B, tokens, bits]`` in [0, 1), a function of (seed, draw, stream, token, bit) only.
 
-    ``seed [B]`` is any int64 (the key), ``draw [B]`` a count in [0, 2^32) within the stream. In the diffusion
-    stream draw 0 is the initial noise and draw k comes after step k - 1; in the AR stream draw i is token i.
+    ``seed [B]`` is any int64 (the key), ``draw [B]`` an index in [0, 2^32) within the stream. In the diffusion stream
+    draw 0 is the initial noise and draw k comes after step k - 1; in the AR stream draw i belongs to token i.
     """
     count = tokens * bits
     block = torch.arange((count + 3) // 4, device=seed.device)
@@ -48,19 +48,19 @@ def uniforms(seed: Tensor, draw: Tensor, tokens: int, bits: int, *, stream: int 
         (block, draw & MASK, torch.full_like(block, stream), torch.zeros_like(block)),
         (seed & MASK, (seed >> 32) & MASK),
     )
-    # 24 bits are what a float32 in [0, 1) holds evenly, so no value rounds up to 1.
+    # A float32 represents multiples of 2^-24 in [0, 1) exactly, so no value is rounded up to 1.
     values = torch.stack(words, dim=-1).flatten(1)[:, :count] >> 8
     return (values.float() * 2.0**-24).unflatten(1, (tokens, bits))
 
 
 def sample_seeds(seed: int, step: int, positions: Tensor) -> Tensor:
-    """A seed for each sample of a training step, int64 ``[B]``: of its place in the global batch, ``positions [B]``
-    in [0, 2^32).
+    """Return a seed, int64 ``[B]``, for each sample of a training step.
 
-    So what is random about a sample depends neither on the number of workers nor on how they cut their shares.
+    Seeds depend on ``positions [B]`` in the global batch, in [0, 2^32), and therefore neither on the number of workers nor
+    on the micro-batch size.
     """
     zero = torch.zeros_like(positions)
-    # The last word of the counter sets these apart from the draws of :func:`uniforms`, where it is 0.
+    # The last word of the counter differs from that of :func:`uniforms`, where it is 0.
     counter = (positions & MASK, zero + (step & MASK), zero + (step >> 32), zero + MASK)
     high, low, *_ = philox(counter, (zero + (seed & MASK), zero + ((seed >> 32) & MASK)))
     return (high << 32) | low

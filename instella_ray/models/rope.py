@@ -1,4 +1,4 @@
-"""Rotary positions of BIT's mixed sequence: one axis for latent tokens, two for the patch grid."""
+"""Rotary position embeddings (RoPE) of BIT's [latent; image] sequence, and sinusoidal grid positions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ RopeStyle = Literal["rotary", "published"]
 
 
 def grid_positions(side: int, extent: float | None, device: torch.device | None = None) -> Tensor:
-    """Coordinates ``[side]`` of patches along one side.
+    """Return the coordinates ``[side]`` of patches along one side.
 
-    With an ``extent`` S the side always spans [0, S-1], whatever its number of patches: position interpolation, so
-    one set of weights serves every output size. Without, positions are the integers.
+    With an ``extent`` S, positions are interpolated to span [0, S-1] for any number of patches, so that the same weights
+    work for every output size. Without it, positions are integers.
     """
     index = torch.arange(side, dtype=torch.float32, device=device)
     if extent is None:
         return index
-    # Divide, then multiply: the published order, which matters in the last bit. A single patch sits at 0.
+    # Divide before multiplying, as published: the order affects the last bit. A single patch has position 0.
     return index / max(side - 1, 1) * (extent - 1)
 
 
@@ -31,10 +31,10 @@ def rope_table(
     extent: float | None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables, float32 ``[latent_tokens + height * width, sum(axes)]``, latent tokens first.
+    """Build cosine and sine tables, float32 ``[latent_tokens + height * width, sum(axes)]``, latent tokens first.
 
     Latent token n has position (n, 0, 0), patch (r, c) has (0, r, c) in interpolated units. Angles are
-    ``position * 10000^(-2m / D_axis)`` in float64; each frequency fills two neighbouring columns.
+    ``position * 10000^(-2m / D_axis)`` in float64; each frequency occupies two neighbouring columns.
     """
     rows = grid_positions(height, extent, device)
     columns = grid_positions(width, extent, device)
@@ -51,10 +51,10 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor], style: RopeStyle) -> Tensor:
-    """Turn ``x [B, heads, S, D]`` by the table.
+    """Apply the rotary table to ``x [B, heads, S, D]``.
 
-    ``rotary`` turns neighbouring columns as pairs, the true rotation for this table. ``published`` pairs column j
-    with j + D/2, which have different angles: not a rotation, but what the released weights were trained with.
+    ``rotary`` rotates pairs of neighbouring columns, the correct rotation for this table. ``published`` pairs column j
+    with j + D/2, which have different angles: not a rotation, but the variant that the released weights were trained with.
     """
     cos, sin = table
     if style == "rotary":
@@ -67,7 +67,10 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor], style: RopeStyle) -> Ten
 
 
 def sinusoidal_grid(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
-    """Sines and cosines of each patch's place ``[1, height * width, channels]``; sides always span [-1, 1]."""
+    """Return sinusoidal position embeddings of the patch grid, ``[1, height * width, channels]``.
+
+    Coordinates of each side span [-1, 1].
+    """
     quarter = channels // 4
     frequency = torch.pi / 2 * 2.0 ** (4 * torch.arange(quarter, device=device) / quarter)
 

@@ -1,11 +1,11 @@
-"""Samplers as pure functions of tensors: one step in, one step out.
+"""Diffusion (Alg. 1 and 2) and AR samplers as pure functions of tensors.
 
-Everything a request may choose is a tensor with one value a row, so rows of different requests, at different points
-of different schedules, share a batch. The server's engine, the bulk job and the training previews all call these.
+All sampling parameters are tensors with one value per row, so that rows of different requests, at different steps of
+different schedules, share a batch. The server's engine, the bulk job and the training previews use these functions.
 
-Exponentials are taken in float64 and rounded once: vectorised float32 ones give another last digit where a row falls
-into the remainder of a vector, so that its bits could depend on its place in the batch. All else here is exact
-elementwise arithmetic.
+Exponentials are computed in float64 and rounded once: the last digit of a vectorized float32 exponential depends on
+whether a row falls into the remainder of a vector, so a row's bits could depend on its position in the batch. All other
+operations are exact elementwise arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .generator import ARGenerator, DiffusionGenerator
 from .joint_attention import JointCache, TextKV
 
 SAMPLERS = {"posterior": 0, "simplified": 1}
-"""``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+"""Numbers of the samplers: ``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
 
 Sampler = Literal["posterior", "simplified"]
 Guidance = Annotated[float, Field(allow_inf_nan=False)]
@@ -34,19 +34,19 @@ Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SamplingConfig(Config):
-    """The fields of :class:`SamplingParams` but the seed, with the same defaults."""
+    """Sampling settings: the fields of :class:`SamplingParams` without the seed, with the same defaults."""
 
     num_inference_steps: int = Field(20, ge=1)
     guidance_scale: Guidance = 7.5
-    """The paper's alpha; 0 is without guidance."""
+    """Classifier-free guidance scale, the paper's alpha; 0 disables guidance."""
     temperature: Temperature = 1.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     rho: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Exponent of the time grid."""
+    """Exponent of the timestep grid."""
     sampler: Sampler = "simplified"
     """``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
     final_draw: bool = False
-    """Draw the last step's bits (the paper) in place of a threshold at 0.5 (the release)."""
+    """Sample the bits of the last step (the paper) instead of thresholding at 0.5 (the release)."""
 
 
 Uniforms = Callable[[int], Tensor] | Tensor | None
@@ -55,20 +55,20 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What each row of a batch asked for; every field is a tensor ``[B]``."""
+    """Sampling parameters of each row of a batch; every field is a tensor ``[B]``."""
 
     seed: Tensor
     num_inference_steps: Tensor
     guidance_scale: Tensor
     """The paper's alpha: ``(1 + alpha) conditional - alpha unconditional``; 0 is conditional only."""
     temperature: Tensor
-    """The paper's tau. 0 is greedy: predictions become hard decisions, without a division."""
+    """The paper's tau. 0 is greedy: logits are thresholded, without a division."""
     rho: Tensor
-    """Exponent of the time grid ``t_i = (1 - i / S)^rho``."""
+    """Exponent of the timestep grid ``t_i = (1 - i / S)^rho``."""
     sampler: Tensor
     """A value of :data:`SAMPLERS`."""
     final_draw: Tensor
-    """True: the last step draws bits (the paper); false: it thresholds at 0.5 (the published sampler)."""
+    """True: the last step samples bits (the paper); false: it thresholds at 0.5 (the published sampler)."""
 
     @classmethod
     def of(
@@ -83,9 +83,9 @@ class SamplingParams:
         sampler: str | Sequence[str] | Tensor = "simplified",
         final_draw: bool | Sequence[bool] | Tensor = False,
     ) -> SamplingParams:
-        """Parameters of ``batch`` rows from single values (shared) or one value a row.
+        """Build the parameters of ``batch`` rows from single values (shared) or one value per row.
 
-        UserError names the field whose values are out of range, or not one a row.
+        UserError names the field whose values are out of range or of the wrong number.
         """
 
         def rows(name: str, value: Any, dtype: torch.dtype, expected: str, valid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -107,7 +107,7 @@ class SamplingParams:
             numbers = [SAMPLERS[name] for name in names]
             sampler = torch.tensor(numbers[0] if isinstance(sampler, str) else numbers)
         return cls(
-            rows("seed", seed, torch.int64, "integers of 64 bits", torch.ones_like),
+            rows("seed", seed, torch.int64, "64-bit integers", torch.ones_like),
             rows("num_inference_steps", num_inference_steps, torch.int64, "at least 1", lambda v: v >= 1),
             rows("guidance_scale", guidance_scale, torch.float32, "finite numbers", torch.isfinite),
             rows("temperature", temperature, torch.float32, "at least 0", lambda v: (v >= 0) & v.isfinite()),
@@ -120,20 +120,20 @@ class SamplingParams:
         return len(self.seed)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SamplingParams:
-        """Every field through ``function``: indexing rows, moving to a device."""
+        """Apply ``function`` to every field, for example to index rows or to move to a device."""
         return SamplingParams(*[function(getattr(self, field.name)) for field in fields(self)])
 
 
 def timestep(step: Tensor, params: SamplingParams) -> Tensor:
-    """Time ``[B]`` at which each row's network call ``step [B]`` happens: 1 at step 0, 0 after the last."""
+    """Return the timestep ``[B]`` of each row's network call ``step [B]``: 1 at step 0, 0 after the last step."""
     left = (1 - step.double() / params.num_inference_steps).clamp(min=0)
     return (left**params.rho).float()
 
 
 def guided_probability(cond: Tensor, uncond: Tensor, params: SamplingParams) -> Tensor:
-    """Eq. 6 and 8: ``sigma(((1 + alpha) cond - alpha uncond) / tau)``, for logits ``[B, ...]``.
+    """Return ``sigma(((1 + alpha) cond - alpha uncond) / tau)`` for logits ``[B, ...]`` (Eq. 6 and 8).
 
-    At temperature 0 it is the hard decision ``logit > 0``, exactly; a logit of exactly 0 decides for 0.
+    At temperature 0 the result is exactly ``logit > 0``, so 0 for a logit of exactly 0.
     """
     scale, temperature = per_row(params.guidance_scale, cond), per_row(params.temperature, cond)
     logits = (1 + scale) * cond - scale * uncond
@@ -143,13 +143,13 @@ def guided_probability(cond: Tensor, uncond: Tensor, params: SamplingParams) -> 
 
 
 def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor) -> Tensor:
-    """``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1)``, both ``[B, L, K]``; s < t.
+    """Return ``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1)``, both ``[B, L, K]``; s < t.
 
-    ``simplified`` (Alg. 2) noises the prediction to time s. ``posterior`` (Alg. 1) also weighs in where the bit is
-    now, with the chance ``(t - s) / 2`` that it flipped on the way from s to t.
+    ``simplified`` (Alg. 2) adds noise to the prediction up to time s. ``posterior`` (Alg. 1) also conditions on the
+    current bit, with a flip probability of ``(t - s) / 2`` from s to t.
 
-    That chance is the published sampler's plain difference. Under the process's own noise schedule it would be
-    ``(t - s) / (2 (1 - s))``, so Alg. 1 is Bayes' rule for a chain that flips a little less than the forward one.
+    This flip probability is that of the published sampler. The forward process has ``(t - s) / (2 (1 - s))``, so Alg. 1
+    applies Bayes' rule to a chain that flips slightly less often than the forward process.
     """
     forward_1 = noise_probability(x0_prob, s)
     forward_0 = noise_probability(1 - x0_prob, s)
@@ -158,19 +158,19 @@ def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sam
     backward_0 = (1 - z) - gap * ((1 - z) - 0.5)
     joint_1, joint_0 = forward_1 * backward_1, forward_0 * backward_0
     total = joint_1 + joint_0
-    # Both joints vanish when s and t underflow to 0 (a large rho) and the prediction contradicts z: believe it then.
-    weighs = (per_row(sampler, z) == SAMPLERS["posterior"]) & (total > 0)
-    return torch.where(weighs, joint_1 / total, forward_1)
+    # Both joints are 0 if s and t underflow to 0 (a large rho) and the prediction contradicts z: use the prediction.
+    use_posterior = (per_row(sampler, z) == SAMPLERS["posterior"]) & (total > 0)
+    return torch.where(use_posterior, joint_1 / total, forward_1)
 
 
 def diffusion_step(
     z: Tensor, cond: Tensor, uncond: Tensor, step: Tensor, params: SamplingParams, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One denoising step of every row: the next bits and the current estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
+    """Run one denoising step of every row; returns the next bits and the estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
 
-    ``z`` float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``; ``u`` are
-    the uniforms of draw ``step + 1``. A row's last step (``step = num_inference_steps - 1``) gives its final bits.
-    Rows beyond their last step are the caller's to leave alone.
+    ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``; ``u`` are
+    the uniforms of draw ``step + 1``. A row's last step (``step = num_inference_steps - 1``) gives its final bits. The
+    caller must discard results of rows beyond their last step.
     """
     flip = guided_probability(cond, uncond, params)
     x0_prob = z * (1 - flip) + (1 - z) * flip
@@ -181,7 +181,7 @@ def diffusion_step(
 
 
 def ar_step(cond: Tensor, uncond: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
-    """Eq. 8: bits ``[B, K]``, float 0/1, of the next token of every row from logits and uniforms ``[B, K]``."""
+    """Sample the next token's bits ``[B, K]``, float 0/1, from logits and uniforms ``[B, K]`` (Eq. 8)."""
     return (u < guided_probability(cond, uncond, params)).to(cond.dtype)
 
 
@@ -195,27 +195,27 @@ def generate_diffusion(
     uniforms: Uniforms = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Codes, uint8 ``[B, L, K]``, for ``B = len(params)`` prompts; ``uncond`` may be a single row.
+    """Generate codes, uint8 ``[B, L, K]``, for ``B = len(params)`` prompts; ``uncond`` may be a single row.
 
-    ``uniforms`` replays draws (0 is the initial noise, k the draw after step k - 1) in place of the counter-based
-    ones, as a function of the draw or a tensor ``[draws, B, L, K]``; the last one, of the final draw, may be missing
-    where no row asks for it. ``on_step(step, z, x0_prob)`` is called after every step. Rows may differ in their
-    number of steps: one that is done keeps its bits (and has them as its x0_prob) while the others go on.
+    ``uniforms`` replaces the counter-based draws (0 is the initial noise, k the draw after step k - 1) by a function of
+    the draw's index or a tensor ``[draws, B, L, K]``, whose last draw may be missing unless a row has ``final_draw``.
+    ``on_step(step, z, x0_prob)`` is called after every step. Rows may have different numbers of steps: the bits of a
+    finished row stay unchanged, and are also its x0_prob. UserError if ``uniforms`` has too few draws.
     """
     batch, cfg = len(params), model.cfg
     params = params.map(lambda value: value.to(model.x_embedder.weight.device))
     steps = int(params.num_inference_steps.max())
     needed = steps + int(params.final_draw.any())
-    draw = _drawer(uniforms, needed, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
+    draw = _draw_function(uniforms, needed, params, cfg.num_tokens, cfg.bits_per_token, rng.DIFFUSION)
     text = JointCache.of(_with_unconditional(cond, uncond, batch), cfg.num_tokens)
     z = (draw(0) < 0.5).to(model.x_embedder.weight.dtype)
     for index in range(steps):
         step = torch.full((batch,), index, device=z.device)
         t = timestep(step, params).to(z.dtype)
         out = model(torch.cat((z, z)), torch.cat((t, t)), text)
-        after, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1))
-        goes_on = per_row(index < params.num_inference_steps, z)
-        z, x0_prob = torch.where(goes_on, after, z), torch.where(goes_on, x0_prob, z)
+        next_z, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1))
+        unfinished = per_row(index < params.num_inference_steps, z)
+        z, x0_prob = torch.where(unfinished, next_z, z), torch.where(unfinished, x0_prob, z)
         if on_step is not None:
             on_step(index, z, x0_prob)
     return z.to(torch.uint8)
@@ -232,16 +232,15 @@ def generate_ar(
     on_step: OnStep | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Codes, uint8 ``[B, L, K]``, token by token.
+    """Generate codes, uint8 ``[B, L, K]``, token by token.
 
-    Arguments as in :func:`generate_diffusion`, but draw i is that of token i: a tensor is ``[L, B, K]``. Step
-    counts, rho, sampler and final_draw have no meaning here. ``on_step(token, z, p)`` sees all bits so far and the
-    probabilities ``[B, K]`` that the token's were drawn from. ``use_cache=False`` recomputes the whole prefix for
-    every token, with the same result.
+    Arguments as in :func:`generate_diffusion`, but draw i belongs to token i: a tensor is ``[L, B, K]``. Step counts, rho,
+    sampler and final_draw are ignored. ``on_step(token, z, p)`` receives all bits so far and the token's bit
+    probabilities ``[B, K]``. ``use_cache=False`` recomputes the whole prefix for every token, with the same result.
     """
     batch, cfg = len(params), model.cfg
     params = params.map(lambda value: value.to(model.x_embedder.weight.device))
-    draw = _drawer(uniforms, cfg.num_tokens, params, 1, cfg.bits_per_token, rng.AR)
+    draw = _draw_function(uniforms, cfg.num_tokens, params, 1, cfg.bits_per_token, rng.AR)
     text = _with_unconditional(cond, uncond, batch)
     z = model.x_embedder.weight.new_zeros(batch, cfg.num_tokens, cfg.bits_per_token)
     cache = JointCache.of(text, cfg.num_tokens) if use_cache else None
@@ -267,19 +266,20 @@ def generate(
     uniforms: Uniforms = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Codes, uint8 ``[B, L, K]``, with the sampler of the model's kind."""
+    """Generate codes, uint8 ``[B, L, K]``, with the sampler of the model's kind."""
     if isinstance(model, ARGenerator):
         return generate_ar(model, cond, uncond, params, uniforms=uniforms, on_step=on_step)
     return generate_diffusion(model, cond, uncond, params, uniforms=uniforms, on_step=on_step)
 
 
-def _drawer(
+def _draw_function(
     given: Uniforms, needed: int, params: SamplingParams, tokens: int, bits: int, stream: int
 ) -> Callable[[int], Tensor]:
+    """Return the function from a draw's index to its uniforms; UserError if the tensor ``given`` has too few draws."""
     if isinstance(given, Tensor):
         if len(given) < needed:
             raise UserError(f"uniforms for replay: expected {needed} draws, got {len(given)}")
-        # The draw after a last step that thresholds is never looked at, and recordings don't hold it.
+        # A last step that thresholds does not use its draw, and recordings omit it.
         return lambda index: given[min(index, len(given) - 1)]
     if given is not None:
         return given

@@ -1,6 +1,6 @@
-"""The frozen text encoder: every layer's features of any Hugging Face language model, without its LM head.
+"""Frozen text encoder: features of every layer of a Hugging Face language model, and a cache of them.
 
-The generator's block i reads layer i, so a prompt becomes ``[layers, T, width]``.
+The generator's block i reads layer i, so the features of a prompt are ``[layers, T, width]``.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from .checkpoint import weight_hash
 log = logging.getLogger(__name__)
 
 FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-"""What the norm after the last layer is called, over the architectures of Transformers."""
+"""Attribute names of the final norm in the architectures of Transformers."""
 
 
 class TextEncoderConfig(Config):
-    """Which language model reads the prompts, and how much of it."""
+    """Settings of the text encoder: language model, number of layers and prompt length."""
 
     name: str = "amd/AMD-OLMo-1B"
-    """Hub name, local folder, or ``package:module/folder`` for weights that an installed package carries."""
+    """Hub name, local folder, or ``package:module/folder`` for weights in an installed package."""
     gguf_file: str | None = None
-    """File within ``name`` when the weights are GGUF."""
+    """File within ``name`` for GGUF weights."""
     layers: int | None = None
-    """Use the first so many layers only; none means all."""
+    """Number of first layers to use; none means all."""
     max_length: int = 128
-    """Tokens a prompt; longer prompts are cut with a warning."""
+    """Maximum tokens per prompt; longer prompts are truncated with a warning."""
 
 
 class TextFeatures(NamedTuple):
-    """Features of a batch of prompts, left padded."""
+    """Left-padded features of a batch of prompts."""
 
     features: Tensor
     """``[layers, B, T, width]``, zero at padded positions."""
@@ -51,13 +51,13 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder:
-    """A frozen language model and its tokenizer. Not a module: nothing here is ever trained or saved."""
+    """Frozen language model with its tokenizer. Not a module, because it is never trained or saved."""
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TextEncoderConfig) -> None:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
-        # A pooler reads the last layer for classification: nothing here wants it, and its weights may be made up.
+        # The pooler of a classifier is not used, and its weights may be randomly initialized.
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None
         self.num_layers = _keep_layers(self.model, cfg.layers)
@@ -68,9 +68,9 @@ class TextEncoder:
     def from_config(
         cls, cfg: TextEncoderConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> TextEncoder:
-        """Load by hub name or path; code from the hub is never run. UserError where that gives no model.
+        """Load by hub name or path, without executing code from the hub; UserError if loading fails.
 
-        ``dtype`` is that of the weights and of the features.
+        ``dtype`` is the dtype of weights and features.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -86,17 +86,17 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features of ``prompts``, padded on the left to the longest of them (at least one position)."""
+        """Encode ``prompts``, left-padded to the longest one (at least one position); UserError if there are none."""
         if not prompts:
             raise UserError("prompts: the list is empty, expected at least one")
         rows = [self._tokens(prompt) for prompt in prompts]
-        # The model itself runs padded on the right. There positions count from the first real token by default,
-        # whether they are rotary, learned or biases, and causal attention never meets the padding.
+        # The model runs right-padded, so that default positions (rotary, learned or biases) count from the first real
+        # token, and causal attention never sees padding.
         length = max([1, *map(len, rows)])
         device = next(self.model.parameters()).device
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id or 0)
         visible = torch.zeros(len(rows), length, dtype=torch.long)
-        # A row without any token would attend to nothing and give NaN: it sees one padding, and is dropped below.
+        # A row without tokens would attend to nothing and give NaN: one padding position is made visible, dropped below.
         visible[:, 0] = 1
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
@@ -105,13 +105,13 @@ class TextEncoder:
         out = self.model(
             input_ids=ids.to(device), attention_mask=visible.to(device), output_hidden_states=True, **options
         )
-        # The first entry is the embedding. The last one is after the final norm, where the model has one.
+        # The first entry is the embedding, the last one includes the final norm, if any.
         features = torch.stack(out.hidden_states[1:])
         return pad_features([features[:, i, : len(row)] for i, row in enumerate(rows)])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 of the frozen weights in use, for lineage: the same wherever their files lie."""
+        """Sha256 of the weights in use, for provenance; independent of the location of their files."""
         return weight_hash(self.model)
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -119,15 +119,15 @@ class TextEncoder:
         limit = self.cfg.max_length
         if len(ids) <= limit:
             return ids
-        log.warning("prompt '%s...' has %d tokens, cut to %d", prompt[:40], len(ids), limit)
+        log.warning("prompt '%s...' has %d tokens, truncated to %d", prompt[:40], len(ids), limit)
         return self.tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
 
 
 class TextFeatureCache:
-    """Features by prompt, encoded once; the least recently used go when ``max_bytes`` are exceeded.
+    """LRU cache of text features by prompt, limited to ``max_bytes``.
 
-    Kept without padding, in the encoder's dtype and on its device. A prompt encoded beside others differs from one
-    encoded alone by the rounding that comes with the batch's shape.
+    Features are stored without padding, in the encoder's dtype and on its device. Features of a prompt encoded in a batch
+    differ from those encoded alone by rounding, which depends on the batch's shape.
     """
 
     def __init__(self, encoder: TextEncoder, max_bytes: int = 1 << 30) -> None:
@@ -135,11 +135,11 @@ class TextFeatureCache:
         self.max_bytes = max_bytes
         self.bytes = 0
         self.positions = 0
-        """Positions, padding included, that the model has run over: what encoding has cost."""
+        """Token positions processed by the model so far, padding included; a measure of the encoding cost."""
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """As :meth:`TextEncoder.encode`, running the model for prompts not seen lately only."""
+        """Encode as :meth:`TextEncoder.encode`, running the model only for prompts that are not cached."""
         unknown = [p for p in dict.fromkeys(prompts) if p not in self._rows]
         fresh: dict[str, Tensor] = {}
         for start in range(0, len(unknown), 64):
@@ -160,7 +160,7 @@ class TextFeatureCache:
 
 
 def pad_features(rows: Sequence[Tensor]) -> TextFeatures:
-    """Rows of features ``[layers, T_i, width]`` as one left-padded batch."""
+    """Combine features ``[layers, T_i, width]`` into one left-padded batch."""
     length = max([1, *(row.shape[1] for row in rows)])
     layers, _, width = rows[0].shape
     features = rows[0].new_zeros(layers, len(rows), length, width)
@@ -173,13 +173,16 @@ def pad_features(rows: Sequence[Tensor]) -> TextFeatures:
 
 
 def resolve_name(name: str) -> str:
-    """A name that Transformers understands: ``package:module/folder`` becomes the installed package's folder."""
+    """Resolve ``package:module/folder`` to a folder of an installed package; other names are returned unchanged.
+
+    UserError if the package or folder is missing.
+    """
     if not name.startswith("package:"):
         return name
     module, _, folder = name.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # no such parent package, no name at all
+    except (ImportError, ValueError):  # missing parent package, or empty name
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -192,16 +195,16 @@ def resolve_name(name: str) -> str:
 
 
 def _keep_layers(model: Any, wanted: int | None) -> int:
-    """Drop the layers after the first ``wanted``; returns how many there are then.
+    """Keep the first ``wanted`` layers and return their number; UserError if the model cannot be truncated so.
 
-    What is left gives the features that the whole model has at these depths: a middle layer's output is without the
-    final norm, so that goes too.
+    The remaining layers give the same features as in the whole model. A middle layer's output does not include the final
+    norm, which is therefore removed too.
     """
     count: int = model.config.num_hidden_layers
     if wanted is None or wanted == count:
         return count
     if not 0 < wanted < count:
-        raise UserError(f"text encoder layers = {wanted}: expected 1 to {count}, as many as the model has")
+        raise UserError(f"text encoder layers = {wanted}: expected 1 to {count}, the model's number of layers")
     for holder in model.modules():
         for name, child in holder.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:

@@ -1,1 +1,1 @@
-"""Training on Ray Train: one loop for the tokenizer and both generators, resumable to the last digit."""
+"""Training of the tokenizer and both generators on Ray Train, with bit-exact resumption."""

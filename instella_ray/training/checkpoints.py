@@ -1,9 +1,9 @@
-"""Training checkpoints: a model folder plus the optimizer and the step, in safetensors and JSON. No pickles.
+"""Training checkpoints: a model folder plus optimizer state and step, in safetensors and JSON. No pickles.
 
-Workers save on this machine; rank 0 moves what was saved into the run directory while training goes on.
+Rank 0 saves to a local folder and uploads it to the run directory while training continues.
 
-Tensors are whole, however they were spread over the ranks: a run goes on with another number of those, or sharding. A run
-with a discriminator keeps that and its optimizer beside them.
+Tensors are stored unsharded, so that a run can be resumed with another number of ranks or another sharding. A run with a
+discriminator also stores its weights and optimizer state.
 """
 
 from __future__ import annotations
@@ -50,37 +50,37 @@ log = logging.getLogger(__name__)
 
 
 class Discriminator(NamedTuple):
-    """What is kept of a second model: its state, and its optimizer's."""
+    """Checkpointed state of the discriminator and its optimizer."""
 
     weights: Mapping[str, Tensor]
     optimizer_state: Mapping[str, Tensor]
 
 
 class Checkpoint(NamedTuple):
-    """All that a run needs to go on."""
+    """State needed to resume a run."""
 
     step: int
-    """Steps that it has behind it."""
+    """Completed steps."""
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer_state: Mapping[str, Tensor]
-    """The optimizer's state, as :meth:`.learner.Learner.optimizer_state`."""
+    """Optimizer state in the format of :meth:`.learner.Learner.optimizer_state`."""
     discriminator: Discriminator | None
 
 
 def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
-    """Write what :func:`read_checkpoint` reads into ``folder``, which must exist."""
+    """Write a checkpoint for :func:`read_checkpoint` to the existing local ``folder``."""
     save_weights(folder, cfg, checkpoint.weights, ema=checkpoint.ema, extra=extra)
     save_file(dict(checkpoint.optimizer_state), folder / OPTIMIZER)
     if checkpoint.discriminator is not None:
         save_file(dict(checkpoint.discriminator.weights), folder / DISCRIMINATOR)
         save_file(dict(checkpoint.discriminator.optimizer_state), folder / DISCRIMINATOR_OPTIMIZER)
-    # Last: a folder with its state is a complete one.
+    # Last, because a folder with its state counts as complete.
     (folder / STATE).write_text(json.dumps({"step": checkpoint.step}, indent=1))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What is in ``folder``; tensors are mapped into memory, and read where they are used."""
+    """Read the checkpoint in ``folder``; tensors are memory-mapped and loaded on use."""
     discriminator = None
     if (folder / DISCRIMINATOR).is_file():
         discriminator = Discriminator(
@@ -92,39 +92,40 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 class Checkpointer:
-    """What a run has in its directory's ``checkpoints``. Every rank has one; rank 0's writes.
+    """Reader and writer of a run's checkpoints. Every rank has one; rank 0's writes.
 
-    Used as a context that ends when all that was saved is in the run directory: with a UserError where the last one could
-    not be, and otherwise as the block did.
+    A context manager that waits on exit until all saved checkpoints are uploaded. Raises UserError if the last upload
+    failed; an exception of the block propagates.
     """
 
     def __init__(self, cfg: TrainConfig, attempt: Attempt, workers: Workers) -> None:
-        """UserError where another attempt has taken the run over, or the run directory is not shared by all nodes."""
+        """Prepare uploads; UserError if a newer attempt has taken over, or the run directory is not shared by all nodes."""
         self.cfg, self.attempt, self.workers = cfg, attempt, workers
         attempt.check_storage()
         attempt.check()
         self.scratch = scratch_folder(f"{attempt.run_dir}#saved")
         self.uploads = Uploads(attempt, cfg.keep_checkpoints, cfg.keep_best) if ranks()[0] == 0 else None
         if self.uploads is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)  # of a worker that was killed
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed worker
             self.uploads.sweep()
 
     @contextmanager
     def last(self) -> Iterator[Path | None]:
-        """The run's last complete checkpoint as a folder of this machine, None in a new run. A barrier at either end."""
+        """Provide the last complete checkpoint as a local folder, None in a new run. Collective, with barriers."""
         found = finished_checkpoints(self.attempt.run_dir) if self.uploads is not None else []
         url = self.workers.broadcast(found[-1] if found else "")
         if self.uploads is not None:
             step = checkpoint_step(url) if url else 0
-            how = "goes on" if url else "begins"
+            how = "resumes" if url else "starts"
             log.info("training %s at step %d of %d", how, step, self.cfg.steps, extra={"step": step})
-        with _on_this_node(url, self.workers) if url else nullcontext() as folder:
+        with _node_local(url, self.workers) if url else nullcontext() as folder:
             yield folder
 
     def save(self, step: int, metrics: dict[str, Any], write: Callable[[Path, int], None]) -> None:
-        """Save after ``step`` steps, and upload it while training goes on.
+        """Save a checkpoint after ``step`` steps and upload it in the background.
 
-        ``write(folder, step)`` is called on every rank, as parts of a model may have to be gathered; rank 0's folder counts.
+        ``write(folder, step)`` is called on every rank, because shards may have to be gathered; only rank 0's folder is
+        uploaded. UserError if the metric of ``keep_best`` is not logged, or a newer attempt has taken over the run.
         """
         if self.uploads is None:
             with tempfile.TemporaryDirectory() as unused:
@@ -156,8 +157,8 @@ class Checkpointer:
 
 
 @contextmanager
-def _on_this_node(url: str, workers: Workers) -> Iterator[Path]:
-    """A checkpoint's folder, or one copy of it for all workers of a node. Every rank takes part."""
+def _node_local(url: str, workers: Workers) -> Iterator[Path]:
+    """Provide a checkpoint as a local folder: itself, or one downloaded copy per node. Collective."""
     if storage.is_local(url):
         yield Path(storage.filesystem(url)[1])
         return
@@ -173,7 +174,7 @@ def _on_this_node(url: str, workers: Workers) -> Iterator[Path]:
 
 
 class Uploads:
-    """Moves saved checkpoints into ``attempt``'s run directory in a thread, in their order. Rank 0 alone has one."""
+    """Background uploads of saved checkpoints to ``attempt``'s run directory, in order. Used by rank 0 only."""
 
     def __init__(self, attempt: Attempt, keep: int, best: BestConfig | None) -> None:
         self.attempt, self.keep, self.best = attempt, keep, best
@@ -182,26 +183,26 @@ class Uploads:
         self.pending: Future[None] | None = None
 
     def hand_over(self, folder: Path) -> None:
-        """Upload ``folder`` under its own name and delete it here, once the one before is through.
+        """Queue the upload of ``folder``, which is then deleted; waits for the previous upload first.
 
-        UserError when a newer attempt has taken the run over.
+        UserError if a newer attempt has taken over the run.
         """
         self._wait()
         self.pending = self.thread.submit(self._move, folder)
 
     def finish(self) -> None:
-        """Wait for the last upload; UserError where it has failed."""
+        """Wait for the last upload; UserError if it failed."""
         self._wait()
         self.close()
         if self.failure is not None:
             raise UserError(self.failure)
 
     def close(self) -> None:
-        """End the thread when the upload that it is at is through, or has failed."""
+        """Stop the thread after the current upload has finished or failed."""
         self.thread.shutdown()
 
     def sweep(self) -> None:
-        """Delete what earlier attempts have left half uploaded."""
+        """Delete incomplete uploads of earlier attempts."""
         for folder, complete in checkpoint_folders(self.attempt.run_dir).items():
             if not complete:
                 storage.remove_tree(folder)
@@ -218,17 +219,17 @@ class Uploads:
             upload(folder, url, self.attempt.check)
         except UserError:
             raise
-        except Exception as error:  # each store has errors of its own, and none of them is worth a run
+        except Exception as error:  # stores raise unrelated error types, and a failed upload must not stop the run
             self.failure = f"checkpoint {url}: could not be uploaded ({type(error).__name__}: {error})"
-            log.error("%s; training goes on to the next one", self.failure, extra={"step": checkpoint_step(url)})
+            log.error("%s; training continues", self.failure, extra={"step": checkpoint_step(url)})
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         log.info("checkpoint %s is complete", url, extra={"step": checkpoint_step(url)})
-        self._forget_others()
+        self._delete_old()
 
-    def _forget_others(self) -> None:
-        """Delete checkpoints beyond those to keep. A store that refuses costs space, not the run."""
+    def _delete_old(self) -> None:
+        """Delete checkpoints that are not to be kept. Errors are only logged, because they cost space, not the run."""
         folders = finished_checkpoints(self.attempt.run_dir)
         kept = {*folders[-self.keep :]}
         try:
@@ -242,7 +243,7 @@ class Uploads:
 
 
 def best_checkpoint(scores: Mapping[str, Mapping[str, float]], best: BestConfig) -> Sequence[str]:
-    """The one of ``scores`` (logged figures by checkpoint) that is best by ``best``, the first of equals; none of none."""
+    """Return the best checkpoint of ``scores`` (metrics by checkpoint) in a list, the first of equals; empty if none."""
     sign = 1 if best.order == "lower" else -1
     known = {folder: sign * values[best.metric] for folder, values in scores.items() if best.metric in values}
     return [min(known, key=lambda folder: known[folder])] if known else []

@@ -1,6 +1,6 @@
-"""The processes that train a run together, whatever has started them, and tensors spread over them.
+"""Process groups and sharded tensors, independent of the launcher.
 
-All ranks call these together.
+All functions are collective: all ranks call them together.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks; 0 and 1 where there is no process group."""
+    """Return this process's rank and the number of ranks; 0 and 1 without a process group."""
     distributed = torch.distributed
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``, in the same memory."""
+    """Return this rank's shard of ``tensor``, sharing memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, on every rank."""
+    """Return the unsharded ``tensor`` on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU at rank 0, one after another; nothing on the other ranks."""
+    """Gather unsharded tensors on rank 0's CPU, one at a time; returns an empty dict on other ranks."""
     found, first = {}, ranks()[0] == 0
     for name, tensor in state.items():
         value = whole(tensor.detach())
@@ -40,7 +40,7 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, which every rank has whole, laid out, placed and typed as ``like``."""
+    """Return ``value``, unsharded on every rank, with the device, dtype and sharding of ``like``."""
     value = value.to(like.device, like.dtype)
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -49,14 +49,14 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrite each rank's part of ``state`` with that of the whole tensors of the same names."""
+    """Overwrite each rank's shards in ``state`` from the unsharded ``values`` of the same names."""
     for name, tensor in state.items():
         local(tensor).copy_(local(part_of(values[name], tensor)))
 
 
 @torch.no_grad()
 def broadcast(model: nn.Module) -> None:
-    """Everyone gets rank 0's weights and buffers."""
+    """Broadcast rank 0's parameters and buffers to all ranks."""
     for tensor in (*model.parameters(), *model.buffers()):
         torch.distributed.broadcast(tensor, 0)
 
@@ -65,31 +65,31 @@ T = TypeVar("T", bound=int | str)
 
 
 class Workers(Protocol):
-    """The processes of a run as one of them sees them; all of them call each method together.
+    """Interface of a worker to its worker group; all methods are collective.
 
-    Rank and number of ranks are those of PyTorch's process group, see :func:`.shards.ranks`.
+    Rank and number of ranks are those of PyTorch's process group, see :func:`ranks`.
     """
 
     @property
     def device(self) -> torch.device:
-        """What this process computes with."""
+        """Compute device of this process."""
 
     @property
     def local_rank(self) -> int:
-        """This process's number among those of its node."""
+        """Rank of this process within its node."""
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's ``value``, on every rank."""
+        """Return rank 0's ``value`` on every rank."""
 
     def barrier(self) -> None:
-        """Wait until all are here."""
+        """Wait for all ranks."""
 
-    def nodes_to_go(self) -> Collection[str] | None:
-        """Their nodes that are about to be taken away; None while there is no notice of any."""
+    def nodes_to_preempt(self) -> Collection[str] | None:
+        """Return ids of the group's nodes that are about to be preempted; None without a notice."""
 
 
-class Alone:
-    """One process that trains a run by itself on ``device``."""
+class SingleProcess:
+    """Worker group of a single process on ``device``."""
 
     local_rank = 0
 
@@ -100,7 +100,7 @@ class Alone:
         return value
 
     def barrier(self) -> None:
-        """There is nobody to wait for."""
+        """Return immediately: there is only one rank."""
 
-    def nodes_to_go(self) -> None:
+    def nodes_to_preempt(self) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), from packed codes or images and a frozen text encoder."""
+"""Generator training, diffusion (Eq. 5) or AR (Eq. 7), on packed codes or images with a frozen text encoder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from .settings import TrainingRun
 
 CALIBRATION_CAPTIONS = 512
 TIME_BINS = 5
-"""Bins of the timestep that bit accuracy is logged by: t0 is nearly clean, t4 nearly noise."""
+"""Number of timestep bins for logged bit accuracy: t0 is nearly clean, t4 nearly pure noise."""
 BY_TIME = "accuracy_by_time"
 
 
 class PreviewConfig(SamplingConfig):
-    """Images made while training, from fixed prompts and seeds."""
+    """Preview images generated during training, from fixed prompts and seeds."""
 
     prompts: tuple[str, ...] = ()
     guidance_scale: Guidance = 4.0
@@ -50,33 +50,34 @@ class PreviewConfig(SamplingConfig):
 
 
 class CodesSource(Config):
-    """A folder of packed codes in a mixture."""
+    """One folder of packed codes of a data mixture."""
 
     folder: str
     weight: int = Field(1, ge=1)
-    """Of so many samples as all weights together, this many come from here (LAION : synthetic = 3 : 1)."""
+    """Sampling weight: of as many samples as the sum of all weights, this many come from this folder (LAION : synthetic
+    = 3 : 1)."""
 
 
 class GeneratorRunConfig(TrainingRun):
-    """A generator run. Code sizes and the text encoder's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
+    """Configuration of a generator run. The model's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
 
     model: GeneratorConfig
     codes: str | tuple[CodesSource, ...] | None = None
-    """Folder of packed codes, made by ``tokenizer``; or several, each with its weight."""
+    """Folder of packed codes encoded by ``tokenizer``, or several with weights."""
     images: str | None = None
-    """Instead of codes: curated WebDataset tars, whose images ``tokenizer`` encodes on the worker's device while training
-    goes on, each epoch in other crops."""
+    """Instead of codes: curated WebDataset tars, whose images ``tokenizer`` encodes on the worker's device during
+    training, with different crops in each epoch."""
     tokenizer: str
-    """Model folder of the BIT that made the codes, or makes them; decodes the previews."""
+    """Model folder of the BIT that encodes the data and decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     short_caption_probability: float = 0.5
     caption_drop_probability: float = 0.1
-    """Share of samples trained without their caption, for guidance."""
+    """Probability of training a sample without its caption, for classifier-free guidance."""
     timesteps: TimeDistribution = "logit_normal"
     calibrate_text: bool = False
-    """Start with whitened text projections, from :data:`CALIBRATION_CAPTIONS` captions: word order is learned sooner."""
+    """Whiten the initial text projections on :data:`CALIBRATION_CAPTIONS` captions, so that word order is learned sooner."""
     gradient_checkpointing: bool = False
-    """Keep little of a block for the backward pass, and compute the rest again there: larger micro-batches, slower steps."""
+    """Recompute block activations in the backward pass: larger micro-batches, slower steps."""
     preview: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="after")
@@ -87,12 +88,12 @@ class GeneratorRunConfig(TrainingRun):
 
     @property
     def sources(self) -> tuple[CodesSource, ...]:
-        """The folders of codes and their weights."""
+        """Folders of codes with their weights; empty if ``codes`` is None."""
         return (CodesSource(folder=self.codes),) if isinstance(self.codes, str) else self.codes or ()
 
 
 class DiffusionLoss(nn.Module):
-    """Eq. 5 on one micro-batch, at times drawn from ``times``."""
+    """Diffusion loss (Eq. 5) of one micro-batch at timesteps drawn from ``times``."""
 
     def __init__(self, model: DiffusionGenerator, times: TimeDistribution = "logit_normal") -> None:
         super().__init__()
@@ -100,7 +101,10 @@ class DiffusionLoss(nn.Module):
         self.times: TimeDistribution = times
 
     def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """``codes [B, L, K]`` 0/1, text ``features [layers, B, T, W]``; a sample's time and noise come from its seed."""
+        """Return the loss and its parts for ``codes [B, L, K]`` 0/1 and text ``features [layers, B, T, W]``.
+
+        ``mask`` bool ``[B, T]`` is true at real tokens; ``seeds [B]`` determine each sample's timestep and noise.
+        """
         t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times)
         z_t = flip_noise(codes, t, u)
         out = self.model(z_t, t, self.model.text_kv(features, mask))
@@ -110,28 +114,28 @@ class DiffusionLoss(nn.Module):
 
 
 def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution) -> tuple[Tensor, Tensor]:
-    """Times ``[B]`` and uniforms ``[B, tokens, bits]`` of ``seeds [B]``."""
+    """Draw timesteps ``[B]`` and uniforms ``[B, tokens, bits]`` from ``seeds [B]``."""
     first = torch.zeros_like(seeds)
     t = timesteps(rng.uniforms(seeds, first, 1, 1, stream=rng.TRAINING)[:, 0, 0], times)
     return t, rng.uniforms(seeds, first + 1, tokens, bits, stream=rng.TRAINING)
 
 
 def accuracy_by_time(accuracy: Tensor, t: Tensor) -> Tensor:
-    """Sums and counts ``[2, TIME_BINS + 1]`` of ``accuracy [B]`` in equal bins of ``t [B]``, and of all with t > 0.5.
+    """Return sums and counts ``[2, TIME_BINS + 1]`` of ``accuracy [B]`` in equal bins of ``t [B]``, and for t > 0.5.
 
-    Not means: those of micro-batches and ranks, which have unlike numbers of samples in a bin, would not add up.
+    Sums rather than means, because micro-batches and ranks have different numbers of samples in a bin.
     """
     place = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
     bins = place[:, None] == torch.arange(TIME_BINS, device=t.device)
     member = torch.cat((bins, (t > 0.5)[:, None]), dim=1).float()
-    # No matrix product: autocast would round its counts to bfloat16.
+    # Not a matrix product: autocast would round the counts to bfloat16.
     return torch.stack(((accuracy[:, None] * member).sum(0), member.sum(0)))
 
 
 def accuracy_summary(sums: Tensor) -> dict[str, Tensor]:
-    """``bit_accuracy_t0``.. and ``bit_accuracy_noisy`` of :func:`accuracy_by_time`, added up or averaged over batches.
+    """Return ``bit_accuracy_t0``.. and ``bit_accuracy_noisy`` from sums or means of :func:`accuracy_by_time`.
 
-    A bin without samples is left out.
+    Bins without samples are omitted.
     """
     names = [*(f"bit_accuracy_t{i}" for i in range(TIME_BINS)), "bit_accuracy_noisy"]
     total, count = sums.cpu()
@@ -139,20 +143,23 @@ def accuracy_summary(sums: Tensor) -> dict[str, Tensor]:
 
 
 class ARLoss(nn.Module):
-    """Eq. 7 on one micro-batch: all tokens at once under the causal mask."""
+    """AR loss (Eq. 7) of one micro-batch: all tokens at once under the causal mask."""
 
     def __init__(self, model: ARGenerator) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :class:`DiffusionLoss`; nothing is random."""
+        """Return the loss and its parts; arguments as :class:`DiffusionLoss`, with ``seeds`` unused."""
         out = self.model(codes[:, :-1], self.model.text_kv(features, mask))
         return ar_loss(out, codes), {"bit_accuracy": bit_accuracy(out, codes).mean()}
 
 
 class GeneratorTask:
-    """Trains a generator whose sizes are filled in, with the text encoder on ``device``; a :class:`.task.Task`."""
+    """Training task of a generator, for a complete ``cfg``; implements :class:`.trainer.TrainingTask`.
+
+    The text encoder runs on ``device``.
+    """
 
     def __init__(self, cfg: GeneratorRunConfig, device: torch.device) -> None:
         torch.manual_seed(cfg.train.seed)
@@ -170,11 +177,11 @@ class GeneratorTask:
         weights = [source.weight for source in cfg.sources]
         mixed = len(self.sources) > 1
         self.data: Data = Mixture(self.sources, weights, cfg.train.seed) if mixed else self.sources[0]
-        # A CPU keeps to float32: the features of a run there do not depend on what its processor is fast at.
+        # Always float32 on a CPU, so that the features do not depend on the CPU model.
         dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
         self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
         self.encoded = 0
-        """Positions of the step's captions that the text encoder was run on."""
+        """Token positions that the text encoder has processed for the current step's captions."""
         self.text_sizes: TextEncoderSizes | None = None
         model = build_model(cfg.model.model_dump())
         assert not isinstance(model, BIT)
@@ -198,14 +205,14 @@ class GeneratorTask:
         return parts
 
     def _codes(self, batch: CodesBatch | CaptionedImageBatch, rows: slice) -> Tensor:
-        """0/1 float32 ``[B, L, K]``."""
+        """Return codes 0/1, float32 ``[B, L, K]``, of the given rows."""
         if isinstance(batch, CodesBatch):
             return torch.from_numpy(batch.codes[rows]).float()
         assert self.encoder is not None
         return self.encoder.encode(batch.pixels[rows])
 
     def begin(self, batch: CodesBatch | CaptionedImageBatch) -> None:
-        """Bits need no calibration; text projections get theirs from captions all over the set."""
+        """Calibrate the text projections on captions spread over the data set, if configured."""
         if not self.cfg.calibrate_text:
             return
         captions: set[str] = set()
@@ -218,10 +225,10 @@ class GeneratorTask:
         self.model.calibrate_text(features.to(device), mask.to(device))
 
     def before_step(self, step: int) -> None:
-        """Nothing is scheduled but the learning rate."""
+        """Do nothing: only the learning rate is scheduled."""
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """The generator on every sample, the tokenizer on every image, the text encoder on captions that it was run on."""
+        """Return the FLOP of the generator, of online encoding, and of the captions that the text encoder processed."""
         length = parts[0]["features"].shape[2]
         if self.text_sizes is None:
             self.text_sizes = TextEncoderSizes.of(self.text.encoder.model)
@@ -231,12 +238,12 @@ class GeneratorTask:
         return text + sum(learning) + each * sum(len(p["codes"]) for p in parts)
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Diffusion: bit accuracy by t."""
+        """Return the means, with bit accuracy by timestep for diffusion."""
         by_time = means.pop(BY_TIME, None)
         return means if by_time is None else means | accuracy_summary(by_time)
 
     def preview(self, ema_model: Model) -> np.ndarray | None:
-        """One image a prompt, side by side."""
+        """Generate one image per prompt, side by side; None without prompts."""
         prompts, preview = list(self.cfg.preview.prompts), self.cfg.preview
         if not prompts or isinstance(ema_model, BIT):
             return None
@@ -259,14 +266,14 @@ class GeneratorTask:
 
 
 def open_codes(cfg: GeneratorRunConfig) -> list[CodesReader]:
-    """A reader of each source; UserError for codes of another tokenizer, and where there are no sources."""
+    """Open a reader of each source; UserError for codes of another tokenizer, or without sources."""
     if not cfg.sources:
         raise UserError("codes: expected a folder of packed codes, or a list of {folder, weight}")
     return [CodesReader(source.folder, tokenizer_hash=weight_hash(cfg.tokenizer)) for source in cfg.sources]
 
 
 def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, text: TextEncoder) -> GeneratorConfig:
-    """``model`` with the sizes that the codes and the text encoder dictate; UserError if the file says otherwise."""
+    """Return ``model`` with the sizes of the codes and the text encoder; UserError if it sets different ones."""
     facts = {
         "num_tokens": codes.num_tokens,
         "bits_per_token": codes.bits_per_token,
@@ -275,12 +282,12 @@ def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, t
     }
     for name, value in facts.items():
         if name in model.model_fields_set and getattr(model, name) != value:
-            raise UserError(f"model.{name} = {getattr(model, name)}: codes and text encoder need {value}")
+            raise UserError(f"model.{name} = {getattr(model, name)}: codes and text encoder require {value}")
     return model.model_copy(update=facts)
 
 
 def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
-    """The text encoder, to be looked at only: half the memory will do, and no progress bar; UserError if it is none."""
+    """Load the text encoder for inspection, in bfloat16 and without progress bar; UserError if it cannot be loaded."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -293,10 +300,10 @@ def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 
 
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
-    """``cfg`` as workers need it: the model's sizes filled in, paths absolute.
+    """Return ``cfg`` with the model's sizes filled in and absolute paths, as workers need it.
 
-    UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, sizes that
-    do not fit them.
+    UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, or sizes that
+    do not match them.
     """
     name, folders = cfg.text_encoder.name, None
     codes: CodesManifest | BITConfig
@@ -318,8 +325,8 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
 
 
 def run_generator(cfg: GeneratorRunConfig) -> str:
-    """Train on ``cfg.train.workers``; returns the final checkpoint's folder, which is a model folder."""
-    cfg = complete_config(cfg)  # here, before anything is written and any worker starts
+    """Train on ``cfg.train.workers`` and return the final checkpoint's folder, a model folder."""
+    cfg = complete_config(cfg)  # validates before anything is written and any worker starts
     description = f"{cfg.model.kind} generator"
     inputs = generator_inputs(cfg)
     return launch(
@@ -328,33 +335,36 @@ def run_generator(cfg: GeneratorRunConfig) -> str:
 
 
 def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:
-    """What a complete run learns from."""
+    """Return the provenance of the data, tokenizer and text encoder of a complete configuration."""
     made = (data_provenance("codes", source.folder) for source in cfg.sources)
     data = tuple(made) if cfg.images is None else shard_provenance("shards", cfg.images)
     return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder))
 
 
-AT_ONCE = 64
-"""Images encoded together, however large the micro-batch: as many as the encoding job takes."""
+ENCODE_BATCH = 64
+"""Images per tokenizer batch, independent of the micro-batch size; equals the encoding job's batch size."""
 
 
 class OnlineEncoder:
-    """The tokenizer of a model folder, with its averaged weights, in float32: the codes are those of the encoding job."""
+    """Online image encoder: a tokenizer with EMA weights in float32, which gives the same codes as the encoding job."""
 
     def __init__(self, folder: str, device: torch.device) -> None:
         self.bit = load_expected(folder, BIT, device=device)
         self.device, self.size = device, self.bit.cfg.image_size
         self.flops = bit_encode(self.bit.cfg, self.size, self.size).forward
-        """FLOP an image."""
+        """FLOP per image."""
 
     def encode(self, pixels: np.ndarray) -> Tensor:
-        """0/1 float32 ``[B, L, K]``, on the device, of uint8 ``[B, size, size, 3]``."""
-        parts = torch.from_numpy(pixels).split(AT_ONCE)
+        """Encode pixels, uint8 ``[B, size, size, 3]``, to codes 0/1, float32 ``[B, L, K]``, on the device."""
+        parts = torch.from_numpy(pixels).split(ENCODE_BATCH)
         return torch.cat([self.bit.encode(to_tensor(part.to(self.device))) for part in parts]).float()
 
 
 def require_encodable(pattern: str, folder: str) -> BITConfig:
-    """The sizes of the tokenizer in ``folder``; UserError for one that cannot encode, and for shards without images."""
+    """Return the configuration of the tokenizer in ``folder``.
+
+    UserError if it cannot encode its own image_size, or the shards have no images.
+    """
     cfg = load_expected(folder, BIT).cfg
     if cfg.image_size % cfg.encode_multiple:
         raise UserError(

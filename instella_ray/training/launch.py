@@ -1,4 +1,4 @@
-"""Start a run: checks, then the processes that train it or this one, a progress bar, and the record of its end."""
+"""Launching of training runs: validation, Ray Train or in-process training, progress bar and run record."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .. import logs, storage
 from ..config import dump_yaml, load_config
 from ..errors import UserError
 from ..runs import Provenance, recorded
-from .distributed import Alone
+from .distributed import SingleProcess
 from .learner import require_deepspeed
 from .loggers import check_loggers
 from .loop import train_worker
-from .run_dir import CONFIG, Attempt, checkpoint_step, last_metrics, latest_checkpoint, located, look_anew
+from .run_dir import CONFIG, Attempt, checkpoint_step, invalidate_listing, last_metrics, latest_checkpoint, located
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 from .trainer import BuildTask
 
 
 class Launcher(Protocol):
-    """One way to run the training loop, made when it is known that it can be gone."""
+    """Backend that runs the training loop; constructed after its resources were checked."""
 
     def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
-        """Train to ``cfg.steps`` in every process of the run, whose log records carry ``fields`` and the rank."""
+        """Train to ``cfg.steps`` in every process of the run, with ``fields`` and the rank in its log records."""
 
 
 def launch(
@@ -41,11 +41,10 @@ def launch(
 ) -> str:
     """Train ``build_task(device)`` on ``run.train.workers`` and return the final checkpoint's folder.
 
-    ``build_task`` is called in every process with what that computes on. The run directory's ``config.yaml`` holds all
-    of ``run``, and its ``run.json`` names the ``inputs``, as every checkpoint does. UserError when the directory belongs
-    to another run already, when there is nothing to resume or it was
-    begun with other settings, when a logger or the workers' resources are missing, when another start has taken the run
-    over, when the last checkpoint cannot be written, and for bad input that only a worker met.
+    ``build_task`` is called in every process with its device. The run directory's ``config.yaml`` holds all of ``run``,
+    and its ``run.json`` lists the ``inputs``, as every checkpoint does. UserError if the directory already holds another
+    run, there is nothing to resume or the run has other settings, a logger or the workers' resources are missing, a newer
+    attempt has taken over the run, the last checkpoint cannot be written, or a worker found bad input.
     """
     cfg = run.train.model_copy(update={"run_dir": located(run.train.run_dir)})
     run = run.model_copy(update={"train": cfg})
@@ -68,40 +67,40 @@ def launch(
 
 
 def _launcher(workers: WorkersConfig) -> Launcher:
-    """UserError where this machine or the cluster lacks what the workers need."""
+    """Build the launcher; UserError if this machine or the cluster lacks the workers' resources."""
     if workers.count == 0:
         return CallingProcess(workers)
-    from .ray_train import RayTrain  # and Ray with it, which no other run needs
+    from .ray_train import RayTrain  # imports Ray, which in-process training does not need
 
     return RayTrain(workers)
 
 
 def check_run_dir(run: TrainingRun) -> None:
-    """UserError unless ``run.train.run_dir`` is free, or holds the same run where that is to be resumed."""
+    """Raise UserError unless ``run.train.run_dir`` is empty or, with ``resume``, holds the same run."""
     run_dir = run.train.run_dir
     config_file = storage.join(run_dir, CONFIG)
     if not run.train.resume:
         check_free(run_dir)
         return
-    look_anew(config_file)
+    invalidate_listing(config_file)
     if not storage.exists(config_file):
         raise UserError(f"run_dir {run_dir}: nothing to resume (no {CONFIG})")
     if different := first_difference(load_config(type(run), config_file), run):
         key, old, new = different
-        raise UserError(f"run_dir {run_dir}: cannot resume with {key} = {new!r}, the run began with {old!r}")
+        raise UserError(f"run_dir {run_dir}: cannot resume with {key} = {new!r}, the run was started with {old!r}")
 
 
 def check_free(run_dir: str) -> None:
-    """UserError unless ``run_dir`` is not there yet, or holds nothing."""
-    look_anew(run_dir)
+    """Raise UserError unless ``run_dir`` does not exist or is empty."""
+    invalidate_listing(run_dir)
     if not storage.is_empty(run_dir):
         raise UserError(
-            f"run_dir {run_dir}: holds a run already; resume=true goes on with it, or choose another folder"
+            f"run_dir {run_dir}: already holds a run; set resume=true to continue it, or choose another folder"
         )
 
 
 class _Progress:
-    """A progress bar fed from metrics.jsonl, which the workers write wherever they run."""
+    """Progress bar that follows metrics.jsonl, which works wherever the workers run."""
 
     def __init__(self, cfg: TrainConfig, description: str) -> None:
         self.run_dir, self.ended = cfg.run_dir, threading.Event()
@@ -125,7 +124,7 @@ class _Progress:
     def _update(self) -> None:
         try:
             last = last_metrics(self.run_dir)
-        except Exception:  # a store out of reach for a moment: a bar is no reason to stop
+        except Exception:  # a failed read of the store must not stop the run
             return
         if last is None:
             return
@@ -137,27 +136,27 @@ log = logging.getLogger(__name__)
 
 
 class CallingProcess:
-    """Trains in this process."""
+    """Launcher that trains in the calling process."""
 
     def __init__(self, workers: WorkersConfig) -> None:
-        """UserError where a GPU is asked for and there is none."""
+        """Choose the device; UserError if a GPU is requested and none is available."""
         if workers.gpu and not torch.cuda.is_available():
-            raise UserError("train.workers.gpu: PyTorch sees no GPU here, where the run would compute")
+            raise UserError("train.workers.gpu: PyTorch sees no GPU on this machine, which count 0 trains on")
         self.device = torch.device("cuda", torch.cuda.current_device()) if workers.gpu else torch.device("cpu")
 
     def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
-        """Train to ``cfg.steps``; ``fields`` are for the log records of that time. What is raised there passes through."""
-        with logs.carrying({**fields, "rank": 0}), _own_threads():
+        """Train to ``cfg.steps`` with ``fields`` in the log records; exceptions propagate unchanged."""
+        with logs.carrying({**fields, "rank": 0}), _restored_threads():
             try:
-                train_worker(build_task, cfg, attempt, Alone(self.device))
+                train_worker(build_task, cfg, attempt, SingleProcess(self.device))
             except Exception as error:
                 log.error("training failed on rank 0: %s", error, extra={"failed_rank": 0})
                 raise
 
 
 @contextmanager
-def _own_threads() -> Iterator[None]:
-    """Give this process as many threads to compute with after the block as it had before."""
+def _restored_threads() -> Iterator[None]:
+    """Restore this process's number of compute threads after the block."""
     before = torch.get_num_threads()
     try:
         yield

@@ -1,7 +1,6 @@
-"""One of the models that a run trains, with its loss and its optimizers: the tokenizer or generator, a discriminator.
+"""Distributed optimization of one model: DDP, ZeRO-2 (DeepSpeed) and FSDP2.
 
-Every rank has a whole copy (DDP), or with ZeRO-2 (DeepSpeed) a share of the gradients and of the optimizer's state, or with
-FSDP2 a share of the weights too.
+DDP replicates everything on every rank, ZeRO-2 shards gradients and optimizer state, FSDP2 shards the weights as well.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from .settings import OptimizerConfig
 
 
 class Learner:
-    """``step_module``'s forward is the loss of one micro-batch; what of ``model`` needs gradients learns from it.
+    """Optimization of the parameters of ``model`` that require gradients.
 
-    Here every rank has a whole copy of all, and gradients are averaged (DistributedDataParallel); subclasses share it out.
-    With several ranks all of them call each method together.
+    ``step_module``'s forward computes the loss of one micro-batch. This class replicates all state on every rank and
+    averages gradients (DistributedDataParallel); subclasses shard it. All methods are collective.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Learner:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Ranks start from rank 0's weights. ``dtype`` is what is computed in; weights stay float32."""
+        """Broadcast rank 0's weights and build the optimizers. ``dtype`` is the compute dtype; weights stay float32."""
         self.cfg, self.device, self.dtype, self.model = cfg, device, dtype, model.to(device)
         self.step_module = step_module.to(device)
         self._forward = self.step_module
@@ -45,14 +44,14 @@ class Learner:
         self.optimizers = build_optimizers(model, cfg)
 
     def _distributed(self) -> nn.Module:
-        """The step module as it is called by one of several ranks."""
+        """Return the step module wrapped for several ranks."""
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.step_module, device_ids=devices)
 
     def backward(self, inputs: dict[str, Any], count: int, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of one of ``count`` micro-batches; returns its loss and facts.
+        """Accumulate the gradients of one of ``count`` micro-batches; returns its loss and further parts.
 
-        Ranks exchange gradients after the ``last`` one.
+        Ranks synchronize gradients after the ``last`` one.
         """
         if isinstance(self._forward, DistributedDataParallel):
             self._forward.require_backward_grad_sync = last
@@ -67,34 +66,34 @@ class Learner:
         return loss, facts
 
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
-        """Change the weights at ``step`` of ``steps``; returns the gradient's norm before it was limited, and the rate."""
+        """Update the weights at ``step`` of ``steps``; returns the gradient norm before clipping and the learning rate."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
         share = lr_scale(step, steps, self.cfg)
         self.optimizers.step(share)
         return whole(norm), share * self.cfg.lr
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizers' state, whole, at rank 0, as ``{weight's name}/{name of the state}``."""
+        """Return the unsharded optimizer state on rank 0, with keys ``{parameter name}/{state name}``."""
         found: dict[str, Tensor] = {}
         for name, parameter, state in self._states():
             found |= {f"{name}/{key}": value for key, value in state.get(parameter, {}).items()}
         return gather(found)
 
     def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
-        """Take what :meth:`optimizer_state` has given, which every rank has read."""
+        """Load the result of :meth:`optimizer_state`, given on every rank."""
         of: dict[str, dict[str, Tensor]] = {}
         for place, value in optimizer_state.items():
             name, _, key = place.rpartition("/")
             of.setdefault(name, {})[key] = value
         for name, parameter, state in self._states():
-            # A step is one number, wherever the weight lies.
+            # The step is a scalar, which is not sharded with the parameter.
             state[parameter] = {
                 key: part_of(value, parameter) if value.ndim else value.to(self.device)
                 for key, value in of.get(name, {}).items()
             }
 
     def _states(self) -> list[tuple[str, Tensor, Any]]:
-        """Each weight that learns: its name, itself, and the state of the optimizer that it belongs to."""
+        """Return each optimized parameter's name, the parameter, and the state of its optimizer."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return [
             (names[parameter], parameter, member.state)
@@ -110,16 +109,16 @@ def _to(value: Any, device: torch.device) -> Any:
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 BUCKET = 100_000_000
-"""Weights whose gradients are reduced, or which are gathered, at once: larger buckets take memory, smaller ones time."""
+"""Elements per ZeRO-2 communication bucket: larger buckets need more memory, smaller ones more time."""
 
 
 def require_deepspeed() -> Any:
-    """The package; UserError where it is not installed."""
+    """Import and return DeepSpeed; UserError if it is not installed."""
     return extra_import("deepspeed", "train.sharding zero2", "deepspeed")
 
 
 class ZeroLearner(Learner):
-    """A generator whose gradients are reduced to their owners after each micro-batch, and whose weights those hand out."""
+    """Learner with DeepSpeed ZeRO-2: gradients are reduced to their owning ranks, which broadcast updated weights."""
 
     def __init__(
         self,
@@ -133,7 +132,7 @@ class ZeroLearner(Learner):
         (adamw,) = self.optimizers.members
         deepspeed = require_deepspeed()
         if device.type == "cpu":
-            # Or it would compile a faster reduction between processes of one machine, for half a minute.
+            # Otherwise DeepSpeed spends half a minute compiling a shared-memory all-reduce.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, *_ = deepspeed.initialize(
             model=step_module, optimizer=adamw, config=self._settings(), dist_init_required=False
@@ -141,14 +140,14 @@ class ZeroLearner(Learner):
         self._forward = self._engine
         self._zero = self._engine.optimizer
         self._flat: list[Tensor] = self._zero.single_partition_of_fp32_groups
-        """What this rank owns of each group of weights, one after another and cut where they may."""
+        """This rank's flat partition of each parameter group."""
 
     def _distributed(self) -> nn.Module:
         return self.step_module
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "train_micro_batch_size_per_gpu": 1,  # its own count of samples, which nothing reads
+            "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, otherwise unused
             "zero_optimization": {
                 "stage": 2,
                 "overlap_comm": self.device.type == "cuda",
@@ -157,7 +156,7 @@ class ZeroLearner(Learner):
             },
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": self.cfg.clip,
-            # Gradients are reduced in float32, as the weights are: no module is named that may do with less.
+            # No lower-precision modules: gradients are reduced in float32 like the weights.
             "torch_autocast": {
                 "enabled": self.dtype != torch.float32,
                 "dtype": "bfloat16",
@@ -183,7 +182,7 @@ class ZeroLearner(Learner):
 
         steps = self._zero.optimizer.state[self._flat[0]]["step"]
         found: dict[str, Tensor] = {}
-        for name, parameter in self._learning():
+        for name, parameter in self._trainable():
             found |= gather({f"{name}/{key}": safe_get_full_optimizer_state(parameter, key) for key in ADAM_STATE})
             found |= gather({f"{name}/step": steps.clone()})
         return found
@@ -193,23 +192,23 @@ class ZeroLearner(Learner):
 
         steps = next(value for name, value in optimizer_state.items() if name.endswith("/step"))
         for flat in self._flat:
-            # As the optimizer makes them in its first step, which has not been yet.
+            # The optimizer creates its state in its first step, which has not run yet.
             empty = {key: torch.zeros_like(flat) for key in ADAM_STATE}
             self._zero.optimizer.state[flat] = {"step": steps.to(flat.device), **empty}
         self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self._learning():
+        for name, parameter in self._trainable():
             for key in ADAM_STATE:
                 safe_set_full_optimizer_state(parameter, optimizer_state[f"{name}/{key}"].to(self.device), key)
 
-    def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
 
 class FSDPLearner(Learner):
-    """A generator whose blocks are gathered one by one, forward and backward, in the dtype that is computed in."""
+    """Learner with FSDP2: weights are gathered block by block in the compute dtype, in forward and backward."""
 
     def _distributed(self) -> nn.Module:
-        # Autocast decides what is computed in float32: times are inputs too, and would lose digits.
+        # Inputs are not cast, because timesteps would lose precision; autocast chooses the compute dtypes.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for blocks in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
             for block in blocks:

@@ -1,6 +1,6 @@
-"""Where a run's figures go beside ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow, Prometheus. Rank 0 alone writes.
+"""Loggers of training metrics: TensorBoard, Weights & Biases, MLflow and Prometheus. Only rank 0 writes.
 
-Each is imported only where it is asked for. A resumed run goes on with the log that it began.
+Each package is imported only if its logger is configured. A resumed run continues the existing log.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 RUN_IDS = "loggers.json"
-"""File of a run directory that names the run as trackers know it."""
+"""File of a run directory with the run's ids at Weights & Biases and MLflow."""
 PROJECT = "instella-ray"
 COPY_EVERY = 60.0
-"""Seconds between two copies of event files to where they cannot grow."""
+"""Seconds between two copies of TensorBoard event files to an object store, where files cannot be appended to."""
 log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """One place that figures and images go to."""
+    """Destination of metrics and preview images."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """The figures after ``step`` optimizer steps."""
+        """Log metrics after ``step`` optimizer steps."""
 
     def image(self, step: int, pixels: np.ndarray) -> None:
-        """The preview after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
+        """Log the preview after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """Flush and close the log."""
 
 
 class TensorBoardLogger:
-    """Event files in ``RUN/tensorboard``; they grow there, or on this machine and are copied from time to time."""
+    """Event files in ``RUN/tensorboard``: written in place, or for a remote run directory locally and copied regularly."""
 
     def __init__(self, run_dir: str, start: int) -> None:
         _import("tensorboard")
@@ -60,7 +60,7 @@ class TensorBoardLogger:
         self.copied = time.monotonic()
         self.local = storage.is_local(run_dir)
         folder = self.url if self.local else tempfile.mkdtemp(prefix="instella-ray-")
-        # What an earlier attempt logged after the checkpoint that the run goes on from is logged anew: readers drop it.
+        # Steps after the resumed checkpoint are trained and logged again: readers drop their earlier events.
         self.writer = SummaryWriter(folder, purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,13 +83,13 @@ class TensorBoardLogger:
         try:
             for file in Path(self.writer.log_dir).iterdir():
                 storage.write_bytes(storage.join(self.url, file.name), file.read_bytes())
-        except Exception as error:  # each store has errors of its own, and none of them is worth a run
+        except Exception as error:  # stores raise unrelated error types, and a failed copy must not fail the run
             log.error("%s: could not be written (%s)", self.url, error)
         self.copied = time.monotonic()
 
 
 class WandbLogger:
-    """A run at Weights & Biases, which ignores steps that it has seen; the ``WANDB_*`` variables say where and how."""
+    """Weights & Biases run, configured by the ``WANDB_*`` variables; the service ignores steps already logged."""
 
     def __init__(self, run_dir: str, start: int) -> None:
         self.wandb = _import("wandb")
@@ -102,7 +102,7 @@ class WandbLogger:
             resume="allow" if known else None,
             config=read_yaml(storage.join(run_dir, CONFIG)),
         )
-        _remember(run_dir, "wandb", self.run.id)
+        _save_run_id(run_dir, "wandb", self.run.id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -115,7 +115,7 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """A run on the MLflow server that ``MLFLOW_TRACKING_URI`` names, with what it has seen already left out."""
+    """MLflow run on the server at ``MLFLOW_TRACKING_URI``; steps already logged are skipped."""
 
     def __init__(self, run_dir: str, start: int) -> None:
         self.mlflow = _import("mlflow")
@@ -126,7 +126,7 @@ class MlflowLogger:
         if known:
             self.client.update_run(known, status="RUNNING")
             self.seen = max((m.step for m in self.client.get_metric_history(known, "loss")), default=0)
-        _remember(run_dir, "mlflow", self.run_id)
+        _save_run_id(run_dir, "mlflow", self.run_id)
 
     def _create(self, name: str) -> str:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -162,22 +162,22 @@ LOGGERS: dict[LoggerName, Callable[[str, int], Logger]] = {
 
 
 def check_loggers(names: Sequence[LoggerName] | None) -> None:
-    """UserError for a logger whose package is not installed, or that would not know where to log."""
+    """Raise UserError if a logger's package is not installed or its server address is not set."""
     for name in names or ():
-        if name != "prometheus" and importlib.util.find_spec(name) is None:  # that one Ray brings
+        if name != "prometheus" and importlib.util.find_spec(name) is None:  # Ray includes the Prometheus client
             raise UserError(f"train.loggers: {name} is not installed (pip install {name})")
         if name == "mlflow":
             _tracking_uri()
 
 
 def open_loggers(names: Sequence[LoggerName] | None, run_dir: str | Path, start: int) -> list[Logger]:
-    """Those named, for a run that has ``start`` steps behind it; None means TensorBoard where it is installed."""
+    """Open the loggers ``names`` for a run that starts after ``start`` steps; None means TensorBoard if installed."""
     default: tuple[LoggerName, ...] = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
     return [LOGGERS[name](located(run_dir), start) for name in (default if names is None else names)]
 
 
 def _import(name: str) -> Any:
-    """A worker may run where the packages are others than on the machine that started the run."""
+    """Import a logger's package; UserError if it is missing, as installed packages may differ between nodes."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -191,7 +191,7 @@ def _tracking_uri() -> str:
 
 
 def _name(run_dir: str) -> str:
-    """A run's name among others: its directory's."""
+    """Return the run's display name: the name of its directory."""
     return run_dir.rstrip("/").rpartition("/")[2]
 
 
@@ -200,32 +200,32 @@ def _run_ids(run_dir: str) -> dict[str, str]:
     return storage.read_json(file) if storage.exists(file) else {}
 
 
-def _remember(run_dir: str, tracker: str, run_id: str) -> None:
+def _save_run_id(run_dir: str, tracker: str, run_id: str) -> None:
     storage.write_json(storage.join(run_dir, RUN_IDS), {**_run_ids(run_dir), tracker: run_id})
 
 
 GAUGES = {
-    "loss": "Mean over the ranks.",
-    "gradient_norm": "Before clipping.",
-    "images_per_second": "Of all workers.",
-    "data_wait": "Share of the time that the first worker waited for data.",
-    "flops_per_second": "Of all workers, as the networks need it.",
-    "mfu": "Share of the peak that is.",
-    "memory_gb": "What the first worker held at most.",
+    "loss": "Training loss, mean over ranks.",
+    "gradient_norm": "Gradient norm before clipping.",
+    "images_per_second": "Training throughput of all workers.",
+    "data_wait": "Fraction of time that rank 0 waited for data.",
+    "flops_per_second": "Model FLOP/s of all workers.",
+    "mfu": "Model FLOP/s as a fraction of the peak.",
+    "memory_gb": "Peak memory of rank 0 in GB.",
 }
 
 
 class PrometheusLogger:
-    """Gauges ``instella_training_FIGURE`` by the tag ``run``, beside ``_step``, ``_finite`` and ``_running`` (1 or 0).
+    """Gauges ``instella_training_METRIC`` with the tag ``run``, and ``_step``, ``_finite`` and ``_running`` (1 or 0).
 
-    Ray prefixes each name with ``ray_`` and adds tags of the process: a restarted worker is a series of its own.
+    Ray prefixes each name with ``ray_`` and adds process tags, so a restarted worker starts a new time series.
     """
 
     def __init__(self, run_dir: Path | str, start: int) -> None:
         self.tags = {"run": str(run_dir)}
-        self._step = self._gauge("step", "Optimizer steps behind the run.")
-        self._finite = self._gauge("finite", "1 while every figure is a finite number.")
-        self._running = self._gauge("running", "1 until the run ends well.")
+        self._step = self._gauge("step", "Completed optimizer steps.")
+        self._finite = self._gauge("finite", "1 while all metrics are finite, else 0.")
+        self._running = self._gauge("running", "1 while the run is in progress; 0 after it finished successfully.")
         self._figures = {name: self._gauge(name, about) for name, about in GAUGES.items()}
         self._step.set(start, tags=self.tags)
         self._running.set(1, tags=self.tags)
@@ -238,7 +238,7 @@ class PrometheusLogger:
                 gauge.set(value, tags=self.tags)
 
     def image(self, step: int, pixels: np.ndarray) -> None:
-        """Prometheus takes numbers alone: images are in the run directory."""
+        """Do nothing: Prometheus stores only numbers; images are in the run directory."""
 
     def close(self) -> None:
         self._running.set(0, tags=self.tags)

@@ -1,4 +1,4 @@
-"""The training loop that runs in every process of a run, and the notice that a node is about to be taken away. No Ray."""
+"""Training loop of one rank and detection of node preemption. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from .settings import TrainConfig
 from .trainer import BuildTask, Trainer
 
 PREEMPTION_INTERVAL = 3.0
-"""Seconds between two looks: one takes two barriers (18 ms on two CPU workers), and notices come half a minute ahead."""
+"""Seconds between two checks for preemption: a check costs two barriers (18 ms on two CPU workers), and notices come
+half a minute ahead."""
 logger = logging.getLogger(__name__)
 
 
 def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, workers: Workers) -> bool:
-    """Train to ``cfg.steps`` on this rank, from the run's last checkpoint where there is one.
+    """Train to ``cfg.steps`` on this rank, starting from the run's last checkpoint if it has one.
 
-    Returns False where it stopped before, with a checkpoint, because a node is about to be taken away.
+    Returns False if training stopped early, after saving a checkpoint, because a node is about to be preempted.
     """
     device, (rank, _) = workers.device, ranks()
     torch.set_num_threads(cfg.workers.threads)
@@ -61,21 +62,24 @@ log = logging.getLogger(__name__)
 
 
 class PreemptionNotice:
-    """Whether a node of these workers is about to go. The ranks look at the same steps."""
+    """Periodic check for nodes that are about to be preempted. All ranks check at the same steps."""
 
     def __init__(self, workers: Workers, start: int) -> None:
         self.workers = workers
         self.step, self.next, self.since = start, start + 1, time.perf_counter()
 
     def given(self, step: int) -> bool:
-        """Look once in :data:`PREEMPTION_INTERVAL` seconds of rank 0's clock. Every rank calls this after each step."""
+        """Return whether a preemption notice was received; call on every rank after each step.
+
+        Checks about once every :data:`PREEMPTION_INTERVAL` seconds of rank 0's clock, and returns False in between.
+        """
         if step < self.next:
             return False
-        nodes = self.workers.nodes_to_go()
+        nodes = self.workers.nodes_to_preempt()
         now = time.perf_counter()
         steps_in_interval = int(PREEMPTION_INTERVAL * (step - self.step) / max(now - self.since, 1e-9))
         self.next = step + max(1, self.workers.broadcast(steps_in_interval))
         self.step, self.since = step, now
         if nodes is not None:
-            logger.warning("step %d: node(s) %s will be taken away", step, ", ".join(nodes), extra={"step": step})
+            logger.warning("step %d: node(s) %s will be preempted", step, ", ".join(nodes), extra={"step": step})
         return nodes is not None

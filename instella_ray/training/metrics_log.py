@@ -1,4 +1,4 @@
-"""What a run logs while it trains: metrics.jsonl, previews, the device's throughput, and the same for other loggers."""
+"""Training metrics: metrics.jsonl, previews, throughput and MFU, forwarded to the configured loggers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ from .settings import TrainConfig
 from .trainer import Stepped
 
 Summary = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
-"""Single numbers of a step's means, as :meth:`.task.Task.summary`."""
+"""Scalars to log from the mean loss parts of a step, as :meth:`.trainer.TrainingTask.summary`."""
 
 
 WRITE_EVERY = 15.0
-"""Seconds between two writes of metrics.jsonl where it has to be written anew each time."""
+"""Seconds between two uploads of metrics.jsonl to an object store, each of which rewrites the whole file."""
 log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """``metrics.jsonl`` of an attempt: appended to on a disk, written anew now and then elsewhere, as objects have no end
-    to append to.
-    """
+    """``metrics.jsonl`` of an attempt: appended to on a local disk, rewritten periodically on an object store."""
 
     def __init__(self, attempt: Attempt, start: int) -> None:
-        """Drops what was logged after step ``start``, which is trained, and logged, anew."""
+        """Drop rows after step ``start``: those steps are trained and logged again."""
         self.attempt, self.path = attempt, storage.join(attempt.run_dir, METRICS)
         self.local = storage.is_local(self.path)
         rows = read_metrics(attempt.run_dir)
@@ -48,10 +46,10 @@ class MetricsFile:
         self.written = 0.0
         self.sync()
         if self.local:
-            self.lines.clear()  # what is appended to needs no copy
+            self.lines.clear()  # a local file is appended to: no copy in memory is needed
 
     def add(self, row: dict[str, Any]) -> None:
-        """Log one step; UserError when a newer attempt writes there."""
+        """Log one step; UserError if a newer attempt has started."""
         line = json.dumps(row) + "\n"
         if self.local:
             self.attempt.check()
@@ -64,7 +62,7 @@ class MetricsFile:
             self.sync()
 
     def sync(self) -> None:
-        """Write what is not yet there. A store that fails is tried again the next time, a disk is not."""
+        """Write unsaved rows. A failed upload is retried at the next call; a failed local write raises."""
         if not self.unsaved:
             return
         try:
@@ -81,7 +79,7 @@ class MetricsFile:
 
 
 class MetricsLog:
-    """Rank 0 logs one JSON object a logged step to ``metrics.jsonl``; values are means over ranks."""
+    """Training log: rank 0 writes one JSON object per logged step to ``metrics.jsonl``, with means over ranks."""
 
     def __init__(
         self, cfg: TrainConfig, attempt: Attempt, rank: int, summary: Summary, start: int, device: torch.device
@@ -98,7 +96,7 @@ class MetricsLog:
         self.since = time.perf_counter()
 
     def step(self, step: int, found: Stepped, data_wait: float) -> None:
-        """Note what a step was like; ``data_wait`` seconds were spent waiting for its batch."""
+        """Record a step, and log if it is due; ``data_wait`` is the time spent waiting for its batch, in seconds."""
         self.seen += self.cfg.global_batch
         self.waited += data_wait
         self.work += found.flops
@@ -130,7 +128,7 @@ class MetricsLog:
                 logger.image(step, image)
 
     def sync(self) -> None:
-        """Write metrics.jsonl as far as it goes; before each checkpoint, so that a run that goes on has it up to there."""
+        """Write metrics.jsonl; called before each checkpoint, so that a resumed run has all rows up to it."""
         if self.file is not None:
             self.file.sync()
 
@@ -141,7 +139,7 @@ class MetricsLog:
 
 
 def bf16_peak(device: torch.device, precision: Precision) -> float | None:
-    """FLOP/s that ``device`` could do at most; None for a processor, an unknown GPU, and a run in another precision."""
+    """Return the peak bf16 FLOP/s of ``device``; None for a CPU, an unknown GPU, or a run in another precision."""
     if device.type != "cuda" or compute_dtype(device, precision) != torch.bfloat16:
         return None
     found = find_accelerator(torch.cuda.get_device_name(device))
@@ -149,16 +147,16 @@ def bf16_peak(device: torch.device, precision: Precision) -> float | None:
 
 
 def throughput(flops_per_second: float, workers: int, peak: float | None) -> dict[str, float]:
-    """Figures to log of one worker's ``flops_per_second``: that of all, and the share of the peak where it is known.
+    """Return ``flops_per_second`` of all workers, and ``mfu`` if the peak is known, from one worker's FLOP/s.
 
-    Workers have equal shares of a batch, so one speaks for all.
+    Workers have equal shares of a batch, so the total is the product.
     """
     total = float(f"{flops_per_second * workers:.5g}")
     return {"flops_per_second": total} | ({"mfu": round(flops_per_second / peak, 4)} if peak else {})
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes that this worker held at most so far: of the GPU's memory, or the process's on a processor."""
+    """Return the peak memory of this worker in bytes: GPU memory, or the process's resident memory on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

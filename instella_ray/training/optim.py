@@ -1,6 +1,6 @@
-"""Optimizers (AdamW, Muon), the learning-rate schedule and the moving average of the weights.
+"""Optimizers (AdamW, Muon), learning-rate schedule and EMA.
 
-Muon is momentum whose matrices are made orthogonal, so that every direction of a weight learns at the same pace.
+Muon orthogonalizes the momentum of each weight matrix, so that all singular directions are updated at the same rate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from .settings import OptimizerConfig
 
 
 def lr_scale(step: int, steps: int, cfg: OptimizerConfig) -> float:
-    """Share of the peak rate at ``step`` (from 0) of ``steps``: ``(k + 1) / (warmup + 1)``, then 1, then a linear fall."""
+    """Return the factor on the peak learning rate at ``step`` (from 0) of ``steps``.
+
+    Linear warm-up ``(k + 1) / (warmup + 1)``, then 1, then linear decay over the last ``decay_fraction`` of the run.
+    """
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     if not cfg.decay_fraction:
         return warmup
@@ -25,7 +28,7 @@ def lr_scale(step: int, steps: int, cfg: OptimizerConfig) -> float:
 
 
 class Optimizers:
-    """One optimizer, or two that share the weights between them; every group has its own peak rate."""
+    """One or two optimizers over disjoint parameters; every parameter group has its own peak learning rate."""
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         self.members = list(members)
@@ -33,11 +36,11 @@ class Optimizers:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of all members."""
+        """Parameter groups of all optimizers."""
         return [group for member in self.members for group in member.param_groups]
 
     def step(self, share: float) -> None:
-        """Update with ``share`` of the peak rates, and drop the gradients."""
+        """Update the parameters with ``share`` times the peak learning rates, and clear the gradients."""
         for group, peak in zip(self.groups, self.peaks, strict=True):
             group["lr"] = peak * share
         for member in self.members:
@@ -46,7 +49,7 @@ class Optimizers:
 
 
 def build_optimizers(model: nn.Module, cfg: OptimizerConfig) -> Optimizers:
-    """AdamW for all that learns; with ``muon``, Muon for the matrices inside the blocks."""
+    """Build AdamW for all trainable parameters; with ``muon``, Muon for the matrices inside the blocks."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in parameters.items() if cfg.name == "muon" and p.ndim == 2 and _is_inner(name)]
     taken = {id(p) for p in matrices}
@@ -56,12 +59,15 @@ def build_optimizers(model: nn.Module, cfg: OptimizerConfig) -> Optimizers:
 
 
 def _is_inner(name: str) -> bool:
-    """Matrices between features: attention, feed-forward, text projections. Not those that read bits, pixels or time."""
+    """Return whether ``name`` is a matrix of an attention, feed-forward or text projection layer.
+
+    Input layers of bits, pixels and timesteps are excluded.
+    """
     return any(f".{part}." in name for part in ("attn", "ff", "mlp", "proj_cond"))
 
 
 class EMA:
-    """Exponential moving average of a model's weights, by name, of as much as this rank holds; buffers are copied."""
+    """Exponential moving average of a model's weights by name; covers this rank's shard, and copies buffers."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -69,7 +75,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """After optimizer step ``step`` (from 0). Early steps use a smaller decay, to forget the start."""
+        """Update the average after optimizer step ``step`` (from 0).
+
+        The decay is at most ``(1 + step) / (10 + step)``, so that the initial weights are forgotten quickly.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = []
         current: list[Tensor] = []
@@ -84,15 +93,15 @@ class EMA:
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; they drive singular values to about 1 quickly rather than to 1 exactly."""
+"""Coefficients of the quintic Newton-Schulz iteration, tuned for fast convergence to about 1 rather than exactly 1."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), for matrices inside a network.
+    """Muon optimizer (Jordan et al., 2024): Nesterov momentum orthogonalized by Newton-Schulz iterations.
 
-    ``W <- W - lr sqrt(max(1, rows / columns)) O``, with O about the nearest orthogonal matrix to the Nesterov momentum.
-    Matrices must be whole: a sharded one has other singular values. Three iterations, where five are usual, learn as
-    well for matrices as small as the demo's and cost less.
+    ``W <- W - lr sqrt(max(1, rows / columns)) O``, with O approximately the nearest orthogonal matrix to the momentum.
+    Matrices must not be sharded, because a shard has different singular values. The default is three iterations
+    instead of the usual five: as accurate for matrices of the demo's size, and cheaper.
     """
 
     def __init__(
@@ -102,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient; matrices of one shape are orthogonalised together."""
+        """Update every matrix that has a gradient; matrices of the same shape are orthogonalized in one batch."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
@@ -124,7 +133,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """``[N, R, C]`` with singular values near 1 and the singular vectors of the input."""
+    """Return ``matrices [N, R, C]`` with singular values near 1 and unchanged singular vectors."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""A run on Ray Train: its worker group, how many workers that has, what is tried again, and AMD's GPUs."""
+"""Ray Train backend: worker group, elastic worker counts, failure policy and AMD GPU visibility."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ from .trainer import BuildTask, NonFiniteLoss
 T = TypeVar("T", bound=int | str)
 
 NOT_RETRIED = (UserError, NonFiniteLoss)
-"""Failures that would come again: the next attempt would read the same input, and draw the same numbers."""
+"""Deterministic failures: another attempt would read the same input and draw the same random numbers."""
 CUDA, HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
 
 
 class RayTrain:
-    """Trains on workers of the cluster that this process is connected to, or of one that is started here."""
+    """Launcher on Ray Train, in the connected Ray cluster or a new local one."""
 
     def __init__(self, workers: WorkersConfig) -> None:
-        """UserError where the cluster has no room for the workers."""
+        """Connect to Ray; UserError if the cluster lacks the workers' resources."""
         init_ray()
         check_resources(workers, ray.cluster_resources())
 
     def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
-        """Train to ``cfg.steps``, anew from the last checkpoint after failures; ``fields`` are for the workers' log records.
+        """Train to ``cfg.steps``, restarting from the last checkpoint after failures.
 
-        UserError and :class:`.trainer.NonFiniteLoss` of a worker are raised as they are, Ctrl-C as KeyboardInterrupt.
+        ``fields`` are added to the workers' log records. A worker's UserError or :class:`.trainer.NonFiniteLoss` is raised
+        unchanged, Ctrl-C as KeyboardInterrupt.
         """
 
         def worker() -> bool:
@@ -57,15 +58,15 @@ class RayTrain:
 
         try:
             while not _fit(worker, cfg):
-                # Left for a node that is taken away, before Ray Train had noticed that itself: on other nodes then.
+                # The workers stopped on a preemption notice before Ray Train detected it: restart on other nodes.
                 continue
         except SystemExit:
-            # Ray Train answers Ctrl-C by ending the process; what to end, and with which code, is the caller's.
+            # Ray Train exits the process on Ctrl-C; the exit code is the caller's decision.
             raise KeyboardInterrupt from None
         except WorkerGroupError as error:
             for rank, failure in error.worker_failures.items():
                 log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
-            # Bad input that only a worker could meet, an undecodable image say, is as much one line as any other.
+            # Bad input found by a worker, such as an undecodable image, is reported in one line like any other.
             hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, NOT_RETRIED)]
             if hopeless:
                 raise hopeless[0] from None
@@ -73,7 +74,7 @@ class RayTrain:
 
 
 class WorkerGroup:
-    """Ray Train's workers, as the one that this is called on sees them; see :class:`.workers.Workers`."""
+    """Worker group of Ray Train; implements :class:`.distributed.Workers`."""
 
     @property
     def device(self) -> torch.device:
@@ -89,13 +90,13 @@ class WorkerGroup:
     def barrier(self) -> None:
         barrier()
 
-    def nodes_to_go(self) -> Sequence[str] | None:
+    def nodes_to_preempt(self) -> Sequence[str] | None:
         info = ray.train.get_preemption_info()
         return None if info is None else info.preempted_node_ids
 
 
 def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
-    """UserError for workers that cannot be placed on what there is: the run would wait silently for ever."""
+    """Raise UserError if the cluster cannot place the workers, because the run would wait forever without a message."""
     count = workers.min_count or workers.count
     need = {"CPU": count * workers.cpus, "GPU": count * float(workers.gpu)}
     for name, amount in need.items():
@@ -104,12 +105,12 @@ def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
 
 
 def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
-    """Run ``worker`` on every rank, anew after failures and preemptions; returns what it returned on rank 0."""
+    """Run ``worker`` on every rank, with restarts after failures and preemptions; returns rank 0's result."""
     resources: dict[str, float] = {"CPU": cfg.workers.cpus}
     if cfg.workers.gpu:
         resources["GPU"] = 1
     counts = cfg.worker_counts()
-    # Checkpointer are this package's own, in the run directory; what Ray Train writes for itself is of no use later.
+    # Checkpoints are written to the run directory by Checkpointer; Ray Train's own state is not needed after the run.
     with tempfile.TemporaryDirectory(prefix="instella-ray-") as scratch:
         trainer = DivisorTrainer(
             worker,
@@ -126,24 +127,24 @@ def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
                 failure_config=FailureConfig(max_failures=cfg.workers.max_failures, max_preemption_failures=-1),
             ),
         )
-        result: Any = trainer.fit()  # declared as what the first version of Ray Train returned
+        result: Any = trainer.fit()  # annotated with the result type of Ray Train v1
         return bool(result.return_value)
 
 
 class DivisorPolicy(ElasticScalingPolicy):
-    """Takes the largest of ``counts`` that there is room for, where Ray's own policy takes any number."""
+    """Elastic scaling policy restricted to the worker numbers ``counts``; picks the largest that fits."""
 
     def __init__(self, scaling_config: ScalingConfig, counts: Sequence[int]) -> None:
         super().__init__(scaling_config)
         self.counts = tuple(counts)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        room = super()._count_possible_workers(reserved_resources)
-        return max((count for count in self.counts if count <= room), default=0)
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((count for count in self.counts if count <= possible), default=0)
 
 
 class UserErrorFailurePolicy(DefaultFailurePolicy):
-    """Ray's failure policy, but a run that failed by a user's mistake is not started again."""
+    """Ray's failure policy without retries of :data:`NOT_RETRIED` failures."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = training_failed_error.worker_failures if isinstance(training_failed_error, WorkerGroupError) else {}
@@ -153,7 +154,7 @@ class UserErrorFailurePolicy(DefaultFailurePolicy):
 
 
 class DivisorTrainer(TorchTrainer):
-    """A trainer on as many workers, of ``counts``, as there is room for, with :class:`UserErrorFailurePolicy`."""
+    """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`."""
 
     def __init__(self, *args: Any, counts: Sequence[int], **options: Any) -> None:
         super().__init__(*args, **options)
@@ -167,17 +168,17 @@ class DivisorTrainer(TorchTrainer):
 
 
 def mirror_visible_devices() -> None:
-    """Let HIP see the devices that Ray Train shares among a node's workers.
+    """Set HIP_VISIBLE_DEVICES to the devices that Ray Train shares among a node's workers.
 
-    Ray gives each worker on an AMD node its own GPU in HIP_VISIBLE_DEVICES, Ray Train sets CUDA_VISIBLE_DEVICES to all of
-    the node's alone, and HIP ignores that where both are set: the second worker would ask for a device that it cannot see.
+    Ray sets HIP_VISIBLE_DEVICES to each worker's own GPU on an AMD node, while Ray Train sets only CUDA_VISIBLE_DEVICES to
+    all GPUs of the node's workers. HIP ignores the latter if both are set, so the second worker would not see its device.
     """
     if HIP in os.environ and CUDA in os.environ:
         os.environ[HIP] = os.environ[CUDA]
 
 
 class RocmTorchBackend(_TorchBackend):
-    """The process group of PyTorch, begun when the workers' devices are visible to HIP."""
+    """Torch backend that makes the workers' devices visible to HIP before the process group is initialized."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(mirror_visible_devices)
@@ -186,7 +187,7 @@ class RocmTorchBackend(_TorchBackend):
 
 @dataclass
 class RocmTorchConfig(TorchConfig):
-    """For every run: without AMD's GPUs nothing is mirrored."""
+    """Torch configuration of every run; without AMD GPUs the backend changes nothing."""
 
     @property
     def backend_cls(self) -> type[RocmTorchBackend]:

@@ -1,7 +1,7 @@
-"""Run directories, any folder that fsspec reaches: what lies where, and which start of the run may write there.
+"""Run directories on any fsspec filesystem: their layout, and the attempts that may write to them.
 
-A cluster may start a job again while the first one is still at work, cut off from the cluster perhaps: every start has a
-number, and only the newest may write.
+A cluster may restart a job while the previous process is still running, for example after a network partition. Attempts
+are therefore numbered, and only the newest may write.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from ..errors import UserError
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 STATE = "state.json"
-"""File of a checkpoint that is written last: a folder with it is complete, one without is not there yet."""
+"""File of a checkpoint that is written last: a folder without it is incomplete."""
 SCORES = "metrics.json"
-"""File of a checkpoint with what was logged last when it was saved."""
+"""File of a checkpoint with the last logged metrics at the time of saving."""
 
 
 TAIL = 1 << 16
-"""Bytes at the end of metrics.jsonl that hold its last line for certain."""
+"""Bytes read from the end of metrics.jsonl to find its last line."""
 
 
 def located(run_dir: str | Path) -> str:
-    """The run directory under a name that means the same in another working directory: workers have their own."""
+    """Return an absolute path or URL of the run directory, because workers have other working directories."""
     return str(run_dir) if "://" in str(run_dir) else str(Path(run_dir).absolute())
 
 
-def look_anew(url: str) -> None:
-    """Forget listings that a client of an object store keeps: other machines write there too."""
+def invalidate_listing(url: str) -> None:
+    """Invalidate the client's cached directory listings of ``url``, because other machines write there too."""
     storage.filesystem(url)[0].invalidate_cache()
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder of the checkpoint after ``step`` steps; the names sort by step."""
+    """Return the folder name of the checkpoint after ``step`` steps; names sort by step."""
     return f"step-{step:07d}"
 
 
 def checkpoint_step(folder: str) -> int:
-    """Steps that a checkpoint's folder has behind it."""
+    """Return the number of completed steps of a checkpoint folder."""
     return int(folder.rpartition("/step-")[2])
 
 
 def checkpoint_folders(run_dir: str | Path) -> dict[str, bool]:
-    """Each folder of a checkpoint, oldest first, and whether it is complete."""
+    """Return all checkpoint folders of a run, oldest first, and whether each is complete."""
     base = storage.join(located(run_dir), CHECKPOINTS)
-    look_anew(base)
+    invalidate_listing(base)
     fs, path = storage.filesystem(base)
     found = [PurePosixPath(name).relative_to(path.rstrip("/")) for name in storage.retry(lambda: fs.find(path))]
     complete = {name.parts[0] for name in found if name.parts[1:] == (STATE,)}
@@ -66,12 +66,12 @@ def checkpoint_folders(run_dir: str | Path) -> dict[str, bool]:
 
 
 def finished_checkpoints(run_dir: str | Path) -> list[str]:
-    """The complete checkpoint folders that a run has kept, oldest first."""
+    """Return the complete checkpoint folders of a run, oldest first."""
     return [folder for folder, complete in checkpoint_folders(run_dir).items() if complete]
 
 
 def latest_checkpoint(run_dir: str | Path) -> str:
-    """The newest complete checkpoint folder of a run; UserError where there is none."""
+    """Return the newest complete checkpoint folder of a run; UserError if there is none."""
     folders = finished_checkpoints(run_dir)
     if not folders:
         raise UserError(f"run_dir {run_dir}: no finished checkpoint")
@@ -79,27 +79,27 @@ def latest_checkpoint(run_dir: str | Path) -> str:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order; a line that is just being written is left out."""
+    """Return the rows of metrics.jsonl in order, without a last line that is still being written."""
     path = storage.join(located(run_dir), METRICS)
-    look_anew(path)
+    invalidate_listing(path)
     lines = storage.read_text(path).splitlines(keepends=True) if storage.exists(path) else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_metrics(run_dir: str | Path) -> dict[str, Any] | None:
-    """The last of :func:`read_metrics`, from the file's end; None where nothing was logged yet."""
+    """Return the last row of :func:`read_metrics`, reading only the file's end; None if there is none."""
     path = storage.join(located(run_dir), METRICS)
-    look_anew(path)
+    invalidate_listing(path)
     fs, name = storage.filesystem(path)
     size = fs.size(name) if fs.exists(name) else 0
     lines = fs.cat_file(name, start=max(0, size - TAIL), end=size).splitlines(keepends=True) if size else []
-    # The first may be cut, the last be just being written.
+    # The first line may be truncated, the last still being written.
     whole = [line for line in lines[size > TAIL :] if line.endswith(b"\n")]
     return json.loads(whole[-1]) if whole else None
 
 
 def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
-    """Copy a checkpoint's files to ``url``, its state last; ``before_each`` file is asked whether that is still wanted."""
+    """Copy a checkpoint's files to ``url``, its state last; ``before_each`` is called before each file and may raise."""
     fs, path = storage.filesystem(url)
     fs.makedirs(path, exist_ok=True)
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == STATE)
@@ -114,7 +114,7 @@ def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
 
 
 def remove_checkpoint(url: str) -> None:
-    """Delete a checkpoint, its state first: what is half deleted is not taken for a complete one."""
+    """Delete a checkpoint, its state first, so that a partly deleted one counts as incomplete."""
     fs, path = storage.filesystem(url)
     if fs.exists(state := storage.join(path, STATE)):
         fs.rm_file(state)
@@ -123,7 +123,7 @@ def remove_checkpoint(url: str) -> None:
 
 @contextmanager
 def local_folder(url: str) -> Iterator[Path]:
-    """A folder of files as one on this machine: itself, or a copy that is deleted when the block ends."""
+    """Provide a folder as a local path: itself, or a temporary copy that is deleted when the block ends."""
     if storage.is_local(url):
         yield Path(storage.filesystem(url)[1])
         return
@@ -133,7 +133,7 @@ def local_folder(url: str) -> Iterator[Path]:
 
 
 def download(url: str, to: Path) -> None:
-    """Copy all files of a folder into one on this machine."""
+    """Copy all files of a folder to the local folder ``to``."""
     fs, path = storage.filesystem(url)
     for name in storage.retry(lambda: fs.find(path)):
         target = to / PurePosixPath(name).relative_to(path.rstrip("/"))
@@ -142,7 +142,7 @@ def download(url: str, to: Path) -> None:
 
 
 def scratch_folder(url: str) -> Path:
-    """A folder of this machine's own for what is on its way to or from ``url``: the same for every process."""
+    """Return the local staging folder for transfers to or from ``url``, the same path in every process of a node."""
     return Path(tempfile.gettempdir(), f"instella-ray-{hashlib.sha256(url.encode()).hexdigest()[:16]}")
 
 
@@ -151,37 +151,37 @@ ATTEMPTS = "attempts"
 
 @dataclass(frozen=True)
 class Attempt:
-    """The ``number``-th start of the run in ``run_dir``, counted from 1."""
+    """Attempt ``number`` (from 1) at the run in ``run_dir``."""
 
     run_dir: str
     number: int
 
     @classmethod
     def begin(cls, run_dir: str, *, resume: bool) -> Attempt:
-        """Take the next number, which stops the attempts before; UserError where a new run is not the first."""
+        """Claim the next number, which stops earlier attempts; UserError if a new run is not the first attempt."""
         attempt = cls(run_dir, 1)
         while not attempt._claim():
             if not resume:
-                raise UserError(f"run_dir {run_dir}: holds a run already, which another start has just begun")
+                raise UserError(f"run_dir {run_dir}: already holds a run, which another process has just started")
             attempt = cls(run_dir, attempt.number + 1)
         return attempt
 
     def check(self) -> None:
-        """UserError once a newer attempt has begun."""
+        """Raise UserError if a newer attempt has started."""
         newer = self._file(self.number + 1)
-        look_anew(newer)
+        invalidate_listing(newer)
         if storage.exists(newer):
             place = storage.read_json(newer)
             raise UserError(
-                f"run_dir {self.run_dir}: attempt {self.number + 1} has taken the run over "
+                f"run_dir {self.run_dir}: attempt {self.number + 1} has taken over the run "
                 f"(process {place['process']} on {place['host']}, {place['begun']}); attempt {self.number} stops"
             )
 
     def check_storage(self) -> None:
-        """UserError on a machine that sees another folder under the run directory's name than the driver does."""
+        """Raise UserError if the run directory on this machine is not the driver's, because it is not shared."""
         if not storage.exists(self._file(self.number)):
             raise UserError(
-                f"run_dir {self.run_dir}: not the same folder on {platform.node()} as where the run was started; "
+                f"run_dir {self.run_dir}: not the same folder on {platform.node()} as on the machine that started the run; "
                 "expected a file system that all nodes share, or a URL such as gs://BUCKET/RUN"
             )
 
@@ -189,7 +189,7 @@ class Attempt:
         return storage.join(self.run_dir, ATTEMPTS, f"{number:04d}.json")
 
     def _claim(self) -> bool:
-        """Create this attempt's file; False where there is one already."""
+        """Create this attempt's file and return True; False if it already exists."""
         begun = time.strftime("%Y-%m-%d %H:%M:%S")
         mark = {"id": uuid.uuid4().hex, "host": platform.node(), "process": os.getpid(), "begun": begun}
         text = json.dumps(mark, indent=1) + "\n"
@@ -201,16 +201,16 @@ class Attempt:
                 with open(path, "x") as stream:
                     stream.write(text)
             else:
-                # Stores that can refuse to replace an object do so; others look first.
+                # Atomic on stores with conditional writes; other clients check for existence first.
                 fs.pipe_file(path, text.encode(), mode="create")
         except FileExistsError:
-            # A store's client that repeats a call meets what its first try has made.
+            # A client that retries the call may find the object that its first try created.
             return _id_in(url) == mark["id"]
         return True
 
 
 def _id_in(url: str) -> str | None:
-    """The id in an attempt's file, None while another process is still writing it."""
+    """Return the id in an attempt's file; None while another process is still writing it."""
     try:
         return str(storage.read_json(url)["id"])
     except UserError:

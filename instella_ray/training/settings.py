@@ -1,4 +1,4 @@
-"""Configuration that every training run shares."""
+"""Configuration shared by all training runs: optimizer, workers, steps, batches and intervals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .loggers import LoggerName
 
 
 class OptimizerConfig(Config):
-    """AdamW with warm-up; the defaults are the paper's."""
+    """Optimizer and learning-rate schedule; the defaults are the paper's."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """``muon``: the blocks' matrices learn by Muon, which needs fewer steps, all else by AdamW. Not for sharded runs."""
+    """``muon``: Muon for the blocks' matrices, which needs fewer steps, and AdamW for the rest; not for sharded runs."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     matrix_lr: float = Field(0.02, gt=0)
@@ -26,96 +26,96 @@ class OptimizerConfig(Config):
     warmup_steps: int = Field(1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(0.0, ge=0, le=1)
-    """Last share of the run over which the rate falls linearly to nearly zero; 0 keeps it constant."""
+    """Final fraction of the run over which the learning rate decays linearly to nearly zero; 0 keeps it constant."""
     clip: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
 
 
 Sharding = Literal["ddp", "zero2", "fsdp2"]
-"""Whole copies on every worker; gradients and optimizer shared out (DeepSpeed ZeRO-2); weights as well (FSDP2)."""
+"""Replicated (DDP); gradients and optimizer state sharded (DeepSpeed ZeRO-2); weights sharded as well (FSDP2)."""
 
 
 class WorkersConfig(Config):
-    """How the run is spread."""
+    """Number and resources of the training workers."""
 
     count: int = Field(1, ge=0)
-    """Training workers (ranks) on Ray Train; 0 trains in the calling process, without Ray, where debuggers stop.
+    """Training workers (ranks) on Ray Train; 0 trains in the calling process, without Ray, so that debuggers work.
 
-    Losses, files and errors are those of one worker, to the last digit."""
+    With 0, losses, files and errors are identical to those of one worker."""
     min_count: int | None = Field(None, ge=1)
-    """Go on with so few where the cluster has no room for ``count``, and with more again once it has: with the largest
-    number that the global batch is a multiple of, in whole micro-batches. None: always ``count``."""
+    """Minimum number of workers of an elastic run, which grows and shrinks with the cluster's resources: it uses the
+    largest number up to ``count`` that divides the global batch into whole micro-batches. None: always ``count``."""
     cpus: float = Field(1.0, ge=0)
-    """Logical CPUs a worker reserves; the calling process (``count`` 0) reserves none."""
+    """Logical CPUs reserved per worker; the calling process (``count`` 0) reserves none."""
     threads: int = Field(1, ge=1)
-    """Threads a worker computes with on the CPU."""
+    """CPU compute threads per worker."""
     gpu: bool = False
-    """One GPU a worker; the calling process (``count`` 0) takes this machine's."""
+    """One GPU per worker; the calling process (``count`` 0) uses the current GPU of this machine."""
     max_failures: int = Field(2, ge=0)
-    """Restarts from the last checkpoint after a worker is lost; those after a node was preempted do not count. The calling
-    process (``count`` 0) is never restarted."""
+    """Maximum restarts from the last checkpoint after a worker failure; restarts after node preemption do not count. The
+    calling process (``count`` 0) is never restarted."""
 
     @model_validator(mode="after")
     def _range_fits(self) -> WorkersConfig:
         if self.min_count is not None and self.count == 0:
-            raise ValueError(f"min_count {self.min_count}: the calling process (count 0) is one, expected null")
+            raise ValueError(f"min_count {self.min_count}: count 0 trains in the calling process, expected null")
         if self.min_count is not None and self.min_count > self.count:
             raise ValueError(f"min_count {self.min_count} is more than count {self.count}")
         return self
 
     @property
     def ranks(self) -> int:
-        """Processes that share a batch, the calling one among them."""
+        """Number of ranks that share a batch; 1 for the calling process."""
         return max(1, self.count)
 
     @property
     def least(self) -> int:
-        """The fewest ranks that the run goes on with."""
+        """Minimum number of ranks of the run."""
         return self.min_count or self.ranks
 
 
 class BestConfig(Config):
-    """How the best checkpoint is told."""
+    """Criterion of the best checkpoint."""
 
     metric: str
-    """A figure of metrics.jsonl, as logged last before the checkpoint."""
+    """Metric of metrics.jsonl; its last logged value before the checkpoint counts."""
     order: Literal["lower", "higher"]
-    """Which of two figures is better."""
+    """Whether lower or higher values are better."""
 
 
 class TrainConfig(Config):
-    """Steps, batches, intervals. A run directory belongs to one run; going on with it is asked for."""
+    """Settings of a training run: steps, batches and intervals. A run directory holds exactly one run."""
 
     run_dir: str
-    """Receives config.yaml, metrics.jsonl, checkpoints/ and previews/: a folder that all nodes share, or a URL (gs://..)."""
+    """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
     resume: bool = False
-    """Go on with an interrupted run in ``run_dir``, under the settings that it began with."""
+    """Resume an interrupted run in ``run_dir`` with its original settings."""
     seed: int = 0
     steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run. A resumed run cannot change them: rates and temperatures depend on them."""
+    """Optimizer steps of the whole run. A resumed run cannot change them: the schedules depend on them."""
     global_batch: int = Field(64, ge=1)
-    """Samples a step = micro-batch x accumulation x workers."""
+    """Samples per optimizer step = micro-batch x accumulation x workers."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Samples a forward pass on one worker; none means its whole share of the global batch."""
+    """Samples per forward pass on one worker; none means its whole share of the global batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Decay of the weights' moving average, reached gradually."""
+    """Decay of the EMA of the weights, reached gradually."""
     precision: Precision = "auto"
     workers: WorkersConfig = WorkersConfig()
     sharding: Sharding = "ddp"
-    """How weights, gradients and optimizer are spread over the workers: ddp, zero2 or fsdp2. Of generators only, with AdamW;
-    a checkpoint of one can be resumed with another."""
+    """Distribution of weights, gradients and optimizer state over workers: ddp, zero2 or fsdp2. The sharded ones are for
+    generators with AdamW only; a checkpoint can be resumed with any of them."""
     log_every: int = Field(20, ge=1)
     checkpoint_every: int = Field(500, ge=1)
-    """Steps between two checkpoints: what a lost worker may cost. They are uploaded while training goes on."""
+    """Steps between two checkpoints, the most that a lost worker costs. Uploads run while training continues."""
     keep_checkpoints: int = Field(2, ge=1)
-    """So many of the last checkpoints are kept."""
+    """Number of latest checkpoints to keep."""
     keep_best: BestConfig | None = None
-    """Keep the best one as well."""
+    """Also keep the best checkpoint by this criterion."""
     preview_every: int = Field(500, ge=1)
     loggers: tuple[LoggerName, ...] | None = None
-    """Where figures and previews go beside metrics.jsonl: tensorboard, wandb, mlflow, prometheus (gauges of
-    Ray's endpoint); none means TensorBoard if installed."""
+    """Additional loggers of metrics and previews: tensorboard, wandb, mlflow, prometheus (gauges on Ray's metrics
+    endpoint); none means TensorBoard if installed."""
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainConfig:
@@ -130,18 +130,18 @@ class TrainConfig(Config):
         if self.sharding != "ddp" and self.optimizer.name != "adamw":
             raise ValueError(f"sharding {self.sharding}: {self.optimizer.name} needs whole matrices, expected adamw")
         if self.workers.count == 0 and "prometheus" in (self.loggers or ()):
-            raise ValueError("loggers: prometheus needs Ray, which workers.count 0 does without")
+            raise ValueError("loggers: prometheus needs Ray, which workers.count 0 does not use")
         return self
 
     def worker_counts(self) -> list[int]:
-        """The numbers of workers that the run may have, ascending: those that a global batch can be shared by."""
+        """Return the possible worker counts, ascending: those that divide the global batch into whole micro-batches."""
         workers, unit = self.workers, self.micro_batch_size or 1
         counts = range(workers.least, workers.ranks + 1)
         return [count for count in counts if self.global_batch % (count * unit) == 0]
 
 
 class TrainingRun(Config):
-    """All that a run is made of; each kind of run adds its own."""
+    """Base configuration of a training run; each kind of run adds its own settings."""
 
     train: TrainConfig
 
@@ -156,11 +156,11 @@ MAY_CHANGE: dict[str, Any] = {
     "validation": True,
     "collapse_limit": True,
 }
-"""What a resumed run may set anew: where and how fast it is computed, and what is kept and shown of it."""
+"""Settings that a resumed run may change: those of placement, speed, logging and retention, not of the result."""
 
 
 def first_difference(old: TrainingRun, new: TrainingRun) -> tuple[str, Any, Any] | None:
-    """Dotted key, old and new value of the first setting that differs and decides what is learned."""
+    """Return the dotted key, old value and new value of the first setting that differs and affects the result."""
     before, after = (_flat(run.model_dump(mode="json", exclude=MAY_CHANGE)) for run in (old, new))
     keys = dict.fromkeys([*before, *after])
     return next(((key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)), None)

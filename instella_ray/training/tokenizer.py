@@ -1,4 +1,4 @@
-"""Tokenizer training: images in, the same images out through the bits (section 2.1). One stage; see :mod:`.stages`."""
+"""Tokenizer training (section 2.1): configuration, loss, task and evaluation of one stage. Stages: :mod:`.stages`."""
 
 from __future__ import annotations
 
@@ -44,60 +44,60 @@ F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
 
 class TokenizerConfig(TrainingRun):
-    """A tokenizer run."""
+    """Configuration of a tokenizer run."""
 
     model: BITConfig
     data: str
-    """Curated WebDataset tars (path, glob, commas between several)."""
+    """Curated WebDataset tars (path or glob, or several separated by commas)."""
     start_from: str | None = None
-    """Model folder of the same sizes, whose (averaged) weights are trained on; none means random ones."""
+    """Model folder of the same sizes whose (EMA) weights initialize the model; none means random initialization."""
     output_sizes: tuple[int, ...] = ()
-    """Sizes to decode to, in pixels, one of them a step (512, 768 and 1024 in the paper's second stage); none means the
-    model's image_size."""
+    """Output sizes in pixels, of which each step uses one (512, 768 and 1024 in the paper's second stage); none means
+    the model's image_size."""
     freeze_encoder: bool = False
-    """The encoder stays as it is; decoder and quantizer learn (the paper's third stage)."""
+    """Freeze the encoder and train only the decoder and the quantizer (the paper's third stage)."""
     adversarial: AdversarialConfig | None = None
-    """Train against a discriminator too (the paper's third stage)."""
+    """Add adversarial training against a discriminator (the paper's third stage)."""
     temperature: float = 0.5
     """Quantizer temperature tau in training (0.5 in the paper's first stage: it prevents code collapse)."""
     late_temperature: float = 0.1
-    """Temperature of the run's last part (the paper's second stage)."""
+    """Quantizer temperature in the last part of the run (the paper's second stage)."""
     late_fraction: float = 0.3
-    """Share of the run that uses ``late_temperature``."""
+    """Fraction of the run that uses ``late_temperature``."""
     freeze_norm_fraction: float = 0.5
-    """Share of the run after which the logits' batch statistics stay as they are (with normalize_logits)."""
+    """Fraction of the run after which the batch statistics of the logits are frozen (with normalize_logits)."""
     collapse_limit: float = Field(0.25, ge=0, le=1)
-    """Share of dead bits in a batch above which a warning is given, once, from the end of warm-up on."""
+    """Fraction of dead bits in a batch above which one warning is logged, after the end of warm-up."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
 
     @model_validator(mode="after")
     def _whole_on_every_worker(self) -> TokenizerConfig:
         if self.train.sharding != "ddp":
-            raise ValueError(f"train.sharding {self.train.sharding}: a tokenizer is small, expected ddp")
+            raise ValueError(f"train.sharding {self.train.sharding}: not supported for tokenizers, expected ddp")
         return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Pixels a side of what is decoded."""
+        """Sides of the decoded images in pixels."""
         return self.output_sizes or (self.model.image_size,)
 
 
 class TokenizerLoss(nn.Module):
-    """One micro-batch: forward pass at a temperature, loss, and the numbers to watch."""
+    """Training loss of one micro-batch: forward pass at a temperature, loss and logged parts."""
 
     def __init__(self, bit: BIT, cfg: TokenizerLossConfig, adversary: Adversary | None = None) -> None:
         super().__init__()
         self.bit = bit
         self.supervised = ReconstructionLoss(cfg)
         self.code_weight = cfg.code_weight
-        self.adversary = adversary  # no module: its weights are its own to train
+        self.adversary = adversary  # not a submodule: its parameters have their own optimizer
 
     def forward(
         self, images: Tensor, targets: Tensor, seeds: Tensor, temperature: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of ``images [B, 3, H, W]`` in [-1, 1] restored at the size of ``targets``, and its parts.
+        """Return the loss and its parts of ``images [B, 3, H, W]`` in [-1, 1], reconstructed at the size of ``targets``.
 
-        A sample's seed says where its crops lie, how the discriminator's view is changed, and which bits are drawn.
+        ``seeds [B]`` determine each sample's crop positions, discriminator augmentation and bit draws.
         """
         first, sizes = torch.zeros_like(seeds), self.bit.cfg
         draws = rng.uniforms(seeds, first, 1, DRAWS, stream=rng.TRAINING)[:, 0]
@@ -109,18 +109,18 @@ class TokenizerLoss(nn.Module):
         if self.code_weight:
             loss = loss + self.code_weight * out.code_loss
         if self.adversary is not None:
-            loss, more = self.adversary.judge(loss, out.images, targets, draws, last_layer(self.bit))
+            loss, more = self.adversary.add_loss(loss, out.images, targets, draws, last_layer(self.bit))
             parts |= more
         return loss, parts
 
 
 def last_layer(bit: BIT) -> Tensor:
-    """The weights that pixels come from; after them only a bias."""
+    """Return the weight tensor of the last layer, which is followed only by its bias."""
     return list(bit.to_pixel.parameters())[-2]
 
 
 class TokenizerTask:
-    """Trains a :class:`BIT`; satisfies :class:`.task.Task`."""
+    """Training task of a :class:`BIT`; implements :class:`.trainer.TrainingTask`."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
@@ -148,7 +148,7 @@ class TokenizerTask:
         return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
-        """Centre the patch embedding on the first images, unless it has learned already."""
+        """Calibrate the patch embedding on the first batch, unless the weights are pretrained."""
         if self.cfg.start_from is None:
             self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
 
@@ -158,14 +158,14 @@ class TokenizerTask:
         self.temperature = self.cfg.late_temperature if late else self.cfg.temperature
         if self.bit.quantizer.norm is not None:
             self.bit.quantizer.norm.train(done < self.cfg.freeze_norm_fraction)
-        # All ranks decode to the same size, whatever their number.
+        # All ranks decode to the same size, independent of their number.
         index = int(np.random.default_rng((self.cfg.train.seed, step)).integers(len(self.cfg.sizes)))
         self.size = self.cfg.sizes[index]
         if self.discriminator is not None:
             self.discriminator.before_step(step, index)
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Use of the bits in few numbers, with a warning where codes collapse; the step's output size, of several."""
+        """Return scalars with bit usage statistics, and the output size if there are several; warn on code collapse."""
         share = means.pop(BIT_SHARE)
         bits = bit_summary(share)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -175,13 +175,13 @@ class TokenizerTask:
         return {**means, **bits, **sizes}
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """The tokenizer on every image; the losses' networks are not counted."""
+        """Return the tokenizer's FLOP on all images; the networks of the losses are not counted."""
         count = sum(len(part["images"]) for part in parts)
         size, frozen = self.cfg.model.image_size, self.cfg.freeze_encoder
         return count * tokenizer_training(self.cfg.model, size, self.size, frozen_encoder=frozen).model
 
     def preview(self, ema_model: Model) -> np.ndarray:
-        """Originals above their reconstructions."""
+        """Return original images in the first row and their reconstructions in the second."""
         assert isinstance(ema_model, BIT)
         originals = self._images(self.data.batch(0, np.arange(min(8, len(self.data)))))
         restored = reconstruct(ema_model, originals)
@@ -199,7 +199,7 @@ class TokenizerTask:
 
 
 def trained_model(folder: str, expected: BITConfig) -> BIT:
-    """The tokenizer to start from; UserError where ``folder`` holds none, or one of other sizes."""
+    """Load the tokenizer to start from; UserError if ``folder`` holds none, or one of other sizes."""
     with local_folder(folder) as here:
         bit = load_expected(here, BIT)
     for name in BITConfig.model_fields:
@@ -209,20 +209,22 @@ def trained_model(folder: str, expected: BITConfig) -> BIT:
 
 
 def reconstruct(bit: BIT, images: Tensor) -> Tensor:
-    """``images [B, 3, H, W]`` through the hard bits and back, on the CPU."""
+    """Encode ``images [B, 3, H, W]`` to hard bits and decode them; returns float32 on the CPU."""
     device = next(bit.parameters()).device
     return bit.decode(bit.encode(images.to(device)), *images.shape[-2:]).float().cpu()
 
 
 class ReconstructionQuality(NamedTuple):
+    """Reconstruction metrics of a tokenizer."""
+
     psnr: float
-    """Mean over images, dB."""
+    """Mean over images in dB."""
     dead_bits: float
-    """Share of bits that are the same in every image."""
+    """Fraction of bits that are constant over all images."""
 
 
 def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title: str) -> ReconstructionQuality:
-    """Quality of ``bit`` on ``images [N, 3, H, W]`` in [-1, 1], with hard bits, under a progress bar."""
+    """Measure ``bit`` with hard bits on ``images [N, 3, H, W]`` in [-1, 1], showing a progress bar."""
     device = next(bit.parameters()).device
     values, codes = [], []
     for part in tqdm(images.split(batch_size), desc=title, unit="batch"):
@@ -234,9 +236,9 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
 
 
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
-    """``cfg`` as workers need it, paths absolute.
+    """Return ``cfg`` with absolute paths, as workers need it.
 
-    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be had.
+    UserError for sizes that do not fit the model or the loss, shards without images, and weights that cannot be loaded.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
@@ -269,8 +271,8 @@ def _with_absolute_weights(cfg: F) -> F:
 
 
 def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
-    """Train on ``cfg.train.workers``; returns the final checkpoint's folder, which is a model folder."""
-    cfg = complete_tokenizer(cfg)  # here, before anything is written and any worker starts
+    """Train on ``cfg.train.workers`` and return the final checkpoint's folder, a model folder."""
+    cfg = complete_tokenizer(cfg)  # validates before anything is written and any worker starts
     inputs = shard_provenance("shards", cfg.data)
     if cfg.start_from is not None:
         with local_folder(cfg.start_from) as here:

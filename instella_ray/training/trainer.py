@@ -1,4 +1,4 @@
-"""One rank's part of a run: models, optimizers and averages, and one step of them. Knows nothing of Ray."""
+"""Trainer of one rank: models, optimizers, EMA and the training step, and the task interface. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ LEARNERS: dict[str, type[Learner]] = {"ddp": Learner, "zero2": ZeroLearner, "fsd
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; nothing of that step was saved."""
+    """Error for a loss or gradient that is NaN or infinite; nothing of that step is saved."""
 
 
 class Stepped(NamedTuple):
-    """What a step was like on this rank."""
+    """Results of a training step on this rank."""
 
     means: dict[str, Tensor]
-    """The loss and what else the step modules tell, over this rank's share of the batch."""
+    """Loss and further parts of the step modules, means over this rank's share of the batch."""
     rate: float
+    """Learning rate."""
     norm: Tensor
-    """Of the model's gradient, before it was limited."""
+    """Norm of the model's gradient before clipping."""
     flops: float
+    """Model FLOP of this rank."""
 
 
 class DiscriminatorTask(Protocol):
-    """A second model that learns in turn with a task's, from what that has made of the same micro-batch."""
+    """A second model trained alternately with a task's model, on its outputs for the same micro-batch."""
 
     @property
     def model(self) -> nn.Module:
-        """What learns; a checkpoint keeps all of its state."""
+        """Trained module; a checkpoint contains its whole state."""
 
     @property
     def step_module(self) -> nn.Module:
@@ -52,68 +54,66 @@ class DiscriminatorTask(Protocol):
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """How it learns."""
+        """Optimizer settings of ``model``."""
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for the step module, from the micro-batch that the task's has just computed."""
+        """Return keyword arguments for the step module, from the task's latest micro-batch."""
 
     def after_backward(self) -> None:
-        """Called once a step on every rank, when both models have their gradients."""
+        """Hook called once per step on every rank, after both models' backward passes."""
 
 
 class TrainingTask(Protocol):
-    """What a run trains."""
+    """Model, data and loss of a training run."""
 
     data: Data
-    """Read in a thread: ``batch`` gives one worker's share of a global batch, on the CPU."""
+    """Training data; ``batch`` returns one rank's share of a global batch on the CPU, and is called in a thread."""
     model: Model
     step_module: nn.Module
-    """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients synchronise through it. A part that is
-    no single number is for :meth:`summary`."""
+    """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients are synchronized through it. Parts that
+    are not scalars are reduced by :meth:`summary`."""
 
     @property
     def discriminator(self) -> DiscriminatorTask | None:
-        """Trained beside ``model``, in the same steps."""
+        """Discriminator trained in the same steps as ``model``, or None."""
 
     def micro_batches(self, batch: Any, size: int, seeds: Tensor) -> list[dict[str, Any]]:
-        """Keyword arguments for the step module, cut into micro-batches.
+        """Split a batch into micro-batches of ``size`` samples; returns keyword arguments for the step module.
 
-        ``seeds`` int64 ``[B]``: what is random about a sample in this step is drawn from its own.
+        ``seeds`` int64 ``[B]``: seeds of each sample's random numbers in this step.
         """
 
     def begin(self, batch: Any) -> None:
-        """Called once with the first batch, before the first step of a new run."""
+        """Hook called once with the first batch, before the first step of a new run."""
 
     def before_step(self, step: int) -> None:
-        """Called before every step (model in training mode)."""
+        """Hook called before every step, with the model in training mode."""
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
-        """FLOP that these micro-batches ask for, forward and backward, with what is frozen and without recomputation."""
+        """Return the FLOP of these micro-batches: forward, backward and frozen networks, without recomputation."""
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Single numbers to log of the parts' means over a global batch; called on every rank at logged steps."""
+        """Reduce the parts' means over a global batch to scalars to log; called on every rank at logged steps."""
 
     def preview(self, ema_model: Model) -> Any:
-        """An image, uint8 ``[H, W, 3]``, of what the averaged model can do, or None. Called at rank 0 alone."""
+        """Return a preview image of the EMA model, uint8 ``[H, W, 3]``, or None; called on rank 0 only."""
 
     def keys(self, batch: Any) -> list[str]:
-        """The samples' keys, to name them when a loss is not finite."""
+        """Return the keys of the samples, reported for a loss that is not finite."""
 
     def extra(self) -> Mapping[str, Any]:
-        """Further sections of the checkpoint's config.yaml."""
+        """Return further sections of the checkpoint's config.yaml."""
 
 
 BuildTask = Callable[[torch.device], TrainingTask]
-"""Makes a run's task in each of its processes, from what that computes with."""
+"""Builds the task in each process of a run, from its device."""
 
 
 class Trainer:
-    """Trains ``task`` on this rank. All ranks call each method together, at the same steps."""
+    """Training of ``task`` on this rank. All methods are collective: all ranks call them together, at the same steps."""
 
     def __init__(self, task: TrainingTask, cfg: TrainConfig, device: torch.device, last: Path | None) -> None:
-        """Goes on from the checkpoint in the folder ``last``, whatever number of ranks and sharding that was saved with;
-        None in a new run.
-        """
+        """Start from the checkpoint folder ``last``, saved with any number of ranks and any sharding; None: a new run."""
         self.task, self.cfg, self.device = task, cfg, device
         self.rank, world = ranks()
         self.plan = BatchPlan(len(task.data), cfg.global_batch, task.data.order, self.rank, world)
@@ -121,7 +121,7 @@ class Trainer:
         self.size = cfg.micro_batch_size or cfg.global_batch // world
         saved = None if last is None else read_checkpoint(last)
         self.start = saved.step if saved else 0
-        """Steps that the run has behind it."""
+        """Number of steps completed before this process started."""
         task.model.train().to(device)
         if saved is not None:
             task.model.load_state_dict(saved.weights)
@@ -129,7 +129,7 @@ class Trainer:
             torch.manual_seed(cfg.seed)
             task.begin(task.data.batch(0, self.plan.samples(0)))
         dtype = compute_dtype(device, cfg.precision)
-        # One rank has nothing to share out.
+        # A single rank needs no sharding.
         kind = LEARNERS[cfg.sharding] if world > 1 else Learner
         self.learner = kind(task.step_module, task.model, cfg.optimizer, device, dtype)
         self.learners = [self.learner]
@@ -145,15 +145,18 @@ class Trainer:
                 other.load_optimizer_state(saved.discriminator.optimizer_state)
 
     def batch(self, step: int) -> Any:
-        """This rank's share of the global batch of ``step``."""
+        """Load this rank's share of the global batch of ``step``."""
         return self.task.data.batch(self.plan.place(step).epoch, self.plan.samples(step))
 
     def step(self, step: int, batch: Any) -> Stepped:
-        """Forward, backward and update; :class:`NonFiniteLoss`, with the batch's keys in a file, where that cannot be."""
+        """Run forward, backward and update.
+
+        Raises :class:`NonFiniteLoss` if the loss or gradient is not finite, and writes the batch's keys to a file.
+        """
         task = self.task
         task.model.train()
         task.before_step(step)
-        # The step's randomness is a function of (seed, step, place in the batch): a resumed run draws the same numbers.
+        # Random numbers are a function of (seed, step, position in the batch): a resumed run draws the same ones.
         parts = task.micro_batches(batch, self.size, rng.sample_seeds(self.cfg.seed, step, self.positions))
         means: dict[str, Tensor] = {}
         for number, inputs in enumerate(parts, start=1):
@@ -175,15 +178,15 @@ class Trainer:
         return Stepped(means, rate, norm, task.flops(parts))
 
     def preview(self) -> Any:
-        """The task's image of the averaged weights, at rank 0."""
+        """Return the task's preview of the EMA weights on rank 0, None on other ranks."""
         shared = isinstance(self.learner, FSDPLearner)
         state = gather(self.ema.state) if shared else self.ema.state
         if self.rank != 0:
             return None
-        return self.task.preview(assemble(self.task.model.cfg, state, "averaged weights").to(self.device))
+        return self.task.preview(assemble(self.task.model.cfg, state, "EMA weights").to(self.device))
 
     def save(self, folder: Path, step: int) -> None:
-        """Rank 0 writes all that is needed to go on after ``step`` steps into ``folder``."""
+        """Gather the training state after ``step`` steps and write it to ``folder`` on rank 0."""
         weights, ema = gather(self.task.model.state_dict()), gather(self.ema.state)
         optimizer_state, discriminator = self.learner.optimizer_state(), None
         for other in self.learners[1:]:

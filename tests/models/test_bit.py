@@ -110,12 +110,12 @@ def test_encoding_and_decoding_have_multiples_of_their_own() -> None:
     assert (finer.cfg.encode_multiple, finer.cfg.decode_multiple, finer.cfg.size_multiple) == (4, 8, 8)
     codes = finer.encode(torch.zeros(1, 3, 16, 20))
     assert codes.shape == (1, 6, 5)
-    with pytest.raises(UserError, match=r"image size 20x16: both sides must be multiples of 8 .* to decode"):
+    with pytest.raises(UserError, match=r"image size 20x16: expected both sides to be multiples of 8 .* to decode"):
         finer.decode(codes, 16, 20)
     coarser = small(downsample_after=(0, 1), upsample_after=()).eval()
     assert (coarser.cfg.encode_multiple, coarser.cfg.decode_multiple, coarser.cfg.size_multiple) == (16, 4, 16)
     assert coarser.decode(codes, 12, 20).shape == (1, 3, 12, 20)
-    with pytest.raises(UserError, match=r"image size 24x24: both sides must be multiples of 16 .* to encode"):
+    with pytest.raises(UserError, match=r"image size 24x24: expected both sides to be multiples of 16 .* to encode"):
         coarser.encode(torch.zeros(1, 3, 24, 24))
     assert coarser(torch.zeros(1, 3, 16, 16), temperature=1.0, height=12, width=4).images.shape[-2:] == (12, 4)
 
@@ -161,7 +161,7 @@ def test_a_size_that_does_not_fit_is_named(size: tuple[int, int]) -> None:
         ({"num_tokens": 0}, "num_tokens\n.*greater than or equal to 1"),
         ({"rope_axes": (10, -4, 2)}, "rope_axes.1\n.*greater than or equal to 0"),
         ({"position_extent": 0}, "position_extent\n.*greater than 0"),
-        ({"downsample_after": (3,)}, "blocks 0..2"),
+        ({"downsample_after": (3,)}, "block indices 0..2"),
         ({"patch_size": 12, "image_size": 48, "pixel_head": "conv"}, "power of two"),
         ({"colour": 1}, "Extra inputs"),
     ],

@@ -70,7 +70,7 @@ def test_a_weight_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> 
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-100])
     for read in (load_model, weight_hash):
-        with pytest.raises(UserError, match=rf"^{path}: not a whole safetensors file[^\n]*$"):
+        with pytest.raises(UserError, match=rf"^{path}: not a complete safetensors file[^\n]*$"):
             read(tmp_path, ema=name.startswith("ema"))
 
 

@@ -205,8 +205,8 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_config(f, lambda c: c["sizes"].update(dec_base=[17, 16])),
         "bit.dec_base: image size 16x17",
     ),
-    "cut_io": (lambda f: cut(f / "io.safetensors"), "io.safetensors: not a whole safetensors file"),
-    "cut_checkpoint": (lambda f: cut(f / "ar.safetensors"), "ar.safetensors: not a whole safetensors file"),
+    "cut_io": (lambda f: cut(f / "io.safetensors"), "io.safetensors: not a complete safetensors file"),
+    "cut_checkpoint": (lambda f: cut(f / "ar.safetensors"), "ar.safetensors: not a complete safetensors file"),
     "other_checkpoint": (
         lambda f: shutil.copy(f / "ar.safetensors", f / "diffusion.safetensors"),
         "diffusion.safetensors: holds the weights of a generator of kind ar",
@@ -217,7 +217,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "output_shape": (
         lambda f: change_io(f, lambda io: io.update({"dit.out": torch.zeros(3, 4, 6)})),
-        r"dit.out: ours has shape \(3, 4, 7\), the recording \(3, 4, 6\)",
+        r"dit.out: computed shape \(3, 4, 7\), recorded shape \(3, 4, 6\)",
     ),
     "mask_shape": (
         lambda f: change_io(f, lambda io: io.update({"gen.mask": torch.ones(3, 5, dtype=torch.uint8)})),

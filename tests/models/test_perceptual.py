@@ -87,5 +87,6 @@ def test_weights_that_cannot_be_had_are_refused_in_one_line(tmp_path: Path, monk
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match=r"vgg16-397923af\.pth cannot be had \(no network\); name a local copy"):
+    expected = r"vgg16-397923af\.pth cannot be downloaded \(no network\); set weights to a local copy"
+    with pytest.raises(UserError, match=expected):
         load_perceptual("vgg", "published")

@@ -94,7 +94,7 @@ def test_a_release_becomes_model_folders(tmp_path: Path, capsys: pytest.CaptureF
     config = read_checkpoint_config(tmp_path / "out" / "ar")
     assert config["tokenizer_hash"] == weight_hash(bit) == weight_hash(tmp_path / "out" / "bit")
     assert config["text_encoder"] == published.TEXT_ENCODER
-    assert "exists already" in refused(capsys, source)  # nothing is overwritten
+    assert "already exists" in refused(capsys, source)  # nothing is overwritten
 
 
 def test_recorded_checkpoints_come_in_with_settings_of_their_own(shared_dir: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_generators_alone_name_a_tokenizer_where_one_is_given(
     assert "--tokenizer" not in capsys.readouterr().err
     assert read_checkpoint_config(tmp_path / "again" / "ar")["tokenizer_hash"] == weight_hash(tokenizer)
     write_bit(source)
-    assert "the release has its own" in refused(capsys, source, "--tokenizer", str(tokenizer))
+    assert "the release contains" in refused(capsys, source, "--tokenizer", str(tokenizer))
 
 
 def test_codes_of_another_size_than_the_tokenizers_are_refused(
@@ -155,7 +155,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Capt
     source = tmp_path / "release"
     write_bit(source)
     torch.save({"module": Evil()}, source / "diffusion.pt")
-    assert "diffusion.pt: refused" in refused(capsys, source)
+    assert "diffusion.pt: not a file of plain tensors" in refused(capsys, source)
     assert not (tmp_path / "ran").exists()
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_pickle_is_one_clear_line(content: bytes, tmp_path: Path, caps
     source = tmp_path / "release"
     source.mkdir()
     (source / "ar.pt").write_bytes(content)
-    assert "ar.pt: refused, not a file of plain tensors" in refused(capsys, source)
+    assert "ar.pt: not a file of plain tensors" in refused(capsys, source)
 
 
 @pytest.mark.parametrize("content", [[], {}, {"module": 3}, {"module": {"a": 3}}])
@@ -195,10 +195,12 @@ def test_tensors_that_do_not_fit_are_named_and_a_second_try_works(
     path = source / "bae" / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    assert "model.safetensors: not a whole safetensors file" in refused(capsys, source)
+    assert "model.safetensors: not a complete safetensors file" in refused(capsys, source)
     path.write_bytes(whole)
     assert "model.safetensors: encoder_width / encoder_heads" in refused(capsys, source, "--rope-axes", "2,4,2")
-    assert "model.safetensors: downsample_after must name" in refused(capsys, source, "--downsample-after", "12")
+    assert "model.safetensors: downsample_after must be block indices" in refused(
+        capsys, source, "--downsample-after", "12"
+    )
     assert "options: key 'rope_axes.2' is required" in refused(capsys, source, "--rope-axes", "8,56")
     assert "options: 'bae_scale'" in refused(capsys, source, "--bae-scale", "0")
     assert published.main([str(source), str(tmp_path / "out")]) == 0

@@ -157,7 +157,7 @@ def test_models_that_a_configuration_names_are_loaded(tmp_path: Path, capsys: py
     assert [each.level for each in text] == ["ok"]
     (tmp_path / "bit" / "model.safetensors").write_bytes(b"half")
     assert cli.main(["doctor", "--models", str(tmp_path / "bit"), "--json"]) == 1
-    assert "not a whole safetensors file" in json.loads(capsys.readouterr().out)[-1]["found"]
+    assert "not a complete safetensors file" in json.loads(capsys.readouterr().out)[-1]["found"]
 
 
 def test_names_are_found_where_configurations_have_them() -> None:

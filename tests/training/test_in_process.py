@@ -130,7 +130,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_begins(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = tokenizer_config(shards, tmp_path / "run", workers=HERE.model_copy(update={"gpu": True}))
-    with pytest.raises(UserError, match=r"train\.workers\.gpu: PyTorch sees no GPU here"):
+    with pytest.raises(UserError, match=r"train\.workers\.gpu: PyTorch sees no GPU on this machine"):
         run_tokenizer(cfg)
     assert not (tmp_path / "run").exists()
 
@@ -138,8 +138,8 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_begins(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.loggers=[prometheus]", "prometheus needs Ray, which workers.count 0 does without"),
-        ("train.workers.min_count=1", r"min_count 1: the calling process \(count 0\) is one, expected null"),
+        ("train.loggers=[prometheus]", "prometheus needs Ray, which workers.count 0 does not use"),
+        ("train.workers.min_count=1", r"min_count 1: count 0 trains in the calling process, expected null"),
         ("train.micro_batch_size=5", "a worker's share of 32 is not a multiple of micro_batch_size 5"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_worker_killed_in_mid_step_costs_no_more_than_one_interval(
     assert steps_of(tmp_path / "notes", 1) == [*range(10), *range(8, 12)]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     starts = [record["message"] for record in records if "at step" in record["message"]]
-    assert starts == ["training begins at step 0 of 12", "training goes on at step 8 of 12"]
+    assert starts == ["training starts at step 0 of 12", "training resumes at step 8 of 12"]
     losses = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "run")}
     kept = {min((4, 8, 12), key=lambda step: losses[step]), 12}
     folders = finished_checkpoints(tmp_path / "run")
@@ -101,14 +101,14 @@ def test_a_killed_driver_and_then_a_failing_upload_cost_no_more_than_one_interva
     left = run / "checkpoints" / "step-0000006"  # an upload that its driver did not live to see the end of
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         fragile_run(**{**killed_driver, "train": {}})
     fragile_run(**{**killed_driver, "train": {"resume": True}}, obstruct_at=5)
     assert_nothing_was_lost(whole, run, notes)
     assert steps_of(notes, 0) == [*range(6), *range(4, 12)]
     assert [Path(folder).name for folder in finished_checkpoints(run)] == ["step-0000004", "step-0000012"]
     assert not left.exists()
-    with pytest.raises(UserError, match="attempt 2 has taken the run over"):
+    with pytest.raises(UserError, match="attempt 2 has taken over the run"):
         Attempt(str(run), 1).check()
 
 

@@ -59,7 +59,7 @@ def test_a_new_run_has_one_beginning_whoever_comes_first(run_dir: str) -> None:
         try:
             return Attempt.begin(run_dir, resume=False)
         except UserError as error:
-            assert "holds a run already, which another start has just begun" in str(error)
+            assert "already holds a run, which another process has just started" in str(error)
             return None
 
     with ThreadPoolExecutor(8) as threads:
@@ -75,7 +75,7 @@ def test_the_newest_attempt_stops_those_before(run_dir: str) -> None:
         later = sorted(threads.map(lambda _: Attempt.begin(run_dir, resume=True).number, range(4)))
     assert later == [2, 3, 4, 5]
     for number in range(1, 5):
-        with pytest.raises(UserError, match=rf"attempt {number + 1} has taken the run over .* attempt {number} stops"):
+        with pytest.raises(UserError, match=rf"attempt {number + 1} has taken over the run .* attempt {number} stops"):
             Attempt(run_dir, number).check()
     Attempt(run_dir, 5).check()
     assert first.number == 1
@@ -125,7 +125,7 @@ def test_an_upload_that_fails_costs_that_checkpoint_unless_it_is_the_last(
             uploads.hand_over(saved(tmp_path, step))
         uploads._wait()
     (line,) = caplog.messages
-    assert "step-0000002: could not be uploaded" in line and line.endswith("training goes on to the next one")
+    assert "step-0000002: could not be uploaded" in line and line.endswith("training continues")
     assert names(run_dir) == [1, 3]
     uploads.hand_over(saved(tmp_path, 4))
     with pytest.raises(UserError, match="step-0000004: could not be uploaded"):

@@ -76,8 +76,8 @@ def test_the_papers_stages_are_what_the_paper_says() -> None:
     ("override", "message"),
     [
         ("stages.stage2.temprature=1", "stages.stage2: unknown key 'temprature', did you mean 'temperature'"),
-        ("stages.stage2.data=a", "stages.stage2: data is the same for all stages"),
-        ("stages.stage2.train.run_dir=a", "stages.stage2: its run_dir is train.run_dir/stage2"),
+        ("stages.stage2.data=a", "stages.stage2: data is shared by all stages"),
+        ("stages.stage2.train.run_dir=a", "stages.stage2: train.run_dir cannot be set, it is train.run_dir/stage2"),
         ("stages.stage3.train.steps=0", "stages.stage3: 'train.steps' = 0"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish_first(chain(shards, whole))
     shutil.copytree(whole, stopped)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run_stages(chain(shards, whole))
     final = run_stages(chain(shards, whole, resume=True))
     assert final == latest_checkpoint(whole / "third")

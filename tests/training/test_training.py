@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     starts = [
         (each["message"], each["step"]) for each in said if each["message"].startswith("training ") and "step" in each
     ]
-    begins, goes_on = ("training begins at step 0 of 12", 0), ("training goes on at step 6 of 12", 6)
+    begins, goes_on = ("training starts at step 0 of 12", 0), ("training resumes at step 6 of 12", 6)
     assert starts == [begins, begins, goes_on]
     assert [each["step"] for each in said if "is complete" in each["message"]] == [6, 12, 6, 12]
     assert [each["failed_rank"] for each in said if each["level"] == "error"] == [0]
@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     )
     # The same directory again is refused; nothing in it changes.
     before = (stopped / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         run_tokenizer(cfg)
     assert (stopped / "metrics.jsonl").read_bytes() == before
 

@@ -147,7 +147,7 @@ def test_what_is_missing_or_does_not_fit_is_named_at_the_start(
         ({"head": str(tmp_path / "none.pth")}, "none.pth: no such file"),
         ({"head": wide}, "wide.pth: for embeddings of 768 numbers, tiny-test gives 16"),
         ({"model": "ViT-other"}, "filters.aesthetic: open_clip has no model 'ViT-other'"),
-        ({"weights": "nowhere.pt"}, "filters.aesthetic: weights nowhere.pt: neither a local file nor"),
+        ({"weights": "nowhere.pt"}, "filters.aesthetic: weights nowhere.pt: expected a local file or"),
     ]:
         with pytest.raises(UserError, match=message):
             Aesthetic(**{"model": name, "weights": weights, "head": head} | given).check()

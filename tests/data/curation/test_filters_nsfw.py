@@ -45,7 +45,10 @@ def test_any_image_gets_the_same_score_alone_and_in_a_batch() -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nowhere.onnx", "filters.nsfw.model 'nowhere.onnx': no such file"), (__file__, "not an ONNX model that loads")],
+    [
+        ("nowhere.onnx", "filters.nsfw.model 'nowhere.onnx': no such file"),
+        (__file__, "cannot be loaded as an ONNX model"),
+    ],
 )
 def test_a_model_that_is_not_there_is_named_at_the_start(model: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -135,20 +135,20 @@ def _flag(name: str) -> str:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from .evaluation.validation_generator import ValidatedRun
-    from .evaluation.validation_tokenizer import ValidatedStages
     from .planning.plan import PlanOptions, plan_run
+    from .training.generator import GeneratorRunConfig
+    from .training.stages import TokenizerStagesConfig
     from .training.tokenizer import TokenizerConfig
 
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
     options = validate(PlanOptions, given, None, {name: f"{_flag(name)} {value}" for name, value in given.items()})
     overrides = [*args.overrides, *([f"train.workers.count={args.gpus}"] if args.gpus else [])]
-    runs: Mapping[str, TokenizerConfig | ValidatedRun]
+    runs: Mapping[str, TokenizerConfig | GeneratorRunConfig]
     if "data" in read_yaml(args.config):
-        tokenizer = load_config(ValidatedStages, args.config, overrides)
+        tokenizer = load_config(TokenizerStagesConfig, args.config, overrides)
         runs = tokenizer.each() or {"": tokenizer}
     else:
-        runs = {"": load_config(ValidatedRun, args.config, overrides)}
+        runs = {"": load_config(GeneratorRunConfig, args.config, overrides)}
     plans = {name: plan_run(run, options) for name, run in runs.items()}
     if args.json:
         figures = {name: plan.as_dict() for name, plan in plans.items()}

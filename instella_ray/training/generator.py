@@ -32,8 +32,10 @@ from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperature, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..runs import Provenance
+from .generator_validation import GeneratorValidation, GeneratorValidator
 from .launch import launch
 from .settings import TrainingRun
+from .validation import validating
 
 CALIBRATION_CAPTIONS = 512
 TIME_BINS = 5
@@ -79,6 +81,8 @@ class GeneratorRunConfig(TrainingRun):
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: larger micro-batches, slower steps."""
     preview: PreviewConfig = PreviewConfig()
+    validation: GeneratorValidation | None = None
+    """Evaluation of checkpoints during training; None disables it."""
 
     @model_validator(mode="after")
     def _one_kind_of_data(self) -> GeneratorRunConfig:
@@ -329,9 +333,18 @@ def run_generator(cfg: GeneratorRunConfig) -> str:
     cfg = complete_config(cfg)  # validates before anything is written and any worker starts
     description = f"{cfg.model.kind} generator"
     inputs = generator_inputs(cfg)
-    return launch(
-        cfg, lambda device: GeneratorTask(cfg, device), description=description, job="train_generator", inputs=inputs
-    )
+    validator = None
+    if cfg.validation is not None:
+        in_process = cfg.train.workers.count == 0
+        validator = GeneratorValidator(cfg.validation, cfg.train.run_dir, cfg.tokenizer, here=in_process)
+    with validating(validator):
+        return launch(
+            cfg,
+            lambda device: GeneratorTask(cfg, device),
+            description=description,
+            job="train_generator",
+            inputs=inputs,
+        )
 
 
 def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -14,7 +13,8 @@ from ..config import validate
 from ..errors import UserError
 from .launch import check_free, check_run_dir
 from .run_dir import CONFIG, checkpoint_step, finished_checkpoints, invalidate_listing, located
-from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer
+from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer, tokenizer_validator
+from .validation import validating
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 class TokenizerStagesConfig(TokenizerConfig):
     """Configuration of a tokenizer run with optional ``stages``; the other settings are shared by all stages."""
 
-    stage_type: ClassVar[type[TokenizerConfig]] = TokenizerConfig
-    """Configuration class of one stage."""
     stages: dict[str, dict[str, Any]] = Field({})
     """Overrides of the shared settings by stage name, in training order. A stage's run directory is train.run_dir/NAME.
     Empty means a single run in train.run_dir."""
@@ -47,25 +45,22 @@ class TokenizerStagesConfig(TokenizerConfig):
                 raise UserError(f"stages.{name}: train.run_dir cannot be set, it is train.run_dir/{name}")
             merged = _merged(shared, own)
             merged["train"]["run_dir"] = storage.join(self.train.run_dir, name)
-            found[name] = validate(self.stage_type, merged, f"stages.{name}")
+            found[name] = validate(TokenizerConfig, merged, f"stages.{name}")
         return found
 
     def single(self) -> TokenizerConfig:
         """Return the configuration of the single run, for a configuration without stages."""
-        return self.stage_type.model_validate(self.model_dump(exclude={"stages"}, exclude_unset=True))
+        return TokenizerConfig.model_validate(self.model_dump(exclude={"stages"}, exclude_unset=True))
 
 
-def run_stages(
-    cfg: TokenizerStagesConfig, stage_context: Callable[[TokenizerConfig], AbstractContextManager[Any]] = nullcontext
-) -> str:
+def run_stages(cfg: TokenizerStagesConfig) -> str:
     """Train all stages and return the final checkpoint of the last stage, a model folder.
 
     ``train.resume`` skips finished stages and resumes an interrupted one. All stages are validated before the first
-    one starts. ``stage_context(stage)`` is a context entered for each stage, including those already finished.
+    one starts; the checkpoints of finished ones are validated too, where validation was interrupted.
     """
     if not cfg.stages:
-        with stage_context(single := cfg.single()):
-            return run_tokenizer(single)
+        return run_tokenizer(cfg.single())
     stages = {name: complete_tokenizer(stage) for name, stage in cfg.each().items()}
     run_dir = located(cfg.train.run_dir)
     invalidate_listing(run_dir)
@@ -79,11 +74,11 @@ def run_stages(
         train = stage.train.model_copy(update={"resume": name in begun, "run_dir": storage.join(run_dir, name)})
         start_from = stage.start_from if previous is None else previous
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
-        with stage_context(stage):
-            previous = _finished(stage)
-            if previous is None:
-                previous = run_tokenizer(stage, f"tokenizer, {name}")
-            else:
+        previous = _finished(stage)
+        if previous is None:
+            previous = run_tokenizer(stage, f"tokenizer, {name}")
+        else:
+            with validating(tokenizer_validator(stage)):
                 log.info("%s: already finished, %s", name, previous, extra={"stage": name})
     assert previous is not None
     return previous

@@ -39,6 +39,8 @@ from .losses import (
 )
 from .run_dir import local_folder
 from .settings import TrainingRun
+from .tokenizer_validation import TokenizerValidation, TokenizerValidator, complete_validation
+from .validation import validating
 
 F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
@@ -69,6 +71,8 @@ class TokenizerConfig(TrainingRun):
     collapse_limit: float = Field(0.25, ge=0, le=1)
     """Fraction of dead bits in a batch above which one warning is logged, after the end of warm-up."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
+    validation: TokenizerValidation | None = None
+    """Evaluation of checkpoints during training; None disables it."""
 
     @model_validator(mode="after")
     def _whole_on_every_worker(self) -> TokenizerConfig:
@@ -259,6 +263,9 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     if cfg.start_from is not None:
         facts["start_from"] = storage.absolute(cfg.start_from)
         trained_model(facts["start_from"], cfg.model)
+    if cfg.validation is not None:
+        in_process, multiple = cfg.train.workers.count == 0, cfg.model.decode_multiple
+        facts["validation"] = complete_validation(cfg.validation, cfg.sizes, multiple, in_process=in_process)
     complete = cfg.model_copy(update=facts)
     ReconstructionLoss(complete.loss)
     if complete.adversarial is not None:
@@ -278,4 +285,14 @@ def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
         with local_folder(cfg.start_from) as here:
             parent = model_provenance("parent", here)
         inputs = (*inputs, parent.model_copy(update={"path": cfg.start_from}))
-    return launch(cfg, lambda device: TokenizerTask(cfg), description=description, job="train_tokenizer", inputs=inputs)
+    with validating(tokenizer_validator(cfg)):
+        return launch(
+            cfg, lambda device: TokenizerTask(cfg), description=description, job="train_tokenizer", inputs=inputs
+        )
+
+
+def tokenizer_validator(cfg: TokenizerConfig) -> TokenizerValidator | None:
+    """Create the validator of a complete configuration; None if validation is disabled."""
+    if cfg.validation is None:
+        return None
+    return TokenizerValidator(cfg.validation, cfg.train.run_dir, here=cfg.train.workers.count == 0)

@@ -10,15 +10,13 @@ import pytest
 from instella_ray import storage
 from instella_ray.data.scenes import scene_prompts
 from instella_ray.errors import UserError
-from instella_ray.evaluation.validation import Numbers, ValidationSchedule, Validator, validating
-from instella_ray.evaluation.validation_generator import (
-    GeneratorValidator,
-    ValidatedRun,
-    ValidationConfig,
-    generator_validator,
-)
 from instella_ray.models.checkpoint import load_model
-from instella_ray.training.generator import run_generator
+from instella_ray.training.generator import GeneratorRunConfig, run_generator
+from instella_ray.training.generator_validation import (
+    GeneratorValidation,
+    GeneratorValidator,
+)
+from instella_ray.training.validation import Numbers, ValidationSchedule, Validator, validating
 
 from ..kit.processes import wait_until
 from ..kit.training import generator_config
@@ -36,7 +34,7 @@ def row(step: int, value: float | None) -> dict[str, object]:
 
 
 def test_checkpoints_are_due_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    validator = GeneratorValidator(ValidationConfig(every_steps=100), str(tmp_path), "bit", here=True)
+    validator = GeneratorValidator(GeneratorValidation(every_steps=100), str(tmp_path), "bit", here=True)
     assert validator.due(False) == []
     folders = {step: checkpoint(tmp_path, step) for step in (50, 100, 150, 200, 210)}
     (tmp_path / "checkpoints" / "step-0000300").mkdir()
@@ -73,7 +71,7 @@ def test_checkpoints_of_a_run_directory_that_is_a_url_are_measured_in_a_folder_o
 
 
 def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
-    validator = GeneratorValidator(ValidationConfig(), str(tmp_path), "bit", here=True)
+    validator = GeneratorValidator(GeneratorValidation(), str(tmp_path), "bit", here=True)
     for step, value, best in ((1, None, 1), (2, 0.4, 2), (3, 0.7, 3), (4, 0.7, 3), (5, 0.2, 3)):
         (validator.folder / f"step-{step:07d}" / "model").mkdir(parents=True)
         validator.add(row(step, value))
@@ -85,9 +83,9 @@ def test_the_best_is_marked_and_its_model_alone_is_kept(tmp_path: Path) -> None:
 
 def test_a_best_that_cannot_be_told_is_refused() -> None:
     with pytest.raises(ValueError, match="best_by scene_score: expected a measured metric"):
-        ValidationConfig(prompts="own.txt")
+        GeneratorValidation(prompts="own.txt")
     with pytest.raises(ValueError, match=r"best_by bit_usage: expected a measured metric .* direction: scene_score"):
-        ValidationConfig.model_validate({"metrics": {"bit_usage": {}, "scene_score": {}}, "best_by": "bit_usage"})
+        GeneratorValidation.model_validate({"metrics": {"bit_usage": {}, "scene_score": {}}, "best_by": "bit_usage"})
 
 
 def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
@@ -95,10 +93,9 @@ def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
 ) -> None:
     plain = generator_config("diffusion", codes, tokenizer, tmp_path / "run")
     asked = {"every_steps": 3, "count": 12, "sampling": {"num_inference_steps": 2}, "text_length": 24}
-    run = ValidatedRun.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
+    run = GeneratorRunConfig.model_validate({**plain.model_dump(exclude_unset=True), "validation": asked})
     caplog.set_level(logging.INFO, "instella_ray")
-    with validating(generator_validator(run)):
-        run_generator(run)
+    run_generator(run)
     folder = tmp_path / "run" / "validation"
     rows = storage.read_json(str(folder / "validation.json"))
     assert [r["step"] for r in rows] == [3, 6] and set(rows[0]["metrics"]) == {"scene_score", "bit_usage"}

@@ -194,16 +194,16 @@ def _failed(outcome: TrainingOutcome) -> str:
 
 def planned(job: TrainingJob, gpus: int) -> Run:
     """Derive the simulated run on ``gpus`` GPUs from its plan; raises UserError if they do not divide its global batch."""
-    from ...evaluation.validation_generator import ValidatedRun
+    from ...training.generator import GeneratorRunConfig
     from ..plan import PlanOptions, plan_run
 
-    batch = load_config(ValidatedRun, job.run, job.overrides).train.global_batch
+    batch = load_config(GeneratorRunConfig, job.run, job.overrides).train.global_batch
     share, rest = divmod(batch, gpus)
     if rest:
         raise UserError(f"gpus {gpus}: expected a divisor of the run's global batch of {batch}")
     micro = next(size for size in range(min(job.largest_micro_batch, share), 0, -1) if share % size == 0)
     sizes = [f"train.workers.count={gpus}", f"train.micro_batch_size={micro}"]
-    run = load_config(ValidatedRun, job.run, [*job.overrides, *sizes])
+    run = load_config(GeneratorRunConfig, job.run, [*job.overrides, *sizes])
     plan = plan_run(run, PlanOptions(images_per_second=job.images_per_second))
     per_sample = plan.network["read_per_second"] / (plan.images_per_second * gpus)
     return Run(

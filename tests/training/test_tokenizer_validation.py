@@ -14,24 +14,21 @@ from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.loading.image_data import ImageData
 from instella_ray.data.scenes import scene_rows
 from instella_ray.errors import UserError
-from instella_ray.evaluation.validation_tokenizer import (
-    TokenizerValidation,
-    ValidatedStages,
-    ValidatedTokenizer,
-    complete_validation,
-    measure_restorations,
-    run_validated_stages,
-)
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected
-from instella_ray.training.tokenizer import evaluate_tokenizer, to_tensor
+from instella_ray.training.stages import TokenizerStagesConfig, run_stages
+from instella_ray.training.tokenizer import TokenizerConfig, complete_tokenizer, evaluate_tokenizer, to_tensor
+from instella_ray.training.tokenizer_validation import (
+    TokenizerValidation,
+    measure_restorations,
+)
 
 from ..kit.training import tokenizer_config
 
 
-def stage(shards: str, run_dir: Path, **validation: Any) -> ValidatedTokenizer:
+def stage(shards: str, run_dir: Path, **validation: Any) -> TokenizerConfig:
     plain = tokenizer_config(shards, run_dir, steps=4, checkpoint_every=2).model_dump(exclude_unset=True)
-    return ValidatedTokenizer.model_validate({**plain, "validation": {"data": shards, **validation}})
+    return TokenizerConfig.model_validate({**plain, "validation": {"data": shards, **validation}})
 
 
 def test_images_are_restored_at_every_size_and_a_metric_is_over_all(shards: str, tokenizer: str) -> None:
@@ -55,9 +52,9 @@ def test_images_are_restored_at_every_size_and_a_metric_is_over_all(shards: str,
 
 def test_a_stage_is_validated_at_the_sizes_that_it_trains(shards: str, tmp_path: Path) -> None:
     trained = stage(shards, tmp_path).model_copy(update={"output_sizes": (32, 40)})
-    completed = complete_validation(trained)
+    completed = complete_tokenizer(trained).validation
     assert completed is not None and completed.sizes == (32, 40)
-    assert complete_validation(tokenizer_config(shards, tmp_path)) is None
+    assert complete_tokenizer(tokenizer_config(shards, tmp_path)).validation is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +70,7 @@ def test_a_validation_that_cannot_be_made_is_refused_before_training(
     asked: dict[str, Any], message: str, shards: str, tmp_path: Path
 ) -> None:
     with pytest.raises((UserError, ValueError), match=message):
-        complete_validation(stage(shards, tmp_path, **asked))
+        complete_tokenizer(stage(shards, tmp_path, **asked))
 
 
 def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
@@ -84,7 +81,7 @@ def test_each_stage_of_a_chain_has_its_own_checkpoints_measured_while_it_trains(
     shared = stage(shards, tmp_path / "run", **asked).model_dump(exclude_unset=True)
     second = {"output_sizes": [32, 40], "validation": {"every_steps": 4}}
     caplog.set_level(logging.INFO, "instella_ray")
-    final = run_validated_stages(ValidatedStages.model_validate({**shared, "stages": {"first": {}, "second": second}}))
+    final = run_stages(TokenizerStagesConfig.model_validate({**shared, "stages": {"first": {}, "second": second}}))
     assert Path(final).parent.parent == tmp_path / "run" / "second"
     for name, measured in (("first", {"psnr", "ssim"}), ("second", {"psnr", "psnr_32", "psnr_40"})):
         folder = tmp_path / "run" / name / "validation"

@@ -15,14 +15,12 @@ from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.names import absolute_pattern
 from ..data.loading.image_data import ImageData, require_images
 from ..errors import UserError
+from ..evaluation.metric_settings import PSNR, SSIM, MetricsConfig, Tools, absolute, choose
+from ..evaluation.metrics.base import Batch, Metric
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from ..rendering import encode_png
-from ..training.stages import TokenizerStagesConfig, run_stages
-from ..training.tokenizer import TokenizerConfig
-from .metric_settings import PSNR, SSIM, MetricsConfig, Tools, absolute, choose
-from .metrics.base import Batch, Metric
-from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by, validating
+from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 
 IMAGE = "restorations.png"
 OFFERS = frozenset({"images", "references"})
@@ -57,19 +55,6 @@ class TokenizerValidation(ValidationSchedule):
             raise ValueError(f"metrics.{other[0]}: expected metrics that compare an image with its original")
         require_best_by(self.best_by, sections)
         return self
-
-
-class ValidatedTokenizer(TokenizerConfig):
-    """Configuration of a tokenizer run with optional validation."""
-
-    validation: TokenizerValidation | None = None
-    """Validation of checkpoints; None disables it."""
-
-
-class ValidatedStages(TokenizerStagesConfig, ValidatedTokenizer):
-    """Configuration of a tokenizer run with one or several stages, each with optional validation."""
-
-    stage_type = ValidatedTokenizer
 
 
 class MeasuredReconstruction(NamedTuple):
@@ -146,37 +131,20 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredRecons
     return MeasuredReconstruction(numbers((name, metric.result().to_json()) for name, metric in metrics.items()), image)
 
 
-def complete_validation(stage: TokenizerConfig) -> TokenizerValidation | None:
-    """Return the stage's validation with its sizes and absolute paths; None if validation is disabled.
+def complete_validation(
+    cfg: TokenizerValidation, sizes: tuple[int, ...], multiple: int, *, in_process: bool
+) -> TokenizerValidation:
+    """Return ``cfg`` with its sizes, or those that the run trains, and absolute paths.
 
-    Raises UserError for held-out shards without images, for sizes that the model cannot decode to, and if validation
-    would run on a GPU of the calling process, which has none.
+    UserError for held-out shards without images, sizes that are not a ``multiple`` of what the model decodes to, and a
+    GPU to compute on ``in_process`` that is not there.
     """
-    if not isinstance(stage, ValidatedTokenizer) or (cfg := stage.validation) is None:
-        return None
-    if cfg.gpus and stage.train.workers.count == 0 and not torch.cuda.is_available():
+    if cfg.gpus and in_process and not torch.cuda.is_available():
         raise UserError(f"validation.gpus {cfg.gpus:g}: PyTorch sees no GPU in this process, which runs the validation")
-    sizes, multiple = cfg.sizes or stage.sizes, stage.model.decode_multiple
+    sizes = cfg.sizes or sizes
     if wrong := [size for size in sizes if size <= 0 or size % multiple]:
         raise UserError(f"validation.sizes {wrong[0]}: not a multiple of {multiple}")
     require_images(cfg.data)
     sections: dict[str, Any] = {name: absolute(section) for name, section in cfg.metrics.sections().items()}
     metrics = cfg.metrics.model_copy(update=sections)
     return cfg.model_copy(update={"data": absolute_pattern(cfg.data), "sizes": sizes, "metrics": metrics})
-
-
-def tokenizer_validator(stage: TokenizerConfig) -> TokenizerValidator | None:
-    """Create the validator of a stage; None if validation is disabled."""
-    cfg = complete_validation(stage)
-    here = stage.train.workers.count == 0
-    return TokenizerValidator(cfg, stage.train.run_dir, here=here) if cfg else None
-
-
-def run_validated_stages(cfg: ValidatedStages) -> str:
-    """Run all stages with validation during each; every stage's validation is checked before the first one starts.
-
-    See :func:`..training.stages.run_stages`.
-    """
-    for stage in cfg.each().values() or [cfg.single()]:
-        complete_validation(stage)
-    return run_stages(cfg, lambda stage: validating(tokenizer_validator(stage)))

@@ -10,15 +10,14 @@ from pydantic import Field, model_validator
 from ..bulk.plan import SampleConfig
 from ..bulk.sample import run_sample
 from ..data.prompts import SCENES
+from ..evaluation.evaluate import EvaluateConfig, run_evaluate
+from ..evaluation.metric_settings import MetricsConfig
+from ..evaluation.results import Evaluation
 from ..models.sampling import SamplingConfig
-from ..training.generator import GeneratorRunConfig
-from .evaluate import EvaluateConfig, run_evaluate
-from .metric_settings import MetricsConfig
-from .results import Evaluation
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 
 
-class ValidationConfig(ValidationSchedule):
+class GeneratorValidation(ValidationSchedule):
     """Prompts, sampling and metrics of a generator's validation."""
 
     prompts: str = SCENES
@@ -39,23 +38,16 @@ class ValidationConfig(ValidationSchedule):
     gpus_per_actor: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _best_by_is_measured(self) -> ValidationConfig:
+    def _best_by_is_measured(self) -> GeneratorValidation:
         scenes = ["scene_score"] if self.prompts == SCENES else []
         require_best_by(self.best_by, list(self.metrics.sections()) if self.metrics else scenes)
         return self
 
 
-class ValidatedRun(GeneratorRunConfig):
-    """Configuration of a generator run with optional validation."""
-
-    validation: ValidationConfig | None = None
-    """Validation of checkpoints; None disables it."""
-
-
 class GeneratorValidator(Validator):
     """Validator that runs the sampling job and the evaluation job on each checkpoint."""
 
-    def __init__(self, cfg: ValidationConfig, run_dir: str, tokenizer: str, *, here: bool) -> None:
+    def __init__(self, cfg: GeneratorValidation, run_dir: str, tokenizer: str, *, here: bool) -> None:
         """``here``: run both jobs in this process, like ``--local``."""
         super().__init__(cfg, run_dir)
         self.cfg, self.tokenizer = cfg, tokenizer
@@ -80,11 +72,3 @@ class GeneratorValidator(Validator):
         run_evaluate(evaluation)
         (setting,) = Evaluation(evaluation.output).settings.values()
         return numbers(setting["metrics"].items())
-
-
-def generator_validator(run: ValidatedRun) -> GeneratorValidator | None:
-    """Create the validator of a run; None if validation is disabled."""
-    if run.validation is None:
-        return None
-    here = run.train.workers.count == 0
-    return GeneratorValidator(run.validation, run.train.run_dir, run.tokenizer, here=here)

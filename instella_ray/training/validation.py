@@ -17,9 +17,9 @@ from pydantic import Field
 from .. import storage
 from ..config import Config
 from ..errors import UserError
+from ..evaluation.metrics.base import better
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS
-from ..training.run_dir import checkpoint_step, finished_checkpoints, located
-from .metrics.base import better
+from .run_dir import checkpoint_step, finished_checkpoints, located
 
 FOLDER, ROWS, BEST = "validation", "validation.json", "best.json"
 POLL = 2.0

@@ -2,7 +2,9 @@
 
 ``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
 covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. There is a window
-around every pixel, and beyond the image's edge its mirror image, as in torchmetrics. Range -1 to 1.
+around every pixel, and beyond the image's edge its mirror image, as in torchmetrics. Range -1 to 1. The numbers are
+torchmetrics' too, but its two-dimensional convolution takes twenty times as long in float64 on a CPU, and in float32 errs
+by 1e-5.
 """
 
 from __future__ import annotations

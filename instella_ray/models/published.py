@@ -4,8 +4,8 @@
 
 reads ``bae/model.safetensors``, ``diffusion.pt`` and ``ar.pt`` (those that are there) and writes ``OUTPUT/bit``,
 ``OUTPUT/diffusion`` and ``OUTPUT/ar`` as safetensors. Parameter names are the same on both sides; sizes are read off
-the shapes, and what shapes cannot tell (RoPE axes, resampling places, position extent) are the released settings unless
-options say otherwise. The output folder is absent or complete: a failed import leaves nothing behind.
+the shapes, and what shapes cannot tell (RoPE axes, resampling places, position extent, text encoder) are the released
+settings unless options say otherwise. The output folder is absent or complete: a failed import leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ from ..storage import atomic_dir, is_empty
 from .bit import BIT, AxisWidth, BITConfig
 from .checkpoint import Model, assemble, load_expected, read_tensors, save_model, weight_hash
 from .generator import GeneratorConfig
+from .text_encoder import TextEncoderConfig
 
 LICENSE = (
     "The released Instella-T2I weights are under AMD's research-only RAIL licence, which these converted files keep: "
     "read it beside the release before using or sharing them."
 )
-TEXT_ENCODER = {"name": "amd/AMD-OLMo-1B", "max_length": 128}
 FILES = {"bit": "bae/model.safetensors", "diffusion": "diffusion.pt", "ar": "ar.pt"}
 
 State = Mapping[str, Tensor]
 
 
 class ReleaseSettings(Config):
-    """What a tokenizer's shapes cannot tell; the defaults are the released settings."""
+    """What shapes cannot tell; the defaults are the released settings."""
 
     rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
     downsample_after: tuple[int, ...] = (7,)
     upsample_after: tuple[int, ...] = (7,)
     bae_scale: float | None = Field(1024.0, gt=0)
     """Pixels that every side of an image is stretched to when positions are counted; none: no interpolation."""
+    text_encoder: str = Field("amd/AMD-OLMo-1B", min_length=1)
+    """What reads a generator's prompts: hub name, local folder, or ``package:module/folder``."""
+    text_length: int = Field(128, ge=1)
+    """Tokens a prompt."""
 
 
 RELEASED = ReleaseSettings()
@@ -78,7 +82,8 @@ def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, so
         "resample": "conv",
         "pixel_head": "linear",
     }
-    return validate(BITConfig, sizes | settings.model_dump(exclude={"bae_scale"}), source)
+    chosen = settings.model_dump(include={"rope_axes", "downsample_after", "upsample_after"})
+    return validate(BITConfig, sizes | chosen, source)
 
 
 def generator_config_from_state(state: State, source: str = "generator") -> GeneratorConfig:
@@ -152,7 +157,9 @@ def import_published(
             if isinstance(model, BIT):
                 bit = model
             else:
-                extra |= _lineage(model, path, bit)
+                text = TextEncoderConfig(name=settings.text_encoder, max_length=settings.text_length)
+                extra["text_encoder"] = text.absolute().model_dump(mode="json")
+                extra |= _tokenizer_hash(model, path, bit)
             (folder / kind).mkdir()
             save_model(folder / kind, model, extra=extra)
     if bit is None:
@@ -164,20 +171,20 @@ def import_published(
     return [output / kind for kind in found]
 
 
-def _lineage(model: Model, path: Path, bit: BIT | None) -> dict[str, Any]:
-    """What a generator's ``config.yaml`` says of its surroundings; the tokenizer's hash is left out without one.
+def _tokenizer_hash(model: Model, path: Path, bit: BIT | None) -> dict[str, str]:
+    """What a generator's ``config.yaml`` says of its tokenizer; nothing without one.
 
     UserError where the generator's codes are not of the tokenizer's size.
     """
     if bit is None:
-        return {"text_encoder": TEXT_ENCODER}
+        return {}
     theirs, ours = ((m.cfg.num_tokens, m.cfg.bits_per_token) for m in (model, bit))
     if theirs != ours:
         raise UserError(
             f"{path}: writes codes of {theirs[0]} tokens x {theirs[1]} bits, "
             f"the tokenizer reads {ours[0]} tokens x {ours[1]} bits"
         )
-    return {"text_encoder": TEXT_ENCODER, "tokenizer_hash": weight_hash(bit)}
+    return {"tokenizer_hash": weight_hash(bit)}
 
 
 def _shape(state: State, name: str, axes: int, source: str) -> torch.Size:
@@ -221,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("downsample-after", _numbers, "I,..", "encoder blocks followed by a 2x2 merge"),
         ("upsample-after", _numbers, "I,..", "decoder blocks followed by a 2x2 expansion"),
         ("bae-scale", _scale, "PIXELS", "extent of positions, none: integer positions"),
+        ("text-encoder", str, "NAME", "what reads prompts: hub name, local folder, or package:module/folder"),
+        ("text-length", int, "N", "tokens a prompt, longer ones are cut"),
     ):
         default = getattr(RELEASED, option.replace("-", "_"))
         parser.add_argument(

@@ -40,6 +40,11 @@ class TextEncoderConfig(Config):
     max_length: int = 128
     """Tokens a prompt; longer prompts are cut with a warning."""
 
+    def absolute(self) -> TextEncoderConfig:
+        """The same with the whole path of a local folder, which is found from any directory then."""
+        path = Path(self.name)
+        return self.model_copy(update={"name": str(path.absolute())}) if path.is_dir() else self
+
 
 class TextFeatures(NamedTuple):
     """Features of a batch of prompts, left padded."""

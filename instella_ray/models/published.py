@@ -4,8 +4,9 @@
 
 reads ``bae/model.safetensors``, ``diffusion.pt`` and ``ar.pt`` (those that exist) and writes ``OUTPUT/bit``,
 ``OUTPUT/diffusion`` and ``OUTPUT/ar`` as safetensors. Parameter names are unchanged; sizes are derived from tensor
-shapes. Settings that shapes do not determine (RoPE axes, resampling blocks, position extent) default to the released
-ones and can be set by options. The output folder is written atomically: a failed import leaves nothing behind.
+shapes. Settings that shapes do not determine (RoPE axes, resampling blocks, position extent, text encoder) default to
+the released ones and can be set by options. The output folder is written atomically: a failed import leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -27,25 +28,29 @@ from ..storage import atomic_dir, is_empty
 from .bit import BIT, AxisWidth, BITConfig
 from .checkpoint import Model, assemble, load_expected, read_tensors, save_model, weight_hash
 from .generator import GeneratorConfig
+from .text_encoder import TextEncoderConfig
 
 LICENSE = (
     "The released Instella-T2I weights are under AMD's research-only RAIL licence, which also applies to these converted "
     "files: read it in the release before using or sharing them."
 )
-TEXT_ENCODER = {"name": "amd/AMD-OLMo-1B", "max_length": 128}
 FILES = {"bit": "bae/model.safetensors", "diffusion": "diffusion.pt", "ar": "ar.pt"}
 
 State = Mapping[str, Tensor]
 
 
 class ReleaseSettings(Config):
-    """Tokenizer settings that tensor shapes do not determine; the defaults are the released settings."""
+    """Settings that tensor shapes do not determine; the defaults are the released settings."""
 
     rope_axes: tuple[AxisWidth, AxisWidth, AxisWidth] = (8, 28, 28)
     downsample_after: tuple[int, ...] = (7,)
     upsample_after: tuple[int, ...] = (7,)
     bae_scale: float | None = Field(1024.0, gt=0)
     """Extent in pixels that positions of every image side are interpolated to; none: no interpolation."""
+    text_encoder: str = Field("amd/AMD-OLMo-1B", min_length=1)
+    """Text encoder of the generators: hub name, local folder, or ``package:module/folder``."""
+    text_length: int = Field(128, ge=1)
+    """Maximum number of prompt tokens."""
 
 
 RELEASED = ReleaseSettings()
@@ -78,7 +83,8 @@ def bit_config_from_state(state: State, settings: ReleaseSettings = RELEASED, so
         "resample": "conv",
         "pixel_head": "linear",
     }
-    return validate(BITConfig, sizes | settings.model_dump(exclude={"bae_scale"}), source)
+    chosen = settings.model_dump(include={"rope_axes", "downsample_after", "upsample_after"})
+    return validate(BITConfig, sizes | chosen, source)
 
 
 def generator_config_from_state(state: State, source: str = "generator") -> GeneratorConfig:
@@ -155,7 +161,9 @@ def import_published(
             if isinstance(model, BIT):
                 bit = model
             else:
-                extra |= _lineage(model, path, bit)
+                text = TextEncoderConfig(name=settings.text_encoder, max_length=settings.text_length)
+                extra["text_encoder"] = text.absolute().model_dump(mode="json")
+                extra |= _tokenizer_hash(model, path, bit)
             (folder / kind).mkdir()
             save_model(folder / kind, model, extra=extra)
     if bit is None:
@@ -167,20 +175,20 @@ def import_published(
     return [output / kind for kind in found]
 
 
-def _lineage(model: Model, path: Path, bit: BIT | None) -> dict[str, Any]:
-    """Return the text encoder and, with a tokenizer, the tokenizer hash for a generator's ``config.yaml``.
+def _tokenizer_hash(model: Model, path: Path, bit: BIT | None) -> dict[str, str]:
+    """Return the tokenizer hash for a generator's ``config.yaml``; empty without a tokenizer.
 
     UserError if the generator's codes do not have the tokenizer's size.
     """
     if bit is None:
-        return {"text_encoder": TEXT_ENCODER}
+        return {}
     generated, decoded = ((m.cfg.num_tokens, m.cfg.bits_per_token) for m in (model, bit))
     if generated != decoded:
         raise UserError(
             f"{path}: writes codes of {generated[0]} tokens x {generated[1]} bits, "
             f"the tokenizer reads {decoded[0]} tokens x {decoded[1]} bits"
         )
-    return {"text_encoder": TEXT_ENCODER, "tokenizer_hash": weight_hash(bit)}
+    return {"tokenizer_hash": weight_hash(bit)}
 
 
 def _shape(state: State, name: str, axes: int, source: str) -> torch.Size:
@@ -224,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("downsample-after", _numbers, "I,..", "encoder blocks followed by a 2x2 merge"),
         ("upsample-after", _numbers, "I,..", "decoder blocks followed by a 2x2 expansion"),
         ("bae-scale", _scale, "PIXELS", "extent of positions, none: integer positions"),
+        ("text-encoder", str, "NAME", "what reads prompts: hub name, local folder, or package:module/folder"),
+        ("text-length", int, "N", "tokens a prompt, longer ones are cut"),
     ):
         default = getattr(RELEASED, option.replace("-", "_"))
         parser.add_argument(

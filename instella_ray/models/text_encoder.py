@@ -40,6 +40,11 @@ class TextEncoderConfig(Config):
     max_length: int = 128
     """Maximum tokens per prompt; longer prompts are truncated with a warning."""
 
+    def absolute(self) -> TextEncoderConfig:
+        """The same with the whole path of a local folder, which is found from any directory then."""
+        path = Path(self.name)
+        return self.model_copy(update={"name": str(path.absolute())}) if path.is_dir() else self
+
 
 class TextFeatures(NamedTuple):
     """Left-padded features of a batch of prompts."""

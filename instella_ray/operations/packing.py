@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ray._private.thirdparty.pathspec import PathSpec
+from pathspec import GitIgnoreSpec
 
 from ..errors import UserError
 from ..training.run_dir import CONFIG, METRICS
@@ -24,6 +24,22 @@ EXCLUDES = (
 LIMIT = 100 << 20
 """Largest package in bytes; Ray keeps it in the memory of the head node."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+class Patterns(NamedTuple):
+    """Patterns of an ignore file, in git's syntax, which apply below its folder."""
+
+    folder: Path
+    spec: GitIgnoreSpec
+
+    @classmethod
+    def read(cls, path: Path) -> Patterns:
+        """Read an ignore file."""
+        return cls(path.parent, GitIgnoreSpec.from_lines(path.read_text(encoding="utf-8").splitlines()))
+
+    def match(self, path: Path, end: str = "") -> bool:
+        """Tell whether ``path`` matches; ``end`` is a slash for a folder."""
+        return self.spec.match_file(path.relative_to(self.folder).as_posix() + end)
 
 
 class Package(NamedTuple):
@@ -53,21 +69,21 @@ class Package(NamedTuple):
 def find_package(root: Path) -> Package:
     """Select the files of ``root`` to upload; raises UserError with the largest files if they exceed :data:`LIMIT`.
 
-    In a git checkout these are the tracked and the untracked, not ignored files; elsewhere the files that do not match
-    ``.gitignore``. :data:`EXCLUDES` and run directories are excluded.
+    In a git checkout these are the files that git tracks or would track, elsewhere those that match no ``.gitignore``;
+    files that match a ``.rayignore``, :data:`EXCLUDES` and run directories are excluded in both. An ignore file applies
+    to its folder and all below. Except within git's own reading, no ignore file re-includes what another excludes, as
+    in Ray's packages.
     """
     if not root.is_dir():
         raise UserError(f"--working-dir {root}: expected a folder")
-    unwanted = PathSpec.from_lines("gitwildmatch", EXCLUDES)
-    listed = _listed_by_git(root)
-    names = [name for name in (_walked(root) if listed is None else listed) if not unwanted.match_file(name)]
+    names = list(_walked(root, _listed_by_git(root)))
     runs = tuple(f"{folder}/" for folder in _run_directories(names))
     kept = {name: root / name for name in names if not name.startswith(runs)}
     package = Package(root, {name: path.stat().st_size for name, path in kept.items() if path.is_file()})
     if package.total > LIMIT:
         raise UserError(
             f"{root}: {mebibytes(package.total)} to pack, expected at most {mebibytes(LIMIT)}; the largest are "
-            f"{package.largest(5)}: add what the job does not need to .gitignore, or move data to shared storage"
+            f"{package.largest(5)}: add what the job does not need to .gitignore or .rayignore, or move it to shared storage"
         )
     return package
 
@@ -86,15 +102,21 @@ def _listed_by_git(root: Path) -> list[str] | None:
     return None if done.returncode else [name for name in done.stdout.split("\0") if name]
 
 
-def _walked(root: Path) -> Iterator[str]:
-    """Yield files below ``root``, without descending into excluded folders."""
-    ignore = root / ".gitignore"
-    lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.is_file() else []
-    unwanted = PathSpec.from_lines("gitwildmatch", [*lines, *EXCLUDES])
-    for folder, folders, names in os.walk(root):
-        here = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not unwanted.match_file(f"{(here / name).as_posix()}/")]
-        yield from (path for name in names if not unwanted.match_file(path := (here / name).as_posix()))
+def _walked(root: Path, listed: Iterable[str] | None) -> Iterator[str]:
+    """Yield the files below ``root`` that match no pattern, of those ``listed`` by git, if any; skips excluded folders."""
+    ignore_files = (".gitignore", ".rayignore") if listed is None else (".rayignore",)  # git applies its own
+    known = None if listed is None else {path for name in listed for path in (root / name, *(root / name).parents)}
+    patterns = {root.parent: [Patterns(root, GitIgnoreSpec.from_lines(EXCLUDES))]}
+
+    def wanted(path: Path, end: str = "") -> bool:
+        return (known is None or path in known) and not any(each.match(path, end) for each in patterns[path.parent])
+
+    for name, folders, files in os.walk(root):
+        folder = Path(name)
+        found = [Patterns.read(folder / file) for file in ignore_files if file in files]
+        patterns[folder] = [*patterns[folder.parent], *found]
+        folders[:] = [child for child in folders if wanted(folder / child, "/")]
+        yield from (path.relative_to(root).as_posix() for file in files if wanted(path := folder / file))
 
 
 def _run_directories(names: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -309,7 +308,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, or sizes that
     do not match them.
     """
-    name, folders = cfg.text_encoder.name, None
+    folders = None
     codes: CodesManifest | BITConfig
     if cfg.images is None:
         codes = open_codes(cfg)[0].manifest
@@ -321,9 +320,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
         "codes": folders,
         "images": cfg.images and absolute_pattern(cfg.images),
         "tokenizer": storage.absolute(cfg.tokenizer),
-        "text_encoder": cfg.text_encoder.model_copy(
-            update={"name": storage.absolute(name) if Path(name).is_dir() else name}
-        ),
+        "text_encoder": cfg.text_encoder.absolute(),
     }
     return cfg.model_copy(update=facts)
 

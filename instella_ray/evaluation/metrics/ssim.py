@@ -2,7 +2,8 @@
 
 ``SSIM = (2 m1 m2 + C1) (2 s12 + C2) / ((m1^2 + m2^2 + C1) (s1^2 + s2^2 + C2))`` with local means m, variances s^2 and the
 covariance s12 under an 11 x 11 Gaussian (sigma 1.5), ``C1 = (0.01 R)^2``, ``C2 = (0.03 R)^2``, R = 255. There is a window
-around every pixel, with mirror padding at the image borders, as in torchmetrics. Range -1 to 1.
+around every pixel, with mirror padding at the image borders. Range -1 to 1. The numbers are torchmetrics', whose
+two-dimensional convolution is 20 times slower in float64 on a CPU, and off by 1e-5 in float32.
 """
 
 from __future__ import annotations

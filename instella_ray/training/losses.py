@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data.formats.codes import dead_bits
 from ..models.perceptual import PUBLISHED, PerceptualNetwork, load_perceptual
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def bit_summary(share: Tensor) -> dict[str, Tensor]:
     entropy = -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)).mean(1) / torch.log(
         share.new_tensor(2.0)
     )
-    dead = ((share == 0) | (share == 1)).float().mean(1)
+    dead = dead_bits(share).float().mean(1)
     means = share.mean(1)
     return {
         "bit_mean": means.mean(),
@@ -145,7 +146,7 @@ class CollapseWatch:
         if self.warned or float(summary["dead_bits"]) <= self.limit:
             return
         self.warned = True
-        dead = ((share == 0) | (share == 1)).float().mean(1)
+        dead = dead_bits(share).float().mean(1)
         log.warning(
             "step %d: code collapse: %.1f %% of all bits are constant over the batch (limit %.1f %%), "
             "all bits are constant at %d of %d positions, mean entropy %.3f bits",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import storage
+from ..data.formats.codes import dead_bits
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.names import absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
@@ -236,7 +237,7 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
         values.append(psnr(bit.decode(code, *part.shape[-2:]).cpu(), part))
         codes.append(code.cpu())
     share = torch.cat(codes).float().mean(0)
-    return ReconstructionQuality(float(torch.cat(values).mean()), float(((share == 0) | (share == 1)).float().mean()))
+    return ReconstructionQuality(float(torch.cat(values).mean()), float(dead_bits(share).float().mean()))
 
 
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:

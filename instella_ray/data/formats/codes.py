@@ -6,7 +6,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,11 @@ from ...config import Config
 from ...errors import UserError
 from .texts import both_captions
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
+A = TypeVar("A", np.ndarray, "Tensor")
 
 SCHEMA = pa.schema(
     [
@@ -62,6 +66,11 @@ def pack_codes(codes: np.ndarray) -> list[bytes]:
 def unpack_codes(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
     """Byte strings to uint8 0/1 ``[N, tokens, bits]``; UserError for one of another length."""
     return _unpack(_matrix(packed, tokens, bits), tokens, bits)
+
+
+def dead_bits(ones: A) -> A:
+    """Tell which bits are the same in every image, from the share ``ones`` of images in which each is set."""
+    return (ones == 0) | (ones == 1)
 
 
 def write_codes_file(url: str, rows: Sequence[dict[str, Any]]) -> None:

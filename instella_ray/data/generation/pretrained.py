@@ -57,7 +57,7 @@ def fingerprint(what: str, name: str, config_file: str) -> str:
             with safe_open(path, "numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+            raise UserError(f"{path}: not a complete safetensors file ({error})") from None
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:

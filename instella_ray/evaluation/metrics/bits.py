@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.special import xlogy
 
+from ...data.formats.codes import dead_bits
 from ...errors import UserError
 from .. import statistics
 from .base import Batch, Info, Metric, MetricResult, text_array, version_of
@@ -68,7 +69,7 @@ class BitUsage(Metric):
         found = statistics.jackknife(usage, left_out, self.counts[there], confidence=confidence)
         low, high = max(found.low, 0.0), min(found.high, 1.0)
         bits = ones.size
-        dead = float(((ones == 0) | (ones == count)).mean())
+        dead = float(dead_bits(ones / count).mean())
         whole = self.make_result(usage * bits, low * bits, high * bits, count, **about, bits=bits)
         lost = self.make_result(dead, *statistics.UNKNOWN, count, interval=None, rule_of_three=min(1.0, 3 / count))
         parts = (

@@ -152,7 +152,7 @@ def test_no_package_index_and_no_machine_is_named() -> None:
 
 def test_the_readme_names_every_folder_and_room() -> None:
     readme = (ROOT / "README.md").read_text()
-    tree = readme.split("## The house")[1].split("```")[1]
+    tree = readme.split("## Layout")[1].split("```")[1]
     folders = {p.relative_to(ROOT).parts[0] for p in tracked() if p.parent != ROOT}
     rooms = {room_of(p) for p in tracked() if p.is_relative_to(PACKAGE) and p.parent != PACKAGE}
     modules = {p.name for p in tracked() if p.parent == PACKAGE and p.suffix == ".py"} - {"__init__.py"}

@@ -14,7 +14,7 @@ NUMBERS = 16_384
 
 
 class Draws:
-    """Buffer of consecutive draws for each slot's seed, identical to the values of :func:`.rng.uniforms`."""
+    """Buffer of consecutive draws for each slot's seed, identical to the values of :func:`..models.rng.uniforms`."""
 
     def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int, numbers: int = NUMBERS) -> None:
         """``seed [slots]``: the engine's table, updated in place when a slot is assigned; ``numbers``: see NUMBERS."""

@@ -22,7 +22,7 @@ PROTOCOL = {
     "temperature": "temperature",
     "steps": "num_inference_steps",
 }
-"""Fields of :class:`.presets.Sampling`, and their names in the sampling config."""
+"""Fields of :class:`.metrics.presets.Sampling`, and their names in the sampling config."""
 
 
 def write_report(output: str) -> str:

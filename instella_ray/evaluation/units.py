@@ -53,7 +53,7 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
 
 
 def read_samples_unit(unit: Unit) -> SampleBlock:
-    """Read a sample file; raises :class:`.sample_set.BadFile` if it is incomplete."""
+    """Read a sample file; raises :class:`..bulk.sample_set.BadFile` if it is incomplete."""
     return SampleSet(unit.source).block(unit.first)
 
 

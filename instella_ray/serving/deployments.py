@@ -201,7 +201,7 @@ class GeneratorStage:
         }
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Swap weights (:class:`.weights.Weights`): new requests use the new weights, running ones keep the old.
+        """Swap weights (:class:`..engine.weights.Weights`): new requests use the new weights, running ones keep the old.
 
         If the swap fails, a replica in service logs the reason, reports it in :meth:`status` and continues with its
         current weights, because Serve would stop it on an exception. A starting replica raises, because it must not

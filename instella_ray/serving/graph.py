@@ -30,7 +30,7 @@ class GeneratedImage:
     model: str
     prompt: str
     sampling: Mapping[str, Any]
-    """The fields of :class:`..sampling.SamplingParams`."""
+    """The fields of :class:`..models.sampling.SamplingParams`."""
     height: int
     width: int
     output_format: str

@@ -96,7 +96,7 @@ class EngineRunner:
     async def follow(
         self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf"), preview_every: int = 0
     ) -> AsyncGenerator[Progress | Finished, None]:
-        """Submit a request and yield its events, :class:`.engine.Finished` last.
+        """Submit a request and yield its events, :class:`..engine.engine.Finished` last.
 
         Closing or cancelling the generator releases the slot at the next step. Raises UserError for an invalid request,
         :class:`DeadlineExceeded` after ``timeout_s`` seconds, and :class:`EngineFailed` if the engine fails.

@@ -45,7 +45,10 @@ def frechet(
 def fid(
     weights: str, reference: Gaussian | None = None, *, device: str = "cpu", images: ImageSettings = PAPER_IMAGES
 ) -> Frechet:
-    """Create FID with a local Inception weights file. Without a reference it computes one (:meth:`.Frechet.gaussian`)."""
+    """Create FID with a local Inception weights file.
+
+    Without a reference it computes one (:meth:`.frechet.Frechet.gaussian`).
+    """
     return frechet(inception(weights, device=device), reference=reference, images=images)
 
 

@@ -11,7 +11,7 @@ from ... import storage
 from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
-from ..job import HOW, DataJobConfig, data_job
+from ..job import EXECUTION_KEYS, DataJobConfig, data_job
 from ..provenance import shard_provenance
 from ..stages import Stage
 from .dedup import Fingerprinter
@@ -81,7 +81,7 @@ def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
     links = (
         set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
     )
-    volatile: dict[str, Any] = {**dict.fromkeys(HOW, True), "download": links, "filters": spread}
+    volatile: dict[str, Any] = {**dict.fromkeys(EXECUTION_KEYS, True), "download": links, "filters": spread}
     return cfg.model_dump(mode="json", exclude=volatile)
 
 

@@ -20,7 +20,7 @@ from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..formats.sources import find_images, shard_sources
-from ..job import HOW, DataJobConfig, data_job
+from ..job import EXECUTION_KEYS, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
 from ..provenance import shard_provenance
 from ..stages import Pool, Stage
@@ -123,7 +123,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """What must be equal for a run to go on; UserError for a model that describes no images."""
-    volatile = {*HOW, "model", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {*EXECUTION_KEYS, "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}

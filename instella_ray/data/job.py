@@ -40,7 +40,9 @@ class AbortConfig(Config):
         for name, number in found.items():
             if number > getattr(self, name) * ledger.total:
                 share = f"{number} of {ledger.total} samples"
-                hint = f"the limit is abort.{name}={getattr(self, name):g}; fix the input, or raise it and set mode=resume"
+                hint = (
+                    f"the limit is abort.{name}={getattr(self, name):g}; fix the input, or raise it and set mode=resume"
+                )
                 raise UserError(f"{folder}: stopped, {share} {name.replace('_', ' ')} ({ledger.summary()}); {hint}")
 
 

@@ -235,7 +235,7 @@ def _no_template(model: Path) -> None:
     [
         (shutil.rmtree, "tiny': cannot be loaded"),
         (lambda model: (model / "config.json").write_text("no JSON"), "tiny': cannot be loaded"),
-        (_no_weights, "tiny': no .safetensors there; weights in other formats are not read"),
+        (_no_weights, "tiny': no weights found; expected .safetensors files"),
         (_cut_weights, "model.safetensors: not a whole safetensors file"),
         (_text_only, "tiny': a bert, expected a model that answers questions on images"),
         (_no_template, "tiny': its processor has no chat template"),

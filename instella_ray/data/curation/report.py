@@ -51,11 +51,15 @@ def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
     """Yield the number of samples removed and left at each step, in the order of the job: ``step, kind, lost, left``."""
     left = ledger.total
     downloads = [reason for reason in sorted(ledger.dropped) if reason.startswith(DOWNLOAD_REASON)]
-    asked = [reason for section in filters.sections().values() for reason, _ in section.limits().values()]
-    others = [reason for reason in (EXACT, NEAR) if filters.duplicates]
+    filter_reasons = [reason for section in filters.sections().values() for reason, _ in section.limits().values()]
+    duplicate_reasons = [reason for reason in (EXACT, NEAR) if filters.duplicates]
     for kind, counts, reasons in (
         ("quarantined", ledger.quarantined, [reason for reason, _ in ledger.quarantined.most_common()]),
-        ("dropped", ledger.dropped, [*downloads, *dict.fromkeys([*asked, *others, *sorted(ledger.dropped)])]),
+        (
+            "dropped",
+            ledger.dropped,
+            [*downloads, *dict.fromkeys([*filter_reasons, *duplicate_reasons, *sorted(ledger.dropped)])],
+        ),
     ):
         for reason in dict.fromkeys(reasons):
             left -= counts[reason]

@@ -139,11 +139,11 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
     models = {n: m.model_copy(update={"pipeline": located(m.pipeline)}) for n, m in cfg.models.items()}
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "models": models})
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
-    asked = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
+    prompt_set = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
     pipelines = [
         Provenance(role="diffusers pipeline", kind="name", path=model.pipeline) for model in cfg.models.values()
     ]
-    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (asked, *pipelines)) as job:
+    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (prompt_set, *pipelines)) as job:
         labels: list[str] = []
         for name, model in cfg.models.items():
             of_model = chunks(cfg, prompts, name)

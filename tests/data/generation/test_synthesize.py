@@ -194,7 +194,7 @@ def _rename_class(name: Any) -> Any:
         (_rename_class(["mine", "MyPipeline"]), {}, "no other code is run"),
         (_rename_class("StableDiffusionImg2ImgPipeline"), {}, "expected a text-to-image pipeline"),
         (None, {"max_sequence_length": 77}, "a StableDiffusionPipeline has no max_sequence_length"),
-        (None, {"count": 6}, "5 there, count asks for 6"),
+        (None, {"count": 6}, "5 found, expected at least count=6"),
     ],
 )
 def test_a_job_that_cannot_be_done_is_a_user_error_before_any_work(

@@ -11,7 +11,7 @@ from pydantic import Field
 from ....errors import UserError
 from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
-READ = 2000
+MAX_CHARS = 2000
 """Characters of a caption that are classified: more do not improve the result, and captions may have any length."""
 
 
@@ -42,7 +42,7 @@ class Language(SampleFilter):
         return {"language_probability": ("language", ScoreLimits(minimum=self.minimum))}
 
     def measure(self, sample: Sample) -> Scores:
-        text = sample.caption[:READ]
+        text = sample.caption[:MAX_CHARS]
         if len("".join(filter(str.isalpha, text)).encode()) < self.shortest:
             return {}
         probabilities = dict(_identifier().rank(text))

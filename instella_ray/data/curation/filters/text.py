@@ -14,7 +14,7 @@ from .onnx import OnnxFilter
 
 SIZE = 736
 """Shorter edge of the input of the text detector (px)."""
-LEAST = 8
+MIN_SIZE = 8
 """Minimum shorter edge of an image in which text is detected (px)."""
 GRID = 512
 """Points per side of the grid on which the covered area is measured."""
@@ -64,7 +64,7 @@ class Text(OnnxFilter):
 
 def _scores(ocr: Any, image: Image.Image) -> Scores:
     image = bounded(image, SIZE)
-    if min(image.size) < LEAST:
+    if min(image.size) < MIN_SIZE:
         return {"text_density": 0.0}
     # The detector scales the shorter edge to SIZE, so narrow images are padded to limit the longer edge.
     shortest = -(-max(image.size) // LONGEST)

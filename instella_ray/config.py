@@ -1,4 +1,4 @@
-"""One configuration style: pydantic models that forbid unknown keys, small YAML files, ``--set a.b=c``."""
+"""Configuration: frozen pydantic models that forbid unknown keys, YAML files, ``--set a.b=c`` overrides, ``--help``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .errors import UserError
 
 C = TypeVar("C", bound="Config")
 
-_only_read: ContextVar[bool] = ContextVar("only_read", default=False)
+_parse_only: ContextVar[bool] = ContextVar("parse_only", default=False)
 RENAMED = {"picture": "image", "rival": "baseline"}
-"""Words of keys before 0.1, and the words in their place: an error about an old key names the new one."""
+"""Words in keys before version 0.1, mapped to their replacements: an error about an old key suggests the new one."""
 
 
 class Config(pydantic.BaseModel):
-    """Base of every typed configuration: immutable, no unknown keys, a docstring under each field."""
+    """Base class of all configurations: immutable, no unknown keys, each field described by the docstring under it."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
@@ -40,11 +40,11 @@ def load_config(
     section: str | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> C:
-    """A ``cls`` from the YAML file ``path`` (None: all defaults), then ``flags``, then ``a.b=c`` overrides.
+    """Load a ``cls`` from the YAML file ``path`` (None: all defaults), then apply ``flags``, then ``a.b=c`` overrides.
 
-    ``flags`` are values of a command's own flags by dotted key, taken as they are; an override's value is read as YAML.
-    ``section`` reads one top-level key of the file. UserError names the file, the flag or the override, the dotted key,
-    and what was expected there.
+    ``flags`` maps dotted keys to the values of a command's flags, which are used unparsed; the value of an override is
+    parsed as YAML. ``section`` selects one top-level key of the file. Raises UserError naming the file, flag or
+    override, the dotted key, and the expected value.
     """
     data = read_yaml(path, section) if path else {}
     given = [(key, value, f"--{key} {value}") for key, value in (flags or {}).items()]
@@ -57,7 +57,11 @@ def load_config(
 def validate(
     cls: type[C], data: Mapping[str, Any], source: str | None = None, given: Mapping[str, str] | None = None
 ) -> C:
-    """A ``cls`` of ``data``; UserError names ``source``, or the flag or override that gave the key, and what was expected."""
+    """Validate ``data`` as a ``cls``.
+
+    ``given`` maps dotted keys to the flag or override that set them. Raises UserError naming that flag or override, or
+    else ``source``, the dotted key, and the expected value.
+    """
     try:
         return cls.model_validate(data)
     except pydantic.ValidationError as error:
@@ -65,7 +69,7 @@ def validate(
 
 
 def parse_override(item: str) -> tuple[str, Any]:
-    """``"a.b=c"`` as its dotted key and its value read as YAML."""
+    """Split ``"a.b=c"`` into its dotted key and its value, parsed as YAML; UserError if either is invalid."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {item}: expected key=value, for example --set model.width=256")
@@ -77,18 +81,18 @@ def parse_override(item: str) -> tuple[str, Any]:
 
 
 def dump_yaml(config: Config) -> str:
-    """The configuration as YAML that :func:`load_config` reads back."""
+    """Return the configuration as YAML that :func:`load_config` can read."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two flags that every job has."""
+    """Add ``--config`` and ``--set``, the flags common to all jobs."""
     parser.add_argument("--config", metavar="FILE", help="YAML file; every key has a default")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The flag for single keys."""
+    """Add ``--set``, the flag that overrides single keys."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -108,10 +112,10 @@ def parse_job(
     flags: Mapping[str, str] | None = None,
     switches: Mapping[str, str] | None = None,
 ) -> C:
-    """Parse a job's command line into its configuration, and print that.
+    """Parse the command line of a job into its configuration, and print the configuration as YAML.
 
-    ``flags`` are keys that have a flag of their own beside ``--set``: flag name to dotted key. ``switches`` are flags
-    without a value, which set their key to true.
+    ``flags`` maps names of flags, which are shorthands for ``--set``, to dotted keys. ``switches`` maps names of flags
+    without a value to the dotted keys that they set to true.
     """
     logs.begin_job(prog.removesuffix(".py"))
     flags, switches = flags or {}, switches or {}
@@ -130,20 +134,20 @@ def parse_job(
     given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
     given += [f"{key}=true" for flag, key in switches.items() if getattr(args, flag)]
     config = load_config(cls, args.config, [*args.overrides, *given])
-    if _only_read.get():
-        raise _Read(config)
+    if _parse_only.get():
+        raise _Parsed(config)
     print(dump_yaml(config), end="", flush=True)
     return config
 
 
 def _summary(cls: type[Config], dotted: str) -> str:
-    """The first line of a key's docstring."""
+    """Return the first line of the docstring of a key."""
     lines = (line.strip() for line in describe(cls))
     return next(line for line in lines if line.startswith(f"{dotted} ")).partition(")  ")[2]
 
 
-class _Read(Exception):
-    """A job has read its configuration, and goes no further."""
+class _Parsed(Exception):
+    """Ends a job after :func:`parse_job`, carrying the parsed configuration."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -151,19 +155,19 @@ class _Read(Exception):
 
 
 def job_config(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> Config:
-    """The configuration that a job's ``main(argv)`` would run with; it ends where :func:`parse_job` has read that."""
-    token = _only_read.set(True)
+    """Return the configuration that a job's ``main(argv)`` would run with; stops ``main`` after :func:`parse_job`."""
+    token = _parse_only.set(True)
     try:
         main(argv)
-    except _Read as read:
-        return read.config
+    except _Parsed as parsed:
+        return parsed.config
     finally:
-        _only_read.reset(token)
+        _parse_only.reset(token)
     raise UserError("the job ended without reading its configuration")
 
 
 def describe(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[str]:
-    """One line a key: dotted name, its value in ``default`` (or else its own), and the first line of its docstring."""
+    """Yield one line per key: dotted name, value in ``default`` (None: its default), and first line of its docstring."""
     for name, field in cls.model_fields.items():
         inner = _config_class(field.annotation)
         required = default is None and field.is_required()
@@ -176,7 +180,10 @@ def describe(cls: type[Config], prefix: str = "", default: Config | None = None)
 
 
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
-    """The keys and values of a YAML file, or of one section of it; UserError names the file where it holds none."""
+    """Read the keys and values of a YAML file, or of one of its sections.
+
+    Raises UserError naming the file if it is unreadable, invalid or no mapping, or lacks the section.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -185,7 +192,7 @@ def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the configuration (not UTF-8 text)") from None
     try:
         data = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError) as error:  # a date that is in no calendar is a plain ValueError
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML raises a plain ValueError for an impossible date
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = str(getattr(error, "problem", None) or error).splitlines()[0]
@@ -240,7 +247,7 @@ def _renamed(key: str) -> str:
 
 
 def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:
-    """The keys that the configuration at ``location`` has; on the way lie configurations, and dicts or lists of them."""
+    """Return the keys of the configuration at ``location``, following nested configurations and dicts or lists of them."""
     here: Any = cls
     for name in location:
         if inner := _config_class(here):

@@ -1,1 +1,1 @@
-"""From captioned images to packed codes: sources, filters, encoding, deterministic loading, demo scenes."""
+"""Data pipeline from captioned images to packed codes: sources, curation, encoding, deterministic loading, scenes."""

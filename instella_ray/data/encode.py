@@ -1,4 +1,4 @@
-"""Encoding job: curated shards in, packed BIT codes out; decoding on CPUs, the tokenizer on an actor pool."""
+"""Encoding job: encodes curated shards into packed BIT codes, decoding on CPUs, with the tokenizer on an actor pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .formats.images import to_tensor
 from .formats.parts import PartWriter
 from .formats.rows import BLOCK_BYTES
 from .formats.sources import find_images, shard_sources
-from .job import HOW, DataJobConfig, data_job
+from .job import EXECUTION_KEYS, DataJobConfig, data_job
 from .model_provenance import model_provenance
 from .provenance import shard_provenance
 from .stages import Pool, Stage
@@ -26,34 +26,34 @@ from .views import ViewDecoder
 
 
 class EncodeConfig(DataJobConfig):
-    """Which images become codes, by which tokenizer, in how many views."""
+    """Configuration of the encoding job: input images, tokenizer, and views per image."""
 
     input: str
-    """Curated WebDataset tars or parquet files (a path, a glob, a folder, a list of shards, commas between several)."""
+    """Curated WebDataset tars or parquet files: paths, globs, folders or lists of shards, comma-separated."""
     output: str
-    """Folder for the parquet files, ``manifest.json`` and ``ledger.json``."""
+    """Output folder of the parquet files, ``manifest.json`` and ``ledger.json``."""
     tokenizer: str
-    """Model folder of the BIT."""
+    """Model folder of the BIT tokenizer."""
     size: int | None = Field(None, ge=1)
-    """Size the encoder reads (px); none means the tokenizer's own."""
+    """Input resolution of the encoder (px); null: the image size of the tokenizer."""
     crops: int = Field(1, ge=1)
-    """Square crops an image, spread along its longer side; one is the centre."""
+    """Square crops per image, evenly spaced along its longer side; 1: the centre crop."""
     flips: bool = False
-    """Also encode each crop mirrored. Off by default: captions may say left and right."""
+    """Also encode each crop mirrored. Off by default, because captions may mention left and right."""
     source: str = "laion"
-    """Name of this set, for mixtures and lineage."""
+    """Name of this dataset, for mixtures and lineage."""
     rows_per_file: int = Field(1000, ge=1)
-    """Images looked at for one parquet file; fewer where their views would take more than 128 MB."""
+    """Input images per parquet file; fewer if their views would exceed 128 MiB."""
     batch_size: int = Field(64, ge=1)
-    """Views an encoder call."""
+    """Views per encoder call."""
     actors: int | None = Field(None, ge=1)
-    """Encoding actors; none means one a GPU, or one for every two CPUs."""
+    """Encoder actors; null: one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPU share of each encoder actor; 0 encodes on the CPU."""
+    """GPUs per encoder actor, fractions allowed; 0: encode on the CPU."""
 
 
 class CodesEncoder:
-    """Actor that holds the tokenizer and puts ``codes``, a list of packed codes, in place of an image's views."""
+    """Actor that encodes the column ``views`` of a table into the column ``codes``, a list of packed codes per image."""
 
     def __init__(self, cfg: EncodeConfig, size: int) -> None:
         self.size, self.batch_size = size, cfg.batch_size
@@ -71,7 +71,7 @@ class CodesEncoder:
         return table.drop_columns("views").append_column("codes", pa.array(codes, pa.list_(pa.binary())))
 
     def encode(self, pixels: np.ndarray) -> list[bytes]:
-        """Packed codes of uint8 ``[N, size, size, 3]``."""
+        """Encode uint8 ``[N, size, size, 3]`` into N packed codes."""
         packed: list[bytes] = []
         for start in range(0, len(pixels), self.batch_size):
             images = to_tensor(pixels[start : start + self.batch_size].copy()).to(self.device)
@@ -80,9 +80,10 @@ class CodesEncoder:
 
 
 def run_encode(cfg: EncodeConfig) -> CodesManifest:
-    """Encode ``cfg.input`` into ``cfg.output``; returns the manifest that is also written there.
+    """Encode ``cfg.input`` into ``cfg.output``; returns the manifest, which is also written there.
 
-    UserError when there is no input, the size does not fit the tokenizer, or the output exists unasked.
+    Raises UserError if the input is missing, the size does not fit the tokenizer, or the output exists and ``cfg.mode``
+    does not allow it.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
     shards = find_images(cfg.input)
@@ -91,7 +92,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     if size % (multiple := bit.cfg.encode_multiple):
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
-    volatile = {*HOW, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {*EXECUTION_KEYS, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
     inputs = (*shard_provenance("shards", cfg.input), model_provenance("tokenizer", cfg.tokenizer, tokenizer_hash))
     with data_job(cfg, "encode", "codes", settings, inputs) as job:
@@ -110,6 +111,6 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
             rows=sum(file.rows for file in files),
             files=tuple(files),
         )
-        # Last, so that a folder with a manifest is a complete one.
+        # Written last, so that a folder with a manifest is complete.
         storage.write_json(storage.join(cfg.output, MANIFEST), manifest.model_dump(mode="json"))
         return manifest

@@ -1,4 +1,4 @@
-"""What all data jobs share: their output folder, what is done in it already, its parts, its account and its record."""
+"""Common code of all data jobs: configuration, abort limits, output folder, resuming, ledger and run record."""
 
 from __future__ import annotations
 
@@ -23,60 +23,62 @@ from .stages import CpuPool, Source, Stage
 
 
 class AbortConfig(Config):
-    """When a job stops because too much is wrong with its input; what it has done stays, and resume goes on from there."""
+    """Shares of failed samples above which a job stops. Finished parts are kept, and ``mode=resume`` continues from them."""
 
     quarantined: float = Field(0.2, ge=0, le=1)
-    """Share of samples that are damaged. Above it the job stops."""
+    """Share of quarantined (damaged) samples above which the job stops."""
     failed_downloads: float = Field(0.9, ge=0, le=1)
-    """Share of samples whose image could not be fetched. Above it the job stops: rather the network's fault."""
+    """Share of samples with failed downloads above which the job stops, because the network is probably at fault."""
     after_rows: int = Field(1000, ge=1)
-    """Shares of fewer samples say nothing yet. At the job's end they are looked at in any case."""
+    """Minimum number of samples before the shares are checked; at the end of the job they are always checked."""
 
     def check(self, ledger: Ledger, folder: str, *, at_end: bool = False) -> None:
-        """UserError when ``ledger`` is past a limit."""
+        """Raise UserError if ``ledger`` exceeds a limit."""
         if not ledger.total or (ledger.total < self.after_rows and not at_end):
             return
         found = {"quarantined": ledger.quarantined.total(), "failed_downloads": ledger.failed_downloads}
         for name, number in found.items():
             if number > getattr(self, name) * ledger.total:
                 share = f"{number} of {ledger.total} samples"
-                hint = f"the limit is abort.{name}={getattr(self, name):g}; mend the input, or raise it and set mode=resume"
+                hint = (
+                    f"the limit is abort.{name}={getattr(self, name):g}; fix the input, or raise it and set mode=resume"
+                )
                 raise UserError(f"{folder}: stopped, {share} {name.replace('_', ' ')} ({ledger.summary()}); {hint}")
 
 
 class DataJobConfig(Config):
-    """Where a data job writes, and how it runs."""
+    """Configuration common to all data jobs: output folder and execution."""
 
     output: str
-    """Folder for what the job makes, ``ledger.json`` and ``run.json``."""
+    """Output folder of the data files, ``ledger.json`` and ``run.json``."""
     mode: Mode = "new"
-    """When the output exists: new refuses, resume goes on with it, fresh starts over."""
+    """If the output exists: ``new`` fails, ``resume`` continues it, ``fresh`` deletes it and starts over."""
     local: bool = False
-    """Work in this process, one thing after another, without Ray; the files are the same."""
+    """Run sequentially in this process, without Ray; the output files are the same."""
     cpu_pool: CpuPool | None = None
-    """Label KEY=VALUE of the nodes that do the work on CPUs, where a cluster has such a pool; none means any node."""
+    """Label KEY=VALUE of the nodes that run CPU work, for clusters with a pool of CPU nodes; null: any node."""
     abort: AbortConfig = AbortConfig()
 
 
-HOW = frozenset(DataJobConfig.model_fields)
-"""Keys that decide nothing about what is in the files."""
+EXECUTION_KEYS = frozenset(DataJobConfig.model_fields)
+"""Keys that do not affect the content of the output files."""
 
 
 class DataJob:
-    """A job at work in its output folder."""
+    """Running data job: writes parts into its output folder, and closes it with a ledger."""
 
     def __init__(self, cfg: DataJobConfig, name: str, done: set[str]) -> None:
         self.cfg, self.name, self.done = cfg, name, done
         self.folder = PartFolder(cfg.output)
         self.ledger: Ledger | None = None
-        """The account of all parts, once the job has been closed."""
+        """Ledger of all parts; None until the job is closed."""
 
     def write(
         self, sources: Mapping[str, Source], stages: Sequence[Stage], writer: PartWriter, *, title: str | None = None
     ) -> None:
-        """Write the parts of those shards (label -> source) that are not done, through ``stages``, under a progress bar.
+        """Process the unfinished shards of ``sources`` (label -> source) through ``stages``, and write their parts.
 
-        UserError when more is wrong with the input than ``abort`` allows.
+        Shows a progress bar. Raises UserError if the samples that failed exceed the limits of ``abort``.
         """
         todo = {label: source for label, source in sources.items() if label not in self.done}
         if not todo:
@@ -94,14 +96,14 @@ class DataJob:
         cfg.abort.check(ledger, cfg.output, at_end=True)
 
     def close(self, shards: Collection[str], *, listed: bool = True) -> Ledger:
-        """Check that every one of ``shards`` is accounted for, and write the ledger; ``listed``: the list of tars too."""
+        """Check that all ``shards`` are finished, and write the ledger and, if ``listed``, the list of the output shards."""
         self.ledger = self.folder.close(shards)
         if listed:
             write_shard_list(self.folder.url, part_entries(self.folder.url, self.folder.parts()))
         return self.ledger
 
     def require_kept(self, otherwise: str) -> None:
-        """UserError that begins with ``otherwise`` when nothing was kept."""
+        """Raise a UserError that starts with ``otherwise`` if no sample was kept."""
         assert self.ledger is not None
         if not self.ledger.kept:
             where = storage.join(self.folder.url, LEDGER)
@@ -112,9 +114,10 @@ class DataJob:
 def data_job(
     cfg: DataJobConfig, name: str, makes: str, settings: Mapping[str, Any], inputs: Sequence[Provenance]
 ) -> Iterator[DataJob]:
-    """Get the output folder ready for a job of these ``settings``, and keep its record while the block works there.
+    """Open the output folder for a job with ``settings``, and keep its run record while the block runs.
 
-    ``makes`` says what the output is, for lineage. UserError when the output exists unasked, or was made with others.
+    ``makes`` is the role of the output in lineage. Raises UserError if the output exists and ``cfg.mode`` does not allow
+    it, or was made with other settings.
     """
     done = PartFolder(cfg.output).open(cfg.mode, settings)
     with recorded(cfg.output, name, cfg, inputs) as outputs:

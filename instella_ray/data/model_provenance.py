@@ -1,4 +1,4 @@
-"""Where models come from, as run records tell it: a checkpoint carries the lineage of what it was trained on."""
+"""Provenance of models in run records: a checkpoint carries the lineage of its training data and inputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from ..models.text_encoder import TextEncoderConfig
 from ..runs import Provenance, RunRecord
 
 LINEAGE = "lineage"
-"""Section of a model folder's config.yaml."""
+"""Section of ``config.yaml`` in a model folder."""
 
 
 def model_provenance(role: str, folder: str | Path, identity: str | None = None) -> Provenance:
-    """A model folder of this machine, with the lineage that it carries; ``identity`` where its hash is known already."""
+    """Return the provenance of a local model folder, with the lineage in its config.
+
+    ``identity`` is its weight hash; None computes it. Raises UserError for a lineage section that is not valid.
+    """
     section = read_checkpoint_config(folder)
     about = section.get(LINEAGE) or {}
     try:
@@ -35,12 +38,12 @@ def model_provenance(role: str, folder: str | Path, identity: str | None = None)
 
 
 def text_encoder_provenance(cfg: TextEncoderConfig) -> Provenance:
-    """A text encoder, which is known by its name."""
+    """Return the provenance of a text encoder, which is identified by name."""
     facts = {name: value for name in ("gguf_file", "layers") if (value := getattr(cfg, name)) is not None}
     return Provenance(role="text encoder", kind="name", path=cfg.name, facts=facts)
 
 
 def lineage_section(record: RunRecord, step: int) -> dict[str, Any]:
-    """What a checkpoint after ``step`` steps of a run says of where it comes from."""
+    """Build the lineage section of a checkpoint saved after ``step`` steps of a run."""
     facts = {name: value for name, value in record.facts.items() if name != "status"}
     return {**facts, "step": step, "inputs": [provenance.model_dump(mode="json") for provenance in record.inputs]}

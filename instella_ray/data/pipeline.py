@@ -1,6 +1,6 @@
-"""The two ways to run the stages of a data job: on Ray Data, or one after another in this process.
+"""Execution of the stages of a data job: on Ray Data, or sequentially in this process.
 
-A table stays what it is from its source to its file, so both ways write the same files.
+Tables are never split or merged between source and output file, so both write the same files.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def run_stages(
     cpu_pool: str | None = None,
     most_actors: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the last stage's tables, for every table of ``sources``: on Ray in any order, ``local`` in theirs.
+    """Run every table of ``sources`` through ``stages``, and yield the rows of the resulting tables.
 
-    What is lost with a process of Ray is done again. ``cpu_pool`` keeps work on CPUs to the nodes with that label, and no
-    pool has more than ``most_actors``. UserError for more GPUs than the cluster has.
+    Rows come in the order of ``sources`` if ``local``, else in any order. Work lost with a Ray process is redone.
+    ``cpu_pool`` restricts CPU work to the nodes with that label; ``most_actors`` limits the size of each actor pool.
+    Raises UserError if the stages need more GPUs than the cluster has.
     """
     if local:
-        return _run_here(sources, stages)
+        return _run_locally(sources, stages)
     from .ray_data import run_on_ray
 
     return run_on_ray(sources, stages, cpu_pool, most_actors)
@@ -37,13 +38,13 @@ def run_stages(
 def run_rows(
     rows: Sequence[Mapping[str, Any]], stage: Stage, *, local: bool, cpu_pool: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """:func:`run_stages` of one stage that takes a table of one row at a time."""
+    """Run one stage over ``rows``, each as a table of one row; see :func:`run_stages`."""
     sources = [partial(row_table, row) for row in rows]
     return run_stages(sources, [stage], local=local, cpu_pool=cpu_pool, most_actors=len(rows))
 
 
 def pool_size(pool: Pool, rows: int, *, local: bool) -> int:
-    """How many actors :func:`run_rows` of so many rows has; 1 in this process."""
+    """Return the number of actors that :func:`run_rows` uses for ``rows`` rows; 1 if ``local``."""
     if local:
         return 1
     from .ray_data import actor_pools, init_ray
@@ -53,12 +54,12 @@ def pool_size(pool: Pool, rows: int, *, local: bool) -> int:
     return int(actors["compute"].max_size)
 
 
-def _run_here(sources: Sequence[Source], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
-    torch_was_there = "torch" in sys.modules
+def _run_locally(sources: Sequence[Source], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+    torch_was_loaded = "torch" in sys.modules
     with _one_thread():
         works = [stage.open() for stage in stages]
-        # A stage that has only now loaded torch has asked for no number of threads of its own.
-        with nullcontext() if torch_was_there else _one_thread():
+        # If opening a stage was what loaded torch, the outer block had nothing to limit.
+        with nullcontext() if torch_was_loaded else _one_thread():
             for source in sources:
                 for table in source():
                     for work in works:
@@ -68,7 +69,7 @@ def _run_here(sources: Sequence[Source], stages: Sequence[Stage]) -> Iterator[di
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch, where it is loaded, compute with one thread as in Ray's actors: with others it rounds differently."""
+    """Limit torch, if loaded, to one thread as in Ray actors: another number of threads rounds differently."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield

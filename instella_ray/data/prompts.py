@@ -1,4 +1,4 @@
-"""Prompts to make images of: a text file, JSONL, parquet (DiffusionDB), COCO captions, GenEval, or the scenes' own."""
+"""Prompt files: text, JSONL (GenEval too), parquet (DiffusionDB) and COCO captions, and the prompts of ``scenes``."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ ID_KEYS = ("id", "key", "prompt_id")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to make images of."""
+    """One prompt of a prompt set."""
 
     id: str
-    """Unique in its set."""
+    """Identifier, unique in the set."""
     text: str
     category: str | None = None
-    """A benchmark's task."""
+    """Task of the benchmark that the prompt belongs to."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What the source says of it beside these: GenEval's ``include``, say."""
+    """Other fields of the source, such as GenEval's ``include``."""
 
 
 def read_prompts(source: str, *, count: int | None = None, seed: int = 0) -> list[Prompt]:
-    """The prompts of a file, by its ending, or of ``scenes``.
+    """Read the prompts of a file, whose format its extension tells, or generate those of ``scenes``.
 
-    ``.txt`` has a prompt a line; ``.jsonl`` an object a line with ``prompt`` (or ``caption``, ``text``), perhaps ``id``,
-    and for GenEval ``tag`` and ``include``; ``.parquet`` the same as columns, DiffusionDB's among them; ``.json`` is
-    COCO's captions file. Blank prompts are passed over; what has no id is numbered by its line or row.
-    With ``count``, so many of them, drawn by a hash of ``seed`` and the id: the draw does not depend on the order of the
-    file. UserError for a source that holds no prompts, and for an id that comes twice.
+    ``.txt`` has one prompt per line; ``.jsonl`` one object per line with ``prompt`` (or ``caption``, ``text``),
+    optionally ``id``, and for GenEval ``tag`` and ``include``; ``.parquet`` the same as columns, as DiffusionDB has;
+    ``.json`` is a COCO captions file. Blank prompts are skipped; prompts without an id get their line or row number.
+    ``count`` draws that many by a hash of ``seed`` and the id, so that the draw does not depend on the order of the
+    file. Raises UserError for a source without prompts, and for duplicate ids.
     """
     prompts = _scenes(count, seed) if source == SCENES else _draw(_read(source), count, seed, source)
     if not prompts:
         raise UserError(f"prompts {source}: none found, expected at least one")
     twice = next((name for name, times in Counter(p.id for p in prompts).items() if times > 1), None)
     if twice is not None:
-        raise UserError(f"prompts {source}: id '{twice}' comes twice")
+        raise UserError(f"prompts {source}: duplicate id '{twice}'; expected unique ids")
     return prompts
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Sha256 over all of it, in order."""
+    """Return the SHA-256 of all fields of ``prompts``, in order."""
     digest = hashlib.sha256()
     for p in prompts:
         digest.update(json.dumps([p.id, p.text, p.category, dict(p.meta)], sort_keys=True).encode())
@@ -67,7 +67,7 @@ def _scenes(count: int | None, seed: int) -> list[Prompt]:
     per_category = SCENES_PER_CATEGORY if count is None else -(-count // len(CATEGORIES))
     made = scene_prompts(per_category, seed)
     if count is not None:
-        # In turns, so that a count that six does not divide takes from all categories alike.
+        # Interleaved, so that a count that is no multiple of six still covers the categories evenly.
         made = [made[i % len(CATEGORIES) * per_category + i // len(CATEGORIES)] for i in range(count)]
     return [Prompt(f"{i:05d}", claim.caption, claim.category) for i, claim in enumerate(made)]
 
@@ -96,7 +96,7 @@ def _lines(source: str) -> Iterator[str]:
 
 
 def _jsonl(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Number, place for messages, and object of each line that is not blank."""
+    """Yield the number, the location for messages, and the object of each line that is not blank."""
     for number, line in enumerate(_lines(source)):
         if not line.strip():
             continue
@@ -111,7 +111,7 @@ def _jsonl(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
 
 
 def _parquet(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """As :func:`_jsonl`, of rows; a few thousand at a time, because millions of dicts would fill the memory."""
+    """Yield rows as :func:`_jsonl` yields lines; read in batches, because millions of dicts would fill the memory."""
     number = 0
     with storage.open_file(source) as stream:
         try:
@@ -141,7 +141,7 @@ def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iter
         try:
             json.dumps(meta)
         except (TypeError, ValueError):
-            raise UserError(f"{where}: holds what JSON cannot ({', '.join(meta)})") from None
+            raise UserError(f"{where}: value that JSON cannot represent in one of {', '.join(meta)}") from None
         name = f"{number:05d}" if named is None else trimmed(str(record[named]))
         yield Prompt(name, prompt, None if category is None else str(category), meta)
 
@@ -169,8 +169,8 @@ def _draw(prompts: Iterable[Prompt], count: int | None, seed: int, source: str) 
             yield hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest(), total, prompt
             total += 1
 
-    # Only those drawn are held: the file may have millions.
+    # Keeps only the drawn prompts in memory: the file may have millions.
     chosen = heapq.nsmallest(count, placed())
     if count > total:
-        raise UserError(f"prompts {source}: {total} there, count asks for {count}")
+        raise UserError(f"prompts {source}: {total} found, expected at least count={count}")
     return [prompt for _, _, prompt in sorted(chosen, key=lambda item: item[1])]

@@ -1,4 +1,4 @@
-"""What jobs read, as run records name it: data by the account of the job that made it, models by their weights."""
+"""Provenance of data in run records: outputs of data jobs are identified by their ledgers, other files by their sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .formats.parts import LEDGER, SETTINGS, Ledger
 from .formats.sources import SUFFIXES
 
 ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
-"""Files in which a data job says what it has made, as far as it writes them."""
+"""Files of a data job's output that identify it; a job need not write all of them."""
 
 
 def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
-    """The folders that hold the shards of ``pattern``: outputs of data jobs each for itself, all other files together."""
+    """Return the provenance of the shards of ``pattern``: one entry per data job output, and one for all other files."""
     by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
     for entry in find_files(pattern, SUFFIXES):
         by_folder[entry.url.rpartition("/")[0]].append(entry)
@@ -29,7 +29,7 @@ def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
 
 
 def files_provenance(role: str, pattern: str, entries: Sequence[ShardEntry]) -> Provenance:
-    """Files that no job of ours accounts for: their names and sizes are all that is known without reading them."""
+    """Return the provenance of files without a ledger, identified by names and sizes, which need no reading."""
     facts = {"files": len(entries), "bytes": sum(entry.bytes for entry in entries)}
     return Provenance(
         role=role, kind="files", path=absolute_pattern(pattern), identity=files_identity(entries), facts=facts
@@ -37,15 +37,15 @@ def files_provenance(role: str, pattern: str, entries: Sequence[ShardEntry]) -> 
 
 
 def files_identity(entries: Sequence[ShardEntry]) -> str:
-    """Sha256 over names, without their folders, and sizes."""
+    """Return the SHA-256 of the names, without their folders, and sizes of files."""
     lines = sorted(f"{entry.url.rpartition('/')[2]} {entry.bytes}\n" for entry in entries)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def data_provenance(role: str, folder: str) -> Provenance:
-    """A data job's finished output, with its record; of one without a record, its settings say what it was made from.
+    """Return the provenance of the finished output of a data job, with the inputs of its run record.
 
-    Codes that came without a ledger are known by their manifest.
+    Without a record, the input comes from its settings. Codes without a ledger are identified by their manifest.
     """
     ledger = storage.join(folder, LEDGER)
     found = storage.read_json(ledger) if storage.exists(ledger) else {}
@@ -62,13 +62,13 @@ def data_provenance(role: str, folder: str) -> Provenance:
 
 
 def output_provenance(role: str, folder: str, ledger: Ledger) -> Provenance:
-    """What a data job has just finished."""
+    """Return the provenance of the output that a data job has just finished."""
     facts = {"in": ledger.total, "kept": ledger.kept}
     return Provenance(role=role, kind="data", path=folder, identity=data_identity(folder), facts=facts)
 
 
 def data_identity(folder: str) -> str:
-    """Sha256 over the files in which the folder's job accounts for what it has made."""
+    """Return the SHA-256 of the :data:`ACCOUNT` files of a folder."""
     digest = hashlib.sha256()
     for name in ACCOUNT:
         if storage.exists(path := storage.join(folder, name)):

@@ -1,4 +1,4 @@
-"""Stages of data jobs on Ray Data: where Ray comes from, the nodes and actors that do the work, and the datasets."""
+"""Stages of data jobs on Ray Data: Ray initialization, node labels, sizes of actor pools, and datasets of tables."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..errors import UserError
 from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
-"""Column whose rows are whole tables."""
+"""Column in which each row holds a whole table."""
 logger = logging.getLogger(__name__)
 
 
 def init_ray(*, cpu_pool: str | None = None, log_to_driver: bool = True) -> None:
-    """Connect to the cluster a job was submitted to, or start a local one on loopback.
+    """Connect to the cluster that a job was submitted to, or start a local one on loopback.
 
-    Datasets made from now on keep their work on CPUs to the nodes with the label ``cpu_pool``. ``log_to_driver`` shows
-    here what other processes print.
+    ``cpu_pool`` restricts the CPU work of datasets created afterwards to the nodes with that label. ``log_to_driver``
+    prints the output of worker processes in this process.
     """
     if not ray.is_initialized():
         _connect(log_to_driver)
@@ -37,39 +37,39 @@ def init_ray(*, cpu_pool: str | None = None, log_to_driver: bool = True) -> None
 
 
 def _connect(log_to_driver: bool) -> None:
-    here: dict[str, Any] = {"log_to_driver": log_to_driver}
+    options: dict[str, Any] = {"log_to_driver": log_to_driver}
     if logs.for_machines():
-        here["logging_config"] = WorkerLogging("JSON", fields=logs.context())
+        options["logging_config"] = WorkerLogging("JSON", fields=logs.context())
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**here)
+        ray.init(**options)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, **here)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, **options)
 
 
 @dataclass
 class WorkerLogging(ray.LoggingConfig):
-    """Ray's setting of the logs of every process of a job, with this package's own records beside those of others."""
+    """Ray's logging configuration of all processes of a job, extended by this package's log records."""
 
     fields: dict[str, Any] = field(default_factory=dict)
-    """What each of the package's records carries, and where they go."""
+    """Fields of every record of this package, and where the records are written."""
 
     def _apply(self) -> None:
         super()._apply()
         logs.set_up(self.fields)
-        # Ray has given a handler to the root of all loggers, which would write them once more.
+        # Ray adds a handler to the root logger, which would write each record a second time.
         logging.getLogger(logs.PACKAGE).propagate = False
 
 
 def keep_to(cpu_pool: str | None) -> None:
-    """Keep work on CPUs of datasets that this process makes from now on to nodes with that label; None: to any.
+    """Restrict the CPU work of datasets created afterwards to the nodes with the label ``cpu_pool``; None: any node.
 
-    Actors with GPUs are on all others.
+    Actors with GPUs run on the other nodes.
     """
     key, _, value = (cpu_pool or "").partition("=")
     selector = {key: value} if key else None
     DataContext.get_current().execution_options.label_selector = selector
     if selector and not any(node["Alive"] and _has(node, selector) for node in ray.nodes()):
-        logger.warning("cpu_pool %s: no node has this label yet, the work waits for one", cpu_pool)
+        logger.warning("cpu_pool %s: no node has this label; waiting for one", cpu_pool)
 
 
 def _has(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
@@ -77,9 +77,9 @@ def _has(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
 
 
 def actor_pools(pools: Sequence[Pool], most_actors: int | None = None) -> list[dict[str, Any]]:
-    """Arguments of ``map_batches`` for pools that one dataset runs at the same time, none with more actors than that.
+    """Return ``map_batches`` arguments for pools that run concurrently in one dataset, each with at most ``most_actors``.
 
-    UserError for more GPUs than the cluster has.
+    Raises UserError if the pools need more GPUs than the cluster has.
     """
     selector = DataContext.get_current().execution_options.label_selector or {}
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -105,7 +105,7 @@ def _strategy(pool: Pool, actors: int) -> ActorPoolStrategy:
 
 
 class Claim(NamedTuple):
-    """A pool's size, and what each of its actors claims of the cluster."""
+    """Number of actors in a pool, and the CPUs and GPUs that each of them reserves."""
 
     actors: int
     cpus: float
@@ -115,12 +115,12 @@ class Claim(NamedTuple):
 def share(
     wanted: Sequence[tuple[int | None, float]], cpus: int, gpus: int, most_actors: int | None = None
 ) -> list[Claim]:
-    """Claims of pools, each of (actors, GPUs an actor), that all run at the same time and leave a CPU to the readers.
+    """Divide CPUs and GPUs among concurrent pools, given as (actors or None, GPUs per actor), leaving a CPU for reading.
 
-    Ray starts no actor that its claim has no room for, and a pool without actors would make the job wait for ever. So
-    pools that are given no number share the GPUs that are left; and where actors on CPUs are as many as the CPUs or
-    more, they claim half of these together. They are no fewer for that: mostly one pool has nearly all the work, and
-    the others' actors only wait. UserError for more GPUs than there are.
+    Ray does not start an actor whose resources are not free, and a pool without actors would block the job forever. So
+    GPU pools without a number of actors share the remaining GPUs; and if the CPU actors are at least as many as the
+    CPUs, together they reserve half of the CPUs. Their number is not reduced: usually one pool has nearly all the work,
+    and the actors of the others idle. Raises UserError if the pools need more than ``gpus`` GPUs.
     """
     gpu_of = [gpu for _, gpu in wanted]
     most = math.inf if most_actors is None else most_actors
@@ -130,12 +130,12 @@ def share(
         pools = [f"actors {size} x gpus_per_actor {gpu:g}" for size, gpu in zip(sizes, gpu_of, strict=True) if gpu]
         raise UserError(f"{' + '.join(pools)}: the cluster has {gpus} GPUs")
     unset = [index for index, (actors, gpu) in enumerate(wanted) if gpu and not actors]
-    while room := [index for index in unset if gpu_of[index] <= free and sizes[index] < most]:
-        least = min(room, key=lambda index: sizes[index] * gpu_of[index])
+    while growable := [index for index in unset if gpu_of[index] <= free and sizes[index] < most]:
+        least = min(growable, key=lambda index: sizes[index] * gpu_of[index])
         sizes[least] += 1
         free -= gpu_of[least]
     on_cpu = sum(size for size, gpu in zip(sizes, gpu_of, strict=True) if not gpu)
-    half = int(1e4 * cpus / 2 / on_cpu) / 1e4 if on_cpu and cpus > 1 else 0.0  # Ray counts in ten-thousandths
+    half = int(1e4 * cpus / 2 / on_cpu) / 1e4 if on_cpu and cpus > 1 else 0.0  # Ray's resolution is 1e-4
     claim = 1.0 if on_cpu < cpus else half
     return [Claim(size, 0.0 if gpu else claim, gpu) for size, gpu in zip(sizes, gpu_of, strict=True)]
 
@@ -143,7 +143,7 @@ def share(
 def run_on_ray(
     sources: Sequence[Source], stages: Sequence[Stage], cpu_pool: str | None, most_actors: int | None
 ) -> Iterator[dict[str, Any]]:
-    """:func:`.pipeline.run_stages` on the cluster that this process is connected to, or else begins."""
+    """Run :func:`.pipeline.run_stages` on the connected cluster, or on a local one started for it."""
     init_ray(cpu_pool=cpu_pool)
     tables = tables_dataset(sources, stages, most_actors)
     for batch in tables.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -152,9 +152,9 @@ def run_on_ray(
 
 
 def tables_dataset(sources: Sequence[Source], stages: Sequence[Stage], most_actors: int | None = None) -> Dataset:
-    """A dataset of the last stage's tables, each a row (:func:`wrapped`); UserError for more GPUs than there are.
+    """Build a dataset of the last stage's tables, one table per row (:func:`wrapped`).
 
-    One read task a source: its tables come from one process.
+    Each source has one read task. Raises UserError if the stages need more GPUs than the cluster has.
     """
     dataset = read_datasource(TableSource(sources), override_num_blocks=len(sources))
     pools = iter(actor_pools([stage.pool for stage in stages if stage.pool], most_actors))
@@ -164,21 +164,21 @@ def tables_dataset(sources: Sequence[Source], stages: Sequence[Stage], most_acto
 
 
 def _mapped(dataset: Dataset, stage: Stage, actors: Mapping[str, Any] | None) -> Dataset:
-    # Ray names tasks and actors, and shows people, what the function or class is called.
+    # Ray names tasks and actors after the function or class.
     if actors is None:
 
         def apply(batch: pa.Table) -> Iterator[pa.Table]:
             return _through(stage.work, batch)
 
         apply.__name__ = stage.name
-        # Without a batch size, or a task would not work on what it has read.
+        # With a batch size, the task that has read a block would not be the one that processes it.
         return dataset.map_batches(apply, batch_format="pyarrow", batch_size=None)
     actor = type(stage.name, (StageActor,), {})
     return dataset.map_batches(actor, fn_constructor_args=(stage,), batch_format="pyarrow", batch_size=1, **actors)
 
 
 class StageActor:
-    """An actor that has opened a stage."""
+    """Actor that runs an opened stage."""
 
     def __init__(self, stage: Stage) -> None:
         self.work = stage.open()
@@ -192,14 +192,14 @@ def _through(work: Work, batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def wrapped(table: pa.Table) -> pa.Table:
-    """``table`` as one row, without a copy: Ray cuts and joins blocks by their bytes, but only between rows."""
+    """Wrap ``table`` into a single row, without a copy: Ray splits and merges blocks by size, but only between rows."""
     columns = [_one_chunk(column) for column in table.columns]
     rows = pa.StructArray.from_arrays(columns, fields=list(table.schema))
     return pa.table({TABLE: pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows)})
 
 
 def unwrapped(batch: pa.Table) -> Iterator[pa.Table]:
-    """The tables that are the rows of ``batch``."""
+    """Yield the tables wrapped in the rows of ``batch``."""
     return (pa.Table.from_struct_array(row.values) for chunk in batch[TABLE].chunks for row in chunk)
 
 
@@ -209,7 +209,7 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 class TableSource(Datasource):
-    """Wrapped tables of sources. Nothing is listed or opened here: who knows the sources has done that."""
+    """Ray datasource of the wrapped tables of ``sources``; nothing is listed or opened before its tasks run."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class TableSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task for each source, whatever ``parallelism`` is: its tables then come from one process, in order."""
+        """Return one task per source, regardless of ``parallelism``, so that its tables come in order from one process."""
         about = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [
             ReadTask(partial(_read, source), about, per_task_row_limit=per_task_row_limit) for source in self.sources
@@ -236,7 +236,7 @@ def _read(source: Source) -> Iterator[pa.Table]:
 
 
 def _quiet(dataset: Dataset) -> Dataset:
-    """``dataset`` without Ray Data's own bars, a line for every operator and second: a job shows one of its own."""
+    """Disable Ray Data's progress bars and logs, one line per operator and second: a job shows its own progress bar."""
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""Scene score: read an image of :mod:`.scenes` back and say whether its caption holds.
+"""Scene score: detects the objects in an image of :mod:`.scenes`, and checks them against its caption.
 
-Like GenEval it detects objects and checks the claim against them; unlike GenEval its detector knows these shapes and
-colours only. It carries its own name so that the two are never mistaken for each other.
+Like GenEval it checks a caption against detected objects; unlike GenEval its detector knows only the shapes and colours
+of scenes. It has a different name so that the two are not confused.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from scipy import ndimage
 from .scenes import CATEGORIES, COLORS, RADII, SHAPES, Expectation, coverage
 
 MIN_CONTRAST = 40.0
-"""Grey levels by which an object differs from the background at least."""
+"""Minimum difference of an object from the background (grey levels, 0 to 255)."""
 MIN_AREA = 0.35 * np.pi * RADII[0] ** 2 * 0.5
-"""Smaller spots are specks (share of the image)."""
+"""Minimum area of an object (share of the image); smaller regions are ignored as noise."""
 MIN_FIT = 0.6
-"""Overlap (intersection over union) with the best shape's template under which nothing is recognised."""
+"""Minimum overlap (intersection over union) with the template of the best-matching shape."""
 MARGIN = 0.1
-"""Distance between centres that makes a spatial relation clear (image = 1)."""
+"""Minimum distance between centres for a spatial relation to hold (image side = 1)."""
 
-_EXTENT = {  # of a shape with radius 1: left, right, top, bottom
+_EXTENT = {  # bounds of a shape with radius 1: left, right, top, bottom
     "circle": (-0.88, 0.88, -0.88, 0.88),
     "square": (-0.97, 0.97, -0.97, 0.97),
     "triangle": (-1.05, 1.05, -1.05, 0.75),
@@ -33,29 +33,30 @@ _EXTENT = {  # of a shape with radius 1: left, right, top, bottom
 
 @dataclass(frozen=True)
 class Detected:
-    """A recognised object; centre in units of the image's side."""
+    """Detected object; centre in units of the image side, y downwards."""
 
     shape: str
     color: str
     x: float
     y: float
     fit: float
-    """Overlap with the shape's template, 0 to 1."""
+    """Overlap (intersection over union) with the template of the shape, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the caption holds, why not, and what was seen."""
+    """Result of checking an image against its caption."""
 
     correct: bool
     reason: str
+    """Why the image is wrong; empty if it is correct."""
     detected: tuple[Detected, ...]
 
 
 def detect(image: np.ndarray) -> list[Detected]:
-    """Objects in an image, uint8 ``[H, W, 3]``. Tolerates the blur and noise of a lossy reconstruction."""
+    """Detect objects in an image, uint8 ``[H, W, 3]``; tolerates the blur and noise of a lossy reconstruction."""
     pixels = image.astype(np.float32)
-    # The image's outermost ring: objects keep clear of it, while they may cover most of the rest.
+    # The border gives the background: objects never touch it, but may cover most of the rest.
     ring = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
     background = np.median(ring, axis=0)
     contrast = np.abs(pixels - background).max(-1)
@@ -64,7 +65,7 @@ def detect(image: np.ndarray) -> list[Detected]:
     found = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         own = np.where(labels[box] == number, contrast[box], 0)
-        # Relative to the object's own peak, soft edges of strong and weak colours are cut at the same place.
+        # Normalised by the object's peak contrast, so that strong and weak colours have their edges at the same position.
         alpha = np.clip(own / max(np.percentile(own[own > 0], 85), 1), 0, 1)
         parts, _ = ndimage.label(alpha > 0.5)
         for part, inner in enumerate(ndimage.find_objects(parts), start=1):
@@ -83,8 +84,8 @@ def detect(image: np.ndarray) -> list[Detected]:
 
 
 def score(image: np.ndarray, expect: Expectation) -> Verdict:
-    """Check an image, uint8 ``[H, W, 3]``, against a claim, with GenEval's semantics: everything named must be
-    there; only counting asks for an exact number."""
+    """Check an image, uint8 ``[H, W, 3]``, against an expectation, with GenEval's semantics: all named objects must be
+    present; only counting requires an exact number."""
     seen = detect(image)
 
     def matching(shape: str, color: str | None) -> list[Detected]:
@@ -104,8 +105,8 @@ def score(image: np.ndarray, expect: Expectation) -> Verdict:
 
 
 def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Share of correct images in each category, and ``overall``, the mean over categories, from
-    (category, correct) pairs."""
+    """Aggregate (category, correct) pairs into the share of correct images per category, and ``overall``, the mean over
+    the categories."""
     by_category: dict[str, list[bool]] = {}
     for category, correct in results:
         by_category.setdefault(category, []).append(correct)

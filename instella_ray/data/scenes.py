@@ -1,7 +1,7 @@
-"""``scenes``: a procedural captioned set in the spirit of GenEval, for demos and end-to-end tests.
+"""``scenes``: a procedural dataset of captioned images with GenEval's six categories, for demos and end-to-end tests.
 
-Coloured shapes on a light background, captions that are exactly true, in GenEval's six categories. Every image is a
-function of (seed, index), anti-aliased at any size, and :mod:`.scene_score` can read it back.
+Coloured shapes on a light background, with exact captions. Every image is a function of (seed, index), anti-aliased at
+any size, and can be checked by :mod:`.scene_score`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 
 TURNS = {"counting": 2, "color_attribution": 3, "position": 4}
-"""How often a category comes in one round of the set (others: once). They have most of the captions, or bind
-words to places and numbers, which takes a generator many more examples than naming a shape does."""
+"""Scenes of a category per round of the dataset (others: 1). These categories have most of the distinct captions, or
+relate words to positions and numbers, which a generator needs many more examples to learn than names of shapes."""
 
 GRID, JITTER, RADII = 2, 0.01, (0.185, 0.2)
-"""Objects stand in cells of a GRID x GRID board, off centre by up to JITTER, with a radius in RADII (image = 1)."""
+"""Objects lie in cells of a GRID x GRID grid, off centre by up to JITTER, with a radius in RADII (image side = 1)."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape; centre and radius in units of the image's side, y downwards."""
+    """Coloured shape; centre and radius in units of the image side, y downwards."""
 
     shape: str
     color: str
@@ -52,7 +52,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a caption claims: ``objects`` as (shape, colour or None) pairs, a count, a relation between the two."""
+    """Content of a caption: ``objects`` as (shape, colour or None) pairs, a count, and a relation between two objects."""
 
     category: str
     objects: tuple[tuple[str, str | None], ...]
@@ -61,7 +61,7 @@ class Expectation:
 
     @property
     def caption(self) -> str:
-        """The claim in GenEval's wording."""
+        """Caption in GenEval's wording."""
         if self.category == "counting":
             number = next(word for word, n in NUMBERS.items() if n == self.count)
             return f"a photo of {number} {_plural(self.objects[0][0])}"
@@ -72,12 +72,12 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image before it is drawn."""
+    """Description of an image: its caption's content, objects and background."""
 
     expect: Expectation
     objects: tuple[SceneObject, ...]
     background: int
-    """Grey level of the plain background."""
+    """Grey level of the plain background, 0 to 255."""
 
     @property
     def caption(self) -> str:
@@ -95,7 +95,7 @@ class Scene:
 
 
 def sample_expectation(rng: np.random.Generator, category: str) -> Expectation:
-    """A random claim of ``category``."""
+    """Sample a random expectation of ``category``; UserError for an unknown category."""
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     color, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
     if category == "single_object":
@@ -115,7 +115,7 @@ def sample_expectation(rng: np.random.Generator, category: str) -> Expectation:
 
 
 def sample_scene(rng: np.random.Generator, category: str | None = None) -> Scene:
-    """A random scene of ``category`` (None: any), showing exactly what its caption names."""
+    """Sample a random scene of ``category`` (None: any) that shows exactly the objects of its caption."""
     expect = sample_expectation(rng, category or CATEGORIES[rng.integers(len(CATEGORIES))])
     named = expect.objects * expect.count
     if expect.relation:
@@ -127,15 +127,15 @@ def sample_scene(rng: np.random.Generator, category: str | None = None) -> Scene
     for i, ((shape, color), (row, column)) in enumerate(zip(named, cells, strict=True)):
         dx, dy = rng.uniform(-JITTER, JITTER, 2)
         x, y = (column + 0.5) / GRID + dx, (row + 0.5) / GRID + dy
-        # Counted objects share a colour; others that the caption leaves open differ.
+        # Where the caption gives no colour, counted objects share one, and others differ.
         chosen = color or free[0 if expect.category == "counting" else i]
         objects.append(SceneObject(shape, chosen, round(x, 4), round(y, 4), round(rng.uniform(*RADII), 4)))
     return Scene(expect, tuple(objects), int(rng.integers(232, 243)))
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, pixel: float) -> np.ndarray:
-    """Share of each pixel (width ``pixel``) that ``shape`` covers, at offsets x, y from its centre: its distance
-    field, cut off over one pixel."""
+    """Return the share of each pixel (width ``pixel``) that ``shape`` covers, at offsets x, y from its centre: its
+    signed distance field, clipped to one pixel."""
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
         distance = np.hypot(x, y) - 0.88 * radius
@@ -150,7 +150,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float, pixel: flo
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The image, uint8 ``[size, size, 3]``, anti-aliased."""
+    """Render a scene as an anti-aliased image, uint8 ``[size, size, 3]``."""
     canvas = np.full((size, size, 3), float(scene.background))
     centres = (np.arange(size) + 0.5) / size
     for item in scene.objects:
@@ -165,7 +165,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def scene_at(seed: int, index: int) -> Scene:
-    """Scene ``index`` of the set ``seed``; categories take turns, some of them several in a round (TURNS)."""
+    """Return scene ``index`` of the dataset of ``seed``; categories alternate, some several times per round (TURNS)."""
     return sample_scene(np.random.default_rng([seed, index]), _ROUND[index % len(_ROUND)])
 
 
@@ -173,7 +173,7 @@ _ROUND = [category for category in CATEGORIES for _ in range(TURNS.get(category,
 
 
 def scene_rows(count: int, seed: int, size: int) -> Iterator[tuple[str, bytes, str, dict[str, Any]]]:
-    """``count`` samples as (key, PNG bytes, caption, metadata), in the shape that shards are written from."""
+    """Yield ``count`` samples as (key, PNG bytes, caption, metadata), as :mod:`.formats.shards` writes them."""
     for index in range(count):
         scene = scene_at(seed, index)
         buffer = io.BytesIO()
@@ -183,7 +183,7 @@ def scene_rows(count: int, seed: int, size: int) -> Iterator[tuple[str, bytes, s
 
 
 def scene_prompts(per_category: int, seed: int) -> list[Expectation]:
-    """Prompts to evaluate with, ``per_category`` of each category. Distinct as far as the category has that many."""
+    """Sample evaluation prompts, ``per_category`` of each category; distinct if the category has that many."""
     prompts: list[Expectation] = []
     for number, category in enumerate(CATEGORIES):
         rng = np.random.default_rng([seed, number, 1])
@@ -193,7 +193,7 @@ def scene_prompts(per_category: int, seed: int) -> list[Expectation]:
 
 
 def parse_caption(caption: str) -> Expectation:
-    """The claim that a caption of this set makes; UserError for any other text."""
+    """Parse a caption of this dataset into its expectation; UserError for any other text."""
     shape, color = "|".join(SHAPES), "|".join(COLORS)
     noun = rf"an? (?:({color}) )?({shape})"
     text = caption.strip().lower().rstrip(".")

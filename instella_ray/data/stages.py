@@ -1,6 +1,7 @@
-"""What data jobs are made of: sources of tables, stages that each turn one table into one, pools of actors.
+"""Building blocks of data jobs: sources of tables, stages that map a table to a table, and pools of actors.
 
-A source gives the tables of one shard, each of consecutive rows. A table stays what it is from its source to its file.
+A source yields the tables of one shard, each of consecutive rows. Tables are never split or merged between source and
+output file.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import pyarrow as pa
 from pydantic import Field
 
 CpuPool = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]*=[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""A label of nodes, KEY=VALUE."""
+"""Node label, KEY=VALUE."""
 Source = Callable[[], Iterator[pa.Table]]
-"""Tables of one shard, in order; each call begins anew."""
+"""Yields the tables of one shard, in order; each call starts from the beginning."""
 Work = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The actors that hold what a stage needs, a model mostly."""
+    """Pool of actors for a stage with state, usually a model."""
 
     actors: int | None = None
-    """None means one a GPU, or one for every two CPUs."""
+    """Number of actors; None: one per GPU, or one per two CPUs."""
     gpus_per_actor: float = 0.0
     cpus: float | None = None
-    """Logical CPUs that each claims; None shares out what the cluster has."""
+    """Logical CPUs that each actor reserves; None: a share of the CPUs of the cluster."""
     calls_at_once: int = 1
-    """Tables that each works on at the same time, in threads."""
+    """Tables that each actor processes concurrently, in threads."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Stage:
     """One step of a data job."""
 
     work: Callable[..., Any]
-    """Turns a table of rows into one; with a ``pool`` makes such a function, once an actor."""
+    """Function from table to table; with a ``pool``, a factory of such a function, called once per actor."""
     pool: Pool | None = None
-    """None: any process may do it."""
+    """Actors that run the stage; None: stateless tasks."""
 
     @property
     def name(self) -> str:
@@ -48,11 +49,11 @@ class Stage:
         return str(getattr(work, "__name__", type(work).__name__))
 
     def open(self) -> Work:
-        """The function that tables go through."""
+        """Return the function from table to table."""
         made: Work = self.work() if self.pool else self.work
         return made
 
 
 def row_table(row: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """A :data:`Source` of one row."""
+    """Yield one table of one row, as a :data:`Source`."""
     yield pa.Table.from_pylist([dict(row)])

@@ -1,4 +1,4 @@
-"""The CPU half of encoding: images to square views. Free of torch, which every worker would wait seconds for."""
+"""CPU stage of encoding: decodes images into square views. Without torch, whose import would cost workers seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pyarrow as pa
 from .formats.images import UndecodableError, decode_rgb, fit_square
 from .formats.parts import KEPT
 
-AT_ONCE = 64
-"""Images that are decoded before their pixels become columns."""
+ROWS_AT_ONCE = 64
+"""Images decoded before their pixels are converted to Arrow columns."""
 PIXELS = pa.schema(
     [
         ("key", pa.string()),
@@ -27,22 +27,22 @@ PIXELS = pa.schema(
         ("views", pa.large_binary()),
     ]
 )
-"""An image between decoding and encoding: ``views`` is uint8 ``[V, size, size, 3]``; bad ones keep ``image``."""
+"""Columns between decoding and encoding: ``views`` is uint8 ``[V, size, size, 3]``; undecodable images keep ``image``."""
 
 
 class ViewDecoder:
-    """Decodes, resizes and crops each image once, into rows of :data:`PIXELS`."""
+    """Decodes, resizes and crops images into rows of :data:`PIXELS`."""
 
     def __init__(self, size: int, crops: int, flips: bool) -> None:
         self.size, self.crops, self.flips = size, crops, flips
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        # A few at a time: as Python objects a whole table would be in memory twice.
-        parts = (table.slice(start, AT_ONCE).to_pylist() for start in range(0, table.num_rows, AT_ONCE))
+        # In small batches: Python objects of the whole table would double the memory.
+        parts = (table.slice(start, ROWS_AT_ONCE).to_pylist() for start in range(0, table.num_rows, ROWS_AT_ONCE))
         return pa.concat_tables(pa.Table.from_pylist([self.decoded(row) for row in rows], PIXELS) for rows in parts)
 
     def rows_within(self, size: int) -> int:
-        """Images whose views take no more than so many bytes; one at least."""
+        """Return the number of images whose views fit into ``size`` bytes; at least 1."""
         views = self.crops * (2 if self.flips else 1)
         return max(1, size // (3 * views * self.size**2))
 

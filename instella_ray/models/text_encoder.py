@@ -10,7 +10,6 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
-from .checkpoint import weight_hash
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +111,6 @@ class TextEncoder:
         # The first entry is the embedding, the last one includes the final norm, if any.
         features = torch.stack(out.hidden_states[1:])
         return pad_features([features[:, i, : len(row)] for i, row in enumerate(rows)])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sha256 of the weights in use, for provenance; independent of the location of their files."""
-        return weight_hash(self.model)
 
     def _tokens(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, truncation=False)["input_ids"]

@@ -58,7 +58,7 @@ def test_scenes_take_from_all_categories_alike() -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]", "line 1: expected an object"),
         ("a.jsonl", '{"id": 3}', "line 1: no prompt, expected one of prompt, caption"),
-        ("a.jsonl", '{"id": 3, "prompt": "a"}\n{"id": "3", "prompt": "b"}', "id '3' comes twice"),
+        ("a.jsonl", '{"id": 3, "prompt": "a"}\n{"id": "3", "prompt": "b"}', "duplicate id '3'"),
         ("a.json", "{}", "expected COCO's captions file"),
         ("a.json", '{"annotations": [{"id": 1}]}', "without id, image_id and caption"),
         ("a.parquet", "no", "not a parquet file"),
@@ -74,7 +74,7 @@ def test_bad_prompts_are_one_line(tmp_path: Path, name: str, text: str, message:
 
 def test_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo")
-    with pytest.raises(UserError, match="2 there, count asks for 3"):
+    with pytest.raises(UserError, match="2 found, expected at least count=3"):
         read_prompts(str(tmp_path / "a.txt"), count=3)
     with pytest.raises(UserError, match="no such file"):
         read_prompts(str(tmp_path / "none.txt"))

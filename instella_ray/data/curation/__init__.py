@@ -1,1 +1,1 @@
-"""Curation: what stays of a set of captioned shards, and why the rest went."""
+"""Curation of captioned shards: downloads, filters, deduplication, and a report of what was kept and dropped."""

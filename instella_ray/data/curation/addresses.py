@@ -1,4 +1,4 @@
-"""Which addresses a downloader may connect to: links of strangers must not lead into the network it runs in."""
+"""Checks of the addresses that a downloader connects to, so that links of a dataset cannot reach the local network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NUMERIC = re.compile(r"[\d.]+|0x[\da-f.x]*", re.IGNORECASE)
 
 
 class RefusedAddressError(Exception):
-    """The host is not on the public internet."""
+    """Host that is not on the public internet; the message is its name."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is a single host's on the public internet.
+    """Return whether an IP address is that of a single host on the public internet.
 
-    Not loopback, private, link-local (where clouds keep their credentials), shared, multicast or reserved, nor an IPv6
-    address that stands for such an IPv4 one.
+    False for loopback, private, link-local (such as cloud metadata services with credentials), shared, multicast and
+    reserved addresses, and for IPv6 addresses that embed such an IPv4 address.
     """
     ip = ip_address(address.partition("%")[0])
     inner = _embedded(ip) if isinstance(ip, IPv6Address) else None
@@ -31,24 +31,24 @@ def is_public(address: str) -> bool:
 
 
 def check_literal(host: str) -> None:
-    """RefusedAddressError for a host that is an address but no public one, ValueError for one spelled unlike others.
+    """Raise RefusedAddressError for a host that is a non-public address, ValueError for a malformed numeric address.
 
-    Such hosts never come to a resolver.
+    Needed because such hosts are not passed to the resolver. Names are not checked here.
     """
     try:
         public = is_public(host)
     except ValueError:
         if _NUMERIC.fullmatch(host):
             raise
-        return  # a name, which the resolver checks
+        return  # a name: checked by the resolver
     if not public:
         raise RefusedAddressError(host)
 
 
 class PublicResolver(AbstractResolver):
-    """The system's resolver without addresses that are not public.
+    """System resolver that returns only public addresses.
 
-    The connection is then made to an address given here, and no other answer of a name server can take its place.
+    The connection is made to the addresses checked here, so a later answer of a name server cannot replace them.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """The public addresses of ``host``; RefusedAddressError where it has others alone."""
+        """Return the public addresses of ``host``; RefusedAddressError if it has none."""
         found = await self._system.resolve(host, port, family)
         public = [entry for entry in found if is_public(entry["host"])]
         if not public:

@@ -1,8 +1,8 @@
-"""Duplicates: fingerprints of images, and which of a whole set are copies of others. NumPy, no Ray.
+"""Duplicate detection: fingerprints of images, and the search for duplicates in a whole dataset. NumPy, no Ray.
 
 A fingerprint is a hash of the bytes, a perceptual hash, and the colours of a 4 x 4 grid. Of several copies the one with
-the most pixels stays, of equals the first. An image is compared with those that stay, not with those that go: chains of
-small differences do not run away. About 100 bytes an image are held in memory.
+the most pixels is kept, or the first of equals. Images are compared only with kept images, so that chains of small
+differences do not grow. Uses about 100 bytes of memory per image.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..formats.images import UndecodableError, decode_rgb, open_image
 from ..formats.parts import KEPT, QUARANTINED
 
 GRID = 4
-"""Cells along each side in which mean colours are compared."""
+"""Cells per side of the grid of mean colours."""
 FLAT = 8.0
-"""Coefficients under this, which is half a grey level of amplitude, are an encoder's noise and count as none."""
+"""DCT coefficients below this, half a grey level of amplitude, are encoder noise and count as 0."""
 
 FIELDS = [
     ("exact", pa.binary(16)),
@@ -32,12 +32,12 @@ FIELDS = [
     ("colors", pa.binary(3 * GRID**2)),
     ("pixels", pa.int64()),
 ]
-"""Columns of a fingerprint: BLAKE2b of the file; the perceptual hash; mean RGB of each cell, since that hash knows no colour
-and little of plain images; width times height, since of several copies the largest stays."""
+"""Columns of a fingerprint: BLAKE2b of the file; perceptual hash; mean RGB of each cell, because the perceptual hash ignores
+colour and is weak on plain images; width times height, because the largest copy is kept."""
 
 
 def fingerprint(data: bytes) -> dict[str, Any]:
-    """The :data:`FIELDS` of an encoded image; UndecodableError where it is none."""
+    """Compute the :data:`FIELDS` of an encoded image; UndecodableError if it cannot be decoded."""
     width, height = open_image(data).size
     image = decode_rgb(data, at_least=64)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
@@ -50,14 +50,14 @@ def fingerprint(data: bytes) -> dict[str, Any]:
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits of luminance ``[32, 32]``: which of its 64 lowest frequencies lie above their median (pHash)."""
+    """Compute the pHash of luminance ``[32, 32]``: 64 bits, set for those of its 64 lowest frequencies above the median."""
     low = dctn(grey, norm="ortho")[:8, :8].ravel()
     low[np.abs(low) < FLAT] = 0
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
 
 
 class Fingerprinter:
-    """Gives the kept rows of a block the columns of a fingerprint."""
+    """Adds the columns of a fingerprint to a table, null for rows that are not kept; quarantines undecodable images."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
         verdicts = table["verdict"].to_pylist()
@@ -79,10 +79,10 @@ EXACT, NEAR = "exact_duplicate", "near_duplicate"
 
 
 class Fingerprints(NamedTuple):
-    """Columns over all images, in the set's order."""
+    """Fingerprints of all images, as columns in the order of the dataset."""
 
     exact: np.ndarray
-    """Bytes ``[N]`` (dtype S16)."""
+    """bytes ``[N]`` (dtype S16)."""
     near: np.ndarray
     """uint64 ``[N]``."""
     colors: np.ndarray
@@ -92,19 +92,22 @@ class Fingerprints(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """Images that go."""
+    """Images to drop as duplicates."""
 
     image: np.ndarray
-    """int64 ``[M]``, ascending."""
+    """int64 ``[M]``: indices of the images to drop, ascending."""
     of: np.ndarray
-    """int64 ``[M]``: the image that stays in its place."""
+    """int64 ``[M]``: indices of the images that are kept instead."""
     exact: np.ndarray
-    """bool ``[M]``: the files are the same to the byte."""
+    """bool ``[M]``: whether the files are identical."""
 
 
 def find_duplicates(prints: Fingerprints, max_distance: int | None, max_color_difference: int) -> Duplicates:
-    """The images to drop: copies to the byte, and with ``max_distance`` those whose hashes differ in at most so many bits
-    while no cell's colour differs by more than ``max_color_difference`` (0 to 255)."""
+    """Find the images to drop: identical files, and near duplicates unless ``max_distance`` is None.
+
+    Near duplicates have perceptual hashes that differ in at most ``max_distance`` bits, and no cell whose mean colour
+    differs by more than ``max_color_difference`` (0 to 255).
+    """
     count = len(prints.near)
     order = np.lexsort((np.arange(count), -prints.pixels))
     of = np.full(count, -1, np.int64)
@@ -115,14 +118,14 @@ def find_duplicates(prints: Fingerprints, max_distance: int | None, max_color_di
         left = order[~exact[order]]
         for loser, winner in _near(left, prints, max_distance, max_color_difference):
             of[loser] = winner
-        # What a copy was a copy of may itself have gone.
+        # The original of an exact duplicate may itself be a near duplicate.
         of[exact] = np.where(of[of[exact]] >= 0, of[of[exact]], of[exact])
     gone = np.flatnonzero(of >= 0)
     return Duplicates(gone, of[gone], exact[gone])
 
 
 def _near(order: np.ndarray, prints: Fingerprints, distance: int, color: int) -> Iterator[tuple[int, int]]:
-    """(image that goes, image that stays) among ``order``, best first."""
+    """Yield (image to drop, image kept instead) among the images of ``order``, which are sorted best first."""
     hashes, group = np.unique(prints.near[order], return_inverse=True)
     neighbours: dict[int, list[int]] = defaultdict(list)
     for a, b in near_pairs(hashes, distance):
@@ -133,20 +136,20 @@ def _near(order: np.ndarray, prints: Fingerprints, distance: int, color: int) ->
     staying: dict[int, list[int]] = defaultdict(list)
     for place in np.flatnonzero(crowded[group]).tolist():
         image, here = int(order[place]), int(group[place])
-        rivals = [rival for hash_ in (here, *neighbours.get(here, ())) for rival in staying[hash_]]
-        if rivals:
-            apart = np.abs(prints.colors[rivals].astype(np.int16) - prints.colors[image]).max(1)
-            if apart.min() <= color:
-                yield image, rivals[int(apart.argmin())]
+        candidates = [kept for hash_ in (here, *neighbours.get(here, ())) for kept in staying[hash_]]
+        if candidates:
+            difference = np.abs(prints.colors[candidates].astype(np.int16) - prints.colors[image]).max(1)
+            if difference.min() <= color:
+                yield image, candidates[int(difference.argmin())]
                 continue
         staying[here].append(image)
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
-    """Index pairs of distinct uint64 ``hashes`` that differ in at most ``distance`` bits, each once.
+    """Yield the index pairs of distinct uint64 ``hashes`` that differ in at most ``distance`` bits, each once.
 
-    The 64 bits are cut into ``distance + 3`` blocks, of which three at least must be equal: for every three, hashes sorted
-    by those bits stand next to the only ones that they need be compared with.
+    The 64 bits are split into ``distance + 3`` blocks, of which at least three must be equal: for every three blocks,
+    hashes are sorted by these bits and compared only with neighbours that are equal in them.
     """
     if distance == 0 or len(hashes) < 2:
         return

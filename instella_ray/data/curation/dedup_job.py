@@ -1,4 +1,4 @@
-"""Curation's second pass: copies are found over all finished parts, and leave the parts in which they lie."""
+"""Second pass of curation: finds duplicates across all finished parts, and removes them from their parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DECISIONS = pa.schema(
         ("of_key", pa.string()),
     ]
 )
-"""An image that goes, and the one that stays in its place."""
+"""Decision to drop an image, with the reason and the image that is kept instead."""
 READERS = 16
 
 
@@ -45,9 +45,10 @@ def deduplicate(
     local: bool,
     cpu_pool: str | None = None,
 ) -> None:
-    """Take the copies out of the finished parts of ``shards``; going on after a kill where it was.
+    """Remove duplicates from the finished parts of ``shards``; may be killed and run again at any point.
 
-    ``shown`` names the shards of whose copies thumbnails are kept; ``local`` and ``cpu_pool`` say where it is done.
+    Thumbnails are kept of the duplicates in the shards ``shown``. ``local`` and ``cpu_pool`` are those of
+    :class:`..job.DataJobConfig`.
     """
     parts = folder.all_done(shards)
     url = storage.join(folder.url, DUPLICATES)
@@ -68,7 +69,7 @@ def deduplicate(
 
 
 class Remover:
-    """Writes a part's file anew without its copies, and its entry with another ledger; the old file goes last."""
+    """Rewrites the data file of a part without its duplicates, updates its entry and ledger, and deletes the old file."""
 
     def __init__(self, folder: str, decided: str, shown: Collection[str]) -> None:
         self.folder, self.decided, self.shown = folder, decided, shown
@@ -80,9 +81,9 @@ class Remover:
         return pa.table({"part": [part.name]})
 
     def remove(self, part: Part, drops: dict[str, str]) -> None:
-        """Take the samples ``drops`` (key -> reason) out of ``part``."""
+        """Remove the samples ``drops`` (key -> reason) from ``part``."""
         if PartFolder(self.folder).part(part.name).decided == self.decided or part.file is None:
-            return  # by a worker that was lost after its work was done
+            return  # already done by a worker that was lost afterwards
         old = storage.join(self.folder, part.file)
         gone: list[Row] = []
         file = f"{part.name}.{self.decided}.tar"
@@ -112,7 +113,7 @@ class Remover:
 
 
 def _decide(folder: str, parts: list[Part], cfg: DuplicateConfig) -> pa.Table:
-    """The :data:`DECISIONS` over all parts, by part."""
+    """Find the duplicates in all parts, and return their :data:`DECISIONS`, sorted by part."""
     filled = [part.name for part in parts if part.notes[FINGERPRINTS]]
     with ThreadPoolExecutor(READERS) as pool:
         tables = list(
@@ -132,7 +133,7 @@ def _decide(folder: str, parts: list[Part], cfg: DuplicateConfig) -> pa.Table:
     found = find_duplicates(prints, cfg.max_distance, cfg.max_color_difference)
 
     def names(index: np.ndarray) -> tuple[list[str], list[str]]:
-        """(parts, keys)."""
+        """Return (parts, keys) of images."""
         where = np.searchsorted(ends, index, side="right").tolist()
         keys = [_key(tables[number], row, ends[number]) for number, row in zip(where, index.tolist(), strict=True)]
         return [filled[number] for number in where], keys

@@ -1,9 +1,9 @@
-"""Images by their links: a polite and bounded downloader that trusts no server.
+"""Image downloader: concurrent HTTP requests with limits per host, retries, and checks of addresses and responses.
 
-Polite: few requests at once to one host, waits that grow, ``Retry-After`` and ``X-Robots-Tag: noai`` honoured. Bounded:
-every request has a time limit, every image a size limit, and memory holds what is being read and one table's results.
-Every address is checked before it is connected to, those of redirects too (:mod:`.addresses`). ``robots.txt`` is not
-read: who curates a list of links answers for the hosts on it.
+Limits concurrent requests per host, backs off exponentially, and respects ``Retry-After`` and ``X-Robots-Tag: noai``.
+Every request has a time limit and every image a size limit; memory holds the responses being read and the results of
+one table. Every address, of redirects too, is checked before connecting (:mod:`.addresses`). ``robots.txt`` is not
+read: the user is responsible for the hosts in a list of links.
 """
 
 from __future__ import annotations
@@ -39,62 +39,62 @@ from .addresses import PublicResolver, RefusedAddressError, check_literal
 
 REDIRECTS = (301, 302, 303, 307, 308)
 OPT_OUTS = {"noai", "noimageai"}
-"""Directives of ``X-Robots-Tag``."""
+"""Directives of ``X-Robots-Tag`` that opt out of training."""
 CONTENT_TYPES = ("application/octet-stream", "binary/octet-stream")
-"""Beside ``image/*``: what stores of files say that know no better. A type that is not given is no reason either."""
+"""Accepted content types besides ``image/*``: defaults of object stores. A missing type is accepted too."""
 CHUNK_BYTES = 64 << 10
 TABLES_AT_ONCE = 2
-"""An actor has so many in work: while one waits for its slowest hosts, the other keeps the connections busy."""
+"""Tables that an actor processes concurrently: while one waits for its slowest hosts, the other uses the connections."""
 
 log = logging.getLogger(__name__)
 
 
 class DownloadConfig(Config):
-    """How images are fetched. Limits are those of one actor."""
+    """Configuration of downloads; all limits are per actor."""
 
     actors: int = Field(1, ge=1)
-    """Processes that download."""
+    """Number of downloading processes."""
     concurrency: int = Field(64, ge=1)
-    """Requests at once."""
+    """Maximum number of concurrent requests."""
     per_host: int = Field(4, ge=1)
-    """Requests at once to one host."""
+    """Maximum number of concurrent requests to one host."""
     batch_size: int = Field(512, ge=1)
-    """Rows that are fetched together, and looked at for one output tar at most; their images are in memory at once."""
+    """Rows per table, whose images are in memory together; also the maximum number of samples per output tar."""
     timeout_s: float = Field(30, gt=0)
-    """For one request, from connecting to the last byte (s); a redirect is a new request."""
+    """Time limit of one request, from connecting to the last byte (s); each redirect is a new request."""
     connect_timeout_s: float = Field(10, gt=0)
-    """For the connection alone (s)."""
+    """Time limit of connecting (s)."""
     retries: int = Field(2, ge=0)
-    """Further attempts after 429, 5xx, a timeout, a lost or refused connection, or a name server that is busy."""
+    """Retries after 429, 5xx, a timeout, a lost or refused connection, or a temporary DNS failure."""
     backoff_s: float = Field(1, ge=0)
-    """Wait before the second attempt (s), about; it doubles with each further one."""
+    """Wait before the first retry (s), with jitter; doubles with each further retry."""
     max_retry_after_s: float = Field(60, ge=0)
-    """A server that asks for a longer wait (s) is not asked again."""
+    """Maximum ``Retry-After`` (s); requests with a longer one are not retried."""
     max_bytes: int = Field(32 << 20, ge=1)
-    """Larger images are given up."""
+    """Maximum size of an image (bytes)."""
     max_redirects: int = Field(5, ge=0)
-    """Hops from the link to the image."""
+    """Maximum number of redirects per link."""
     allow_private: bool = False
-    """Also connect to loopback, private and link-local addresses: for a file server of one's own alone."""
+    """Also connect to loopback, private and link-local addresses: only for links to your own file server."""
     user_agent: str = Field("instella-ray-dataset/0.1", min_length=1)
-    """Name to tell servers; add an address at which their owners can reach you."""
+    """User-Agent header; add a contact address for operators of the servers."""
     respect_opt_out: bool = True
-    """Leave images whose server says ``X-Robots-Tag: noai`` or ``noimageai``, to whichever robot it says so."""
+    """Skip images served with ``X-Robots-Tag: noai`` or ``noimageai``, for any robot."""
 
 
 def download_stage(cfg: DownloadConfig) -> Stage:
-    """The stage that fetches the images that rows (:data:`.rows.SCHEMA`) link to."""
-    # It waits, most of the time: a quarter of a CPU is enough.
+    """Build the stage that downloads the images of rows (:data:`..formats.rows.SCHEMA`) with links."""
+    # A quarter of a CPU is enough, because it mostly waits for the network.
     return Stage(partial(Downloader, cfg), Pool(cfg.actors, cpus=0.25, calls_at_once=TABLES_AT_ONCE))
 
 
 class Downloader:
-    """Fills in ``image`` where it is empty, nothing is wrong with the row, and its ``meta`` has a ``url``.
+    """Downloads the images of rows that have no image and no problem, from the ``url`` in their ``meta``.
 
-    An image that does not come leaves ``download:REASON`` as the row's problem: ``http_404`` and the like, ``timeout``,
-    ``connection``, ``dns``, ``tls``, ``protocol``, ``bad_url``, ``private_address``, ``redirects``, ``opt_out``,
-    ``content_type``, ``content_encoding``, ``too_large``, ``cut_off``, ``empty``. Whether the bytes are an image is not
-    judged here. May be called from several threads: they share the connections.
+    A failed download sets the problem of the row to ``download:REASON``, with the reasons ``http_STATUS`` (such as
+    ``http_404``), ``timeout``, ``connection``, ``dns``, ``tls``, ``protocol``, ``bad_url``, ``private_address``,
+    ``redirects``, ``opt_out``, ``content_type``, ``content_encoding``, ``too_large``, ``cut_off`` and ``empty``. The
+    bytes are not checked to be an image. Thread-safe: threads share the connections.
     """
 
     def __init__(self, cfg: DownloadConfig) -> None:
@@ -124,7 +124,7 @@ class Downloader:
         return table
 
     def close(self) -> None:
-        """End the connections and the thread, as happens of itself when nobody needs the downloader any more."""
+        """Close the connections and stop the thread; also done when the downloader is garbage-collected."""
         self._end()
         self._thread.join()
 
@@ -133,7 +133,7 @@ class Downloader:
 
 
 class FetchError(Exception):
-    """No image; ``after`` is the wait that the server asked for (s)."""
+    """Failed download: its reason, whether to try ``again``, and the ``after`` of ``Retry-After`` (s; 0 without)."""
 
     def __init__(self, reason: str, *, again: bool = False, after: float = 0) -> None:
         super().__init__(reason)
@@ -141,7 +141,7 @@ class FetchError(Exception):
 
 
 class Fetcher:
-    """Fetches one link after another under the limits of a configuration, in one event loop."""
+    """Downloads links in one event loop, within the limits of a configuration."""
 
     def __init__(self, cfg: DownloadConfig, session: aiohttp.ClientSession) -> None:
         self.cfg, self.session = cfg, session
@@ -149,7 +149,7 @@ class Fetcher:
         self._hosts: dict[str, _HostSlots] = {}
 
     async def fetch(self, link: str) -> bytes | str:
-        """The bytes behind ``link``, or the reason that there are none."""
+        """Download ``link``: its bytes, or the reason of the failure."""
         policy = RetryPolicy(
             self._may_pass,
             tries=self.cfg.retries + 1,
@@ -166,11 +166,11 @@ class Fetcher:
         return isinstance(error, FetchError) and error.again and error.after <= self.cfg.max_retry_after_s
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         await self.session.close()
 
     async def _follow(self, link: str) -> bytes:
-        """Redirects are followed here, each as a request of its own, so that each is checked."""
+        """Download ``link``, following redirects by separate requests, so that each address is checked."""
         url = _url(link)
         for _ in range(self.cfg.max_redirects + 1):
             try:
@@ -185,11 +185,11 @@ class Fetcher:
         raise FetchError("redirects")
 
     async def _request(self, url: URL) -> bytes | str:
-        """The image, or where a redirect leads."""
+        """Send one request; returns the image, or the target of a redirect."""
         host = url.host or ""
         if not self.cfg.allow_private:
             check_literal(host)
-        # The host's slot first: who waits for a busy host must not keep others waiting.
+        # Acquires the slot of the host first, so that waiting for a busy host does not block requests to others.
         async with self._host_slot(host), self._slots, asyncio.timeout(self.cfg.timeout_s):
             async with self.session.get(url, allow_redirects=False) as response:
                 headers, status = response.headers, response.status
@@ -214,7 +214,7 @@ class Fetcher:
 
     @asynccontextmanager
     async def _host_slot(self, host: str) -> AsyncIterator[None]:
-        """Hosts that nobody waits for are forgotten: there are millions."""
+        """Limit concurrent requests to ``host``; idle hosts are removed, because there may be millions."""
         slots = self._hosts.setdefault(host, _HostSlots(self.cfg.per_host))
         slots.users += 1
         try:
@@ -238,7 +238,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _end(loop: asyncio.AbstractEventLoop, fetcher: Fetcher) -> None:
-    """Ask ``loop`` to end, without waiting: this may run in any thread, its own among them."""
+    """Stop ``loop`` without waiting, because this may run in any thread, including that of the loop."""
 
     async def end() -> None:
         await fetcher.close()
@@ -248,9 +248,9 @@ def _end(loop: asyncio.AbstractEventLoop, fetcher: Fetcher) -> None:
 
 
 async def _open(cfg: DownloadConfig) -> Fetcher:
-    """With no cookies, no proxies, no connections that are kept, and bytes as they come."""
+    """Open a session without cookies, proxies, keep-alive and automatic decompression."""
     connector = aiohttp.TCPConnector(
-        limit=0,  # the fetcher counts
+        limit=0,  # limited by the fetcher
         force_close=True,
         ttl_dns_cache=300,
         resolver=None if cfg.allow_private else PublicResolver(),
@@ -272,7 +272,7 @@ async def _all(fetcher: Fetcher, links: Mapping[int, str]) -> dict[int, bytes | 
 
 
 def _url(link: str, base: URL | None = None) -> URL:
-    """A link as one that may be asked for, without the password that it may hold."""
+    """Parse a link as an http or https URL, without user and password; FetchError if it is not one."""
     if (url := web_url(link, base)) is None:
         raise FetchError("bad_url")
     return url
@@ -295,13 +295,13 @@ def _explained(error: Exception, url: URL) -> FetchError:
         case aiohttp.ClientConnectionError() | OSError():
             return FetchError("connection", again=True)
         case _:
-            # Whatever strangers' servers answer, it costs them their image and nobody else's.
+            # An unexpected response must not fail the other downloads.
             log.debug("%s: %r", url, error)
             return FetchError("protocol")
 
 
 def _opted_out(values: list[str]) -> bool:
-    """``noai`` alone, among others, or after a robot's name and a colon."""
+    """Return whether any ``X-Robots-Tag`` value contains an opt-out, with or without the name of a robot."""
     return any(OPT_OUTS.intersection(re.split(r"[\s,:;]+", value.lower())) for value in values)
 
 
@@ -311,7 +311,7 @@ def _may_be_image(content_type: str) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait, given as a number or as a date."""
+    """Return ``Retry-After`` (s), given as a number or as a date; 0 if missing or invalid."""
     text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)
@@ -326,20 +326,20 @@ def _asked_wait_s(error: BaseException) -> float:
 
 
 def _jitter(link: str, failures: int) -> float:
-    """0.5 to 1.5, by the link: those that failed together do not come back together."""
+    """Return a factor of 0.5 to 1.5 by a hash of the link, so that downloads that fail together are retried apart."""
     digest = hashlib.sha256(f"{failures - 1} {link}".encode("utf-8", "replace")).digest()
     return 0.5 + digest[0] / 255
 
 
 def _decoded(body: bytes, encoding: str, limit: int) -> bytes:
-    """What a server compressed unasked, up to ``limit`` bytes."""
+    """Decompress a body that a server compressed unrequested, up to ``limit`` bytes; FetchError if that fails."""
     if not body:
         raise FetchError("empty")
     match encoding.strip().lower():
         case "" | "identity":
             return body
         case "gzip" | "x-gzip" | "deflate":
-            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib header
             try:
                 plain = decoder.decompress(body, limit + 1)
             except zlib.error:

@@ -1,4 +1,4 @@
-"""Curation job: captioned shards in, clean shards, a ledger and a report out."""
+"""Curation job: downloads, filters and deduplicates captioned shards, and writes shards, a ledger and a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ... import storage
 from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
-from ..job import HOW, DataJobConfig, data_job
+from ..job import EXECUTION_KEYS, DataJobConfig, data_job
 from ..provenance import shard_provenance
 from ..stages import Stage
 from .dedup import Fingerprinter
@@ -25,26 +25,26 @@ from .stats import CurationNotes, shown_shards
 
 
 class CurateConfig(DataJobConfig):
-    """Which shards are read, what may stay, and where it goes."""
+    """Configuration of the curation job: input shards, downloads, filters and output."""
 
     input: str
-    """WebDataset tars, or parquet with images or LAION's links: a path, glob, folder, list of shards, commas between.
+    """WebDataset tars, or parquet with images or LAION's links: paths, globs, folders or lists of shards, comma-separated.
 
     Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
     """
     output: str
-    """Folder for the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
+    """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
     download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
     rows_per_shard: int = Field(1000, ge=1)
-    """Samples looked at for one output tar; fewer where their images are large."""
+    """Input samples per output tar; fewer if their images are large."""
 
 
 def run_curate(cfg: CurateConfig) -> Ledger:
-    """Curate ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
+    """Curate ``cfg.input`` into ``cfg.output``; returns the ledger, which is also written there.
 
-    UserError when a filter lacks its package or weights, when there is no input, no caption in it, too much of it is
-    damaged, nothing is left of it, or when the output exists unasked.
+    Raises UserError if a filter lacks its package or weights, if the input is missing or has no captions, if too many
+    samples are damaged or none is kept, or if the output exists and ``cfg.mode`` does not allow it.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
     for section in cfg.filters.sections().values():
@@ -56,7 +56,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     settings = _settings(cfg, bool(inputs.links))
     with data_job(cfg, "curate", "shards", settings, shard_provenance("shards", cfg.input)) as job:
         if not job.done.issuperset(labels):
-            storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # of a smaller set
+            storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
             notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
             stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
             if cfg.filters.duplicates:
@@ -71,17 +71,17 @@ def run_curate(cfg: CurateConfig) -> Ledger:
             deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
         write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
-        job.require_kept(f"input {cfg.input}: no sample left")
+        job.require_kept(f"input {cfg.input}: no sample was kept")
         return ledger
 
 
 def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
-    """What the output depends on: not how many actors made it."""
+    """Return the settings that the output depends on, without those of execution."""
     spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_images()}
     links = (
         set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
     )
-    volatile: dict[str, Any] = {**dict.fromkeys(HOW, True), "download": links, "filters": spread}
+    volatile: dict[str, Any] = {**dict.fromkeys(EXECUTION_KEYS, True), "download": links, "filters": spread}
     return cfg.model_dump(mode="json", exclude=volatile)
 
 

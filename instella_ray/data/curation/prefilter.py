@@ -1,4 +1,4 @@
-"""Curation's first stage: what a sample's source, header, caption and metadata say of it."""
+"""First stage of curation: prefilters samples by source problems, image header, caption and metadata."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .filters.base import Sample, Scores
 from .filters.config import FilterConfig
 
 PREFILTERED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("scores", pa.string()))
-"""``verdict`` as :class:`.ledger.Ledger` counts it; ``scores`` is a JSON object of numbers."""
+"""Columns of prefiltered rows: ``verdict`` (:class:`..formats.parts.Ledger`) and ``scores``, a JSON object of numbers."""
 
 
 class Prefilter:
-    """Gives every row a verdict and its scores. The bytes of dropped rows go no further, but for a few to be shown.
+    """Adds a verdict and scores to every row, and removes the images of dropped rows, except examples for the report.
 
-    ``shown`` names the shards of which ``examples`` images a block and reason stay.
+    Per table, ``examples`` images of each reason are kept for the shards ``shown``.
     """
 
     def __init__(self, cfg: FilterConfig, shown: Collection[str] = (), examples: int = 0) -> None:
@@ -41,18 +41,18 @@ class Prefilter:
         return pa.Table.from_pylist(rows, PREFILTERED)
 
     def verdict(self, row: dict[str, Any]) -> tuple[str, Scores]:
-        """The verdict on one row of :data:`.tar_source.SCHEMA`, and the scores that were measured for it."""
+        """Return the verdict on a row of :data:`..formats.rows.SCHEMA`, and the scores measured for it."""
         scores: dict[str, float] = {}
         if row["problem"]:
             return verdict_of(row["problem"]), scores
         try:
             image = open_image(row["image"])
             sample = Sample(image.size, row["caption"], json.loads(row["meta"]))
-            for judge in self.filters:
-                scores |= judge.measure(sample)
-                if reason := judge.reason(scores):
+            for sample_filter in self.filters:
+                scores |= sample_filter.measure(sample)
+                if reason := sample_filter.reason(scores):
                     return f"{DROPPED}:{reason}", scores
-            check_pixels(image)  # last, because it costs the most
+            check_pixels(image)  # last, because it is the most expensive check
         except UndecodableError as error:
             return f"{QUARANTINED}:{error}", scores
         return KEPT, scores

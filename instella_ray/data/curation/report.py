@@ -1,4 +1,4 @@
-"""``curation.html``: where the samples went, what they scored, and what was kept and dropped to look at. One file."""
+"""Curation report ``curation.html``: a funnel of samples, histograms of scores, and thumbnails, in a single file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .stats import BINS, EXAMPLES, THUMBNAIL_SIZE, THUMBNAILS, edges, merged
 
 REPORT = "curation.html"
 PAIRS = 12
-"""Near copies that are shown beside what stays in their place."""
+"""Maximum number of near duplicates shown beside the image that is kept instead."""
 
 
 def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledger: Ledger) -> None:
-    """Write :data:`REPORT` of what a finished curation left in ``folder``."""
+    """Write the :data:`REPORT` of a finished curation into its output ``folder``."""
     counts = merged(part.notes.get("histograms", {}) for part in parts)
     limits = {name: found for section in filters.sections().values() for name, found in section.limits().items()}
     charts = [
@@ -48,14 +48,18 @@ def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledg
 
 
 def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
-    """What each step takes and leaves, in the order of the job: ``step, lost, left``."""
+    """Yield the number of samples removed and left at each step, in the order of the job: ``step, kind, lost, left``."""
     left = ledger.total
     downloads = [reason for reason in sorted(ledger.dropped) if reason.startswith(DOWNLOAD_REASON)]
-    asked = [reason for section in filters.sections().values() for reason, _ in section.limits().values()]
-    others = [reason for reason in (EXACT, NEAR) if filters.duplicates]
+    filter_reasons = [reason for section in filters.sections().values() for reason, _ in section.limits().values()]
+    duplicate_reasons = [reason for reason in (EXACT, NEAR) if filters.duplicates]
     for kind, counts, reasons in (
         ("quarantined", ledger.quarantined, [reason for reason, _ in ledger.quarantined.most_common()]),
-        ("dropped", ledger.dropped, [*downloads, *dict.fromkeys([*asked, *others, *sorted(ledger.dropped)])]),
+        (
+            "dropped",
+            ledger.dropped,
+            [*downloads, *dict.fromkeys([*filter_reasons, *duplicate_reasons, *sorted(ledger.dropped)])],
+        ),
     ):
         for reason in dict.fromkeys(reasons):
             left -= counts[reason]
@@ -63,7 +67,7 @@ def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
 
 
 def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> Markup:
-    """Bars over the score's axis; those beyond a limit are pale, and each limit is a line with its value."""
+    """Draw a histogram as SVG: bars outside the limits are pale, and each limit is a line with its value."""
     width, height, left, bottom = 460, 160, 12, 22
     ends = edges(scale)
     top, step = max(counts), (width - 2 * left) / BINS
@@ -96,7 +100,7 @@ def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> M
 
 
 def _thumbnails(folder: str) -> dict[str, list[Row]]:
-    """Up to :data:`EXAMPLES` images of each verdict, from all parts in turn."""
+    """Collect up to :data:`EXAMPLES` thumbnails of each verdict, alternating between the parts."""
     found: dict[str, list[list[Row]]] = defaultdict(list)
     for url in storage.glob(storage.join(folder, THUMBNAILS, "*.parquet")):
         rows = storage.read_parquet(url).to_pylist()
@@ -106,14 +110,14 @@ def _thumbnails(folder: str) -> dict[str, list[Row]]:
     images: dict[str, list[Row]] = {}
     for verdict, lists in found.items():
         turns = (files[place] for place in range(EXAMPLES) for files in lists if place < len(files))
-        # What pass one kept and pass two found to be a copy is in no grid of kept images.
+        # Excludes images that the first pass kept and the second pass dropped as duplicates.
         shown = [row for row in turns if verdict != KEPT or (row["part"], row["key"]) not in gone]
         images[verdict] = [{**row, "scores": _line(json.loads(row["scores"]))} for row in shown[:EXAMPLES]]
     return images
 
 
 def _pairs(folder: str, parts: Sequence[Part], gone: Sequence[Row]) -> Iterator[dict[str, Row]]:
-    """Near copies with the image that stays: ``gone, stays`` (both with key, caption, image)."""
+    """Yield near duplicates with the image kept instead: ``gone, stays`` (both with key, caption, image)."""
     files, decisions = {part.name: part.file for part in parts}, _decisions(folder)
     for row in [row for row in gone if (row["part"], row["key"]) in decisions][:PAIRS]:
         name, key = decisions[row["part"], row["key"]]
@@ -125,7 +129,7 @@ def _pairs(folder: str, parts: Sequence[Part], gone: Sequence[Row]) -> Iterator[
 
 
 def _decisions(folder: str) -> dict[tuple[str, str], tuple[str, str]]:
-    """Of each copy: (part, key) of what stays in its place."""
+    """Map the (part, key) of each duplicate to the (part, key) of the image kept instead."""
     url = storage.join(folder, DUPLICATES)
     if not storage.exists(url):
         return {}

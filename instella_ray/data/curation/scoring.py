@@ -1,4 +1,4 @@
-"""Scores of images: a stage for each image filter, which adds its scores and its verdict to rows."""
+"""Scoring stages of curation: one per image filter, which adds its scores and verdict to rows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .filters.base import ImageFilter, bounded
 from .filters.config import FilterConfig
 
 THREADS = 2
-"""Threads an actor that decode the next batch while the model has the last."""
+"""Threads per actor that decode the next batch while the model scores the current one."""
 
 
 class Score:
-    """Actor that holds one filter's model and puts its scores and verdict into rows that have been kept so far.
+    """Actor that runs the model of one filter, and adds its scores and verdict to the rows that are still kept.
 
-    Rows have the columns of :data:`.rows.SCHEMA`, ``verdict`` (see :class:`.ledger.Ledger`) and ``scores`` (a
-    JSON object of name to number); a call takes an Arrow table and gives it back with new ``verdict`` and ``scores``.
+    Rows have the columns of :data:`..formats.rows.SCHEMA`, ``verdict`` (:class:`..formats.parts.Ledger`) and ``scores`` (a
+    JSON object of name to number); a call returns the table with updated ``verdict`` and ``scores``.
     """
 
     def __init__(self, filter: ImageFilter) -> None:
@@ -45,7 +45,7 @@ class Score:
                     verdicts[row] = f"{QUARANTINED}:{error}"
             found = self.score(list(images.values())) if images else []
             for row, values in zip(images, found, strict=True):
-                # Six digits are what the number is worth; the verdict is about the number that is kept.
+                # Rounded to six significant digits before the verdict, so that it agrees with the stored score.
                 new = {name: float(f"{value:.6g}") for name, value in values.items()}
                 scores[row] = json.dumps(json.loads(scores[row]) | new)
                 if reason := self.filter.reason(new):
@@ -57,7 +57,7 @@ class Score:
     def _ahead(
         self, images: pa.ChunkedArray, rows: Sequence[int]
     ) -> Iterator[tuple[Sequence[int], list[Future[Image.Image]]]]:
-        """Batches of rows with their images to come: one batch more is being decoded than is asked for."""
+        """Yield batches of rows with the futures of their images, decoding one batch ahead."""
         waiting: deque[tuple[Sequence[int], list[Future[Image.Image]]]] = deque()
         size = self.filter.batch_size
         for start in range(0, len(rows), size):
@@ -68,12 +68,12 @@ class Score:
         yield from waiting
 
     def _decode(self, data: bytes) -> Image.Image:
-        """Within bounds at once: a batch of whole images of 64 megapixels would take gigabytes."""
+        """Decode and shrink an image, because a batch of images of 64 megapixels would take gigabytes."""
         size = self.filter.decode_size
         return bounded(decode_rgb(data, at_least=size), size)
 
 
 def score_stages(filters: FilterConfig) -> list[Stage]:
-    """A stage for every filter of images, for rows as :class:`Score` takes them; a pool of actors each."""
+    """Build one stage per image filter, each with its own pool of :class:`Score` actors."""
     sections = [section.resolved() for section in filters.of_images().values()]
     return [Stage(partial(Score, each), Pool(each.actors, each.gpus_per_actor)) for each in sections]

@@ -1,6 +1,6 @@
-"""What curation notes beside the images, part by part: thumbnails, fingerprints, and histograms of scores.
+"""Statistics of curation, per part: thumbnails, fingerprints, and histograms of scores.
 
-Histograms have fixed axes: small, and mergeable over parts, machines and runs.
+Histograms have fixed axes, so that they can be merged over parts, machines and runs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .filters.base import Scale, Scores
 
 THUMBNAILS, FINGERPRINTS = "thumbnails", "fingerprints"
 SHOWN_SHARDS = 64
-"""Thumbnails come from so many shards at most: they are few, however large the set."""
+"""Maximum number of shards with thumbnails, which limits their number for large datasets."""
 EXAMPLES = 24
-"""Images that the report shows of each reason."""
+"""Number of images per verdict in the report."""
 THUMBNAIL_SIZE = 144
 THUMBNAIL = pa.schema(
     [
@@ -42,12 +42,15 @@ FINGERPRINT = pa.schema([("key", pa.string()), *FIELDS])
 
 
 def shown_shards(labels: Collection[str]) -> set[str]:
-    """The shards of which thumbnails are kept: always the same for the same names."""
+    """Choose the shards of which thumbnails are kept, by a hash of their labels; deterministic."""
     return set(sorted(labels, key=lambda label: hashlib.sha256(label.encode()).digest())[:SHOWN_SHARDS])
 
 
 class CurationNotes:
-    """The ``note`` of :class:`.parts.PartWriter` for curation."""
+    """Writes thumbnails and fingerprints of a part, and returns its histograms.
+
+    This is the ``note`` of :class:`..formats.parts.PartWriter`.
+    """
 
     def __init__(self, folder: str, scales: Mapping[str, Scale], shown: Collection[str]) -> None:
         self.folder, self.scales, self.shown = folder, scales, frozenset(shown)
@@ -65,7 +68,7 @@ class CurationNotes:
 
 
 def write_thumbnails(folder: str, name: str, part: str, rows: Sequence[Row], examples: int) -> None:
-    """The first ``examples`` images of each verdict among the rows of ``part``, as the file ``name`` of thumbnails."""
+    """Write thumbnails of the first ``examples`` images of each verdict among the rows of ``part`` to the file ``name``."""
     shown: Counter[str] = Counter()
     small = []
     for row in rows:
@@ -73,7 +76,7 @@ def write_thumbnails(folder: str, name: str, part: str, rows: Sequence[Row], exa
         if row["image"] and (verdict == KEPT or verdict.startswith(DROPPED)) and shown[verdict] < examples:
             try:
                 pixels = np.asarray(decode_rgb(row["image"], at_least=2 * THUMBNAIL_SIZE))
-            except UndecodableError:  # a filter may drop what nobody has decoded yet
+            except UndecodableError:  # dropped by a filter before it was decoded
                 continue
             shown[verdict] += 1
             small.append({**row, "part": part, "image": thumbnail(pixels, THUMBNAIL_SIZE)})
@@ -85,18 +88,18 @@ def write_thumbnails(folder: str, name: str, part: str, rows: Sequence[Row], exa
 BINS = 40
 
 Histograms = dict[str, list[int]]
-"""Counts of :data:`BINS` bins by the score's name."""
+"""Name of a score -> counts of its :data:`BINS` bins."""
 
 
 def edges(scale: Scale) -> np.ndarray:
-    """The ``BINS + 1`` ends of the bins, float64."""
+    """Return the ``BINS + 1`` edges of the bins, float64."""
     if scale.log:
         return np.geomspace(scale.low, scale.high, BINS + 1)
     return np.linspace(scale.low, scale.high, BINS + 1)
 
 
 def histograms(scales: Mapping[str, Scale], scores: Sequence[Scores]) -> Histograms:
-    """Counts of every score; what lies outside of its scale counts in the first or the last bin."""
+    """Count the values of every score in bins; values outside its scale count in the first or the last bin."""
     counts: Histograms = {}
     for name, scale in scales.items():
         values = np.array([row[name] for row in scores if name in row])
@@ -106,7 +109,7 @@ def histograms(scales: Mapping[str, Scale], scores: Sequence[Scores]) -> Histogr
 
 
 def merged(parts: Iterable[Histograms]) -> Histograms:
-    """Their sum."""
+    """Return the sum of histograms."""
     total: Histograms = {}
     for part in parts:
         for name, counts in part.items():

@@ -1,1 +1,1 @@
-"""What files hold: shards in and out, codes, images, parts of an output and their account."""
+"""File formats: reading and writing shards, packed codes and images, and the parts and ledger of a job's output."""

@@ -1,4 +1,4 @@
-"""Packed codes on disk: parquet, one row a crop, and a manifest that names the tokenizer they belong to."""
+"""Packed codes on disk: parquet files with one row per view, and a manifest that identifies the tokenizer."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ MANIFEST = "manifest.json"
 
 
 class CodesFile(Config):
-    """One parquet file of a set."""
+    """Parquet file of a folder of codes: its name and number of rows."""
 
     name: str
     rows: int
 
 
 class CodesManifest(Config):
-    """What a folder of codes holds, and whose bits they are."""
+    """Manifest of a folder of codes: its files, the shape of the codes, and the tokenizer that made them."""
 
     tokenizer_hash: str
     """:func:`instella_ray.models.checkpoint.weight_hash` of the tokenizer."""
@@ -59,12 +59,12 @@ class CodesManifest(Config):
 
 
 def pack_codes(codes: np.ndarray) -> list[bytes]:
-    """uint8 0/1 ``[N, L, K]`` to N byte strings of ``ceil(L * K / 8)`` bytes."""
+    """Pack uint8 0/1 ``[N, L, K]`` into N byte strings of ``ceil(L * K / 8)`` bytes."""
     return [row.tobytes() for row in np.packbits(codes.reshape(len(codes), math.prod(codes.shape[1:])), axis=1)]
 
 
 def unpack_codes(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
-    """Byte strings to uint8 0/1 ``[N, tokens, bits]``; UserError for one of another length."""
+    """Unpack byte strings into uint8 0/1 ``[N, tokens, bits]``; UserError for one of another length."""
     return _unpack(_matrix(packed, tokens, bits), tokens, bits)
 
 
@@ -74,12 +74,12 @@ def dead_bits(ones: A) -> A:
 
 
 def write_codes_file(url: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One parquet file with the columns of :data:`SCHEMA`, whole or absent."""
+    """Write a parquet file with the columns of :data:`SCHEMA`, atomically."""
     storage.write_parquet(url, pa.Table.from_pylist(list(rows), SCHEMA))
 
 
 class CodesWriter:
-    """Writes images with their codes as one parquet file, a row a view."""
+    """Writes images with their codes as one parquet file, one row per view; returns the number of rows."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -96,7 +96,7 @@ class CodesWriter:
 
 
 def read_manifest(folder: str) -> CodesManifest:
-    """The manifest of a finished folder of codes; UserError where it is none."""
+    """Read the manifest of a finished folder of codes; UserError if it is missing or invalid."""
     path = storage.join(folder, MANIFEST)
     if not storage.exists(path):
         raise UserError(f"{folder}: not a finished folder of codes (no {MANIFEST})")
@@ -107,7 +107,10 @@ def read_manifest(folder: str) -> CodesManifest:
 
 
 class LRUCache(Generic[T]):
-    """What ``load(numbers)`` gives, one each, held as long as all of it together stays under ``limit`` bytes."""
+    """Least-recently-used cache of items loaded by number, limited to ``limit`` bytes in total.
+
+    ``load(numbers)`` returns one item per number, ``size(item)`` its size (bytes).
+    """
 
     def __init__(self, load: Callable[[list[int]], Iterable[T]], size: Callable[[T], int], limit: int) -> None:
         self.load, self.size, self.limit = load, size, limit
@@ -118,7 +121,7 @@ class LRUCache(Generic[T]):
         return self.many([number])[0]
 
     def many(self, numbers: Sequence[int]) -> list[T]:
-        """The items of ``numbers``; those that are not here are loaded with one call."""
+        """Return the items of ``numbers``; all that are not cached are loaded with one call."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self.items]
         for number, item in zip(missing, self.load(missing) if missing else (), strict=True):
             self.items[number] = item
@@ -132,11 +135,11 @@ class LRUCache(Generic[T]):
 
 
 class CodesReader:
-    """Index-addressed access to a folder of codes; rows keep the order of the manifest.
+    """Random access to the rows of a folder of codes, in the order of the manifest.
 
-    Files are read when first asked for and stay packed in memory (1 KiB an image at full size) up to ``cache_bytes``.
-    UserError when the codes were made by another tokenizer than ``tokenizer_hash``, or a file is not what the manifest
-    says.
+    Files are read on first access and cached in memory, packed (1 KiB per image at full size), up to ``cache_bytes``.
+    Raises UserError if the codes were made by another tokenizer than ``tokenizer_hash``, or a file does not match the
+    manifest.
     """
 
     def __init__(self, folder: str, *, tokenizer_hash: str | None = None, cache_bytes: int = 2 << 30) -> None:
@@ -144,17 +147,17 @@ class CodesReader:
         self.manifest = read_manifest(folder)
         made_by = self.manifest.tokenizer_hash
         if tokenizer_hash is not None and made_by != tokenizer_hash:
-            ours = f"codes were made by tokenizer {made_by[:12]}, expected {tokenizer_hash[:12]}"
-            raise UserError(f"{folder}: {ours}; encode them anew")
+            mismatch = f"codes were made by tokenizer {made_by[:12]}, expected {tokenizer_hash[:12]}"
+            raise UserError(f"{folder}: {mismatch}; encode the images again")
         self.starts = np.cumsum([0, *(file.rows for file in self.manifest.files)])
-        """Number of each file's first row, and of all rows."""
+        """Index of the first row of each file, followed by the number of all rows."""
         self._files = LRUCache(lambda numbers: map(self._load, numbers), lambda file: file.bytes, cache_bytes)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def codes(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 0/1 ``[N, L, K]`` of the rows at ``index``."""
+        """Return the codes of the rows at ``index``, uint8 0/1 ``[N, L, K]``."""
         cfg = self.manifest
         packed = np.empty((len(index), (cfg.num_tokens * cfg.bits_per_token + 7) // 8), np.uint8)
         for number, places, rows in self._by_file(index):
@@ -162,7 +165,7 @@ class CodesReader:
         return _unpack(packed, cfg.num_tokens, cfg.bits_per_token)
 
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
-        """``key``, ``caption_long`` or ``caption_short`` of the rows at ``index``."""
+        """Return the values of ``key``, ``caption_long`` or ``caption_short`` of the rows at ``index``."""
         values = np.empty(len(index), object)
         for number, places, rows in self._by_file(index):
             column = self._files[number].text[name]
@@ -170,10 +173,10 @@ class CodesReader:
         return values.tolist()
 
     def _by_file(self, index: Sequence[int] | np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(file, places in the result, rows within the file) for every file that ``index`` touches."""
+        """Return (file, positions in ``index``, rows within the file) for every file that has rows in ``index``."""
         rows = np.asarray(index, np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(f"{self.folder}: rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
+            raise IndexError(f"{self.folder}: index {rows.min()} to {rows.max()}, expected 0 to {len(self) - 1}")
         files = np.searchsorted(self.starts, rows, side="right") - 1
         groups = ((int(number), np.flatnonzero(files == number)) for number in np.unique(files))
         return [(number, places, rows[places] - self.starts[number]) for number, places in groups]
@@ -184,7 +187,7 @@ class CodesReader:
         with storage.open_file(storage.join(self.folder, file.name)) as stream:
             table = pq.read_table(stream, columns=[*columns, "codes"])
         if table.num_rows != file.rows:
-            raise UserError(f"{self.folder}/{file.name}: {table.num_rows} rows, the manifest says {file.rows}")
+            raise UserError(f"{self.folder}/{file.name}: {table.num_rows} rows, expected {file.rows} by the manifest")
         packed = _matrix(table["codes"].to_pylist(), cfg.num_tokens, cfg.bits_per_token)
         return _File(packed, {name: table[name].combine_chunks() for name in columns})
 
@@ -196,11 +199,11 @@ class _File:
 
 
 def _matrix(packed: Sequence[bytes], tokens: int, bits: int) -> np.ndarray:
-    """Byte strings as uint8 ``[N, bytes]``."""
+    """Stack byte strings as uint8 ``[N, bytes]``; UserError for one of another length than ``tokens * bits`` take."""
     expected = (tokens * bits + 7) // 8
     wrong = next((len(p) for p in packed if len(p) != expected), None)
     if wrong is not None:
-        raise UserError(f"packed codes of {wrong} bytes: {tokens} tokens x {bits} bits take {expected}")
+        raise UserError(f"packed codes of {wrong} bytes: expected {expected} for {tokens} tokens x {bits} bits")
     return np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), expected)
 
 

@@ -1,4 +1,4 @@
-"""Images: file bytes to pixels and back, with what made an image written inside its file."""
+"""Images: decoding, resizing, cropping and encoding, and generation metadata embedded in image files."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-"""Endings of files and members that are read as images, the most wanted first."""
+"""Extensions of files and tar members that are read as images, in order of preference."""
 MAX_IMAGE_BYTES = 64 << 20
-"""Size of a file above which it is not read."""
+"""Maximum size of an image file (bytes); larger ones are not read."""
 MAX_PIXELS = 64_000_000
-"""Above this a file is refused unread: a few kilobytes can claim to be gigapixels."""
+"""Maximum number of pixels; larger images are refused by their header, because small files can decode to gigapixels."""
 
 
 class UndecodableError(Exception):
-    """The image's bytes cannot be turned into pixels; the message is a ledger reason."""
+    """Image bytes that cannot be decoded; the message is a reason of the ledger."""
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image with only its header read: ``size`` is known, pixels are not. Refuses decompression bombs."""
+    """Open an image by reading only its header, which gives its ``size``.
+
+    Raises UndecodableError for invalid data and for decompression bombs.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise UndecodableError("too_many_pixels") from None
-    except Exception as error:  # Pillow raises nearly anything on hostile bytes
+    except Exception as error:  # Pillow raises many types of exceptions on malformed data
         raise UndecodableError("undecodable") from error
     if image.width * image.height > MAX_PIXELS:
         raise UndecodableError("too_many_pixels")
@@ -44,21 +47,21 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Read an opened image to its end, as cheaply as its format allows; afterwards its size may be a fraction."""
+    """Decode an opened image as cheaply as its format allows, which may reduce its size; UndecodableError if damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.draft("RGB", (1, 1))  # JPEG: all bytes are read, an eighth of the pixels is computed
+            image.draft("RGB", (1, 1))  # JPEG: reads all bytes, but decodes at an eighth of the size
             image.load()
     except Exception as error:
         raise UndecodableError("undecodable") from error
 
 
 def decode_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag; transparency lies on white.
+    """Decode an image as RGB, oriented by its EXIF tag, with transparency composited on white.
 
-    With ``at_least`` a JPEG may come out smaller than it is, but with no edge under ``at_least`` pixels: half, a
-    quarter or an eighth of its size costs less to decode.
+    With ``at_least``, a JPEG may be decoded at a half, a quarter or an eighth of its size, which is faster, but with no
+    edge under ``at_least`` pixels. Raises UndecodableError for invalid data.
     """
     image = open_image(data)
     try:
@@ -71,7 +74,7 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
                 flat = Image.new("RGBA", image.size, "white")
                 flat.alpha_composite(image.convert("RGBA"))
                 image = flat
-            elif image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to white
+            elif image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to white
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:
@@ -79,15 +82,15 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
 
 
 def fit_square(image: Image.Image, size: int, offset: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """Shorter edge resized to ``size``, then a square crop: uint8 ``[size, size, 3]``.
+    """Resize the shorter edge to ``size`` and crop a square: uint8 ``[size, size, 3]``.
 
-    ``offset`` in [0, 1] places the crop along each axis; the default is the centre.
+    ``offset`` (x, y) in [0, 1] positions the crop; the default is the centre.
     """
     return crop_square(np.asarray(resize_shorter_edge(image, size)), size, offset)
 
 
 def resize_shorter_edge(image: Image.Image, size: int) -> Image.Image:
-    """The image with its shorter edge at ``size`` pixels."""
+    """Resize an image so that its shorter edge has ``size`` pixels."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if image.size == (width, height):
@@ -96,39 +99,39 @@ def resize_shorter_edge(image: Image.Image, size: int) -> Image.Image:
 
 
 def crop_square(pixels: np.ndarray, size: int, offset: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """The ``[size, size, 3]`` part of ``[H, W, 3]`` at ``offset`` (x, y) in [0, 1] of the free way."""
+    """Crop ``[size, size, 3]`` from ``[H, W, 3]`` at ``offset`` (x, y), each in [0, 1] of the possible positions."""
     height, width = pixels.shape[:2]
     left, top = round((width - size) * offset[0]), round((height - size) * offset[1])
     return pixels[top : top + size, left : left + size]
 
 
 def file_extension(data: bytes) -> str:
-    """Return ``png``, ``webp`` or ``jpg``, by the file's first bytes."""
+    """Return ``png``, ``webp`` or ``jpg``, by the magic bytes of the file."""
     if data.startswith(b"\x89PNG"):
         return "png"
     return "webp" if data[8:12] == b"WEBP" else "jpg"
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
-    """uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1]."""
-    import torch  # here, because every worker that only decodes would wait seconds for it
+    """Convert uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    import torch  # here, because the import would cost workers that only decode seconds
 
     return torch.as_tensor(pixels).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Float ``[B, 3, H, W]`` about [-1, 1] to uint8 ``[B, H, W, 3]``: clamped, and truncated as published."""
+    """Convert float ``[B, 3, H, W]``, clamped to [-1, 1], to uint8 ``[B, H, W, 3]``, truncating as the published code."""
     return ((images.float().clamp(-1, 1) + 1) / 2 * 255).byte().movedim(1, -1).cpu().numpy()
 
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 SOFTWARE = "instella-ray"
-"""Name of the PNG text chunk, and EXIF's Software: tells our metadata from a camera's."""
+"""Keyword of the PNG text chunk, and value of EXIF's Software tag, which marks metadata of this package."""
 METADATA_LIMIT = 60_000
-"""Bytes of metadata: JPEG has room for 65,533 in its EXIF segment, the rest of which is a few tags."""
+"""Maximum size of metadata (bytes): a JPEG's EXIF segment holds 65,533, which includes other tags."""
 
-# PNG's level 1 is 5 times as fast as the default for files that are a tenth larger.
+# PNG compression level 1 is 5 times as fast as the default, for files a tenth larger.
 OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 92},
@@ -137,10 +140,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def encode_image(image: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """File bytes of uint8 ``[H, W, 3]``.
+    """Encode uint8 ``[H, W, 3]`` as the bytes of an image file.
 
-    ``metadata`` (model, seed, settings, prompt; anything that JSON holds) goes into a PNG text chunk, or into EXIF's
-    ImageDescription, where file managers show it. UserError for another format, or for metadata over
+    ``metadata`` (model, seed, settings, prompt; anything JSON can represent) is stored in a PNG text chunk, or in EXIF's
+    ImageDescription, which file managers show. Raises UserError for an unknown format, and for metadata over
     :data:`METADATA_LIMIT` bytes.
     """
     if output_format not in OPTIONS:
@@ -154,17 +157,20 @@ def encode_image(image: np.ndarray, output_format: str, metadata: Mapping[str, A
 
 
 def read_metadata(data: bytes) -> dict[str, Any] | None:
-    """What :func:`encode_image` wrote into a file's bytes, None where it is without; UserError for no image."""
+    """Read the metadata that :func:`encode_image` stored in an image file; None if there is none.
+
+    Raises UserError if ``data`` is not an image.
+    """
     try:
         image = open_image(data)
     except UndecodableError as error:
-        raise UserError(f"not an image that can be read ({error})") from None
+        raise UserError(f"not an image ({error})") from None
     if image.format == "PNG":
         text = image.info.get(SOFTWARE)
     else:
         exif = image.getexif()
-        ours = exif.get(ExifTags.Base.Software) == SOFTWARE
-        text = exif.get(ExifTags.Base.ImageDescription) if ours else None
+        marked = exif.get(ExifTags.Base.Software) == SOFTWARE
+        text = exif.get(ExifTags.Base.ImageDescription) if marked else None
     try:
         value = json.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -173,10 +179,10 @@ def read_metadata(data: bytes) -> dict[str, Any] | None:
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:
-    # ASCII, with escapes for the rest, is what PNG's plain text chunk and EXIF's strings are defined for.
+    # Escaped to ASCII, because PNG's plain text chunks and EXIF's strings are not defined for Unicode.
     text = json.dumps(dict(metadata), ensure_ascii=True)
     if len(text) > METADATA_LIMIT:
-        raise UserError(f"metadata: {len(text)} bytes, an image file has room for {METADATA_LIMIT}")
+        raise UserError(f"metadata: {len(text)} bytes, expected at most {METADATA_LIMIT}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Metadata from outside: JSON objects and numbers about images, in the form in which this package keeps them."""
+"""Metadata of input samples: parses JSON objects, numbers and column values into what this package stores."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 from .texts import clean_text
 
 LAION_NAMES = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
-"""LAION's columns, which sets spell in capitals or not; kept in small letters."""
+"""LAION's columns, which datasets write in either case; stored in lower case."""
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """Return the object that ``text`` holds, ``None`` where it holds none or what no UTF-8 text can."""
+    """Parse ``text`` as a JSON object; ``None`` if it is not one, or contains text that UTF-8 cannot encode."""
     try:
         value = json.loads(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text to Arrow
+            json.dumps(value, ensure_ascii=False).encode()  # Arrow rejects unpaired surrogates
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, given as one or as its text; ``None`` for anything else, truth values among it."""
+    """Return ``value``, a number or the text of one, as a finite float; ``None`` for anything else, booleans included."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -37,17 +37,17 @@ def number(value: Any) -> float | None:
 
 
 def score(meta: Mapping[str, Any], name: str) -> float | None:
-    """Return the number under one of LAION's names, in small letters or capitals; ``None`` where there is none."""
+    """Return the number under one of LAION's names, in lower or upper case; ``None`` if there is none."""
     return number(meta.get(name, meta.get(name.upper())))
 
 
 def column_name(column: str) -> str:
-    """Return the name under which a column is kept: LAION's in small letters, others as they are."""
+    """Return the name under which a column is stored: LAION's in lower case, others unchanged."""
     return column.lower() if column.lower() in LAION_NAMES else column
 
 
 def json_value(value: Any) -> Any:
-    """Return a column's value as JSON holds it: text for bytes, ISO text for times, ``None`` for NaN and infinities."""
+    """Convert a column's value for JSON: bytes to text, dates and times to ISO text, NaN and infinities to ``None``."""
     if isinstance(value, bytes):
         return clean_text(value)
     if isinstance(value, datetime.date | datetime.time):

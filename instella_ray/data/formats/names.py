@@ -1,7 +1,7 @@
-"""Names from outside: patterns of paths and URLs, lists of shards, members of archives, ids of rows, links.
+"""Names of inputs: patterns of paths and URLs, lists of shards, tar members, row keys and links.
 
-What a pattern names: a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million objects is
-listed once), or several of these with commas between; local or any URL that fsspec reads.
+A pattern is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million objects is listed
+only once), or several of these separated by commas; local, or any URL that fsspec supports.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
 
 SHARD_LIST = "shards.json"
-"""Name of the list in the folder of its shards: a job that is given the folder reads it."""
+"""Name of the list of shards in their folder; read by jobs whose input is the folder."""
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
-# --- patterns and lists of files
+# --- patterns and lists of shards
 
 
 class ShardEntry(Config):
-    """One shard."""
+    """Entry of a list of shards."""
 
     url: str
-    """Relative to the folder of the list, or absolute."""
+    """URL or path, absolute or relative to the folder of the list."""
     bytes: int = Field(ge=0)
     rows: int | None = Field(None, ge=0)
-    """Samples in it; None: not counted."""
+    """Number of samples; None: not counted."""
 
 
 class ShardList(Config):
-    """The content of a list of shards."""
+    """Content of a list of shards."""
 
     shards: tuple[ShardEntry, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of all shards together."""
+        """Total size of the shards."""
         return sum(shard.bytes for shard in self.shards)
 
 
 def split_pattern(pattern: str) -> list[str]:
-    """Return the parts of a pattern between its commas, without the space around them."""
+    """Split a pattern at its commas, stripping whitespace."""
     return [part.strip() for part in pattern.split(",")]
 
 
 def absolute_pattern(pattern: str) -> str:
-    """Return a pattern that means the same in another working directory; workers run in directories of their own."""
+    """Make the paths of a pattern absolute, because workers run in other working directories."""
     return ",".join(map(storage.absolute, split_pattern(pattern)))
 
 
 def find_shards(pattern: str, suffixes: str | Sequence[str] = ".tar") -> dict[str, str]:
-    """Map the URLs of the shards that ``pattern`` names, sorted, to short unique names; at least one.
+    """Map the URLs of the shards that match ``pattern``, sorted, to short unique names; at least one.
 
-    A folder means the shards on its own list, or else all its files with the first of ``suffixes`` that there are any
-    with. UserError for a part that names nothing, and for a folder whose curation is not finished.
+    A folder stands for the shards in its list, or without a list for all files with the first of ``suffixes`` that
+    matches any. Raises UserError for a part of the pattern that matches nothing, and for the output of an unfinished job.
     """
     return _named([entry.url for entry in find_files(pattern, suffixes)])
 
 
 def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[ShardEntry]:
-    """List the shards of :func:`find_shards` with their sizes; a part of the pattern costs one listing at most."""
+    """List the shards of :func:`find_shards` with their sizes; each part of the pattern costs at most one listing."""
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     found: dict[str, ShardEntry] = {}
     for part in split_pattern(pattern):
@@ -83,15 +83,15 @@ def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[Sha
 
 
 def names_shards(part: str, suffix: str) -> bool:
-    """Tell whether a part of a pattern names files with ``suffix``: by its ending, or as a folder that holds some."""
+    """Return whether a part of a pattern ends with ``suffix``, or is a folder with files that do."""
     fs, path = storage.filesystem(part)
     return bool(storage.glob(storage.join(part, f"*{suffix}"))) if fs.isdir(path) else part.endswith(suffix)
 
 
 def find_image_files(folder: str) -> list[str]:
-    """List the image files of a folder and the folders below it, by their ending, as paths below it; sorted.
+    """List the image files of a folder, recursively, by their extension, as sorted paths relative to it.
 
-    UserError where there is none.
+    Raises UserError if there are none.
     """
     fs, root = storage.filesystem(folder)
     found = fs.find(root) if fs.isdir(root) else []
@@ -103,17 +103,17 @@ def find_image_files(folder: str) -> list[str]:
 
 
 def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
-    """Write the list of the shards of :func:`find_shards` to the file ``output``."""
+    """Write the list of the shards of :func:`find_shards` to the file ``output``; UserError unless it ends with .json."""
     if not output.endswith(".json"):
-        raise UserError(f"output {output}: expected a name that ends with .json, by which jobs know a list of shards")
+        raise UserError(f"output {output}: expected a name that ends with .json, as lists of shards have")
     folder, _, name = storage.absolute(output).rpartition("/")
     return write_shard_list(folder, find_files(pattern, suffixes), name)
 
 
 def write_shard_list(folder: str, entries: Iterable[ShardEntry], name: str = SHARD_LIST) -> ShardList:
-    """Write the list of ``entries`` into ``folder``; the names of shards below it are made relative to it.
+    """Write the list of ``entries`` into ``folder``, with relative URLs for shards below it.
 
-    A list and its shards may then be moved together.
+    The list and its shards may then be moved together.
     """
     base = storage.join(storage.absolute(folder), "")
     listed = [entry.model_copy(update={"url": entry.url.removeprefix(base)}) for entry in entries]
@@ -123,14 +123,14 @@ def write_shard_list(folder: str, entries: Iterable[ShardEntry], name: str = SHA
 
 
 def part_entries(folder: str, parts: Iterable[Part]) -> list[ShardEntry]:
-    """List the data files of a job's finished ``parts`` in ``folder``; their sizes cost one listing of it."""
+    """List the data files of the finished ``parts`` in ``folder``, with their sizes, by one listing of it."""
     sizes = storage.sizes(storage.join(folder, "*"))
     files = ((part.file, part.records) for part in parts if part.file)
     return [ShardEntry(url=name, bytes=sizes[storage.join(folder, name)], rows=records) for name, records in files]
 
 
 def read_shard_list(path: str) -> list[ShardEntry]:
-    """Read the shards of a list, under absolute URLs; UserError where the file holds none."""
+    """Read a list of shards, with absolute URLs; UserError if the file is not one."""
     try:
         read = TypeAdapter(ShardList).validate_json(storage.read_bytes(path))
     except ValidationError as error:
@@ -143,7 +143,7 @@ def read_shard_list(path: str) -> list[ShardEntry]:
 
 
 def refuse_twins(names: Sequence[str]) -> None:
-    """Raise a UserError where two shards would have one name."""
+    """Raise UserError for duplicate shard names."""
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"two shards would both be called '{twice}'; rename one of them")
@@ -174,13 +174,13 @@ def _entries(files: dict[str, int]) -> list[ShardEntry]:
 
 
 def _without_sidecars(files: dict[str, int]) -> dict[str, int]:
-    """Leave out the parquet file of metadata that img2dataset writes beside each tar: it holds the same samples."""
+    """Exclude the parquet file of metadata that img2dataset writes beside each tar: it describes the same samples."""
     tars = {url.removesuffix(".tar") for url in files if url.endswith(".tar")}
     return {url: size for url, size in files.items() if url.removesuffix(".parquet") not in tars}
 
 
 def _named(urls: list[str]) -> dict[str, str]:
-    """Name each URL by its path below the folder that all share, with slashes replaced: names become file names."""
+    """Name each URL by its path below their common folder, with slashes replaced, because names become file names."""
     paths = [url.rpartition("://")[2].lstrip("/") for url in urls]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [os.path.splitext(os.path.relpath(path, shared or "."))[0].replace("/", "__") for path in paths]
@@ -192,31 +192,31 @@ def _named(urls: list[str]) -> dict[str, str]:
 
 
 def member_name(name: str) -> tuple[str, str] | None:
-    """Split the name of a tar's member into key and extension, in small letters; ``None`` for one without either."""
+    """Split the name of a tar member into its key and its lower-case extension; ``None`` if it lacks either."""
     found = _MEMBER.fullmatch(name.removeprefix("./"))
     return (found["key"], found["extension"].lower()) if found else None
 
 
 def image_extension(name: str) -> str | None:
-    """Return the ending by which a file or member is taken for an image, ``None`` for any other."""
+    """Return the lower-case extension of an image file or member; ``None`` if it is not one of an image."""
     ending = name.rpartition(".")[2].lower()
     return ending if ending in IMAGE_ENDINGS else None
 
 
 def row_key(value: str | int | None) -> str:
-    """Return the key of a row's id, without dots: in a tar a key ends at the first one. ``""`` for none."""
+    """Return the key for the id of a row, with dots replaced, because a tar key ends at the first; ``""`` for no id."""
     text = "" if value is None else str(value)
     return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
 
 
 class Keys:
-    """Checks the keys of one shard, in their order."""
+    """Checks the keys of one shard, in order."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
 
     def problem(self, key: str) -> str | None:
-        """Return ``unsafe_name`` for a key that leads out of a folder, ``duplicate_key`` for one seen before."""
+        """Return ``unsafe_name`` for a key outside its folder, ``duplicate_key`` for a repeated one, else ``None``."""
         if key.startswith("/") or ".." in key.split("/"):
             return "unsafe_name"
         if key in self._seen:
@@ -229,7 +229,7 @@ class Keys:
 
 
 def web_url(link: str, base: URL | None = None) -> URL | None:
-    """Return the http or https URL of a link, against ``base``, without user, password and fragment; else ``None``."""
+    """Parse a link, relative to ``base``, as an http or https URL without user, password and fragment; else ``None``."""
     try:
         url = URL(link.strip())
         url = base.join(url) if base else url

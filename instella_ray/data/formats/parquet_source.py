@@ -1,7 +1,7 @@
-"""Parquet files as rows, with the images themselves or with links to them, as LAION's metadata has.
+"""Parquet reader: rows of samples with embedded images, or with links to images as in LAION's metadata.
 
-Columns are found by name, whatever their case. Only plain columns are read: what an extension type would unpickle, say,
-is never touched. Memory holds a few rows at a time, however large a row group is.
+Columns are found by name, ignoring case. Only columns of plain types are read, so that no extension type can unpickle
+data. Only a few rows are in memory at a time, however large a row group is.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
 KEY_COLUMNS = ("key", "__key__", "id", "uid")
 IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
-"""Rows that are read together."""
-_COMPLAINTS = (pa.ArrowException, OSError, UnicodeDecodeError)
-"""What Arrow says of a damaged file, among other things."""
+"""Rows per read, of files with images and with links."""
+_READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""Exceptions of a damaged file, among other causes (:func:`_is_damage`)."""
 
 
 class Columns(NamedTuple):
-    """Which columns of a file mean what."""
+    """Names of the columns of a file, by their use; None for a column that the file lacks."""
 
     image: str | None
     """Encoded images: binary, or a struct with a binary ``bytes``."""
     link: str | None
-    """Where to fetch the image, in a file without an image column."""
+    """URLs of the images, in a file without an image column."""
     caption: str | None
     key: str | None
     meta: tuple[str, ...]
-    """The other columns with text, numbers or truth values."""
+    """All other columns of text, numbers or booleans."""
 
     def names(self) -> list[str]:
-        """All of them."""
+        """Return the names of all columns to read."""
         return [name for name in (*self[:4], *self.meta) if name]
 
 
 class Footer(NamedTuple):
-    """What a file's end says about it."""
+    """Number of rows and columns of a file, from its footer."""
 
     rows: int
     columns: Columns
 
 
 def read_footer(stream: IO[bytes], url: str) -> Footer | None:
-    """The file's footer, none where it is damaged or of another format; UserError for one without images or captions."""
+    """Read the footer of a file; None if it is damaged or not parquet, UserError if it lacks images or captions."""
     try:
         file = pq.ParquetFile(stream)
         return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url))
-    except _COMPLAINTS as error:
+    except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
         return None
 
 
 def row_count(stream: IO[bytes]) -> int:
-    """Count the rows by the file's end; 0 where it is damaged."""
+    """Return the number of rows in the footer of a file; 0 if it is damaged."""
     try:
         return int(pq.ParquetFile(stream).metadata.num_rows)
-    except _COMPLAINTS as error:
+    except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
         return 0
 
 
 def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Columns:
-    """Find columns by name and type.
+    """Find the columns of a file by name and type.
 
-    UserError that names ``url`` where the image's is missing, or the caption's though ``captions`` are needed.
+    Raises UserError naming ``url`` if there is no column of images or links, or, with ``captions``, none of captions.
     """
-    # Names that two columns share could not be told apart.
+    # Ignores duplicate names, which are ambiguous.
     names = [name for name, count in Counter(schema.names).items() if count == 1]
     types = {name: _plain(schema.field(name).type) for name in names}
     text = [name for name in names if _is_text(types[name])]
@@ -102,22 +102,22 @@ def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Colum
 def read_parquet(
     stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None, *, captions: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+    """Yield rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
-    They are counted from 0 again. There is at least one: a file that breaks off or is damaged ends with a row whose
-    problem is ``truncated_shard``, one without rows gives ``empty_shard``. Rows with a link in place of an image have
-    it as ``url`` in their metadata. UserError for missing columns.
+    The column ``row`` counts from 0 at ``first``. There is at least one row: a truncated or damaged file ends with a row
+    whose problem is ``truncated_shard``, one without rows gives ``empty_shard``. Rows with a link instead of an image
+    have it as ``url`` in their metadata. Raises UserError for missing columns.
     """
     number, keys = 0, Keys()
     try:
-        # Buffered, or else a whole column of a row group would be read at once.
+        # Without the buffer, a whole column of a row group would be read at once.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
         columns = find_columns(file.schema_arrow, url, captions=captions)
         for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
             for values in _python_rows(batch):
                 yield _row(values, columns, shard, number, keys)
                 number += 1
-    except _COMPLAINTS as error:
+    except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
         yield _problem_row(shard, number, "truncated_shard")
@@ -127,7 +127,7 @@ def read_parquet(
 
 
 def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> Iterator[pa.RecordBatch]:
-    """The rows of ``file`` from ``first`` to ``end``, row group after row group, a few at a time."""
+    """Yield the rows of ``file`` from ``first`` to ``end`` in small batches, one row group after another."""
     start, at_once = 0, IMAGES_AT_ONCE if columns.image else LINKS_AT_ONCE
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -144,7 +144,7 @@ def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> It
 
 
 def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """Text stays bytes here: other people's need not be UTF-8."""
+    """Yield the rows of ``batch`` as dicts, with text as bytes, because it need not be valid UTF-8."""
     names = batch.schema.names
     columns = [_values(column) for column in batch.columns]
     for values in zip(*columns, strict=True):
@@ -188,7 +188,7 @@ def _problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
 
 
 def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """What is known: no nulls, no NaN."""
+    """Return the metadata of a row, without nulls and NaN."""
     meta: dict[str, Any] = {}
     for column in columns.meta:
         value = json_value(values[column])
@@ -198,7 +198,7 @@ def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 
 def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    """The name that is wanted most."""
+    """Return the first of ``wanted`` in ``names``, ignoring case; None if there is none."""
     lowered = {name.lower(): name for name in reversed(names)}
     return next((lowered[name] for name in wanted if name in lowered), None)
 
@@ -212,7 +212,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
-    """Tell whether values may be text: Hive, Impala and old Presto write it as plain bytes, COCO has lists of captions."""
+    """Return whether values may be text: Hive, Impala and old Presto write text as bytes, COCO has lists of captions."""
     if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return _holds_text(kind.value_type, lists=False)
     return _is_text(kind) or _is_bytes(kind)
@@ -234,5 +234,5 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Complaints about the file; Arrow's own have no number, those of the disk or the network have one or a class."""
+    """Return whether an error means a damaged file: unlike Arrow's, OSErrors of storage have an errno or a subclass."""
     return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)

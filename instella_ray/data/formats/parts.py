@@ -1,11 +1,11 @@
-"""Output folders of data jobs: complete or absent part by part, resumable, never overwritten unasked.
+"""Output folders of data jobs: parts written atomically, resumable, never overwritten unless requested, with a ledger.
 
-A part is what became of consecutive rows of one input shard: at most one data file, at most one file of quarantined
-rows, and last of all ``parts/NAME.json``, which says that both are whole. A shard is done when its parts reach from row
-0 to the row marked ``last``; the job is done when all are, and only then is there a ``ledger.json``. So whatever was
-killed at whatever point, running again makes the same set of files.
+A part is the output for consecutive rows of one input shard: at most one data file, at most one file of quarantined
+rows, and ``parts/NAME.json``, written last, which marks both as complete. A shard is done when its parts cover it from
+row 0 to the row marked ``last``; the job is done when all shards are, and only then writes ``ledger.json``. So a job
+that is killed at any point and run again writes the same files.
 
-The ledger is the account of it all: every sample that went in is kept, dropped for a reason, or quarantined for one.
+The ledger counts every input sample as kept, dropped for a reason, or quarantined for a reason.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ...runs import RECORD
 
 Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
-"""What to do about an output that exists: refuse, go on with it, or start over."""
+"""Handling of an existing output: fail, continue it, or delete it and start over."""
 
 LEDGER, SETTINGS, PARTS, QUARANTINE = "ledger.json", "settings.json", "parts", "quarantine"
 INDEX = "index"
-"""Folder of the indexes of a folder's tars (:mod:`.tar_index`)."""
+"""Subfolder of the indexes of the tars (:mod:`.tar_index`)."""
 DUPLICATES = "duplicates.parquet"
-"""What is decided over a finished set, and then carried out part by part."""
+"""File of the duplicates found in a finished dataset, which are then removed part by part."""
 KEPT, DROPPED, QUARANTINED = "kept", "dropped", "quarantined"
 DOWNLOAD = "download:"
-"""Begins the problem of a sample whose image could not be fetched. Links die: that is a drop, not damage."""
+"""Prefix of the problem of a sample whose download failed. Dead links are normal, so it is dropped, not quarantined."""
 DOWNLOAD_REASON = "download_"
-"""Begins the reason that such a sample is dropped for."""
+"""Prefix of the ledger reasons of such samples."""
 
 
 def verdict_of(problem: str) -> str:
-    """The verdict on a sample whose source reports ``problem``."""
+    """Return the verdict on a sample whose source reports ``problem``."""
     if problem.startswith(DOWNLOAD):
         return f"{DROPPED}:{DOWNLOAD_REASON}{problem.removeprefix(DOWNLOAD)}"
     return f"{QUARANTINED}:{problem}"
@@ -49,7 +49,7 @@ def verdict_of(problem: str) -> str:
 
 @dataclass
 class Ledger:
-    """``in = kept + dropped(reason) + quarantined(reason)``, by construction."""
+    """Counts of samples by verdict: ``in = kept + dropped(reason) + quarantined(reason)``, by construction."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -57,14 +57,14 @@ class Ledger:
 
     @classmethod
     def of(cls, entries: Iterable[Mapping[str, Any]]) -> Ledger:
-        """The sum of several :meth:`to_json`."""
+        """Return the sum of ledgers, given as :meth:`to_json`."""
         ledger = cls()
         for entry in entries:
             ledger.add(entry)
         return ledger
 
     def count(self, verdicts: Iterable[str]) -> Ledger:
-        """Add verdicts: ``kept``, ``dropped:REASON`` or ``quarantined:REASON``."""
+        """Add samples by their verdicts: ``kept``, ``dropped:REASON`` or ``quarantined:REASON``."""
         for verdict, number in Counter(verdicts).items():
             kind, _, reason = verdict.partition(":")
             if kind == KEPT:
@@ -74,7 +74,7 @@ class Ledger:
         return self
 
     def add(self, other: Mapping[str, Any]) -> Ledger:
-        """Add another ledger's :meth:`to_json`."""
+        """Add another ledger, given as :meth:`to_json`."""
         self.kept += other["kept"]
         self.dropped.update(other["dropped"])
         self.quarantined.update(other["quarantined"])
@@ -86,7 +86,7 @@ class Ledger:
 
     @property
     def failed_downloads(self) -> int:
-        """Samples dropped because their image could not be fetched."""
+        """Number of samples dropped because their download failed."""
         return sum(number for reason, number in self.dropped.items() if reason.startswith(DOWNLOAD_REASON))
 
     def to_json(self) -> dict[str, Any]:
@@ -94,28 +94,28 @@ class Ledger:
         return {"in": self.total, "kept": self.kept, **parts}
 
     def summary(self) -> str:
-        """One line for people."""
+        """Format the ledger as one readable line."""
         reasons = [f"{n} {r}" for r, n in (self.dropped + self.quarantined).most_common()]
         return f"{self.kept} of {self.total} kept" + (f" ({', '.join(reasons)})" if reasons else "")
 
 
 class Part(Config):
-    """One entry of ``parts/``."""
+    """Entry of ``parts/``: the output for consecutive rows of one input shard."""
 
     shard: str
     first_row: int
     rows: int
     last: bool
-    """The shard ends with this part."""
+    """Whether this is the last part of the shard."""
     file: str | None
-    """Name of the data file; none when no row was kept."""
+    """Name of the data file; None: no row was kept."""
     records: int
-    """Records in that file (an image may give several)."""
+    """Number of records in the data file; an image may have several."""
     ledger: dict[str, Any]
     notes: dict[str, Any] = Field(default_factory=dict)
-    """What the job has to say of these rows, for its report."""
+    """Statistics of these rows for the report of the job."""
     decided: str | None = None
-    """Which decisions over the whole set (their hash) have been carried out on this part."""
+    """Hash of the duplicate decisions that have been applied to this part; None: none."""
 
     @property
     def name(self) -> str:
@@ -123,15 +123,15 @@ class Part(Config):
 
 
 def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
-    """Get a job's output folder ready; true where there is something to go on with.
+    """Prepare the output folder of a job; returns whether there is existing output to continue.
 
-    UserError when it holds something and ``mode`` is ``new``, when it was not made by such a job, or when a job with
-    other settings is to be resumed.
+    Raises UserError if it is not empty and ``mode`` is ``new``, if it was not made by such a job, or if it is resumed
+    with other settings.
     """
     path = storage.join(url, SETTINGS)
     if not storage.is_empty(url):
         if mode == "new":
-            hint = "set mode=resume to go on with it, mode=fresh to start over, or choose another folder"
+            hint = "set mode=resume to continue it, mode=fresh to start over, or choose another folder"
             raise UserError(f"output {url}: exists already; {hint}")
         if not storage.exists(path):
             raise UserError(f"output {url}: not made by this job (no {SETTINGS}); choose another folder")
@@ -147,30 +147,30 @@ def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
 
 
 class PartFolder:
-    """The output folder of one job."""
+    """Output folder of one job."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
-        """Get the folder ready (:func:`open_output`) and return the labels of the shards that are done already."""
+        """Prepare the folder (:func:`open_output`), and return the labels of the shards that are done."""
         return self._sweep(self.parts()) if open_output(self.url, mode, settings) else set()
 
     def parts(self) -> list[Part]:
-        """All finished parts, by shard and row."""
+        """Return all finished parts, sorted by shard and row."""
         files = storage.read_many(storage.glob(self._path(PARTS, "*.json")))
         return sorted(map(Part.model_validate_json, files), key=lambda part: (part.shard, part.first_row))
 
     def part(self, name: str) -> Part:
-        """The entry of that name."""
+        """Read the entry of a part by name."""
         return Part(**storage.read_json(self._path(PARTS, f"{name}.json")))
 
     def replace(self, part: Part) -> None:
-        """Put ``part`` in place of the entry of that name."""
+        """Write the entry of ``part``, replacing an existing one."""
         storage.write_json(self._path(PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
 
     def all_done(self, shards: Iterable[str]) -> list[Part]:
-        """All parts, once every one of ``shards`` is accounted for from end to end."""
+        """Return all parts; RuntimeError unless all ``shards`` are done."""
         parts = self.parts()
         missing = set(shards) - _done(parts)
         if missing:
@@ -178,17 +178,19 @@ class PartFolder:
         return parts
 
     def close(self, shards: Iterable[str]) -> Ledger:
-        """Check that every one of ``shards`` is accounted for from end to end, and write the ledger."""
+        """Check that all ``shards`` are done, and write the ledger; RuntimeError if they are not, or rows are missing."""
         parts = self.all_done(shards)
         ledger = Ledger.of(part.ledger for part in parts)
         if ledger.total != sum(part.rows for part in parts):
-            raise RuntimeError(f"{self.url}: the ledger has {ledger.total} rows, the parts have other numbers")
-        self._sweep(parts)  # halves of files that killed workers left
+            raise RuntimeError(
+                f"{self.url}: the ledger has {ledger.total} rows, expected the number of rows of the parts"
+            )
+        self._sweep(parts)  # incomplete files of killed workers
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
 
     def _sweep(self, parts: Sequence[Part]) -> set[str]:
-        """Delete what belongs to no finished shard of ``parts``, halves of files too; returns the labels of those."""
+        """Delete all files, complete or not, that belong to no finished shard of ``parts``; returns the finished shards."""
         done = _done(parts)
         whole = [part for part in parts if part.shard in done]
         keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}
@@ -207,11 +209,11 @@ class PartFolder:
 
 
 class PartWriter:
-    """A job's last stage: writes a table's rows as a part, and passes on one small row about it.
+    """Last stage of a job: writes the rows of a table as a part, and returns one row with its shard and ledger.
 
     A table has consecutive rows of one shard, with ``key, shard, row, last, caption, meta, image`` and ``verdict`` (see
-    :class:`.ledger.Ledger`). ``write_file(url, kept rows)`` writes the data file and returns the number of records in it.
-    ``note(part's name, all rows)`` gives the entry's ``notes``, and may write further files named after the part.
+    :class:`Ledger`). ``write_file(url, kept rows)`` writes the data file and returns the number of its records.
+    ``note(name of the part, all rows)`` returns the ``notes`` of the entry, and may write further files with that name.
     """
 
     def __init__(
@@ -247,7 +249,7 @@ class PartWriter:
 
 
 def finished_file(folder: str, name: str, what: str) -> str:
-    """Where the file lies that a job writes last of all; UserError that calls ``folder`` no finished ``what`` without it."""
+    """Return the path of the file that a job writes last; UserError without it: ``folder`` is not a finished ``what``."""
     path = storage.join(folder, name)
     if not storage.exists(path):
         hint = "; run its job again with mode=resume" if storage.exists(storage.join(folder, SETTINGS)) else ""
@@ -256,7 +258,7 @@ def finished_file(folder: str, name: str, what: str) -> str:
 
 
 def refuse_unfinished(folder: str) -> None:
-    """UserError for a job's output folder whose job has not come to its end."""
+    """Raise UserError if ``folder`` is the output of an unfinished data job."""
     if storage.exists(storage.join(folder, SETTINGS)) and not storage.exists(storage.join(folder, LEDGER)):
         raise UserError(f"{folder}: unfinished output of a data job; run that job again with mode=resume")
 

@@ -1,4 +1,4 @@
-"""What every source of samples gives: rows of one schema, under the same rules for keys, captions and images."""
+"""Schema of the rows that all sources of samples yield, and their grouping into tables."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ SCHEMA = pa.schema(
         ("last", pa.bool_()),
     ]
 )
-"""``row`` counts a shard's samples from 0 without gaps, bad ones too; ``last`` marks the shard's final row.
+"""Columns of a sample.
 
-``problem`` is a ledger reason, empty for a good sample; ``meta`` a JSON object as text.
+``row`` counts the samples of a shard from 0 without gaps, invalid ones included; ``last`` marks the final row of the
+shard. ``problem`` is a ledger reason, null for a valid sample; ``meta`` is a JSON object as text.
 """
 
 BLOCK_BYTES = 128 << 20
-"""Images, or their pixels, that are in work together: what Ray Data aims at."""
+"""Size of the images, or their pixels, at which a table ends (bytes): the target block size of Ray Data."""
 
 
 def blocks(rows: Iterable[dict[str, Any]], rows_per_block: int) -> Iterator[pa.Table]:
-    """Rows of one shard as tables of :data:`SCHEMA`, the final row marked as ``last``.
+    """Group the rows of one shard into tables of :data:`SCHEMA`, and mark the final row as ``last``.
 
-    A table has ``rows_per_block`` rows, or fewer where their images reach :data:`BLOCK_BYTES`.
+    A table has ``rows_per_block`` rows, or fewer if their images reach :data:`BLOCK_BYTES`.
     """
     block, size = list[dict[str, Any]](), 0
     for row in _with_last(rows):

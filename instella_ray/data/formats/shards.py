@@ -1,4 +1,4 @@
-"""WebDataset tars, written as img2dataset writes them: ``KEY.jpg``, ``KEY.txt`` (caption), ``KEY.json``."""
+"""WebDataset tar writer, in img2dataset's layout: ``KEY.jpg``, ``KEY.txt`` (caption), ``KEY.json`` (metadata)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Sample = tuple[str, bytes, str, dict[str, Any]]
 
 
 def write_tar(url: str, samples: Iterable[Sample]) -> int:
-    """Write one shard and its index, whole or not at all, the same bytes for the same samples. Returns their number."""
+    """Write one shard and its index, atomically and reproducibly to the byte; returns the number of samples."""
     index: list[dict[str, Any]] = []
     with storage.open_file(url, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for key, image, caption, meta in samples:
             _add(tar, f"{key}.{file_extension(image)}", image)
-            # What was just added ends here, filled up to whole blocks.
+            # tar.offset is the end of the image, padded to whole blocks.
             index.append(index_row(key, tar.offset - -len(image) // 512 * -512, image, caption, meta))
             _add(tar, f"{key}.txt", caption.encode())
             _add(tar, f"{key}.json", json.dumps(meta, sort_keys=True).encode())
@@ -32,18 +32,18 @@ def write_tar(url: str, samples: Iterable[Sample]) -> int:
 
 
 def remove_shard(url: str) -> None:
-    """Delete a tar and its index, where they are."""
+    """Delete a tar and its index, if they exist."""
     storage.remove_tree(url)
     storage.remove_tree(index_url(url))
 
 
 def write_samples(url: str, rows: Iterable[dict[str, Any]]) -> int:
-    """:func:`write_tar` of rows with ``key, image, caption`` and ``meta`` (JSON)."""
+    """Write rows with ``key, image, caption`` and ``meta`` (JSON) by :func:`write_tar`."""
     return write_tar(url, ((row["key"], row["image"], row["caption"], json.loads(row["meta"])) for row in rows))
 
 
 def write_webdataset(samples: Iterable[Sample], folder: str, samples_per_shard: int) -> Iterator[tuple[str, int]]:
-    """Write ``samples`` as ``folder/00000.tar``, ...; yields (url, samples in it) as each shard is finished."""
+    """Write ``samples`` as ``folder/00000.tar``, ...; yields (url, number of samples) of each finished shard."""
     rest, number = iter(samples), 0
     while part := list(islice(rest, samples_per_shard)):
         url = storage.join(folder, f"{number:05d}.tar")

@@ -1,7 +1,7 @@
-"""Where jobs get their samples: WebDataset tars and parquet files, as tables of :data:`.rows.SCHEMA`.
+"""Sources of samples: WebDataset tars and parquet files, read as tables of :data:`.rows.SCHEMA`.
 
-Ray's own readers decode while they read, so that one corrupt image fails a whole shard. Here bytes stay bytes, and
-whatever is wrong with a sample is written in its row's ``problem`` column, for the ledger to count.
+Ray's readers decode images while reading, so that one corrupt image fails a whole shard. These readers keep images as
+bytes, and report problems of a sample in the column ``problem``, which the ledger counts.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from .rows import blocks
 from .tar_source import count_samples, read_samples
 
 SUFFIXES = (".tar", ".parquet")
-"""A folder that holds both means its tars."""
+"""Extensions of shards; of a folder with both, the tars are read."""
 ROWS_PER_SHARD = 100_000
-"""A parquet file with more rows is read as several shards: what is killed has this much to do again, and no more."""
+"""Rows above which a parquet file is split into several shards, which limits the work to redo after a kill."""
 _CUT = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
 
 
 class Inputs(NamedTuple):
-    """What a job reads."""
+    """Input shards of a job."""
 
     shards: dict[str, str]
-    """URL -> label, for :func:`shard_sources`. The URLs of a cut file end with its rows."""
+    """URL -> label, for :func:`shard_sources`. The URLs of a split parquet file end with their row range."""
     links: tuple[str, ...]
-    """The shards among them whose images have to be downloaded."""
+    """URLs of the shards whose images have to be downloaded."""
 
 
 def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
-    """The shards that ``pattern`` names (:func:`.shards.find_shards`); of parquet files, the footers are read.
+    """Find the shards that match ``pattern`` (:func:`.names.find_shards`), reading the footers of parquet files.
 
-    UserError also for a parquet file without images, links or captions, which names the columns that it has.
+    Raises UserError as :func:`.names.find_shards`, and for a parquet file without images, links or captions, naming its
+    columns.
     """
     found = find_shards(pattern, SUFFIXES)
     files = [url for url in found if url.endswith(".parquet")]
@@ -60,7 +61,7 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
 
 
 def find_images(pattern: str) -> dict[str, str]:
-    """The shards of :func:`find_inputs`, for a job that needs images; UserError for links without."""
+    """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
     inputs = find_inputs(pattern)
     if inputs.links:
         raise UserError(f"{inputs.links[0]}: links without images; curate first (jobs/curate.py), which downloads them")
@@ -68,22 +69,22 @@ def find_images(pattern: str) -> dict[str, str]:
 
 
 def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
-    """What reads each of the tars and parquet files (URL -> label), wherever they lie, by label.
+    """Return a source for each shard of ``shards`` (URL -> label), by label.
 
-    Tables hold up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
+    Tables have up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
     """
     return {label: partial(read_blocks, url, label, rows_per_block) for url, label in shards.items()}
 
 
 def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]:
-    """The blocks of one shard; after a transient error of the storage, reading goes on behind those that were given."""
+    """Yield the tables of one shard; after a transient storage error, reading continues after those already yielded."""
     return storage.retry_iter(lambda: blocks(read_rows(url, label), rows_per_block))
 
 
 def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
-    """Rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+    """Yield the rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
-    Without ``captions`` a parquet file needs no column of them.
+    With ``captions``, a parquet file must have a column of captions.
     """
     cut = _CUT.fullmatch(url)
     path = cut["url"] if cut else url
@@ -97,19 +98,19 @@ def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[s
 
 
 def count_rows(url: str) -> int:
-    """Count the rows of a shard by its headers alone; too few where it is damaged."""
+    """Count the rows of a shard by its headers alone; an undercount if it is damaged."""
     with storage.open_file(url) as stream:
         return row_count(stream) if url.endswith(".parquet") else count_samples(stream)
 
 
 def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
-    """UserError when images are there but none has a caption, judged by the first samples of the first shards."""
+    """Raise UserError if the first ``samples`` samples of the first ``shards`` shards have images but no captions."""
     images = 0
     for url in urls[:shards]:
         rows = list(islice(read_rows(url, url), samples))
         if any(row["caption"] for row in rows):
             return
-        # What has no caption is not asked for the image: a link counts like one.
+        # Also counts links: the problem no_caption is reported for them like for images.
         images += sum(row["problem"] == "no_caption" for row in rows)
     if images:
         expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
@@ -124,7 +125,7 @@ def _footer(url: str) -> Footer | None:
 
 
 def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:
-    """URL -> label of the shards that a file of so many rows is read as."""
+    """Split a file with ``rows`` rows into shards, URL -> label, of at most ``rows_per_shard`` rows."""
     if rows <= rows_per_shard:
         return {url: label}
     starts = range(0, rows, rows_per_shard)

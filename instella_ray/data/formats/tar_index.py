@@ -1,4 +1,4 @@
-"""Where in a tar its images lie, with their captions, so that any of them can be read without the rest."""
+"""Indexes of tars: offsets, sizes and captions of their images, for random access."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .tar_source import read_samples
 from .texts import both_captions
 
 PLACES = pa.schema([("key", pa.string()), ("offset", pa.int64()), ("bytes", pa.int64())])
-"""One row a usable image, in the tar's order: its bytes are ``[offset, offset + bytes)``."""
+"""Position of a usable image: its bytes are ``[offset, offset + bytes)``. One row per image, in the order of the tar."""
 SCHEMA = pa.schema([*PLACES, ("caption_long", pa.string()), ("caption_short", pa.string())])
-"""What an index holds."""
+"""Columns of an index: positions and captions."""
 
 
 def index_url(shard: str) -> str:
-    """Where the index of a tar is kept: ``index/NAME.parquet`` beside it."""
+    """Return the URL of the index of a tar: ``index/NAME.parquet`` beside it."""
     folder, name = os.path.split(shard)
     return storage.join(folder, INDEX, f"{name.removesuffix('.tar')}.parquet")
 
 
 def read_index(shard: str, *, captions: bool = False) -> pa.Table:
-    """The index of a tar, as :data:`PLACES`, or :data:`SCHEMA` with ``captions``.
+    """Return the index of a tar, as :data:`PLACES`, or :data:`SCHEMA` with ``captions``.
 
-    From its file where there is one that has them, else by reading the tar to its end.
+    Reads the index file if it exists and has these columns, else the whole tar.
     """
     url, schema = index_url(shard), SCHEMA if captions else PLACES
     if storage.exists(url):
         table = storage.read_parquet(url, schema=schema)
-        if not captions or not table["caption_long"].null_count:  # null where the file has no such column
+        if not captions or not table["caption_long"].null_count:  # null if the file has no such column
             return table
     return scan_index(shard).select(schema.names)
 
@@ -45,7 +45,7 @@ def write_index(shard: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def scan_index(shard: str) -> pa.Table:
-    """The index by reading the tar: samples that nothing is wrong with."""
+    """Build the index by reading the whole tar; only samples with an image and without a problem."""
     with storage.open_file(shard) as stream:
         found = [
             index_row(row["key"], row["offset"], row["image"], row["caption"], json.loads(row["meta"]))
@@ -56,12 +56,15 @@ def scan_index(shard: str) -> pa.Table:
 
 
 def index_row(key: str, offset: int, image: bytes, caption: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of :data:`SCHEMA`."""
+    """Build a row of :data:`SCHEMA`."""
     return {"key": key, "offset": offset, "bytes": len(image), **both_captions(caption, meta)}
 
 
 def read_ranges(shards: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-    """The bytes at ``[offset, offset + size)`` of each shard; at once where the storage can. All lie in one filesystem."""
+    """Read the bytes ``[offset, offset + size)`` of each shard, concurrently if the storage supports it.
+
+    All shards must be in the same filesystem.
+    """
     fs, _ = storage.filesystem(shards[0])
     paths = [storage.filesystem(shard)[1] for shard in shards]
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]

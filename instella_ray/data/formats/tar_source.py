@@ -1,4 +1,4 @@
-"""WebDataset tars as rows: bytes stay bytes, and one bad sample costs one row."""
+"""WebDataset tar reader: rows of samples with images as bytes; an invalid sample becomes a row with a problem."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .texts import TextError, clean_text, text_of
 
 
 def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
-    """Rows of one tar, in order: the columns of :data:`.rows.SCHEMA` without ``last``, and the ``offset`` of the image.
+    """Yield the rows of one tar, in order: the columns of :data:`.rows.SCHEMA` without ``last``, and ``offset``.
 
-    Every tar gives at least one row. One that breaks off ends with a row whose problem is ``truncated_shard``, which
-    takes the place of the sample that was being read; one without samples gives ``empty_shard``.
+    ``offset`` is the position of the image in the tar (bytes). There is at least one row: a truncated tar ends with a
+    row whose problem is ``truncated_shard``, in place of the incomplete sample; one without samples gives
+    ``empty_shard``.
     """
     number = 0
     for sample in _samples(stream):
@@ -28,7 +29,7 @@ def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
 
 
 def count_samples(stream: IO[bytes]) -> int:
-    """Count the samples of a tar by its headers, without their contents; those before the damage of a broken one."""
+    """Count the samples of a tar by its headers, without reading their contents; up to the damage of a damaged tar."""
     keys: set[str] = set()
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -68,7 +69,7 @@ class _Sample:
 
 
 def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
-    """Consecutive members of one key make a sample. Names that are no UTF-8 are read as far as they are."""
+    """Group consecutive members with the same key into samples; invalid UTF-8 in names is replaced."""
     sample: _Sample | None = None
     keys = Keys()
     try:
@@ -109,7 +110,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Tar(tarfile.TarFile):
-    """Remembers how the archive ended: the standard class takes a missing end and a broken header for a regular end."""
+    """Tar file that records how it ended: the standard class treats a missing end or a broken header as a regular end."""
 
     tarinfo = _Member
     ending: type[Exception] | None = None

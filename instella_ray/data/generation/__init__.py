@@ -1,1 +1,1 @@
-"""New captions and new images, made by pretrained models."""
+"""Synthetic data by pretrained models: new captions of images, and new images of prompts."""

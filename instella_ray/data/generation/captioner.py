@@ -1,7 +1,7 @@
-"""A vision-language model that describes images by greedy search, in batches. No Ray.
+"""Captioning of images by a vision-language model with greedy search, in batches. No Ray.
 
-What it says of an image depends on the image, the question and the weights, not on what shares the batch; in bfloat16
-that holds but for two words whose scores lie within a rounding of each other.
+An answer depends on the image, the question and the weights, not on the other images of the batch; in bfloat16 except
+for tokens whose scores differ by less than the rounding error.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from ...config import Config
 from ...errors import UserError
 from ..formats.images import UndecodableError, decode_rgb, open_image
 from ..formats.texts import one_line
-from .pretrained import fingerprint, loading
+from .pretrained import loading, weights_identity
 
 MAX_ASPECT_RATIO = 100
-"""Of images that are described: processors refuse stripes, and nothing is to be seen on them."""
+"""Maximum aspect ratio of images to caption: processors reject narrower ones, which show nothing anyway."""
 _SENTENCE = re.compile(r".*(?:[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][”’」』）]*)")
 
 
 class Question(Config):
-    """What the model is asked about an image, and how long its answer may be."""
+    """Question to the model about an image, with a limit on the length of the answer."""
 
     prompt: str = Field(min_length=1)
     max_new_tokens: int = Field(ge=1)
-    """An answer that is not finished by then is cut back to its last full sentence."""
+    """Maximum number of tokens; a longer answer is truncated to its last full sentence."""
 
 
 class Answer(NamedTuple):
-    """What the model says of an image."""
+    """Answer of the model to a question about an image."""
 
     text: str
-    """On one line; empty where there is nothing to keep."""
+    """Answer as one line; empty if nothing usable was generated."""
     finished: bool
-    """The model came to its end within ``max_new_tokens``."""
+    """Whether the model ended the answer within ``max_new_tokens``."""
 
 
 class Captioner:
-    """A model of Transformers' image-text-to-text kind with its processor, by hub name or local folder."""
+    """Image-text-to-text model of Transformers with its processor, by hub name or local folder."""
 
     def __init__(self, name: str, device: torch.device, precision: Precision) -> None:
-        """UserError where ``name`` gives no such model; code from the hub is never run."""
+        """Load the model; UserError if ``name`` is not such a model. Code from the hub is never run."""
         from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
         from transformers.utils.logging import disable_progress_bar
 
@@ -65,23 +65,23 @@ class Captioner:
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends = set(ends if isinstance(ends, list) else [ends])
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # In place of the model's own settings: Qwen's sample, and penalise words that come again by rules that have
-        # changed with the versions of Transformers. Plain greedy search means one thing.
+        # Replaces the generation settings of the model: Qwen's sample and penalise repetition, whose implementation
+        # has changed between versions of Transformers. Greedy search gives the same result in all.
         self.model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=sorted(self.ends), pad_token_id=pad
         )
 
     @torch.inference_mode()
     def answers(self, images: Sequence[Image.Image], questions: Sequence[Question]) -> list[list[Answer]]:
-        """The answers of each image, in the order of ``questions``.
+        """Answer all ``questions`` about each image: one list per image, in the order of ``questions``.
 
-        All are generated together: decoding reads the weights once a step for the whole batch, and a short answer
-        costs no steps beside a long one.
+        All answers are generated in one batch: decoding reads the weights once per step for the whole batch, and short
+        answers need no steps in addition to those of long ones.
         """
-        talks = [_conversation(image, question.prompt) for image in images for question in questions]
+        conversations = [_conversation(image, question.prompt) for image in images for question in questions]
         padding = {"text_kwargs": {"padding": True, "padding_side": "left"}}
         inputs = self.processor.apply_chat_template(
-            talks,
+            conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -101,7 +101,7 @@ class Captioner:
 
 
 def check_captioner(name: str) -> str:
-    """The fingerprint of a captioner whose weights are not loaded yet; UserError where ``name`` gives none."""
+    """Return the weights_identity of a captioner without loading its weights; UserError if ``name`` is not a captioner."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -113,16 +113,16 @@ def check_captioner(name: str) -> str:
         processor = AutoProcessor.from_pretrained(name)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"model '{name}': its processor has no chat template, expected an instruction-tuned model")
-    return fingerprint("model", name, "config.json")
+    return weights_identity("model", name, "config.json")
 
 
 def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
-    """An upright RGB image of at most ``max_pixels``; :class:`.decode.UndecodableError` for what shows nothing."""
+    """Decode an upright RGB image of at most ``max_pixels``; UndecodableError if it is damaged or too narrow."""
     size = open_image(data).size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise UndecodableError("too_narrow")
     scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
-    # A JPEG may come out smaller than it is: one thread must decode faster than a GPU describes.
+    # JPEGs are decoded at a reduced size, because one thread must decode faster than a GPU captions.
     image = decode_rgb(data, at_least=math.ceil(scale * min(size)))
     scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
     if scale == 1:
@@ -132,7 +132,7 @@ def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def full_sentences(text: str) -> str:
-    """One line of text up to the end of its last full sentence; empty where there is none."""
+    """Truncate one line of text after its last full sentence; empty if there is none."""
     match = _SENTENCE.match(text)
     return match[0] if match else ""
 

@@ -1,4 +1,4 @@
-"""A text-to-image pipeline of Diffusers that makes one image a prompt, each from a seed of its own. No Ray."""
+"""Text-to-image pipeline of Diffusers: one image per prompt, with one seed per image. No Ray."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from pydantic import Field
 from ...accelerator import Precision, compute_dtype, pick_device, precision_of_actors
 from ...config import Config
 from ...errors import UserError
-from .pretrained import fingerprint, loading
+from .pretrained import loading, weights_identity
 
 ARGUMENTS = ("prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator", "output_type")
-"""What a pipeline must take."""
+"""Arguments that a pipeline must accept."""
 
 
 class PipelineConfig(Config):
-    """One pipeline and how it is used."""
+    """Configuration of one pipeline."""
 
     pipeline: str
-    """Hub name, or local folder; weights are read from safetensors alone."""
+    """Hub name or local folder; weights are read only from safetensors."""
     num_inference_steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
     height: int | None = Field(None, ge=8, multiple_of=8)
-    """Px; none means the pipeline's own."""
+    """Height (px); null: the default of the pipeline, as for ``width``."""
     width: int | None = Field(None, ge=8, multiple_of=8)
     max_sequence_length: int | None = Field(None, ge=1)
-    """Tokens of a prompt that a T5 encoder reads; none means the pipeline's own."""
+    """Maximum number of prompt tokens for a T5 encoder; null: the default of the pipeline."""
     precision: Precision = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
     batch_size: int = Field(4, ge=1)
-    """Images made together; another number changes them by rounding alone."""
+    """Images per pipeline call; does not change the images, except by rounding."""
     actors: int | None = Field(None, ge=1)
-    """None means one a GPU, or one for every two CPUs."""
+    """Actors that run the pipeline; null: one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPU share of each actor; 0 computes on the CPU."""
+    """GPUs per actor, fractions allowed; 0: run on the CPU."""
 
 
 class DiffusersPipeline:
-    """A loaded pipeline; UserError where ``cfg`` names none."""
+    """Loaded pipeline; UserError if ``cfg`` does not name one."""
 
     def __init__(self, cfg: PipelineConfig) -> None:
         diffusers = _diffusers()
-        # Thousands of prompts are longer than CLIP reads; a line for each says nothing.
+        # Otherwise Diffusers logs a line for each of the many prompts that exceed CLIP's maximum length.
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
         device = pick_device("auto" if cfg.gpus_per_actor else "cpu")
@@ -57,10 +57,10 @@ class DiffusersPipeline:
         self.cfg, self.pipe = cfg, pipe.to(device)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | str]:
-        """uint8 ``[H, W, 3]`` for each prompt, or a verdict on what came out in its place.
+        """Generate uint8 ``[H, W, 3]`` for each prompt, or a verdict if the image is unusable (:func:`checked`).
 
-        Noise is drawn on the CPU, from a generator an image: an image is the same on any device, whatever else is
-        made with it, up to rounding.
+        Noise is drawn on the CPU from one generator per image, so that an image is the same, up to rounding, on any
+        device and in any batch.
         """
         cfg = self.cfg
         chosen = {"height": cfg.height, "width": cfg.width, "max_sequence_length": cfg.max_sequence_length}
@@ -77,7 +77,7 @@ class DiffusersPipeline:
 
 
 def checked(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
-    """Float ``[H, W, 3]`` in [0, 1] as uint8; or a verdict: flagged by the pipeline's own safety checker, or broken."""
+    """Convert float ``[H, W, 3]`` in [0, 1] to uint8; a verdict instead if flagged as unsafe, not finite or blank."""
     if flagged:
         return "dropped:flagged"
     if not np.isfinite(pixels).all():
@@ -87,21 +87,21 @@ def checked(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
 
 
 def check_pipeline(cfg: PipelineConfig) -> str:
-    """The fingerprint of a pipeline that is not loaded yet; UserError where ``cfg`` names none that makes images."""
+    """Return the weights_identity of a pipeline without loading it; UserError if it is not a text-to-image pipeline."""
     diffusers, name = _diffusers(), cfg.pipeline
     with loading("pipeline", name):
         class_name = diffusers.DiffusionPipeline.load_config(name).get("_class_name")
         kind = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if kind is None:
         raise UserError(
-            f"pipeline '{name}': is a {class_name}, expected a pipeline of Diffusers; other code is not run"
+            f"pipeline '{name}': is a {class_name}, expected a pipeline of Diffusers, because no other code is run"
         )
     takes = inspect.signature(kind.__call__).parameters
     if "image" in takes or not takes.keys() >= {*ARGUMENTS}:
-        raise UserError(f"pipeline '{name}': a {class_name}, expected one that makes images of prompts alone")
+        raise UserError(f"pipeline '{name}': a {class_name}, expected a text-to-image pipeline")
     if cfg.max_sequence_length is not None and "max_sequence_length" not in takes:
         raise UserError(f"pipeline '{name}': a {class_name} has no max_sequence_length, expected none to be set")
-    return fingerprint("pipeline", name, "model_index.json")
+    return weights_identity("pipeline", name, "model_index.json")
 
 
 def _diffusers() -> Any:

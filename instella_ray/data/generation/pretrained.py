@@ -1,4 +1,4 @@
-"""Other people's models, by hub name or local folder: what they are called, and which version of one this is."""
+"""Pretrained models by hub name or local folder: loading errors, names, and hashes that identify their weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from ...errors import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-"""What Transformers and Diffusers raise for a name that gives no model."""
+"""Exceptions of Transformers and Diffusers for a name that is not a model."""
 
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """UserError, in one line, for what goes wrong within while ``name`` is loaded."""
+    """Convert errors of loading ``name`` within the block into a one-line UserError."""
     try:
         yield
     except LOAD_ERRORS as error:
@@ -27,31 +27,31 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 def located(name: str) -> str:
-    """A local folder as an absolute path, because workers run in folders of their own; a hub name as it is."""
+    """Make the path of a local folder absolute, because workers run in other directories; hub names are unchanged."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def short_name(name: str) -> str:
-    """A hub name as it is, the last part of a path: where a model lay means nothing elsewhere."""
+    """Return the name of a local folder without its path, which is meaningless elsewhere; hub names are unchanged."""
     return Path(name).name if Path(name).is_dir() else name
 
 
-def fingerprint(what: str, name: str, config_file: str) -> str:
-    """What tells a model's versions apart: the hub's revision, or sha256 over the files of a local folder.
+def weights_identity(what: str, name: str, config_file: str) -> str:
+    """Return an identifier of the version of a model: its hub revision, or the SHA-256 of the files of a local folder.
 
-    ``config_file`` is one that every such model has: on the hub, its revision is the model's. A local folder
-    is read whole, which takes seconds a GB. UserError for a folder without weights as safetensors, and for a file of
-    them that is cut short.
+    ``config_file`` is a file that every such model has, whose revision on the hub is that of the model. A local folder
+    is read completely, which takes seconds per GB. Raises UserError for a folder without safetensors weights, and for a
+    truncated safetensors file.
     """
     folder = Path(name)
     if not folder.is_dir():
         with loading(what, name):
-            # The hub's cache keeps the files of a revision in a folder of that name.
+            # The hub cache stores the files of a revision in a folder named after it.
             return Path(hf_hub_download(name, config_file)).parent.name
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"))
     weights = [path for path in files if path.suffix == ".safetensors"]
     if not weights:
-        raise UserError(f"{what} '{name}': no .safetensors there; weights in other formats are not read")
+        raise UserError(f"{what} '{name}': no weights found; expected .safetensors files, the only format that is read")
     for path in weights:
         try:
             with safe_open(path, "numpy"):

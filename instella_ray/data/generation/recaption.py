@@ -1,4 +1,4 @@
-"""Recaption job: curated shards in, the same images with a long and a short caption out, by a pool of captioners."""
+"""Recaption job: writes the images of curated shards with new long and short captions, by a pool of captioners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..formats.sources import find_images, shard_sources
-from ..job import HOW, DataJobConfig, data_job
+from ..job import EXECUTION_KEYS, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
 from ..provenance import shard_provenance
 from ..stages import Pool, Stage
@@ -40,35 +40,35 @@ SHORT = Question(
 
 
 class RecaptionConfig(DataJobConfig):
-    """Which images are described, by which model, and what it is asked."""
+    """Configuration of the recaption job: input images, model and questions."""
 
     input: str
-    """Curated tars, or parquet with images (a path, glob, folder, commas between); captions need not be there."""
+    """Curated tars, or parquet with images: paths, globs or folders, comma-separated; captions are not required."""
     output: str
-    """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
+    """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Vision-language model: hub name, or local folder."""
+    """Vision-language model: hub name or local folder."""
     long: Question = LONG
     short: Question = SHORT
     max_pixels: int = Field(28 * 28 * 512, ge=1)
-    """Larger images are shrunk to so many pixels first; Qwen2.5-VL reads 28 x 28 of them as one token."""
+    """Maximum number of pixels, to which larger images are shrunk; Qwen2.5-VL encodes 28 x 28 pixels as one token."""
     precision: Precision = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs."""
     batch_size: int = Field(16, ge=1)
-    """Images described together, with both questions each."""
+    """Images per batch; each is captioned for both questions."""
     actors: int | None = Field(None, ge=1)
-    """Captioners; none means one a GPU, or one for every two CPUs."""
+    """Captioner actors; null: one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPU share of each captioner; 0 computes on the CPU."""
+    """GPUs per captioner actor, fractions allowed; 0: run on the CPU."""
     rows_per_shard: int = Field(1000, ge=1)
-    """Images looked at for one output tar."""
+    """Input images per output tar."""
 
 
 class Recaptioner:
-    """Actor that holds the captioner and gives every row its captions and verdict.
+    """Actor that runs the captioner, and adds captions and a verdict to every row.
 
-    A thread decodes the next images while the model describes these. Decoded images never lie in Ray's blocks: a
-    thousand of them would be cut into many small blocks, and so into many small tars.
+    A thread decodes the next batch while the model captions the current one. Images are decoded here rather than in an
+    earlier stage, because decoded images would be split into many small Ray blocks, and so into many small tars.
     """
 
     def __init__(self, cfg: RecaptionConfig) -> None:
@@ -84,7 +84,7 @@ class Recaptioner:
         return pa.Table.from_pylist(done, ROWS)
 
     def decoded(self, row: dict[str, Any]) -> Image.Image | str:
-        """The image of a row of :data:`.rows.SCHEMA`, or the verdict on what is none."""
+        """Decode the image of a row of :data:`..formats.rows.SCHEMA`; a verdict instead if that fails."""
         try:
             if problem := _problem(row):
                 raise UndecodableError(problem)
@@ -93,7 +93,7 @@ class Recaptioner:
             return f"{QUARANTINED}:{error}"
 
     def described(self, rows: Sequence[dict[str, Any]], images: Sequence[Image.Image | str]) -> list[dict[str, Any]]:
-        """``rows`` with captions and verdict; ``images`` has a verdict in the place of what is none."""
+        """Return ``rows`` with captions and verdicts; ``images`` are the results of :meth:`decoded`."""
         good = [image for image in images if not isinstance(image, str)]
         answers = iter(self.captioner.answers(good, (self.cfg.long, self.cfg.short)) if good else [])
         return [
@@ -106,7 +106,7 @@ class Recaptioner:
             reason = "empty" if missing[0].finished else "unfinished"
             return {**row, "image": None, "verdict": f"{DROPPED}:{reason}_caption"}
         meta = json.loads(row["meta"])
-        # What a second captioner is given as the caption is the first one's.
+        # After recaptioning twice, the original caption is that of the metadata.
         original = meta.get("caption_original") or row["caption"]
         captions = {"caption_long": long.text, "caption_short": short.text, "captioner": self.name}
         meta |= captions | ({"caption_original": original} if original else {})
@@ -114,7 +114,7 @@ class Recaptioner:
 
 
 def _problem(row: dict[str, Any]) -> str | None:
-    """The row's own; but an image without a caption is none here, if its metadata is in order."""
+    """Return the problem of a row, ignoring a missing caption unless the metadata is invalid."""
     if row["problem"] not in ("no_caption", "bad_caption"):
         problem: str | None = row["problem"]
         return problem
@@ -122,18 +122,18 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
-    """What must be equal for a run to go on; UserError for a model that describes no images."""
-    volatile = {*HOW, "model", "batch_size", "actors", "gpus_per_actor"}
+    """Return the settings that a resumed run must share; UserError if the model is not a captioner."""
+    volatile = {*EXECUTION_KEYS, "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
 
 
 def run_recaption(cfg: RecaptionConfig) -> Ledger:
-    """Describe ``cfg.input`` into ``cfg.output``; returns the ledger that is also written there.
+    """Recaption ``cfg.input`` into ``cfg.output``; returns the ledger, which is also written there.
 
-    UserError when there is no input, the model is none that describes images, the output exists unasked or was made
-    by other weights or questions, or nothing is left.
+    Raises UserError if the input is missing, the model is not a captioner, the output exists and ``cfg.mode`` does not
+    allow it, it was made with other weights or questions, or no image is kept.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
     shards = find_images(cfg.input)
@@ -143,5 +143,5 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
         sources = shard_sources(shards, cfg.rows_per_shard)
         job.write(sources, [captioner], PartWriter(cfg.output, ".tar", write_samples))
         ledger = job.close(shards.values())
-        job.require_kept(f"input {cfg.input}: no image got its captions")
+        job.require_kept(f"input {cfg.input}: no image was captioned")
         return ledger

@@ -1,4 +1,4 @@
-"""Synthesize job: an image of every prompt by every model, as captioned WebDataset tars."""
+"""Synthesize job: generates an image of every prompt by every model, as captioned WebDataset tars."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from .diffusers_pipeline import DiffusersPipeline, PipelineConfig, check_pipelin
 from .pretrained import located, short_name
 
 ROWS = SCHEMA.append(pa.field("verdict", pa.string()))
-# A key is PROMPT-MODEL: without a dash in its second half it can be parted again, and no two are the same.
+# Keys are PROMPT-MODEL: model names without dashes keep them unique and splittable.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
 class SynthesizeConfig(DataJobConfig):
-    """Which prompts become images, by which models."""
+    """Configuration of the synthesize job: prompts, models and image format."""
 
     prompts: str
-    """A .txt, .jsonl, .parquet (DiffusionDB) or (COCO) .json file; ``scenes`` are the procedural set's own."""
+    """Prompts: a .txt, .jsonl, .parquet (DiffusionDB) or (COCO) .json file, or ``scenes`` for those of the scenes dataset."""
     output: str
-    """Folder for the tars, ``quarantine/`` and ``ledger.json``."""
+    """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     models: dict[ModelName, PipelineConfig] = Field(min_length=1)
-    """By the name that keys and metadata give them. They run one after another."""
+    """Pipelines by their name in keys and metadata; they run one after another."""
     count: int | None = Field(None, ge=1)
-    """Draw so many of the prompts; none means all."""
+    """Number of prompts to draw; null: all."""
     seed: int = Field(0, ge=0)
-    """Of the draw of prompts and of every image's own seed."""
+    """Seed of the draw of prompts, and of the seeds of the images."""
     format: Literal["jpeg", "webp", "png"] = "jpeg"
-    """Of the image files."""
+    """Format of the image files."""
     quality: int = Field(95, ge=1, le=100)
-    """Of JPEG and WebP."""
+    """Quality of JPEG and WebP files."""
     prompts_per_shard: int = Field(256, ge=1)
-    """Images of one tar, and what is lost at most when an actor dies."""
+    """Prompts per tar, which is the work to redo if an actor dies."""
 
 
 class Synthesizer:
-    """Actor that holds one pipeline and makes the images of a chunk of prompts."""
+    """Actor that runs one pipeline, and generates the images of a chunk of prompts."""
 
     def __init__(self, cfg: SynthesizeConfig, name: str) -> None:
         self.cfg, self.name, self.model = cfg, name, cfg.models[name]
@@ -65,7 +65,7 @@ class Synthesizer:
         return pa.Table.from_pylist(list(self.rows(chunk["shard"], chunk["ids"], chunk["texts"])), ROWS)
 
     def rows(self, shard: str, ids: Sequence[str], texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Rows of :data:`ROWS`. Batches are cut from the chunk's start, so that a second run makes the same ones."""
+        """Yield rows of :data:`ROWS`. Batches start at the start of the chunk, so that a repeated run has the same ones."""
         seeds = [image_seed(self.cfg.seed, prompt_id, self.name) for prompt_id in ids]
         for start in range(0, len(ids), self.model.batch_size):
             now = range(start, min(start + self.model.batch_size, len(ids)))
@@ -90,18 +90,18 @@ class Synthesizer:
 
 
 def image_seed(seed: int, prompt_id: str, model: str) -> int:
-    """An image's own seed, 63 bits: whatever other prompts and models there are, and whatever made it before."""
+    """Return the seed of an image (63 bits), which does not depend on other prompts and models."""
     digest = hashlib.sha256(f"{seed}\n{model}\n{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 def image_key(prompt_id: str, model: str) -> str:
-    """``PROMPT-MODEL``; what a tar's member cannot have in its name (dots, slashes) is written as in a URL."""
+    """Return the key ``PROMPT-MODEL``, with characters that keys of tars cannot have (dots, slashes) percent-encoded."""
     return f"{quote(prompt_id, safe='').replace('.', '%2E')}-{model}"
 
 
 def encoded(image: np.ndarray, file_format: str, quality: int) -> bytes:
-    """File bytes of uint8 ``[H, W, 3]``."""
+    """Encode uint8 ``[H, W, 3]`` as the bytes of an image file."""
     buffer = io.BytesIO()
     options = {} if file_format == "png" else {"quality": quality}
     Image.fromarray(image).save(buffer, file_format.upper(), **options)
@@ -109,14 +109,14 @@ def encoded(image: np.ndarray, file_format: str, quality: int) -> bytes:
 
 
 def chunks(cfg: SynthesizeConfig, prompts: Sequence[Prompt], name: str) -> dict[str, Sequence[Prompt]]:
-    """What model ``name`` has to make, by the label of the shard that holds it."""
+    """Split the prompts for model ``name`` into shards: label -> prompts."""
     step = cfg.prompts_per_shard
     starts = range(0, len(prompts), step)
     return {f"{name}-{number:06d}": prompts[start : start + step] for number, start in enumerate(starts)}
 
 
 def synthesize_settings(cfg: SynthesizeConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What must be equal for a run to go on; UserError for a model that makes no images of prompts."""
+    """Return the settings that a resumed run must share; UserError if a model is not a text-to-image pipeline."""
     settings = cfg.model_dump(mode="json", include={"seed", "format", "quality", "prompts_per_shard"})
     settings |= {"prompts_hash": prompts_hash(prompts), "models": sorted(cfg.models)}
     for name, model in cfg.models.items():
@@ -131,19 +131,19 @@ def synthesize_settings(cfg: SynthesizeConfig, prompts: Sequence[Prompt]) -> dic
 
 
 def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
-    """Make images into ``cfg.output``; returns the ledger that is also written there.
+    """Generate images into ``cfg.output``; returns the ledger, which is also written there.
 
-    UserError for prompts that hold none, models that are none, and an output that exists unasked or was made by other
-    weights, prompts or settings.
+    Raises UserError if there are no prompts, a model is not a text-to-image pipeline, the output exists and ``cfg.mode``
+    does not allow it, or it was made with other weights, prompts or settings.
     """
     models = {n: m.model_copy(update={"pipeline": located(m.pipeline)}) for n, m in cfg.models.items()}
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "models": models})
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
-    asked = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
+    prompt_set = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
     pipelines = [
         Provenance(role="diffusers pipeline", kind="name", path=model.pipeline) for model in cfg.models.values()
     ]
-    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (asked, *pipelines)) as job:
+    with data_job(cfg, "synthesize", "shards", synthesize_settings(cfg, prompts), (prompt_set, *pipelines)) as job:
         labels: list[str] = []
         for name, model in cfg.models.items():
             of_model = chunks(cfg, prompts, name)
@@ -153,10 +153,10 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
             job.write(sources, [Stage(partial(Synthesizer, cfg, name), pool)], writer, title=f"synthesize {name}")
             labels += of_model
         ledger = job.close(labels)
-        job.require_kept(f"prompts {cfg.prompts}: no image came of them")
+        job.require_kept(f"prompts {cfg.prompts}: no image was kept")
         return ledger
 
 
 def _chunk_row(label: str, chunk: Sequence[Prompt]) -> dict[str, Any]:
-    """A chunk as one row, which an actor makes whole: its batches are cut from its start alone."""
+    """Return a chunk as one row, so that one actor processes it and its batches are always the same."""
     return {"shard": label, "ids": [p.id for p in chunk], "texts": [p.text for p in chunk]}

@@ -1,1 +1,1 @@
-"""Batches in an order that only the seed decides, for any number of workers."""
+"""Deterministic data loading: batches in an order that depends only on the seed, for any number of workers."""

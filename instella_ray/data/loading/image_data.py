@@ -1,4 +1,4 @@
-"""Curated images for tokenizer training, any of them at any time: NumPy and Pillow alone, no torch (see ``loader``)."""
+"""Training batches of curated images, with or without captions, by random access; no torch (see :mod:`.loader`)."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from .loader import CAPTIONS, CaptionChoice
 from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
 DECODERS = 4
-"""Threads that decode; Pillow leaves Python's lock while it works."""
-SILENT = 20
-"""So many tars are counted without a progress bar."""
+"""Threads that decode images; Pillow releases the GIL while decoding."""
+PROGRESS_BAR_TARS = 20
+"""Minimum number of tars to count for which a progress bar is shown."""
 
 
 class ImageBatch(NamedTuple):
-    """A tokenizer's training batch."""
+    """Training batch of a tokenizer."""
 
     pixels: dict[int, np.ndarray]
-    """By size: uint8 ``[B, size, size, 3]``, all of the same crops."""
+    """Size -> uint8 ``[B, size, size, 3]``, of the same crops at each size."""
     keys: list[str]
 
 
 class ImageData:
-    """Images cropped to a square at a random place along the longer side, each crop in one size or several.
+    """Dataset of images, each cropped to a square at a random position along the longer side, at one or more sizes.
 
-    Curated folders say how many images their tars hold; other tars are read once to be counted. A batch reads the
-    bytes of its images and no more, by the tars' indexes (:mod:`.tar_index`). What is decoded stays in memory up to
-    ``cache_bytes``: a small set is decoded once, a large one again every time. Samples of ``window`` tars are mixed at a
-    time.
+    Lists of shards of curated folders contain the numbers of images; other tars are read once to count them. A batch
+    reads only the bytes of its images, by the indexes of the tars (:mod:`..formats.tar_index`). Decoded images are cached
+    up to ``cache_bytes``: a small dataset is decoded once, a large one on every access. Samples of ``window`` tars are
+    shuffled together.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class ImageData:
         cache_bytes: int = 2 << 30,
         window: int = 256,
     ) -> None:
-        """``captions`` makes :meth:`column` know them too."""
+        """Open the shards of ``pattern``; ``captions`` includes captions in :meth:`column`.
+
+        Raises UserError if there is no usable image.
+        """
         self.sizes, self.largest, self.seed = tuple(sizes), max(sizes), seed
         shards = find_files(pattern)
         self.urls = [shard.url for shard in shards]
@@ -63,7 +66,7 @@ class ImageData:
             lambda n: (read_index(self.urls[i], captions=captions) for i in n), lambda t: t.nbytes, 256 << 20
         )
         uncounted = sum(shard.rows is None for shard in shards)
-        numbered = enumerate(tqdm(shards, desc="counting images", unit="shard", disable=uncounted < SILENT))
+        numbered = enumerate(tqdm(shards, desc="counting images", unit="shard", disable=uncounted < PROGRESS_BAR_TARS))
         counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
         self._starts = np.cumsum([0, *counts])
         self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)
@@ -78,7 +81,7 @@ class ImageData:
         return int(self._starts[-1])
 
     def batch(self, epoch: int, samples: np.ndarray) -> ImageBatch:
-        """The samples as they look in their epoch."""
+        """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
         epochs, index = split_epochs(len(self), epoch, samples)
         offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
         items = self._pixels.many(index.tolist())
@@ -87,18 +90,18 @@ class ImageData:
         return ImageBatch(pixels, [key for key, _ in items])
 
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
-        """What the tars' indexes say of the samples at ``index``, by the name of its column."""
+        """Return a column of the indexes of the tars (:data:`..formats.tar_index.SCHEMA`) for the samples at ``index``."""
         return [row[name] for _, row in self._rows(index)]
 
     def _rows(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, dict[str, Any]]]:
-        """The shard of each image, and its row there."""
+        """Return (shard number, index row) of each image."""
         shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
         places = [number - int(self._starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
         found = [self._indexes[shard].slice(place, 1) for shard, place in zip(shards, places, strict=True)]
         return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
 
     def _decoded(self, numbers: list[int]) -> list[tuple[str, np.ndarray]]:
-        """(key, uint8 ``[H, W, 3]`` with the shorter edge at the largest size) of each image."""
+        """Read and decode images to (key, uint8 ``[H, W, 3]``), with the shorter edge at the largest size."""
         shards, rows = zip(*self._rows(numbers), strict=True)
         urls = [self.urls[shard] for shard in shards]
         files = read_ranges(urls, [row["offset"] for row in rows], [row["bytes"] for row in rows])
@@ -113,22 +116,22 @@ class ImageData:
 
 
 class CaptionedImageBatch(NamedTuple):
-    """A generator's training batch, to be encoded."""
+    """Training batch of a generator, before encoding by the tokenizer."""
 
     pixels: np.ndarray
     """uint8 ``[B, size, size, 3]``."""
     captions: list[str]
-    """Empty where the caption was dropped."""
+    """Captions; empty if dropped for guidance."""
     keys: list[str]
 
 
 class CaptionedImageData:
-    """Images as :class:`ImageData` crops them, with captions chosen as those of codes are."""
+    """Dataset of images cropped as by :class:`ImageData`, with captions chosen as in :class:`.loader.CodesData`."""
 
     def __init__(
         self, pattern: str, size: int, seed: int, captions: CaptionChoice = CaptionChoice(), **options: Any
     ) -> None:
-        """``options`` are those of :class:`ImageData`."""
+        """Open the shards of ``pattern``; ``options`` are passed to :class:`ImageData`."""
         self.images = ImageData(pattern, (size,), seed, captions=True, **options)
         self.size, self.seed, self.captions, self.order = size, seed, captions, self.images.order
 
@@ -136,20 +139,20 @@ class CaptionedImageData:
         return len(self.images)
 
     def batch(self, epoch: int, samples: np.ndarray) -> CaptionedImageBatch:
-        """The samples as they look in their epoch."""
+        """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
         epochs, index = split_epochs(len(self), epoch, samples)
-        chance = sample_uniforms(self.seed, epochs, index)[:, 2:]  # the first two place the crop
+        chance = sample_uniforms(self.seed, epochs, index)[:, 2:]  # the first two position the crop
         captions = self.captions.choose(chance, *(self.images.column(index, name) for name in CAPTIONS))
         found = self.images.batch(epoch, samples)
         return CaptionedImageBatch(found.pixels[self.size], captions, found.keys)
 
     def long_captions(self, index: np.ndarray) -> list[str]:
-        """Of the samples at ``index``."""
+        """Return the long captions of the samples at ``index``."""
         return self.images.column(index, CAPTIONS[0])
 
 
 def require_images(pattern: str) -> None:
-    """UserError unless :class:`ImageData` has something to read there: shards, captions, a usable image."""
+    """Raise UserError unless ``pattern`` matches shards with captions and at least one usable image."""
     urls = list(find_shards(pattern))
     require_captions(urls)
     if not any(_has_image(url) for url in urls):

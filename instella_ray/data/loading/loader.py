@@ -1,8 +1,8 @@
-"""What training reads, as batches that depend on (seed, epoch, sample) alone: packed codes with captions, and mixtures.
+"""Training datasets of packed codes with captions, mixtures of datasets, and prefetching.
 
-``batch(epoch, samples)`` of each class takes what :meth:`.order.BatchPlan.samples` gives for its ``order(epoch)``. NumPy
-alone, no torch: batches are made in a thread, and a second thread with torch operations has a second OpenMP pool, which on
-a CPU halves the speed of training.
+Samples depend only on (seed, epoch, sample). ``batch(epoch, samples)`` of each dataset takes the samples that
+:meth:`.order.BatchPlan.samples` returns for its ``order(epoch)``. Uses NumPy and not torch: batches are built in a
+thread, and torch operations in a second thread start a second OpenMP pool, which halves the speed of training on CPUs.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ CAPTIONS = ("caption_long", "caption_short")
 
 
 class CodesBatch(NamedTuple):
-    """A generator's training batch."""
+    """Training batch of a generator."""
 
     codes: np.ndarray
     """uint8 0/1 ``[B, L, K]``."""
     captions: list[str]
-    """Empty where the caption was dropped."""
+    """Captions; empty if dropped for guidance."""
     keys: list[str]
 
 
 class CaptionChoice(NamedTuple):
-    """Which of its captions a sample is trained with."""
+    """Random choice between the long, the short and no caption of a sample."""
 
     short: float = 0.5
-    """Chance of the short one."""
+    """Probability of the short caption, if the caption is not dropped."""
     dropped: float = 0.1
-    """Chance of none, for guidance."""
+    """Probability of no caption, for classifier-free guidance."""
 
     def choose(self, chance: np.ndarray, long: Sequence[str], short: Sequence[str]) -> list[str]:
-        """A caption each of ``long [N]`` and ``short [N]``, or '', by uniforms ``chance [N, 2]``."""
+        """Choose from ``long [N]`` and ``short [N]``, or '' if dropped, by uniforms ``chance [N, 2]`` in [0, 1)."""
         captions = np.where(chance[:, 1] < self.short, np.array(short, object), np.array(long, object))
         captions[chance[:, 0] < self.dropped] = ""
         return captions.tolist()
 
 
 class CodesData:
-    """Packed codes with captions: long or short by chance, dropped by chance (for guidance).
+    """Dataset of packed codes, with a randomly chosen caption per sample (:class:`CaptionChoice`).
 
-    The samples of ``window`` files are mixed at a time, and held in memory: 70 MB for 64 files of a thousand.
+    Samples of ``window`` files are shuffled together, and held in memory: 70 MB for 64 files of a thousand samples.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class CodesData:
         return len(self.reader)
 
     def batch(self, epoch: int, samples: np.ndarray) -> CodesBatch:
-        """The samples as they look in their epoch."""
+        """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
         epochs, index = split_epochs(len(self), epoch, samples)
         chance = sample_uniforms(self.seed, epochs, index)
         captions = self.captions.choose(chance[:, :2], *(self.reader.column(index, name) for name in CAPTIONS))
         return CodesBatch(self.reader.codes(index), captions, self.reader.column(index, "key"))
 
     def long_captions(self, index: np.ndarray) -> list[str]:
-        """Of the samples at ``index``."""
+        """Return the long captions of the samples at ``index``."""
         return self.reader.column(index, CAPTIONS[0])
 
 
 class Data(Protocol):
-    """What a mixture mixes."""
+    """Dataset that a :class:`Mixture` can use as a source."""
 
     def __len__(self) -> int: ...
 
@@ -93,23 +93,24 @@ class Data(Protocol):
     def batch(self, epoch: int, samples: np.ndarray) -> Any: ...
 
 
-class _AsTheyAre:
+class _IdentityOrder:
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         return np.asarray(index, np.int64)
 
 
 class Mixture:
-    """Sources in fixed proportions (LAION : synthetic = 3 : 1), to a :class:`BatchPlan` like one source.
+    """Dataset that mixes sources in fixed proportions (such as LAION : synthetic = 3 : 1).
 
-    Of every ``sum(weights)`` samples, ``weights[k]`` come from source k. An epoch of the mixture is one in which every
-    source is used up at least once; shorter sources begin again in a new order, each of their samples once a pass. Each
-    source keeps to its own order, so that its files are read as if it were alone.
+    Of every ``sum(weights)`` samples, ``weights[k]`` come from source k. In an epoch of the mixture, every source is
+    used completely at least once; shorter sources repeat, in a new order in each pass. Each source is read in its usual
+    order, so that mixing does not change the access to its files. Raises UserError for weights that are not one
+    positive integer per source.
     """
 
     def __init__(self, sources: Sequence[Data], weights: Sequence[int], seed: int) -> None:
         if len(sources) != len(weights) or min(weights, default=0) < 1:
             raise UserError(
-                f"mixture of {len(sources)} sources: weights {list(weights)}, expected one whole number above 0 each"
+                f"mixture of {len(sources)} sources: weights {list(weights)}, expected one positive integer per source"
             )
         self.sources, self.weights, self.seed = sources, weights, seed
         self._owner = np.repeat(np.arange(len(weights)), weights)
@@ -120,14 +121,14 @@ class Mixture:
         return self._rounds * len(self._owner)
 
     def order(self, epoch: int) -> EpochOrder:
-        """The numbers as they are: the sources' orders do the mixing."""
-        return _AsTheyAre()
+        """Return the identity order: the orders of the sources shuffle the samples."""
+        return _IdentityOrder()
 
     def batch(self, epoch: int, samples: np.ndarray) -> Any:
-        """A batch of the sources' type, in the order of ``samples``."""
+        """Build a batch of the sources' batch type, in the order of ``samples``."""
         epochs, index = split_epochs(len(self), epoch, samples)
         rounds, slot = np.divmod(index, len(self._owner))
-        # Every round begins elsewhere, or ranks that take every n-th sample would see some sources only.
+        # Rounds start at random slots: otherwise ranks, which take every n-th sample, might see only some sources.
         turn = sample_uniforms(self.seed, epochs, rounds)[:, 0] * len(self._owner)
         slot = (slot + turn.astype(np.int64)) % len(self._owner)
         rounds += epochs * self._rounds
@@ -145,7 +146,7 @@ class Mixture:
 
 
 class Prefetcher(Generic[T]):
-    """Runs ``make(step)`` for steps from ``start`` in a thread, a few ahead of the loop that iterates."""
+    """Iterator over ``make(step)`` for steps ``start`` to ``stop - 1``, computed in a thread up to ``depth`` steps ahead."""
 
     def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 4) -> None:
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
@@ -165,7 +166,7 @@ class Prefetcher(Generic[T]):
             self.close()
 
     def close(self) -> None:
-        """End the thread; what it has prepared is dropped. Leaving the loop does this too."""
+        """Stop the thread and discard prefetched items; also called when the iteration ends."""
         self._ended.set()
         while self._thread.is_alive():
             try:
@@ -179,12 +180,12 @@ class Prefetcher(Generic[T]):
                 if self._ended.is_set():
                     return
                 self._queue.put((make(step), None))
-        except BaseException as error:  # handed to the loop, which raises it
+        except BaseException as error:  # raised again by the iterating thread
             self._queue.put((None, error))
 
 
 def _joined(batches: Sequence[Any], order: list[int]) -> Any:
-    """Batches of one NamedTuple type as one, rows rearranged by ``order``."""
+    """Concatenate batches of one NamedTuple type, and reorder the rows by ``order``."""
     fields: list[Any] = []
     for values in zip(*batches, strict=True):
         if isinstance(values[0], np.ndarray):

@@ -145,7 +145,7 @@ def test_what_is_missing_or_does_not_fit_is_named_at_the_start(
     wide = saved(tmp_path / "wide.pth", nn.Linear(768, 1).state_dict())
     for given, message in [
         ({"head": str(tmp_path / "none.pth")}, "none.pth: no such file"),
-        ({"head": wide}, "wide.pth: for embeddings of 768 numbers, tiny-test gives 16"),
+        ({"head": wide}, "wide.pth: for embeddings of size 768; expected 16, of tiny-test"),
         ({"model": "ViT-other"}, "filters.aesthetic: open_clip has no model 'ViT-other'"),
         ({"weights": "nowhere.pt"}, "filters.aesthetic: weights nowhere.pt: expected a local file or"),
     ]:

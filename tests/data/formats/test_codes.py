@@ -58,7 +58,7 @@ def test_unfinished_and_damaged_folders_are_user_errors(tmp_path: Path) -> None:
         CodesReader(str(tmp_path))
     write_codes(tmp_path, [3])
     write_codes_file(str(tmp_path / "0.parquet"), [])
-    with pytest.raises(UserError, match=r"0 rows, the manifest says 3"):
+    with pytest.raises(UserError, match=r"0 rows, expected 3 by the manifest"):
         CodesReader(str(tmp_path)).codes([0])
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="not a manifest of codes"):

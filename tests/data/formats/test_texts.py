@@ -37,7 +37,7 @@ def test_texts(value: Any, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(True, "truth value"), (7, "number"), (0.5, "number"), ({"en": "a"}, "object"), ([["a"]], "list"), ([1], "list")],
+    [(True, "boolean"), (7, "number"), (0.5, "number"), ({"en": "a"}, "object"), ([["a"]], "list"), ([1], "list")],
 )
 def test_what_is_no_text_is_refused_by_its_type(value: Any, kind: str) -> None:
     with pytest.raises(TextError, match=f"^{kind}, expected text$"):

@@ -28,7 +28,7 @@ from instella_ray.data.formats.shards import write_samples, write_tar
 from instella_ray.data.formats.sources import read_blocks
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.generation.captioner import Captioner, Question, decode_for_captioner, full_sentences
-from instella_ray.data.generation.pretrained import fingerprint, located, short_name
+from instella_ray.data.generation.pretrained import located, short_name, weights_identity
 from instella_ray.data.generation.recaption import RecaptionConfig, Recaptioner, recaption_settings, run_recaption
 from instella_ray.errors import UserError
 
@@ -206,10 +206,10 @@ def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path: Path, monkeypatch
     for name, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "{}")):
         (kept / name).parent.mkdir(parents=True)
         (kept / name).write_text(text)
-    assert fingerprint("model", "someone/captioner", "config.json") == "0" * 40
+    assert weights_identity("model", "someone/captioner", "config.json") == "0" * 40
     assert located("someone/captioner") == short_name("someone/captioner") == "someone/captioner"
     with pytest.raises(UserError, match=r"^model 'someone/other': cannot be loaded"):
-        fingerprint("model", "someone/other", "config.json")
+        weights_identity("model", "someone/other", "config.json")
 
 
 def _no_weights(model: Path) -> None:
@@ -235,7 +235,7 @@ def _no_template(model: Path) -> None:
     [
         (shutil.rmtree, "tiny': cannot be loaded"),
         (lambda model: (model / "config.json").write_text("no JSON"), "tiny': cannot be loaded"),
-        (_no_weights, "tiny': no .safetensors there; weights in other formats are not read"),
+        (_no_weights, "tiny': no weights found; expected .safetensors files"),
         (_cut_weights, "model.safetensors: not a complete safetensors file"),
         (_text_only, "tiny': a bert, expected a model that answers questions on images"),
         (_no_template, "tiny': its processor has no chat template"),

@@ -190,11 +190,11 @@ def _rename_class(name: Any) -> Any:
     ("spoil", "more", "message"),
     [
         (shutil.rmtree, {}, "prudish': cannot be loaded"),
-        (_spoil_weights, {}, "prudish': no .safetensors there; weights in other formats are not read"),
-        (_rename_class(["mine", "MyPipeline"]), {}, "other code is not run"),
-        (_rename_class("StableDiffusionImg2ImgPipeline"), {}, "expected one that makes images of prompts alone"),
+        (_spoil_weights, {}, "prudish': no weights found; expected .safetensors files"),
+        (_rename_class(["mine", "MyPipeline"]), {}, "no other code is run"),
+        (_rename_class("StableDiffusionImg2ImgPipeline"), {}, "expected a text-to-image pipeline"),
         (None, {"max_sequence_length": 77}, "a StableDiffusionPipeline has no max_sequence_length"),
-        (None, {"count": 6}, "5 there, count asks for 6"),
+        (None, {"count": 6}, "5 found, expected at least count=6"),
     ],
 )
 def test_a_job_that_cannot_be_done_is_a_user_error_before_any_work(

@@ -1,1 +1,1 @@
-"""Curation filters: each a small class that is its own typed configuration, with scores, limits and ledger reasons."""
+"""Curation filters: each class is also the filter's configuration, with its scores, limits and ledger reasons."""

@@ -1,4 +1,4 @@
-"""Aesthetic score of an image: CLIP's embedding through LAION's linear head (V1), or the deeper one of the improved
+"""Aesthetic score filter: a CLIP embedding and LAION's linear head (V1), or the multi-layer head of the improved
 predictor (V2), which has no activations and so is an affine map too."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ V2_WIDTHS = [1024, 128, 64, 16]
 
 
 class Aesthetic(ImageFilter):
-    """People's rating of an image as LAION's predictor guesses it, about 1 to 10, at least ``minimum``."""
+    """Keeps images whose rating predicted by LAION's aesthetic predictor, about 1 to 10, is at least ``minimum``."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"aesthetic": Scale(0, 10)}
     requires: ClassVar[tuple[str, ...]] = ("open_clip",)
@@ -31,14 +31,16 @@ class Aesthetic(ImageFilter):
     files: ClassVar[tuple[str, ...]] = ("weights", "head")
 
     model: str = "ViT-L-14"
-    """open_clip's name of the network; for a local file of OpenAI's own weights it is ``ViT-L-14-quickgelu``."""
+    """open_clip name of the model; for a local file of OpenAI's weights: ``ViT-L-14-quickgelu``."""
     weights: str = "openai"
-    """A local file, or open_clip's tag, which may download."""
+    """Local file, or open_clip tag of weights, which may be downloaded."""
     head: str
-    """Path or URL of the head for that network: safetensors, or a PyTorch file of plain tensors, as LAION's
-    ``sa_0_4_vit_l_14_linear.pth`` (V1) and ``sac+logos+ava1-l14-linearMSE.pth`` (V2) are."""
+    """Path or URL of the head for that model: safetensors, or a PyTorch file of plain tensors.
+
+    LAION's are ``sa_0_4_vit_l_14_linear.pth`` (V1) and ``sac+logos+ava1-l14-linearMSE.pth`` (V2).
+    """
     minimum: float = 4.5
-    """LAION-Aesthetics are the images over 4.5 (its largest subset), 5, 6 or 6.5."""
+    """Minimum score; the LAION-Aesthetics subsets are the images above 4.5 (largest), 5, 6 or 6.5."""
 
     def check(self) -> None:
         super().check()
@@ -48,7 +50,7 @@ class Aesthetic(ImageFilter):
         width = require_clip(self.model, self.weights, asker=self.label, extra="curate")
         if len(vector) != width:
             raise UserError(
-                f"{self.label}.head {self.head}: for embeddings of {len(vector)} numbers, {self.model} gives {width}"
+                f"{self.label}.head {self.head}: for embeddings of size {len(vector)}; expected {width}, of {self.model}"
             )
 
     def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
@@ -68,7 +70,7 @@ class Aesthetic(ImageFilter):
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The image, or the middle part of a very long one: CLIP looks at a square, but would scale the whole before."""
+    """Crop very long images to their middle part: CLIP uses a centre crop, but would first resize the whole image."""
     most = LONGEST * min(image.size)
     if max(image.size) <= most:
         return image
@@ -78,10 +80,10 @@ def middle(image: Image.Image) -> Image.Image:
 
 
 def read_head(url: str, asker: str) -> tuple[np.ndarray, float]:
-    """A head as the affine map that it is: float64 ``[D]`` and the bias.
+    """Read a head as one affine map: weights float64 ``[D]``, and the bias.
 
-    Which of the two kinds it is, the shapes tell: one layer ``[1, D]``, or five by way of :data:`V2_WIDTHS`. UserError
-    names ``asker`` and the file where it is neither.
+    The shapes determine the version: one layer ``[1, D]`` (V1), or five with the widths :data:`V2_WIDTHS` (V2). Raises
+    UserError naming ``asker`` and the file if it is neither, or has values that are not finite.
     """
     found = re.compile(r"(.*?)(weight|bias)")
     layers: dict[str, dict[str, np.ndarray]] = {}
@@ -101,12 +103,12 @@ def read_head(url: str, asker: str) -> tuple[np.ndarray, float]:
     for layer in ordered:
         matrix, bias = layer["weight"] @ matrix, layer["weight"] @ bias + layer["bias"]
     if not np.isfinite([*matrix[0], bias[0]]).all():
-        raise UserError(f"{asker}.head {url}: holds numbers that are not finite")
+        raise UserError(f"{asker}.head {url}: has weights that are not finite")
     return matrix[0], float(bias[0])
 
 
 def _tensors(url: str, asker: str) -> Mapping[str, Tensor]:
-    """The tensors of a file. Pickles are read with ``weights_only=True``: no code in them runs."""
+    """Read the tensors of a file. Pickles are read with ``weights_only=True``, so that no code in them runs."""
     import safetensors.torch
     import torch
 
@@ -118,7 +120,7 @@ def _tensors(url: str, asker: str) -> Mapping[str, Tensor]:
         if url.endswith(".safetensors"):
             return safetensors.torch.load(data)
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can fail in any way
+    except Exception as error:  # a damaged or malicious file can raise any exception
         raise UserError(f"{asker}.head {url}: refused, not a file of plain tensors ({type(error).__name__})") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise _no_head(url, asker)

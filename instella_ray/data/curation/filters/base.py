@@ -1,4 +1,4 @@
-"""What a filter is: it gives a sample named scores, and says for which reason, if any, scores cost it its place."""
+"""Base classes of curation filters: a filter computes named scores of a sample, and drops it if they exceed limits."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ....packages import extra_import
 
 
 class Sample(NamedTuple):
-    """What can be judged without reading a single pixel."""
+    """Data of a sample that is available without decoding its image."""
 
     size: tuple[int, int]
-    """Width and height, px."""
+    """Width and height (px)."""
     caption: str
     meta: Mapping[str, Any]
-    """The source's KEY.json, or the columns of its parquet file."""
+    """Metadata: KEY.json of a tar, or the other columns of a parquet file."""
 
 
 class Scale(NamedTuple):
-    """The axis of a score's histogram; scores outside count in its first or last bin."""
+    """Axis of the histogram of a score; values outside count in its first or last bin."""
 
     low: float
     high: float
@@ -34,47 +34,47 @@ class Scale(NamedTuple):
 
 
 class ScoreLimits(NamedTuple):
-    """What a score may be, both ends included; none is no limit."""
+    """Allowed range of a score, bounds included; None: no bound."""
 
     minimum: float | None = None
     maximum: float | None = None
 
     def allow(self, value: float) -> bool:
-        """Whether ``value`` lies within."""
+        """Return whether ``value`` is within the limits."""
         return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
 
 
 LONGEST = 4
-"""Longer over shorter edge up to which images are shown to a model as they are."""
+"""Aspect ratio, longer over shorter edge, above which images are shrunk, cropped or padded for a model."""
 Scores = Mapping[str, float]
 Scorer = Callable[[Sequence[Image.Image]], Sequence[Scores]]
-"""A loaded model: upright RGB images of any size in, the scores of each out."""
+"""Loaded model: maps upright RGB images of any size to the scores of each."""
 
 
 class Filter(Config, ABC):
-    """One section of the filters' configuration. A score that is not there is not held against a sample."""
+    """Base class of filters, and of their sections in the configuration. Missing scores do not drop a sample."""
 
     scales: ClassVar[Mapping[str, Scale]]
-    """The scores that it gives, and how the report draws them."""
+    """Names of the scores, and their axes in the report."""
     requires: ClassVar[tuple[str, ...]] = ()
-    """Modules that it needs of the extra ``curate``."""
+    """Required modules of the extra ``curate``."""
 
     @property
     def label(self) -> str:
-        """Its section of the configuration, for messages."""
+        """Name of the configuration section, for messages."""
         return "filters." + re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def check(self) -> None:
-        """UserError where something is missing that it needs: asked at the start of a job, before there are actors."""
+        """Raise UserError if a requirement is missing; called at the start of a job, before actors are created."""
         for module in self.requires:
             extra_import(module, self.label, "curate")
 
     @abstractmethod
     def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
-        """Of each score with a limit: the ledger's reason, and the limit."""
+        """Map each score that has limits to its ledger reason and its limits."""
 
     def reason(self, scores: Scores) -> str | None:
-        """The ledger's reason to drop a sample with these scores; none lets it pass."""
+        """Return the ledger reason to drop a sample with these scores; None: keep it."""
         for name, (reason, limits) in self.limits().items():
             if name in scores and not limits.allow(scores[name]):
                 return reason
@@ -82,40 +82,40 @@ class Filter(Config, ABC):
 
 
 class SampleFilter(Filter):
-    """Judges by size, caption and metadata: asked before any pixel is decoded."""
+    """Filter by image size, caption and metadata, applied before the image is decoded."""
 
     @abstractmethod
     def measure(self, sample: Sample) -> Scores:
-        """The scores of ``sample``."""
+        """Return the scores of ``sample``."""
 
 
 class ImageFilter(Filter):
-    """Judges by pixels, with a model on a pool of actors."""
+    """Filter by pixels, with a model on a pool of actors."""
 
     actors: int | None = Field(None, ge=1)
-    """Actors that hold the model; none means one a GPU, or one for every two CPUs."""
+    """Actors that run the model; null: one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPU share of each actor; 0 computes on the CPU."""
+    """GPUs per actor, fractions allowed; 0: run on the CPU."""
     batch_size: int = Field(32, ge=1)
-    """Images a call of the model."""
+    """Images per model call."""
 
     decode_size: ClassVar[int]
-    """The model looks at no more than this (px): what comes larger may be made smaller before (:func:`bounded`)."""
+    """Input resolution of the model (px); larger images may be shrunk before (:func:`bounded`)."""
     files: ClassVar[tuple[str, ...]] = ()
-    """Settings that may be the path of a local file."""
+    """Names of settings that may be paths of local files."""
 
     def resolved(self) -> Self:
-        """The same with local files by their absolute path: actors may run in other folders than the job."""
+        """Return a copy with absolute paths of local files, because actors run in other working directories."""
         given = {name: Path(str(getattr(self, name))) for name in self.files}
         return self.model_copy(update={name: str(path.absolute()) for name, path in given.items() if path.is_file()})
 
     @abstractmethod
     def load(self, device: str) -> Scorer:
-        """The model on ``cpu`` or ``cuda``; UserError where a package or a file is missing. Called once an actor."""
+        """Load the model on ``cpu`` or ``cuda``, once per actor; UserError if a package or a file is missing."""
 
 
 def bounded(image: Image.Image, size: int) -> Image.Image:
-    """The image, made smaller where its shorter edge is over ``size`` (px) or its longer one over ``LONGEST * size``."""
+    """Shrink an image until its shorter edge is at most ``size`` (px) and its longer one at most ``LONGEST * size``."""
     scale = min(1, size / min(image.size), LONGEST * size / max(image.size))
     if scale == 1:
         return image

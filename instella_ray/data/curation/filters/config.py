@@ -1,4 +1,4 @@
-"""The filters of a curation, a section each; ``null`` switches one off."""
+"""Configuration of the curation filters, one section per filter; ``null`` disables a filter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .text import Text
 
 
 class FilterConfig(Config):
-    """Asked in this order; the first that refuses a sample gives the ledger its reason."""
+    """Filters in the order in which they are applied; the first that drops a sample gives the ledger reason."""
 
     resolution: Resolution | None = Resolution()
     aspect_ratio: AspectRatio | None = AspectRatio()
@@ -28,18 +28,18 @@ class FilterConfig(Config):
     duplicates: DuplicateConfig | None = None
 
     def sections(self) -> dict[str, Filter]:
-        """The filters that are on, by name."""
+        """Return the enabled filters of single samples, by name."""
         found = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in found.items() if isinstance(section, Filter)}
 
     def scales(self) -> dict[str, Scale]:
-        """The axes of all scores that these filters give."""
+        """Return the axes of all scores of the enabled filters."""
         return {name: scale for section in self.sections().values() for name, scale in section.scales.items()}
 
     def of_samples(self) -> list[SampleFilter]:
-        """Those that need no pixels."""
+        """Return the enabled filters that need no pixels."""
         return [section for section in self.sections().values() if isinstance(section, SampleFilter)]
 
     def of_images(self) -> dict[str, ImageFilter]:
-        """Those with a model."""
+        """Return the enabled filters with a model, by name."""
         return {name: section for name, section in self.sections().items() if isinstance(section, ImageFilter)}

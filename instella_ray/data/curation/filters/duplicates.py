@@ -1,4 +1,4 @@
-"""Copies within the whole set: not a filter of one sample, but asked after all of them."""
+"""Configuration of deduplication, which runs over the whole dataset after all filters of single samples."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ....config import Config
 
 
 class DuplicateConfig(Config):
-    """Of images that are the same to the byte, or nearly, the largest stays, of equals the first.
+    """Drops exact and near duplicates: of each group the largest image is kept, or the first of equals.
 
-    The fingerprints of all kept images, about 100 bytes each, are compared in the driver's memory.
+    The fingerprints of all kept images, about 100 bytes each, are compared in the memory of the driver.
     """
 
     max_distance: int | None = Field(4, ge=0, le=12)
-    """Near copies: perceptual hashes (64 bits) that differ in at most so many; null drops copies to the byte alone."""
+    """Maximum number of differing bits of the 64-bit perceptual hashes of near duplicates; null: drop only exact ones."""
     max_color_difference: int = Field(16, ge=0, le=255)
-    """And in no cell of a 4 x 4 grid the mean red, green or blue by more than this (0 to 255)."""
+    """Maximum difference of mean red, green or blue (0 to 255) in any cell of a 4 x 4 grid, of near duplicates."""

@@ -1,4 +1,4 @@
-"""The language of a caption, by py3langid: naive Bayes over byte n-grams, 140 languages, no download."""
+"""Language filter of captions, by py3langid: naive Bayes over byte n-grams, 140 languages, no download."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import Field
 from ....errors import UserError
 from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
-READ = 2000
-"""Characters looked at: more do not make it surer, and captions may be of any length."""
+MAX_CHARS = 2000
+"""Characters of a caption that are classified: more do not improve the result, and captions may have any length."""
 
 
 class Language(SampleFilter):
-    """The caption is in one of ``languages`` with a probability of at least ``minimum``."""
+    """Keeps samples whose caption is in one of ``languages`` with a probability of at least ``minimum``."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"language_probability": Scale(0, 1)}
     requires: ClassVar[tuple[str, ...]] = ("py3langid",)
@@ -24,10 +24,13 @@ class Language(SampleFilter):
     languages: tuple[str, ...] = Field(("en",), min_length=1)
     """ISO 639-1 codes."""
     minimum: float = Field(0.1, ge=0, le=1)
-    """Of their probabilities' sum. Low, because the probability is spread over 140 languages: a short English caption gets
-    0.2 to 0.6, a German one less than 0.01 for English."""
+    """Minimum sum of the probabilities of ``languages``.
+
+    Low, because the probability is spread over 140 languages: a short English caption gets 0.2 to 0.6 for English, a
+    German one less than 0.01.
+    """
     shortest: int = Field(20, ge=1)
-    """Captions with fewer letters, counted in bytes of UTF-8, have no score: one or two words do not tell a language."""
+    """Minimum number of letters, in bytes of UTF-8, of a caption with a score: one or two words cannot be classified."""
 
     def check(self) -> None:
         super().check()
@@ -39,7 +42,7 @@ class Language(SampleFilter):
         return {"language_probability": ("language", ScoreLimits(minimum=self.minimum))}
 
     def measure(self, sample: Sample) -> Scores:
-        text = sample.caption[:READ]
+        text = sample.caption[:MAX_CHARS]
         if len("".join(filter(str.isalpha, text)).encode()) < self.shortest:
             return {}
         probabilities = dict(_identifier().rank(text))
@@ -48,7 +51,7 @@ class Language(SampleFilter):
 
 @lru_cache(1)
 def _identifier() -> Any:
-    """The model, loaded once a process (2 s)."""
+    """Load the model, once per process (2 s)."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

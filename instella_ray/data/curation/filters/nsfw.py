@@ -1,4 +1,4 @@
-"""NSFW score of an image by Open-NSFW, the model that the server's safety checker uses too."""
+"""NSFW filter of images by Open-NSFW, the model that the server's safety checker also uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .onnx import CPU, CUDA, OnnxFilter
 
 
 class Nsfw(OnnxFilter):
-    """Open-NSFW's score at most ``maximum``. It is about nudity alone; LAION's ``punsafe`` is a filter of its own."""
+    """Keeps images with an Open-NSFW score of at most ``maximum``. Detects nudity only; LAION's ``punsafe`` is separate."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"nsfw": Scale(0, 1)}
     requires: ClassVar[tuple[str, ...]] = (*OnnxFilter.requires, PACKAGE)
@@ -22,13 +22,13 @@ class Nsfw(OnnxFilter):
     files: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = PACKAGED
-    """ONNX file, or ``package:module/file`` within an installed package: a graph with Open-NSFW's input and outputs."""
+    """ONNX file, or ``package:module/file`` in an installed package, with the inputs and outputs of Open-NSFW."""
     maximum: float = Field(0.5, ge=0, le=1)
-    """Yahoo calls scores under 0.2 safe and over 0.8 unsafe."""
+    """Maximum score; Yahoo calls scores below 0.2 safe and above 0.8 unsafe."""
 
     def check(self) -> None:
         super().check()
-        self.load("cpu")  # 22 MB: cheaper than to find out on the actors
+        self.load("cpu")  # 22 MB: cheaper than a failure on the actors
 
     def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
         return {"nsfw": ("nsfw", ScoreLimits(maximum=self.maximum))}

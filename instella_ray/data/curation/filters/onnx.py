@@ -1,4 +1,4 @@
-"""Filters whose models run in onnxruntime, on the CPU or where its build has CUDA."""
+"""Base class of filters with ONNX models, run by onnxruntime on the CPU, or on GPUs if its build supports CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 class OnnxFilter(ImageFilter):
-    """An image filter with a model in ONNX."""
+    """Image filter with an ONNX model."""
 
     requires: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
@@ -23,6 +23,6 @@ class OnnxFilter(ImageFilter):
 
         if CUDA not in onnxruntime.get_available_providers():
             raise UserError(
-                f"{self.label}.gpus_per_actor {self.gpus_per_actor:g}: this onnxruntime computes on the CPU alone; "
+                f"{self.label}.gpus_per_actor {self.gpus_per_actor:g}: this onnxruntime does not support CUDA; "
                 "expected 0, or the package onnxruntime-gpu"
             )

@@ -1,4 +1,4 @@
-"""Filters that need no pixels: resolution, aspect ratio, caption length, and scores that the metadata brings."""
+"""Filters that need no pixels: resolution, aspect ratio, caption length, and LAION's scores in the metadata."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .base import Sample, SampleFilter, Scale, ScoreLimits, Scores
 
 
 class Resolution(SampleFilter):
-    """Shorter edge at least half the resolution that is trained for (paper, section 4)."""
+    """Keeps images whose shorter edge is at least half the training resolution (paper, section 4)."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"shorter_edge": Scale(16, 8192, log=True)}
 
     target_size: int = Field(512, ge=1)
-    """Resolution to train for (px)."""
+    """Training resolution (px)."""
 
     def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
         return {"shorter_edge": ("small", ScoreLimits(minimum=self.target_size / 2))}
@@ -27,7 +27,7 @@ class Resolution(SampleFilter):
 
 
 class AspectRatio(SampleFilter):
-    """Longer over shorter edge at most ``maximum``."""
+    """Keeps images whose longer edge is at most ``maximum`` times the shorter one."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"aspect_ratio": Scale(1, 10)}
 
@@ -41,10 +41,10 @@ class AspectRatio(SampleFilter):
 
 
 class MetadataScore(SampleFilter):
-    """A number that the metadata brings; samples without it stay: what is unknown is not held against them."""
+    """Base class of filters by a number in the metadata; samples without it are kept."""
 
     field: ClassVar[str]
-    """Name in the metadata, and of the score."""
+    """Name of the number in the metadata, and of the score."""
 
     def measure(self, sample: Sample) -> Scores:
         value = score(sample.meta, self.field)
@@ -52,7 +52,7 @@ class MetadataScore(SampleFilter):
 
 
 class Watermark(MetadataScore):
-    """LAION's probability of a watermark at most ``maximum``."""
+    """Keeps images whose watermark probability by LAION is at most ``maximum``."""
 
     field: ClassVar[str] = "pwatermark"
     scales: ClassVar[Mapping[str, Scale]] = {"pwatermark": Scale(0, 1)}
@@ -64,7 +64,7 @@ class Watermark(MetadataScore):
 
 
 class Unsafe(MetadataScore):
-    """LAION's probability of unsafe content at most ``maximum``."""
+    """Keeps images whose probability of unsafe content by LAION is at most ``maximum``."""
 
     field: ClassVar[str] = "punsafe"
     scales: ClassVar[Mapping[str, Scale]] = {"punsafe": Scale(0, 1)}
@@ -76,7 +76,7 @@ class Unsafe(MetadataScore):
 
 
 class Similarity(MetadataScore):
-    """LAION's CLIP similarity of image and caption at least ``minimum``."""
+    """Keeps images whose CLIP similarity to the caption by LAION is at least ``minimum``."""
 
     field: ClassVar[str] = "similarity"
     scales: ClassVar[Mapping[str, Scale]] = {"similarity": Scale(0, 0.6)}
@@ -88,7 +88,7 @@ class Similarity(MetadataScore):
 
 
 class CaptionLength(SampleFilter):
-    """Length of the caption, in characters, within limits."""
+    """Keeps samples whose caption has ``minimum`` to ``maximum`` characters; null: no limit."""
 
     scales: ClassVar[Mapping[str, Scale]] = {"caption_chars": Scale(1, 10_000, log=True)}
 

@@ -1,4 +1,4 @@
-"""Rules of the house that a program can check."""
+"""Rules of the repository that a program can check."""
 
 from __future__ import annotations
 

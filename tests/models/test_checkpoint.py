@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import save_file
 
 from instella_ray.errors import UserError
-from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import load_model, save_model, weight_hash
+from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.checkpoint import load_model, parse_model, save_model, weight_hash
 
 from ..kit.models import RESAMPLING_BIT
 
@@ -86,3 +86,10 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
         save_file({k: v for k, v in {**state, **change}.items() if v is not None}, path)
         with pytest.raises(UserError, match=rf"^{path}: the weights do not fit the model: [^\n]*{message}"):
             load_model(tmp_path)
+
+
+def test_a_tokenizer_that_names_an_option_that_is_gone_loads_where_it_was_off() -> None:
+    section = BITConfig().model_dump()
+    assert parse_model({**section, "repa_layer": None, "repa_width": 384}) == BITConfig()
+    with pytest.raises(UserError, match="unknown key 'repa_layer'"):
+        parse_model({**section, "repa_layer": 3, "repa_width": 384})

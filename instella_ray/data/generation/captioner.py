@@ -101,7 +101,7 @@ class Captioner:
 
 
 def check_captioner(name: str) -> str:
-    """Return the identity of the weights of a captioner without loading its weights; UserError if ``name`` is not a captioner."""
+    """Return the hash of a captioner's weights without loading them; UserError if ``name`` is not a captioner."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

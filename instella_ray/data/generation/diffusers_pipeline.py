@@ -87,7 +87,7 @@ def checked(pixels: np.ndarray, flagged: bool) -> np.ndarray | str:
 
 
 def check_pipeline(cfg: PipelineConfig) -> str:
-    """Return the identity of the weights of a pipeline without loading it; UserError if it is not a text-to-image pipeline."""
+    """Return the hash of a pipeline's weights without loading it; UserError if it is not a text-to-image pipeline."""
     diffusers, name = _diffusers(), cfg.pipeline
     with loading("pipeline", name):
         class_name = diffusers.DiffusionPipeline.load_config(name).get("_class_name")

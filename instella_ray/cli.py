@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import logs
-from .config import add_config_arguments, add_overrides, describe, load_config, read_yaml, validate
+from .config import ArgumentParser, add_config_arguments, add_overrides, describe, load_config, read_yaml, validate
 from .errors import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: that of the process) and return the exit code."""
-    parser = argparse.ArgumentParser(prog="instella-ray", description="Instella-T2I on Ray.")
+    parser = ArgumentParser(prog="instella-ray", description="Instella-T2I on Ray.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_compare(commands)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(lambda: args.run(args))
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     from .demo.recipe import DemoConfig
 
     demo = commands.add_parser(
@@ -65,7 +65,7 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
 
 
-def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_compare(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     command = commands.add_parser(
         "compare",
         help="compare two evaluations, with the significance of differences",
@@ -89,7 +89,7 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"page: {args.output}")
 
 
-def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_shards(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     command = commands.add_parser(
         "shards",
         help="write a shard list, which jobs read instead of listing a bucket",
@@ -110,7 +110,7 @@ def _shards(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(made.shards)} shards, {made.bytes} bytes")
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_plan(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     from .planning.plan import PlanOptions
 
     command = commands.add_parser(
@@ -157,7 +157,7 @@ def _plan(args: argparse.Namespace) -> None:
         print("\n\n".join((f"{name}\n" if name else "") + plan.text() for name, plan in plans.items()))
 
 
-def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_simulate(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     command = commands.add_parser(
         "simulate",
         help="simulate the replicas for a load, the CPU workers for GPUs, and a run's bottlenecks",
@@ -182,7 +182,7 @@ def _simulate(args: argparse.Namespace) -> None:
         storage.write_text(args.output, f"{report.text()}\n")
 
 
-def _add_lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_lineage(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     command = commands.add_parser(
         "lineage",
         help="print the provenance of an image, model, run, or set of codes or samples, down to the source shards",
@@ -207,7 +207,7 @@ def _lineage(args: argparse.Namespace) -> int:
     return int(any(each.state == "changed" for each in link.walk()))
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
         help="check this machine, storage and configured models, and suggest fixes",

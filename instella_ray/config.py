@@ -21,7 +21,9 @@ C = TypeVar("C", bound="Config")
 
 _parse_only: ContextVar[bool] = ContextVar("parse_only", default=False)
 RENAMED = {"picture": "image", "rival": "baseline"}
-"""Words in keys before version 0.1, mapped to their replacements: an error about an old key suggests the new one."""
+"""Words of keys and flags before 0.1, and their replacements, for error messages."""
+REMOVED = {"repa_layer", "repa_width"}
+"""Keys before 0.1 that had no effect."""
 
 
 class Config(pydantic.BaseModel):
@@ -119,7 +121,7 @@ def parse_job(
     """
     logs.begin_job(prog.removesuffix(".py"))
     flags, switches = flags or {}, switches or {}
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description=description,
         epilog="configuration keys:\n" + "\n".join(describe(cls)),
@@ -227,9 +229,7 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | Non
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         names = _keys_at(cls, location[:-1])
-        close = [name for name in (_renamed(location[-1]),) if name in names]
-        close = close or difflib.get_close_matches(location[-1], names, n=1)
-        hint = f", did you mean '{close[0]}'?" if close else f", expected one of {', '.join(names)}" if names else ""
+        hint = ", removed: it had no effect" if location[-1] in REMOVED else did_you_mean(location[-1], names)
         return f"{where}unknown key '{dotted}'{hint}{more}"
     if first["type"] == "missing":
         return f"{where}key '{dotted}' is required{more}"
@@ -239,11 +239,33 @@ def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | Non
     return f"{where}{at}{message}{more}"
 
 
-def _renamed(key: str) -> str:
-    """Replace the words of :data:`RENAMED` in a key."""
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown ``name``: the one of ``known`` that was meant, or all of them."""
+    renamed = name
     for old, new in RENAMED.items():
-        key = key.replace(old, new)
-    return key
+        renamed = renamed.replace(old, new)
+    close = [renamed] if renamed in known else difflib.get_close_matches(name, known, n=1)
+    return f", did you mean '{close[0]}'?" if close else f", expected one of {', '.join(known)}" if known else ""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser whose message about an unknown flag names the flag that was meant."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument '{flag}'{did_you_mean(flag, _flags(self)) if flag.startswith('-') else ''}")
+        return found
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the long flags of a parser and of its commands."""
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for command in action.choices.values() for flag in _flags(command)]
+    return list(dict.fromkeys(flags))
 
 
 def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:

@@ -177,3 +177,25 @@ def test_a_renamed_key_is_answered_with_its_new_name(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"unknown key 'pictures_per_shard', did you mean 'images_per_shard'\?"):
         load_config(Counts, write(tmp_path, "pictures_per_shard: 3"))
+
+
+def test_a_removed_key_is_said_to_be_gone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'repa_layer', removed: it had no effect"):
+        load_config(Outer, write(tmp_path, "name: a\nrepa_layer: 3"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--from-pictures", "did you mean '--from-images'?"),
+        ("--picture-bytes=9", "did you mean '--image-bytes'?"),
+        ("--xyz", "expected one of --help,"),
+        ("--jsn", "did you mean '--json'?"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_was_meant(
+    flag: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", str(ROOT / "configs/generator/tiny.yaml"), flag])
+    assert f"unknown argument '{flag.partition('=')[0]}', {hint}" in capsys.readouterr().err

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .. import storage
 from ..errors import UserError
 from .formats.metadata import json_value
+from .formats.parquet_source import read_records
 from .formats.texts import PROMPT_NAMES, TextError, decode_line, text_of, trimmed
 from .scenes import CATEGORIES, scene_prompts
 
@@ -112,29 +112,28 @@ def _jsonl(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
 
 def _parquet(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield rows as :func:`_jsonl` yields lines; read in batches, because millions of dicts would fill the memory."""
-    number = 0
     with storage.open_file(source) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=4096):
-                for record in batch.to_pylist():
-                    yield number, f"{source}, row {number}", record
-                    number += 1
+            for number, record in enumerate(read_records(stream)):
+                yield number, f"{source}, row {number}", record
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{source}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iterator[Prompt]:
     for number, where, record in records:
-        given = [k for k in PROMPT_NAMES if k in record]
-        if not given:
-            raise UserError(f"{where}: no prompt, expected one of {', '.join(PROMPT_NAMES)}")
-        try:
-            texts = {k: text for k in given if (text := text_of(record[k], trimmed))}
-        except TextError as error:
-            raise UserError(f"{where}: no prompt ({error})") from None
-        if not texts:
+        texts, problems = {}, {}
+        for name in (name for name in PROMPT_NAMES if name in record):
+            try:
+                texts[name] = text_of(record[name], trimmed)
+            except TextError as error:
+                problems[name] = f"'{name}' is a {error}"
+        key = next((name for name, text in texts.items() if text), None)
+        if key is None and (problems or not texts):
+            found = f" ({next(iter(problems.values()))})" if problems else ""
+            raise UserError(f"{where}: no prompt{found}, expected one of {', '.join(PROMPT_NAMES)}")
+        if key is None:
             continue
-        key, prompt = next(iter(texts.items()))
         named = next((k for k in ID_KEYS if record.get(k) is not None), None)
         category = record.get("tag", record.get("category"))
         meta = {k: json_value(v) for k, v in record.items() if k not in (key, named, "category")}
@@ -142,8 +141,8 @@ def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iter
             json.dumps(meta)
         except (TypeError, ValueError):
             raise UserError(f"{where}: value that JSON cannot represent in one of {', '.join(meta)}") from None
-        name = f"{number:05d}" if named is None else trimmed(str(record[named]))
-        yield Prompt(name, prompt, None if category is None else str(category), meta)
+        prompt_id = f"{number:05d}" if named is None else trimmed(str(record[named]))
+        yield Prompt(prompt_id, texts[key], None if category is None else str(category), meta)
 
 
 def _coco(data: Any, source: str) -> Iterator[Prompt]:
@@ -152,8 +151,8 @@ def _coco(data: Any, source: str) -> Iterator[Prompt]:
         raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
     for entry in annotations:
         try:
-            caption = text_of(entry["caption"], trimmed)
-            yield Prompt(str(entry["id"]), caption, meta={"image_id": entry["image_id"]})
+            if caption := text_of(entry["caption"], trimmed):
+                yield Prompt(str(entry["id"]), caption, meta={"image_id": entry["image_id"]})
         except (KeyError, TypeError, TextError):
             raise UserError(f"{source}: an annotation without id, image_id and caption") from None
 

@@ -57,6 +57,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
         gpu = cfg.gpus_per_actor > 0
         task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
         measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
+        _require_measured(cfg, measured)
         records: dict[str, list[Record]] = {name: [] for name in inputs.units}
         for record in measured:
             records[record.unit.setting].append(record)
@@ -71,6 +72,14 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
         card = _card(cfg, inputs, measured)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
+
+
+def _require_measured(cfg: EvaluateConfig, records: Sequence[Record]) -> None:
+    """Raise UserError if no sample of any setting could be measured."""
+    if not any(record.ids for record in records):
+        problems = sum((Counter(record.quarantined) for record in records), Counter[str]())
+        found = ", ".join(f"{count} {reason}" for reason, count in sorted(problems.items())) or "no samples"
+        raise UserError(f"{cfg.samples or cfg.images}: nothing could be measured ({found})")
 
 
 def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, ...]:

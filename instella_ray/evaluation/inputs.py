@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from .. import storage
 from ..bulk.sample_set import SampleSet, find_sample_sets
 from ..config import Config
 from ..data.formats.names import absolute_pattern
@@ -62,14 +62,11 @@ class EvaluateConfig(Config):
         return self
 
     def absolute(self) -> EvaluateConfig:
-        """Return a copy with absolute paths, since each actor runs in another working directory.
-
-        Folder names may contain commas.
-        """
+        """Return a copy with absolute paths, since each actor runs in another working directory."""
         places = {"images": self.images and absolute_pattern(self.images)}
         for name in ("output", "samples", "tokenizer"):
             path = getattr(self, name)
-            places[name] = str(Path(path).absolute()) if path and "://" not in path else path
+            places[name] = path and storage.absolute(path)
         return self.model_copy(update=places)
 
 

@@ -63,8 +63,8 @@ def choose_images(
     ends = {name: _best_and_worst(metric, extremes) for name, metric in scored.items()}
     best, worst = ({name: pair[side] for name, pair in ends.items()} for side in (0, 1))
     grid = tuple(_grid(records, prompts))
-    judged = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
-    verdicts = {name: judged[name].reason for name in grid if name in judged}
+    scored_verdicts = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
+    verdicts = {name: scored_verdicts[name].reason for name in grid if name in scored_verdicts}
     return Selection(grid=grid, verdicts=verdicts, best=best, worst=worst)
 
 

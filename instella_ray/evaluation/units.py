@@ -10,7 +10,7 @@ from .. import storage
 from ..bulk.sample_set import SampleBlock, SampleSet
 from ..config import Config
 from ..data.formats.names import find_image_files, find_shards, names_shards, split_pattern
-from ..data.formats.sources import count_rows, read_rows
+from ..data.formats.sources import count_rows, read_rows, refuse_links
 from ..data.scenes import parse_caption
 from ..errors import UserError
 
@@ -48,6 +48,7 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
         if any(names_shards(part, suffix) for part in split_pattern(pattern)):
             shards = find_shards(pattern, suffix)
+            refuse_links(shards)
             return [u for url, name in shards.items() for u in _shard_units(setting, kind, url, name, rows_per_unit)]
     return [u for part in split_pattern(pattern) for u in _folder_units(setting, part, rows_per_unit)]
 

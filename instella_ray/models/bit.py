@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -54,6 +55,14 @@ class BITConfig(Config):
     sinusoids for each mask token. Small tokenizers leave their first loss plateau much sooner with it."""
     normalize_logits: bool = False
     """Batch norm (without affine) on each quantizer logit, so that every bit is balanced initially and none collapses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_repa(cls, given: Any) -> Any:
+        """Drop the keys of a removed option from tokenizers and runs saved before 0.1, where it was off."""
+        if isinstance(given, Mapping) and given.get("repa_layer", 0) is None:
+            return {name: value for name, value in given.items() if not name.startswith("repa_")}
+        return given
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BITConfig:

@@ -71,8 +71,6 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
 def parse_model(section: Mapping[str, Any], source: str | None = None) -> ModelConfig:
     """Validate the ``model`` section of a ``config.yaml``; UserError names ``source`` and the wrong key."""
     if section.get("kind") == "bit":
-        if section.get("repa_layer", 0) is None:  # tokenizers saved before 0.1 name an option that was off
-            section = {name: value for name, value in section.items() if not name.startswith("repa_")}
         return validate(BITConfig, section, source)
     return validate(GeneratorConfig, section, source)
 

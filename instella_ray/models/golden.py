@@ -17,7 +17,6 @@ NaN, which never agrees.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import validate
+from ..config import ArgumentParser, validate
 from ..errors import UserError, run_main
 from ..storage import read_json
 from .bit import BIT
@@ -344,7 +343,7 @@ CHECKS: dict[str, Callable[..., Tensor]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instella_ray.models.golden",
         description="Compare this implementation with recorded tensors; exit code 1 for a difference above 1e-5, a wrong "
         "bit, or an output that was not compared.",

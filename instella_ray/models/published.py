@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import Config, validate
+from ..config import ArgumentParser, Config, validate
 from ..errors import UserError, run_main
 from ..storage import atomic_dir, is_empty
 from .bit import BIT, AxisWidth, BITConfig
@@ -220,7 +220,7 @@ def _scale(text: str) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instella_ray.models.published", description="Convert the released Instella-T2I checkpoints."
     )
     parser.add_argument(

@@ -39,7 +39,7 @@ class TextEncoderConfig(Config):
     """Maximum tokens per prompt; longer prompts are truncated with a warning."""
 
     def absolute(self) -> TextEncoderConfig:
-        """The same with the whole path of a local folder, which is found from any directory then."""
+        """Return a copy with the absolute path of a local folder."""
         path = Path(self.name)
         return self.model_copy(update={"name": str(path.absolute())}) if path.is_dir() else self
 

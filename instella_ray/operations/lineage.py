@@ -16,7 +16,7 @@ from .. import storage
 from ..bulk.sample_set import MANIFEST, SWEEP, samples_provenance
 from ..config import Config
 from ..data.formats.images import read_metadata
-from ..data.formats.names import find_files
+from ..data.formats.names import find_files, image_extension
 from ..data.formats.parts import LEDGER
 from ..data.formats.sources import SUFFIXES
 from ..data.model_provenance import model_provenance
@@ -28,7 +28,6 @@ from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]
 """Unchanged, found at another path, other contents at its path, not found, or not verifiable."""
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Link(Config):
@@ -57,7 +56,7 @@ def trace(thing: str, models: Sequence[str] = ()) -> Link:
     none of these.
     """
     verifier = ProvenanceVerifier(models)
-    if thing.lower().endswith(IMAGES):
+    if image_extension(thing):
         return _image(thing, verifier)
     return verifier.link(_provenance(thing))
 

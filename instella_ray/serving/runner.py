@@ -42,7 +42,7 @@ class EngineStats:
     busy_s: float
     """Seconds spent in steps since the start."""
     silence_s: float
-    """Seconds since the last completed engine step; 0 when idle."""
+    """Seconds since the engine last started a step; 0 when idle."""
 
 
 class EngineRunner:

@@ -1,1 +1,1 @@
-"""Training of the tokenizer and both generators on Ray Train, with bit-exact resumption."""
+"""Training of the tokenizer and both generators on Ray Train or in one process, with bit-exact resumption."""

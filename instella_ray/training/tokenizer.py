@@ -243,7 +243,8 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     """Return ``cfg`` with absolute paths, as workers need it.
 
-    UserError for sizes that do not fit the model or the loss, shards without images, and weights that cannot be loaded.
+    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be loaded, and a
+    validation that cannot be run.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),

@@ -136,8 +136,8 @@ def complete_validation(
 ) -> TokenizerValidation:
     """Return ``cfg`` with its sizes, or those that the run trains, and absolute paths.
 
-    UserError for held-out shards without images, sizes that are not a ``multiple`` of what the model decodes to, and a
-    GPU to compute on ``in_process`` that is not there.
+    UserError for held-out shards without images, sizes that are not multiples of ``multiple`` (that of the
+    decoder), and a GPU that this process lacks if it is to run validation ``in_process``.
     """
     if cfg.gpus and in_process and not torch.cuda.is_available():
         raise UserError(f"validation.gpus {cfg.gpus:g}: PyTorch sees no GPU in this process, which runs the validation")

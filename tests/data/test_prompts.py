@@ -109,3 +109,25 @@ def test_what_no_file_can_hold_is_cleaned_away_and_what_a_line_may_hold_stays(tm
     (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(UserError, match=r"a\.txt, line 2: not UTF-8 text"):
         read_prompts(str(tmp_path / "a.txt"))
+
+
+def test_the_first_key_that_holds_a_text_is_the_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "text": 7}, {"prompt": 7, "caption": "b"}, {"prompt": ["", "c"]}, {"prompt": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [p.text for p in read_prompts(str(tmp_path / "a.jsonl"))] == ["a", "b", "c"]
+    (tmp_path / "b.jsonl").write_text('{"prompt": {"en": "a"}}')
+    with pytest.raises(UserError, match=r"line 1: no prompt \('prompt' is a object, expected text\), expected one of"):
+        read_prompts(str(tmp_path / "b.jsonl"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}')
+    assert [read_prompts(str(tmp_path / name))[0].text for name in ("a.txt", "a.jsonl")] == ["a cat", "a cat"]
+
+
+def test_parquet_prompts_are_read_as_far_as_they_are_utf8(tmp_path: Path) -> None:
+    texts = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
+    pq.write_table(pa.table({"prompt": texts, "n": [1]}), tmp_path / "a.parquet")
+    (prompt,) = read_prompts(str(tmp_path / "a.parquet"))
+    assert prompt.text == "caf\ufffd" and prompt.meta == {"n": 1}

@@ -246,3 +246,21 @@ def test_prompts_of_ones_own_leave_the_scene_score_off(tmp_path: Path, tokenizer
     own = [Prompt(f"{i}", f"a cat number {i}") for i in range(12)]
     samples = write_samples(tmp_path / "s", own, CODES, tokenizer)
     assert "scene_score" not in evaluate(tmp_path / "o", samples=samples, tokenizer=tokenizer)[""]
+
+
+# --- inputs that cannot be measured
+
+
+def test_links_in_the_place_of_images_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a/1.jpg"], "caption": ["a"]}), tmp_path / "links.parquet")
+    with pytest.raises(UserError, match=r"links\.parquet: links without images; curate first"):
+        evaluate(tmp_path / "o", images=str(tmp_path / "links.parquet"))
+
+
+def test_a_run_in_which_nothing_can_be_read_says_so(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(b"no image")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    for name, reason in (("folder", "1 undecodable"), ("cut.parquet", "1 truncated_shard")):
+        with pytest.raises(UserError, match=rf"{name}: nothing could be measured \({reason}\)"):
+            evaluate(tmp_path / f"o-{name}", images=str(tmp_path / name), tokenizer=tokenizer)

@@ -19,7 +19,7 @@ SUBMIT = ROOT / "jobs" / "submit.py"  # sends the others to a cluster
 JOBS = sorted(set((ROOT / "jobs").glob("*.py")) - {SUBMIT})
 # Ray Serve's own form; tests/serving/test_configs.py checks it.
 DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
-# Read by ``instella-ray simulate``; tests/simulation checks them.
+# Read by ``instella-ray simulate``; tests/planning checks them.
 SIMULATIONS = sorted((ROOT / "configs" / "simulation").glob("*.yaml"))
 
 

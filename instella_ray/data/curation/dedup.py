@@ -69,10 +69,10 @@ class Fingerprinter:
                 found.append({})
                 verdicts[number] = f"{QUARANTINED}:{error}"
         columns = pa.Table.from_pylist(found, pa.schema(FIELDS))
-        judged = table.set_column(table.schema.get_field_index("verdict"), "verdict", pa.array(verdicts, pa.string()))
+        updated = table.set_column(table.schema.get_field_index("verdict"), "verdict", pa.array(verdicts, pa.string()))
         for name in columns.column_names:
-            judged = judged.append_column(name, columns[name])
-        return judged
+            updated = updated.append_column(name, columns[name])
+        return updated
 
 
 EXACT, NEAR = "exact_duplicate", "near_duplicate"

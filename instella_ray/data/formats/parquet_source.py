@@ -54,11 +54,11 @@ class Footer(NamedTuple):
     columns: Columns
 
 
-def read_footer(stream: IO[bytes], url: str) -> Footer | None:
+def read_footer(stream: IO[bytes], url: str, *, captions: bool = True) -> Footer | None:
     """Read the footer of a file; None if it is damaged or not parquet, UserError if it lacks images or captions."""
     try:
         file = pq.ParquetFile(stream)
-        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url))
+        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url, captions=captions))
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
@@ -73,6 +73,14 @@ def row_count(stream: IO[bytes]) -> int:
         if not _is_damage(error):
             raise
         return 0
+
+
+def read_records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield all columns of each row, text decoded as far as it is UTF-8; pyarrow's errors for a damaged file."""
+    for batch in pq.ParquetFile(stream).iter_batches(LINKS_AT_ONCE):
+        text = {name for name in batch.schema.names if _is_text(_plain(batch.schema.field(name).type))}
+        for row in _python_rows(batch):
+            yield {k: v.decode("utf-8", "replace") if k in text and v is not None else v for k, v in row.items()}
 
 
 def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Columns:
@@ -158,6 +166,8 @@ def _values(column: pa.Array) -> list[Any]:
         column = pc.struct_field(column, "bytes")
     if _is_text(column.type):
         column = column.cast(pa.large_binary())
+    elif _is_list(column.type) and _is_text(column.type.value_type):
+        column = column.cast(pa.large_list(pa.large_binary()))
     if pa.types.is_floating(column.type):
         column = column.cast(pa.float64())
     return list(column.to_pylist())
@@ -213,9 +223,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
     """Return whether values may be text: Hive, Impala and old Presto write text as bytes, COCO has lists of captions."""
-    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if lists and _is_list(kind):
         return _holds_text(kind.value_type, lists=False)
     return _is_text(kind) or _is_bytes(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ bytes, and report problems of a sample in the column ``problem``, which the ledg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -63,9 +63,15 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
 def find_images(pattern: str) -> dict[str, str]:
     """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
     inputs = find_inputs(pattern)
-    if inputs.links:
-        raise UserError(f"{inputs.links[0]}: links without images; curate first (jobs/curate.py), which downloads them")
+    refuse_links(inputs.links)
     return inputs.shards
+
+
+def refuse_links(urls: Iterable[str]) -> None:
+    """Raise UserError for a parquet file with links in the place of images."""
+    for url in urls:
+        if url.endswith(".parquet") and (footer := _footer(url, captions=False)) and footer.columns.link:
+            raise UserError(f"{url}: links without images; curate first (jobs/curate.py), which downloads them")
 
 
 def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
@@ -111,7 +117,7 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
         if any(row["caption"] for row in rows):
             return
         # Also counts links: the problem no_caption is reported for them like for images.
-        images += sum(row["problem"] == "no_caption" for row in rows)
+        images += sum(row["problem"] in ("no_caption", "bad_caption") for row in rows)
     if images:
         expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
         if ".parquet" in urls[0]:
@@ -119,9 +125,9 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
         raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
 
 
-def _footer(url: str) -> Footer | None:
+def _footer(url: str, *, captions: bool = True) -> Footer | None:
     with storage.open_file(url) as stream:
-        return read_footer(stream, url)
+        return read_footer(stream, url, captions=captions)
 
 
 def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-CAPTION_NAMES = ("caption", "text", "txt", "prompt", "alt_text")
+CAPTION_NAMES = ("caption", "caption_long", "text", "txt", "prompt", "alt_text")
 """Names of JSON keys and columns with captions, in order of preference."""
 PROMPT_NAMES = ("prompt", "caption", "caption_long", "text")
 """Names of JSON keys and columns with prompts, in order of preference."""
@@ -56,5 +56,11 @@ def decode_line(line: bytes) -> str:
 
 def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:
     """Return ``caption_long`` and ``caption_short`` of a sample from ``meta``; ``caption`` replaces missing ones."""
-    given = {name: meta.get(name) for name in ("caption_long", "caption_short")}
-    return {name: text if isinstance(text, str) and text else caption for name, text in given.items()}
+    return {name: _text_or_blank(meta.get(name)) or caption for name in ("caption_long", "caption_short")}
+
+
+def _text_or_blank(value: Any) -> str:
+    try:
+        return text_of(value)
+    except TextError:
+        return ""

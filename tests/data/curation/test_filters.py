@@ -27,7 +27,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def refused(size: tuple[int, int], caption: str, meta: dict[str, Any], **limits: Any) -> list[str]:
     sample = Sample(size, caption, meta)
-    reasons = (judge.reason(judge.measure(sample)) for judge in FilterConfig(**limits).of_samples())
+    reasons = (each.reason(each.measure(sample)) for each in FilterConfig(**limits).of_samples())
     return [reason for reason in reasons if reason]
 
 

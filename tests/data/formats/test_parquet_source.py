@@ -121,7 +121,10 @@ def test_an_image_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatch
     ("columns", "message"),
     [
         ({"TEXT": ["a"], "size": [1]}, r"x\.parquet: no column with images or links.*image, .*url.*found TEXT, size"),
-        ({"URL": ["http://a"]}, r"x\.parquet: no column with captions; expected caption, text.*found URL"),
+        (
+            {"URL": ["http://a"]},
+            r"x\.parquet: no column with captions; expected caption, caption_long, text.*found URL",
+        ),
         ({"image": ["a.jpg"], "caption": ["a"]}, "no column with images"),
         ({}, "found none"),
     ],
@@ -214,3 +217,16 @@ def test_real_metadata(shared_dir: Path) -> None:
     assert set(json.loads(found[0]["meta"])) == {
         "url", "width", "height", "pwatermark", "punsafe", "similarity", "hash"
     }  # fmt: skip
+
+
+def test_captions_may_be_lists_or_bytes_of_which_one_is_not_utf8(tmp_path: Path) -> None:
+    lists = pa.array([["", "caf\u00e9"], ["a dog", "b"], []], pa.list_(pa.string()))
+    broken = pa.ListArray.from_arrays(
+        lists.offsets, pa.Array.from_buffers(pa.string(), 4, pa.array([b"", b"caf\xe9", b"a dog", b"b"]).buffers())
+    )
+    for captions in (lists, broken, pa.array([b"caf\xe9", b"a dog", b""])):
+        pq.write_table(pa.table({"jpg": [b"1", b"2", b"3"], "TEXT": captions}), tmp_path / "a.parquet")
+        with open(tmp_path / "a.parquet", "rb") as stream:
+            rows = list(read_parquet(stream, "a", "a.parquet"))
+        assert [row["caption"] for row in rows][1:] == ["a dog", None] and rows[0]["caption"].startswith("caf")
+        assert [row["problem"] for row in rows] == [None, None, "no_caption"]

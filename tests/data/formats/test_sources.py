@@ -169,6 +169,10 @@ def test_captions_are_required_of_both_kinds(tmp_path: Path, mixed: Path) -> Non
     mute = write_images(tmp_path / "mute" / "a.parquet", 2, caption=pa.array([None, ""], pa.string()))
     with pytest.raises(UserError, match=r"a\.parquet: shard without captions; expected text in the caption column"):
         require_captions([str(mute)])
+    numbers = tmp_path / "numbers.tar"
+    numbers.write_bytes(tar_bytes([("a.jpg", image_bytes()), ("a.json", b'{"caption": 7}')]))
+    with pytest.raises(UserError, match=r"numbers\.tar: shard without captions"):
+        require_captions([str(numbers)])
     require_captions([str(mute), str(mixed / "c.parquet")])
     require_captions([str(mixed / "a.tar")])
 

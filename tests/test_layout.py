@@ -22,7 +22,7 @@ FLOORS = [
     {"models", "runs"},
     {"flops", "engine"},
     {"data"},
-    {"serving", "bulk"},
+    {"serving", "bulk", "pipeline"},
     {"evaluation"},
     {"training"},
     {"planning"},

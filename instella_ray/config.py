@@ -119,7 +119,7 @@ def parse_job(
     ``flags`` maps names of flags, which are shorthands for ``--set``, to dotted keys. ``switches`` maps names of flags
     without a value to the dotted keys that they set to true.
     """
-    logs.begin_job(prog.removesuffix(".py"))
+    logs.begin_job(prog.rpartition(" ")[2].removesuffix(".py").replace("-", "_"))
     flags, switches = flags or {}, switches or {}
     parser = ArgumentParser(
         prog=prog,

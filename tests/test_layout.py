@@ -27,6 +27,7 @@ FLOORS = [
     {"training"},
     {"planning"},
     {"demo", "bench", "operations"},
+    {"commands"},
     {"cli"},
 ]
 WITHOUT_RAY = (
@@ -59,6 +60,8 @@ def test_rooms_import_only_from_floors_below() -> None:
     wrong = set()
     for path in PACKAGE.rglob("*.py"):
         here = room_of(path)
+        if here == "__init__":  # hands the Python API on, when it is asked for
+            continue
         for name in imports(path):
             package, _, rest = name.partition(".")
             room = rest.partition(".")[0]

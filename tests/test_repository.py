@@ -16,7 +16,6 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from instella_ray import cli
 from instella_ray.config import Config, job_config
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.demo.recipe import DemoConfig
@@ -78,18 +77,6 @@ def test_every_job_explains_itself(name: str, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert f"usage: {name}.py" in out and "--config FILE" in out and "configuration keys:" in out
-
-
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--help"])
-    assert ended.value.code == 0
-    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M)
-    assert "demo" in commands
-    for command in commands:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([command, "--help"])
-        assert ended.value.code == 0 and f"usage: instella-ray {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

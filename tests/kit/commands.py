@@ -1,7 +1,8 @@
-"""Command lines of this house's jobs, checked as the jobs themselves would read them, without running anything."""
+"""Command lines of this package's jobs, checked as the jobs themselves would read them, without running anything."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 
 from instella_ray import cli
-from instella_ray.config import job_config
+from instella_ray.config import ArgumentParser, job_config
 from instella_ray.operations.submission import Submission
 
-from .project import ROOT, job
+from .project import JOBS, ROOT, job
 
 
 class Loaded(Exception):
@@ -47,20 +48,23 @@ def check_submission(words: Sequence[str]) -> None:
 
 
 def check_cli(words: Sequence[str]) -> None:
-    """SystemExit for an ``instella-ray`` command whose flags its parser does not know."""
-    patch = pytest.MonkeyPatch()
+    """AssertionError, SystemExit or UserError for an ``instella-ray`` command that there is not, or whose flags are wrong."""
+    name, *arguments = words[1:]
+    assert any(name in commands for commands in cli.COMMANDS.values()), name
+    main = importlib.import_module(f"instella_ray.commands.{name.replace('-', '_')}").main
+    if name.replace("-", "_") in {path.stem for path in JOBS}:
+        with chdir(ROOT):
+            job_config(main, arguments)
+        return
+    parse = ArgumentParser.parse_args
 
-    def parsed(run: object) -> int:
+    def parsed(self: ArgumentParser, *args: Any) -> None:
+        parse(self, *args)
         raise Loaded
 
-    try:
-        patch.setattr(cli, "run_main", parsed)
-        cli.main(list(words[1:]))
-    except Loaded:
-        return
-    finally:
-        patch.undo()
-    raise AssertionError(f"{words}: not parsed")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Loaded):
+        patch.setattr(ArgumentParser, "parse_args", parsed)
+        main(arguments)
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:

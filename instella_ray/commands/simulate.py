@@ -1,0 +1,30 @@
+"""Simulate a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .. import logs, storage
+from ..config import ArgumentParser, add_overrides, load_config
+from ..planning.simulation.run import SimulateConfig, run_simulation
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
+    parser = ArgumentParser(
+        prog=prog,
+        description="Simulate an endpoint, the data jobs and a training run with discrete events from stage times: the "
+        "number of replicas for a load's latency limits, the number of CPUs that keep GPUs busy, the duration, and the "
+        "bottleneck.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/simulation")
+    add_overrides(parser)
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    parser.add_argument("--output", metavar="FILE", help="also write the tables to a Markdown file")
+    args = parser.parse_args(argv)
+    logs.begin_job("simulate")
+    report = run_simulation(load_config(SimulateConfig, args.config, args.overrides))
+    print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
+    if args.output:
+        storage.write_text(args.output, f"{report.text()}\n")
+    return 0

@@ -1,0 +1,31 @@
+"""Submit a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import ArgumentParser
+from ..operations.submission import Submission, submit
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "submit.py") -> int:
+    parser = ArgumentParser(
+        prog=prog,
+        description="Run a job on a cluster: pack the working directory, check that the cluster has what the job needs, "
+        "follow the job's log and exit with its status. Ctrl-C leaves the job running.",
+        epilog="The cluster's token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token, with RAY_AUTH_MODE=token.",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="URL of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or http://127.0.0.1:8265)",
+    )
+    parser.add_argument("--name", help="prefix of the job's id (default: the job's name)")
+    parser.add_argument("--working-dir", default=".", metavar="DIR", help="the job's working directory (default: .)")
+    parser.add_argument("--no-follow", dest="follow", action="store_false", help="return once the job is submitted")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be packed, required and run")
+    parser.add_argument(
+        "--queue", action="store_true", help="if the cluster lacks resources, queue the job until they are added"
+    )
+    parser.add_argument("command", nargs="+", metavar="-- JOB", help="as run locally: jobs/X.py --config FILE")
+    return submit(Submission(**vars(parser.parse_args(argv))))

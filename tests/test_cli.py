@@ -1,0 +1,98 @@
+"""The command line: one list of commands, each explains itself, and `generate` from a prompt to a file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from instella_ray import __version__, cli
+from instella_ray.data.formats.images import read_metadata
+
+from .kit.models import make_generator, make_tokenizer
+from .kit.project import JOBS, PACKAGE, ROOT
+
+NAMES = [name for commands in cli.COMMANDS.values() for name in commands]
+
+
+def test_help_lists_every_command_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name:<16} " in out for name in NAMES) and max(map(len, out.splitlines())) <= 100
+    files = {path.stem.replace("_", "-") for path in (PACKAGE / "commands").glob("*.py")} - {"--init--"}
+    assert files == set(NAMES) and {path.stem.replace("_", "-") for path in JOBS} < files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert f"usage: instella-ray {name}" in capsys.readouterr().out
+
+
+def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"instella-ray {__version__}\n"
+    assert cli.main(["train-generatr"]) == 2
+    assert "unknown command 'train-generatr', did you mean 'train-generator'?" in capsys.readouterr().err
+    assert cli.main(["xyz"]) == 2 and "unknown command 'xyz'; expected one of demo, " in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys; from instella_ray.cli import main; main(['--help']); sys.exit('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a random generator and its tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer_hash = make_tokenizer(root / "bit")
+    return make_generator(root / "ar", tokenizer_hash, "ar"), str(root / "bit")
+
+
+def generate(models: tuple[str, str], output: Path, *more: str) -> int:
+    model, tokenizer = models
+    options = ["--model", model, "--tokenizer", tokenizer, "--device", "cpu", "-o", str(output)]
+    return cli.main(["generate", "a red circle", *options, *more])
+
+
+def test_generate_writes_files_that_say_what_made_them(
+    models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(models, tmp_path / "out.png", "-n", "2", "--seed", "7", "--size", "32x48") == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"{tmp_path / 'out-1.png'}: 32x48, seed 8"
+    data = (tmp_path / "out-1.png").read_bytes()
+    assert Image.open(tmp_path / "out-1.png").size == (32, 48)
+    about = read_metadata(data)
+    assert about is not None and about["prompt"] == "a red circle" and about["seed"] == 8
+    assert generate(models, tmp_path / "again.png", "--seed", "8", "--size", "32x48") == 0
+    assert (tmp_path / "again.png").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("out.gif", (), "out.gif: expected a name that ends with .jpg, .png, .jpeg, .webp"),
+        ("none/out.png", (), "none/out.png: no folder"),
+        ("there.png", (), "there.png: already exists"),
+        ("out.png", ("--size", "32"), "--size 32: expected WIDTHxHEIGHT"),
+        ("out.png", ("--size", "33x32"), "height 32, width 33: expected multiples of 8"),
+        ("out.png", ("-n", "0"), "--count 0: expected at least 1"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(
+    models: tuple[str, str],
+    tmp_path: Path,
+    name: str,
+    more: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "there.png").touch()
+    assert generate(models, tmp_path / name, *more) == 2
+    assert message in capsys.readouterr().err

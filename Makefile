@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-all | bench | lint | format | venv | constraints | clean
+# make demo | test | test-fast | test-all | bench | lint | format | docs | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ BENCH ?=
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast test-all bench lint format venv constraints clean
+.PHONY: demo test test-fast test-all bench lint format docs venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test       what a change must pass; make test-fast: those tests without Ray; make test-all: every test"
 	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
+	@echo "make docs       build the documentation into site/"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
 	@echo "make constraints   write constraints.txt anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
 
@@ -53,6 +54,11 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The packages of the extra 'docs' are needed here only: the usual set-up leaves them out.
+docs: venv
+	EXTRAS=docs PYTHON="$(PYTHON)" bash .ci/setup.sh
+	$(BIN)/mkdocs build --strict
+
 .uv/bin/uv:
 	PYTHON="$(PYTHON)" bash .ci/setup.sh --uv
 
@@ -66,4 +72,4 @@ constraints: .uv/bin/uv
 	@cat .uv/header.txt .uv/resolved.txt > constraints.txt
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .uv site .pytest_cache .mypy_cache .ruff_cache .hypothesis

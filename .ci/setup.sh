@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned dependencies, through uv, which is fetched into .uv first.
+# EXTRAS=docs installs further extras of pyproject.toml.
 #   --plan  print what would be done and change nothing     --uv  fetch uv and stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -94,4 +95,4 @@ else
 fi
 
 # Compiled here once: where Python is told to write no bytecode, every worker of Ray would compile torch and Ray anew.
-"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev]'
+"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"

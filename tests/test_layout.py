@@ -70,6 +70,17 @@ def test_rooms_import_only_from_floors_below() -> None:
     assert wrong == set()
 
 
+def test_the_documented_layers_are_these() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = re.search(r"^```\n(cli\n.*?)^```", page, re.M | re.S)
+    assert block
+    assert [set(line.split(", ")) for line in block[1].splitlines()] == FLOORS[::-1]
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    block = re.search(r"^```\n(cli > .*?)^```", contributing, re.M | re.S)
+    assert block
+    assert [set(re.findall(r"\w+", layer)) for layer in block[1].split(">")] == FLOORS[::-1]
+
+
 def modules_imported(path: Path) -> set[str]:
     """Modules of the package that a file of it imports, inside functions too; not what is imported for types alone."""
     found = set()

@@ -35,7 +35,6 @@ from .kit.project import (
     imports,
     job,
     python_files,
-    room_of,
     texts,
     tracked,
 )
@@ -135,17 +134,6 @@ def test_no_package_index_and_no_machine_is_named() -> None:
         r"|(?<![\w.~])/(?:work|root|home)/\w"
     )
     assert [f"{path}: {match[0]}" for path, text in texts() if (match := address.search(text))] == []
-
-
-def test_the_readme_names_every_folder_and_room() -> None:
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.split("## Layout")[1].split("```")[1]
-    folders = {p.relative_to(ROOT).parts[0] for p in tracked() if p.parent != ROOT}
-    rooms = {room_of(p) for p in tracked() if p.is_relative_to(PACKAGE) and p.parent != PACKAGE}
-    modules = {p.name for p in tracked() if p.parent == PACKAGE and p.suffix == ".py"} - {"__init__.py"}
-    named = set(re.findall(r"(?:^|\s)([\w.]+)/(?=\s|$)", tree, re.M))
-    assert named == folders | rooms
-    assert {name for name in modules if not re.search(rf"^  .*\b{re.escape(name)}(\s|$)", tree, re.M)} == set()
 
 
 def test_markers_are_declared_and_every_test_is_in_one_part() -> None:

@@ -1,4 +1,4 @@
-"""Every shell line that a README shows could be typed: its files, flags and keys exist."""
+"""Every shell line that a README or a page of the documentation shows could be typed: its files, flags and keys exist."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from instella_ray.errors import UserError
 from .kit.project import ROOT
 from .kit.shell_lines import check_line, commands, shell_lines
 
-READMES = [ROOT / "README.md", ROOT / "cluster" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINES = {path: list(shell_lines(path.read_text())) for path in READMES}
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_lines_are_found() -> None:
+    assert LINES[ROOT / "README.md"] and len(LINES[ROOT / "cluster" / "README.md"]) > 10
+    assert sum(map(len, LINES.values())) > 60
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in READMES if LINES[path]], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_shell_lines_of_the_readmes_could_be_typed(path: Path) -> None:
-    lines = list(shell_lines(path.read_text()))
-    assert len(lines) > 10
-    for line in lines:
+    for line in LINES[path]:
         try:
             check_line(line)
         except (AssertionError, UserError, SystemExit, ValueError) as error:

@@ -174,6 +174,9 @@ def _add_simulate(commands: argparse._SubParsersAction[ArgumentParser]) -> None:
 
 def _simulate(args: argparse.Namespace) -> None:
     from . import storage
+    from .packages import extra_import
+
+    extra_import("simpy", "instella-ray simulate", "simulate")
     from .planning.simulation.run import SimulateConfig, run_simulation
 
     report = run_simulation(load_config(SimulateConfig, args.config, args.overrides))

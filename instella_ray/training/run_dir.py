@@ -101,7 +101,7 @@ def last_metrics(run_dir: str | Path) -> dict[str, Any] | None:
 def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
     """Copy a checkpoint's files to ``url``, its state last; ``before_each`` is called before each file and may raise."""
     fs, path = storage.filesystem(url)
-    fs.makedirs(path, exist_ok=True)
+    storage.make_folder(fs, path)
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == STATE)
     for file in files:
         before_each()
@@ -109,7 +109,7 @@ def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
         if file.name == STATE:
             storage.write_bytes(storage.join(url, STATE), file.read_bytes())
         else:
-            fs.makedirs(fs._parent(target), exist_ok=True)
+            storage.make_folder(fs, fs._parent(target))
             storage.retry(partial(fs.put_file, str(file), target))
 
 
@@ -197,7 +197,7 @@ class Attempt:
         fs, path = storage.filesystem(url)
         try:
             if storage.is_local(url):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                storage.make_folder(fs, fs._parent(path))
                 with open(path, "x") as stream:
                     stream.write(text)
             else:

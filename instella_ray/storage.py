@@ -119,9 +119,18 @@ def remove_tree(url: str) -> None:
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
-"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it."""
+"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it.
+
+They have no folders without objects.
+"""
 TEMPORARY = ".tmp"
 """Ending of files and folders that are not complete yet."""
+
+
+def is_object_store(url: str) -> bool:
+    """Return whether ``url`` is in an object store."""
+    protocol = filesystem(url)[0].protocol
+    return not OBJECT_STORES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
 
 @contextmanager
@@ -140,7 +149,7 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
         with stream:
             yield stream
         return
-    with _named(url), _write(fs, path, mode) as stream:
+    with _named(url), (_uploaded if is_object_store(url) else _moved_into_place)(fs, path, mode) as stream:
         yield stream
 
 
@@ -158,11 +167,7 @@ def _named(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _write(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
-    if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-        with _moved_into_place(fs, path, mode) as stream:
-            yield stream
-        return
+def _uploaded(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
     stream = fs.open(path, mode, autocommit=False)
     try:
         yield stream

@@ -111,6 +111,11 @@ def make_folder(fs: Any, path: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
 
 
+def invalidate_listing(url: str) -> None:
+    """Invalidate the client's cached directory listings of ``url``, because other machines write there too."""
+    filesystem(url)[0].invalidate_cache()
+
+
 def remove_tree(url: str) -> None:
     """Delete a folder and its contents, if it exists."""
     fs, path = filesystem(url)

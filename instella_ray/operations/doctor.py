@@ -14,6 +14,7 @@ from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, load_model
+from ..models.folders import find_model
 from ..models.text_encoder import resolve_name
 from .checks import Finding, check_machine
 from .facts import MachineFacts, gather
@@ -114,6 +115,10 @@ def encoder_names(config: Mapping[str, Any]) -> Iterator[str]:
 
 def check_model(folder: str, asker: str) -> Finding:
     """Check that the folder's weights load into the model of its configuration; ``asker`` names the setting."""
+    try:
+        folder = find_model(folder)
+    except UserError as error:
+        return Finding(name="weights", level="problem", found=f"{error} ({asker})", advice="give another path")
     if not storage.is_local(folder):
         there = storage.exists(storage.join(folder, CONFIG))
         advice = "" if there else f"expected a model folder with {CONFIG}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import ErrorDetails
 
 from . import logs
 from .errors import UserError
@@ -24,6 +26,8 @@ RENAMED = {"picture": "image", "rival": "baseline"}
 """Words of keys and flags before 0.1, and their replacements, for error messages."""
 REMOVED = {"repa_layer", "repa_width"}
 """Keys before 0.1 that had no effect."""
+PROBLEMS_SHOWN = 3
+"""Problems of a configuration that an error message describes; further ones are only counted."""
 
 
 class Config(pydantic.BaseModel):
@@ -220,23 +224,33 @@ def _set(data: dict[str, Any], dotted: str, value: Any, source: str) -> None:
 
 
 def _explain(cls: type[Config], error: pydantic.ValidationError, path: str | None, given: Mapping[str, str]) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    """Describe the first problems in one line, each after the flag, override or file that it is in."""
+    problems = [_problem(cls, details, path, given) for details in error.errors()]
+    by_source = [
+        (f"{source}: " if source else "") + "; ".join(text for _, text in found)
+        for source, found in itertools.groupby(problems[:PROBLEMS_SHOWN], key=lambda problem: problem[0])
+    ]
+    hidden = len(problems) - PROBLEMS_SHOWN
+    return "; ".join([*by_source, f"and {hidden} more"] if hidden > 0 else by_source)
+
+
+def _problem(
+    cls: type[Config], details: ErrorDetails, path: str | None, given: Mapping[str, str]
+) -> tuple[str | None, str]:
+    """Return what one of pydantic's errors is to blame on (None: nothing is known), and its description."""
+    location = [str(part) for part in details["loc"]]
     dotted = ".".join(location)
     to_blame = [key for key in given if f"{dotted}.".startswith(f"{key}.")]
     source = given[max(to_blame, key=len)] if to_blame else path
-    where = f"{source}: " if source else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if details["type"] == "extra_forbidden":
         names = _keys_at(cls, location[:-1])
         hint = ", removed: it had no effect" if location[-1] in REMOVED else did_you_mean(location[-1], names)
-        return f"{where}unknown key '{dotted}'{hint}{more}"
-    if first["type"] == "missing":
-        return f"{where}key '{dotted}' is required{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+        return source, f"unknown key '{dotted}'{hint}"
+    if details["type"] == "missing":
+        return source, f"key '{dotted}' is required"
+    value = "" if isinstance(details["input"], dict) else f" = {details['input']!r}"
     at = f"'{dotted}'{value}: " if dotted else ""
-    return f"{where}{at}{message}{more}"
+    return source, at + details["msg"].removeprefix("Value error, ")
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable
 
 from . import logs
 
 log = logging.getLogger(__name__)
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errnos of storage without space."""
+PATH_ERRNOS = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+"""Errnos that are due to the user's path or machine, and not to a fault of this package."""
 
 
 class UserError(Exception):
     """Bad input, described in one line with the expected value. Commands print it and exit with code 2."""
 
 
+def path_problem(error: BaseException) -> str | None:
+    """Describe in one line why a path cannot be used, if ``error`` says so and names the path; else None.
+
+    Errors of Ray's tasks hold the error itself as their ``cause``.
+    """
+    cause = getattr(error, "cause", None)
+    found = cause if isinstance(cause, OSError) else error
+    if not isinstance(found, OSError) or found.errno not in PATH_ERRNOS or found.filename is None:
+        return None
+    reason = found.strerror or os.strerror(found.errno)
+    return f"{os.fsdecode(found.filename)}: {reason[:1].lower()}{reason[1:]}"
+
+
 def run_main(command: Callable[[], int | None]) -> int:
     """Run ``command`` and return the exit code: its result, 2 on :class:`UserError`, 130 on Ctrl-C.
 
+    A path that cannot be used (:func:`path_problem`), such as a folder without permission to write, is a user error too.
     Other exceptions propagate, or with JSON logging are logged with exit code 1.
     """
     logs.set_up({})
@@ -29,6 +49,9 @@ def run_main(command: Callable[[], int | None]) -> int:
         log.info("interrupted")
         return 130
     except Exception as error:
+        if problem := path_problem(error):
+            log.error("%s", problem)
+            return 2
         if not logs.for_machines():
             raise
         log.exception("%s: %s", type(error).__name__, error)

@@ -33,6 +33,7 @@ from .engine.weights import serving_dtype
 from .errors import UserError
 from .models.bit import BIT
 from .models.checkpoint import CONFIG, load_expected, load_model, read_checkpoint_config, weight_hash
+from .models.folders import find_model
 from .models.generator import ARGenerator, DiffusionGenerator
 from .models.sampling import SamplingConfig, SamplingParams
 from .models.text_encoder import TextEncoder, TextEncoderConfig
@@ -108,7 +109,7 @@ class InstellaPipeline:
         batch_size: int = 8,
         compilation: Compilation = "none",
     ) -> InstellaPipeline:
-        """Load a pipeline from a generator's model folder, a saved pipeline, or a repository of the hub.
+        """Load a pipeline from a generator's model folder (``RUN_DIR/latest``), a saved pipeline, or a repository of the hub.
 
         ``tokenizer`` and ``text_encoder`` replace those that the folder names. Raises UserError if a part is missing,
         naming what to pass, and for a tokenizer other than the one that the generator was trained with.
@@ -120,7 +121,7 @@ class InstellaPipeline:
         transformer = load_model(folder, device=place)
         if isinstance(transformer, BIT):
             raise UserError(f"{folder}: holds a tokenizer, expected a generator")
-        bit_folder = Path(tokenizer) if tokenizer is not None else _tokenizer_folder(folder, config)
+        bit_folder = Path(find_model(str(tokenizer))) if tokenizer is not None else _tokenizer_folder(folder, config)
         expected = config.get("tokenizer_hash")
         if expected is not None and weight_hash(bit_folder) != expected:
             raise UserError(f"{bit_folder}: not the tokenizer that {folder} was trained with; pass tokenizer=FOLDER")
@@ -348,8 +349,9 @@ def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _local_folder(name: str | Path) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
+    found = Path(find_model(str(name)))
+    if found.is_dir():
+        return found
     if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
         raise UserError(f"{name}: no such model folder; expected a folder with {CONFIG}, or a hub name OWNER/NAME")
     from huggingface_hub import snapshot_download

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +17,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-from .errors import UserError
+from .errors import FULL, UserError
 from .retries import RetryPolicy
 from .transient import transient
 
@@ -97,8 +99,21 @@ def move(url: str, to: str) -> None:
     """Move a file within one filesystem."""
     fs, path = filesystem(url)
     target = filesystem(to)[1]
-    fs.makedirs(fs._parent(target), exist_ok=True)
+    make_folder(fs, fs._parent(target))
     retry(lambda: fs.mv(path, target))
+
+
+def make_folder(fs: Any, path: str) -> None:
+    """Create a folder and its parents, unless they exist; NotADirectoryError if one of them is a file."""
+    try:
+        fs.makedirs(path, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+
+
+def invalidate_listing(url: str) -> None:
+    """Invalidate the client's cached directory listings of ``url``, because other machines write there too."""
+    filesystem(url)[0].invalidate_cache()
 
 
 def remove_tree(url: str) -> None:
@@ -109,25 +124,55 @@ def remove_tree(url: str) -> None:
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
-"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it."""
+"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it.
+
+They have no folders without objects.
+"""
+TEMPORARY = ".tmp"
+"""Ending of files and folders that are not complete yet."""
+
+
+def is_object_store(url: str) -> bool:
+    """Return whether ``url`` is in an object store."""
+    protocol = filesystem(url)[0].protocol
+    return not OBJECT_STORES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
 
 @contextmanager
 def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
-    """Open a file for reading or for an atomic write, which appears when the block succeeds; UserError if missing."""
+    """Open a file for reading or for an atomic write, which appears when the block succeeds; UserError if missing.
+
+    PermissionError and errors of a full disk name ``url``.
+    """
     fs, path = filesystem(url)
     if "r" in mode:
         try:
-            stream = retry(lambda: fs.open(path, mode))
+            with _named(url):
+                stream = retry(lambda: fs.open(path, mode))
         except FileNotFoundError:
             raise UserError(f"{url}: no such file") from None
         with stream:
             yield stream
         return
-    if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-        with _moved_into_place(fs, path, mode) as stream:
-            yield stream
-        return
+    with _named(url), (_uploaded if is_object_store(url) else _moved_into_place)(fs, path, mode) as stream:
+        yield stream
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Name ``url`` in errors about permission and space that name no path, or only that of a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        known = error.filename is not None and not str(error.filename).endswith(TEMPORARY)
+        if known or not (isinstance(error, PermissionError) or error.errno in FULL):
+            raise
+        # Stores raise a PermissionError with a text alone.
+        raise type(error)(error.errno or errno.EACCES, error.strerror or str(error), url) from error
+
+
+@contextmanager
+def _uploaded(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
     stream = fs.open(path, mode, autocommit=False)
     try:
         yield stream
@@ -141,8 +186,8 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
 
 @contextmanager
 def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    make_folder(fs, fs._parent(path))
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     try:
         with fs.open(temporary, mode) as stream:
             yield stream
@@ -226,8 +271,8 @@ def write_parquet(url: str, table: Any, **options: Any) -> None:
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Provide a temporary local folder that is renamed to ``path`` if the block succeeds, and deleted otherwise."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    make_folder(*filesystem(str(path.parent)))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     temporary.mkdir()
     try:
         yield temporary

@@ -82,6 +82,21 @@ def test_only_the_override_that_holds_the_key_is_blamed(tmp_path: Path) -> None:
         load_config(Outer, path, ["inner={width: y}"])
 
 
+def test_several_mistakes_are_named_in_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "nmae: a\ninner: {widht: 3, width: x}")
+    with pytest.raises(UserError) as caught:
+        load_config(Outer, path, ["inner.size=1", "innre=2"])
+    message = str(caught.value)
+    assert message.startswith(f"{path}: key 'name' is required; 'inner.width' = 'x': ")
+    assert message.endswith("; unknown key 'inner.widht', did you mean 'width'?; and 3 more")
+    assert "\n" not in message
+    with pytest.raises(UserError) as caught:
+        load_config(Outer, write(tmp_path, "name: a\ninner: {widht: 3}"), ["innre=2"])
+    assert str(caught.value) == (
+        f"{path}: unknown key 'inner.widht', did you mean 'width'?; --set innre=2: unknown key 'innre', did you mean 'inner'?"
+    )
+
+
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes("name: Müller".encode("latin-1"))
     with pytest.raises(UserError, match=r"c\.yaml: .*not UTF-8"):

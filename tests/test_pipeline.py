@@ -29,7 +29,7 @@ from .kit.models import TEXT, make_generator, make_tokenizer, write_tokenizer
 from .kit.project import ROOT
 
 PROMPTS = ["a red circle", "a blue cross", "a red circle"]
-MODEL = "demo/runs/diffusion/checkpoints/step-0001700"
+MODEL = "demo/runs/diffusion/latest"
 """The model of the notebook."""
 FEW: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "temperature": 0.5}
 

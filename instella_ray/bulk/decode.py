@@ -23,6 +23,7 @@ from ..data.stages import Pool, Stage
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
+from ..models.folders import find_model
 from .sample_set import SampleBlock, SampleSet, find_sample_sets
 
 
@@ -129,7 +130,7 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
     """
     if cfg.format is None or cfg.tokenizer is None:
         raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that defines the codes")
-    cfg = cfg.model_copy(update={"tokenizer": storage.absolute(cfg.tokenizer)})
+    cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
     folder = storage.absolute(folder)
     sets, total = find_sample_sets(folder), 0
     todo: list[dict[str, Any]] = []

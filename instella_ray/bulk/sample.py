@@ -23,6 +23,7 @@ from ..engine.engine import EngineOptions
 from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
+from ..models.folders import find_model
 from ..models.text_encoder import TextEncoderConfig
 from ..runs import Provenance, recorded
 from .plan import Planned, SampleConfig, plan_samples, settings_of
@@ -117,7 +118,7 @@ def _inputs(cfg: SampleConfig, job: SampleJob) -> tuple[Provenance, ...]:
 
 def plan_job(cfg: SampleConfig) -> SampleJob:
     """Read the model and prompts of ``cfg`` and plan the job; raises UserError if they are invalid."""
-    model = storage.absolute(cfg.model)
+    model = find_model(cfg.model)
     identity, section = Identity.of(model), read_checkpoint_config(model)["model"]
     if identity.text_encoder is None:
         raise UserError(f"{model}: no text encoder in config.yaml; expected the one it was trained with")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .. import logs, storage
 from ..config import ArgumentParser, add_overrides, load_config
-from ..planning.simulation.run import SimulateConfig, run_simulation
+from ..packages import extra_import
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate")
     parser.add_argument("--output", metavar="FILE", help="also write the tables to a Markdown file")
     args = parser.parse_args(argv)
     logs.begin_job("simulate")
+    extra_import("simpy", "instella-ray simulate", "simulate")
+    from ..planning.simulation.run import SimulateConfig, run_simulation
+
     report = run_simulation(load_config(SimulateConfig, args.config, args.overrides))
     print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
     if args.output:

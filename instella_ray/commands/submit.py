@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "submit.py") -> int:
     parser.add_argument("--name", help="prefix of the job's id (default: the job's name)")
     parser.add_argument("--working-dir", default=".", metavar="DIR", help="the job's working directory (default: .)")
     parser.add_argument("--no-follow", dest="follow", action="store_false", help="return once the job is submitted")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be packed, required and run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be packed, required and run, and what the cluster named by an address has",
+    )
     parser.add_argument(
         "--queue", action="store_true", help="if the cluster lacks resources, queue the job until they are added"
     )

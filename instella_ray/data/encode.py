@@ -13,6 +13,7 @@ from ..accelerator import pick_device
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
+from ..models.folders import find_model
 from .formats.codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .formats.images import to_tensor
 from .formats.parts import PartWriter
@@ -85,7 +86,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     Raises UserError if the input is missing, the size does not fit the tokenizer, or the output exists and ``cfg.mode``
     does not allow it.
     """
-    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": storage.absolute(cfg.tokenizer)})
+    cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": find_model(cfg.tokenizer)})
     shards = find_images(cfg.input)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size

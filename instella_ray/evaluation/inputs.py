@@ -14,6 +14,7 @@ from ..data.formats.parts import Mode
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
+from ..models.folders import find_model
 from .metric_settings import MetricsConfig
 from .select import ShowConfig
 from .units import Unit, has_captions, has_scene_captions, image_units, sample_units
@@ -62,9 +63,13 @@ class EvaluateConfig(Config):
         return self
 
     def absolute(self) -> EvaluateConfig:
-        """Return a copy with absolute paths, since each actor runs in another working directory."""
+        """Return a copy with absolute paths, since each actor runs in another working directory.
+
+        Raises UserError for a tokenizer that names no checkpoint.
+        """
         places = {"images": self.images and absolute_pattern(self.images)}
-        for name in ("output", "samples", "tokenizer"):
+        places["tokenizer"] = self.tokenizer and find_model(self.tokenizer)
+        for name in ("output", "samples"):
             path = getattr(self, name)
             places[name] = path and storage.absolute(path)
         return self.model_copy(update=places)

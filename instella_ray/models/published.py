@@ -27,6 +27,7 @@ from ..errors import UserError, run_main
 from ..storage import atomic_dir, is_empty
 from .bit import BIT, AxisWidth, BITConfig
 from .checkpoint import Model, assemble, load_expected, read_tensors, save_model, weight_hash
+from .folders import find_model
 from .generator import GeneratorConfig
 from .text_encoder import TextEncoderConfig
 
@@ -153,7 +154,7 @@ def import_published(
         raise UserError(f"{output}: already exists; choose another output folder")
     if tokenizer is not None and "bit" in found:
         raise UserError(f"--tokenizer {tokenizer}: the release contains {found['bit']}; expected one of the two")
-    bit = None if tokenizer is None else load_expected(tokenizer, BIT)
+    bit = None if tokenizer is None else load_expected(find_model(str(tokenizer)), BIT)
     with atomic_dir(output) as folder:
         for kind, path in found.items():
             model = model_from_state(kind, load_published(path), path, settings)

@@ -20,11 +20,19 @@ LOCAL = "http://127.0.0.1:8265"
 MOST_NODES = 10_000
 
 
+def named_address(address: str | None) -> str | None:
+    """Return ``address``, or else that in Ray's environment variables; None if there is none."""
+    return address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or None
+
+
 class ClusterClient:
-    """Client of the cluster at ``address``; raises UserError if it does not answer or rejects the token."""
+    """Client of the cluster at ``address`` (None: :func:`named_address`, or this machine).
+
+    Raises UserError if it does not answer or rejects the token.
+    """
 
     def __init__(self, address: str | None) -> None:
-        self.address = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or LOCAL
+        self.address = named_address(address) or LOCAL
         os.environ[ADDRESS] = self.address  # Ray's clients prefer this variable to their argument
         for module in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)

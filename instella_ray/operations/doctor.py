@@ -6,6 +6,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .. import storage
 from ..config import read_yaml
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, load_model
+from ..models.folders import find_model
 from ..models.text_encoder import resolve_name
 from .checks import Finding, check_machine
 from .facts import MachineFacts, gather
@@ -45,11 +47,14 @@ def _of_machine(facts: MachineFacts, one_of_many: bool) -> Iterator[Finding]:
 
 
 def check_store(url: str) -> Finding:
-    """Write, read, list and delete an object below ``url``; the finding names the step that fails."""
+    """Write, read, list and delete an object below ``url``; the finding names the step that fails.
+
+    Whatever fails, the object and the folders created for it are deleted.
+    """
     name, text = f"instella-ray-doctor-{uuid.uuid4().hex[:12]}", "instella-ray doctor"
-    target, step = storage.join(url, name), "open"
+    target, step, created = storage.join(url, name), "open", list[str]()
     try:
-        was_there = storage.exists(url)
+        created = _missing_folders(url)
         step = "write"
         storage.write_text(target, text)
         step = "read"
@@ -61,13 +66,33 @@ def check_store(url: str) -> Finding:
         step = "delete"
         fs, path = storage.filesystem(target)
         fs.rm(path)
-        if storage.is_local(url) and not was_there:
-            Path(path).parent.rmdir()
     except Exception as error:  # error types depend on the store
         advice = "check the name, the credentials and their permissions (read, write, list, delete), and the network"
         found = f"{url}: cannot {step} ({type(error).__name__}: {error})"
         return Finding(name="storage", level="problem", found=found, advice=advice)
+    finally:
+        _remove(target, created)
     return Finding(name="storage", level="ok", found=f"{url}: written, read, listed, deleted")
+
+
+def _missing_folders(url: str) -> list[str]:
+    """Return the folders at and above ``url`` that do not exist, innermost first; none for object stores."""
+    fs, path = storage.filesystem(url)
+    missing = []
+    while not storage.is_object_store(url) and path.strip("/") and not fs.exists(path):
+        missing.append(path)
+        path = fs._parent(path)
+    return missing
+
+
+def _remove(url: str, folders: Sequence[str]) -> None:
+    """Delete a file and then the empty ``folders``, as far as possible."""
+    with suppress(Exception):  # error types depend on the store, and the finding has been made
+        fs, path = storage.filesystem(url)
+        if fs.exists(path):
+            fs.rm(path)
+        for folder in folders:
+            fs.rmdir(folder)
 
 
 def model_names(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -90,6 +115,10 @@ def encoder_names(config: Mapping[str, Any]) -> Iterator[str]:
 
 def check_model(folder: str, asker: str) -> Finding:
     """Check that the folder's weights load into the model of its configuration; ``asker`` names the setting."""
+    try:
+        folder = find_model(folder)
+    except UserError as error:
+        return Finding(name="weights", level="problem", found=f"{error} ({asker})", advice="give another path")
     if not storage.is_local(folder):
         there = storage.exists(storage.join(folder, CONFIG))
         advice = "" if there else f"expected a model folder with {CONFIG}"

@@ -23,8 +23,8 @@ from ..data.model_provenance import model_provenance
 from ..data.provenance import data_identity, data_provenance, files_identity
 from ..errors import UserError
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS, read_checkpoint_config, weight_hash
+from ..models.folders import CHECKPOINTS, latest_checkpoint, named_checkpoint
 from ..runs import RECORD, Provenance, read_record
-from ..training.run_dir import CHECKPOINTS, latest_checkpoint
 
 State = Literal["here", "moved", "changed", "missing", "unknown"]
 """Unchanged, found at another path, other contents at its path, not found, or not verifiable."""
@@ -52,13 +52,13 @@ class Link(Config):
 def trace(thing: str, models: Sequence[str] = ()) -> Link:
     """Trace the provenance of ``thing``: an image file, model folder, run directory, or output folder of a job.
 
-    ``models``: folders in which to search for models whose path is unknown or outdated. Raises UserError if ``thing`` is
-    none of these.
+    A model folder may be given as ``RUN_DIR/latest`` or ``RUN_DIR/best``. ``models``: folders in which to search for
+    models whose path is unknown or outdated. Raises UserError if ``thing`` is none of these.
     """
     verifier = ProvenanceVerifier(models)
     if image_extension(thing):
         return _image(thing, verifier)
-    return verifier.link(_provenance(thing))
+    return verifier.link(_provenance(named_checkpoint(thing)))
 
 
 def _provenance(folder: str) -> Provenance:

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import pydantic
 from pathspec import GitIgnoreSpec
 
 from ..errors import UserError
+from ..runs import RECORD, RunRecord
 from ..training.run_dir import CONFIG, METRICS
 
 EXCLUDES = (
@@ -70,16 +72,14 @@ def find_package(root: Path) -> Package:
     """Select the files of ``root`` to upload; raises UserError with the largest files if they exceed :data:`LIMIT`.
 
     In a git checkout these are the files that git tracks or would track, elsewhere those that match no ``.gitignore``;
-    files that match a ``.rayignore``, :data:`EXCLUDES` and run directories are excluded in both. An ignore file applies
+    files that match a ``.rayignore``, :data:`EXCLUDES` and outputs of jobs are excluded in both. An ignore file applies
     to its folder and all below. Except within git's own reading, no ignore file re-includes what another excludes, as
     in Ray's packages.
     """
     if not root.is_dir():
         raise UserError(f"--working-dir {root}: expected a folder")
-    names = list(_walked(root, _listed_by_git(root)))
-    runs = tuple(f"{folder}/" for folder in _run_directories(names))
-    kept = {name: root / name for name in names if not name.startswith(runs)}
-    package = Package(root, {name: path.stat().st_size for name, path in kept.items() if path.is_file()})
+    found = {name: root / name for name in _walked(root, _listed_by_git(root))}
+    package = Package(root, {name: path.stat().st_size for name, path in found.items() if path.is_file()})
     if package.total > LIMIT:
         raise UserError(
             f"{root}: {mebibytes(package.total)} to pack, expected at most {mebibytes(LIMIT)}; the largest are "
@@ -109,7 +109,9 @@ def _walked(root: Path, listed: Iterable[str] | None) -> Iterator[str]:
     patterns = {root.parent: [Patterns(root, GitIgnoreSpec.from_lines(EXCLUDES))]}
 
     def wanted(path: Path, end: str = "") -> bool:
-        return (known is None or path in known) and not any(each.match(path, end) for each in patterns[path.parent])
+        if known is not None and path not in known:
+            return False
+        return not any(each.match(path, end) for each in patterns[path.parent]) and not (end and _is_output(path))
 
     for name, folders, files in os.walk(root):
         folder = Path(name)
@@ -119,8 +121,14 @@ def _walked(root: Path, listed: Iterable[str] | None) -> Iterator[str]:
         yield from (path.relative_to(root).as_posix() for file in files if wanted(path := folder / file))
 
 
-def _run_directories(names: list[str]) -> list[str]:
-    """Find run directories of training among ``names``, by their metrics and config files."""
-    found = set(names)
-    logs = [name for name in names if name.endswith(f"/{METRICS}")]
-    return [folder for name in logs if f"{(folder := name.removesuffix(f'/{METRICS}'))}/{CONFIG}" in found]
+def _is_output(folder: Path) -> bool:
+    """Return whether a job has written the folder: it holds a run record, or is a run directory of training."""
+    if all((folder / name).is_file() for name in (METRICS, CONFIG)):
+        return True
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        RunRecord.model_validate_json((folder / RECORD).read_bytes())
+    except pydantic.ValidationError:  # a file of the user's with the same name
+        return False
+    return True

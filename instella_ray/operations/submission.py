@@ -17,7 +17,7 @@ from ..config import Config, add_config_arguments, job_config
 from ..errors import UserError
 from ..logs import RUN_ID, new_run_id
 from .claims import amounts, lacking, totals
-from .cluster import ClusterClient
+from .cluster import ClusterClient, named_address
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes
 from .requirements import least
@@ -37,7 +37,7 @@ class Submission(NamedTuple):
     follow: bool = True
     """Print the log until the job ends, and return its exit code."""
     dry_run: bool = False
-    """Print what would be submitted, without submitting."""
+    """Print what would be submitted, without submitting; a cluster is only asked if its address is named."""
     queue: bool = False
     """Let the job wait on the cluster until it has scaled up to the job's needs."""
 
@@ -59,6 +59,9 @@ def submit(order: Submission) -> int:
         print(f"packs {len(package.sizes)} files, {mebibytes(package.total)}; the largest: {package.largest()}")
         print(f"runs  {shlex.join(command)}")
         print(f"needs {amounts(totals(needs), totals(needs))}", flush=True)
+        if named_address(order.address) is None:
+            print("has   unknown: no cluster was asked, as no --address names one")
+            return 0
     cluster = ClusterClient(order.address)
     nodes = cluster.nodes()
     short = lacking(needs, nodes)
@@ -70,18 +73,24 @@ def submit(order: Submission) -> int:
     if order.dry_run:
         return 0
     job = new_id(order.name or PurePosixPath(script).stem)
-    _send(cluster, package, job, queued(needs, command) if short else command)
-    again = f"ray job logs --address {cluster.address} --follow {job}"
-    stop = f"ray job stop --address {cluster.address} {job}"
+    advice = (
+        f"follow it: ray job logs --address {cluster.address} --follow {job}\n"
+        f"stop it:   ray job stop --address {cluster.address} {job}"
+    )
+    try:
+        _send(cluster, package, job, queued(needs, command) if short else command)
+    except KeyboardInterrupt:
+        print(f"\n{job} may have reached the cluster\n{advice}", flush=True)
+        return 130
     print(f"{job}: submitted to {cluster.address}", flush=True)
     if not order.follow:
-        print(f"follow it: {again}\nstop it:   {stop}")
+        print(advice)
         return 0
     try:
         with cluster.reached():
             details = LogFollower(cluster.jobs, job).run()
     except KeyboardInterrupt:
-        print(f"\n{job} continues to run\nfollow it: {again}\nstop it:   {stop}", flush=True)
+        print(f"\n{job} continues to run\n{advice}", flush=True)
         return 130
     message = details.message.partition(", last available logs")[0].splitlines() if details.message else []
     print(f"{job}: {details.status.value}" + (f", {message[0]}" if message else ""), flush=True)

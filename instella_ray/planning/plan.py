@@ -29,6 +29,7 @@ from ..flops import (
 )
 from ..models.bit import BITConfig
 from ..models.checkpoint import build_model, parse_model, read_checkpoint_config
+from ..models.folders import find_model
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig, resolve_name
 from ..training.generator import GeneratorRunConfig
@@ -325,7 +326,7 @@ def _sent_per_step(parameters: int, train: TrainConfig, bf16: bool) -> float:
 
 def _tokenizer_sizes(folder: str) -> BITConfig | None:
     try:
-        model = parse_model(read_checkpoint_config(folder)["model"], folder)
+        model = parse_model(read_checkpoint_config(find_model(folder))["model"], folder)
     except UserError:
         return None
     return model if isinstance(model, BITConfig) else None

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import storage
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
+from ..models.folders import find_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
 from .access import ApiKeys
 from .api import Served, Service
@@ -37,6 +37,7 @@ class Setup:
         Raises UserError for missing folders, generators of another tokenizer and contradictory settings.
         """
         args.check()
+        args = _located(args)
         keys = ApiKeys.load(args.api_keys_file)
         served, text_config = _read_folders(args)
         # Longer prompts are truncated, with a warning, to the length of a slot.
@@ -60,7 +61,7 @@ class Setup:
         """Return the arguments of :class:`.deployments.DecoderStage`."""
         args = self.args
         return {
-            "path": storage.absolute(args.tokenizer),
+            "path": args.tokenizer,
             "threads": args.threads,
             "device": self._device(args.decoder),
             "precision": args.precision,
@@ -71,7 +72,7 @@ class Setup:
         """Return the arguments of :class:`.deployments.GeneratorStage` for the model ``name``."""
         args, model = self.args, self.args.models[name]
         return {
-            "path": storage.absolute(model.path),
+            "path": model.path,
             "empty_prompt": self.empty_prompt,
             "options": model.options(args.text_length),
             "threads": args.threads,
@@ -88,6 +89,12 @@ class Setup:
 
     def _device(self, stage: StageArgs) -> str:
         return "auto" if self.args.gpus(stage) else "cpu"
+
+
+def _located(args: ServeArgs) -> ServeArgs:
+    """Return ``args`` with the absolute paths of its model folders, which all stages then load, whatever is saved later."""
+    models = {name: model.model_copy(update={"path": find_model(model.path)}) for name, model in args.models.items()}
+    return args.model_copy(update={"tokenizer": find_model(args.tokenizer), "models": models})
 
 
 def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:

@@ -26,22 +26,17 @@ from .. import storage
 from ..data.model_provenance import LINEAGE, lineage_section
 from ..errors import UserError
 from ..models.checkpoint import EMA, WEIGHTS, ModelConfig, add_section, read_tensors, save_weights
-from ..runs import read_record
-from .distributed import Workers, ranks
-from .run_dir import (
+from ..models.folders import (
     CHECKPOINTS,
-    SCORES,
     STATE,
-    Attempt,
     checkpoint_folders,
     checkpoint_name,
     checkpoint_step,
-    download,
     finished_checkpoints,
-    remove_checkpoint,
-    scratch_folder,
-    upload,
 )
+from ..runs import read_record
+from .distributed import Workers, ranks
+from .run_dir import SCORES, Attempt, download, remove_checkpoint, scratch_folder, upload
 from .settings import BestConfig, TrainConfig
 
 OPTIMIZER = "optimizer.safetensors"

@@ -27,6 +27,7 @@ from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusion_loss, flip_noise, timesteps, x0_logits
+from ..models.folders import find_model
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
 from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperature, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
@@ -308,6 +309,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, or sizes that
     do not match them.
     """
+    cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
     folders = None
     codes: CodesManifest | BITConfig
     if cfg.images is None:
@@ -319,7 +321,6 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
         "model": generator_config(cfg.model, codes, try_text_encoder(cfg.text_encoder)),
         "codes": folders,
         "images": cfg.images and absolute_pattern(cfg.images),
-        "tokenizer": storage.absolute(cfg.tokenizer),
         "text_encoder": cfg.text_encoder.absolute(),
     }
     return cfg.model_copy(update=facts)

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from .. import logs, storage
 from ..config import dump_yaml, load_config
 from ..errors import UserError
+from ..models.folders import checkpoint_step, latest_checkpoint
 from ..runs import Provenance, recorded
 from .distributed import SingleProcess
 from .learner import require_deepspeed
 from .loggers import check_loggers
 from .loop import train_worker
-from .run_dir import CONFIG, Attempt, checkpoint_step, invalidate_listing, last_metrics, latest_checkpoint, located
+from .run_dir import CONFIG, Attempt, last_metrics, located
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 from .trainer import BuildTask
 
@@ -82,7 +83,7 @@ def check_run_dir(run: TrainingRun) -> None:
     if not run.train.resume:
         check_free(run_dir)
         return
-    invalidate_listing(config_file)
+    storage.invalidate_listing(config_file)
     if not storage.exists(config_file):
         raise UserError(f"run_dir {run_dir}: nothing to resume (no {CONFIG})")
     if different := first_difference(load_config(type(run), config_file), run):
@@ -92,7 +93,7 @@ def check_run_dir(run: TrainingRun) -> None:
 
 def check_free(run_dir: str) -> None:
     """Raise UserError unless ``run_dir`` does not exist or is empty."""
-    invalidate_listing(run_dir)
+    storage.invalidate_listing(run_dir)
     if not storage.is_empty(run_dir):
         raise UserError(
             f"run_dir {run_dir}: already holds a run; set resume=true to continue it, or choose another folder"

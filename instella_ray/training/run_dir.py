@@ -22,10 +22,9 @@ from typing import Any
 
 from .. import storage
 from ..errors import UserError
+from ..models.folders import STATE
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
-STATE = "state.json"
-"""File of a checkpoint that is written last: a folder without it is incomplete."""
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SCORES = "metrics.json"
 """File of a checkpoint with the last logged metrics at the time of saving."""
 
@@ -39,49 +38,10 @@ def located(run_dir: str | Path) -> str:
     return str(run_dir) if "://" in str(run_dir) else str(Path(run_dir).absolute())
 
 
-def invalidate_listing(url: str) -> None:
-    """Invalidate the client's cached directory listings of ``url``, because other machines write there too."""
-    storage.filesystem(url)[0].invalidate_cache()
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of the checkpoint after ``step`` steps; names sort by step."""
-    return f"step-{step:07d}"
-
-
-def checkpoint_step(folder: str) -> int:
-    """Return the number of completed steps of a checkpoint folder."""
-    return int(folder.rpartition("/step-")[2])
-
-
-def checkpoint_folders(run_dir: str | Path) -> dict[str, bool]:
-    """Return all checkpoint folders of a run, oldest first, and whether each is complete."""
-    base = storage.join(located(run_dir), CHECKPOINTS)
-    invalidate_listing(base)
-    fs, path = storage.filesystem(base)
-    found = [PurePosixPath(name).relative_to(path.rstrip("/")) for name in storage.retry(lambda: fs.find(path))]
-    complete = {name.parts[0] for name in found if name.parts[1:] == (STATE,)}
-    names = sorted({name.parts[0] for name in found if name.parts[0].startswith("step-")})
-    return {storage.join(base, name): name in complete for name in names}
-
-
-def finished_checkpoints(run_dir: str | Path) -> list[str]:
-    """Return the complete checkpoint folders of a run, oldest first."""
-    return [folder for folder, complete in checkpoint_folders(run_dir).items() if complete]
-
-
-def latest_checkpoint(run_dir: str | Path) -> str:
-    """Return the newest complete checkpoint folder of a run; UserError if there is none."""
-    folders = finished_checkpoints(run_dir)
-    if not folders:
-        raise UserError(f"run_dir {run_dir}: no finished checkpoint")
-    return folders[-1]
-
-
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl in order, without a last line that is still being written."""
     path = storage.join(located(run_dir), METRICS)
-    invalidate_listing(path)
+    storage.invalidate_listing(path)
     lines = storage.read_text(path).splitlines(keepends=True) if storage.exists(path) else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -89,7 +49,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def last_metrics(run_dir: str | Path) -> dict[str, Any] | None:
     """Return the last row of :func:`read_metrics`, reading only the file's end; None if there is none."""
     path = storage.join(located(run_dir), METRICS)
-    invalidate_listing(path)
+    storage.invalidate_listing(path)
     fs, name = storage.filesystem(path)
     size = fs.size(name) if fs.exists(name) else 0
     lines = fs.cat_file(name, start=max(0, size - TAIL), end=size).splitlines(keepends=True) if size else []
@@ -101,7 +61,7 @@ def last_metrics(run_dir: str | Path) -> dict[str, Any] | None:
 def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
     """Copy a checkpoint's files to ``url``, its state last; ``before_each`` is called before each file and may raise."""
     fs, path = storage.filesystem(url)
-    fs.makedirs(path, exist_ok=True)
+    storage.make_folder(fs, path)
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == STATE)
     for file in files:
         before_each()
@@ -109,7 +69,7 @@ def upload(folder: Path, url: str, before_each: Callable[[], None]) -> None:
         if file.name == STATE:
             storage.write_bytes(storage.join(url, STATE), file.read_bytes())
         else:
-            fs.makedirs(fs._parent(target), exist_ok=True)
+            storage.make_folder(fs, fs._parent(target))
             storage.retry(partial(fs.put_file, str(file), target))
 
 
@@ -169,7 +129,7 @@ class Attempt:
     def check(self) -> None:
         """Raise UserError if a newer attempt has started."""
         newer = self._file(self.number + 1)
-        invalidate_listing(newer)
+        storage.invalidate_listing(newer)
         if storage.exists(newer):
             place = storage.read_json(newer)
             raise UserError(
@@ -197,7 +157,7 @@ class Attempt:
         fs, path = storage.filesystem(url)
         try:
             if storage.is_local(url):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                storage.make_folder(fs, fs._parent(path))
                 with open(path, "x") as stream:
                     stream.write(text)
             else:

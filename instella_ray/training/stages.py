@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..config import validate
 from ..errors import UserError
+from ..models.folders import checkpoint_step, finished_checkpoints
 from .launch import check_free, check_run_dir
-from .run_dir import CONFIG, checkpoint_step, finished_checkpoints, invalidate_listing, located
+from .run_dir import CONFIG, located
 from .tokenizer import TokenizerConfig, complete_tokenizer, run_tokenizer, tokenizer_validator
 from .validation import validating
 
@@ -63,7 +64,7 @@ def run_stages(cfg: TokenizerStagesConfig) -> str:
         return run_tokenizer(cfg.single())
     stages = {name: complete_tokenizer(stage) for name, stage in cfg.each().items()}
     run_dir = located(cfg.train.run_dir)
-    invalidate_listing(run_dir)
+    storage.invalidate_listing(run_dir)
     begun = [name for name in stages if storage.exists(storage.join(run_dir, name, CONFIG))]
     if cfg.train.resume and not begun:
         raise UserError(f"run_dir {run_dir}: nothing to resume (no stage has started)")

@@ -26,6 +26,7 @@ from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, build_model, load_expected
 from ..models.discriminator import DiscriminatorConfig
+from ..models.folders import find_model
 from .adversarial import DRAWS, AdversarialConfig, Adversary
 from .launch import launch
 from .losses import (
@@ -263,7 +264,7 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
         discriminator = _with_absolute_weights(cfg.adversarial.discriminator)
         facts["adversarial"] = cfg.adversarial.model_copy(update={"discriminator": discriminator})
     if cfg.start_from is not None:
-        facts["start_from"] = storage.absolute(cfg.start_from)
+        facts["start_from"] = find_model(cfg.start_from)
         trained_model(facts["start_from"], cfg.model)
     if cfg.validation is not None:
         in_process, multiple = cfg.train.workers.count == 0, cfg.model.decode_multiple

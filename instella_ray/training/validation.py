@@ -19,9 +19,16 @@ from ..config import Config
 from ..errors import UserError
 from ..evaluation.metrics.base import better
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS
-from .run_dir import checkpoint_step, finished_checkpoints, located
+from ..models.folders import (
+    BEST_FILE,
+    checkpoint_step,
+    finished_checkpoints,
+    validated_model,
+    validation_folder,
+)
+from .run_dir import located
 
-FOLDER, ROWS, BEST = "validation", "validation.json", "best.json"
+ROWS = "validation.json"
 POLL = 2.0
 """Seconds between polls for new checkpoints."""
 log = logging.getLogger(__name__)
@@ -54,8 +61,7 @@ class Validator(ABC):
                 f"{place}: validation during training loads models from a shared folder, not from a URL; "
                 "expected a folder that all nodes share as validation.folder"
             )
-        name = self.run_dir.rstrip("/").rpartition("/")[2]
-        self.folder = Path(schedule.folder, name).absolute() if schedule.folder else Path(self.run_dir, FOLDER)
+        self.folder = Path(validation_folder(self.run_dir, schedule.folder))
         self.error: BaseException | None = None
         self.given_up = threading.Event()
 
@@ -99,8 +105,8 @@ class Validator(ABC):
         sign = -1 if better(best_by) == "lower" else 1
         known = [r for r in rows if r["metrics"][best_by]["value"] is not None]
         best = max(known, key=lambda r: (sign * r["metrics"][best_by]["value"], -r["step"]), default=row)
-        model = self.folder / f"step-{best['step']:07d}" / "model"
-        storage.write_json(str(self.folder / BEST), {**best, "best_by": best_by, "model": str(model)})
+        model = Path(validated_model(str(self.folder), best["step"]))
+        storage.write_json(str(self.folder / BEST_FILE), {**best, "best_by": best_by, "model": str(model)})
         for other in self.folder.glob("step-*/model"):
             if other != model:
                 shutil.rmtree(other)
@@ -144,7 +150,7 @@ def validating(validator: Validator | None) -> Iterator[None]:
     thread.join()
     if validator.error is not None:
         raise UserError(f"validation: {validator.error}") from validator.error
-    best = storage.read_json(str(validator.folder / BEST))
+    best = storage.read_json(str(validator.folder / BEST_FILE))
     value = best["metrics"][best["best_by"]]["value"]
     about = {"step": best["step"], best["best_by"]: value}
     log.info("best by %s: step %d, %.4g; model %s", best["best_by"], best["step"], value, best["model"], extra=about)

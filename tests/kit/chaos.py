@@ -14,8 +14,8 @@ import ray
 import ray.train
 import torch
 
+from instella_ray.models.folders import CHECKPOINTS, STATE, checkpoint_name
 from instella_ray.training.launch import launch
-from instella_ray.training.run_dir import CHECKPOINTS, STATE, checkpoint_name
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask
 
 from .processes import wait_until

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from instella_ray.models.discriminator import DiscriminatorConfig
+from instella_ray.models.folders import latest_checkpoint
 from instella_ray.models.generator import GeneratorConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
 from instella_ray.training import generator
 from instella_ray.training.adversarial import AdversarialConfig
 from instella_ray.training.generator import GeneratorRunConfig, PreviewConfig
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
-from instella_ray.training.run_dir import latest_checkpoint
 from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from instella_ray import cli, storage
 from instella_ray.errors import UserError
@@ -124,8 +125,10 @@ def test_this_machine_has_facts() -> None:
 
 def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert check_store(str(tmp_path)).level == "ok" and list(tmp_path.iterdir()) == []
-    assert check_store(str(tmp_path / "new")).level == "ok" and not (tmp_path / "new").exists()
-    assert check_store("memory://doctor").level == "ok" and storage.is_empty("memory://doctor")
+    assert check_store(str(tmp_path / "new" / "and" / "deep")).level == "ok" and list(tmp_path.iterdir()) == []
+    before = (*MemoryFileSystem.pseudo_dirs, *MemoryFileSystem.store)
+    assert check_store("memory://doctor/runs").level == "ok"
+    assert (*MemoryFileSystem.pseudo_dirs, *MemoryFileSystem.store) == before
     (tmp_path / "file").write_text("")
     found = check_store(str(tmp_path / "file"))
     assert found.level == "problem" and "cannot write" in found.found and "credentials" in found.advice
@@ -134,7 +137,7 @@ def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_list_or_delete_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "glob", lambda pattern: [])
-    assert "cannot list" in check_store(str(tmp_path)).found
+    assert "cannot list" in check_store(str(tmp_path / "new")).found and list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
     def refuse(self: object, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:

@@ -10,7 +10,8 @@ import pytest
 from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.scenes import scene_rows
-from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
+from instella_ray.models.folders import finished_checkpoints, latest_checkpoint
+from instella_ray.training.run_dir import read_metrics
 
 from ..kit.head import Head
 from ..kit.pretrained import save_captioner, save_stable_diffusion_3

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from ray._private.runtime_env.packaging import create_package
 
+from instella_ray.config import Config
 from instella_ray.errors import UserError
 from instella_ray.operations import packing
-from instella_ray.operations.packing import EXCLUDES, find_package
+from instella_ray.operations.packing import EXCLUDES, Patterns, find_package
+from instella_ray.runs import recorded
 
-from ..kit.project import ROOT
+from ..kit.project import ROOT, tracked
 
 WANTED = {"instella_ray/demo/run.py", "jobs/mine.py", "configs/a.yaml", "notes.txt", "out/metrics.jsonl.txt"}
 UNWANTED = {
@@ -39,15 +43,44 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True)
 
 
+@pytest.fixture
+def output(folder: Path) -> Path:
+    """What a job has left in the project's folder."""
+    made = folder / "measured" / "today"
+    with recorded(str(made), "evaluate", Config(), ()):
+        (made / "images").mkdir()
+        (made / "images" / "1.png").touch()
+        (made / "report.html").touch()
+    return made
+
+
 @pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "no checkout"])
 @pytest.mark.process
-def test_code_and_configurations_are_packed_and_nothing_else(folder: Path, checkout: bool) -> None:
+def test_code_and_configurations_are_packed_and_nothing_else(folder: Path, output: Path, checkout: bool) -> None:
     if checkout:
         git(folder, "init")
         git(
             folder, "add", "jobs/mine.py", "configs", "curated/0.tar"
         )  # untracked files go along, tracked data does not
     assert set(find_package(folder).sizes) == WANTED | {".gitignore"}
+
+
+def test_a_file_of_the_name_of_a_run_record_keeps_no_code_out(folder: Path) -> None:
+    (folder / "jobs" / "run.json").write_text('{"version": 1}')
+    assert {"jobs/mine.py", "jobs/run.json"} <= set(find_package(folder).sizes)
+
+
+def test_outputs_that_the_docs_name_are_ignored_by_git_and_the_code_is_not() -> None:
+    shown = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    named = set(re.findall(r"\b(?:output|run_dir)=([\w-]+)|--folder ([\w-]+)|--output ([\w.-]+\.html)", shown))
+    outputs = {name for names in named for name in names if name and not name.isupper()} - {"gs"}
+    settings = [yaml.safe_load(path.read_text()) for path in (ROOT / "configs").rglob("*.yaml")]
+    for section in (each for config in settings for each in (config, *config.values()) if isinstance(each, dict)):
+        outputs |= {str(section[key]).split("/")[0] for key in ("output", "run_dir") if key in section}
+    assert {"runs", "samples", "samples-table1"} <= outputs
+    ignored = Patterns.read(ROOT / ".gitignore")
+    assert [name for name in outputs | {"demo", "demo-own"} if not ignored.match(ROOT / name, "/")] == []
+    assert [path for path in tracked() if ignored.match(path)] == []
 
 
 @pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "no checkout"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -165,6 +166,16 @@ def test_the_command_prints_tables_and_what_was_assumed(
     assert cli.main([*words, "--set", "gpus=2", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["data"]["encoding"]["bottleneck"] in (CPUS, ENCODERS) and figures["gpus"] == 2
+
+
+def test_without_simpy_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    assert cli.main(["simulate", str(ROOT / "configs" / "simulation" / "mi300x.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: instella-ray simulate: ") and error.count("\n") == 1
+    assert error.endswith("; pip install 'instella-ray[simulate]'\n")
 
 
 def test_a_configuration_with_nothing_to_simulate_is_refused() -> None:

@@ -20,12 +20,13 @@ from instella_ray.config import load_config
 from instella_ray.errors import UserError, run_main
 from instella_ray.models import diffusion
 from instella_ray.models.checkpoint import load_model
+from instella_ray.models.folders import checkpoint_step, finished_checkpoints, latest_checkpoint
 from instella_ray.operations.requirements import least
 from instella_ray.planning.plan import PlanOptions, plan_run
 from instella_ray.runs import read_record
 from instella_ray.training import checkpoints
 from instella_ray.training import tokenizer as module
-from instella_ray.training.run_dir import checkpoint_step, finished_checkpoints, latest_checkpoint, read_metrics, upload
+from instella_ray.training.run_dir import read_metrics, upload
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
 
 from ..kit.project import ROOT

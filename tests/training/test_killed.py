@@ -16,7 +16,8 @@ import torch
 
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model
-from instella_ray.training.run_dir import Attempt, finished_checkpoints, latest_checkpoint, read_metrics
+from instella_ray.models.folders import finished_checkpoints, latest_checkpoint
+from instella_ray.training.run_dir import Attempt, read_metrics
 
 from ..kit.chaos import effective_history, fragile_run, notes_of, times_seen
 from ..kit.processes import wait_until

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+from instella_ray.models.folders import latest_checkpoint
+from instella_ray.training.run_dir import read_metrics
 
 from ..kit.chaos import effective_history, notes_of
 from ..kit.project import ROOT

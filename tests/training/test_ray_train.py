@@ -14,12 +14,13 @@ from instella_ray import storage
 from instella_ray.config import load_config
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
+from instella_ray.models.folders import finished_checkpoints, latest_checkpoint
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.runs import read_record
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, complete_config
 from instella_ray.training.ray_train import check_resources
-from instella_ray.training.run_dir import finished_checkpoints, latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import WorkersConfig
 from instella_ray.training.tokenizer import run_tokenizer
 

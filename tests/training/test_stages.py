@@ -17,10 +17,11 @@ from instella_ray.errors import UserError
 from instella_ray.models import rng
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, save_model
+from instella_ray.models.folders import latest_checkpoint
 from instella_ray.training import tokenizer as module
 from instella_ray.training.checkpoints import Checkpoint, save_checkpoint
 from instella_ray.training.learner import Learner
-from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import OptimizerConfig
 from instella_ray.training.stages import TokenizerStagesConfig, run_stages
 from instella_ray.training.tokenizer import TokenizerTask, complete_tokenizer, evaluate_tokenizer, psnr

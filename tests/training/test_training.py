@@ -13,13 +13,14 @@ from instella_ray.config import load_config
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import load_expected, load_model, read_checkpoint_config
+from instella_ray.models.folders import latest_checkpoint
 from instella_ray.runs import read_record
 from instella_ray.training.checkpoints import Checkpoint, read_checkpoint, save_checkpoint
 from instella_ray.training.launch import launch
 from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, bit_share, bit_summary, psnr
 from instella_ray.training.optim import EMA, build_optimizers, lr_scale, orthogonalize
-from instella_ray.training.run_dir import latest_checkpoint, read_metrics
+from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, TokenizerTask, run_tokenizer
 from instella_ray.training.trainer import NonFiniteLoss

@@ -11,6 +11,7 @@ from instella_ray import storage
 from instella_ray.data.scenes import scene_prompts
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model
+from instella_ray.models.folders import find_model
 from instella_ray.training.generator import GeneratorRunConfig, run_generator
 from instella_ray.training.generator_validation import (
     GeneratorValidation,
@@ -101,6 +102,6 @@ def test_a_runs_checkpoints_are_sampled_and_measured_while_it_trains(
     assert [r["step"] for r in rows] == [3, 6] and set(rows[0]["metrics"]) == {"scene_score", "bit_usage"}
     assert all((folder / f"step-{r['step']:07d}" / "evaluation" / "report.html").exists() for r in rows)
     best = storage.read_json(str(folder / "best.json"))
-    assert load_model(best["model"]).cfg.kind == "diffusion"
+    assert load_model(best["model"]).cfg.kind == "diffusion" and find_model(f"{tmp_path}/run/best") == best["model"]
     assert f"best by scene_score: step {best['step']}" in caplog.text
     assert scene_prompts(2, 0)[0].caption in (folder / "step-0000003" / "evaluation" / "report.html").read_text()

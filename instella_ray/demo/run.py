@@ -57,6 +57,8 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
         ray.shutdown()
     path = write_report(demo, prompts, state.stages)
     print(f"\nreport: {path.absolute()}")
+    model, prompt = demo.path("runs", "diffusion", "latest"), prompts[0][0]
+    print(f'more:   instella-ray generate "{prompt}" --model {model} -o out.png')
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from instella_ray import storage
+from instella_ray import cli, storage
 from instella_ray.demo.recipe import DemoConfig
 from instella_ray.demo.state import DemoState
 from instella_ray.errors import UserError
@@ -77,6 +78,10 @@ def test_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
     assert demo.returncode == 0, output
     assert wait_until(lambda: not session_processes(demo.pid), 30), session_processes(demo.pid)
     assert_complete(tmp_path / "demo")
+    # What it prints at its end can be typed.
+    command = shlex.split(output.strip().splitlines()[-1].removeprefix("more:"))
+    assert command[:2] == ["instella-ray", "generate"] and command[-1] == "out.png"
+    assert cli.main([*command[1:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
 
 
 @pytest.mark.nightly

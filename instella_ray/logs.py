@@ -1,4 +1,4 @@
-"""Logging of every process of a run: plain text or JSON lines on stderr, and optionally a JSON file.
+"""Logging of every process of a run: plain text or JSON lines on stderr, and optionally a JSON file; progress bars.
 
 ``INSTELLA_RAY_LOG=json`` selects JSON on stderr, ``INSTELLA_RAY_LOG_FILE`` an additional JSON file. The context fields of
 the records (run id, job, rank) are set per process with :func:`set_up`.
@@ -12,15 +12,20 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
+
+from tqdm import tqdm
 
 FORMAT, FILE = "INSTELLA_RAY_LOG", "INSTELLA_RAY_LOG_FILE"
 RUN_ID, JOB = "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
 PACKAGE = __name__.partition(".")[0]
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 """Attributes of Python's log records; all others were logged with ``extra``."""
+
+PROGRESS_S = 60.0
+"""Seconds between the lines of a progress bar in a file."""
 
 _context: dict[str, Any] = {}
 
@@ -91,8 +96,34 @@ def for_machines() -> bool:
     return found.get("format") == "json" or bool(found.get("file"))
 
 
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """Return a tqdm progress bar on stderr: one line that is redrawn on a terminal, a line a minute in a file.
+
+    ``options`` are tqdm's.
+    """
+    if sys.stderr.isatty():
+        return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **options)
+    seldom: dict[str, Any] = {"mininterval": PROGRESS_S, "maxinterval": PROGRESS_S, "ascii": True}
+    return tqdm(iterable, file=LineWriter(sys.stderr), **{**seldom, **options})
+
+
+class LineWriter:
+    """Stream for a progress bar that ends every state of the bar with a line break, instead of overwriting it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write ``text`` without its cursor movements, if anything is left."""
+        if line := text.replace("\x1b[A", "").strip():
+            self.stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 class StderrHandler(logging.StreamHandler[Any]):
-    """Stream handler that uses the current ``sys.stderr``, which may be replaced at run time."""
+    """Stream handler that uses the current ``sys.stderr``, which may be replaced, and writes above progress bars."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -100,7 +131,8 @@ class StderrHandler(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
-        super().emit(record)
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
 
 class JsonFormatter(logging.Formatter):

@@ -117,6 +117,12 @@ def test_files_from_outside_are_opened_in_formats_alone() -> None:
     assert [f"{path}: {found[0]}" for path in files if (found := readers.search(path.read_text()))] == []
 
 
+def test_progress_bars_are_made_in_one_place() -> None:
+    """With settings of their own, bars are torn on a terminal and fill files."""
+    files = PACKAGE.rglob("*.py")
+    assert [path.name for path in files if any(name.split(".")[0] == "tqdm" for name in imports(path))] == ["logs.py"]
+
+
 def test_no_class_name_stands_twice() -> None:
     """A class says what it is the task, the worker or the limits *of*."""
     names = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,57 @@ def test_what_json_cannot_hold_is_written_as_text(
         and record["level"] == "info"
         and record["message"].endswith("two\nlines")
     )
+
+
+class Terminal(io.StringIO):
+    """Standard error of a shell; :attr:`screen` is what is left to see of it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def screen(self) -> list[str]:
+        lines = []
+        for line in self.getvalue().split("\n"):
+            shown = ""
+            for part in line.split("\r"):
+                shown = part + shown[len(part) :]
+            lines.append(shown.rstrip())
+        return lines
+
+
+def test_on_a_terminal_a_progress_bar_is_one_line_below_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    logs.set_up({})
+    with logs.progress_bar(total=30, desc="train", unit="step", mininterval=0) as bar:
+        for step in range(30):
+            bar.update()
+            if step in (9, 19):
+                log.info("checkpoint %d is complete", step + 1)
+    first, second, last, after = terminal.screen
+    assert (first, second, after) == ("checkpoint 10 is complete", "checkpoint 20 is complete", "")
+    assert last.startswith("train: 100%") and "30/30" in last
+
+
+def test_in_a_file_a_progress_bar_is_a_line_a_minute_and_one_at_each_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.set_up({})
+    with logs.progress_bar(total=3000, desc="train", unit="step") as bar:
+        for _ in range(3000):
+            bar.update()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("train:   0%|") and last.startswith("train: 100%|")
+    assert (first + last).isascii()
+    now = 1000.0
+    with logs.progress_bar(total=600, desc="train", unit="step") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: now)
+        bar.start_t = bar.last_print_t = now
+        for _ in range(600):
+            now += 0.5  # five minutes in all
+            bar.update()
+        log.info("done")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("%")[0].split()[-1] for line in lines] == ["0", "20", "40", "60", "80", "100", "done", "100"]
+    assert not any("\r" in line for line in lines)

@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..accelerator import pick_device
 from ..config import Config
 from ..data.formats.images import encode_image, to_pixels
@@ -144,7 +143,7 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
     if todo:
         worker = Stage(partial(DecodeWorker, cfg, folder, size), Pool(cfg.actors, cfg.gpus_per_actor))
         left = sum(unit["rows"] for unit in todo)
-        with tqdm(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="image") as bar:
+        with logs.progress_bar(total=total, initial=total - left, desc=f"decode {cfg.format}", unit="image") as bar:
             for report in run_rows(todo, worker, local=local):
                 bar.update(report["images"])
     return total

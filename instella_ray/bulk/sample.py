@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..accelerator import hardware_summary, precision_of_actors
 from ..data.formats.parts import QUARANTINE, open_output
 from ..data.model_provenance import model_provenance
@@ -202,7 +201,7 @@ def _sample(cfg: SampleConfig, job: SampleJob, todo: Sequence[tuple[int, list[st
     reports = run_rows(rows, Stage(partial(SampleWorker, job), pool), local=cfg.local)
     total = len(job.samples) * len(job.runs)
     left = sum(len(job.unit(number)) * len(names) for number, names in todo)
-    with tqdm(total=total, initial=total - left, desc="sample", unit="image", smoothing=0.1) as bar:
+    with logs.progress_bar(total=total, initial=total - left, desc="sample", unit="image", smoothing=0.1) as bar:
         began = time.perf_counter()
         for report in reports:
             if cfg.price_per_hour is not None:

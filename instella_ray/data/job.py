@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydantic import Field
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..config import Config
 from ..errors import UserError
 from ..runs import Provenance, recorded
@@ -86,7 +85,9 @@ class DataJob:
         cfg, ledger = self.cfg, Ledger.of(part.ledger for part in self.folder.parts())
         before, began = ledger.total, time.perf_counter()
         reports = run_stages(list(todo.values()), [*stages, Stage(writer)], local=cfg.local, cpu_pool=cfg.cpu_pool)
-        with tqdm(total=len(sources), initial=len(sources) - len(todo), desc=title or self.name, unit="shard") as bar:
+        with logs.progress_bar(
+            total=len(sources), initial=len(sources) - len(todo), desc=title or self.name, unit="shard"
+        ) as bar:
             for report in reports:
                 ledger.add(json.loads(report["ledger"]))
                 rows = ledger.total - before

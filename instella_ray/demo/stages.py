@@ -14,9 +14,8 @@ import httpx
 import numpy as np
 import torch
 from ray import serve
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..data.curation.job import run_curate
 from ..data.encode import run_encode
 from ..data.formats.images import decode_rgb, to_pixels, to_tensor
@@ -53,7 +52,7 @@ def write_scenes(demo: DemoConfig) -> Facts:
     """Draw the scenes and write them as WebDataset tars; the last tar is held out."""
     samples = scene_rows(demo.scenes, demo.seed, demo.size)
     held_out = scene_rows(demo.held_out, demo.seed + 1_000_000, demo.size)
-    with tqdm(total=demo.scenes + demo.held_out, desc="scenes", unit="image") as bar:
+    with logs.progress_bar(total=demo.scenes + demo.held_out, desc="scenes", unit="image") as bar:
         for _, count in write_webdataset(samples, demo.path("shards"), SCENES_PER_SHARD):
             bar.update(count)
         for _, count in write_webdataset(held_out, demo.path("shards", "held_out"), demo.held_out):
@@ -84,7 +83,7 @@ def measure_tokenizer(demo: DemoConfig, held_out: HeldOutImages, checkpoint: str
     after = evaluate_tokenizer(bit, images, title="after training")
     facts: Facts = {"psnr_before": before.psnr, "psnr_after": after.psnr, "dead_bits": after.dead_bits}
     if demo.shards is None:
-        batches = tqdm(images.split(64), desc="reconstructions", unit="batch")
+        batches = logs.progress_bar(images.split(64), desc="reconstructions", unit="batch")
         restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in batches])
         facts["score_true"] = _scores(held_out.captions, held_out.pixels, "scoring true images")
         facts["score_restored"] = _scores(held_out.captions, restored, "scoring reconstructions")
@@ -126,7 +125,7 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
             with (
                 httpx.Client(base_url=url, timeout=300) as client,
                 ThreadPoolExecutor(16) as pool,
-                tqdm(total=len(prompts), desc=f"sampling {kind}", unit="image") as bar,
+                logs.progress_bar(total=len(prompts), desc=f"sampling {kind}", unit="image") as bar,
             ):
                 jobs = [pool.submit(_request, client, kind, prompt, i, demo) for i, (prompt, _) in enumerate(prompts)]
                 for i, job in enumerate(jobs):
@@ -168,7 +167,7 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
 
 def _scores(captions: Sequence[str], images: Sequence[np.ndarray] | np.ndarray, title: str) -> dict[str, float]:
     claims = [parse_caption(caption) for caption in captions]
-    pairs = tqdm(zip(claims, images, strict=True), desc=title, unit="image", total=len(claims))
+    pairs = logs.progress_bar(zip(claims, images, strict=True), desc=title, unit="image", total=len(claims))
     return score_table((claim.category, score(image, claim).correct) for claim, image in pairs)
 
 

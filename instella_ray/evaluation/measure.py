@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..accelerator import device_label, pick_device
 from ..config import Config
 from ..data.pipeline import run_rows
@@ -177,7 +176,9 @@ def measure(task: MeasureOptions, units: Sequence[Unit], pool: Pool, *, local: b
     states = States(task.states)
     done = {(unit.setting, unit.name): record for unit in units if (record := states.record(unit))}
     todo = [unit for unit in units if (unit.setting, unit.name) not in done]
-    with tqdm(total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="image") as bar:
+    with logs.progress_bar(
+        total=_total(units), initial=sum(len(r.ids) for r in done.values()), desc=title, unit="image"
+    ) as bar:
         if todo:
             rows = [{"unit": unit.model_dump_json()} for unit in todo]
             for report in run_rows(rows, Stage(partial(Measurer, task), pool), local=local):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from .. import logs, storage
 from ..config import dump_yaml, load_config
@@ -106,7 +105,7 @@ class _Progress:
     def __init__(self, cfg: TrainConfig, description: str) -> None:
         self.run_dir, self.ended = cfg.run_dir, threading.Event()
         self.interval = 1.0 if storage.is_local(cfg.run_dir) else 15.0
-        self.bar = tqdm(total=cfg.steps, desc=description, unit="step", dynamic_ncols=True)
+        self.bar = logs.progress_bar(total=cfg.steps, desc=description, unit="step")
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:

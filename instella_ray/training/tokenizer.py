@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .. import storage
+from .. import logs, storage
 from ..data.formats.codes import dead_bits
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.names import absolute_pattern
@@ -233,7 +232,7 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
     """Measure ``bit`` with hard bits on ``images [N, 3, H, W]`` in [-1, 1], showing a progress bar."""
     device = next(bit.parameters()).device
     values, codes = [], []
-    for part in tqdm(images.split(batch_size), desc=title, unit="batch"):
+    for part in logs.progress_bar(images.split(batch_size), desc=title, unit="batch"):
         code = bit.encode(part.to(device))
         values.append(psnr(bit.decode(code, *part.shape[-2:]).cpu(), part))
         codes.append(code.cpu())

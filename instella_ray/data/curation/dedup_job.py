@@ -11,9 +11,8 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from ... import storage
+from ... import logs, storage
 from ..formats.parts import DROPPED, DUPLICATES, Part, PartFolder, Row
 from ..formats.shards import remove_shard, write_samples
 from ..formats.tar_source import read_samples
@@ -63,7 +62,7 @@ def deduplicate(
         return
     given = [{"part": part.model_dump_json(), "drops": json.dumps(drops[part.name])} for part in todo]
     remover = Stage(Remover(folder.url, decided, frozenset(shown)))
-    with tqdm(total=len(todo), desc="duplicates", unit="part") as bar:
+    with logs.progress_bar(total=len(todo), desc="duplicates", unit="part") as bar:
         for _ in run_rows(given, remover, local=local, cpu_pool=cpu_pool):
             bar.update()
 
@@ -116,9 +115,8 @@ def _decide(folder: str, parts: list[Part], cfg: DuplicateConfig) -> pa.Table:
     """Find the duplicates in all parts, and return their :data:`DECISIONS`, sorted by part."""
     filled = [part.name for part in parts if part.notes[FINGERPRINTS]]
     with ThreadPoolExecutor(READERS) as pool:
-        tables = list(
-            tqdm(pool.map(lambda name: _prints(folder, name), filled), "fingerprints", len(filled), unit="part")
-        )
+        read = pool.map(lambda name: _prints(folder, name), filled)
+        tables = list(logs.progress_bar(read, desc="fingerprints", total=len(filled), unit="part"))
     ends = np.cumsum([table.num_rows for table in tables])
     if not len(ends):
         return DECISIONS.empty_table()

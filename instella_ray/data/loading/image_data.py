@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from ... import storage
+from ... import logs, storage
 from ...errors import UserError
 from ..formats.codes import LRUCache
 from ..formats.images import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
@@ -66,7 +65,9 @@ class ImageData:
             lambda n: (read_index(self.urls[i], captions=captions) for i in n), lambda t: t.nbytes, 256 << 20
         )
         uncounted = sum(shard.rows is None for shard in shards)
-        numbered = enumerate(tqdm(shards, desc="counting images", unit="shard", disable=uncounted < PROGRESS_BAR_TARS))
+        numbered = enumerate(
+            logs.progress_bar(shards, desc="counting images", unit="shard", disable=uncounted < PROGRESS_BAR_TARS)
+        )
         counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
         self._starts = np.cumsum([0, *counts])
         self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)

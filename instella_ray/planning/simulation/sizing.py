@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from pydantic import Field
-from tqdm import tqdm
 
+from ... import logs
 from ...config import Config
 from ...errors import UserError
 from .pipeline import ENCODERS, DataJobs, simulate_line
@@ -46,7 +46,7 @@ def size_serving(cfg: ServingConfig, slo: Slo, seed: int = 0) -> Layout:
         raise UserError("serving.load: sizing needs a rate of requests; a closed loop adapts to the capacity")
     tried: dict[tuple[int, ...], Layout] = {}
     counts = _needed(cfg, cfg.load.rate)
-    with tqdm(desc="sizing", unit="layout", delay=3, leave=False) as bar:
+    with logs.progress_bar(desc="sizing", unit="layout", delay=3, leave=False) as bar:
 
         def attempt(replicas: dict[str, int]) -> Layout:
             key = tuple(replicas.values())

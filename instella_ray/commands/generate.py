@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from .. import logs
 from ..config import ArgumentParser
@@ -41,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
     pipe = InstellaPipeline.from_pretrained(args.model, tokenizer=args.tokenizer, device=args.device)
     steps = args.steps if pipe.transformer.cfg.kind == "diffusion" else pipe.transformer.cfg.num_tokens
     total = args.count * steps
-    with tqdm(total=total, desc="generate", unit="step", disable=not sys.stderr.isatty()) as bar:
+    with logs.progress_bar(total=total, desc="generate", unit="step") as bar:
         output = pipe(
             args.prompt,
             num_images_per_prompt=args.count,

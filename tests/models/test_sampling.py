@@ -100,6 +100,7 @@ def test_posterior_is_bayes_rule_on_the_two_state_chain(x0: float, low: float, t
     s = max(low * t, 1e-3)
     if s >= t:
         s = t / 2
+    x0, t, s = (torch.tensor(value).item() for value in (x0, t, s))  # as the sampler gets them, in float32
     joint = {}
     for z_s in (0, 1):
         reach = sum(p * (s / 2 + (1 - s) * (z_s == x)) for x, p in ((0, 1 - x0), (1, x0)))

@@ -274,12 +274,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the long flags of a parser and of its commands."""
-    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            flags += [flag for command in action.choices.values() for flag in _flags(command)]
-    return list(dict.fromkeys(flags))
+    """Return the long flags of a parser."""
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
 def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:

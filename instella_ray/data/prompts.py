@@ -136,7 +136,9 @@ def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iter
             continue
         named = next((k for k in ID_KEYS if record.get(k) is not None), None)
         category = record.get("tag", record.get("category"))
-        meta = {k: json_value(v) for k, v in record.items() if k not in (key, named, "category")}
+        # Bytes stay what they are, and are refused below: an image beside its prompt is no text.
+        rest = {k: v for k, v in record.items() if k not in (key, named, "category")}
+        meta = {k: v if isinstance(v, bytes) else json_value(v) for k, v in rest.items()}
         try:
             json.dumps(meta)
         except (TypeError, ValueError):

@@ -48,7 +48,8 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
         if any(names_shards(part, suffix) for part in split_pattern(pattern)):
             shards = find_shards(pattern, suffix)
-            refuse_links(shards)
+            if kind == "parquet":
+                refuse_links(shards)
             return [u for url, name in shards.items() for u in _shard_units(setting, kind, url, name, rows_per_unit)]
     return [u for part in split_pattern(pattern) for u in _folder_units(setting, part, rows_per_unit)]
 

@@ -131,3 +131,9 @@ def test_parquet_prompts_are_read_as_far_as_they_are_utf8(tmp_path: Path) -> Non
     pq.write_table(pa.table({"prompt": texts, "n": [1]}), tmp_path / "a.parquet")
     (prompt,) = read_prompts(str(tmp_path / "a.parquet"))
     assert prompt.text == "caf\ufffd" and prompt.meta == {"n": 1}
+
+
+def test_images_beside_prompts_are_no_metadata(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "image": [b"\x89PNG"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 0: value that JSON cannot represent in one of image"):
+        read_prompts(str(tmp_path / "a.parquet"))

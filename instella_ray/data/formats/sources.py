@@ -63,15 +63,16 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
 def find_images(pattern: str) -> dict[str, str]:
     """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
     inputs = find_inputs(pattern)
-    refuse_links(inputs.links)
+    if inputs.links:
+        raise _links_without_images(inputs.links[0])
     return inputs.shards
 
 
 def refuse_links(urls: Iterable[str]) -> None:
-    """Raise UserError for a parquet file with links in the place of images."""
+    """Raise UserError for one of these parquet files with links in the place of images; others are ignored if damaged."""
     for url in urls:
-        if url.endswith(".parquet") and (footer := _footer(url, captions=False)) and footer.columns.link:
-            raise UserError(f"{url}: links without images; curate first (jobs/curate.py), which downloads them")
+        if (footer := _footer(url, captions=False)) and footer.columns.link:
+            raise _links_without_images(url)
 
 
 def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
@@ -123,6 +124,10 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
         if ".parquet" in urls[0]:
             expected = "text in the caption column"
         raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
+
+
+def _links_without_images(url: str) -> UserError:
+    return UserError(f"{url}: links without images; curate first (jobs/curate.py), which downloads them")
 
 
 def _footer(url: str, *, captions: bool = True) -> Footer | None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from instella_ray import cli, storage
+from instella_ray.data.formats import sources
 from instella_ray.data.formats.names import (
     ShardEntry,
     find_shards,
@@ -260,3 +261,9 @@ def test_many_parts_are_read_in_their_order(tmp_path: Path) -> None:
     folder = PartFolder(str(tmp_path))
     assert folder.parts() == sorted(parts, key=lambda part: (part.shard, part.first_row))
     assert folder.close("0123456").kept == 2100
+
+
+def test_links_are_refused_however_a_file_is_split(tmp_path: Path) -> None:
+    write_links(tmp_path / "a.parquet", sources.ROWS_PER_SHARD + 1)
+    with pytest.raises(UserError, match=r"a\.parquet#rows=0-100000: links without images; curate first"):
+        sources.find_images(str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,6 @@ from .engine.engine import (
     Compilation,
     EngineOptions,
     Event,
-    Expired,
     Finished,
     Progress,
     Request,
@@ -95,7 +95,7 @@ class InstellaPipeline:
             raise UserError(f"transformer: generates codes of {made}, the tokenizer decodes {read}")
         self.transformer, self.tokenizer, self.text_encoder, self.source = transformer, tokenizer, text_encoder, source
         options = EngineOptions(batch_size, text_encoder.cfg.max_length, compilation)
-        self.engine: StepEngine = build_engine(transformer, self._features(""), options)
+        self.engine: StepEngine = build_engine(transformer, text_encoder.encode_prompt(""), options)
 
     @classmethod
     def from_pretrained(
@@ -267,21 +267,8 @@ class InstellaPipeline:
     ) -> Iterator[tuple[int, Event]]:
         """Run the engine over all prompts; yields the number of an image and its event."""
         settings = _config(sampling).model_dump()
-        requests = self._requests(prompts, seeds, settings, every)
-        upcoming = next(requests, None)
-        try:
-            while upcoming is not None or not self.engine.idle:
-                # One batch ahead: the features of all prompts might not fit into memory.
-                while upcoming is not None and len(self.engine.waiting) < self.engine.options.slots:
-                    self.engine.submit(upcoming)
-                    upcoming = next(requests, None)
-                for event in self.engine.step():
-                    if not isinstance(event, Expired):
-                        yield int(event.id), event
-        finally:  # a caller that stops early leaves no requests behind
-            for number in range(len(prompts)):
-                self.engine.cancel(str(number))
-            self.engine.step()
+        with closing(self.engine.run(self._requests(prompts, seeds, settings, every))) as events:
+            yield from ((int(event.id), event) for event in events)
 
     def _requests(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any], every: int
@@ -289,13 +276,9 @@ class InstellaPipeline:
         text, features = None, torch.empty(0)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if prompt != text:
-                text, features = prompt, self._features(prompt)
+                text, features = prompt, self.text_encoder.encode_prompt(prompt)
             params = SamplingParams.of(1, seed=seed, **settings)
             yield Request(str(number), features, params, preview_every=every)
-
-    def _features(self, prompt: str) -> Tensor:
-        features, mask = self.text_encoder.encode([prompt])
-        return features[:, 0, mask[0]].float().cpu()
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         side, multiple = self.tokenizer.cfg.image_size, self.tokenizer.cfg.decode_multiple

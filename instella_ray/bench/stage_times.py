@@ -41,13 +41,11 @@ class Stages:
 
         self.cfg, self.repeats = cfg, repeats
         text = cfg.text.model_copy(update={"max_length": cfg.text_length})
-        empty = TextEncoder.from_config(text).encode([""])
+        empty = TextEncoder.from_config(text).encode_prompt("")
         self.text = TextEncoderStage(text, cfg.threads, "cpu")
         self.decoder = DecoderStage(models["tokenizer"], cfg.threads, "cpu")
         options = EngineOptions(cfg.slots, cfg.text_length)
-        self.engine = load_engine(
-            models["generator"], empty.features[:, 0, empty.mask[0]], options, torch.device("cpu"), "auto"
-        )
+        self.engine = load_engine(models["generator"], empty, options, torch.device("cpu"), "auto")
         self.number = 0
 
     def measure(self) -> dict[str, Any]:

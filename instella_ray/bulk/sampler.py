@@ -42,23 +42,18 @@ class Sampler:
         device = pick_device(options.device)
         dtype = serving_dtype(device, options.precision)
         self.encoder = TextEncoder.from_config(options.text_encoder, device=device, dtype=dtype)
-        self.engine = load_engine(options.model, self._features(""), options.engine, device, options.precision)
+        self.engine = load_engine(
+            options.model, self.encoder.encode_prompt(""), options.engine, device, options.precision
+        )
 
     def run(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> dict[str, np.ndarray]:
         """Return codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` with each of the ``settings``, by setting name."""
         cfg = self.engine.model.cfg
         codes = {name: np.zeros((len(samples), cfg.num_tokens, cfg.bits_per_token), np.uint8) for name in settings}
-        requests = self._requests(samples, settings)
-        upcoming = next(requests, None)
-        while upcoming is not None or not self.engine.idle:
-            # Submits only one batch ahead: the features of all prompts might not fit into memory.
-            while upcoming is not None and len(self.engine.waiting) < self.engine.options.slots:
-                self.engine.submit(upcoming)
-                upcoming = next(requests, None)
-            for event in self.engine.step():
-                if isinstance(event, Finished):
-                    number, _, name = event.id.partition(" ")
-                    codes[name][int(number)] = event.codes.numpy()
+        for event in self.engine.run(self._requests(samples, settings)):
+            if isinstance(event, Finished):
+                number, _, name = event.id.partition(" ")
+                codes[name][int(number)] = event.codes.numpy()
         return codes
 
     def _requests(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> Iterator[Request]:
@@ -66,11 +61,7 @@ class Sampler:
         for number, sample in enumerate(samples):
             if sample.prompt.text != text:
                 text = sample.prompt.text
-                features = self._features(text)
+                features = self.encoder.encode_prompt(text)
             for name, sampling in settings.items():
                 params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
                 yield Request(f"{number} {name}", features, params)
-
-    def _features(self, prompt: str) -> torch.Tensor:
-        features, mask = self.encoder.encode([prompt])
-        return features[:, 0, mask[0]].float().cpu()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -159,6 +159,28 @@ class StepEngine(ABC):
         self.waiting = deque(r for r in self.waiting if r.id != request_id)
         if any(r.id == request_id for r in self.requests):
             self.cancelled.add(request_id)
+
+    def run(self, requests: Iterable[Request]) -> Generator[Event, None, None]:
+        """Run all ``requests``, yielding their events; a caller that stops early leaves none of them behind.
+
+        The engine must have no other requests. Requests are taken one batch ahead, because the features of all prompts might not fit into memory.
+        """
+        rest, ids = iter(requests), set[str]()
+        upcoming = next(rest, None)
+        try:
+            while upcoming is not None or not self.idle:
+                while upcoming is not None and len(self.waiting) < self.options.slots:
+                    self.submit(upcoming)
+                    ids.add(upcoming.id)
+                    upcoming = next(rest, None)
+                for event in self.step():
+                    if not isinstance(event, Progress):
+                        ids.discard(event.id)
+                    yield event
+        finally:
+            for request_id in ids:
+                self.cancel(request_id)
+            self._release()
 
     @torch.no_grad()
     def step(self) -> list[Event]:

@@ -112,6 +112,14 @@ class TextEncoder:
         features = torch.stack(out.hidden_states[1:])
         return pad_features([features[:, i, : len(row)] for i, row in enumerate(rows)])
 
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Encode one prompt alone: float32 ``[layers, T, width]`` without padding, on the CPU.
+
+        What stands beside a prompt in a batch can change its features' last digits, and so the bits of an image.
+        """
+        features, mask = self.encode([prompt])
+        return features[:, 0, mask[0]].float().cpu()
+
     def _tokens(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, truncation=False)["input_ids"]
         limit = self.cfg.max_length

@@ -98,8 +98,7 @@ def _located(args: ServeArgs) -> ServeArgs:
 
 
 def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:
-    empty = TextEncoder.from_config(cfg).encode([""])
-    return empty.features[:, 0, empty.mask[0]].numpy()
+    return TextEncoder.from_config(cfg).encode_prompt("").numpy()
 
 
 def _tokenizer(cfg: TextEncoderConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -374,3 +375,19 @@ def test_a_drained_engine_finishes_what_it_has_and_takes_no_more() -> None:
             await runner.generate(torch.zeros(2, 1, 8), SamplingParams.of(1))
 
     asyncio.run(run())
+
+
+def test_a_run_takes_one_batch_of_requests_ahead_and_may_be_left() -> None:
+    e, taken = engine("diffusion"), list[int]()
+
+    def requests(count: int) -> Iterator[Request]:
+        for number in range(count):
+            taken.append(number)
+            yield request(number)
+
+    events = e.run(requests(6 * SLOTS))
+    next(event for event in events if isinstance(event, Finished))
+    assert len(taken) <= 3 * SLOTS + 1
+    events.close()
+    assert e.idle
+    assert len([event for event in e.run(requests(5)) if isinstance(event, Finished)]) == 5 and e.idle

@@ -163,7 +163,8 @@ class StepEngine(ABC):
     def run(self, requests: Iterable[Request]) -> Generator[Event, None, None]:
         """Run all ``requests``, yielding their events; a caller that stops early leaves none of them behind.
 
-        The engine must have no other requests. Requests are taken one batch ahead, because the features of all prompts might not fit into memory.
+        The engine must have no other requests. Requests are taken one batch ahead,
+        because the features of all prompts might not fit into memory.
         """
         rest, ids = iter(requests), set[str]()
         upcoming = next(rest, None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
 import itertools
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +16,14 @@ import pydantic
 import yaml
 from pydantic_core import ErrorDetails
 
-from . import logs
 from .errors import UserError
 
 C = TypeVar("C", bound="Config")
 
-_parse_only: ContextVar[bool] = ContextVar("parse_only", default=False)
 RENAMED = {"picture": "image", "rival": "baseline"}
 """Words of keys and flags before 0.1, and their replacements, for error messages."""
+DATA = "share/instella_ray/configs"
+"""Folder of the recipes in an installation, as pyproject.toml says it."""
 REMOVED = {"repa_layer", "repa_width"}
 """Keys before 0.1 that had no effect."""
 PROBLEMS_SHOWN = 3
@@ -46,7 +46,9 @@ def load_config(
     section: str | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> C:
-    """Load a ``cls`` from the YAML file ``path`` (None: all defaults), then apply ``flags``, then ``a.b=c`` overrides.
+    """Load a ``cls`` from ``path`` (None: all defaults), then apply ``flags``, then ``a.b=c`` overrides.
+
+    ``path`` is a YAML file, or else the name of one of the :func:`recipes`.
 
     ``flags`` maps dotted keys to the values of a command's flags, which are used unparsed; the value of an override is
     parsed as YAML. ``section`` selects one top-level key of the file. Raises UserError naming the file, flag or
@@ -93,7 +95,7 @@ def dump_yaml(config: Config) -> str:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and ``--set``, the flags common to all jobs."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file; every key has a default")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or a recipe such as data/curate; every key has a default")
     add_overrides(parser)
 
 
@@ -109,69 +111,6 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_job(
-    cls: type[C],
-    argv: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-    flags: Mapping[str, str] | None = None,
-    switches: Mapping[str, str] | None = None,
-) -> C:
-    """Parse the command line of a job into its configuration, and print the configuration as YAML.
-
-    ``flags`` maps names of flags, which are shorthands for ``--set``, to dotted keys. ``switches`` maps names of flags
-    without a value to the dotted keys that they set to true.
-    """
-    logs.begin_job(prog.rpartition(" ")[2].removesuffix(".py").replace("-", "_"))
-    flags, switches = flags or {}, switches or {}
-    parser = ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog="configuration keys:\n" + "\n".join(describe(cls)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_config_arguments(parser)
-    for flag, key in flags.items():
-        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
-    for flag, key in switches.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=f"{_summary(cls, key)} (--set {key}=true)")
-    args = parser.parse_args(argv)
-    given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
-    given += [f"{key}=true" for flag, key in switches.items() if getattr(args, flag)]
-    config = load_config(cls, args.config, [*args.overrides, *given])
-    if _parse_only.get():
-        raise _Parsed(config)
-    print(dump_yaml(config), end="", flush=True)
-    return config
-
-
-def _summary(cls: type[Config], dotted: str) -> str:
-    """Return the first line of the docstring of a key."""
-    lines = (line.strip() for line in describe(cls))
-    return next(line for line in lines if line.startswith(f"{dotted} ")).partition(")  ")[2]
-
-
-class _Parsed(Exception):
-    """Ends a job after :func:`parse_job`, carrying the parsed configuration."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-
-
-def job_config(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> Config:
-    """Return the configuration that a job's ``main(argv)`` would run with; stops ``main`` after :func:`parse_job`."""
-    token = _parse_only.set(True)
-    try:
-        main(argv)
-    except _Parsed as parsed:
-        return parsed.config
-    finally:
-        _parse_only.reset(token)
-    raise UserError("the job ended without reading its configuration")
-
-
 def describe(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[str]:
     """Yield one line per key: dotted name, value in ``default`` (None: its default), and first line of its docstring."""
     for name, field in cls.model_fields.items():
@@ -185,13 +124,41 @@ def describe(cls: type[Config], prefix: str = "", default: Config | None = None)
         yield f"  {prefix}{name} ({'required' if required else repr(value)})  {summary}".rstrip()
 
 
+def recipes() -> dict[str, Path]:
+    """Return the configurations that come with this package by name, such as ``data/curate``.
+
+    They are the files of ``configs/`` in a source checkout; an installed wheel has them among its data files.
+    """
+    checkout = Path(__file__).parents[1]
+    folder = checkout / "configs"
+    if not (checkout / "pyproject.toml").is_file():
+        try:
+            files = importlib.metadata.files("instella-ray") or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        folders = (Path(str(file.locate())).resolve().parents for file in files if file.match(f"{DATA}/*/*.yaml"))
+        folder = next((parents[1] for parents in folders), folder)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def config_file(path: str) -> Path:
+    """Return ``path`` if there is such a file, else that of the recipe named so; UserError if there is neither."""
+    file = Path(path)
+    if file.suffix or file.is_file():
+        return file
+    known = recipes()
+    if path not in known:
+        raise UserError(f"{path}: no such file, and no recipe of that name{did_you_mean(path, list(known))}")
+    return known[path]
+
+
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
-    """Read the keys and values of a YAML file, or of one of its sections.
+    """Read the keys and values of a YAML file or recipe, or of one of its sections.
 
     Raises UserError naming the file if it is unreadable, invalid or no mapping, or lacks the section.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = config_file(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror or error})") from None
     except UnicodeDecodeError:

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors", "retries"},
     {"transient"},
     {"config", "storage", "packages", "accelerator", "rendering"},
-    {"models", "runs"},
+    {"models", "runs", "job"},
     {"flops", "engine"},
     {"data"},
     {"serving", "bulk", "pipeline"},
@@ -29,6 +29,7 @@ FLOORS = [
     {"demo", "bench", "operations"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 WITHOUT_RAY = (
     "models",

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from instella_ray import logs
-from instella_ray.config import Config, parse_job
+from instella_ray.config import Config
+from instella_ray.job import Job
 from instella_ray.data.ray_data import WorkerLogging
 from instella_ray.errors import UserError, run_main
 
@@ -50,7 +51,7 @@ def run(fail: BaseException | None = None) -> int:
     """A job, as the files of jobs/ are written."""
 
     def main() -> None:
-        parse_job(Settings, [], prog="curate.py", description="")
+        Job("curate", Settings, lambda _: None, "").main([])
         log.info("%d rows", 3, extra={"step": 7})
         if fail is not None:
             raise fail

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from instella_ray.config import Config, job_config
+from instella_ray.config import Config
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.demo.recipe import DemoConfig
 from instella_ray.evaluation.metric_settings import MetricsConfig
@@ -34,6 +34,7 @@ from .kit.project import (
     SIMULATIONS,
     imports,
     job,
+    job_config,
     python_files,
     texts,
     tracked,
@@ -88,7 +89,7 @@ def loaded(path: Path) -> Config:
     relative = path.relative_to(ROOT / "configs").with_suffix("")
     name, given = JOB_OF.get(str(relative)) or JOB_OF[str(relative.parent)]
     overrides = [word for item in given for word in ("--set", item)]
-    return job_config(job(name), ["--config", str(path), *overrides])
+    return job_config(name, ["--config", str(path), *overrides])
 
 
 def configurations() -> set[type[Config]]:

@@ -9,7 +9,7 @@ from ..config import ArgumentParser
 from ..evaluation.compare import NOTE, compare
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") -> int:
+def parser(prog: str = "instella-ray compare") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Compare two outputs of jobs/evaluate.py. Metrics with scores per sample are compared by a paired test "
@@ -19,7 +19,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") 
     parser.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING selects one setting of a sweep")
     parser.add_argument("b", metavar="B", help="second output folder; differences are B minus A")
     parser.add_argument("--output", metavar="FILE", help="also write an HTML page with images of the same prompts")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("compare")
     for comparison in compare(args.a, args.b, args.output):
         print(comparison.text() + "\n")

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..config import parse_job
 from ..data.curation.job import CurateConfig, run_curate
+from ..job import Job
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "curate.py") -> int:
-    cfg = parse_job(
-        CurateConfig,
-        argv,
-        prog=prog,
-        description="Curate captioned WebDataset shards.",
-        switches={"local": "local"},
-    )
-    ledger = run_curate(cfg)
-    print(f"{cfg.output}: {ledger.summary()}")
-    return 0
+def run(cfg: CurateConfig) -> None:
+    print(f"{cfg.output}: {run_curate(cfg).summary()}")
+
+
+job = Job("curate", CurateConfig, run, "Curate captioned WebDataset shards.", switches={"local": "local"})
+parser, main = job.parser, job.main

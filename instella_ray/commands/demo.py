@@ -11,7 +11,7 @@ from ..demo.recipe import TINY, DemoConfig
 from ..demo.run import run_demo
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> int:
+def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
     existing.add_argument("--resume", action="store_true", help="resume an interrupted demo in the folder")
     existing.add_argument("--fresh", action="store_true", help="delete the folder's demo and start over")
     add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("demo")
     flags = {name: value for name in ("folder", "size", "shards", "seed") if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})

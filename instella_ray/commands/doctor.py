@@ -10,7 +10,7 @@ from ..config import ArgumentParser
 from ..operations.doctor import examine, report
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray doctor") -> int:
+def parser(prog: str = "instella-ray doctor") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Check versions, accelerators, memory, disk, limits and authentication, and the given storage and "
@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray doctor") -
         parser.add_argument(flag, metavar=metavar, nargs="+", default=[], help=about)
     parser.add_argument("--address", help="check every node of this Ray cluster (auto: the running local one)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray doctor") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("doctor")
     found = examine(stores=args.storage, models=args.models, configs=args.config, address=args.address)
     print(json.dumps([each.model_dump() for each in found], indent=1) if args.json else report(found))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..config import parse_job
 from ..data.encode import EncodeConfig, run_encode
+from ..job import Job
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "encode.py") -> int:
-    cfg = parse_job(
-        EncodeConfig,
-        argv,
-        prog=prog,
-        description="Encode curated shards as packed BIT codes.",
-        switches={"local": "local"},
-    )
+def run(cfg: EncodeConfig) -> None:
     manifest = run_encode(cfg)
     made = f"{manifest.rows} codes of tokenizer {manifest.tokenizer_hash[:12]}"
     print(f"{cfg.output}: {made} in {len(manifest.files)} files")
-    return 0
+
+
+job = Job("encode", EncodeConfig, run, "Encode curated shards as packed BIT codes.", switches={"local": "local"})
+parser, main = job.parser, job.main

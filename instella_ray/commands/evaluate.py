@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..config import parse_job
 from ..evaluation.evaluate import EvaluateConfig, run_evaluate
+from ..job import Job
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
-    about = "Evaluate samples, or a tokenizer's reconstructions, and write report.html."
-    cfg = parse_job(EvaluateConfig, argv, prog=prog, description=about, switches={"local": "local"})
+def run(cfg: EvaluateConfig) -> None:
     print(f"report: {run_evaluate(cfg)}")
-    return 0
+
+
+ABOUT = "Evaluate samples, or a tokenizer's reconstructions, and write report.html."
+job = Job("evaluate", EvaluateConfig, run, ABOUT, switches={"local": "local"})
+parser, main = job.parser, job.main

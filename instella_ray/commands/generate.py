@@ -16,7 +16,7 @@ ENDINGS = {"jpg": "jpeg", **{name: name for name in OPTIONS}}
 """Endings of files, and their formats."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate") -> int:
+def parser(prog: str = "instella-ray generate") -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description="Generate images of a prompt, without Ray, and write them to files.")
     parser.add_argument("prompt", help="text to draw")
     parser.add_argument("--model", required=True, metavar="MODEL", help="model folder of a generator, or hub name")
@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
     parser.add_argument("--temperature", type=float, default=0.5, metavar="X", help="0 is greedy (0.5)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer, if the model's own is elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("generate")
     size = re.fullmatch(r"(\d+)x(\d+)", args.size) if args.size else None
     if args.size and size is None:

@@ -9,7 +9,7 @@ from ..config import ArgumentParser
 from ..operations.lineage import trace, tree
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray lineage") -> int:
+def parser(prog: str = "instella-ray lineage") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Print the runs, checkpoints and data that THING was made from, and whether each is unchanged. Exit "
@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray lineage") 
         "--models", metavar="FOLDER", nargs="+", default=[], help="folders to search for models by weight hash"
     )
     parser.add_argument("--json", action="store_true", help="print the chain as JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray lineage") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("lineage")
     link = trace(args.thing, args.models)
     print(link.model_dump_json(indent=1) if args.json else tree(link))

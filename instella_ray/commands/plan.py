@@ -14,7 +14,7 @@ from ..training.stages import TokenizerStagesConfig
 from ..training.tokenizer import TokenizerConfig
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray plan") -> int:
+def parser(prog: str = "instella-ray plan") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Predict a run of jobs/train_generator.py or jobs/train_tokenizer.py from its configuration: FLOP per "
@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray plan") -> 
         about |= {"action": "store_true"} if field.annotation is bool else {"metavar": "VALUE"}
         parser.add_argument(_flag(name), **about)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray plan") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("plan")
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
     options = validate(PlanOptions, given, None, {name: f"{_flag(name)} {value}" for name, value in given.items()})

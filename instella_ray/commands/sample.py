@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..bulk.decode import DecodeConfig, run_decode
 from ..bulk.plan import SampleConfig
 from ..bulk.sample import run_sample
-from ..config import Config, parse_job
+from ..config import Config
+from ..job import Job
 
 
 class SampleJobConfig(Config):
@@ -17,10 +16,7 @@ class SampleJobConfig(Config):
     decode: DecodeConfig = DecodeConfig()
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sample.py") -> int:
-    about = "Sample images in bulk, as codes; with --decode also as images. sample.mode=resume continues a run."
-    own = {"flags": {"decode": "decode.format"}, "switches": {"local": "sample.local"}}
-    cfg = parse_job(SampleJobConfig, argv, prog=prog, description=about, **own)
+def run(cfg: SampleJobConfig) -> None:
     for name, manifest in run_sample(cfg.sample).items():
         cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
         made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"
@@ -28,4 +24,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "sample.py") -> int:
     if cfg.decode.format is not None:
         count = run_decode(cfg.decode, cfg.sample.output, local=cfg.sample.local)
         print(f"{cfg.sample.output}: {count} images as {cfg.decode.format}")
-    return 0
+
+
+job = Job(
+    "sample",
+    SampleJobConfig,
+    run,
+    "Sample images in bulk, as codes; with --decode also as images. sample.mode=resume continues a run.",
+    flags={"decode": "decode.format"},
+    switches={"local": "sample.local"},
+)
+parser, main = job.parser, job.main

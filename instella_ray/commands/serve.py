@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 
 from pydantic import Field
 from ray import serve
 
-from ..config import Config, parse_job
+from ..config import Config
 from ..data.ray_data import init_ray
+from ..job import Job
 from ..serving.access import ApiKeys, check_address, require_free_port
 from ..serving.app import ServeArgs, build
 
@@ -23,8 +23,7 @@ class ServeJobConfig(Config):
     port: int = Field(8000, ge=1, le=65535)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "serve.py") -> int:
-    cfg = parse_job(ServeJobConfig, argv, prog=prog, description="Serve text to image over HTTP.")
+def run(cfg: ServeJobConfig) -> None:
     keys = ApiKeys.load(cfg.app.api_keys_file)
     check_address(cfg.host, keys)
     require_free_port(cfg.host, cfg.port)
@@ -42,4 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "serve.py") -> int:
         print("stopping", flush=True)
     finally:
         serve.shutdown()
-    return 0
+
+
+job = Job("serve", ServeJobConfig, run, "Serve text to image over HTTP.")
+parser, main = job.parser, job.main

@@ -10,7 +10,7 @@ from ..data.formats.names import list_shards
 from ..data.formats.sources import SUFFIXES
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray shards") -> int:
+def parser(prog: str = "instella-ray shards") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Write the names and sizes of the WebDataset tars and parquet files that match PATTERN to a JSON file, "
@@ -19,7 +19,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray shards") -
     )
     parser.add_argument("pattern", metavar="PATTERN", help="path, glob or folder, or several separated by commas")
     parser.add_argument("--output", metavar="FILE", required=True, help="path or URL of the list, ending with .json")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray shards") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("shards")
     made = list_shards(args.pattern, args.output, SUFFIXES)
     print(f"{args.output}: {len(made.shards)} shards, {made.bytes} bytes")

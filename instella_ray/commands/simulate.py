@@ -10,7 +10,7 @@ from ..config import ArgumentParser, add_overrides, load_config
 from ..packages import extra_import
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
+def parser(prog: str = "instella-ray simulate") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Simulate an endpoint, the data jobs and a training run with discrete events from stage times: the "
@@ -21,7 +21,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate")
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     parser.add_argument("--output", metavar="FILE", help="also write the tables to a Markdown file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
+    args = parser(prog).parse_args(argv)
     logs.begin_job("simulate")
     extra_import("simpy", "instella-ray simulate", "simulate")
     from ..planning.simulation.run import SimulateConfig, run_simulation

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..config import ArgumentParser
+from ..job import Job
 from ..operations.submission import Submission, submit
+from . import NAMES, load
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "submit.py") -> int:
+def parser(prog: str = "submit.py") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Run a job on a cluster: pack the working directory, check that the cluster has what the job needs, "
@@ -31,5 +34,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "submit.py") -> int:
     parser.add_argument(
         "--queue", action="store_true", help="if the cluster lacks resources, queue the job until they are added"
     )
-    parser.add_argument("command", nargs="+", metavar="-- JOB", help="as run locally: jobs/X.py --config FILE")
-    return submit(Submission(**vars(parser.parse_args(argv))))
+    parser.add_argument("command", nargs="+", metavar="-- JOB", help="as run locally: jobs/X.py ARGUMENTS, or curate ARGUMENTS")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "submit.py") -> int:
+    return submit(Submission(find_command=find_command, **vars(parser(prog).parse_args(argv))))
+
+
+def find_command(name: str) -> Job[Any] | None:
+    """Return the job that is the command ``name``; None if there is no such command, or if it is no job."""
+    return getattr(load(name), "job", None) if name in NAMES else None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..config import parse_job
 from ..data.generation.synthesize import SynthesizeConfig, run_synthesize
+from ..job import Job
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "synthesize.py") -> int:
-    about = "Synthesize a captioned set of images: one per prompt and model."
-    cfg = parse_job(SynthesizeConfig, argv, prog=prog, description=about, switches={"local": "local"})
-    ledger = run_synthesize(cfg)
-    print(f"{cfg.output}: {ledger.summary()}")
-    return 0
+def run(cfg: SynthesizeConfig) -> None:
+    print(f"{cfg.output}: {run_synthesize(cfg).summary()}")
+
+
+ABOUT = "Synthesize a captioned set of images: one per prompt and model."
+job = Job("synthesize", SynthesizeConfig, run, ABOUT, switches={"local": "local"})
+parser, main = job.parser, job.main

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..config import parse_job
+from ..job import Job
 from ..training.stages import TokenizerStagesConfig, run_stages
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "train_tokenizer.py") -> int:
-    about = "Train a tokenizer in one or several stages, on Ray Train or in this process."
-    cfg = parse_job(TokenizerStagesConfig, argv, prog=prog, description=about)
+def run(cfg: TokenizerStagesConfig) -> None:
     print(f"model: {run_stages(cfg)}")
-    return 0
+
+
+ABOUT = "Train a tokenizer in one or several stages, on Ray Train or in this process."
+job = Job("train-tokenizer", TokenizerStagesConfig, run, ABOUT)
+parser, main = job.parser, job.main

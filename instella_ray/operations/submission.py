@@ -8,14 +8,15 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..config import Config, add_config_arguments, job_config
+from ..config import add_config_arguments, recipes
 from ..errors import UserError
-from ..logs import RUN_ID, new_run_id
+from ..job import Job
+from ..logs import PACKAGE, RUN_ID, new_run_id
 from .claims import amounts, lacking, totals
 from .cluster import ClusterClient, named_address
 from .following import LogFollower, exit_code
@@ -28,7 +29,12 @@ class Submission(NamedTuple):
     """Job to submit, target cluster and options."""
 
     command: Sequence[str]
-    """Command line as run locally: ``jobs/X.py --config ...``, optionally preceded by ``python``."""
+    """Command line as run locally: ``jobs/X.py --config ...`` or ``curate --config ...``.
+
+    ``python`` or ``instella-ray`` may precede it.
+    """
+    find_command: Callable[[str], Job[Any] | None]
+    """Function that returns the job that is a command of this package, by name; None if none is."""
     address: str | None = None
     """Address of the cluster's dashboard; none uses Ray's environment variables, else this machine."""
     name: str | None = None
@@ -49,12 +55,19 @@ def submit(order: Submission) -> int:
     cluster lacks resources and ``order.queue`` is not set, and if the cluster cannot be reached.
     """
     root = Path(order.working_dir).absolute()
-    script, arguments = _split_command(order.command)
+    name, *arguments = _without_interpreter(order.command)
     package = find_package(root)
-    _require(script, package, "the job")
-    needs = least(read_job(root, script, arguments))
+    if job := order.find_command(name):
+        command = ["python", "-m", PACKAGE, name, *arguments]
+    elif not name.endswith(".py"):
+        raise UserError(f"expected a job after --, such as jobs/curate.py --config FILE, got {shlex.join(order.command)}")
+    else:
+        _require(name, package, "the job")
+        job = script_job(root, name)
+        command = ["python", name, *arguments]
+    with chdir(root):
+        needs = least(job.load(arguments))
     _require_config(arguments, package)
-    command = ["python", script, *arguments]
     if order.dry_run:
         print(f"packs {len(package.sizes)} files, {mebibytes(package.total)}; the largest: {package.largest()}")
         print(f"runs  {shlex.join(command)}")
@@ -69,36 +82,36 @@ def submit(order: Submission) -> int:
         have = {name: sum(node.get(name, 0.0) for node in nodes) for name in totals(needs)}
         print(f"has   {amounts(have, have)} on {len(nodes)} nodes, {cluster.address}")
     if short and not order.queue:
-        raise UserError(f"{script}: {short}; --queue lets the job wait until the cluster has scaled up")
+        raise UserError(f"{name}: {short}; --queue lets the job wait until the cluster has scaled up")
     if order.dry_run:
         return 0
-    job = new_id(order.name or PurePosixPath(script).stem)
+    job_id = new_id(order.name or PurePosixPath(name).stem)
     advice = (
-        f"follow it: ray job logs --address {cluster.address} --follow {job}\n"
-        f"stop it:   ray job stop --address {cluster.address} {job}"
+        f"follow it: ray job logs --address {cluster.address} --follow {job_id}\n"
+        f"stop it:   ray job stop --address {cluster.address} {job_id}"
     )
     try:
-        _send(cluster, package, job, queued(needs, command) if short else command)
+        _send(cluster, package, job_id, queued(needs, command) if short else command)
     except KeyboardInterrupt:
-        print(f"\n{job} may have reached the cluster\n{advice}", flush=True)
+        print(f"\n{job_id} may have reached the cluster\n{advice}", flush=True)
         return 130
-    print(f"{job}: submitted to {cluster.address}", flush=True)
+    print(f"{job_id}: submitted to {cluster.address}", flush=True)
     if not order.follow:
         print(advice)
         return 0
     try:
         with cluster.reached():
-            details = LogFollower(cluster.jobs, job).run()
+            details = LogFollower(cluster.jobs, job_id).run()
     except KeyboardInterrupt:
-        print(f"\n{job} continues to run\n{advice}", flush=True)
+        print(f"\n{job_id} continues to run\n{advice}", flush=True)
         return 130
     message = details.message.partition(", last available logs")[0].splitlines() if details.message else []
-    print(f"{job}: {details.status.value}" + (f", {message[0]}" if message else ""), flush=True)
+    print(f"{job_id}: {details.status.value}" + (f", {message[0]}" if message else ""), flush=True)
     return exit_code(details)
 
 
-def read_job(root: Path, script: str, arguments: Sequence[str]) -> Config:
-    """Load the configuration with which ``script`` would run, through the script's own ``main``."""
+def script_job(root: Path, script: str) -> Job[Any]:
+    """Return the ``job`` of a script, which is imported and not run; UserError if it has none."""
     spec = importlib.util.spec_from_file_location(f"submitted_{PurePosixPath(script).stem}", root / script)
     if spec is None or spec.loader is None:
         raise UserError(f"{script}: expected a job, jobs/NAME.py")
@@ -106,9 +119,9 @@ def read_job(root: Path, script: str, arguments: Sequence[str]) -> Config:
     sys.modules[spec.name] = module  # pydantic resolves annotations in sys.modules
     with chdir(root):
         spec.loader.exec_module(module)
-        if not callable(main := getattr(module, "main", None)):
-            raise UserError(f"{script}: expected a job, with a function main(argv) that reads its configuration first")
-        return job_config(main, arguments)
+    if not isinstance(job := getattr(module, "job", None), Job):
+        raise UserError(f"{script}: expected a job, with a line job = Job(...) of instella_ray.job")
+    return job
 
 
 def new_id(name: str) -> str:
@@ -118,15 +131,14 @@ def new_id(name: str) -> str:
     return new_run_id(name)
 
 
-def _split_command(command: Sequence[str]) -> tuple[str, list[str]]:
-    """Split a job's command line into script and arguments; raises UserError if there is no script."""
+def _without_interpreter(command: Sequence[str]) -> list[str]:
+    """Return a job's command line from its script or command on; UserError if there is none."""
     words = list(command)
-    if words and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]):
+    if words and re.fullmatch(r"(.*/)?(python[0-9.]*|instella-ray)", words[0]):
         words.pop(0)
-    if not words or not words[0].endswith(".py"):
-        found = f", got {shlex.join(words)}" if words else ""
-        raise UserError(f"expected a job after --, such as jobs/curate.py --config FILE{found}")
-    return PurePosixPath(words[0]).as_posix(), words[1:]
+    if not words:
+        raise UserError("expected a job after --, such as jobs/curate.py --config FILE")
+    return [PurePosixPath(words[0]).as_posix(), *words[1:]]
 
 
 def _require(path: str, package: Package, what: str) -> None:
@@ -135,11 +147,14 @@ def _require(path: str, package: Package, what: str) -> None:
 
 
 def _require_config(arguments: Sequence[str], package: Package) -> None:
-    """Require that a relative config path is in the package; an absolute one may be on storage that the cluster reads."""
+    """Require that a relative path of a configuration is in the package.
+
+    An absolute one may be on storage that the cluster reads, and a recipe comes with this package.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     add_config_arguments(parser)
     path = parser.parse_known_args(arguments)[0].config
-    if path and not Path(path).is_absolute():
+    if path and not Path(path).is_absolute() and path not in recipes():
         _require(PurePosixPath(path).as_posix(), package, "the configuration")
 
 

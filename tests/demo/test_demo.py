@@ -23,7 +23,7 @@ from ..kit.chain import below
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "instella_ray.cli", "demo", "--tiny", "--folder", str(folder), *flags]
+    command = [sys.executable, "-m", "instella_ray", "demo", "--tiny", "--folder", str(folder), *flags]
     # A session of its own, so that Ctrl-C can be sent to it as a terminal does, and its processes be found.
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from typing import Any
 
 import pytest
 
-from instella_ray import cli
-from instella_ray.config import ArgumentParser, job_config
+from instella_ray import commands
+from instella_ray.config import ArgumentParser
 from instella_ray.operations.submission import Submission
 
-from .project import JOBS, ROOT, job
+from .project import ROOT, job, job_config
 
 
 class Loaded(Exception):
@@ -25,7 +24,7 @@ def check_job(words: Sequence[str], variables: Mapping[str, str] | None = None) 
     python, script, *arguments = [_filled(word, variables or {}) for word in words]
     assert python.rpartition("/")[2] == "python" and script.startswith("jobs/") and (ROOT / script).is_file(), words
     with chdir(ROOT):
-        return job_config(job(script.removeprefix("jobs/").removesuffix(".py")), arguments)
+        return job_config(script.removeprefix("jobs/").removesuffix(".py"), arguments)
 
 
 def check_submission(words: Sequence[str]) -> None:
@@ -43,18 +42,19 @@ def check_submission(words: Sequence[str]) -> None:
         main(list(words[2:]))
     finally:
         patch.undo()
-    command = [word for word in orders[0].command if word != "python"]
-    check_job(["python", *command])
+    first, *rest = [word for word in orders[0].command if word not in ("python", "instella-ray")]
+    check = check_job if first.endswith(".py") else check_cli
+    check(["python" if check is check_job else "instella-ray", first, *rest])
 
 
 def check_cli(words: Sequence[str]) -> None:
     """AssertionError, SystemExit or UserError for an ``instella-ray`` command that there is not, or whose flags are wrong."""
     name, *arguments = words[1:]
-    assert any(name in commands for commands in cli.COMMANDS.values()), name
-    main = importlib.import_module(f"instella_ray.commands.{name.replace('-', '_')}").main
-    if name.replace("-", "_") in {path.stem for path in JOBS}:
+    assert name in commands.NAMES, name
+    command = commands.load(name)
+    if hasattr(command, "job"):
         with chdir(ROOT):
-            job_config(main, arguments)
+            command.job.load(arguments)
         return
     parse = ArgumentParser.parse_args
 
@@ -64,7 +64,7 @@ def check_cli(words: Sequence[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Loaded):
         patch.setattr(ArgumentParser, "parse_args", parsed)
-        main(arguments)
+        command.main(arguments)
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:

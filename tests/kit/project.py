@@ -10,6 +10,8 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "instella_ray"
@@ -46,14 +48,26 @@ def texts() -> Iterator[tuple[str, str]]:
             continue
 
 
-def job(name: str) -> Callable[[Sequence[str]], int]:
+def script(name: str) -> ModuleType:
+    """The module of ``jobs/NAME.py``."""
     spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # pydantic looks annotations up there
     spec.loader.exec_module(module)
-    main: Callable[[Sequence[str]], int] = module.main
+    return module
+
+
+def job(name: str) -> Callable[[Sequence[str]], int]:
+    """The main function of ``jobs/NAME.py``."""
+    module = script(name)
+    main: Callable[[Sequence[str]], int] = getattr(module, "job", module).main
     return main
+
+
+def job_config(name: str, argv: Sequence[str]) -> Any:
+    """The configuration that ``python jobs/NAME.py ARGV`` would run with; UserError or SystemExit if it is refused."""
+    return script(name).job.load(argv)
 
 
 def python_files() -> list[Path]:

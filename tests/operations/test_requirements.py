@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from instella_ray.config import job_config
 from instella_ray.errors import UserError
 from instella_ray.operations.claims import Group, lacking, totals
 from instella_ray.operations.requirements import least
 
-from ..kit.project import ROOT, job
+from ..kit.project import ROOT, job_config
 
 SERVE = ["--config", str(ROOT / "configs" / "serve" / "paper.yaml")]
 
@@ -17,7 +16,7 @@ SERVE = ["--config", str(ROOT / "configs" / "serve" / "paper.yaml")]
 def needs(name: str, config: str, *settings: str) -> tuple[float, float]:
     """GPUs and CPUs of a job's command line."""
     words = [word for setting in settings for word in ("--set", setting)]
-    found = totals(least(job_config(job(name), ["--config", str(ROOT / "configs" / config), *words])))
+    found = totals(least(job_config(name, ["--config", str(ROOT / "configs" / config), *words])))
     return found["GPU"], found["CPU"]
 
 
@@ -71,8 +70,8 @@ def test_a_worker_that_fits_on_no_node_is_said() -> None:
 
 
 def test_a_job_is_read_as_it_reads_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    config = job_config(job("serve"), [*SERVE, "--set", "port=8123"])
+    config = job_config("serve", [*SERVE, "--set", "port=8123"])
     assert type(config).__name__ == "ServeJobConfig" and config.port == 8123  # type: ignore[attr-defined]
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="unknown key 'prot', did you mean 'port'"):
-        job_config(job("serve"), [*SERVE, "--set", "prot=1"])
+        job_config("serve", [*SERVE, "--set", "prot=1"])

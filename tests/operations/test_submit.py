@@ -22,8 +22,9 @@ TRIAL = '''
 import os, sys, time
 from pathlib import Path
 import instella_ray
-from instella_ray.config import Config, parse_job
+from instella_ray.config import Config
 from instella_ray.errors import run_main
+from instella_ray.job import Job
 
 
 class TrialConfig(Config):
@@ -34,8 +35,7 @@ class TrialConfig(Config):
     code: int = 0
 
 
-def main(argv=None):
-    cfg = parse_job(TrialConfig, argv, prog="trial.py", description="Say things.")
+def run(cfg):
     notes = Path(cfg.notes)
     print("run", os.environ["INSTELLA_RAY_RUN_ID"], "of", instella_ray.__file__)
     print("\\n".join(f"line {number}" for number in range(50)), flush=True)
@@ -46,23 +46,24 @@ def main(argv=None):
     return cfg.code
 
 
+job = Job("trial", TrialConfig, run, "Say things.")
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(job.main))
 '''
 WIDE = """
 import sys
-from instella_ray.config import parse_job
 from instella_ray.errors import run_main
+from instella_ray.job import Job
 from instella_ray.training.settings import TrainingRun
 
 
-def main(argv=None):
-    cfg = parse_job(TrainingRun, argv, prog="wide.py", description="Need workers.")
+def run(cfg):
     print(f"began with {cfg.train.workers.count} workers")
 
 
+job = Job("wide", TrainingRun, run, "Need workers.")
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(job.main))
 """
 TRAINING = [
     "jobs/wide.py",

@@ -24,7 +24,7 @@ class TrainingJob(Config):
     """A run of ``jobs/train_generator.py`` on the simulated GPUs."""
 
     run: str
-    """Path of the run's configuration."""
+    """The run's configuration, a file or a recipe."""
     overrides: tuple[str, ...] = ()
     """Overrides of that configuration, ``key=value``."""
     images_per_second: float = Field(gt=0)

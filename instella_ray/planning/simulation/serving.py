@@ -97,7 +97,7 @@ class ServingConfig(Config):
     """Simulated endpoint: its settings, replicas, service times and load."""
 
     endpoint: str
-    """Configuration file of ``jobs/serve.py``, whose section ``app`` defines slots, queues and all other settings."""
+    """Configuration or recipe of ``jobs/serve.py``, whose section ``app`` defines slots, queues and all other settings."""
     overrides: tuple[str, ...] = ()
     """Overrides of that section, ``key=value``."""
     replicas: dict[str, int] = Field(default_factory=dict)

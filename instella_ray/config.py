@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.metadata
 import itertools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,15 +78,19 @@ def validate(
 
 
 def parse_override(item: str) -> tuple[str, Any]:
-    """Split ``"a.b=c"`` into its dotted key and its value, parsed as YAML; UserError if either is invalid."""
+    """Split ``"a.b=c"`` into its dotted key and its value, parsed as YAML; UserError if either is invalid.
+
+    A pattern of paths that YAML would take for its own syntax, such as ``*.tar`` or ``{0..4}.tar``, is text.
+    """
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {item}: expected key=value, for example --set model.width=256")
     try:
         return key.strip(), yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        hint = "text that starts with * [ or { needs quotes within quotes"
-        raise UserError(f"--set {item}: the value is not valid YAML; {hint}: '{key.strip()}=\"...\"'") from None
+        if re.match(r"\*|\[.*[^]]$|{.*[^}]$", text):
+            return key.strip(), text
+        raise UserError(f"--set {item}: the value is not valid YAML; text may need quotes within quotes") from None
 
 
 def dump_yaml(config: Config) -> str:
@@ -95,7 +100,9 @@ def dump_yaml(config: Config) -> str:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and ``--set``, the flags common to all jobs."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file, or a recipe such as data/curate; every key has a default")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file, or a recipe such as data/curate; every key has a default"
+    )
     add_overrides(parser)
 
 
@@ -210,6 +217,7 @@ def _problem(
     to_blame = [key for key in given if f"{dotted}.".startswith(f"{key}.")]
     source = given[max(to_blame, key=len)] if to_blame else path
     if details["type"] == "extra_forbidden":
+        source = next((given[key] for key in given if key.startswith(f"{dotted}.")), source)
         names = _keys_at(cls, location[:-1])
         hint = ", removed: it had no effect" if location[-1] in REMOVED else did_you_mean(location[-1], names)
         return source, f"unknown key '{dotted}'{hint}"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from instella_ray import __version__, cli
+from instella_ray.commands import NAMES
+from instella_ray.config import recipes
 from instella_ray.data.formats.images import read_metadata
 
 from .kit.models import make_generator, make_tokenizer
 from .kit.project import JOBS, PACKAGE, ROOT
-
-NAMES = [name for commands in cli.COMMANDS.values() for name in commands]
 
 
 def test_help_lists_every_command_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +50,46 @@ def test_help_loads_nothing_heavy() -> None:
     code = "import sys; from instella_ray.cli import main; main(['--help']); sys.exit('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The completion script of a shell, in a file."""
+    folder = tmp_path_factory.mktemp("completion")
+
+    def write(shell: str) -> Path:
+        out = io.StringIO()
+        with redirect_stdout(out):
+            assert cli.main(["completion", shell]) == 0
+        (folder / shell).write_text(out.getvalue())
+        return folder / shell
+
+    return write
+
+
+@pytest.mark.process
+def test_bash_completes_commands_flags_recipes_and_files(completion: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").touch()
+    lines = {
+        "instella-ray train": {"train-tokenizer", "train-generator"},
+        "instella-ray curate --co": {"--config"},
+        "instella-ray curate --config dat": {*(n for n in recipes() if n.startswith("data/")), "data.yaml"},
+        "instella-ray sample --dec": {"--decode"},
+        "instella-ray completion f": {"fish"},
+    }
+    code = f"source {completion('bash')}; for line in {' '.join(map(shlex.quote, lines))}; do COMP_WORDS=($line); "
+    code += "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); _shtab_instella_ray 2>/dev/null; "
+    code += 'echo "${COMPREPLY[*]}"; done'
+    out = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert [set(line.split()) for line in out.splitlines()] == list(lines.values())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("shell", "check"), [("zsh", "zsh -n"), ("fish", "fish --no-execute")])
+def test_other_shells_can_read_theirs(shell: str, check: str, completion: Callable[[str], Path]) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    subprocess.run([*check.split(), str(completion(shell))], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from instella_ray import cli
-from instella_ray.config import Config, describe, dump_yaml, load_config
+from instella_ray.config import Config, describe, dump_yaml, load_config, read_yaml, recipes
 from instella_ray.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,9 @@ def test_files_and_overrides_meet(tmp_path: Path) -> None:
         ("- a", [], r"c\.yaml: expected keys and values"),
         ("name: a", ["inner.width"], "expected key=value"),
         ("name: a", ["name.first=1"], "'name' is a single value"),
-        ("name: a", ["name=*.tar"], r"--set name=\*\.tar: the value is not valid YAML; text that starts with \*"),
+        ("name: a", ["name='b"], "--set name='b: the value is not valid YAML; text may need quotes within quotes"),
+        ("name: a", ["innre.width=1"], r"^--set innre\.width=1: unknown key 'innre', did you mean 'inner'"),
+        ("name: a", ["inner.width=[1, 2"], r"--set inner\.width=\[1, 2: 'inner\.width' = '\[1, 2': .*integer"),
         ("name: a\x00", [], r"c\.yaml: not valid YAML"),
         ("name: 2024-13-45", [], r"c\.yaml: not valid YAML"),
     ],
@@ -214,3 +216,22 @@ def test_an_unknown_flag_is_answered_with_the_one_that_was_meant(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", str(ROOT / "configs/generator/tiny.yaml"), flag])
     assert f"unknown argument '{flag.partition('=')[0]}', {hint}" in capsys.readouterr().err
+
+
+def test_a_configuration_is_a_file_or_the_name_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "serve/demo" in recipes() and read_yaml("serve/demo")["app"]
+    with pytest.raises(
+        UserError, match="serve/dmeo: no such file, and no recipe of that name, did you mean 'serve/demo'"
+    ):
+        read_yaml("serve/dmeo")
+    with pytest.raises(UserError, match=r"serve/demo.yaml: cannot read the configuration \(No such file"):
+        read_yaml("serve/demo.yaml")
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "serve" / "demo").write_text("own: file")
+    assert read_yaml("serve/demo") == {"own": "file"}
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "**/*.parquet", "{00000..00004}.tar", "[0-9]*.tar", "a/{b,c}.tar"])
+def test_a_pattern_of_paths_needs_no_quotes(pattern: str, tmp_path: Path) -> None:
+    assert load_config(Outer, write(tmp_path, "name: a"), [f"name={pattern}"]).name == pattern

@@ -15,9 +15,9 @@ import pytest
 
 from instella_ray import logs
 from instella_ray.config import Config
-from instella_ray.job import Job
 from instella_ray.data.ray_data import WorkerLogging
 from instella_ray.errors import UserError, run_main
+from instella_ray.job import Job
 
 log = logging.getLogger("instella_ray.somewhere")
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -37,7 +34,6 @@ from .kit.project import (
     job_config,
     python_files,
     texts,
-    tracked,
 )
 from .tiers import PARTS, TIERS
 
@@ -216,25 +212,3 @@ def test_make_explains_itself() -> None:
     assert targets
     assert [name for name in targets[1].split() if not re.search(rf"\bmake {name}\b", out)] == []
     assert all(re.search(rf"^{name}:", MAKEFILE, re.M) for name in targets[1].split())
-
-
-@pytest.mark.process
-def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
-    found = ROOT / ".uv" / "bin" / "uv"
-    uv = str(found) if found.exists() else shutil.which("uv")
-    if not uv:
-        pytest.skip("no uv here: run make venv")
-    files = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(PACKAGE)}
-    source = tmp_path / "source"
-    for name in (*files, "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
-    # As the later rooms will have them: a page beside the code that serves it.
-    (source / "instella_ray" / "serving" / "page.html").write_text("<p>hello</p>")
-    command = [uv, "build", "--wheel", "--offline", "--no-build-isolation", "--python", sys.executable]
-    done = subprocess.run([*command, "-o", str(tmp_path), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == files | {"instella_ray/serving/page.html"}
-    assert any(name.endswith(".j2") for name in packed)

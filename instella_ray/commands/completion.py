@@ -14,7 +14,7 @@ from . import COMMANDS, load
 PATHS = {"FILE": shtab.FILE, "FOLDER": shtab.DIRECTORY, "DIR": shtab.DIRECTORY}
 """Completions of arguments by their metavars."""
 RECIPES = {
-    "bash": "_instella_ray_recipes() { compgen -W '{names}' -- \"$1\"; compgen -f -- \"$1\"; }",
+    "bash": '_instella_ray_recipes() { compgen -W \'{names}\' -- "$1"; compgen -f -- "$1"; }',
     "zsh": "_instella_ray_recipes() { compadd {names}; _files; }",
 }
 """Shell functions that complete the name of a recipe, or a file."""

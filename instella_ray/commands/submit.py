@@ -34,7 +34,9 @@ def parser(prog: str = "submit.py") -> ArgumentParser:
     parser.add_argument(
         "--queue", action="store_true", help="if the cluster lacks resources, queue the job until they are added"
     )
-    parser.add_argument("command", nargs="+", metavar="-- JOB", help="as run locally: jobs/X.py ARGUMENTS, or curate ARGUMENTS")
+    parser.add_argument(
+        "command", nargs="+", metavar="-- JOB", help="as run locally: jobs/X.py ARGUMENTS, or curate ARGUMENTS"
+    )
     return parser
 
 

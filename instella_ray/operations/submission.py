@@ -60,7 +60,9 @@ def submit(order: Submission) -> int:
     if job := order.find_command(name):
         command = ["python", "-m", PACKAGE, name, *arguments]
     elif not name.endswith(".py"):
-        raise UserError(f"expected a job after --, such as jobs/curate.py --config FILE, got {shlex.join(order.command)}")
+        raise UserError(
+            f"expected a job after --, such as jobs/curate.py --config FILE, got {shlex.join(order.command)}"
+        )
     else:
         _require(name, package, "the job")
         job = script_job(root, name)

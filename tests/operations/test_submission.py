@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from instella_ray.errors import UserError
 from instella_ray.operations import submission
 
 from ..kit.project import ROOT, job
@@ -27,6 +29,24 @@ def test_a_dry_run_without_an_address_asks_no_cluster(capsys: pytest.CaptureFixt
     assert runs == "runs  python jobs/curate.py --set 'input=shards/*.tar' --set output=curated"
     assert re.fullmatch(r"needs 0 GPUs and \d+ CPUs?", needs)
     assert has == "has   unknown: no cluster was asked, as no --address names one"
+
+
+def test_a_command_is_submitted_like_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From any folder, with a recipe that comes with the package; the configuration is checked before anything is sent."""
+    curate = ["curate", "--config", "data/curate", "--set", "input=a", "--set", "output=b"]
+    for words in (curate, ["instella-ray", *curate]):
+        assert job("submit")(["--dry-run", "--working-dir", str(tmp_path), "--", *words]) == 0
+        assert "\nruns  python -m instella_ray curate --config data/curate --set input=a" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--set inptu=a: unknown key 'inptu', did you mean 'input'"):
+        job("submit")(["--dry-run", "--working-dir", str(tmp_path), "--", "curate", "--set", "inptu=a"])
+    with pytest.raises(UserError, match=r"expected a job after --, such as .*, got plan x\.yaml"):
+        job("submit")(["--dry-run", "--working-dir", str(tmp_path), "--", "plan", "x.yaml"])
+
+
+def test_a_script_is_read_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("if __name__ == '__main__':\n    raise SystemExit('run')")
+    with pytest.raises(UserError, match=r"a.py: expected a job, with a line job = Job\(...\) of instella_ray.job"):
+        job("submit")(["--dry-run", "--working-dir", str(tmp_path), "--", "a.py"])
 
 
 def test_ctrl_c_while_a_job_is_sent_says_how_to_follow_and_stop_it(

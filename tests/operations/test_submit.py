@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..kit.head import Head, end
+from ..kit.head import RAY, Head, end
 from ..kit.processes import wait_until
 from ..kit.project import ROOT
 from ..kit.proxy import Wire
@@ -185,6 +185,14 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, trial: 
     assert head.client.get_job_status(order.job) == "RUNNING"
     (tmp_path / "release").touch()
     assert wait_until(lambda: head.client.get_job_status(order.job) == "SUCCEEDED", 60)
+
+
+def test_rays_own_command_submits_it_too(head: Head, trial: list[str]) -> None:
+    """Without the checks beforehand: the same script on the same working directory, by ``ray job submit``."""
+    command = [*RAY, "job", "submit", "--address", head.address, *trial, "--set", "code=3"]
+    done = subprocess.run(command, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert "line 49" in done.stdout and "the last line" in done.stdout and done.returncode != 0
+    assert re.search(r"run trial-\d{8}-\d{6}-[0-9a-f]{6} of .*working_dir_files", done.stdout)
 
 
 @pytest.mark.nightly

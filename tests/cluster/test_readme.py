@@ -91,16 +91,15 @@ def test_the_simulated_figures_are_what_the_commands_print(
 def test_the_endpoint_of_the_readme_meets_its_limits_and_not_with_a_generator_less() -> None:
     cfg = load_config(SimulateConfig, str(ROOT / "configs" / "simulation" / "mi300x.yaml"))
     assert cfg.serving is not None and cfg.slo is not None and (cfg.serving.load.rate, cfg.slo.p99_s) == (50, 6)
-    endpoint = cfg.serving.model_copy(update={"endpoint": str(ROOT / cfg.serving.endpoint)})
     told = {name: row for name, row in rows("50 requests/s").items() if row[0].isdigit()}
     replicas = {name: int(row[0]) for name, row in told.items()}
-    outcome = simulate_serving(endpoint.model_copy(update={"replicas": replicas}), cfg.seed)
+    outcome = simulate_serving(cfg.serving.model_copy(update={"replicas": replicas}), cfg.seed)
     assert cfg.slo.met(outcome)
     assert {name: f"{outcome.utilisation[name]:.0%}".replace("%", " %") for name in told} == {
         name: row[1] for name, row in told.items()
     }
     fewer = {**replicas, "diffusion": replicas["diffusion"] - 1}
-    assert not cfg.slo.met(simulate_serving(endpoint.model_copy(update={"replicas": fewer}), cfg.seed))
+    assert not cfg.slo.met(simulate_serving(cfg.serving.model_copy(update={"replicas": fewer}), cfg.seed))
 
 
 def test_files_secrets_and_components_that_it_names_exist() -> None:

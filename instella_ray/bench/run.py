@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..accelerator import hardware_summary
 from ..config import Config
+from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
 from .data import DataBench, run_data
@@ -17,7 +18,7 @@ from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import SuiteResult, write_results
 from .serving import ServingBench, run_serving
-from .simulation import SimulationBench, run_simulation_bench
+from .simulation_settings import SimulationBench
 from .training import TrainingBench, run_training
 
 Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "training", "simulation"]
@@ -43,7 +44,13 @@ class BenchConfig(Config):
 
 
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
-    """Run all suites sequentially; results are written after each."""
+    """Run all suites sequentially; results are written after each.
+
+    Raises UserError if the suite ``simulation`` lacks its packages, before any suite runs.
+    """
+    if "simulation" in cfg.suites:
+        extra_import("simpy", "suite simulation", "simulate")
+        from . import simulation
     suites: dict[str, Callable[[], SuiteResult]] = {
         "caching": lambda: run_caching(cfg.caching, cfg.repeats),
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
@@ -52,7 +59,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
-        "simulation": lambda: run_simulation_bench(cfg.simulation),
+        "simulation": lambda: simulation.run_simulation_bench(cfg.simulation),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

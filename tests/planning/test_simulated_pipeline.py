@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -176,6 +177,17 @@ def test_without_simpy_the_command_says_what_to_install(
     error = capsys.readouterr().err
     assert error.startswith("error: instella-ray simulate: ") and error.count("\n") == 1
     assert error.endswith("; pip install 'instella-ray[simulate]'\n")
+
+
+@pytest.mark.process
+def test_without_simpy_the_other_commands_work() -> None:
+    """A package that is not installed is one that a fresh interpreter does not find."""
+    code = "import sys; sys.modules['simpy'] = None; from instella_ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = subprocess.run([sys.executable, "-c", code, "completion", "bash"], cwd=ROOT, capture_output=True, text=True)
+    assert script.returncode == 0 and "_shtab_instella_ray_simulate" in script.stdout, script.stderr
+    bench = [sys.executable, "-c", code, "bench", "--set", "suites=[caching, simulation]"]
+    done = subprocess.run(bench, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: suite simulation: ") and done.stderr.count("\n") == 1
 
 
 def test_a_configuration_with_nothing_to_simulate_is_refused() -> None:

@@ -21,16 +21,18 @@ class UserError(Exception):
 
 
 def path_problem(error: BaseException) -> str | None:
-    """Describe in one line why a path cannot be used, if ``error`` says so and names the path; else None.
-
-    Errors of Ray's tasks hold the error itself as their ``cause``.
-    """
-    cause = getattr(error, "cause", None)
-    found = cause if isinstance(cause, OSError) else error
+    """Describe in one line why a path cannot be used, if ``error`` says so and names the path; else None."""
+    found = task_error(error)
     if not isinstance(found, OSError) or found.errno not in PATH_ERRNOS or found.filename is None:
         return None
     reason = found.strerror or os.strerror(found.errno)
     return f"{os.fsdecode(found.filename)}: {reason[:1].lower()}{reason[1:]}"
+
+
+def task_error(error: BaseException) -> BaseException:
+    """Return the error that a task of Ray raised, which Ray's error holds as its ``cause``; other errors unchanged."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, OSError | UserError) else error
 
 
 def run_main(command: Callable[[], int | None]) -> int:
@@ -43,7 +45,7 @@ def run_main(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        log.error("%s", error)
+        log.error("%s", task_error(error))
         return 2
     except KeyboardInterrupt:
         log.info("interrupted")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob as globs
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +17,11 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
+from fsspec.utils import glob_translate
+from yarl import URL
 
 from .errors import FULL, UserError
 from .retries import RetryPolicy
@@ -26,12 +32,51 @@ T = TypeVar("T")
 RETRIES = RetryPolicy(transient, tries=5, first_wait_s=0.5)
 
 
+_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?P<separator>://|::)")
+_NO_URL_CHARACTER = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:/?#@!$&'()*+,;=%\[\]-]")
+
+
+class MissingFileError(UserError):
+    """File that does not exist."""
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec filesystem of ``url`` and the path within it; UserError for an unknown or missing protocol."""
+    if is_local(url):
+        return fsspec.filesystem("file"), absolute(url)
     try:
-        return fsspec.core.url_to_fs(url)
+        # HTTP servers get the text of a URL as it is given: fsspec would encode it anew.
+        as_given = {name: {"encoded": True} for name in ("http", "https") if f"{name}://" in url}
+        return fsspec.core.url_to_fs(_encoded_link(url) if as_given else url, **as_given)
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}") from None
+
+
+def is_local(url: str) -> bool:
+    """Return whether ``url`` is a path on this machine, given as such or as ``file://``; not one within an archive."""
+    found = _URL.match(url)
+    if found is None:
+        return True
+    if found["separator"] == "::":
+        return found["protocol"] not in fsspec.available_protocols()  # a file name with colons
+    return found["protocol"] in ("file", "local") and "::" not in url
+
+
+def encoded_link(link: str) -> str:
+    """Percent-encode what an http or https URL may not hold, and leave the rest: servers may have signed its text.
+
+    Names of hosts in other scripts are encoded as in DNS. Raises ValueError for a host or port that is none.
+    """
+    parts = urlsplit(link)
+    host = URL(f"{parts.scheme}://{parts.netloc}").raw_authority if parts.netloc else ""
+    path, query, fragment = (_NO_URL_CHARACTER.sub(lambda found: quote(found[0], safe=""), text) for text in parts[2:])
+    return urlunsplit((parts.scheme, host, path, query, fragment))
+
+
+def _encoded_link(url: str) -> str:
+    """Encode the http or https URL at the end of a chain such as ``simplecache::https://host/a b.tar``."""
+    chain, link = re.split(r"(?=https?://)", url, maxsplit=1)
+    return chain + encoded_link(link)
 
 
 def retry(call: Callable[[], T], policy: RetryPolicy = RETRIES) -> T:
@@ -47,19 +92,19 @@ def retry_iter(make: Callable[[], Iterator[T]], policy: RetryPolicy = RETRIES) -
     return policy.iterate(make)
 
 
-def is_local(url: str) -> bool:
-    """Return whether ``url`` is a path on this machine."""
-    return "local" in getattr(filesystem(url)[0], "protocol", ()) or "://" not in url
-
-
 def join(url: str, *parts: str) -> str:
     """Append path parts to ``url``."""
     return "/".join([url.rstrip("/"), *parts])
 
 
 def absolute(path: str) -> str:
-    """Return a path or URL that means the same in another working directory; workers run in directories of their own."""
-    return path if "://" in path else str(Path(path).absolute())
+    """Return a path or URL that means the same in another working directory; workers run in directories of their own.
+
+    ``~`` is expanded, and ``file://`` removed.
+    """
+    if not is_local(path):
+        return path
+    return os.path.abspath(os.path.expanduser(re.sub("^(file|local)://", "", path)))
 
 
 def exists(url: str) -> bool:
@@ -74,6 +119,15 @@ def size(url: str) -> int:
     return int(retry(lambda: fs.size(path)))
 
 
+def kind(url: str) -> str | None:
+    """Return ``file``, ``directory`` or, for devices and such, ``other``; None if nothing is there."""
+    fs, path = filesystem(url)
+    try:
+        return str(retry(lambda: fs.info(path))["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def is_empty(url: str) -> bool:
     """Return whether a folder does not exist or is empty."""
     fs, path = filesystem(url)
@@ -86,13 +140,94 @@ def glob(pattern: str) -> list[str]:
 
 
 def sizes(pattern: str) -> dict[str, int]:
-    """Return the matching files of :func:`glob` with their sizes in bytes, from one listing."""
-    fs, path = filesystem(pattern)
-    found = retry(lambda: fs.glob(path, detail=True))
-    protocol, separator, _ = pattern.partition("://")
-    base = f"{protocol}://" if separator else ""
-    strip = separator and protocol != "file"
-    return {base + (p.lstrip("/") if strip else p): int(found[p].get("size") or 0) for p in sorted(found)}
+    """Return the matching files of :func:`glob` with their sizes in bytes, from one listing.
+
+    The leading folders of ``pattern`` that exist as they are written are no glob, such as ``photos [2024]``. ``**`` means
+    folders at any depth. PermissionError for a local folder that cannot be read.
+    """
+    return _local_sizes(absolute(pattern)) if is_local(pattern) else _remote_sizes(pattern)
+
+
+def split_glob(path: str, magic: str = "*?[") -> tuple[str, str]:
+    """Split an absolute path or URL before its first component with a character of ``magic`` that does not exist as such.
+
+    The second part is empty if there is no such component.
+    """
+    local, (path, archive) = is_local(path), _split_archive(path)
+    start = "" if local else path[: path.rfind("://") + 3]
+    names, number = path[len(start) :].split("/"), 0
+    if not local:
+        magic = magic.replace("?", "")  # starts the query of a URL
+    while number < len(names):
+        here = start + "/".join(names[: number + 1]) + archive
+        if any(c in names[number] for c in magic) and not (_may_be_name(names[number], local) and kind(here)):
+            break
+        number += 1
+    return start + "/".join(names[:number]) + archive, "/".join(names[number:])
+
+
+def _split_archive(path: str) -> tuple[str, str]:
+    """Split the URL of a file within an archive, such as ``zip://a.tar::gs://b/c.zip``, before the archive's own URL."""
+    first, chain, rest = path.partition("::")
+    return (first, chain + rest) if not is_local(path) and "://" in first else (path, "")
+
+
+def _may_be_name(component: str, local: bool) -> bool:
+    """Return whether a component of a path may be the name of something; a question to a store costs a request."""
+    return local or "*" not in component
+
+
+def _local_sizes(path: str) -> dict[str, int]:
+    folder, rest = split_glob(path)
+    if rest and not os.path.isdir(folder or "/"):
+        return {}
+    if rest:
+        os.scandir(folder or "/").close()  # glob takes a folder without permission for an empty one
+    names = globs.glob(
+        f"{globs.escape(folder)}/{rest}" if rest else globs.escape(folder), recursive=True, include_hidden=True
+    )
+    found = {name: _stat(name) for name in sorted(names)}
+    return {
+        name: about.st_size if about else 0
+        for name, about in found.items()
+        if not (about and stat.S_ISDIR(about.st_mode))
+    }
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """Return the attributes of a file; None for a link to nothing."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _remote_sizes(pattern: str) -> dict[str, int]:
+    folder, rest = split_glob(pattern)
+    fs, path = filesystem(folder)
+    if not rest:
+        found = {path: retry(lambda: fs.info(path))} if kind(folder) else {}
+    elif globs.has_magic(path):
+        depth = None if "**" in rest else rest.count("/") + 1
+        matches = re.compile(glob_translate(rest)).match
+        below = retry(lambda: fs.find(f"{path}/", maxdepth=depth, detail=True))
+        found = {name: about for name, about in below.items() if matches(name[len(path) :].lstrip("/"))}
+    else:
+        found = retry(lambda: fs.glob(f"{path.rstrip('/')}/{rest}", detail=True))
+    return {
+        _url_like(pattern, p): int(found[p].get("size") or 0) for p in sorted(found) if found[p]["type"] != "directory"
+    }
+
+
+def _url_like(pattern: str, path: str) -> str:
+    """Return the URL of a path that the filesystem of ``pattern`` names: fsspec leaves out the protocol, except of HTTP."""
+    first, chain, rest = pattern.partition("::")
+    if chain and "://" not in first:  # a cache, whose paths are those of the store behind it
+        return f"{first}::{_url_like(rest, path)}"
+    protocol = first.partition("://")[0]
+    if path.startswith(f"{protocol}://") or is_local(pattern):
+        return path
+    return f"{protocol}://{path if protocol in ('file', 'local') else path.lstrip('/')}{chain}{rest}"
 
 
 def move(url: str, to: str) -> None:
@@ -100,7 +235,17 @@ def move(url: str, to: str) -> None:
     fs, path = filesystem(url)
     target = filesystem(to)[1]
     make_folder(fs, fs._parent(target))
-    retry(lambda: fs.mv(path, target))
+    _rename(fs, path, target)
+
+
+def _rename(fs: Any, path: str, target: str) -> None:
+    """Move a file; fsspec's general ``mv`` takes brackets in its name for a glob."""
+    general = globs.has_magic(path) and type(fs).mv is fsspec.AbstractFileSystem.mv
+    if general:
+        retry(lambda: fs.cp_file(path, target))
+        fs.rm_file(path)
+    else:
+        retry(lambda: fs.mv(path, target))
 
 
 def make_folder(fs: Any, path: str) -> None:
@@ -119,8 +264,18 @@ def invalidate_listing(url: str) -> None:
 def remove_tree(url: str) -> None:
     """Delete a folder and its contents, if it exists."""
     fs, path = filesystem(url)
-    if fs.exists(path):
+    if not fs.exists(path):
+        return
+    if is_local(url) or not globs.has_magic(path):
         fs.rm(path, recursive=True)
+        return
+    # fsspec's rm would take brackets in the path for a glob, and delete what matches.
+    below = fs.find(path, withdirs=True, detail=True)
+    for name in sorted(below, reverse=True):
+        if below[name]["type"] != "directory":
+            fs.rm_file(name)
+        elif not is_object_store(url):
+            fs.rmdir(name)
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
@@ -150,7 +305,7 @@ def open_file(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
             with _named(url):
                 stream = retry(lambda: fs.open(path, mode))
         except FileNotFoundError:
-            raise UserError(f"{url}: no such file") from None
+            raise MissingFileError(f"{url}: no such file") from None
         with stream:
             yield stream
         return
@@ -191,10 +346,10 @@ def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
     try:
         with fs.open(temporary, mode) as stream:
             yield stream
-        retry(lambda: fs.mv(temporary, path))
+        _rename(fs, temporary, path)
     except BaseException:
         if fs.exists(temporary):
-            fs.rm(temporary)
+            fs.rm_file(temporary)
         raise
 
 

@@ -150,7 +150,7 @@ def _alone(cfg: DataBench, urls: list[str]) -> int:
 
 def _pipeline(cfg: DataBench, urls: list[str]) -> int:
     """Decode with the encoding job's pipeline, and transfer all pixels to this process."""
-    sources = shard_sources(find_shards(",".join(urls)), cfg.images_per_shard)
+    sources = shard_sources(find_shards(tuple(urls)), cfg.images_per_shard)
     decoder = Stage(ViewDecoder(cfg.size, 1, False))
     batch: Any
     seen = 0

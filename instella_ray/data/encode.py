@@ -17,9 +17,10 @@ from ..models.folders import find_model
 from .formats.codes import MANIFEST, CodesFile, CodesManifest, CodesWriter, pack_codes
 from .formats.images import to_tensor
 from .formats.parts import PartWriter
+from .formats.patterns import Pattern, pattern_text
 from .formats.rows import BLOCK_BYTES
 from .formats.sources import find_images, shard_sources
-from .job import EXECUTION_KEYS, DataJobConfig, data_job
+from .job import INPUT_KEYS, DataJobConfig, data_job
 from .model_provenance import model_provenance
 from .provenance import shard_provenance
 from .stages import Pool, Stage
@@ -29,7 +30,7 @@ from .views import ViewDecoder
 class EncodeConfig(DataJobConfig):
     """Configuration of the encoding job: input images, tokenizer, and views per image."""
 
-    input: str
+    input: Pattern
     """Curated WebDataset tars or parquet files: paths, globs, folders or lists of shards, comma-separated."""
     output: str
     """Output folder of the parquet files, ``manifest.json`` and ``ledger.json``."""
@@ -87,23 +88,24 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     does not allow it.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": find_model(cfg.tokenizer)})
-    shards = find_images(cfg.input)
+    shards = find_images(cfg.input, output=cfg.output)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
     if size % (multiple := bit.cfg.encode_multiple):
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {cfg.tokenizer} needs to encode")
     tokenizer_hash = weight_hash(bit)
-    volatile = {*EXECUTION_KEYS, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {*INPUT_KEYS, "tokenizer", "batch_size", "actors", "gpus_per_actor"}
     settings = {**cfg.model_dump(mode="json", exclude=volatile), "size": size, "tokenizer_hash": tokenizer_hash}
-    inputs = (*shard_provenance("shards", cfg.input), model_provenance("tokenizer", cfg.tokenizer, tokenizer_hash))
-    with data_job(cfg, "encode", "codes", settings, inputs) as job:
+    provenance = shard_provenance("shards", cfg.input, output=cfg.output)
+    inputs = (*provenance, model_provenance("tokenizer", cfg.tokenizer, tokenizer_hash))
+    with data_job(cfg, "encode", "codes", settings, inputs, shards) as job:
         decoder = ViewDecoder(size, cfg.crops, cfg.flips)
         rows_per_file = min(cfg.rows_per_file, decoder.rows_within(BLOCK_BYTES))
         encoder = Stage(partial(CodesEncoder, cfg, size), Pool(cfg.actors, cfg.gpus_per_actor))
         writer = PartWriter(cfg.output, ".parquet", CodesWriter(cfg.source))
         job.write(shard_sources(shards, rows_per_file), [Stage(decoder), encoder], writer)
         job.close(shards.values(), listed=False)
-        job.require_kept(f"input {cfg.input}: nothing to encode")
+        job.require_kept(f"input {pattern_text(cfg.input)}: nothing to encode")
         files = [CodesFile(name=part.file, rows=part.records) for part in job.folder.parts() if part.file]
         manifest = CodesManifest(
             tokenizer_hash=tokenizer_hash,

@@ -15,7 +15,7 @@ from ..config import Config
 from ..errors import UserError
 from ..runs import Provenance, recorded
 from .formats.names import part_entries, write_shard_list
-from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter
+from .formats.parts import LEDGER, Ledger, Mode, PartFolder, PartWriter, ledger_of
 from .pipeline import run_stages
 from .provenance import output_provenance
 from .stages import CpuPool, Source, Stage
@@ -61,6 +61,8 @@ class DataJobConfig(Config):
 
 EXECUTION_KEYS = frozenset(DataJobConfig.model_fields)
 """Keys that do not affect the content of the output files."""
+INPUT_KEYS = EXECUTION_KEYS | {"input"}
+"""Those and the input, whose shards are recorded one by one: a resumed job may have more of them."""
 
 
 class DataJob:
@@ -82,7 +84,7 @@ class DataJob:
         todo = {label: source for label, source in sources.items() if label not in self.done}
         if not todo:
             return
-        cfg, ledger = self.cfg, Ledger.of(part.ledger for part in self.folder.parts())
+        cfg, ledger = self.cfg, ledger_of(self.folder.parts(), todo)
         before, began = ledger.total, time.perf_counter()
         reports = run_stages(list(todo.values()), [*stages, Stage(writer)], local=cfg.local, cpu_pool=cfg.cpu_pool)
         with logs.progress_bar(
@@ -113,14 +115,20 @@ class DataJob:
 
 @contextmanager
 def data_job(
-    cfg: DataJobConfig, name: str, makes: str, settings: Mapping[str, Any], inputs: Sequence[Provenance]
+    cfg: DataJobConfig,
+    name: str,
+    makes: str,
+    settings: Mapping[str, Any],
+    inputs: Sequence[Provenance],
+    shards: Mapping[str, str] | None = None,
 ) -> Iterator[DataJob]:
     """Open the output folder for a job with ``settings``, and keep its run record while the block runs.
 
-    ``makes`` is the role of the output in lineage. Raises UserError if the output exists and ``cfg.mode`` does not allow
-    it, or was made with other settings.
+    ``makes`` is the role of the output in lineage; ``shards`` are the input shards, URL -> label, if there are some.
+    Raises UserError if the output exists and ``cfg.mode`` does not allow it, or was made with other settings or from
+    shards that are missing now.
     """
-    done = PartFolder(cfg.output).open(cfg.mode, settings)
+    done = PartFolder(cfg.output).open(cfg.mode, settings, shards)
     with recorded(cfg.output, name, cfg, inputs) as outputs:
         job = DataJob(cfg, name, done)
         yield job

@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from .. import storage
 from ..runs import Provenance, read_record
 from .formats.codes import MANIFEST
-from .formats.names import SHARD_LIST, ShardEntry, absolute_pattern, find_files
-from .formats.parts import LEDGER, SETTINGS, Ledger
+from .formats.names import SHARD_LIST, ShardEntry, find_files
+from .formats.parts import INPUTS, LEDGER, SETTINGS, Ledger
+from .formats.patterns import Pattern, absolute_pattern, pattern_text
 from .formats.sources import SUFFIXES
 
-ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
+ACCOUNT = (SETTINGS, INPUTS, LEDGER, SHARD_LIST, MANIFEST)
 """Files of a data job's output that identify it; a job need not write all of them."""
 
 
-def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
-    """Return the provenance of the shards of ``pattern``: one entry per data job output, and one for all other files."""
+def shard_provenance(role: str, pattern: Pattern, *, output: str | None = None) -> tuple[Provenance, ...]:
+    """Return the provenance of the shards of ``pattern``: one entry per data job output, and one for all other files.
+
+    The folder ``output`` is no part of the pattern.
+    """
     by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
-    for entry in find_files(pattern, SUFFIXES):
+    for entry in find_files(pattern, SUFFIXES, output=output):
         by_folder[entry.url.rpartition("/")[0]].append(entry)
     made = {folder for folder in by_folder if folder and storage.exists(storage.join(folder, LEDGER))}
     found = [data_provenance(role, folder) for folder in sorted(made)]
@@ -28,11 +32,15 @@ def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
     return (*found, *([files_provenance(role, pattern, others)] if others else []))
 
 
-def files_provenance(role: str, pattern: str, entries: Sequence[ShardEntry]) -> Provenance:
+def files_provenance(role: str, pattern: Pattern, entries: Sequence[ShardEntry]) -> Provenance:
     """Return the provenance of files without a ledger, identified by names and sizes, which need no reading."""
     facts = {"files": len(entries), "bytes": sum(entry.bytes for entry in entries)}
     return Provenance(
-        role=role, kind="files", path=absolute_pattern(pattern), identity=files_identity(entries), facts=facts
+        role=role,
+        kind="files",
+        path=pattern_text(absolute_pattern(pattern)),
+        identity=files_identity(entries),
+        facts=facts,
     )
 
 

@@ -13,6 +13,7 @@ from ..data.curation.prefilter import Prefilter
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square
 from ..data.formats.names import find_shards
 from ..data.formats.parts import KEPT
+from ..data.formats.patterns import Pattern, pattern_text
 from ..data.formats.tar_source import read_samples
 from ..data.loading.image_data import require_images
 from ..data.scenes import scene_prompts
@@ -28,7 +29,7 @@ SHARE = 0.15
 class HeldOutImages(NamedTuple):
     """Training shards and held-out images."""
 
-    train: str
+    train: Pattern
     """Pattern of the training shards."""
     captions: list[str]
     """Captions of the held-out images."""
@@ -59,10 +60,10 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
         held_out = [*islice(_usable(url, demo), demo.held_out), *held_out]
     if len(held_out) < least:
         raise UserError(
-            f"shards {demo.shards}: {len(held_out)} usable images in the tars after the first, "
+            f"shards {pattern_text(demo.shards)}: {len(held_out)} usable images in the tars after the first, "
             f"expected at least {least} to measure on"
         )
-    train = ",".join(urls)
+    train = tuple(urls)
     require_images(train)
     return _images(train, held_out[: demo.held_out])
 
@@ -87,5 +88,5 @@ def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
                 continue
 
 
-def _images(train: str, held_out: list[tuple[str, np.ndarray]]) -> HeldOutImages:
+def _images(train: Pattern, held_out: list[tuple[str, np.ndarray]]) -> HeldOutImages:
     return HeldOutImages(train, [caption for caption, _ in held_out], np.stack([pixels for _, pixels in held_out]))

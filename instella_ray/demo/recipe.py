@@ -11,6 +11,7 @@ from ..data.curation.filters.config import FilterConfig
 from ..data.curation.filters.samples import Resolution
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
+from ..data.formats.patterns import Pattern
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.sampling import SamplingConfig
@@ -43,7 +44,7 @@ class DemoConfig(Config):
     """Output folder of all stages and ``report.html``."""
     size: int = 64
     """Image size (pixels a side): 16, 32, 64, 128, ..."""
-    shards: str | None = None
+    shards: Pattern | None = None
     """Captioned WebDataset tars to use instead of the scenes (path or glob). The last ones are held out."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
@@ -99,12 +100,12 @@ TINY: dict[str, int] = {
 """Overrides that run all stages in a few minutes as a smoke test; the images are meaningless."""
 
 
-def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
+def curate_config(demo: DemoConfig, shards: Pattern) -> CurateConfig:
     filters = FilterConfig(resolution=Resolution(target_size=demo.size))
     return CurateConfig(input=shards, output=demo.path("curated"), filters=filters)
 
 
-def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:
+def tokenizer_config(demo: DemoConfig, data: Pattern) -> TokenizerConfig:
     heads = demo.width // HEAD
     model = BITConfig(
         image_size=demo.size,

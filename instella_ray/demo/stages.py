@@ -20,6 +20,7 @@ from ..data.curation.job import run_curate
 from ..data.encode import run_encode
 from ..data.formats.images import decode_rgb, to_pixels, to_tensor
 from ..data.formats.parts import Mode
+from ..data.formats.patterns import Pattern
 from ..data.formats.shards import write_webdataset
 from ..data.scene_score import score, score_table
 from ..data.scenes import parse_caption, scene_rows
@@ -60,7 +61,7 @@ def write_scenes(demo: DemoConfig) -> Facts:
     return {"images": demo.scenes, "held_out": demo.held_out}
 
 
-def curate(demo: DemoConfig, shards: str, mode: Mode) -> Facts:
+def curate(demo: DemoConfig, shards: Pattern, mode: Mode) -> Facts:
     ledger = run_curate(curate_config(demo, shards).model_copy(update={"mode": mode}))
     print(ledger.summary())
     return {"ledger": ledger.to_json()}

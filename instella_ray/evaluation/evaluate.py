@@ -13,6 +13,7 @@ from .. import storage
 from ..accelerator import hardware_summary
 from ..bulk.sample_set import samples_provenance
 from ..data.formats.parts import open_output
+from ..data.formats.patterns import pattern_text
 from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
@@ -79,14 +80,14 @@ def _require_measured(cfg: EvaluateConfig, records: Sequence[Record]) -> None:
     if not any(record.ids for record in records):
         problems = sum((Counter(record.quarantined) for record in records), Counter[str]())
         found = ", ".join(f"{count} {reason}" for reason, count in sorted(problems.items())) or "no samples"
-        raise UserError(f"{cfg.samples or cfg.images}: nothing could be measured ({found})")
+        raise UserError(f"{cfg.source}: nothing could be measured ({found})")
 
 
 def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, ...]:
     if cfg.samples is not None:
         read = samples_provenance("samples", cfg.samples)
     else:
-        read = Provenance(role="images", kind="name", path=str(cfg.images))
+        read = Provenance(role="images", kind="name", path=cfg.source)
     if cfg.tokenizer is None:
         return (read,)
     return (read, model_provenance("tokenizer", cfg.tokenizer, inputs.tokenizer_hash))
@@ -98,7 +99,7 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
     runs = {name: about.get("run_id") for name, about in inputs.about.items()}
     return {
         "samples": cfg.samples,
-        "images": cfg.images,
+        "images": cfg.images and cfg.source,
         "size": inputs.size,
         "batch_size": cfg.batch_size,
         "tokenizer_hash": inputs.tokenizer_hash,
@@ -109,8 +110,9 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
 
 def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
     """Return path and source name of FID's reference statistics, computing them from images if they are not stored."""
-    if fid.reference.endswith(".npz"):
-        return fid.reference, fid.reference
+    source = pattern_text(fid.reference)
+    if source.endswith(".npz"):
+        return source, source
     if fid.images.size is None:
         raise UserError("metrics.fid.images.size: missing; a reference made of images needs it, for example 256")
     url = storage.join(cfg.output, f"{REFERENCE}.npz")
@@ -123,7 +125,7 @@ def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
         gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
         assert isinstance(gathered, Frechet)
         gathered.gaussian().save(url)
-    return url, fid.reference
+    return url, source
 
 
 def _merged(task: MeasureOptions, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
@@ -161,7 +163,7 @@ def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Recor
     names = ("instella-ray", "torch", "ray", "numpy", "pillow")
     return {
         "measured_inputs": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
-        "source": cfg.samples or cfg.images,
+        "source": cfg.source,
         "tokenizer": cfg.tokenizer,
         "tokenizer_hash": inputs.tokenizer_hash,
         "size": inputs.size if "images" in inputs.offers else None,

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..bulk.sample_set import SampleSet, find_sample_sets
 from ..config import Config
-from ..data.formats.names import absolute_pattern
 from ..data.formats.parts import Mode
+from ..data.formats.patterns import Pattern, absolute_pattern, pattern_text
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
@@ -30,7 +30,7 @@ class EvaluateConfig(Config):
     """Output folder for ``report.html``, ``results.json`` and the metrics' states."""
     samples: str | None = None
     """Folder of generated samples: one sample set, or a sweep of several."""
-    images: str | None = None
+    images: Pattern | None = None
     """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files or folders."""
     tokenizer: str | None = None
     """Model folder of the BIT. None measures samples as codes only, and images without reconstruction (an upper bound)."""
@@ -62,12 +62,17 @@ class EvaluateConfig(Config):
             raise ValueError("expected one of samples, images")
         return self
 
+    @property
+    def source(self) -> str:
+        """What is measured: the folder of the samples, or the images."""
+        return self.samples or pattern_text(self.images or "")
+
     def absolute(self) -> EvaluateConfig:
         """Return a copy with absolute paths, since each actor runs in another working directory.
 
         Raises UserError for a tokenizer that names no checkpoint.
         """
-        places = {"images": self.images and absolute_pattern(self.images)}
+        places: dict[str, Any] = {"images": self.images and absolute_pattern(self.images)}
         places["tokenizer"] = self.tokenizer and find_model(self.tokenizer)
         for name in ("output", "samples"):
             path = getattr(self, name)
@@ -96,12 +101,12 @@ class EvaluationInputs:
             self.offers |= {"groups"} if self.per_prompt != 1 else set()
             self.about = {name: _about(found) for name, found in self.sets.items()}
             self._check_tokenizer(cfg)
-        else:
-            self.units = {"": image_units(str(cfg.images), cfg.rows_per_unit)}
+        elif cfg.images is not None:
+            self.units = {"": image_units(cfg.images, cfg.rows_per_unit)}
             self.per_prompt = 0
             self.offers = {"images"} | ({"references", "codes"} if cfg.tokenizer else set())
             self.offers |= {"prompts"} if has_captions(self.units[""]) else set()
-            self.about = {"": {"images": cfg.images}}
+            self.about = {"": {"images": cfg.source}}
         empty = next((name for name, units in self.units.items() if not units), None)
         if empty is not None:
             raise UserError(f"samples {cfg.samples}: setting '{empty}' has no files")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
 from ..config import Config
-from ..data.formats.names import absolute_pattern
+from ..data.formats.patterns import Pattern, absolute_pattern
 from ..errors import UserError
 from ..models.clip import load_clip
 from .geneval_actor import GenEvalConfig, start_detector
@@ -151,7 +151,7 @@ class FID(FeatureMetric):
     """Frechet distance to reference statistics."""
 
     images: ImageSettings = FID_IMAGES
-    reference: str
+    reference: Pattern
     """Reference images (tars, parquet files, a folder), or an ``.npz`` file with ``mu`` and ``sigma``."""
     groups: int = pydantic.Field(GROUPS, ge=2)
     """Number of jackknife groups."""
@@ -293,7 +293,7 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
 def absolute(section: S) -> S:
     """Return a copy with absolute paths of local files, since each actor runs in another working directory."""
     given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
-    places = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
+    places: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
     if isinstance(section, FID):
         places["reference"] = absolute_pattern(section.reference)
     return section.model_copy(update=places)

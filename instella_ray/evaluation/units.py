@@ -9,7 +9,8 @@ from typing import Any, Literal
 from .. import storage
 from ..bulk.sample_set import SampleBlock, SampleSet
 from ..config import Config
-from ..data.formats.names import find_image_files, find_shards, names_shards, split_pattern
+from ..data.formats.names import find_image_files, find_shards, names_shards
+from ..data.formats.patterns import Pattern, expand_part, shard_label, split_pattern
 from ..data.formats.sources import count_rows, read_rows, refuse_links
 from ..data.scenes import parse_caption
 from ..errors import UserError
@@ -40,7 +41,7 @@ def sample_units(setting: str, samples: SampleSet) -> list[Unit]:
     return [Unit(**base, name=file.name.rsplit(".", 1)[0], first=i, rows=file.rows) for i, file in files]
 
 
-def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Unit]:
+def image_units(pattern: Pattern, rows_per_unit: int, setting: str = "") -> list[Unit]:
     """Create units for the images of tars, parquet files or folders; raises UserError if there are no images.
 
     The number of rows of a tar is an estimate, so the last unit of a shard extends to the shard's end.
@@ -51,7 +52,8 @@ def image_units(pattern: str, rows_per_unit: int, setting: str = "") -> list[Uni
             if kind == "parquet":
                 refuse_links(shards)
             return [u for url, name in shards.items() for u in _shard_units(setting, kind, url, name, rows_per_unit)]
-    return [u for part in split_pattern(pattern) for u in _folder_units(setting, part, rows_per_unit)]
+    folders = [each for part in split_pattern(pattern) for each in expand_part(part)]
+    return [unit for folder in folders for unit in _folder_units(setting, folder, rows_per_unit)]
 
 
 def read_samples_unit(unit: Unit) -> SampleBlock:
@@ -106,7 +108,7 @@ def _shard_units(setting: str, kind: str, url: str, name: str, rows_per_unit: in
 def _folder_units(setting: str, folder: str, rows_per_unit: int) -> list[Unit]:
     files = find_image_files(folder)
     base: dict[str, Any] = {"setting": setting, "kind": "files", "source": folder}
-    name = folder.rstrip("/").rsplit("/", 1)[-1]
+    name = shard_label(folder.rstrip("/"))
     return [
         Unit(**base, name=f"{name}-{first:07d}", first=first, rows=len(part), files=tuple(part))
         for first in range(0, len(files), rows_per_unit)

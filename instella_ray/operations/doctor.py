@@ -65,7 +65,7 @@ def check_store(url: str) -> Finding:
             raise OSError("the written object is not listed")
         step = "delete"
         fs, path = storage.filesystem(target)
-        fs.rm(path)
+        fs.rm_file(path)
     except Exception as error:  # error types depend on the store
         advice = "check the name, the credentials and their permissions (read, write, list, delete), and the network"
         found = f"{url}: cannot {step} ({type(error).__name__}: {error})"
@@ -90,7 +90,7 @@ def _remove(url: str, folders: Sequence[str]) -> None:
     with suppress(Exception):  # error types depend on the store, and the finding has been made
         fs, path = storage.filesystem(url)
         if fs.exists(path):
-            fs.rm(path)
+            fs.rm_file(path)
         for folder in folders:
             fs.rmdir(folder)
 

@@ -16,7 +16,7 @@ from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.formats.names import absolute_pattern
+from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
 from ..data.model_provenance import model_provenance, text_encoder_provenance
@@ -66,7 +66,7 @@ class GeneratorRunConfig(TrainingRun):
     model: GeneratorConfig
     codes: str | tuple[CodesSource, ...] | None = None
     """Folder of packed codes encoded by ``tokenizer``, or several with weights."""
-    images: str | None = None
+    images: Pattern | None = None
     """Instead of codes: curated WebDataset tars, whose images ``tokenizer`` encodes on the worker's device during
     training, with different crops in each epoch."""
     tokenizer: str
@@ -371,7 +371,7 @@ class OnlineEncoder:
         return torch.cat([self.bit.encode(to_tensor(part.to(self.device))) for part in parts]).float()
 
 
-def require_encodable(pattern: str, folder: str) -> BITConfig:
+def require_encodable(pattern: Pattern, folder: str) -> BITConfig:
     """Return the configuration of the tokenizer in ``folder``.
 
     UserError if it cannot encode its own image_size, or the shards have no images.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import logs, storage
 from ..data.formats.codes import dead_bits
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.formats.names import absolute_pattern
+from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
 from ..data.model_provenance import model_provenance
@@ -50,7 +50,7 @@ class TokenizerConfig(TrainingRun):
     """Configuration of a tokenizer run."""
 
     model: BITConfig
-    data: str
+    data: Pattern
     """Curated WebDataset tars (path or glob, or several separated by commas)."""
     start_from: str | None = None
     """Model folder of the same sizes whose (EMA) weights initialize the model; none means random initialization."""

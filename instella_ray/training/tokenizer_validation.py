@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from .. import storage
 from ..accelerator import pick_device
 from ..data.formats.images import to_pixels, to_tensor
-from ..data.formats.names import absolute_pattern
+from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageData, require_images
 from ..errors import UserError
 from ..evaluation.metric_settings import PSNR, SSIM, MetricsConfig, Tools, absolute, choose
@@ -29,7 +29,7 @@ OFFERS = frozenset({"images", "references"})
 class TokenizerValidation(ValidationSchedule):
     """Held-out images, sizes, metrics and resources of a tokenizer's validation."""
 
-    data: str
+    data: Pattern
     """Held-out images: curated WebDataset tars (paths or globs, comma-separated)."""
     count: int = Field(256, ge=1)
     """Number of images: the first ones, with deterministic crops."""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ... import storage
+from ...errors import UserError
 from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
+from ..formats.patterns import Pattern, pattern_text
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
-from ..job import EXECUTION_KEYS, DataJobConfig, data_job
+from ..job import INPUT_KEYS, DataJob, DataJobConfig, data_job
 from ..provenance import shard_provenance
-from ..stages import Stage
+from ..stages import Source, Stage
 from .dedup import Fingerprinter
 from .dedup_job import deduplicate
 from .download import DownloadConfig, download_stage
 from .filters.config import FilterConfig
 from .prefilter import Prefilter
 from .report import write_report
+from .retry import retry_sources
 from .scoring import score_stages
 from .stats import CurationNotes, shown_shards
 
@@ -27,10 +32,10 @@ from .stats import CurationNotes, shown_shards
 class CurateConfig(DataJobConfig):
     """Configuration of the curation job: input shards, downloads, filters and output."""
 
-    input: str
-    """WebDataset tars, or parquet with images or LAION's links: paths, globs, folders or lists of shards, comma-separated.
+    input: Pattern
+    """WebDataset tars, or parquet with images or LAION's links: paths, globs, folders or lists of shards; one or several.
 
-    Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
+    Local or any fsspec URL. Several are a list, or separated by commas. ``instella-ray shards`` writes lists of shards.
     """
     output: str
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
@@ -38,6 +43,8 @@ class CurateConfig(DataJobConfig):
     filters: FilterConfig = FilterConfig()
     rows_per_shard: int = Field(1000, ge=1)
     """Input samples per output tar; fewer if their images are large."""
+    retry: Literal["network"] | None = None
+    """With ``mode=resume``: try those downloads again that failed for reasons of the network, such as timeouts or 503."""
 
 
 def run_curate(cfg: CurateConfig) -> Ledger:
@@ -49,39 +56,56 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
     for section in cfg.filters.sections().values():
         section.check()
-    inputs = find_inputs(cfg.input)
+    if cfg.retry and cfg.mode != "resume":
+        raise UserError(f"retry={cfg.retry}: needs mode=resume, because it continues an earlier run")
+    inputs = find_inputs(cfg.input, output=cfg.output)
     require_captions(list(inputs.shards))
     labels = tuple(inputs.shards.values())
     shown = shown_shards(labels)
-    settings = _settings(cfg, bool(inputs.links))
-    with data_job(cfg, "curate", "shards", settings, shard_provenance("shards", cfg.input)) as job:
-        if not job.done.issuperset(labels):
-            storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
-            notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-            stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
-            if cfg.filters.duplicates:
-                stages.append(Stage(Fingerprinter()))
-            rows_per_block = cfg.rows_per_shard
-            if inputs.links:
-                stages.insert(0, download_stage(cfg.download))
-                rows_per_block = min(rows_per_block, cfg.download.batch_size)
-            sources = shard_sources(inputs.shards, rows_per_block)
-            job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes))
+    settings, shards = _settings(cfg, bool(inputs.links)), inputs.shards
+    provenance = shard_provenance("shards", cfg.input, output=cfg.output)
+    with data_job(cfg, "curate", "shards", settings, provenance, shards) as job:
+        rows_per_block = min(cfg.rows_per_shard, cfg.download.batch_size) if inputs.links else cfg.rows_per_shard
+        write = partial(_curate, job, cfg, shown, downloads=bool(inputs.links))
+        write(shard_sources(shards, rows_per_block))
+        if cfg.retry:
+            write(retry_sources(job.folder, rows_per_block), title="retry")
         if cfg.filters.duplicates:
             deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
         write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
-        job.require_kept(f"input {cfg.input}: no sample was kept")
+        job.require_kept(f"input {pattern_text(cfg.input)}: no sample was kept")
         return ledger
+
+
+def _curate(
+    job: DataJob,
+    cfg: CurateConfig,
+    shown: Collection[str],
+    sources: Mapping[str, Source],
+    *,
+    downloads: bool,
+    title: str | None = None,
+) -> None:
+    """Curate the unfinished shards of ``sources``, up to the search for duplicates."""
+    if job.done.issuperset(sources):
+        return
+    storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
+    notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
+    stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
+    if cfg.filters.duplicates:
+        stages.append(Stage(Fingerprinter()))
+    if downloads:
+        stages.insert(0, download_stage(cfg.download))
+    job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes), title=title)
 
 
 def _settings(cfg: CurateConfig, downloads: bool) -> dict[str, object]:
     """Return the settings that the output depends on, without those of execution."""
     spread = {name: {"actors", "gpus_per_actor", "batch_size"} for name in cfg.filters.of_images()}
-    links = (
-        set(DownloadConfig.model_fields) - {"max_bytes", "respect_opt_out"} - ({"batch_size"} if downloads else set())
-    )
-    volatile: dict[str, Any] = {**dict.fromkeys(EXECUTION_KEYS, True), "download": links, "filters": spread}
+    asked = {"max_bytes", "respect_opt_out", "respect_robots"}
+    links = set(DownloadConfig.model_fields) - asked - ({"batch_size"} if downloads else set())
+    volatile: dict[str, Any] = {**dict.fromkeys(INPUT_KEYS, True), "retry": True, "download": links, "filters": spread}
     return cfg.model_dump(mode="json", exclude=volatile)
 
 

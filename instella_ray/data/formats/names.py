@@ -1,7 +1,7 @@
-"""Names of inputs: patterns of paths and URLs, lists of shards, tar members, row keys and links.
+"""Names of inputs: shards of patterns, lists of shards, tar members, row keys and links.
 
-A pattern is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million objects is listed
-only once), or several of these separated by commas; local, or any URL that fsspec supports.
+A pattern (:mod:`.patterns`) is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million
+objects is listed only once), or several of these; local, or any URL that fsspec supports.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from urllib.parse import urljoin
 
 from pydantic import Field, TypeAdapter, ValidationError
 from yarl import URL
@@ -19,9 +22,12 @@ from ...config import Config
 from ...errors import UserError
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
+from .patterns import Pattern, expand_part, file_name, is_http, pattern_text, shard_label, split_pattern
 
 SHARD_LIST = "shards.json"
 """Name of the list of shards in their folder; read by jobs whose input is the folder."""
+LISTINGS_AT_ONCE = 32
+"""Parts of a pattern that are listed concurrently: braces may have one for every shard."""
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
@@ -49,43 +55,65 @@ class ShardList(Config):
         return sum(shard.bytes for shard in self.shards)
 
 
-def split_pattern(pattern: str) -> list[str]:
-    """Split a pattern at its commas, stripping whitespace."""
-    return [part.strip() for part in pattern.split(",")]
-
-
-def absolute_pattern(pattern: str) -> str:
-    """Make the paths of a pattern absolute, because workers run in other working directories."""
-    return ",".join(map(storage.absolute, split_pattern(pattern)))
-
-
-def find_shards(pattern: str, suffixes: str | Sequence[str] = ".tar") -> dict[str, str]:
-    """Map the URLs of the shards that match ``pattern``, sorted, to short unique names; at least one.
+def find_shards(
+    pattern: Pattern, suffixes: str | Sequence[str] = ".tar", *, output: str | None = None
+) -> dict[str, str]:
+    """Map the URLs of the shards that match ``pattern``, sorted, to their labels (:func:`.patterns.shard_label`).
 
     A folder stands for the shards in its list, or without a list for all files with the first of ``suffixes`` that
-    matches any. Raises UserError for a part of the pattern that matches nothing, and for the output of an unfinished job.
+    matches any. What lies in the folder ``output``, that of the job itself, is no input. Raises UserError for a part of
+    the pattern that matches nothing, and for the output of an unfinished job.
     """
-    return _named([entry.url for entry in find_files(pattern, suffixes)])
+    labels = {entry.url: shard_label(entry.url) for entry in find_files(pattern, suffixes, output=output)}
+    refuse_twins(list(labels.values()))
+    return labels
 
 
-def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[ShardEntry]:
+def find_files(
+    pattern: Pattern, suffixes: str | Sequence[str] = ".tar", *, output: str | None = None
+) -> list[ShardEntry]:
     """List the shards of :func:`find_shards` with their sizes; each part of the pattern costs at most one listing."""
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
+    parts = [each for part in split_pattern(pattern) for each in expand_part(part)]
     found: dict[str, ShardEntry] = {}
-    for part in split_pattern(pattern):
-        files = {entry.url: entry for entry in _part_files(part, suffixes) if entry.url.endswith(suffixes)}
-        if not files:
-            kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
-            others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
-            raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
-        found.update(files)
+    with ThreadPoolExecutor(LISTINGS_AT_ONCE) as threads:
+        for part, entries in zip(parts, threads.map(partial(_part_files, suffixes=suffixes), parts), strict=True):
+            files = {entry.url: entry for entry in entries if file_name(entry.url).endswith(suffixes)}
+            if not files:
+                for folder in _folders([part, storage.join(part, "")]):
+                    if not (output and _within(folder, output)):
+                        refuse_unfinished(folder)
+                kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
+                others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
+                raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
+            found |= files
+        own = {folder for folder in _folders(found) if output and _within(folder, output)}
+        found = {url: entry for url, entry in found.items() if os.path.dirname(url) not in own}
+        if not found:
+            raise UserError(f"{pattern_text(pattern)}: only the output of this job, which is no input of its own")
+        list(threads.map(refuse_unfinished, _folders(found)))
     return [found[url] for url in sorted(found)]
+
+
+def _folders(urls: Iterable[str]) -> list[str]:
+    """Return the folders of shards in which outputs of jobs may be: not those of web servers and archives."""
+    plain = (url for url in urls if storage.is_local(url) or not ("::" in url or is_http(url)))
+    return sorted({os.path.dirname(url) for url in plain})
+
+
+def _within(folder: str, output: str) -> bool:
+    """Return whether ``folder`` is ``output`` or below it, however links lead there."""
+    output = storage.absolute(output)
+    inner, outer = (storage.join(os.path.realpath(f) if storage.is_local(f) else f, "") for f in (folder, output))
+    return inner.startswith(outer)
 
 
 def names_shards(part: str, suffix: str) -> bool:
     """Return whether a part of a pattern ends with ``suffix``, or is a folder with files that do."""
-    fs, path = storage.filesystem(part)
-    return bool(storage.glob(storage.join(part, f"*{suffix}"))) if fs.isdir(path) else part.endswith(suffix)
+    (path, *others) = expand_part(part)
+    if others or storage.kind(path) != "directory":
+        return file_name(path).endswith(suffix)
+    return bool(storage.glob(storage.join(path, f"*{suffix}")))
 
 
 def find_image_files(folder: str) -> list[str]:
@@ -102,7 +130,7 @@ def find_image_files(folder: str) -> list[str]:
     return files
 
 
-def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
+def list_shards(pattern: Pattern, output: str, suffixes: str | Sequence[str]) -> ShardList:
     """Write the list of the shards of :func:`find_shards` to the file ``output``; UserError unless it ends with .json."""
     if not output.endswith(".json"):
         raise UserError(f"output {output}: expected a name that ends with .json, as lists of shards have")
@@ -155,17 +183,20 @@ def _absolute(url: str, folder: str) -> str:
 
 def _part_files(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     if part.endswith(".json"):
-        refuse_unfinished(os.path.dirname(part) or ".")
         return read_shard_list(part)
-    fs, path = storage.filesystem(part)
-    if not fs.isdir(path):
-        refuse_unfinished(os.path.dirname(part) or ".")
-        return _entries(_without_sidecars(storage.sizes(part)))
-    refuse_unfinished(part)
-    if storage.exists(listed := storage.join(part, SHARD_LIST)):
+    named = file_name(part).endswith(suffixes)
+    if named and (files := _without_sidecars(storage.sizes(part))):
+        return _entries(files)
+    if storage.kind(part) == "directory" or (is_http(part) and not named and "*" not in part):
+        return _folder_files(part, suffixes)
+    return [] if named else _entries(_without_sidecars(storage.sizes(part)))
+
+
+def _folder_files(folder: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
+    if storage.exists(listed := storage.join(folder, SHARD_LIST)):
         return read_shard_list(listed)
-    files = storage.sizes(storage.join(part, "*"))
-    by_suffix = ({url: size for url, size in files.items() if url.endswith(suffix)} for suffix in suffixes)
+    files = storage.sizes(storage.join(folder, "*"))
+    by_suffix = ({url: size for url, size in files.items() if file_name(url).endswith(suffix)} for suffix in suffixes)
     return _entries(next(filter(None, by_suffix), {}))
 
 
@@ -177,15 +208,6 @@ def _without_sidecars(files: dict[str, int]) -> dict[str, int]:
     """Exclude the parquet file of metadata that img2dataset writes beside each tar: it describes the same samples."""
     tars = {url.removesuffix(".tar") for url in files if url.endswith(".tar")}
     return {url: size for url, size in files.items() if url.removesuffix(".parquet") not in tars}
-
-
-def _named(urls: list[str]) -> dict[str, str]:
-    """Name each URL by its path below their common folder, with slashes replaced, because names become file names."""
-    paths = [url.rpartition("://")[2].lstrip("/") for url in urls]
-    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names = [os.path.splitext(os.path.relpath(path, shared or "."))[0].replace("/", "__") for path in paths]
-    refuse_twins(names)
-    return dict(zip(urls, names, strict=True))
 
 
 # --- keys of samples
@@ -229,10 +251,12 @@ class Keys:
 
 
 def web_url(link: str, base: URL | None = None) -> URL | None:
-    """Parse a link, relative to ``base``, as an http or https URL without user, password and fragment; else ``None``."""
+    """Parse a link, relative to ``base``, as an http or https URL without user, password and fragment; else ``None``.
+
+    What is percent-encoded in the link stays as it is.
+    """
     try:
-        url = URL(link.strip())
-        url = base.join(url) if base else url
+        url = URL(storage.encoded_link(urljoin(str(base or ""), link.strip())), encoded=True)
         return (
             url.with_user(None).with_fragment(None)
             if url.scheme in ("http", "https") and url.host and url.port

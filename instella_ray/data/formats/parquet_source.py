@@ -128,10 +128,10 @@ def read_parquet(
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
-        yield _problem_row(shard, number, "truncated_shard")
+        yield problem_row(shard, number, "truncated_shard")
         return
     if not number:
-        yield _problem_row(shard, 0, "empty_shard")
+        yield problem_row(shard, 0, "empty_shard")
 
 
 def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> Iterator[pa.RecordBatch]:
@@ -192,7 +192,8 @@ def _row(values: dict[str, Any], columns: Columns, shard: str, number: int, keys
     return {**values, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
 
 
-def _problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
+def problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
+    """Return a row in the place of what could not be read: the columns of :data:`.rows.SCHEMA` without ``last``."""
     values = {"key": "", "shard": shard, "row": number, "problem": problem}
     return {**values, "image": None, "caption": None, "meta": "{}"}
 

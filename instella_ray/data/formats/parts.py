@@ -11,13 +11,14 @@ The ledger counts every input sample as kept, dropped for a reason, or quarantin
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from ... import storage
 from ...config import Config
@@ -28,16 +29,38 @@ Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
 """Handling of an existing output: fail, continue it, or delete it and start over."""
 
+LOST = "lost_shard"
+"""Problem of a shard that was gone when its turn came; a resumed job reads it again."""
 LEDGER, SETTINGS, PARTS, QUARANTINE = "ledger.json", "settings.json", "parts", "quarantine"
 INDEX = "index"
 """Subfolder of the indexes of the tars (:mod:`.tar_index`)."""
 DUPLICATES = "duplicates.parquet"
 """File of the duplicates found in a finished dataset, which are then removed part by part."""
+INPUTS = "inputs.json"
+"""File with the URL and label of each input shard."""
+UNREACHED = "unreached"
+"""Subfolder of the rows whose download failed for a reason of the network, to try them again."""
 KEPT, DROPPED, QUARANTINED = "kept", "dropped", "quarantined"
 DOWNLOAD = "download:"
 """Prefix of the problem of a sample whose download failed. Dead links are normal, so it is dropped, not quarantined."""
 DOWNLOAD_REASON = "download_"
 """Prefix of the ledger reasons of such samples."""
+
+UNREACHED_ROWS = pa.schema([("key", pa.string()), ("caption", pa.string()), ("meta", pa.string())])
+"""Columns of :data:`UNREACHED`."""
+_NETWORK = re.compile(DOWNLOAD_REASON + r"(timeout|connection|dns|cut_off|robots_unreachable|http_429|http_5\d\d)")
+_RETRY = re.compile(r"(?P<shard>.+)-retry(?P<number>\d+)")
+
+
+def is_of_network(verdict: str) -> bool:
+    """Return whether a verdict or ledger reason is a failed download whose link may work at another time."""
+    return _NETWORK.fullmatch(verdict.rpartition(":")[2]) is not None
+
+
+def retry_label(shard: str) -> str:
+    """Return the label of the next try of the rows of ``shard`` that are :data:`UNREACHED`."""
+    found = _RETRY.fullmatch(shard)
+    return f"{found['shard']}-retry{int(found['number']) + 1}" if found else f"{shard}-retry1"
 
 
 def verdict_of(problem: str) -> str:
@@ -122,6 +145,19 @@ class Part(Config):
         return f"{self.shard}-{self.first_row:07d}"
 
 
+def ledger_of(parts: Sequence[Part], retrying: Collection[str] = ()) -> Ledger:
+    """Return the sum of the ledgers of ``parts``, in which rows that have been tried again count once, as in the last try.
+
+    Those are the unreached rows of all shards whose :func:`retry_label` is finished or in ``retrying``.
+    """
+    ledger = Ledger.of(part.ledger for part in parts)
+    again = _done(parts).union(retrying)
+    for part in parts:
+        if retry_label(part.shard) in again:
+            ledger.dropped -= Counter({k: n for k, n in part.ledger["dropped"].items() if is_of_network(k)})
+    return ledger
+
+
 def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
     """Prepare the output folder of a job; returns whether there is existing output to continue.
 
@@ -152,9 +188,35 @@ class PartFolder:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def open(self, mode: Mode, settings: Mapping[str, Any]) -> set[str]:
-        """Prepare the folder (:func:`open_output`), and return the labels of the shards that are done."""
-        return self._sweep(self.parts()) if open_output(self.url, mode, settings) else set()
+    def open(self, mode: Mode, settings: Mapping[str, Any], shards: Mapping[str, str] | None = None) -> set[str]:
+        """Prepare the folder (:func:`open_output`), and return the labels of the shards that are done.
+
+        ``shards`` are the input shards, URL -> label, if the job has some. A resumed job may have more than before, and
+        reads those again that were lost. Raises UserError if it has fewer, naming one that is missing, and if shards had
+        other labels when the output was made.
+        """
+        before = self.parts() if mode == "resume" else []
+        lost = {part.shard for part in before if LOST in part.ledger["quarantined"]}
+        if shards is not None and before:
+            self._check_inputs(shards, lost)
+        resumed = open_output(self.url, mode, settings)
+        if shards is not None:
+            storage.write_json(self._path(INPUTS), dict(shards))
+        return self._sweep([part for part in before if part.shard not in lost]) if resumed else set()
+
+    def _check_inputs(self, shards: Mapping[str, str], lost: Collection[str]) -> None:
+        """Raise UserError if this output was made from other shards than ``shards``, besides those ``lost`` then."""
+        if not storage.exists(self._path(INPUTS)):
+            reason = "its shards have the labels of an older version, which depended on the other shards"
+            raise UserError(f"output {self.url}: {reason}; use mode=fresh or another folder")
+        before = TypeAdapter(dict[str, str]).validate_python(storage.read_json(self._path(INPUTS)))
+        gone = sorted(url for url, label in before.items() if shards.get(url) != label and label not in lost)
+        if gone:
+            others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+            found = f"made from {gone[0]}{others}, which the input no longer has"
+            raise UserError(
+                f"output {self.url}: {found}; put back what is missing, or use mode=fresh or another folder"
+            )
 
     def parts(self) -> list[Part]:
         """Return all finished parts, sorted by shard and row."""
@@ -180,11 +242,10 @@ class PartFolder:
     def close(self, shards: Iterable[str]) -> Ledger:
         """Check that all ``shards`` are done, and write the ledger; RuntimeError if they are not, or rows are missing."""
         parts = self.all_done(shards)
-        ledger = Ledger.of(part.ledger for part in parts)
-        if ledger.total != sum(part.rows for part in parts):
-            raise RuntimeError(
-                f"{self.url}: the ledger has {ledger.total} rows, expected the number of rows of the parts"
-            )
+        rows, counted = sum(part.rows for part in parts), Ledger.of(part.ledger for part in parts).total
+        if counted != rows:
+            raise RuntimeError(f"{self.url}: the ledger has {counted} rows, expected the {rows} of the parts")
+        ledger = ledger_of(parts)
         self._sweep(parts)  # incomplete files of killed workers
         storage.write_json(self._path(LEDGER), ledger.to_json())
         return ledger
@@ -195,13 +256,13 @@ class PartFolder:
         whole = [part for part in parts if part.shard in done]
         keep = {part.name for part in whole} | {f"{part.name}.{part.decided}" for part in whole}
         current = {part.file.rpartition(".")[0] for part in whole if part.file}
-        files = {part.file for part in whole} | {SETTINGS, DUPLICATES, RECORD}
+        files = {part.file for part in whole} | {SETTINGS, INPUTS, DUPLICATES, RECORD}
         fs, root = storage.filesystem(self.url)
         for path in fs.find(root):
             below, name = path[len(root) :].strip("/"), path.rsplit("/", 1)[-1]
             stem = name.rpartition(".")[0]
             if not (below in files if below == name else stem in (current if below.startswith(INDEX) else keep)):
-                fs.rm(path)
+                fs.rm_file(path)
         return done
 
     def _path(self, *names: str) -> str:
@@ -232,6 +293,7 @@ class PartWriter:
     def _write(self, rows: list[Row]) -> Part:
         kept = [row for row in rows if row["verdict"] == KEPT]
         bad = [row for row in rows if row["verdict"].startswith(QUARANTINED)]
+        unreached = [row for row in rows if is_of_network(row["verdict"])]
         first = rows[0]
         facts = {"shard": first["shard"], "first_row": first["row"], "rows": len(rows), "last": rows[-1]["last"]}
         ledger = Ledger().count(row["verdict"] for row in rows).to_json()
@@ -242,6 +304,9 @@ class PartWriter:
             part = part.model_copy(update={"file": name, "records": records})
         if bad:
             storage.write_parquet(storage.join(self.folder, QUARANTINE, f"{part.name}.parquet"), _quarantine_table(bad))
+        if unreached:
+            table = pa.Table.from_pylist(unreached, UNREACHED_ROWS)
+            storage.write_parquet(storage.join(self.folder, UNREACHED, f"{part.name}.parquet"), table)
         if self.note:
             part = part.model_copy(update={"notes": self.note(part.name, rows)})
         PartFolder(self.folder).replace(part)
@@ -264,10 +329,12 @@ def refuse_unfinished(folder: str) -> None:
 
 
 def _done(parts: Iterable[Part]) -> set[str]:
+    """Return the labels of the finished shards, and of the finished tries of their unreached rows."""
     shards: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         shards[part.shard].append(part)
-    return {shard for shard, found in shards.items() if _reaches_the_end(found)}
+    done = {shard for shard, found in shards.items() if _reaches_the_end(found)}
+    return {shard for shard in done if not (retry := _RETRY.fullmatch(shard)) or retry["shard"] in done}
 
 
 def _reaches_the_end(parts: list[Part]) -> bool:

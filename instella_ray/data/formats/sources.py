@@ -18,8 +18,10 @@ import pyarrow as pa
 from ... import storage
 from ...errors import UserError
 from ..stages import Source
-from .names import find_shards, refuse_twins
-from .parquet_source import Footer, read_footer, read_parquet, row_count
+from .names import find_shards
+from .parquet_source import Footer, problem_row, read_footer, read_parquet, row_count
+from .parts import LOST
+from .patterns import Pattern, file_name
 from .rows import blocks
 from .tar_source import count_samples, read_samples
 
@@ -27,7 +29,7 @@ SUFFIXES = (".tar", ".parquet")
 """Extensions of shards; of a folder with both, the tars are read."""
 ROWS_PER_SHARD = 100_000
 """Rows above which a parquet file is split into several shards, which limits the work to redo after a kill."""
-_CUT = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
+_CUT = re.compile(r"(?P<url>.+)#rows=(?P<first>\d+)-(?P<end>\d+)")
 
 
 class Inputs(NamedTuple):
@@ -39,14 +41,14 @@ class Inputs(NamedTuple):
     """URLs of the shards whose images have to be downloaded."""
 
 
-def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
+def find_inputs(pattern: Pattern, *, output: str | None = None, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
     """Find the shards that match ``pattern`` (:func:`.names.find_shards`), reading the footers of parquet files.
 
-    Raises UserError as :func:`.names.find_shards`, and for a parquet file without images, links or captions, naming its
-    columns.
+    The folder ``output``, that of the job itself, is no part of its input. Raises UserError as
+    :func:`.names.find_shards`, and for a parquet file without images, links or captions, naming its columns.
     """
-    found = find_shards(pattern, SUFFIXES)
-    files = [url for url in found if url.endswith(".parquet")]
+    found = find_shards(pattern, SUFFIXES, output=output)
+    files = [url for url in found if _is_parquet(url)]
     with ThreadPoolExecutor(32) as threads:
         footers = dict(zip(files, threads.map(_footer, files), strict=True))
     shards: dict[str, str] = {}
@@ -56,13 +58,12 @@ def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs
         parts = _cut(url, label, footer.rows if footer else 0, rows_per_shard)
         shards |= parts
         links += parts if footer and footer.columns.link else []
-    refuse_twins(list(shards.values()))
     return Inputs(shards, tuple(links))
 
 
-def find_images(pattern: str) -> dict[str, str]:
+def find_images(pattern: Pattern, *, output: str | None = None) -> dict[str, str]:
     """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
-    inputs = find_inputs(pattern)
+    inputs = find_inputs(pattern, output=output)
     if inputs.links:
         raise _links_without_images(inputs.links[0])
     return inputs.shards
@@ -91,14 +92,25 @@ def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]
 def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
     """Yield the rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
-    With ``captions``, a parquet file must have a column of captions.
+    With ``captions``, a parquet file must have a column of captions. A shard that no longer exists ends with a row whose
+    problem is ``lost_shard``.
     """
+    number = 0
+    try:
+        for row in _rows(url, label, captions):
+            yield row
+            number += 1
+    except (storage.MissingFileError, FileNotFoundError):
+        yield problem_row(label, number, LOST)
+
+
+def _rows(url: str, label: str, captions: bool) -> Iterator[dict[str, Any]]:
     cut = _CUT.fullmatch(url)
     path = cut["url"] if cut else url
     with storage.open_file(path) as stream:
         if cut:
             yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]), captions=captions)
-        elif path.endswith(".parquet"):
+        elif _is_parquet(path):
             yield from read_parquet(stream, label, path, captions=captions)
         else:
             yield from read_samples(stream, label)
@@ -107,7 +119,7 @@ def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[s
 def count_rows(url: str) -> int:
     """Count the rows of a shard by its headers alone; an undercount if it is damaged."""
     with storage.open_file(url) as stream:
-        return row_count(stream) if url.endswith(".parquet") else count_samples(stream)
+        return row_count(stream) if _is_parquet(url) else count_samples(stream)
 
 
 def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
@@ -121,7 +133,7 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
         images += sum(row["problem"] in ("no_caption", "bad_caption") for row in rows)
     if images:
         expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
-        if ".parquet" in urls[0]:
+        if _CUT.fullmatch(urls[0]) or _is_parquet(urls[0]):
             expected = "text in the caption column"
         raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
 
@@ -130,9 +142,16 @@ def _links_without_images(url: str) -> UserError:
     return UserError(f"{url}: links without images; curate first (jobs/curate.py), which downloads them")
 
 
+def _is_parquet(url: str) -> bool:
+    return file_name(url).endswith(".parquet")
+
+
 def _footer(url: str, *, captions: bool = True) -> Footer | None:
-    with storage.open_file(url) as stream:
-        return read_footer(stream, url, captions=captions)
+    try:
+        with storage.open_file(url) as stream:
+            return read_footer(stream, url, captions=captions)
+    except storage.MissingFileError:
+        return None  # its rows will say so
 
 
 def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:

@@ -17,10 +17,11 @@ from ...runs import Provenance
 from ..formats.images import UndecodableError
 from ..formats.metadata import json_object
 from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
+from ..formats.patterns import Pattern, pattern_text
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..formats.sources import find_images, shard_sources
-from ..job import EXECUTION_KEYS, DataJobConfig, data_job
+from ..job import INPUT_KEYS, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
 from ..provenance import shard_provenance
 from ..stages import Pool, Stage
@@ -42,7 +43,7 @@ SHORT = Question(
 class RecaptionConfig(DataJobConfig):
     """Configuration of the recaption job: input images, model and questions."""
 
-    input: str
+    input: Pattern
     """Curated tars, or parquet with images: paths, globs or folders, comma-separated; captions are not required."""
     output: str
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
@@ -123,7 +124,7 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 def recaption_settings(cfg: RecaptionConfig) -> dict[str, Any]:
     """Return the settings that a resumed run must share; UserError if the model is not a captioner."""
-    volatile = {*EXECUTION_KEYS, "model", "batch_size", "actors", "gpus_per_actor"}
+    volatile = {*INPUT_KEYS, "model", "batch_size", "actors", "gpus_per_actor"}
     weights = {"captioner": short_name(cfg.model), "weights": check_captioner(cfg.model)}
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     return {**cfg.model_dump(mode="json", exclude=volatile), **weights, "precision": precision}
@@ -136,12 +137,13 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     allow it, it was made with other weights or questions, or no image is kept.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
-    shards = find_images(cfg.input)
-    inputs = (*shard_provenance("shards", cfg.input), Provenance(role="captioner", kind="name", path=cfg.model))
-    with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs) as job:
+    shards = find_images(cfg.input, output=cfg.output)
+    provenance = shard_provenance("shards", cfg.input, output=cfg.output)
+    inputs = (*provenance, Provenance(role="captioner", kind="name", path=cfg.model))
+    with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs, shards) as job:
         captioner = Stage(partial(Recaptioner, cfg), Pool(cfg.actors, cfg.gpus_per_actor))
         sources = shard_sources(shards, cfg.rows_per_shard)
         job.write(sources, [captioner], PartWriter(cfg.output, ".tar", write_samples))
         ledger = job.close(shards.values())
-        job.require_kept(f"input {cfg.input}: no image was captioned")
+        job.require_kept(f"input {pattern_text(cfg.input)}: no image was captioned")
         return ledger

@@ -15,6 +15,7 @@ from ...errors import UserError
 from ..formats.codes import LRUCache
 from ..formats.images import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
 from ..formats.names import find_files, find_shards
+from ..formats.patterns import Pattern, pattern_text
 from ..formats.sources import require_captions
 from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples
@@ -46,7 +47,7 @@ class ImageData:
 
     def __init__(
         self,
-        pattern: str,
+        pattern: Pattern,
         sizes: Sequence[int],
         seed: int,
         *,
@@ -76,7 +77,7 @@ class ImageData:
             lambda epoch: FileOrder(self._starts, seed, epoch, window)
         )
         if not len(self):
-            raise UserError(f"{pattern}: no usable image in these shards")
+            raise UserError(f"{pattern_text(pattern)}: no usable image in these shards")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -130,7 +131,7 @@ class CaptionedImageData:
     """Dataset of images cropped as by :class:`ImageData`, with captions chosen as in :class:`.loader.CodesData`."""
 
     def __init__(
-        self, pattern: str, size: int, seed: int, captions: CaptionChoice = CaptionChoice(), **options: Any
+        self, pattern: Pattern, size: int, seed: int, captions: CaptionChoice = CaptionChoice(), **options: Any
     ) -> None:
         """Open the shards of ``pattern``; ``options`` are passed to :class:`ImageData`."""
         self.images = ImageData(pattern, (size,), seed, captions=True, **options)
@@ -152,12 +153,12 @@ class CaptionedImageData:
         return self.images.column(index, CAPTIONS[0])
 
 
-def require_images(pattern: str) -> None:
+def require_images(pattern: Pattern) -> None:
     """Raise UserError unless ``pattern`` matches shards with captions and at least one usable image."""
     urls = list(find_shards(pattern))
     require_captions(urls)
     if not any(_has_image(url) for url in urls):
-        raise UserError(f"{pattern}: no usable image in these shards")
+        raise UserError(f"{pattern_text(pattern)}: no usable image in these shards")
 
 
 def _has_image(url: str) -> bool:

@@ -293,7 +293,9 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
 def absolute(section: S) -> S:
     """Return a copy with absolute paths of local files, since each actor runs in another working directory."""
     given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
-    places: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path and Path(path).exists()}
+    places: dict[str, Any] = {
+        n: str(Path(path).absolute()) for n, path in given.items() if path and Path(path).exists()
+    }
     if isinstance(section, FID):
         places["reference"] = absolute_pattern(section.reference)
     return section.model_copy(update=places)

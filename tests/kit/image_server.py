@@ -20,11 +20,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ImageServer:
-    """``/NAME`` misbehaves as its name says. Counts requests by path, and how many ran at once."""
+    """``/NAME`` misbehaves as its name says, except ``/robots.txt``. Counts requests by path, and how many ran at once."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.headers: dict[str, str] = {}
+        self.robots_requests = 0
+        self.robots_answers = [(404, "")]
+        """Status and text of each answer for ``/robots.txt``; the last one is repeated."""
         self.running = self.most_at_once = 0
         self.port = 0
 
@@ -32,6 +35,10 @@ class ImageServer:
         return f"http://{host}:{self.port}/{path}"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/robots.txt":
+            self.robots_requests += 1
+            status, text = self.robots_answers[min(self.robots_requests, len(self.robots_answers)) - 1]
+            return web.Response(status=status, text=text)
         name, _, detail = request.path.lstrip("/").partition("/")
         self.requests[request.path.lstrip("/")] += 1
         self.headers = dict(request.headers)

@@ -1,9 +1,9 @@
 """Image downloader: concurrent HTTP requests with limits per host, retries, and checks of addresses and responses.
 
-Limits concurrent requests per host, backs off exponentially, and respects ``Retry-After`` and ``X-Robots-Tag: noai``.
-Every request has a time limit and every image a size limit; memory holds the responses being read and the results of
-one table. Every address, of redirects too, is checked before connecting (:mod:`.addresses`). ``robots.txt`` is not
-read: the user is responsible for the hosts in a list of links.
+Limits concurrent requests per host, backs off exponentially, and respects ``Retry-After``, ``robots.txt``
+(:mod:`.robots`) and ``X-Robots-Tag: noai``. Every request has a time limit and every image a size limit; memory holds the
+responses being read and the results of one table. Links are asked for as they are written, and every address, of
+redirects too, is checked before connecting (:mod:`.addresses`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 import pyarrow as pa
+from multidict import CIMultiDictProxy
 from pydantic import Field
 from yarl import URL
 
@@ -36,15 +37,22 @@ from ..formats.names import web_url
 from ..formats.parts import DOWNLOAD
 from ..stages import Pool, Stage
 from .addresses import PublicResolver, RefusedAddressError, check_literal
+from .robots import RobotsRules
 
 REDIRECTS = (301, 302, 303, 307, 308)
 OPT_OUTS = {"noai", "noimageai"}
 """Directives of ``X-Robots-Tag`` that opt out of training."""
 CONTENT_TYPES = ("application/octet-stream", "binary/octet-stream")
 """Accepted content types besides ``image/*``: defaults of object stores. A missing type is accepted too."""
+ROBOTS_BYTES = 500 << 10
+"""Size at which a ``robots.txt`` is cut off (bytes), at least 500 KiB by RFC 9309."""
+ROBOTS_REDIRECTS = 5
+"""Maximum number of redirects of a ``robots.txt``, by RFC 9309; behind more there are no rules."""
 CHUNK_BYTES = 64 << 10
 TABLES_AT_ONCE = 2
 """Tables that an actor processes concurrently: while one waits for its slowest hosts, the other uses the connections."""
+
+Check = Callable[[CIMultiDictProxy[str], str | None], None]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +86,8 @@ class DownloadConfig(Config):
     """Also connect to loopback, private and link-local addresses: only for links to your own file server."""
     user_agent: str = Field("instella-ray-dataset/0.1", min_length=1)
     """User-Agent header; add a contact address for operators of the servers."""
+    respect_robots: bool = True
+    """Skip what the server's ``robots.txt`` forbids to ``user_agent``, and all while it answers with 5xx or not at all."""
     respect_opt_out: bool = True
     """Skip images served with ``X-Robots-Tag: noai`` or ``noimageai``, for any robot."""
 
@@ -93,8 +103,9 @@ class Downloader:
 
     A failed download sets the problem of the row to ``download:REASON``, with the reasons ``http_STATUS`` (such as
     ``http_404``), ``timeout``, ``connection``, ``dns``, ``tls``, ``protocol``, ``bad_url``, ``private_address``,
-    ``redirects``, ``opt_out``, ``content_type``, ``content_encoding``, ``too_large``, ``cut_off`` and ``empty``. The
-    bytes are not checked to be an image. Thread-safe: threads share the connections.
+    ``redirects``, ``robots``, ``robots_unreachable``, ``opt_out``, ``content_type``, ``content_encoding``,
+    ``too_large``, ``cut_off`` and ``empty``. The bytes are not checked to be an image.
+    Thread-safe: threads share the connections.
     """
 
     def __init__(self, cfg: DownloadConfig) -> None:
@@ -147,6 +158,7 @@ class Fetcher:
         self.cfg, self.session = cfg, session
         self._slots = asyncio.Semaphore(cfg.concurrency)
         self._hosts: dict[str, _HostSlots] = {}
+        self._robots = RobotsRules(self._robots_file, cfg.user_agent)
 
     async def fetch(self, link: str) -> bytes | str:
         """Download ``link``: its bytes, or the reason of the failure."""
@@ -174,7 +186,9 @@ class Fetcher:
         url = _url(link)
         for _ in range(self.cfg.max_redirects + 1):
             try:
-                answer = await self._request(url)
+                if self.cfg.respect_robots and not await self._robots.allow(url):
+                    raise FetchError("robots")
+                answer = await self._request(url, self._check_image, self.cfg.max_bytes)
             except (FetchError, asyncio.CancelledError):
                 raise
             except Exception as error:
@@ -184,8 +198,32 @@ class Fetcher:
             url = _url(answer, url)
         raise FetchError("redirects")
 
-    async def _request(self, url: URL) -> bytes | str:
-        """Send one request; returns the image, or the target of a redirect."""
+    async def _robots_file(self, url: URL) -> bytes:
+        """Download a ``robots.txt``; empty if the server has none or one that cannot be read."""
+        for _ in range(ROBOTS_REDIRECTS + 1):
+            try:
+                answer = await self._request(url, lambda headers, target: None, ROBOTS_BYTES, cut=True)
+                if isinstance(answer, bytes):
+                    return answer
+                url = _url(answer, url)
+            except FetchError as error:
+                if error.reason.startswith("http_5"):
+                    raise FetchError("robots_unreachable", again=True, after=error.after) from error
+                break
+        return b""
+
+    def _check_image(self, headers: CIMultiDictProxy[str], target: str | None) -> None:
+        """Raise FetchError for the headers of an unwanted response; ``target`` is that of a redirect."""
+        if self.cfg.respect_opt_out and _opted_out(headers.getall("X-Robots-Tag", [])):
+            raise FetchError("opt_out")
+        if target is None and not _may_be_image(headers.get("Content-Type", "")):
+            raise FetchError("content_type")
+
+    async def _request(self, url: URL, check: Check, limit: int, *, cut: bool = False) -> bytes | str:
+        """Send one request; returns the body, or the target of a redirect.
+
+        ``check`` (headers, target) may refuse the response. A body over ``limit`` bytes is ``cut`` there, or refused.
+        """
         host = url.host or ""
         if not self.cfg.allow_private:
             check_literal(host)
@@ -197,20 +235,20 @@ class Fetcher:
                 if location is None and not 200 <= status < 300:
                     again = status == 429 or status >= 500
                     raise FetchError(f"http_{status}", again=again, after=_retry_after(headers))
-                if self.cfg.respect_opt_out and _opted_out(headers.getall("X-Robots-Tag", [])):
-                    raise FetchError("opt_out")
+                check(headers, location)
                 if location is not None:
                     return location
-                if not _may_be_image(headers.get("Content-Type", "")):
-                    raise FetchError("content_type")
-                if (response.content_length or 0) > self.cfg.max_bytes:
+                if (response.content_length or 0) > limit and not cut:
                     raise FetchError("too_large")
                 body = bytearray()
                 async for chunk in response.content.iter_chunked(CHUNK_BYTES):
                     body += chunk
-                    if len(body) > self.cfg.max_bytes:
-                        raise FetchError("too_large")
-        return _decoded(bytes(body), headers.get("Content-Encoding", ""), self.cfg.max_bytes)
+                    if len(body) > limit:
+                        if not cut:
+                            raise FetchError("too_large")
+                        del body[limit:]
+                        break
+        return _decoded(bytes(body), headers.get("Content-Encoding", ""), limit)
 
     @asynccontextmanager
     async def _host_slot(self, host: str) -> AsyncIterator[None]:

@@ -74,18 +74,21 @@ def find_files(
 ) -> list[ShardEntry]:
     """List the shards of :func:`find_shards` with their sizes; each part of the pattern costs at most one listing."""
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
-    parts = [each for part in split_pattern(pattern) for each in expand_part(part)]
+    given = [(part, each) for part in split_pattern(pattern) for each in expand_part(part)]
     found: dict[str, ShardEntry] = {}
     with ThreadPoolExecutor(LISTINGS_AT_ONCE) as threads:
-        for part, entries in zip(parts, threads.map(partial(_part_files, suffixes=suffixes), parts), strict=True):
+        listed = threads.map(partial(_part_files, suffixes=suffixes), [each for _, each in given])
+        for (part, each), entries in zip(given, listed, strict=True):
             files = {entry.url: entry for entry in entries if file_name(entry.url).endswith(suffixes)}
             if not files:
-                for folder in _folders([part, storage.join(part, "")]):
+                for folder in _folders([each, storage.join(each, "")]):
                     if not (output and _within(folder, output)):
                         refuse_unfinished(folder)
+                where = f" for {each}" if len(expand_part(part)) > 1 else ""
                 kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
                 others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
-                raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
+                example = f"for example 'data/*{suffixes[0]}'"
+                raise UserError(f"{part}: no shard found{where}; expected {kind}{others}, {example}")
             found |= files
         own = {folder for folder in _folders(found) if output and _within(folder, output)}
         found = {url: entry for url, entry in found.items() if os.path.dirname(url) not in own}

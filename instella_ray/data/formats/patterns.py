@@ -72,8 +72,9 @@ def shard_label(url: str) -> str:
     """
     folder, _, name = _path(url).rpartition("/")
     folder, name = folder.rpartition("/")[2], re.sub(r"\.(tar|parquet)$", "", name)
-    words = [(folder, FOLDER_CHARACTERS), (name, NAME_CHARACTERS)]
-    readable = "__".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word)[-size:].lstrip(".") for word, size in words if word)
+    words = ((folder, FOLDER_CHARACTERS), (name, NAME_CHARACTERS))
+    safe = (re.sub(r"[^A-Za-z0-9._-]+", "_", word)[-size:].lstrip(".") for word, size in words)
+    readable = "__".join(filter(None, safe))
     return f"{readable}-{hashlib.sha256(os.fsencode(url)).hexdigest()[:12]}"
 
 

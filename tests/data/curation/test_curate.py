@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections import Counter
@@ -18,10 +17,12 @@ from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.curation.prefilter import Prefilter
 from instella_ray.data.formats.images import decode_rgb
 from instella_ray.data.formats.names import find_shards
+from instella_ray.data.formats.patterns import shard_label
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.errors import UserError, run_main
 
 from ...kit.curation import curated_keys
+from ...kit.project import job
 from ...kit.shards import HOSTILE, contents, image_bytes, sample, tar_bytes
 
 LIMITS = FilterConfig(resolution=Resolution(target_size=64))
@@ -80,10 +81,11 @@ def test_a_second_run_refuses_resumes_or_starts_over(
 
     # As a kill would leave it: one shard half written, one part whose entry is missing, no ledger.
     (out / "ledger.json").unlink()
-    (out / "parts" / "00000-0000005.json").unlink()
-    (out / "parts" / "00004-0000005.json").unlink()
-    (out / "00004-0000005.tar").unlink()
-    (out / "00004-0000005.tar.1234.tmp").write_bytes(b"half")
+    first, last = (shard_label(str(hostile_shards / f"0000{number}.tar")) for number in (0, 4))
+    (out / "parts" / f"{first}-0000005.json").unlink()
+    (out / "parts" / f"{last}-0000005.json").unlink()
+    (out / f"{last}-0000005.tar").unlink()
+    (out / f"{last}-0000005.tar.1234.tmp").write_bytes(b"half")
     for pattern in (out, out / "*.tar"):
         with pytest.raises(UserError, match="unfinished output"):
             find_shards(str(pattern))
@@ -117,12 +119,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
 ) -> None:
     (tmp_path / "mute.tar").write_bytes(tar_bytes([("a.jpg", image_bytes()), ("b.jpg", image_bytes(1))]))
-    spec = importlib.util.spec_from_file_location("curate_job", Path(__file__).parents[3] / "jobs" / "curate.py")
-    assert spec is not None and spec.loader is not None
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
     argv = ["--set", "input=x.tar", "--set", f"output={tmp_path}/out", "--set", setting.format(tmp=tmp_path)]
-    assert run_main(lambda: job.main(argv)) == 2
+    assert run_main(lambda: job("curate")(argv)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.curation.report import funnel, svg_histogram
 from instella_ray.data.curation.stats import BINS
 from instella_ray.data.formats.parts import Ledger
+from instella_ray.data.formats.patterns import shard_label
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.job import AbortConfig
 from instella_ray.errors import UserError
@@ -37,11 +38,12 @@ def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> No
     }  # fmt: skip
     assert curated_keys(out) == [*"0124", *"5678", *"0134", *"6789"]
     decided = pq.read_table(out / "duplicates.parquet").to_pylist()
+    a, b, c = (shard_label(str(shards / f"{name}.tar")) for name in "abc")
     assert [(row["part"], row["key"], row["reason"], row["of_part"], row["of_key"]) for row in decided] == [
-        ("a-0000000", "3", "near_duplicate", "b-0000005", "7"),
-        ("b-0000000", "2", "exact_duplicate", "a-0000000", "4"),
-        ("b-0000005", "5", "near_duplicate", "a-0000000", "1"),
-        ("c-0000000", "0", "exact_duplicate", "a-0000000", "0"),
+        (f"{a}-0000000", "3", "near_duplicate", f"{b}-0000005", "7"),
+        (f"{b}-0000000", "2", "exact_duplicate", f"{a}-0000000", "4"),
+        (f"{b}-0000005", "5", "near_duplicate", f"{a}-0000000", "1"),
+        (f"{c}-0000000", "0", "exact_duplicate", f"{a}-0000000", "0"),
     ]
     page = (out / "curation.html").read_text()
     assert "16 of 21 samples kept" in page and "near_duplicate" in page and "squeezed" in page
@@ -54,7 +56,7 @@ def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> No
     for gone in (["duplicates.parquet"], ["ledger.json"], ["ledger.json", "curation.html"]):
         for name in gone:
             (out / name).unlink()
-        (out / "a-0000000.tar").write_bytes(b"what an entry no longer names")
+        (out / f"{a}-0000000.tar").write_bytes(b"what an entry no longer names")
         run_curate(config(shards, out, mode="resume"))
         assert contents(out) == before
 

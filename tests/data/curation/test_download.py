@@ -17,6 +17,7 @@ import pytest
 from instella_ray.data.curation import addresses
 from instella_ray.data.curation.download import DownloadConfig, Downloader, download_stage
 from instella_ray.data.curation.job import CurateConfig, run_curate
+from instella_ray.data.formats.patterns import shard_label
 from instella_ray.data.formats.rows import SCHEMA
 from instella_ray.data.formats.sources import find_inputs, read_rows, shard_sources
 from instella_ray.data.pipeline import run_stages
@@ -310,17 +311,18 @@ def test_tars_and_links_become_rows_with_images_each_once_under_its_label(
     pq.write_table(pa.table(links), tmp_path / "laion.parquet")
     (tmp_path / "own.tar").write_bytes(tar_bytes([*sample("x", 5), *sample("y", 6)]))
     inputs = find_inputs(f"{tmp_path}/*", rows_per_shard=3)
-    assert [inputs.shards[url] for url in inputs.links] == ["laion__000000000", "laion__000000003"]
+    laion, own = (shard_label(f"{tmp_path}/{name}") for name in ("laion.parquet", "own.tar"))
+    assert [inputs.shards[url] for url in inputs.links] == [f"{laion}__000000000", f"{laion}__000000003"]
     cfg = DownloadConfig(allow_private=True, backoff_s=0.01)
     sources = list(shard_sources(inputs.shards, rows_per_block=2).values())
     rows = list(run_stages(sources, [download_stage(cfg)], local=False))
     found = {(row["shard"], row["row"], row["last"]): row["image"] or row["problem"] for row in rows}
     assert len(found) == len(rows) and found == {
-        ("laion__000000000", 0, False): GOOD,
-        ("laion__000000000", 1, False): "download:http_404",
-        ("laion__000000000", 2, True): "download:content_type",
-        ("laion__000000003", 0, False): GOOD,
-        ("laion__000000003", 1, True): "no_caption",
-        ("own", 0, False): image_bytes(5),
-        ("own", 1, True): image_bytes(6),
+        (f"{laion}__000000000", 0, False): GOOD,
+        (f"{laion}__000000000", 1, False): "download:http_404",
+        (f"{laion}__000000000", 2, True): "download:content_type",
+        (f"{laion}__000000003", 0, False): GOOD,
+        (f"{laion}__000000003", 1, True): "no_caption",
+        (own, 0, False): image_bytes(5),
+        (own, 1, True): image_bytes(6),
     }

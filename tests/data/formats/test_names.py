@@ -1,4 +1,4 @@
-"""Names from outside: patterns, members of tars, ids of rows, image files, links."""
+"""Names from outside: members of tars, ids of rows, image files, links."""
 
 from __future__ import annotations
 
@@ -11,32 +11,15 @@ from yarl import URL
 
 from instella_ray.data.formats.names import (
     Keys,
-    absolute_pattern,
     find_image_files,
     image_extension,
     member_name,
-    names_shards,
     row_key,
-    split_pattern,
     web_url,
 )
 from instella_ray.errors import UserError
 
 SEGMENT = st.text(st.characters(exclude_characters="./\0,\n"), min_size=1, max_size=8)
-
-
-def test_a_pattern_has_parts_and_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert split_pattern("a/*.tar, gs://b/c.tar,/d") == ["a/*.tar", "gs://b/c.tar", "/d"]
-    assert absolute_pattern("a/*.tar, gs://b/c.tar,/d") == f"{tmp_path}/a/*.tar,gs://b/c.tar,/d"
-
-
-def test_shards_are_named_by_their_ending_or_by_their_folder(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "0.tar").touch()
-    (tmp_path / "empty").mkdir()
-    assert names_shards("x/*.tar", ".tar") and names_shards(str(tmp_path / "full"), ".tar")
-    assert not names_shards(str(tmp_path / "empty"), ".tar") and not names_shards("x/*.parquet", ".tar")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +78,25 @@ def test_image_files_of_a_folder_and_below_it(tmp_path: Path) -> None:
         ("b.jpg", None),
         ("http://a.org:99999/b.jpg", None),
         ("", None),
+        # What is encoded stays, as servers sign it; what a URL may not hold is encoded.
+        (
+            "http://a.org/x%2Fy%27/%c3%bc?u=https%3A%2F%2Fb%2Fc&s=a%2Bb",
+            "http://a.org/x%2Fy%27/%c3%bc?u=https%3A%2F%2Fb%2Fc&s=a%2Bb",
+        ),
+        ("http://a.org/a b/ü.jpg?q=1 2|3#x", "http://a.org/a%20b/%C3%BC.jpg?q=1%202%7C3"),
+        ("http://a.org/100%/%zz.jpg", "http://a.org/100%25/%25zz.jpg"),
+        ("http://ü.org/a.jpg", "http://xn--tda.org/a.jpg"),
+        ("http://[::1]:8080/a[1].jpg", "http://[::1]:8080/a[1].jpg"),
+        ("http://a.org?q=%2F", "http://a.org/?q=%2F"),
     ],
 )
 def test_links(link: str, expected: str | None) -> None:
-    assert web_url(link) == (URL(expected) if expected else None)
+    found = web_url(link)
+    assert (found and str(found)) == expected
 
 
 def test_a_link_may_be_relative_to_where_it_stands() -> None:
-    assert web_url("../c.jpg", URL("http://a.org/x/y/b")) == URL("http://a.org/x/c.jpg")
+    base = URL("http://a.org/x/y/b")
+    assert web_url("../c.jpg", base) == URL("http://a.org/x/c.jpg")
+    assert str(web_url("/c%2Fd.jpg?u=%3A", base)) == "http://a.org/c%2Fd.jpg?u=%3A"
+    assert str(web_url("//b.org/c%2Fd.jpg", base)) == "http://b.org/c%2Fd.jpg"

@@ -14,6 +14,7 @@ import pytest
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.formats.codes import CodesReader
 from instella_ray.data.formats.images import decode_rgb, fit_square, to_tensor
+from instella_ray.data.formats.patterns import shard_label
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.views import ViewDecoder
 from instella_ray.errors import UserError
@@ -68,15 +69,16 @@ def test_codes_are_the_tokenizers_own_and_a_second_run_refuses_or_resumes(
     ]
     expected = bit.encode(to_tensor(np.stack(pixels))).numpy()
     assert np.array_equal(reader.codes(index), expected)
+    labels = [shard_label(str(shards / f"{number}.tar")) for number in range(2)]
     row = pq.read_table(out / manifest.files[0].name).to_pylist()[1]
     assert {k: row[k] for k in ("key", "shard", "row", "width", "height", "source")} == {
-        "key": "01", "shard": "0", "row": 1, "width": 48, "height": 32, "source": "test"
+        "key": "01", "shard": labels[0], "row": 1, "width": 48, "height": 32, "source": "test"
     }  # fmt: skip
 
     with pytest.raises(UserError, match="exists already"):
         run_encode(config(shards, tokenizer, out))
     (out / "manifest.json").unlink()
-    (out / "parts" / "1-0000003.json").unlink()
+    (out / "parts" / f"{labels[1]}-0000003.json").unlink()
     assert run_encode(config(shards, tokenizer, out, mode="resume")) == manifest
     save_model(tokenizer, BIT(ONE_LAYER_BIT))
     with pytest.raises(UserError, match="made with tokenizer_hash="):

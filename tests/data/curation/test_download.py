@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web
 
 from instella_ray.data.curation import addresses
 from instella_ray.data.curation.download import DownloadConfig, Downloader, download_stage
@@ -210,6 +211,74 @@ def test_servers_are_told_who_asks_and_get_no_cookies_back(server: ImageServer, 
 
 def test_opt_outs_can_be_left_to_the_user(server: ImageServer, make: Make) -> None:
     assert results(make(respect_opt_out=False), server.url("robots/plain")) == [GOOD]
+
+
+SIGNED = (
+    "/_9eOzvEV=/1280x720/smart/http%3A%2F%2Fsite.com%2Fa%27b.jpg",
+    "/x.jpg?Expires=1&Signature=qZ0A%2Fd%2BPP2g%3D",
+    "/x.jpg?u=https%3a%2f%2fh%2fp.jpg%3Fw%3D1&v=%C3%BC+%41",
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [*((path, path) for path in SIGNED), ("/a b|.jpg", "/a%20b%7C.jpg"), ("/ü.jpg", "/%C3%BC.jpg")]
+)
+def test_servers_get_the_text_of_a_link_as_it_is_written(make: Make, path: str, asked: str) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        if request.path == "/go":
+            return web.Response(status=302, headers={"Location": path})
+        return web.Response(body=GOOD) if request.raw_path == asked else web.Response(status=403)
+
+    with serving(handle) as port:
+        base = f"http://127.0.0.1:{port}"
+        assert results(make(), base + path, f"{base}/go") == [GOOD, GOOD]
+
+
+# --- robots.txt
+
+
+def test_what_robots_txt_forbids_is_not_asked_for(server: ImageServer, make: Make) -> None:
+    server.robots_answers = [(200, "User-agent: *\nDisallow: /good\nAllow: /good/public\nDisallow: /*.gif$\n")]
+    paths = ["good", "good/1?x=2", "good/public", "untyped", "untyped/a.gif", "to/good", "to/untyped"]
+    found = results(make(), *map(server.url, paths))
+    assert found == ["robots", "robots", GOOD, GOOD, "robots", "robots", GOOD]
+    assert server.robots_requests == 1 and server.headers["User-Agent"].startswith("instella-ray-dataset")
+    assert set(server.requests) == {"good/public", "untyped", "to/good", "to/untyped"}
+
+
+def test_the_rules_for_this_user_agent_count(server: ImageServer, make: Make) -> None:
+    server.robots_answers = [(200, "User-agent: *\nDisallow: /\n\nUser-agent: kind-bot\nDisallow: /private\n")]
+    assert results(make(), server.url("good")) == ["robots"]
+    kind = make(user_agent="kind-bot/2.0 (someone@example.org)")
+    assert results(kind, server.url("good"), server.url("private")) == [GOOD, "robots"]
+
+
+@pytest.mark.parametrize("answer", [(404, ""), (403, "no"), (200, ""), (200, "<html>no rules</html>"), (204, "")])
+def test_without_rules_all_is_allowed(server: ImageServer, make: Make, answer: tuple[int, str]) -> None:
+    server.robots_answers = [answer]
+    assert results(make(), server.url("good")) == [GOOD]
+
+
+def test_while_the_rules_cannot_be_had_nothing_is(server: ImageServer, make: Make) -> None:
+    server.robots_answers = [(503, "")]
+    assert results(make(retries=2), server.url("good"), server.url("good/1")) == ["robots_unreachable"] * 2
+    assert not server.requests and 3 <= server.robots_requests <= 6  # shared, where the links wait at the same time
+    server.robots_answers, server.robots_requests = [(500, ""), (200, "User-agent: *\nDisallow: /good/1")], 0
+    assert results(make(), server.url("good"), server.url("good/1")) == [GOOD, "robots"]
+
+
+def test_each_server_has_its_own_rules_and_long_ones_are_cut_off(server: ImageServer, make: Make) -> None:
+    long = "User-agent: *\nDisallow: /good\n" + "# comment\n" * 60_000 + "Disallow: /untyped\n"
+    server.robots_answers = [(200, ""), (200, long)]
+    downloader = make()
+    assert results(downloader, server.url("good")) == [GOOD]
+    links = [server.url(path, "localhost") for path in ("good", "untyped")]
+    assert results(downloader, *links) == ["robots", GOOD] and server.robots_requests == 2
+
+
+def test_robots_txt_can_be_left_to_the_user(server: ImageServer, make: Make) -> None:
+    server.robots_answers = [(200, "User-agent: *\nDisallow: /")]
+    assert results(make(respect_robots=False), server.url("good")) == [GOOD] and server.robots_requests == 0
 
 
 def test_a_downloader_that_nobody_needs_ends_its_connections_and_its_thread(server: ImageServer) -> None:

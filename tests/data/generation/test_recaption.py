@@ -25,7 +25,7 @@ from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.parts import PartFolder, PartWriter
 from instella_ray.data.formats.rows import SCHEMA
 from instella_ray.data.formats.shards import write_samples, write_tar
-from instella_ray.data.formats.sources import read_blocks
+from instella_ray.data.formats.sources import find_images, read_blocks
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.generation.captioner import Captioner, Question, decode_for_captioner, full_sentences
 from instella_ray.data.generation.pretrained import located, short_name, weights_identity
@@ -162,10 +162,12 @@ def test_an_image_is_dropped_for_the_first_caption_that_it_lacks(model: Path, tm
 
 def make_parts(cfg: RecaptionConfig, shards: Sequence[str]) -> None:
     """What a run leaves that was killed when it had come so far, without Ray."""
-    PartFolder(cfg.output).open("new", recaption_settings(cfg))
+    labels = find_images(cfg.input)
+    PartFolder(cfg.output).open("new", recaption_settings(cfg), labels)
     write, work = PartWriter(cfg.output, ".tar", write_samples), Recaptioner(cfg)
     for name in shards:
-        for table in read_blocks(str(Path(cfg.input, f"{name}.tar")), name, cfg.rows_per_shard):
+        url = f"{cfg.input}/{name}.tar"
+        for table in read_blocks(url, labels[url], cfg.rows_per_shard):
             write(work(table))
 
 

@@ -17,23 +17,18 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.utils import glob_translate
-from yarl import URL
 
 from .errors import FULL, UserError
 from .retries import RetryPolicy
 from .transient import transient
+from .urls import absolute, encoded_chain, is_local, split_archive, url_of
 
 T = TypeVar("T")
 
 RETRIES = RetryPolicy(transient, tries=5, first_wait_s=0.5)
-
-
-_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?P<separator>://|::)")
-_NO_URL_CHARACTER = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:/?#@!$&'()*+,;=%\[\]-]")
 
 
 class MissingFileError(UserError):
@@ -47,36 +42,9 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         # HTTP servers get the text of a URL as it is given: fsspec would encode it anew.
         as_given = {name: {"encoded": True} for name in ("http", "https") if f"{name}://" in url}
-        return fsspec.core.url_to_fs(_encoded_link(url) if as_given else url, **as_given)
+        return fsspec.core.url_to_fs(encoded_chain(url) if as_given else url, **as_given)
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}") from None
-
-
-def is_local(url: str) -> bool:
-    """Return whether ``url`` is a path on this machine, given as such or as ``file://``; not one within an archive."""
-    found = _URL.match(url)
-    if found is None:
-        return True
-    if found["separator"] == "::":
-        return found["protocol"] not in fsspec.available_protocols()  # a file name with colons
-    return found["protocol"] in ("file", "local") and "::" not in url
-
-
-def encoded_link(link: str) -> str:
-    """Percent-encode what an http or https URL may not hold, and leave the rest: servers may have signed its text.
-
-    Names of hosts in other scripts are encoded as in DNS. Raises ValueError for a host or port that is none.
-    """
-    parts = urlsplit(link)
-    host = URL(f"{parts.scheme}://{parts.netloc}").raw_authority if parts.netloc else ""
-    path, query, fragment = (_NO_URL_CHARACTER.sub(lambda found: quote(found[0], safe=""), text) for text in parts[2:])
-    return urlunsplit((parts.scheme, host, path, query, fragment))
-
-
-def _encoded_link(url: str) -> str:
-    """Encode the http or https URL at the end of a chain such as ``simplecache::https://host/a b.tar``."""
-    chain, link = re.split(r"(?=https?://)", url, maxsplit=1)
-    return chain + encoded_link(link)
 
 
 def retry(call: Callable[[], T], policy: RetryPolicy = RETRIES) -> T:
@@ -95,16 +63,6 @@ def retry_iter(make: Callable[[], Iterator[T]], policy: RetryPolicy = RETRIES) -
 def join(url: str, *parts: str) -> str:
     """Append path parts to ``url``."""
     return "/".join([url.rstrip("/"), *parts])
-
-
-def absolute(path: str) -> str:
-    """Return a path or URL that means the same in another working directory; workers run in directories of their own.
-
-    ``~`` is expanded, and ``file://`` removed.
-    """
-    if not is_local(path):
-        return path
-    return os.path.abspath(os.path.expanduser(re.sub("^(file|local)://", "", path)))
 
 
 def exists(url: str) -> bool:
@@ -153,7 +111,7 @@ def split_glob(path: str, magic: str = "*?[") -> tuple[str, str]:
 
     The second part is empty if there is no such component.
     """
-    local, (path, archive) = is_local(path), _split_archive(path)
+    local, (path, archive) = is_local(path), split_archive(path)
     start = "" if local else path[: path.rfind("://") + 3]
     names, number = path[len(start) :].split("/"), 0
     if not local:
@@ -164,12 +122,6 @@ def split_glob(path: str, magic: str = "*?[") -> tuple[str, str]:
             break
         number += 1
     return start + "/".join(names[:number]) + archive, "/".join(names[number:])
-
-
-def _split_archive(path: str) -> tuple[str, str]:
-    """Split the URL of a file within an archive, such as ``zip://a.tar::gs://b/c.zip``, before the archive's own URL."""
-    first, chain, rest = path.partition("::")
-    return (first, chain + rest) if not is_local(path) and "://" in first else (path, "")
 
 
 def _may_be_name(component: str, local: bool) -> bool:
@@ -215,19 +167,8 @@ def _remote_sizes(pattern: str) -> dict[str, int]:
     else:
         found = retry(lambda: fs.glob(f"{path.rstrip('/')}/{rest}", detail=True))
     return {
-        _url_like(pattern, p): int(found[p].get("size") or 0) for p in sorted(found) if found[p]["type"] != "directory"
+        url_of(pattern, p): int(found[p].get("size") or 0) for p in sorted(found) if found[p]["type"] != "directory"
     }
-
-
-def _url_like(pattern: str, path: str) -> str:
-    """Return the URL of a path that the filesystem of ``pattern`` names: fsspec leaves out the protocol, except of HTTP."""
-    first, chain, rest = pattern.partition("::")
-    if chain and "://" not in first:  # a cache, whose paths are those of the store behind it
-        return f"{first}::{_url_like(rest, path)}"
-    protocol = first.partition("://")[0]
-    if path.startswith(f"{protocol}://") or is_local(pattern):
-        return path
-    return f"{protocol}://{path if protocol in ('file', 'local') else path.lstrip('/')}{chain}{rest}"
 
 
 def move(url: str, to: str) -> None:

@@ -17,7 +17,7 @@ from .kit.project import PACKAGE, ROOT, imports, python_files, room_of, texts
 FLOORS = [
     {"logs"},
     {"errors", "retries"},
-    {"transient"},
+    {"transient", "urls"},
     {"config", "storage", "packages", "accelerator", "rendering"},
     {"models", "runs", "job"},
     {"flops", "engine"},

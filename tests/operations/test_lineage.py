@@ -108,6 +108,8 @@ def test_a_run_directory_and_sets_of_data_tell_theirs(made: Chain) -> None:
 
 def test_data_made_before_there_were_records_is_followed_by_its_settings(chain: Chain) -> None:
     (chain.curated / "run.json").unlink()
+    settings = json.loads((chain.curated / "settings.json").read_text())
+    (chain.curated / "settings.json").write_text(json.dumps({**settings, "input": str(chain.source)}))
     curated = trace(str(chain.curated))
     assert curated.facts == {"in": 6, "kept": 6}
     assert below(curated, "shards").path == str(chain.source) and below(curated, "shards").state == "unknown"

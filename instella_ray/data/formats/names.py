@@ -20,6 +20,7 @@ from yarl import URL
 from ... import storage
 from ...config import Config
 from ...errors import UserError
+from ...urls import encoded_link
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
 from .patterns import Pattern, expand_part, file_name, is_http, pattern_text, shard_label, split_pattern
@@ -259,7 +260,7 @@ def web_url(link: str, base: URL | None = None) -> URL | None:
     What is percent-encoded in the link stays as it is.
     """
     try:
-        url = URL(storage.encoded_link(urljoin(str(base or ""), link.strip())), encoded=True)
+        url = URL(encoded_link(urljoin(str(base or ""), link.strip())), encoded=True)
         return (
             url.with_user(None).with_fragment(None)
             if url.scheme in ("http", "https") and url.host and url.port

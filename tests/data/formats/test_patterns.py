@@ -24,19 +24,19 @@ from ...kit.shards import sample, tar_bytes
 FILES = [
     *("in/0.tar", "in/1.tar", "in/below/2.tar", "in/x-00000.tar", "in/x-00001.tar", "in/x-00002.tar"),
     *("photos [2024]/0.tar", "a,b/0.tar", "a,b/1.tar", "set {x,y}/0.tar", "50%25 off/0.tar", " blank /0.tar"),
-    *("star*/0.tar", "why?.tar", "x::y/0.tar", "home/0.tar", "dots/../in/3.tar", "**.tar/0.tar", "a#b.tar", "ü/0.tar"),
+    *("star*/0.tar", "why?.tar", "x::y/0.tar", "me/0.tar", "dots/../in/3.tar", "**.tar/0.tar", "a#b.tar", "ü/0.tar"),
 ]
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files with names that patterns might misread, in the working directory; ``home`` is the home directory."""
+    """Files with names that patterns might misread, in the working directory; ``me`` is the home directory."""
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(tar_bytes(sample("x")))
     (tmp_path / "in" / "folder.tar").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
     return tmp_path
 
 
@@ -60,7 +60,7 @@ IN = ["in/0.tar", "in/1.tar", "in/3.tar", "in/x-00000.tar", "in/x-00001.tar", "i
         ("in/**.tar", [*IN[:3], "in/below/2.tar", *IN[3:]]),
         ("in/x-{00000..00001}.tar", IN[3:5]),
         ("in/{0,x-00002}.tar", ["in/0.tar", "in/x-00002.tar"]),
-        ("{in/below,home}/*.tar", ["home/0.tar", "in/below/2.tar"]),
+        ("{in/below,me}/*.tar", ["in/below/2.tar", "me/0.tar"]),
         ("in/0.tar,in/below", ["in/0.tar", "in/below/2.tar"]),
         (" in/0.tar , in/1.tar ", IN[:2]),
         (("in/0.tar", "in/1.tar"), IN[:2]),
@@ -80,8 +80,8 @@ IN = ["in/0.tar", "in/1.tar", "in/3.tar", "in/x-00000.tar", "in/x-00001.tar", "i
         ("x::y/*.tar", ["x::y/0.tar"]),
         ("a#b.tar", ["a#b.tar"]),
         ("ü", ["ü/0.tar"]),
-        ("~", ["home/0.tar"]),
-        ("~/0.tar", ["home/0.tar"]),
+        ("~", ["me/0.tar"]),
+        ("~/0.tar", ["me/0.tar"]),
         ("file://{root}/photos [2024]", ["photos [2024]/0.tar"]),
         ("file://{root}/50%25 off/0.tar", ["50%25 off/0.tar"]),
     ],
@@ -158,15 +158,10 @@ def test_stores_are_read_like_paths(root: str) -> None:
 # --- web servers
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server(tree: Path) -> Iterator[str]:
     """The address of a server of these files, whose folders are pages of links."""
-    made = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tree)))
+    made = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tree)))
     Thread(target=made.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{made.server_port}"
     made.shutdown()
@@ -179,15 +174,15 @@ def server(tree: Path) -> Iterator[str]:
         ("{server}/in/0.tar", ["{server}/in/0.tar"]),
         ("{server}/in/0.tar?version=2", ["{server}/in/0.tar?version=2"]),
         ("{server}/in/*.tar", ["{server}/" + name for name in IN]),
-        ("{server}/home/", ["{server}/home/0.tar"]),
-        ("{server}/home", ["{server}/home/0.tar"]),
+        ("{server}/me/", ["{server}/me/0.tar"]),
+        ("{server}/me", ["{server}/me/0.tar"]),
         ("{server}/in/x-{00000..00001}.tar", ["{server}/in/x-00000.tar", "{server}/in/x-00001.tar"]),
-        ("{server}/home/0.tar,in/0.tar", ["{tree}/in/0.tar", "{server}/home/0.tar"]),
+        ("{server}/me/0.tar,in/0.tar", ["{tree}/in/0.tar", "{server}/me/0.tar"]),
         ("{server}/50%2525%20off/0.tar", ["{server}/50%2525%20off/0.tar"]),
         ("{server}/photos [2024]/0.tar", ["{server}/photos%20[2024]/0.tar"]),
         ("{server}/photos%20%5B2024%5D/0.tar", ["{server}/photos%20%5B2024%5D/0.tar"]),
-        ("simplecache::{server}/home/0.tar", ["simplecache::{server}/home/0.tar"]),
-        ("simplecache::{server}/home/*.tar", ["simplecache::{server}/home/0.tar"]),
+        ("simplecache::{server}/me/0.tar", ["simplecache::{server}/me/0.tar"]),
+        ("simplecache::{server}/me/*.tar", ["simplecache::{server}/me/0.tar"]),
         ("{server}/none/0.tar", None),
     ],
 )
@@ -237,6 +232,6 @@ def test_labels_say_folder_and_file(url: str, readable: str) -> None:
 
 def test_a_set_that_grows_keeps_its_labels_in_the_order_of_its_files(tree: Path) -> None:
     before = find_shards("in/?.tar")
-    after = find_shards("in/?.tar,in/below,home")
+    after = find_shards("in/?.tar,in/below,me")
     assert before.items() <= after.items() and len(after) == 5
     assert list(before.values()) == sorted(before.values())

@@ -30,9 +30,11 @@ def path_problem(error: BaseException) -> str | None:
 
 
 def task_error(error: BaseException) -> BaseException:
-    """Return the error that a task of Ray raised, which Ray's error holds as its ``cause``; other errors unchanged."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, OSError | UserError) else error
+    """Return the UserError or OSError that a task of Ray raised, the innermost ``cause``; other errors unchanged."""
+    found = error
+    while isinstance(cause := getattr(found, "cause", None), BaseException):
+        found = cause
+    return found if isinstance(found, OSError | UserError) else error
 
 
 def run_main(command: Callable[[], int | None]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ray.exceptions import RayTaskError
 
 from instella_ray import cli, storage
-from instella_ray.errors import run_main
+from instella_ray.errors import UserError, run_main
 
 from .kit.project import ROOT, job
-from .kit.shards import image_bytes, tar_bytes
+from .kit.shards import contents, image_bytes, tar_bytes
 
 
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
@@ -64,6 +66,61 @@ def shard(tmp_path: Path) -> str:
     kinds = (("jpg", image_bytes()), ("txt", b"a"))
     path.write_bytes(tar_bytes([(f"{number}.{end}", data) for number in range(4) for end, data in kinds]))
     return str(path)
+
+
+def test_an_error_that_a_worker_finds_is_as_short_as_one_found_here(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail_on_a_worker() -> None:
+        raise RayTaskError("read", "Traceback ...", UserError("a.parquet: no column with images")).as_instanceof_cause()
+
+    assert run_main(fail_on_a_worker) == 2
+    assert refused(capsys) == "error: a.parquet: no column with images"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A disk of its own, mounted with the given options, and again with others."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a disk can be mounted by root only")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.ray
+def test_a_full_and_a_read_only_disk_are_one_line_and_a_resume_is_exact(
+    ray_session: None,
+    disk: Callable[[str], Path],
+    shard: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def curate(output: Path, mode: str = "new") -> int:
+        sets = [f"input={shard}", f"output={output}", f"mode={mode}", "filters={resolution: {target_size: 16}}"]
+        sets.append("filters.caption_length=null")
+        return run_main(lambda: job("curate")([word for each in sets for word in ("--set", each)]))
+
+    assert curate(tmp_path / "whole") == 0
+    capsys.readouterr()
+    out = disk("size=12k") / "out"
+    assert curate(out) == 2
+    said = capsys.readouterr().err.replace("\r", "\n")
+    *_, line = said.splitlines()
+    assert "Traceback" not in said
+    assert line.startswith(f"error: {out}/") and line.endswith(": no space left on device")
+    disk("remount,size=9m")
+    assert curate(out, "resume") == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    capsys.readouterr()
+    disk("remount,ro")
+    assert curate(out.parent / "other") == 2
+    assert refused(capsys) == f"error: {out.parent}/other: read-only file system"
 
 
 @pytest.mark.parametrize("below", ["", "/out"])

@@ -15,9 +15,10 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayError
 
 from .. import logs
-from ..errors import UserError
+from ..errors import UserError, task_error
 from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
@@ -146,9 +147,14 @@ def run_on_ray(
     """Run :func:`.pipeline.run_stages` on the connected cluster, or on a local one started for it."""
     init_ray(cpu_pool=cpu_pool)
     tables = tables_dataset(sources, stages, most_actors)
-    for batch in tables.iter_batches(batch_format="pyarrow", batch_size=None):
-        for table in unwrapped(batch):
-            yield from table.to_pylist()
+    try:
+        for batch in tables.iter_batches(batch_format="pyarrow", batch_size=None):
+            for table in unwrapped(batch):
+                yield from table.to_pylist()
+    except RayError as error:
+        if (found := task_error(error)) is error:
+            raise
+        raise found from error
 
 
 def tables_dataset(sources: Sequence[Source], stages: Sequence[Stage], most_actors: int | None = None) -> Dataset:
@@ -188,7 +194,7 @@ class StageActor:
 
 
 def _through(work: Work, batch: pa.Table) -> Iterator[pa.Table]:
-    return (wrapped(work(table)) for table in unwrapped(batch))
+    return _guarded(wrapped(work(table)) for table in unwrapped(batch))
 
 
 def wrapped(table: pa.Table) -> pa.Table:
@@ -232,7 +238,25 @@ class TableSource(Datasource):
 
 
 def _read(source: Source) -> Iterator[pa.Table]:
-    return map(wrapped, source())
+    return _guarded(map(wrapped, source()))
+
+
+class StageError(Exception):
+    """Error of the user or the system in a task: Ray adds text to the arguments of others, such as the path of OSError."""
+
+    def __init__(self, cause: object) -> None:
+        super().__init__()
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.cause)
+
+
+def _guarded(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    try:
+        yield from tables
+    except (UserError, OSError) as error:
+        raise StageError(error) from error
 
 
 def _quiet(dataset: Dataset) -> Dataset:
@@ -241,4 +265,7 @@ def _quiet(dataset: Dataset) -> Dataset:
     dataset.context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # They print the error of a task in 40 lines, which is raised here anyway.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return dataset

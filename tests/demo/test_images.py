@@ -37,7 +37,7 @@ def without_captions(count: int) -> Members:
 
 def trained_on(images: HeldOutImages) -> str:
     """The numbers of the tars."""
-    return "".join(re.findall(r"(\d)\.tar", images.train))
+    return "".join(re.findall(r"(\d)\.tar", " ".join(images.train)))
 
 
 def demo(shards: str, **changes: object) -> DemoConfig:

@@ -117,11 +117,13 @@ def parse_job(
     description: str,
     flags: Mapping[str, str] | None = None,
     switches: Mapping[str, str] | None = None,
+    folder: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None,
 ) -> C:
     """Parse the command line of a job into its configuration, and print the configuration as YAML.
 
     ``flags`` maps names of flags, which are shorthands for ``--set``, to dotted keys. ``switches`` maps names of flags
-    without a value to the dotted keys that they set to true.
+    without a value to the dotted keys that they set to true. ``folder`` is the help of an optional folder, and a function
+    that returns the dotted keys for which it stands, with their values.
     """
     logs.begin_job(prog.rpartition(" ")[2].removesuffix(".py").replace("-", "_"))
     flags, switches = flags or {}, switches or {}
@@ -131,6 +133,8 @@ def parse_job(
         epilog="configuration keys:\n" + "\n".join(describe(cls)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if folder:
+        parser.add_argument("folder", nargs="?", metavar="FOLDER", help=folder[0])
     add_config_arguments(parser)
     for flag, key in flags.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
@@ -139,7 +143,8 @@ def parse_job(
     args = parser.parse_args(argv)
     given = [f"{key}={value}" for flag, key in flags.items() if (value := getattr(args, flag)) is not None]
     given += [f"{key}=true" for flag, key in switches.items() if getattr(args, flag)]
-    config = load_config(cls, args.config, [*args.overrides, *given])
+    keys = folder[1](args.folder) if folder and args.folder else {}
+    config = load_config(cls, args.config, [*args.overrides, *given], flags=keys)
     if _parse_only.get():
         raise _Parsed(config)
     print(dump_yaml(config), end="", flush=True)

@@ -19,8 +19,8 @@ class SampleJobConfig(Config):
 
 def main(argv: Sequence[str] | None = None, prog: str = "sample.py") -> int:
     about = "Sample images in bulk, as codes; with --decode also as images. sample.mode=resume continues a run."
-    own = {"flags": {"decode": "decode.format"}, "switches": {"local": "sample.local"}}
-    cfg = parse_job(SampleJobConfig, argv, prog=prog, description=about, **own)
+    flags, switches = {"decode": "decode.format"}, {"local": "sample.local"}
+    cfg = parse_job(SampleJobConfig, argv, prog=prog, description=about, flags=flags, switches=switches)
     for name, manifest in run_sample(cfg.sample).items():
         cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
         made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import Field
 from ray import serve
@@ -24,7 +25,8 @@ class ServeJobConfig(Config):
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "serve.py") -> int:
-    cfg = parse_job(ServeJobConfig, argv, prog=prog, description="Serve text to image over HTTP.")
+    folder = ("folder of a demo, whose generators to serve", _demo)
+    cfg = parse_job(ServeJobConfig, argv, prog=prog, description="Serve text to image over HTTP.", folder=folder)
     keys = ApiKeys.load(cfg.app.api_keys_file)
     check_address(cfg.host, keys)
     require_free_port(cfg.host, cfg.port)
@@ -43,3 +45,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "serve.py") -> int:
     finally:
         serve.shutdown()
     return 0
+
+
+def _demo(folder: str) -> Mapping[str, Any]:
+    """Return the configuration of an endpoint over the newest checkpoints of a demo."""
+    from ..demo.recipe import KINDS, serve_args  # here, because training's imports would delay every other endpoint
+    from ..demo.state import read_demo
+
+    demo = read_demo(folder)
+    latest = {name: demo.path("runs", name, "latest") for name in ("tokenizer", *KINDS)}
+    return {"app": serve_args(demo, latest.pop("tokenizer"), latest).model_dump(mode="json")}

@@ -11,6 +11,7 @@ import pytest
 
 from instella_ray import cli
 from instella_ray.config import ArgumentParser, job_config
+from instella_ray.demo.recipe import DemoConfig
 from instella_ray.operations.submission import Submission
 
 from .project import JOBS, ROOT, job
@@ -53,7 +54,9 @@ def check_cli(words: Sequence[str]) -> None:
     assert any(name in commands for commands in cli.COMMANDS.values()), name
     main = importlib.import_module(f"instella_ray.commands.{name.replace('-', '_')}").main
     if name.replace("-", "_") in {path.stem for path in JOBS}:
-        with chdir(ROOT):
+        with chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+            # A demo's folder is not part of the repository.
+            patch.setattr("instella_ray.demo.state.read_demo", lambda folder: DemoConfig(folder=folder))
             job_config(main, arguments)
         return
     parse = ArgumentParser.parse_args

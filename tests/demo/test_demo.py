@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -77,30 +78,49 @@ def assert_complete(folder: Path) -> None:
     assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
 
 
-@pytest.mark.ray
-def test_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
-    folder = tmp_path / "a first try"  # no name that ignore files know
+class Finished(NamedTuple):
+    """A demo that has ended."""
+
+    folder: Path
+    output: list[str]
+    """Lines that it has printed."""
+
+    def command(self, name: str) -> list[str]:
+        """Return what may be typed next, as it says at its end."""
+        (line,) = (line for line in self.output[-2:] if line.startswith(f"{name}:"))
+        program, *words = shlex.split(line.partition(":")[2])
+        assert program == "instella-ray"
+        return words
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("demo") / "a first try"  # no name that ignore files know
     # Trained in the demo's own process: tests/training shows that a worker of Ray Train learns the same.
     demo = start(folder, "--set", "workers.count=0")
     output, _ = demo.communicate(timeout=900)
     assert demo.returncode == 0, output
     assert wait_until(lambda: not session_processes(demo.pid), 30), session_processes(demo.pid)
-    assert_complete(folder)
-    assert find_package(tmp_path).sizes == {}
-    # What it prints at its end can be typed.
-    serving, more = (shlex.split(line.partition(":")[2]) for line in output.strip().splitlines()[-2:])
-    assert more[:2] == ["instella-ray", "generate"] and more[-4:] == ["--model", str(folder), "-o", "out.png"]
-    assert cli.main([*more[1:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
-    assert serving == ["instella-ray", "serve", str(folder)]
-    assert_serves(serving[1:])
+    return Finished(folder, output.strip().splitlines())
 
 
-def assert_serves(command: list[str]) -> None:
-    """The command serves both generators until it is told to stop; it starts a Ray and a Serve of its own."""
+@pytest.mark.ray
+def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path: Path) -> None:
+    assert_complete(finished.folder)
+    assert find_package(finished.folder.parent).sizes == {}
+    command = finished.command("more")
+    assert command[0] == "generate" and command[-4:] == ["--model", str(finished.folder), "-o", "out.png"]
+    assert cli.main([*command[:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
+
+
+@pytest.mark.ray
+def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> None:
+    assert finished.command("serve") == ["serve", str(finished.folder)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [sys.executable, "-m", "instella_ray.cli", *command, "--set", f"port={port}"]
+    argv = [sys.executable, "-m", "instella_ray.cli", *finished.command("serve"), "--set", f"port={port}"]
+    # A Ray and a Serve of its own, because the command starts them.
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     endpoint = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
     watchdog = threading.Timer(300, endpoint.kill)  # should nothing ever be printed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 from ray import serve
@@ -43,5 +45,21 @@ def run(cfg: ServeJobConfig) -> None:
         serve.shutdown()
 
 
-job = Job("serve", ServeJobConfig, run, "Serve text to image over HTTP.")
+def _demo(folder: str) -> Mapping[str, Any]:
+    """Return the configuration of an endpoint over the newest checkpoints of a demo."""
+    from ..demo.recipe import KINDS, serve_args  # here, because training's imports would delay every other endpoint
+    from ..demo.state import read_demo
+
+    demo = read_demo(folder)
+    latest = {name: demo.path("runs", name, "latest") for name in ("tokenizer", *KINDS)}
+    return {"app": serve_args(demo, latest.pop("tokenizer"), latest).model_dump(mode="json")}
+
+
+job = Job(
+    "serve",
+    ServeJobConfig,
+    run,
+    "Serve text to image over HTTP.",
+    folder=("folder of a demo, whose generators to serve", _demo),
+)
 parser, main = job.parser, job.main

@@ -30,7 +30,7 @@ class EncodeConfig(DataJobConfig):
     """Configuration of the encoding job: input images, tokenizer, and views per image."""
 
     input: str
-    """Curated WebDataset tars or parquet files: paths, globs, folders or lists of shards, comma-separated."""
+    """Curated WebDataset tars, or other images as for curation: paths, globs or lists of shards, comma-separated."""
     output: str
     """Output folder of the parquet files, ``manifest.json`` and ``ledger.json``."""
     tokenizer: str

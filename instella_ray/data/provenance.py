@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from .. import storage
 from ..runs import Provenance, read_record
 from .formats.codes import MANIFEST
-from .formats.names import SHARD_LIST, ShardEntry, absolute_pattern, find_files
+from .formats.names import SHARD_LIST, ShardEntry, absolute_pattern
 from .formats.parts import LEDGER, SETTINGS, Ledger
-from .formats.sources import SUFFIXES
+from .formats.sources import SUFFIXES, list_inputs
 
 ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
 """Files of a data job's output that identify it; a job need not write all of them."""
@@ -20,8 +20,9 @@ ACCOUNT = (SETTINGS, LEDGER, SHARD_LIST, MANIFEST)
 def shard_provenance(role: str, pattern: str) -> tuple[Provenance, ...]:
     """Return the provenance of the shards of ``pattern``: one entry per data job output, and one for all other files."""
     by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
-    for entry in find_files(pattern, SUFFIXES):
-        by_folder[entry.url.rpartition("/")[0]].append(entry)
+    for entry in list_inputs(pattern):
+        # Outputs of jobs are tars and parquet files; folders of images may be many.
+        by_folder[entry.url.rpartition("/")[0] if entry.url.endswith(SUFFIXES) else ""].append(entry)
     made = {folder for folder in by_folder if folder and storage.exists(storage.join(folder, LEDGER))}
     found = [data_provenance(role, folder) for folder in sorted(made)]
     others = [entry for folder, entries in by_folder.items() if folder not in made for entry in entries]

@@ -45,11 +45,13 @@ class DemoConfig(Config):
     """Image size (pixels a side): 16, 32, 64, 128, ..."""
     shards: str | None = None
     """Captioned WebDataset tars to use instead of the scenes (path or glob). The last ones are held out."""
+    images: str | None = None
+    """Captioned images to use instead of the scenes: a folder of image files, parquet, CSV, TSV, JSONL or tars."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
     """Number of training scenes."""
     held_out: int = Field(600, ge=1)
-    """Number of held-out scenes; with ``shards`` the largest number of held-out images."""
+    """Number of held-out scenes; with ``shards`` or ``images`` the largest number of held-out images."""
     prompts_per_category: int = Field(40, ge=1)
     """Images to generate and score in each category, by each generator."""
     width: int = Field(128, ge=HEAD, multiple_of=HEAD)
@@ -69,6 +71,12 @@ class DemoConfig(Config):
         return size
 
     @model_validator(mode="after")
+    def _one_kind_of_images(self) -> DemoConfig:
+        if self.shards is not None and self.images is not None:
+            raise ValueError("shards, images: expected at most one of them")
+        return self
+
+    @model_validator(mode="after")
     def _every_stage_fits(self) -> DemoConfig:
         # Build all configs once, so that invalid values are reported before the first stage instead of minutes later.
         try:
@@ -79,6 +87,11 @@ class DemoConfig(Config):
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
+
+    @property
+    def draws_scenes(self) -> bool:
+        """Whether the images are the procedural scenes, which are scored by their detector."""
+        return self.shards is None and self.images is None
 
     def path(self, *names: str) -> str:
         """Return a path inside the demo's folder."""

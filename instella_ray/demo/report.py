@@ -73,11 +73,11 @@ def _score_rows(quality: dict[str, Any], scores: dict[str, Any]) -> list[tuple[s
 def _gallery(demo: DemoConfig, prompts: Prompts, kind: str) -> list[dict[str, Any]]:
     """Return the first images of each category, with prompt and, for scenes, the scene detector's verdict."""
     shown, seen = [], dict.fromkeys([category for _, category in prompts], 0)
-    limit = SHOWN if demo.shards is None else 6 * SHOWN
+    limit = SHOWN if demo.draws_scenes else 6 * SHOWN
     for (prompt, category), image in zip(prompts, stages.sample_images(demo, kind), strict=True):
         if seen[category] == limit:
             continue
         seen[category] += 1
-        verdict = score(image, parse_caption(prompt)) if demo.shards is None else None
+        verdict = score(image, parse_caption(prompt)) if demo.draws_scenes else None
         shown.append({"prompt": prompt, "image": data_uri(encode_png(image)), "verdict": verdict})
     return shown

@@ -28,9 +28,11 @@ class CurateConfig(DataJobConfig):
     """Configuration of the curation job: input shards, downloads, filters and output."""
 
     input: str
-    """WebDataset tars, or parquet with images or LAION's links: paths, globs, folders or lists of shards, comma-separated.
+    """Tars, folders of images, or tables of images, paths or links; paths, globs, lists of shards, comma-separated.
 
-    Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
+    A folder of images has captions beside them, as ``NAME.txt``, ``NAME.caption`` or ``NAME.json``, or in its
+    ``metadata.csv`` or ``metadata.jsonl``. Tables are parquet with images or LAION's links, and CSV, TSV or JSONL with paths
+    relative to their folder, or links. Local or any fsspec URL. ``instella-ray shards`` writes lists of shards.
     """
     output: str
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""

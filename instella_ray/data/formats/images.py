@@ -16,7 +16,7 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 """Extensions of files and tar members that are read as images, in order of preference."""
 MAX_IMAGE_BYTES = 64 << 20
 """Maximum size of an image file (bytes); larger ones are not read."""

@@ -17,6 +17,7 @@ from yarl import URL
 from ... import storage
 from ...config import Config
 from ...errors import UserError
+from .files import list_files
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
 
@@ -65,7 +66,7 @@ def find_shards(pattern: str, suffixes: str | Sequence[str] = ".tar") -> dict[st
     A folder stands for the shards in its list, or without a list for all files with the first of ``suffixes`` that
     matches any. Raises UserError for a part of the pattern that matches nothing, and for the output of an unfinished job.
     """
-    return _named([entry.url for entry in find_files(pattern, suffixes)])
+    return name_shards([entry.url for entry in find_files(pattern, suffixes)])
 
 
 def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[ShardEntry]:
@@ -73,13 +74,22 @@ def find_files(pattern: str, suffixes: str | Sequence[str] = ".tar") -> list[Sha
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     found: dict[str, ShardEntry] = {}
     for part in split_pattern(pattern):
-        files = {entry.url: entry for entry in _part_files(part, suffixes) if entry.url.endswith(suffixes)}
+        files = part_files(part, suffixes)
         if not files:
             kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
             others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
             raise UserError(f"{part}: no shard found; expected {kind}{others}, for example 'data/*{suffixes[0]}'")
-        found.update(files)
+        found.update((entry.url, entry) for entry in files)
     return [found[url] for url in sorted(found)]
+
+
+def part_files(part: str, suffixes: tuple[str, ...], tables: tuple[str, ...] = ()) -> list[ShardEntry]:
+    """List the files with one of ``suffixes`` that a part of a pattern stands for, from one listing; there may be none.
+
+    Files with one of ``tables`` are found by their own names and globs only, not by their folder. Raises UserError for the
+    output of an unfinished job.
+    """
+    return [entry for entry in _listed(part, suffixes) if entry.url.endswith((*suffixes, *tables))]
 
 
 def names_shards(part: str, suffix: str) -> bool:
@@ -93,13 +103,16 @@ def find_image_files(folder: str) -> list[str]:
 
     Raises UserError if there are none.
     """
-    fs, root = storage.filesystem(folder)
-    found = fs.find(root) if fs.isdir(root) else []
-    files = sorted(path[len(root) :].strip("/") for path in found if image_extension(path))
+    files = [name for name in list_files(folder) if image_extension(name)]
     if not files:
-        kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
-        raise UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
+        raise no_images(folder)
     return files
+
+
+def no_images(folder: str) -> UserError:
+    """Return the error for a folder without images, which names what was expected."""
+    kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
+    return UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
 
 
 def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
@@ -153,7 +166,7 @@ def _absolute(url: str, folder: str) -> str:
     return url if "://" in url or url.startswith("/") else storage.join(folder, url)
 
 
-def _part_files(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
+def _listed(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     if part.endswith(".json"):
         refuse_unfinished(os.path.dirname(part) or ".")
         return read_shard_list(part)
@@ -179,8 +192,10 @@ def _without_sidecars(files: dict[str, int]) -> dict[str, int]:
     return {url: size for url, size in files.items() if url.removesuffix(".parquet") not in tars}
 
 
-def _named(urls: list[str]) -> dict[str, str]:
+def name_shards(urls: Sequence[str]) -> dict[str, str]:
     """Name each URL by its path below their common folder, with slashes replaced, because names become file names."""
+    if not urls:
+        return {}
     paths = [url.rpartition("://")[2].lstrip("/") for url in urls]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [os.path.splitext(os.path.relpath(path, shared or "."))[0].replace("/", "__") for path in paths]
@@ -199,7 +214,7 @@ def member_name(name: str) -> tuple[str, str] | None:
 
 def image_extension(name: str) -> str | None:
     """Return the lower-case extension of an image file or member; ``None`` if it is not one of an image."""
-    ending = name.rpartition(".")[2].lower()
+    ending = split_extension(name)[1]
     return ending if ending in IMAGE_ENDINGS else None
 
 
@@ -207,6 +222,17 @@ def row_key(value: str | int | None) -> str:
     """Return the key for the id of a row, with dots replaced, because a tar key ends at the first; ``""`` for no id."""
     text = "" if value is None else str(value)
     return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
+
+
+def leads_out(path: str) -> bool:
+    """Return whether a path is absolute, or goes to a folder above."""
+    return path.startswith("/") or ".." in path.split("/")
+
+
+def split_extension(name: str) -> tuple[str, str]:
+    """Split the path of a file at its last dot: its path without extension, and the lower-case extension."""
+    stem, _, ending = name.rpartition(".")
+    return (stem, ending.lower()) if stem and "/" not in ending and not stem.endswith("/") else (name, "")
 
 
 class Keys:
@@ -217,7 +243,7 @@ class Keys:
 
     def problem(self, key: str) -> str | None:
         """Return ``unsafe_name`` for a key outside its folder, ``duplicate_key`` for a repeated one, else ``None``."""
-        if key.startswith("/") or ".." in key.split("/"):
+        if leads_out(key):
             return "unsafe_name"
         if key in self._seen:
             return "duplicate_key"

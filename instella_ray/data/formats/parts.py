@@ -170,9 +170,15 @@ class PartFolder:
         storage.write_json(self._path(PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
 
     def all_done(self, shards: Iterable[str]) -> list[Part]:
-        """Return all parts; RuntimeError unless all ``shards`` are done."""
-        parts = self.parts()
-        missing = set(shards) - _done(parts)
+        """Return all parts.
+
+        Raises RuntimeError unless all ``shards`` are done, and UserError if there are parts of others, as when the input was
+        changed between two attempts.
+        """
+        parts, expected = self.parts(), set(shards)
+        if others := {part.shard for part in parts} - expected:
+            raise UserError(f"{self.url}: has rows of '{min(others)}', which the input no longer has; use mode=fresh")
+        missing = expected - _done(parts)
         if missing:
             raise RuntimeError(f"{self.url}: shards not finished: {', '.join(sorted(missing)[:5])}")
         return parts

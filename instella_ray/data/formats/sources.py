@@ -1,4 +1,4 @@
-"""Sources of samples: WebDataset tars and parquet files, read as tables of :data:`.rows.SCHEMA`.
+"""Sources of samples: tars, parquet files, tables as text and folders of images, read as tables of :data:`.rows.SCHEMA`.
 
 Ray's readers decode images while reading, so that one corrupt image fails a whole shard. These readers keep images as
 bytes, and report problems of a sample in the column ``problem``, which the ledger counts.
@@ -7,10 +7,10 @@ bytes, and report problems of a sample in the column ``problem``, which the ledg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,46 +18,65 @@ import pyarrow as pa
 from ... import storage
 from ...errors import UserError
 from ..stages import Source
-from .names import find_shards, refuse_twins
+from .columns import Columns
+from .files import list_files
+from .folder_source import FILES_PER_SHARD, METADATA_FILES, FolderShard, folder_shards, read_folder
+from .names import (
+    ShardEntry,
+    image_extension,
+    name_shards,
+    no_images,
+    part_files,
+    refuse_twins,
+    split_pattern,
+)
 from .parquet_source import Footer, read_footer, read_parquet, row_count
 from .rows import blocks
+from .table_source import TABLES, TableScan, read_table, scan_table
 from .tar_source import count_samples, read_samples
 
 SUFFIXES = (".tar", ".parquet")
 """Extensions of shards; of a folder with both, the tars are read."""
 ROWS_PER_SHARD = 100_000
-"""Rows above which a parquet file is split into several shards, which limits the work to redo after a kill."""
-_CUT = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
+"""Rows above which a parquet file or a table is split into several shards, which limits the work to redo after a kill."""
+_ROWS = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
+_BYTES = re.compile(r"(?P<url>.+)#bytes=(?P<first>\d+)-(?P<end>\d+)")
 
 
 class Inputs(NamedTuple):
     """Input shards of a job."""
 
     shards: dict[str, str]
-    """URL -> label, for :func:`shard_sources`. The URLs of a split parquet file end with their row range."""
+    """URL -> label, for :func:`shard_sources`. The URLs of parts of a file or a folder end with what part it is."""
     links: tuple[str, ...]
     """URLs of the shards whose images have to be downloaded."""
 
 
-def find_inputs(pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
-    """Find the shards that match ``pattern`` (:func:`.names.find_shards`), reading the footers of parquet files.
+def find_inputs(
+    pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD, files_per_shard: int = FILES_PER_SHARD
+) -> Inputs:
+    """Find the shards that ``pattern`` stands for, reading the footers of parquet files and the whole of other tables.
 
-    Raises UserError as :func:`.names.find_shards`, and for a parquet file without images, links or captions, naming its
-    columns.
+    A folder stands for its list of shards, else its tars, else its parquet files, else the images in it and below it
+    (:mod:`.folder_source`). Raises UserError for a part of the pattern that matches nothing, for the output of an
+    unfinished job, for two shards of one name, and for a table without images, links or captions, naming its columns.
     """
-    found = find_shards(pattern, SUFFIXES)
-    files = [url for url in found if url.endswith(".parquet")]
+    found = _find(pattern)
+    files = name_shards([entry.url for entry in found.files])
     with ThreadPoolExecutor(32) as threads:
-        footers = dict(zip(files, threads.map(_footer, files), strict=True))
-    shards: dict[str, str] = {}
-    links: list[str] = []
-    for url, label in found.items():
-        footer = footers.get(url)
-        parts = _cut(url, label, footer.rows if footer else 0, rows_per_shard)
-        shards |= parts
-        links += parts if footer and footer.columns.link else []
-    refuse_twins(list(shards.values()))
-    return Inputs(shards, tuple(links))
+        parts = list(threads.map(partial(_file_inputs, rows_per_shard=rows_per_shard), files, files.values()))
+    for root, name in name_shards(list(found.folders)).items():
+        parts.append(_folder_inputs(root, found.folders[root], name, rows_per_shard, files_per_shard))
+    refuse_twins([label for part in parts for label in part.shards.values()])
+    shards = {url: label for part in parts for url, label in part.shards.items()}
+    return Inputs(shards, tuple(url for part in parts for url in part.links))
+
+
+def list_inputs(pattern: str) -> list[ShardEntry]:
+    """List the files of :func:`find_inputs` with their sizes."""
+    found = _find(pattern)
+    of_folders = [(f"{root}/{name}", size) for root, files in found.folders.items() for name, size in files.items()]
+    return [*found.files, *(ShardEntry(url=url, bytes=size) for url, size in of_folders)]
 
 
 def find_images(pattern: str) -> dict[str, str]:
@@ -89,17 +108,21 @@ def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]
 
 
 def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+    """Yield the rows of one shard, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
     With ``captions``, a parquet file must have a column of captions.
     """
-    cut = _CUT.fullmatch(url)
+    if folder := FolderShard.parse(url):
+        yield from read_folder(folder, label)
+        return
+    cut = _ROWS.fullmatch(url) or _BYTES.fullmatch(url)
     path = cut["url"] if cut else url
+    part = (int(cut["first"]), int(cut["end"])) if cut else ()
     with storage.open_file(path) as stream:
-        if cut:
-            yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]), captions=captions)
-        elif path.endswith(".parquet"):
-            yield from read_parquet(stream, label, path, captions=captions)
+        if path.endswith(".parquet"):
+            yield from read_parquet(stream, label, path, *part, captions=captions)
+        elif path.endswith(TABLES):
+            yield from read_table(stream, label, path, *part)
         else:
             yield from read_samples(stream, label)
 
@@ -121,9 +144,11 @@ def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32
         images += sum(row["problem"] in ("no_caption", "bad_caption") for row in rows)
     if images:
         expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
-        if ".parquet" in urls[0]:
+        if FolderShard.parse(urls[0]):
+            expected = f"NAME.txt, NAME.caption or NAME.json beside NAME.jpg, or {' or '.join(METADATA_FILES)}"
+        elif ".tar" not in urls[0]:
             expected = "text in the caption column"
-        raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
+        raise UserError(f"{urls[0].partition('#')[0]}: shard without captions; expected {expected}")
 
 
 def _links_without_images(url: str) -> UserError:
@@ -135,9 +160,73 @@ def _footer(url: str, *, captions: bool = True) -> Footer | None:
         return read_footer(stream, url, captions=captions)
 
 
-def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:
-    """Split a file with ``rows`` rows into shards, URL -> label, of at most ``rows_per_shard`` rows."""
-    if rows <= rows_per_shard:
+class _Found(NamedTuple):
+    """What a pattern stands for."""
+
+    files: list[ShardEntry]
+    folders: dict[str, dict[str, int]]
+    """Folders of images: URL -> files (:func:`.files.list_files`)."""
+
+
+def _find(pattern: str) -> _Found:
+    files, folders = dict[str, ShardEntry](), dict[str, dict[str, int]]()
+    for part in split_pattern(pattern):
+        found = part_files(part, SUFFIXES, TABLES)
+        files.update((entry.url, entry) for entry in found)
+        fs, path = storage.filesystem(part)
+        if not found and not fs.isdir(path):
+            kinds = ", ".join(("WebDataset tars", *SUFFIXES[1:], *TABLES[:-1]))
+            expected = f"{kinds} or {TABLES[-1]} files, or a folder of images"
+            raise UserError(f"{part}: no shard found; expected {expected}, for example 'data/*.tar'")
+        if not found:
+            root = storage.absolute(part).rstrip("/")
+            folders[root] = list_files(root)
+            if not any(map(image_extension, folders[root])):
+                raise no_images(part)
+    return _Found([files[url] for url in sorted(files)], folders)
+
+
+def _file_inputs(url: str, label: str, rows_per_shard: int) -> Inputs:
+    """Return the shards of one file, of at most ``rows_per_shard`` rows; a tar stays whole."""
+    if url.endswith(TABLES):
+        return _table_inputs(url, label, _scan(url, rows_per_shard))
+    footer = _footer(url) if url.endswith(".parquet") else None
+    if footer is None:
+        return Inputs({url: label}, ())
+    rows = [*range(0, footer.rows, rows_per_shard), footer.rows]
+    return _inputs(_cut(url, label, "rows", [(row, row) for row in rows]), footer.columns)
+
+
+def _folder_inputs(root: str, files: Collection[str], name: str, rows_per_shard: int, files_per_shard: int) -> Inputs:
+    """Return the shards of a folder of images: those of its tables, and of the images that no table describes."""
+    shards, links, described = dict[str, str](), list[str](), set[str]()
+    for table in (file for file in files if file.rpartition("/")[2] in METADATA_FILES):
+        folder, url = table.rpartition("/")[0], storage.join(root, table)
+        scan = _scan(url, rows_per_shard)
+        found = _table_inputs(url, FolderShard(root, table.rpartition(".")[0]).label(name), scan)
+        shards |= found.shards
+        links += found.links
+        described.update(f"{folder}/{path}" if folder else path for path in scan.paths)
+    shards |= {each.url: each.label(name) for each in folder_shards(root, files, described, files_per_shard)}
+    return Inputs(shards, tuple(links))
+
+
+def _table_inputs(url: str, label: str, scan: TableScan) -> Inputs:
+    return _inputs(_cut(url, label, "bytes", scan.marks), scan.columns)
+
+
+def _inputs(shards: dict[str, str], columns: Columns) -> Inputs:
+    return Inputs(shards, tuple(shards) if columns.link else ())
+
+
+def _scan(url: str, rows_per_shard: int) -> TableScan:
+    with storage.open_file(url) as stream:
+        return scan_table(stream, url, rows_per_shard)
+
+
+def _cut(url: str, label: str, unit: str, marks: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Split a file at ``marks``, of (row, place), into shards, URL -> label; one shard is the file itself."""
+    if len(marks) <= 2:
         return {url: label}
-    starts = range(0, rows, rows_per_shard)
-    return {f"{url}#rows={first}-{min(first + rows_per_shard, rows)}": f"{label}__{first:09d}" for first in starts}
+    cuts = pairwise(marks)
+    return {f"{url}#{unit}={first}-{end}": f"{label}__{row:09d}" for (row, first), (_, end) in cuts}

@@ -10,7 +10,7 @@ from typing import IO, Any
 from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
 from .metadata import json_object
 from .names import Keys, member_name
-from .texts import TextError, clean_text, text_of
+from .texts import TextError, caption_of, clean_text
 
 
 def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
@@ -25,7 +25,7 @@ def read_samples(stream: IO[bytes], shard: str) -> Iterator[dict[str, Any]]:
         yield sample.row(shard, number)
         number += 1
     if not number:
-        yield _Sample("", problem="empty_shard").row(shard, 0)
+        yield FileSample("", problem="empty_shard").row(shard, 0)
 
 
 def count_samples(stream: IO[bytes]) -> int:
@@ -39,24 +39,35 @@ def count_samples(stream: IO[bytes]) -> int:
     return len(keys)
 
 
+CAPTION_ENDINGS = ("txt", "caption")
+"""Extensions of files and tar members that hold a caption, in order of preference."""
+
+
 @dataclass
-class _Sample:
+class FileSample:
+    """Sample whose image, caption and metadata are files or tar members of one name and several extensions."""
+
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
+    """Contents by lower-case extension."""
     places: dict[str, int] = field(default_factory=dict)
+    """Positions in the tar by extension (bytes)."""
     problem: str | None = None
+    """Problem of the sample as a whole."""
 
     def row(self, shard: str, number: int) -> dict[str, Any]:
+        """Return the sample as row ``number`` of ``shard``, as :func:`read_samples`."""
         kind = next((t for t in IMAGE_ENDINGS if t in self.parts), "")
         image = self.parts.get(kind)
         meta_text = clean_text(self.parts.get("json", b"{}"))
         meta = json_object(meta_text)
-        caption, missing = clean_text(self.parts.get("txt", b"")), None
+        captions = (clean_text(self.parts.get(ending, b"")) for ending in CAPTION_ENDINGS)
+        missing = None
         try:
-            caption = caption or text_of((meta or {}).get("caption"))
+            caption = next(filter(None, captions), "") or caption_of(meta or {})
             missing = "no_caption" if not caption else "bad_metadata" if meta is None else None
         except TextError:
-            missing = "bad_caption"
+            caption, missing = "", "bad_caption"
         missing = "no_image" if image is None else missing
         values = {"key": self.key, "shard": shard, "row": number, "problem": self.problem or missing}
         return {
@@ -68,9 +79,9 @@ class _Sample:
         }
 
 
-def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
+def _samples(stream: IO[bytes]) -> Iterator[FileSample]:
     """Group consecutive members with the same key into samples; invalid UTF-8 in names is replaced."""
-    sample: _Sample | None = None
+    sample: FileSample | None = None
     keys = Keys()
     try:
         with _Tar.open(fileobj=stream, mode="r|*", encoding="utf-8", errors="replace") as tar:
@@ -82,7 +93,7 @@ def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
                 if sample is None or sample.key != key or extension in sample.parts:
                     if sample is not None:
                         yield sample
-                    sample = _Sample(key, problem=keys.problem(key))
+                    sample = FileSample(key, problem=keys.problem(key))
                 if sample.problem == "unsafe_name":
                     continue
                 if member.size > MAX_IMAGE_BYTES:
@@ -96,7 +107,7 @@ def _samples(stream: IO[bytes]) -> Iterator[_Sample]:
             if sample is not None:
                 yield sample
     except (tarfile.TarError, EOFError, ValueError):
-        yield _Sample(sample.key if sample else "", problem="truncated_shard")
+        yield FileSample(sample.key if sample else "", problem="truncated_shard")
 
 
 class _Member(tarfile.TarInfo):

@@ -49,6 +49,22 @@ def text_of(value: Any, clean: Callable[[str], str] = one_line) -> str:
     raise TextError(f"{kind or type(value).__name__}, expected text")
 
 
+def caption_of(meta: Mapping[str, Any]) -> str:
+    """Return the first text under :data:`CAPTION_NAMES` that is not blank; ``""`` if there is none.
+
+    Raises :class:`TextError` if none of them holds text, but one something else.
+    """
+    found, problem = "", None
+    for name in CAPTION_NAMES:
+        try:
+            found = found or text_of(meta.get(name))
+        except TextError as error:
+            problem = problem or error
+    if problem and not found:
+        raise problem
+    return found
+
+
 def decode_line(line: bytes) -> str:
     """Decode one line of a text file, without byte order mark; UnicodeDecodeError if it is not UTF-8."""
     return line.decode("utf-8-sig")

@@ -43,7 +43,7 @@ class RecaptionConfig(DataJobConfig):
     """Configuration of the recaption job: input images, model and questions."""
 
     input: str
-    """Curated tars, or parquet with images: paths, globs or folders, comma-separated; captions are not required."""
+    """Curated tars, or other images as for curation: paths, globs or lists, comma-separated; without captions too."""
     output: str
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.formats import parquet_source
+from instella_ray.data.formats import columns
 from instella_ray.data.formats.parquet_source import read_footer, read_parquet
 from instella_ray.errors import UserError
 
@@ -112,7 +112,7 @@ def test_number_keys_and_every_kind_of_number_are_read() -> None:
 
 
 def test_an_image_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_source, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(columns, "MAX_IMAGE_BYTES", 10)
     (row,) = rows(file({"image": [bytes(11)], "caption": ["c"]}))
     assert (row["problem"], row["image"]) == ("oversized_member", None)
 

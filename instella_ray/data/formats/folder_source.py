@@ -1,0 +1,157 @@
+"""Reader of folders of image files: captions beside them, as ``NAME.txt``, ``NAME.caption`` or ``NAME.json``, or in a table.
+
+The table is ``metadata.csv`` or ``metadata.jsonl``, as in the imagefolder convention of the ``datasets`` library: it
+describes images of its folder and of those below, and is read like any table (:mod:`.table_source`). The images that no
+table describes are read from here. Each folder of them is a shard of its own, a large one several, divided by a hash of the
+names: new files change the shards of their own folder only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+from ... import storage
+from .columns import problem_row
+from .files import AT_ONCE, list_files, read_files
+from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
+from .names import Keys, image_extension, row_key, split_extension
+from .table_source import scan_table
+from .tar_source import CAPTION_ENDINGS, FileSample
+from .texts import trimmed
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+"""Names of the tables that describe the images of their folder."""
+FILES_PER_SHARD = 10_000
+"""Images above which a folder is divided into several shards."""
+SAMPLE_ENDINGS = (*IMAGE_ENDINGS, *CAPTION_ENDINGS, "json")
+LONGEST_LABEL = 120
+"""Longest part of a label that the names of folders make up (bytes): a label is the start of file names."""
+_SHARD = re.compile(r"(?P<root>.+)#folder=(?P<folder>[^#,]*),(?P<part>\d+)/(?P<parts>\d+)")
+
+
+class FolderShard(NamedTuple):
+    """Images of one folder: those whose names have the hash ``part`` modulo ``parts``."""
+
+    root: str
+    """URL of the folder that keys are relative to."""
+    folder: str
+    """Path of the folder of the images, relative to ``root``; ``""``: ``root`` itself."""
+    part: int = 0
+    parts: int = 1
+
+    @classmethod
+    def parse(cls, url: str) -> FolderShard | None:
+        """Return the shard of a :attr:`url`; None if it is that of something else."""
+        if (found := _SHARD.fullmatch(url)) is None:
+            return None
+        folder = unquote(found["folder"], errors="surrogatepass")
+        return cls(found["root"], folder, int(found["part"]), int(found["parts"]))
+
+    @property
+    def url(self) -> str:
+        """``ROOT#folder=FOLDER,PART/PARTS``."""
+        return f"{self.root}#folder={quote(self.folder, errors='surrogatepass')},{self.part}/{self.parts}"
+
+    def label(self, name: str) -> str:
+        """Return the shard's label, of its path below the root, which is called ``name``, and its part."""
+        path = "__".join([name, *filter(None, self.folder.split("/"))])
+        # Labels become names of files, which are parts of URLs and patterns.
+        label = re.sub(r"[^\w .()+=@-]", lambda found: quote(found[0], safe="", errors="surrogatepass"), path)
+        if len(label.encode()) > LONGEST_LABEL:
+            label = f"{label[: LONGEST_LABEL // 4]}-{_hash(path):016x}"
+        return label if self.parts == 1 else f"{label}__{self.part:05d}-of-{self.parts:05d}"
+
+    def holds(self, stem: str) -> bool:
+        """Return whether the files with the path ``stem`` without extension belong to the shard."""
+        return _hash(_key(stem.rpartition("/")[2])) % self.parts == self.part
+
+
+def folder_shards(
+    root: str, names: Iterable[str], described: Collection[str], files_per_shard: int
+) -> list[FolderShard]:
+    """Return the shards of the samples among the files ``names``, given as :func:`.files.list_files` of ``root``.
+
+    ``described`` are the images that tables describe.
+    """
+    folders = defaultdict(list)
+    for stem in _samples(names, described):
+        folders[stem.rpartition("/")[0]].append(stem)
+    sizes = {folder: -(-len(stems) // files_per_shard) for folder, stems in sorted(folders.items())}
+    shards = [FolderShard(root, folder, part, parts) for folder, parts in sizes.items() for part in range(parts)]
+    return [shard for shard in shards if shard.parts == 1 or any(map(shard.holds, folders[shard.folder]))]
+
+
+def read_folder(shard: FolderShard, label: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one shard, sorted by name: the columns of :data:`.rows.SCHEMA` without ``last``.
+
+    Every image is a row; captions and metadata without an image are one with the problem ``no_image``. There is at least
+    one row: without any, its problem is ``empty_shard``.
+    """
+    folder = storage.join(shard.root, shard.folder) if shard.folder else shard.root
+    samples = _samples(list_files(folder, recursive=False), _described(shard))
+    stems, keys, number = filter(shard.holds, samples), Keys(), 0
+    while part := list(islice(stems, AT_ONCE // 4)):  # a sample has two or three files
+        names = [name for stem in part for name in samples[stem]]
+        contents = dict(zip(names, read_files(folder, names), strict=True))
+        for stem in part:
+            key = _key(f"{shard.folder}/{stem}" if shard.folder else stem)
+            for sample in _file_samples(key, {name: contents[name] for name in samples[stem]}, keys):
+                yield sample.row(label, number)
+                number += 1
+    if not number:
+        yield problem_row(label, 0, "empty_shard")
+
+
+def _file_samples(key: str, files: dict[str, bytes | None], keys: Keys) -> Iterator[FileSample]:
+    """Yield a sample for each image among the files of one name, or one for those without an image."""
+    images = [name for name in files if image_extension(name)]
+    beside = [name for name in files if name not in images]
+    for image in images or [""]:
+        sample = FileSample(key, problem=keys.problem(key))
+        for name in filter(None, (image, *beside)):
+            content = files[name]
+            if content is not None and len(content) > MAX_IMAGE_BYTES:
+                sample.problem = sample.problem or "oversized_member"
+            elif content is not None:
+                sample.parts[split_extension(name)[1]] = content
+        yield sample
+
+
+def _samples(names: Iterable[str], described: Collection[str]) -> dict[str, list[str]]:
+    """Group files by their paths without extension, leaving out ``described`` images and what is beside them."""
+    groups = defaultdict(list)
+    for name in names:
+        stem, ending = split_extension(name)
+        if ending in SAMPLE_ENDINGS and name not in described:
+            groups[stem].append(name)
+    done = {split_extension(name)[0] for name in described}
+    return {s: files for s, files in groups.items() if s not in done or any(map(image_extension, files))}
+
+
+def _described(shard: FolderShard) -> set[str]:
+    """Return the images of the folder that its table, or one of a folder above, describes."""
+    folders = shard.folder.split("/") if shard.folder else []
+    found = set[str]()
+    for depth in range(len(folders) + 1):
+        below = "".join(f"{name}/" for name in folders[depth:])
+        for name in METADATA_FILES:
+            url = storage.join(shard.root, *folders[:depth], name)
+            if storage.exists(url):
+                with storage.open_file(url) as stream:
+                    paths = scan_table(stream, url, FILES_PER_SHARD).paths
+                found |= {path.removeprefix(below) for path in paths if path.startswith(below)}
+    return found
+
+
+def _key(path: str) -> str:
+    return row_key(trimmed(path))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -19,7 +19,6 @@ from .draining import Drain, InProgress
 from .graph import Graph
 from .health import unhealthy
 from .scaling import generator_scaling, stage_scaling
-from .server import INGRESS
 from .setup import Setup
 
 __all__ = ["ModelArgs", "ServeArgs", "build"]
@@ -108,7 +107,7 @@ def _ingress(args: ServeArgs) -> serve.Deployment:
     # would wait for their 429.
     images = sum(model.capacity for model in args.models.values()) + args.limits.images + args.decoder.queue
     return serve.deployment(
-        name=INGRESS,
+        name="Ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * images + 256,
         max_queued_requests=256,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..claims import lacking
 from ..errors import UserError
 from .access import ApiKeys, check_address, require_free_port
 from .config import ServeArgs
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 APP = "instella-ray"
 """Name of the endpoint's application on Serve."""
-INGRESS = "Ingress"
 ANSWER_S = 5.0
 """Seconds that the replicas of the ingress have to answer."""
 
@@ -60,6 +60,7 @@ def _in_process(args: ServeArgs, host: str, port: int, grace_s: float, started: 
 
 
 def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Callable[[], None]) -> None:
+    import ray
     from ray import serve
 
     from ..data.ray_data import init_ray
@@ -68,6 +69,8 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     app = build(args)
     init_ray()
     refuse_second_endpoint()
+    if short := lacking(args.needs(), [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        raise UserError(f"app: {short}; lower num_cpus, num_gpus or replicas, or queue the job with --queue of submit")
     # Supervisors stop a process with SIGTERM. Set after Ray's start, because Ray's handler would abort a slow shutdown.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

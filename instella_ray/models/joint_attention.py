@@ -70,7 +70,7 @@ class JointCache:
     """Preallocated keys and values of [text; image], so that steps do not concatenate.
 
     Each step writes image positions: diffusion all of them, AR one per row. Rows can be written, moved and viewed
-    (:meth:`first`) while the buffers keep their addresses, as CUDA graphs require.
+    (:meth:`view`) while the buffers keep their addresses, as CUDA graphs require.
     """
 
     keys: list[Tensor]
@@ -112,9 +112,9 @@ class JointCache:
         for buffer in (*self.keys, *self.values, self.mask):
             buffer[target] = buffer[source]
 
-    def first(self, rows: int) -> JointCache:
-        """Return a view of the first ``rows`` rows; writes change this cache."""
-        return JointCache([k[:rows] for k in self.keys], [v[:rows] for v in self.values], self.mask[:rows])
+    def view(self, rows: slice) -> JointCache:
+        """Return a view of ``rows``; writes change this cache."""
+        return JointCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
     def join(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write image keys and values to all image positions of ``block``; returns those of [text; image]."""

@@ -149,6 +149,9 @@ class JointAttention(Attention):
         """
         if q.device.type != "cpu" or q.dtype != torch.float32:
             return self.attend(q, k, v, mask)
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+        # Flattened before the products: of rows that are not adjacent in memory the copy has the layout of the rows.
+        rows, (keys, values) = q.flatten(0, 1), (x.flatten(0, 1) for x in (k, v))
+        scores = (rows @ keys.transpose(1, 2)).unflatten(0, q.shape[:2]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        out = (weights.flatten(0, 1) @ values).unflatten(0, q.shape[:2])
         return self.o_proj(out.transpose(1, 2).flatten(2))

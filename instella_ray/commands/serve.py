@@ -12,6 +12,7 @@ from ..config import Config, parse_job
 from ..data.ray_data import init_ray
 from ..serving.access import ApiKeys, check_address, require_free_port
 from ..serving.app import ServeArgs, build
+from ..serving.shutdown import shut_down_serve
 
 
 class ServeJobConfig(Config):
@@ -41,5 +42,5 @@ def main(argv: Sequence[str] | None = None, prog: str = "serve.py") -> int:
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
-        serve.shutdown()
+        shut_down_serve()
     return 0

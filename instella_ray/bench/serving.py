@@ -129,6 +129,7 @@ def endpoints(
     from ray import serve
 
     from ..serving.app import ServeArgs, build
+    from ..serving.shutdown import shut_down_serve
     from .baselines import one_at_a_time, static_batches
 
     models = save_models(cfg, folder)
@@ -152,7 +153,7 @@ def endpoints(
             urls[name] = f"http://127.0.0.1:{port}{prefix}"
         yield urls
     finally:
-        serve.shutdown()
+        shut_down_serve()
 
 
 def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:

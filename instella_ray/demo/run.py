@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shlex
 import signal
@@ -103,9 +102,9 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    import ray
+    from ..data.ray_data import start_local_ray
 
-    ray.init(num_cpus=_cpus(), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    start_local_ray(num_cpus=_cpus(), log_to_driver=False)
 
 
 def _cpus() -> int:

@@ -29,6 +29,7 @@ from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png
 from ..serving.app import build
+from ..serving.shutdown import shut_down_serve
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
@@ -151,7 +152,7 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
             seconds = time.perf_counter() - began
             facts[kind] = {"images": len(prompts), "images_per_second": round(len(prompts) / seconds, 2)}
     finally:
-        serve.shutdown()
+        shut_down_serve()
     return facts
 
 

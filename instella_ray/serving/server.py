@@ -65,6 +65,7 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
 
     from ..data.ray_data import init_ray
     from .app import build
+    from .shutdown import shut_down_serve
 
     app = build(args)
     init_ray()
@@ -85,7 +86,7 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     except KeyboardInterrupt:
         print("stopping at once", flush=True)
     finally:
-        serve.shutdown()
+        shut_down_serve()
 
 
 def _drain(handle: DeploymentHandle, grace_s: float) -> None:

@@ -287,16 +287,8 @@ def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, t
 
 
 def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
-    """Load the text encoder for inspection, in bfloat16 and without progress bar; UserError if it cannot be loaded."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return TextEncoder.from_config(cfg, dtype=torch.bfloat16)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Load the text encoder for inspection, in bfloat16; UserError if it cannot be loaded."""
+    return TextEncoder.from_config(cfg, dtype=torch.bfloat16)
 
 
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:

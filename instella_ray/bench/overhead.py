@@ -10,8 +10,9 @@ from ..config import Config
 from ..engine.engine import EngineOptions, Request, StepEngine, build_engine
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.sampling import SamplingParams
+from ..rendering import Cell, Goal
 from .measure import Spread, race
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 
 GOAL = 1.05
 

@@ -18,8 +18,9 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
+from ..rendering import Cell, Goal
 from .load import Load, closed_loop, mixed_requests, open_loop, percentile
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 
 GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
 DEMO_BIT = BITConfig(

@@ -47,6 +47,8 @@ from .recipe import (
 IMAGES_PER_SHARD = 2000
 PREVIEWS = 6
 """Number of preview prompts during generator training: for scenes, one per category."""
+RECONSTRUCTIONS = "reconstructions.png"
+"""Originals above their reconstructions, held out from training."""
 Facts = dict[str, Any]
 Prompts = list[tuple[str, str]]
 
@@ -107,7 +109,7 @@ def measure_tokenizer(demo: DemoConfig, held_out: HeldOutImages, checkpoint: str
         facts["score_restored"] = _scores(held_out.captions, restored, "scoring reconstructions")
     shown = images[:16]
     rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (shown, reconstruct(bit, shown))]
-    storage.write_bytes(demo.path("reconstructions.png"), encode_png(np.concatenate(rows, axis=0)))
+    storage.write_bytes(demo.path(RECONSTRUCTIONS), encode_png(np.concatenate(rows, axis=0)))
     print(f"PSNR of {len(images)} held-out images {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
     return {**facts, "images": len(images)}
 

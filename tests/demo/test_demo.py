@@ -65,7 +65,7 @@ def wait_until(condition: object, seconds: float) -> bool:
 def assert_complete(folder: Path) -> None:
     """A report with all stages and images, and a lineage from an image to the scenes."""
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 2 * 16 + 2 * 12 and "http://" not in page and "https://" not in page
     for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
         assert words in page
     state = storage.read_json(str(folder / "state.json"))["stages"]

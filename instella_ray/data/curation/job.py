@@ -72,7 +72,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         if cfg.filters.duplicates:
             deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
-        write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
+        write_report(cfg.output, cfg.filters, cfg.abort, job.folder.parts(), ledger)
         job.require_kept(f"input {cfg.input}: no sample was kept")
         return ledger
 

@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import UserError
-from .images import MAX_IMAGE_BYTES
+from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
 from .metadata import column_name, json_value
 from .names import Keys, row_key
 from .texts import CAPTION_NAMES, TextError, clean_text, text_of
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+IMAGE_COLUMNS = ("image", *IMAGE_ENDINGS, "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
 KEY_COLUMNS = ("key", "__key__", "id", "uid")
 IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096

@@ -79,7 +79,7 @@ def test_image_files_of_a_folder_and_below_it(tmp_path: Path) -> None:
     assert find_image_files(str(tmp_path)) == ["a.jpeg", "b.PNG", "below/c.webp"]
     assert image_extension("x/y.JPG") == "jpg" and image_extension("y.txt") is None
     with pytest.raises(
-        UserError, match="no images found; expected tars, parquet files, or a folder of jpg, jpeg, png or"
+        UserError, match="no images found; expected tars, parquet files, or a folder of jpg, jpeg, png, webp, "
     ):
         find_image_files(str(tmp_path / "none"))
 

@@ -68,7 +68,7 @@ def test_a_jpeg_decoded_smaller_shows_the_same_colors(kind: str) -> None:
 
 
 @given(st.sampled_from(sorted(EVERY_KIND)), st.integers(0, 2**32))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_curation_keeps_no_job_fails_to_decode(kind: str, seed: int) -> None:
     """Whatever bytes are damaged."""
     chance = random.Random(seed)
@@ -154,7 +154,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 64), st.tuples(*[st.floats(0, 1)] * 2))
-@settings(deadline=None)
 def test_a_crop_is_resized_as_the_whole_image_would_be(
     width: int, height: int, size: int, offset: tuple[float, float]
 ) -> None:
@@ -240,7 +239,7 @@ def test_a_cut_jpeg_with_an_end_marker_is_truncated(options: str, mode: str) -> 
     st.floats(0, 1),
     st.sampled_from(sorted(OPTIONS)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_flat_images_are_not_taken_for_truncated(
     color: tuple[int, int, int], size: tuple[int, int], share: float, options: str
 ) -> None:

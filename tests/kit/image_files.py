@@ -115,7 +115,8 @@ def _keyed(depth: int, key: int) -> tuple[bytes, np.ndarray]:
 
 
 def _keyed_rgb(depth: int) -> tuple[bytes, np.ndarray]:
-    values = np.asarray(base()).astype(np.int64) * (257 if depth == 16 else 1)
+    values = np.asarray(base()).astype(np.int64)
+    values = values * 256 + 17 if depth == 16 else values
     values[:8] = key = values[0, 0]
     data = png(values, depth, 2, (b"tRNS", struct.pack(">3H", *key)))
     shown = np.where((values == key).all(-1, keepdims=True), 255, np.asarray(base()))

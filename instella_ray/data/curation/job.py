@@ -38,6 +38,8 @@ class CurateConfig(DataJobConfig):
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
     download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
+    keep_truncated: bool = False
+    """Keep JPEGs that were cut off and then given an end marker, of which the missing part is decoded as grey."""
     rows_per_shard: int = Field(1000, ge=1)
     """Input samples per output tar; fewer if their images are large."""
 
@@ -60,7 +62,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         if not job.done.issuperset(labels):
             storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
             notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-            stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
+            prefilter = Prefilter(cfg.filters, shown, notes.examples, keep_truncated=cfg.keep_truncated)
+            stages = [Stage(prefilter), *score_stages(cfg.filters)]
             if cfg.filters.duplicates:
                 stages.append(Stage(Fingerprinter()))
             rows_per_block = cfg.rows_per_shard

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ...errors import UserError
-from .images import MAX_IMAGE_BYTES
+from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
 from .metadata import column_name, json_value
 from .names import Keys, row_key
 from .texts import CAPTION_NAMES, TextError, clean_text, text_of
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+IMAGE_COLUMNS = ("image", *IMAGE_ENDINGS, "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
 PATH_COLUMNS = ("file_name", "image", "path", "filepath")
 """Names of columns with paths of image files, of tables that are beside their images."""

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from ... import storage
-from .images import file_extension
+from .containers import file_extension
 from .tar_index import index_row, index_url, write_index
 
 Sample = tuple[str, bytes, str, dict[str, Any]]

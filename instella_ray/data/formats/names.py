@@ -1,4 +1,4 @@
-"""Names of inputs: patterns of paths and URLs, lists of shards, tar members, row keys and links.
+"""Names of inputs: patterns of paths and URLs, lists of shards, image files and links.
 
 A pattern is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million objects is listed
 only once), or several of these separated by commas; local, or any URL that fsspec supports.
@@ -7,7 +7,6 @@ only once), or several of these separated by commas; local, or any URL that fssp
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -19,10 +18,10 @@ from ...config import Config
 from ...errors import UserError
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
+from .tar_reader import COMPRESSED_ENDINGS, compressed_error
 
 SHARD_LIST = "shards.json"
 """Name of the list of shards in their folder; read by jobs whose input is the folder."""
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
 # --- patterns and lists of shards
@@ -95,11 +94,20 @@ def find_image_files(folder: str) -> list[str]:
     """
     fs, root = storage.filesystem(folder)
     found = fs.find(root) if fs.isdir(root) else []
+    refuse_compressed([folder, *found])
     files = sorted(path[len(root) :].strip("/") for path in found if image_extension(path))
     if not files:
         kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
         raise UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
     return files
+
+
+def refuse_compressed(urls: Iterable[str]) -> None:
+    """Raise UserError for a compressed tar, by the endings of ``urls``."""
+    for url in urls:
+        kind = next((kind for ending, kind in COMPRESSED_ENDINGS.items() if url.endswith(ending)), None)
+        if kind:
+            raise compressed_error(url, kind)
 
 
 def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
@@ -160,11 +168,14 @@ def _part_files(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     fs, path = storage.filesystem(part)
     if not fs.isdir(path):
         refuse_unfinished(os.path.dirname(part) or ".")
-        return _entries(_without_sidecars(storage.sizes(part)))
+        found = storage.sizes(part)
+        refuse_compressed(found)
+        return _entries(_without_sidecars(found))
     refuse_unfinished(part)
     if storage.exists(listed := storage.join(part, SHARD_LIST)):
         return read_shard_list(listed)
     files = storage.sizes(storage.join(part, "*"))
+    refuse_compressed(files)
     by_suffix = ({url: size for url, size in files.items() if url.endswith(suffix)} for suffix in suffixes)
     return _entries(next(filter(None, by_suffix), {}))
 
@@ -188,41 +199,13 @@ def _named(urls: list[str]) -> dict[str, str]:
     return dict(zip(urls, names, strict=True))
 
 
-# --- keys of samples
-
-
-def member_name(name: str) -> tuple[str, str] | None:
-    """Split the name of a tar member into its key and its lower-case extension; ``None`` if it lacks either."""
-    found = _MEMBER.fullmatch(name.removeprefix("./"))
-    return (found["key"], found["extension"].lower()) if found else None
+# --- image files
 
 
 def image_extension(name: str) -> str | None:
     """Return the lower-case extension of an image file or member; ``None`` if it is not one of an image."""
     ending = name.rpartition(".")[2].lower()
     return ending if ending in IMAGE_ENDINGS else None
-
-
-def row_key(value: str | int | None) -> str:
-    """Return the key for the id of a row, with dots replaced, because a tar key ends at the first; ``""`` for no id."""
-    text = "" if value is None else str(value)
-    return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
-
-
-class Keys:
-    """Checks the keys of one shard, in order."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def problem(self, key: str) -> str | None:
-        """Return ``unsafe_name`` for a key outside its folder, ``duplicate_key`` for a repeated one, else ``None``."""
-        if key.startswith("/") or ".." in key.split("/"):
-            return "unsafe_name"
-        if key in self._seen:
-            return "duplicate_key"
-        self._seen.add(key)
-        return None
 
 
 # --- links

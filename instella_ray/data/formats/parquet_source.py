@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from ...errors import UserError
 from .images import MAX_IMAGE_BYTES
-from .metadata import column_name, json_value
-from .names import Keys, row_key
-from .texts import CAPTION_NAMES, TextError, clean_text, text_of
+from .keys import ORIGINAL_KEY, Keys, readable, safe_key
+from .metadata import LAION_NAMES, column_name, json_value
+from .rows import problem_row
+from .texts import CAPTION_NAMES, TextError, caption_of
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
@@ -37,14 +38,15 @@ class Columns(NamedTuple):
     """Encoded images: binary, or a struct with a binary ``bytes``."""
     link: str | None
     """URLs of the images, in a file without an image column."""
-    caption: str | None
     key: str | None
+    captions: tuple[str, ...]
+    """Columns of captions, in order of preference."""
     meta: tuple[str, ...]
-    """All other columns of text, numbers or booleans."""
+    """Columns of text, numbers or booleans, except the image, the key and the first of ``captions``."""
 
     def names(self) -> list[str]:
         """Return the names of all columns to read."""
-        return [name for name in (*self[:4], *self.meta) if name]
+        return [name for name in dict.fromkeys((self.image, self.link, self.key, *self.captions, *self.meta)) if name]
 
 
 class Footer(NamedTuple):
@@ -54,11 +56,14 @@ class Footer(NamedTuple):
     columns: Columns
 
 
-def read_footer(stream: IO[bytes], url: str, *, captions: bool = True) -> Footer | None:
+def read_footer(
+    stream: IO[bytes], url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Footer | None:
     """Read the footer of a file; None if it is damaged or not parquet, UserError if it lacks images or captions."""
     try:
         file = pq.ParquetFile(stream)
-        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url, captions=captions))
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
+        return Footer(file.metadata.num_rows, columns)
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
@@ -83,8 +88,10 @@ def read_records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
             yield {k: v.decode("utf-8", "replace") if k in text and v is not None else v for k, v in row.items()}
 
 
-def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Columns:
-    """Find the columns of a file by name and type.
+def find_columns(
+    schema: pa.Schema, url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Columns:
+    """Find the columns of a file by name and type; those of captions by ``caption_keys``.
 
     Raises UserError naming ``url`` if there is no column of images or links, or, with ``captions``, none of captions.
     """
@@ -94,21 +101,32 @@ def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Colum
     text = [name for name in names if _is_text(types[name])]
     image = _first(IMAGE_COLUMNS, [name for name in names if _is_image(types[name])])
     link = None if image else _first(LINK_COLUMNS, [name for name in names if _holds_text(types[name], lists=False)])
-    caption = _first(CAPTION_NAMES, [name for name in names if name != image and _holds_text(types[name])])
+    candidates = [name for name in names if name != image and _may_be_caption(types[name])]
+    texts = tuple(dict.fromkeys(name for wanted in caption_keys if (name := _first([wanted], candidates))))
     found = f"found {', '.join(schema.names) or 'none'}"
     if image is None and link is None:
         expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded images, or {' or '.join(LINK_COLUMNS)}"
         raise UserError(f"{url}: no column with images or links to them; {expected}; {found}")
-    if caption is None and captions:
-        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_NAMES)}; {found}")
-    key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
-    taken = {image, caption, key}
-    scalars = [name for name in names if name in {*text, link} or _is_number(types[name])]
-    return Columns(image, link, caption, key, tuple(name for name in scalars if name not in taken))
+    if not texts and captions:
+        other = _first(caption_keys, names)
+        found += f", where {other} is {types[other]}" if other else ""
+        raise UserError(f"{url}: no column with captions; expected {', '.join(caption_keys)}; {found}")
+    keys = [name for name in names if name in text or pa.types.is_integer(types[name]) or _is_bytes(types[name])]
+    key = _first(KEY_COLUMNS, keys)
+    taken = {image, key, *texts[:1]}
+    scalars = [name for name in names if name in {*text, link} or _is_number(types[name]) or _is_score(name, types)]
+    return Columns(image, link, key, texts, tuple(name for name in scalars if name not in taken))
 
 
 def read_parquet(
-    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None, *, captions: bool = True
+    stream: IO[bytes],
+    shard: str,
+    url: str,
+    first: int = 0,
+    end: int | None = None,
+    *,
+    captions: bool = True,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
 ) -> Iterator[dict[str, Any]]:
     """Yield rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
@@ -120,7 +138,7 @@ def read_parquet(
     try:
         # Without the buffer, a whole column of a row group would be read at once.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        columns = find_columns(file.schema_arrow, url, captions=captions)
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
         for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
             for values in _python_rows(batch):
                 yield _row(values, columns, shard, number, keys)
@@ -128,10 +146,10 @@ def read_parquet(
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
-        yield _problem_row(shard, number, "truncated_shard")
+        yield problem_row(shard, number, "truncated_shard")
         return
     if not number:
-        yield _problem_row(shard, 0, "empty_shard")
+        yield problem_row(shard, 0, "empty_shard")
 
 
 def _batches(file: pq.ParquetFile, columns: Columns, first: int, end: int) -> Iterator[pa.RecordBatch]:
@@ -175,35 +193,37 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _row(values: dict[str, Any], columns: Columns, shard: str, number: int, keys: Keys) -> dict[str, Any]:
     image = values[columns.image] if columns.image else None
-    given = values[columns.key] if columns.key else None
-    key = row_key(clean_text(given) if isinstance(given, bytes) else given)
-    key = key or f"{shard}-{number:07d}"
+    name = _text(values[columns.key]) if columns.key else ""
     meta = _meta(values, columns)
-    problem = keys.problem(key) if columns.key else None
+    key, new = keys.assign(name) if name else (safe_key(f"{shard}-{number:07d}"), True)
+    if name and key != name:
+        meta.setdefault(ORIGINAL_KEY, readable(name))
+    problem = None if new else "duplicate_key"
     try:
-        caption = text_of(values[columns.caption]) if columns.caption else ""
+        caption = caption_of({column: values[column] for column in columns.captions}, columns.captions)
     except TextError:
         caption, problem = "", problem or "bad_caption"
     if image is not None and len(image) > MAX_IMAGE_BYTES:
         image, problem = None, problem or "oversized_member"
     linked = columns.link is not None and "url" in meta
     missing = "no_image" if image is None and not linked else "no_caption" if not caption else None
-    values = {"key": key, "shard": shard, "row": number, "problem": problem or missing}
-    return {**values, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
+    row = {"key": key, "shard": shard, "row": number, "problem": problem or missing}
+    return {**row, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
 
 
-def _problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
-    values = {"key": "", "shard": shard, "row": number, "problem": problem}
-    return {**values, "image": None, "caption": None, "meta": "{}"}
+def _text(value: str | bytes | int | None) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
 
 
 def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Return the metadata of a row, without nulls and NaN."""
+    """Return the metadata of a row, without nulls and NaN; of several spellings of a name, that in lower case counts."""
     meta: dict[str, Any] = {}
     for column in columns.meta:
-        value = json_value(values[column])
-        if value is not None:
-            meta["url" if column == columns.link else column_name(column)] = value
+        value, name = json_value(values[column]), "url" if column == columns.link else column_name(column)
+        if value is not None and (column in (name, columns.link) or name not in meta):
+            meta[name] = value
     return meta
 
 
@@ -228,8 +248,18 @@ def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
     return _is_text(kind) or _is_bytes(kind)
 
 
+def _may_be_caption(kind: pa.DataType) -> bool:
+    """Return whether values may be captions: also of an empty column, which writers give the type null or float."""
+    return _holds_text(kind) or bool(pa.types.is_null(kind) or pa.types.is_floating(kind))
+
+
+def _is_score(name: str, types: Mapping[str, pa.DataType]) -> bool:
+    """Return whether a column has one of LAION's names and text as bytes, which may be numeric."""
+    return column_name(name) in LAION_NAMES and _is_bytes(types[name])
+
+
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -237,7 +267,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def _is_image(kind: pa.DataType) -> bool:

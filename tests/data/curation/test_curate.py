@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
     argv = ["--set", "input=x.tar", "--set", f"output={tmp_path}/out", "--set", setting.format(tmp=tmp_path)]
-    assert run_main(lambda: job.main(argv)) == 2
+    assert run_main(lambda: job.job.main(argv)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -154,7 +154,7 @@ def run_on_ray(
                 yield from table.to_pylist()
     except RayTaskError as error:
         if found := next((cause for cause in causes(error) if type(cause) is UserError), None):
-            raise UserError(str(found)) from None  # that of Ray's class has the traceback in its text
+            raise UserError(str(found).splitlines()[0]) from None  # Ray adds lines, and the traceback
         raise
 
 

@@ -116,6 +116,15 @@ def test_names_of_tars(names: list[str], form: int) -> None:
         written_and_read(good)
 
 
+def test_a_sample_with_a_new_caption_has_no_second_text_or_metadata(tmp_path: Path) -> None:
+    members = [("a.jpg", IMAGE), ("a.txt", b"\xff\xd8\xff"), ("a.npy", b"features"), ("a.json", b"{}")]
+    (row,) = read_samples(io.BytesIO(tar_bytes(members)), "shard")
+    assert row["problem"] == "bad_caption"
+    write_samples(str(tmp_path / "a.tar"), [{**row, "caption": "described"}])
+    (again,) = read_samples(io.BytesIO((tmp_path / "a.tar").read_bytes()), "shard")
+    assert (again["caption"], [m["extension"] for m in again["members"]]) == ("described", ["npy"])
+
+
 def test_every_sample_can_be_extracted(tmp_path: Path) -> None:
     ids = [
         "http://site.com/page/",

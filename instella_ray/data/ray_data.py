@@ -19,9 +19,11 @@ from ray.data._internal.execution import operators
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayTaskError
 
 from .. import logs
 from ..errors import UserError
+from ..retries import causes
 from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
@@ -163,9 +165,14 @@ def run_on_ray(
     """Run :func:`.pipeline.run_stages` on the connected cluster, or on a local one started for it."""
     init_ray(cpu_pool=cpu_pool)
     tables = tables_dataset(sources, stages, most_actors)
-    for batch in tables.iter_batches(batch_format="pyarrow", batch_size=None):
-        for table in unwrapped(batch):
-            yield from table.to_pylist()
+    try:
+        for batch in tables.iter_batches(batch_format="pyarrow", batch_size=None):
+            for table in unwrapped(batch):
+                yield from table.to_pylist()
+    except RayTaskError as error:
+        if found := next((cause for cause in causes(error) if type(cause) is UserError), None):
+            raise UserError(str(found).splitlines()[0]) from None  # Ray adds lines, and the traceback
+        raise
 
 
 def tables_dataset(sources: Sequence[Source], stages: Sequence[Stage], most_actors: int | None = None) -> Dataset:

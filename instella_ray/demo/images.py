@@ -84,7 +84,7 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
     Raises UserError if too few images can be held out, or none are left for training.
     """
     assert demo.shards is not None
-    require_images(demo.shards)
+    require_images(demo.shards, demo.caption_keys)
     urls = list(find_shards(demo.shards))
     sizes = {url: storage.size(url) for url in urls}
     least, share = min(LEAST, demo.held_out), SHARE * sum(sizes.values())
@@ -99,7 +99,7 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
             f"expected at least {least} to measure on"
         )
     train = ",".join(urls)
-    require_images(train)
+    require_images(train, demo.caption_keys)
     return _images(train, held_out[: demo.held_out])
 
 
@@ -114,7 +114,7 @@ def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (caption, pixels) of the samples that curation keeps, so that held-out images match the training data."""
     prefilter = Prefilter(curate_config(demo, url).filters)
     with storage.open_file(url) as stream:
-        for row in read_samples(stream, url):
+        for row in read_samples(stream, url, caption_keys=demo.caption_keys):
             if prefilter.verdict(row)[0] != KEPT:
                 continue
             try:

@@ -11,6 +11,7 @@ from ..data.curation.filters.config import FilterConfig
 from ..data.curation.filters.samples import Resolution
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
+from ..data.formats.texts import CAPTION_NAMES, CaptionKeys
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.sampling import SamplingConfig
@@ -47,6 +48,8 @@ class DemoConfig(Config):
     """Captioned WebDataset tars to use instead of the scenes (path or glob). The last ones are held out."""
     images: str | None = None
     """Captioned images to use instead of the scenes: a folder of image files, parquet, CSV, TSV, JSONL or tars."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json of ``shards``, in any case, in order of preference."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
     """Number of training scenes."""
@@ -114,7 +117,7 @@ TINY: dict[str, int] = {
 
 def curate_config(demo: DemoConfig, shards: str) -> CurateConfig:
     filters = FilterConfig(resolution=Resolution(target_size=demo.size))
-    return CurateConfig(input=shards, output=demo.path("curated"), filters=filters)
+    return CurateConfig(input=shards, output=demo.path("curated"), caption_keys=demo.caption_keys, filters=filters)
 
 
 def tokenizer_config(demo: DemoConfig, data: str) -> TokenizerConfig:

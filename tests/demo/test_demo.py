@@ -18,7 +18,6 @@ import pytest
 
 from instella_ray import cli, storage
 from instella_ray.commands import serve
-from instella_ray.config import job_config
 from instella_ray.demo.recipe import DemoConfig
 from instella_ray.demo.state import DemoState, read_demo
 from instella_ray.errors import UserError
@@ -197,7 +196,7 @@ def test_a_demos_folder_says_what_is_to_be_served(tmp_path: Path, capsys: pytest
     demo = DemoConfig(folder=str(tmp_path / "mine"), size=32, seed=3)
     DemoState(demo, "new").begin()
     assert read_demo(f"{demo.folder}/") == demo
-    args = job_config(serve.main, [demo.folder, "--set", "app.threads=3", "--set", "app.models.ar.slots=2"]).app  # type: ignore[attr-defined]
+    args = serve.job.load([demo.folder, "--set", "app.threads=3", "--set", "app.models.ar.slots=2"]).app
     assert (args.sizes, args.threads, list(args.models), args.models["ar"].slots) == ((32,), 3, ["diffusion", "ar"], 2)
     assert args.models["ar"].path == f"{demo.folder}/runs/ar/latest"
     assert cli.main(["serve", str(tmp_path)]) == 2

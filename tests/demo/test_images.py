@@ -20,6 +20,7 @@ from instella_ray.demo import stages
 from instella_ray.demo.images import HeldOutImages, demo_prompts, held_out_boundary, own_images, written_images
 from instella_ray.demo.recipe import DemoConfig, tokenizer_config
 from instella_ray.demo.state import DemoState
+from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 
@@ -59,6 +60,14 @@ def test_whole_tars_are_held_out_until_there_are_enough_images(tmp_path: Path) -
     # As many as are asked for, though the tar holds more.
     few = own_images(demo(shards, held_out=3))
     assert (trained_on(few), few.captions) == ("0123", ["image 80", "image 81", "image 82"])
+
+
+def test_names_of_captions_are_those_of_the_configuration(tmp_path: Path) -> None:
+    members = [(f"{i}.{e}", d) for i in range(32) for e, d in (("jpg", image_bytes(i)), ("json", b'{"vlm": "a dog"}'))]
+    shards = write_tars(tmp_path, members[:32], members[32:])
+    with pytest.raises(UserError, match="shard without captions"):
+        own_images(demo(shards))
+    assert own_images(demo(shards, caption_keys=("vlm",))).captions == ["a dog"] * 16
 
 
 def test_a_small_set_holds_out_a_share_and_a_large_one_a_number(

@@ -11,6 +11,7 @@ from ... import storage
 from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
+from ..formats.texts import CAPTION_NAMES, CaptionKeys
 from ..job import EXECUTION_KEYS, DataJobConfig, data_job
 from ..provenance import shard_provenance
 from ..stages import Stage
@@ -36,6 +37,8 @@ class CurateConfig(DataJobConfig):
     """
     output: str
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
     keep_truncated: bool = False
@@ -53,8 +56,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
     for section in cfg.filters.sections().values():
         section.check()
-    inputs = find_inputs(cfg.input)
-    require_captions(list(inputs.shards))
+    inputs = find_inputs(cfg.input, caption_keys=cfg.caption_keys)
+    require_captions(list(inputs.shards), cfg.caption_keys)
     labels = tuple(inputs.shards.values())
     shown = shown_shards(labels)
     settings = _settings(cfg, bool(inputs.links))
@@ -70,7 +73,12 @@ def run_curate(cfg: CurateConfig) -> Ledger:
             if inputs.links:
                 stages.insert(0, download_stage(cfg.download))
                 rows_per_block = min(rows_per_block, cfg.download.batch_size)
-            sources = shard_sources(inputs.shards, rows_per_block)
+            sources = shard_sources(
+                inputs.shards,
+                rows_per_block,
+                caption_keys=cfg.caption_keys,
+                time_limit_s=cfg.shard_time_limit_s,
+            )
             job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes))
         if cfg.filters.duplicates:
             deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)

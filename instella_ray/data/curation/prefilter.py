@@ -40,6 +40,7 @@ class Prefilter:
             row["scores"] = json.dumps(dict(scores))
             if row["verdict"].startswith(DROPPED):
                 dropped[row["shard"], row["verdict"]] += 1
+                row["members"] = None
                 if row["shard"] not in self.shown or dropped[row["shard"], row["verdict"]] > self.examples:
                     row["image"] = None
         return pa.Table.from_pylist(rows, PREFILTERED)

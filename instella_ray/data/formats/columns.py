@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from ...errors import UserError
 from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
-from .metadata import column_name, json_value
-from .names import Keys, row_key
-from .texts import CAPTION_NAMES, TextError, clean_text, text_of
+from .keys import ORIGINAL_KEY, Keys, readable, safe_key
+from .metadata import LAION_NAMES, column_name, json_value
+from .texts import CAPTION_NAMES, TextError, caption_of
 
 IMAGE_COLUMNS = ("image", *IMAGE_ENDINGS, "image_bytes", "bytes")
 LINK_COLUMNS = ("url", "image_url")
@@ -32,23 +32,31 @@ class Columns(NamedTuple):
     """Encoded images: binary, or a struct with a binary ``bytes``."""
     link: str | None
     """URLs of the images, in a file without an image column."""
-    caption: str | None
     key: str | None
+    captions: tuple[str, ...]
+    """Columns of captions, in order of preference."""
     meta: tuple[str, ...]
-    """All other columns of text, numbers or booleans."""
+    """Columns of text, numbers or booleans, except the image, the key and the first of ``captions``."""
     path: str | None = None
     """Paths of the images, in a table beside them."""
 
     def names(self) -> list[str]:
         """Return the names of all columns to read."""
-        return [name for name in (self.image, self.link, self.caption, self.key, *self.meta) if name]
+        return [name for name in dict.fromkeys((self.image, self.link, self.key, *self.captions, *self.meta)) if name]
 
 
-def find_columns(schema: pa.Schema, url: str, *, captions: bool = True, paths: bool = False) -> Columns:
-    """Find the columns of a file by name and type; with ``paths``, one of paths in the place of one of encoded images.
+def find_columns(
+    schema: pa.Schema,
+    url: str,
+    *,
+    captions: bool = True,
+    paths: bool = False,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+) -> Columns:
+    """Find the columns of a file by name and type; those of captions by ``caption_keys``.
 
-    Raises UserError naming ``url`` if there is no column of images, paths or links, or, with ``captions``, none of
-    captions.
+    With ``paths``, one of paths takes the place of one of encoded images. Raises UserError naming ``url`` if there is no
+    column of images, paths or links, or, with ``captions``, none of captions.
     """
     # Ignores duplicate names, which are ambiguous.
     names = [name for name, count in Counter(schema.names).items() if count == 1]
@@ -58,18 +66,22 @@ def find_columns(schema: pa.Schema, url: str, *, captions: bool = True, paths: b
     path = _first(PATH_COLUMNS, text) if paths else None
     links = [name for name in names if _holds_text(types[name], lists=False)]
     link = None if image or path else _first(LINK_COLUMNS, links)
-    caption = _first(CAPTION_NAMES, [name for name in names if name != image and _holds_text(types[name])])
+    candidates = [name for name in names if name != image and _may_be_caption(types[name])]
+    texts = tuple(dict.fromkeys(name for wanted in caption_keys if (name := _first([wanted], candidates))))
     found = f"found {', '.join(schema.names) or 'none'}"
     if image is None and path is None and link is None:
         images = f"{', '.join(PATH_COLUMNS)} with paths of" if paths else f"{', '.join(IMAGE_COLUMNS)} with encoded"
         expected = f"expected {images} images, or {' or '.join(LINK_COLUMNS)}"
         raise UserError(f"{url}: no column with images or links to them; {expected}; {found}")
-    if caption is None and captions:
-        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_NAMES)}; {found}")
-    key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
-    taken = {image, caption, key, path}
-    scalars = [name for name in names if name in {*text, link} or _is_number(types[name])]
-    return Columns(image, link, caption, key, tuple(name for name in scalars if name not in taken), path)
+    if not texts and captions:
+        other = _first(caption_keys, names)
+        found += f", where {other} is {types[other]}" if other else ""
+        raise UserError(f"{url}: no column with captions; expected {', '.join(caption_keys)}; {found}")
+    keys = [name for name in names if name in text or pa.types.is_integer(types[name]) or _is_bytes(types[name])]
+    key = _first(KEY_COLUMNS, keys)
+    taken = {image, key, path, *texts[:1]}
+    scalars = [name for name in names if name in {*text, link} or _is_number(types[name]) or _is_score(name, types)]
+    return Columns(image, link, key, texts, tuple(name for name in scalars if name not in taken), path)
 
 
 def table_row(
@@ -87,13 +99,14 @@ def table_row(
 
     ``name`` is its key unless a column has one; ``problem`` takes precedence over those that are found here.
     """
-    given = values[columns.key] if columns.key else name
-    key = row_key(clean_text(given) if isinstance(given, bytes) else given)
-    key = key or f"{shard}-{number:07d}"
+    name = (_text(values[columns.key]) if columns.key else "") or name or ""
     meta = _meta(values, columns)
-    problem = problem or (keys.problem(key) if columns.key or name else None)
+    key, new = keys.assign(name) if name else (safe_key(f"{shard}-{number:07d}"), True)
+    if name and key != name:
+        meta.setdefault(ORIGINAL_KEY, readable(name))
+    problem = problem or (None if new else "duplicate_key")
     try:
-        caption = text_of(values[columns.caption]) if columns.caption else ""
+        caption = caption_of({column: values[column] for column in columns.captions}, columns.captions)
     except TextError:
         caption, problem = "", problem or "bad_caption"
     if image is not None and len(image) > MAX_IMAGE_BYTES:
@@ -104,19 +117,19 @@ def table_row(
     return {**row, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
 
 
-def problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
-    """Return a row that stands for a part of a file that cannot be read."""
-    values = {"key": "", "shard": shard, "row": number, "problem": problem}
-    return {**values, "image": None, "caption": None, "meta": "{}"}
+def _text(value: str | bytes | int | None) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
 
 
 def _meta(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """Return the metadata of a row, without nulls and NaN."""
+    """Return the metadata of a row, without nulls and NaN; of several spellings of a name, that in lower case counts."""
     meta: dict[str, Any] = {}
     for column in columns.meta:
-        value = json_value(values[column])
-        if value is not None:
-            meta["url" if column == columns.link else column_name(column)] = value
+        value, name = json_value(values[column]), "url" if column == columns.link else column_name(column)
+        if value is not None and (column in (name, columns.link) or name not in meta):
+            meta[name] = value
     return meta
 
 
@@ -143,9 +156,19 @@ def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
     return is_text(kind) or _is_bytes(kind)
 
 
+def _may_be_caption(kind: pa.DataType) -> bool:
+    """Return whether values may be captions: also of an empty column, which writers give the type null or float."""
+    return _holds_text(kind) or bool(pa.types.is_null(kind) or pa.types.is_floating(kind))
+
+
+def _is_score(name: str, types: Mapping[str, pa.DataType]) -> bool:
+    """Return whether a column has one of LAION's names and text as bytes, which may be numeric."""
+    return column_name(name) in LAION_NAMES and _is_bytes(types[name])
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a type is one of lists."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -153,7 +176,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def _is_image(kind: pa.DataType) -> bool:

@@ -11,25 +11,26 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from ... import storage
-from .columns import problem_row
 from .files import AT_ONCE, list_files, read_files
 from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
-from .names import Keys, image_extension, row_key, split_extension
+from .keys import Keys
+from .names import image_extension, split_extension
+from .rows import problem_row
 from .table_source import scan_table
-from .tar_source import CAPTION_ENDINGS, FileSample
-from .texts import trimmed
+from .tar_source import CAPTION_ENDINGS, META, file_row
+from .texts import CAPTION_NAMES
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 """Names of the tables that describe the images of their folder."""
 FILES_PER_SHARD = 10_000
 """Images above which a folder is divided into several shards."""
-SAMPLE_ENDINGS = (*IMAGE_ENDINGS, *CAPTION_ENDINGS, "json")
+SAMPLE_ENDINGS = (*IMAGE_ENDINGS, *CAPTION_ENDINGS, META)
 LONGEST_LABEL = 120
 """Longest part of a label that the names of folders make up (bytes): a label is the start of file names."""
 _SHARD = re.compile(r"(?P<root>.+)#folder=(?P<folder>[^#,]*),(?P<part>\d+)/(?P<parts>\d+)")
@@ -69,7 +70,7 @@ class FolderShard(NamedTuple):
 
     def holds(self, stem: str) -> bool:
         """Return whether the files with the path ``stem`` without extension belong to the shard."""
-        return _hash(_key(stem.rpartition("/")[2])) % self.parts == self.part
+        return _hash(stem.rpartition("/")[2]) % self.parts == self.part
 
 
 def folder_shards(
@@ -87,40 +88,48 @@ def folder_shards(
     return [shard for shard in shards if shard.parts == 1 or any(map(shard.holds, folders[shard.folder]))]
 
 
-def read_folder(shard: FolderShard, label: str) -> Iterator[dict[str, Any]]:
+def read_folder(
+    shard: FolderShard, label: str, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one shard, sorted by name: the columns of :data:`.rows.SCHEMA` without ``last``.
 
     Every image is a row; captions and metadata without an image are one with the problem ``no_image``. There is at least
     one row: without any, its problem is ``empty_shard``.
     """
     folder = storage.join(shard.root, shard.folder) if shard.folder else shard.root
-    samples = _samples(list_files(folder, recursive=False), _described(shard))
+    samples = _samples(list_files(folder, recursive=False), _described(shard, caption_keys))
     stems, keys, number = filter(shard.holds, samples), Keys(), 0
     while part := list(islice(stems, AT_ONCE // 4)):  # a sample has two or three files
         names = [name for stem in part for name in samples[stem]]
         contents = dict(zip(names, read_files(folder, names), strict=True))
         for stem in part:
-            key = _key(f"{shard.folder}/{stem}" if shard.folder else stem)
-            for sample in _file_samples(key, {name: contents[name] for name in samples[stem]}, keys):
-                yield sample.row(label, number)
+            name = f"{shard.folder}/{stem}" if shard.folder else stem
+            for row in _rows(name, {file: contents[file] for file in samples[stem]}, keys, label, number, caption_keys):
+                yield row
                 number += 1
     if not number:
         yield problem_row(label, 0, "empty_shard")
 
 
-def _file_samples(key: str, files: dict[str, bytes | None], keys: Keys) -> Iterator[FileSample]:
-    """Yield a sample for each image among the files of one name, or one for those without an image."""
-    images = [name for name in files if image_extension(name)]
-    beside = [name for name in files if name not in images]
+def _rows(
+    name: str,
+    files: Mapping[str, bytes | None],
+    keys: Keys,
+    label: str,
+    number: int,
+    caption_keys: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each image among the files of one name, or one for those without an image."""
+    images = [file for file in files if image_extension(file)]
+    beside = [file for file in files if file not in images]
     for image in images or [""]:
-        sample = FileSample(key, problem=keys.problem(key))
-        for name in filter(None, (image, *beside)):
-            content = files[name]
-            if content is not None and len(content) > MAX_IMAGE_BYTES:
-                sample.problem = sample.problem or "oversized_member"
-            elif content is not None:
-                sample.parts[split_extension(name)[1]] = content
-        yield sample
+        key, new = keys.assign(name)
+        given = {split_extension(file)[1]: files[file] for file in filter(None, (image, *beside))}
+        data = {ending: content for ending, content in given.items() if content is not None}
+        small = {ending: content for ending, content in data.items() if len(content) <= MAX_IMAGE_BYTES}
+        problem = "duplicate_key" if not new else "oversized_member" if len(small) < len(data) else None
+        yield file_row(name, key, small, label, number, problem, caption_keys)
+        number += 1
 
 
 def _samples(names: Iterable[str], described: Collection[str]) -> dict[str, list[str]]:
@@ -134,7 +143,7 @@ def _samples(names: Iterable[str], described: Collection[str]) -> dict[str, list
     return {s: files for s, files in groups.items() if s not in done or any(map(image_extension, files))}
 
 
-def _described(shard: FolderShard) -> set[str]:
+def _described(shard: FolderShard, caption_keys: Sequence[str]) -> set[str]:
     """Return the images of the folder that its table, or one of a folder above, describes."""
     folders = shard.folder.split("/") if shard.folder else []
     found = set[str]()
@@ -144,13 +153,9 @@ def _described(shard: FolderShard) -> set[str]:
             url = storage.join(shard.root, *folders[:depth], name)
             if storage.exists(url):
                 with storage.open_file(url) as stream:
-                    paths = scan_table(stream, url, FILES_PER_SHARD).paths
+                    paths = scan_table(stream, url, FILES_PER_SHARD, caption_keys).paths
                 found |= {path.removeprefix(below) for path in paths if path.startswith(below)}
     return found
-
-
-def _key(path: str) -> str:
-    return row_key(trimmed(path))
 
 
 def _hash(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Names of inputs: patterns of paths and URLs, lists of shards, tar members, row keys and links.
+"""Names of inputs: patterns of paths and URLs, lists of shards, image files and links.
 
 A pattern is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million objects is listed
 only once), or several of these separated by commas; local, or any URL that fsspec supports.
@@ -7,7 +7,6 @@ only once), or several of these separated by commas; local, or any URL that fssp
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -20,10 +19,10 @@ from ...errors import UserError
 from .files import list_files
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
+from .tar_reader import COMPRESSED_ENDINGS, compressed_error
 
 SHARD_LIST = "shards.json"
 """Name of the list of shards in their folder; read by jobs whose input is the folder."""
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 
 
 # --- patterns and lists of shards
@@ -103,7 +102,9 @@ def find_image_files(folder: str) -> list[str]:
 
     Raises UserError if there are none.
     """
-    files = [name for name in list_files(folder) if image_extension(name)]
+    found = list_files(folder)
+    refuse_compressed([folder, *found])
+    files = [name for name in found if image_extension(name)]
     if not files:
         raise no_images(folder)
     return files
@@ -113,6 +114,14 @@ def no_images(folder: str) -> UserError:
     """Return the error for a folder without images, which names what was expected."""
     kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
     return UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
+
+
+def refuse_compressed(urls: Iterable[str]) -> None:
+    """Raise UserError for a compressed tar, by the endings of ``urls``."""
+    for url in urls:
+        kind = next((kind for ending, kind in COMPRESSED_ENDINGS.items() if url.endswith(ending)), None)
+        if kind:
+            raise compressed_error(url, kind)
 
 
 def list_shards(pattern: str, output: str, suffixes: str | Sequence[str]) -> ShardList:
@@ -173,11 +182,14 @@ def _listed(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     fs, path = storage.filesystem(part)
     if not fs.isdir(path):
         refuse_unfinished(os.path.dirname(part) or ".")
-        return _entries(_without_sidecars(storage.sizes(part)))
+        found = storage.sizes(part)
+        refuse_compressed(found)
+        return _entries(_without_sidecars(found))
     refuse_unfinished(part)
     if storage.exists(listed := storage.join(part, SHARD_LIST)):
         return read_shard_list(listed)
     files = storage.sizes(storage.join(part, "*"))
+    refuse_compressed(files)
     by_suffix = ({url: size for url, size in files.items() if url.endswith(suffix)} for suffix in suffixes)
     return _entries(next(filter(None, by_suffix), {}))
 
@@ -203,13 +215,7 @@ def name_shards(urls: Sequence[str]) -> dict[str, str]:
     return dict(zip(urls, names, strict=True))
 
 
-# --- keys of samples
-
-
-def member_name(name: str) -> tuple[str, str] | None:
-    """Split the name of a tar member into its key and its lower-case extension; ``None`` if it lacks either."""
-    found = _MEMBER.fullmatch(name.removeprefix("./"))
-    return (found["key"], found["extension"].lower()) if found else None
+# --- image files
 
 
 def image_extension(name: str) -> str | None:
@@ -218,37 +224,10 @@ def image_extension(name: str) -> str | None:
     return ending if ending in IMAGE_ENDINGS else None
 
 
-def row_key(value: str | int | None) -> str:
-    """Return the key for the id of a row, with dots replaced, because a tar key ends at the first; ``""`` for no id."""
-    text = "" if value is None else str(value)
-    return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
-
-
-def leads_out(path: str) -> bool:
-    """Return whether a path is absolute, or goes to a folder above."""
-    return path.startswith("/") or ".." in path.split("/")
-
-
 def split_extension(name: str) -> tuple[str, str]:
     """Split the path of a file at its last dot: its path without extension, and the lower-case extension."""
     stem, _, ending = name.rpartition(".")
     return (stem, ending.lower()) if stem and "/" not in ending and not stem.endswith("/") else (name, "")
-
-
-class Keys:
-    """Checks the keys of one shard, in order."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def problem(self, key: str) -> str | None:
-        """Return ``unsafe_name`` for a key outside its folder, ``duplicate_key`` for a repeated one, else ``None``."""
-        if leads_out(key):
-            return "unsafe_name"
-        if key in self._seen:
-            return "duplicate_key"
-        self._seen.add(key)
-        return None
 
 
 # --- links

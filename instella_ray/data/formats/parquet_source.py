@@ -6,15 +6,17 @@ data. Only a few rows are in memory at a time, however large a row group is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .columns import Columns, find_columns, is_list, is_text, plain, problem_row, table_row
-from .names import Keys
+from .columns import Columns, find_columns, is_list, is_text, plain, table_row
+from .keys import Keys
+from .rows import problem_row
+from .texts import CAPTION_NAMES
 
 IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
 """Rows per read, of files with images and with links."""
@@ -29,11 +31,14 @@ class Footer(NamedTuple):
     columns: Columns
 
 
-def read_footer(stream: IO[bytes], url: str, *, captions: bool = True) -> Footer | None:
+def read_footer(
+    stream: IO[bytes], url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Footer | None:
     """Read the footer of a file; None if it is damaged or not parquet, UserError if it lacks images or captions."""
     try:
         file = pq.ParquetFile(stream)
-        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url, captions=captions))
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
+        return Footer(file.metadata.num_rows, columns)
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
@@ -59,7 +64,14 @@ def read_records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def read_parquet(
-    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None, *, captions: bool = True
+    stream: IO[bytes],
+    shard: str,
+    url: str,
+    first: int = 0,
+    end: int | None = None,
+    *,
+    captions: bool = True,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
 ) -> Iterator[dict[str, Any]]:
     """Yield rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
@@ -71,7 +83,7 @@ def read_parquet(
     try:
         # Without the buffer, a whole column of a row group would be read at once.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        columns = find_columns(file.schema_arrow, url, captions=captions)
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
         for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
             for values in _python_rows(batch):
                 yield table_row(values, columns, shard, number, keys, values[columns.image] if columns.image else None)

@@ -23,6 +23,7 @@ from ... import storage
 from ...config import Config
 from ...errors import UserError
 from ...runs import RECORD
+from .rows import SCHEMA
 
 Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
@@ -38,12 +39,16 @@ DOWNLOAD = "download:"
 """Prefix of the problem of a sample whose download failed. Dead links are normal, so it is dropped, not quarantined."""
 DOWNLOAD_REASON = "download_"
 """Prefix of the ledger reasons of such samples."""
+APPLE_DOUBLE = "apple_double"
+"""Problem of a file that macOS adds to a tar; it is dropped, because a tar has one for every image."""
 
 
 def verdict_of(problem: str) -> str:
     """Return the verdict on a sample whose source reports ``problem``."""
     if problem.startswith(DOWNLOAD):
         return f"{DROPPED}:{DOWNLOAD_REASON}{problem.removeprefix(DOWNLOAD)}"
+    if problem == APPLE_DOUBLE:
+        return f"{DROPPED}:{problem}"
     return f"{QUARANTINED}:{problem}"
 
 
@@ -286,8 +291,7 @@ def _reaches_the_end(parts: list[Part]) -> bool:
 
 
 def _quarantine_table(rows: list[Row]) -> pa.Table:
-    columns = ("key", "shard", "row", "caption", "meta", "image")
-    kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string(), pa.large_binary())
-    schema = pa.schema([*zip(columns, kinds, strict=True), ("reason", pa.string())])
+    columns = ("key", "shard", "row", "caption", "meta", "image", "members")
+    schema = pa.schema([*map(SCHEMA.field, columns), ("reason", pa.string())])
     reasons = [{"reason": row["verdict"].partition(":")[2]} for row in rows]
     return pa.Table.from_pylist([{**row, **why} for row, why in zip(rows, reasons, strict=True)], schema)

@@ -6,6 +6,8 @@ bytes, and report problems of a sample in the column ``problem``, which the ledg
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +33,11 @@ from .names import (
     split_pattern,
 )
 from .parquet_source import Footer, read_footer, read_parquet, row_count
-from .rows import blocks
+from .rows import blocks, problem_row
 from .table_source import TABLES, TableScan, read_table, scan_table
 from .tar_source import count_samples, read_samples
+from .texts import CAPTION_NAMES
+from .time_limit import OutOfTimeError, within
 
 SUFFIXES = (".tar", ".parquet")
 """Extensions of shards; of a folder with both, the tars are read."""
@@ -41,6 +45,7 @@ ROWS_PER_SHARD = 100_000
 """Rows above which a parquet file or a table is split into several shards, which limits the work to redo after a kill."""
 _ROWS = re.compile(r"(?P<url>.+\.parquet)#rows=(?P<first>\d+)-(?P<end>\d+)")
 _BYTES = re.compile(r"(?P<url>.+)#bytes=(?P<first>\d+)-(?P<end>\d+)")
+log = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
@@ -53,7 +58,11 @@ class Inputs(NamedTuple):
 
 
 def find_inputs(
-    pattern: str, *, rows_per_shard: int = ROWS_PER_SHARD, files_per_shard: int = FILES_PER_SHARD
+    pattern: str,
+    *,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    files_per_shard: int = FILES_PER_SHARD,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
 ) -> Inputs:
     """Find the shards that ``pattern`` stands for, reading the footers of parquet files and the whole of other tables.
 
@@ -64,9 +73,10 @@ def find_inputs(
     found = _find(pattern)
     files = name_shards([entry.url for entry in found.files])
     with ThreadPoolExecutor(32) as threads:
-        parts = list(threads.map(partial(_file_inputs, rows_per_shard=rows_per_shard), files, files.values()))
+        cut = partial(_file_inputs, rows_per_shard=rows_per_shard, caption_keys=caption_keys)
+        parts = list(threads.map(cut, files, files.values()))
     for root, name in name_shards(list(found.folders)).items():
-        parts.append(_folder_inputs(root, found.folders[root], name, rows_per_shard, files_per_shard))
+        parts.append(_folder_inputs(root, found.folders[root], name, rows_per_shard, files_per_shard, caption_keys))
     refuse_twins([label for part in parts for label in part.shards.values()])
     shards = {url: label for part in parts for url, label in part.shards.items()}
     return Inputs(shards, tuple(url for part in parts for url in part.links))
@@ -79,9 +89,9 @@ def list_inputs(pattern: str) -> list[ShardEntry]:
     return [*found.files, *(ShardEntry(url=url, bytes=size) for url, size in of_folders)]
 
 
-def find_images(pattern: str) -> dict[str, str]:
+def find_images(pattern: str, caption_keys: Sequence[str] = CAPTION_NAMES) -> dict[str, str]:
     """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
-    inputs = find_inputs(pattern)
+    inputs = find_inputs(pattern, caption_keys=caption_keys)
     if inputs.links:
         raise _links_without_images(inputs.links[0])
     return inputs.shards
@@ -94,56 +104,85 @@ def refuse_links(urls: Iterable[str]) -> None:
             raise _links_without_images(url)
 
 
-def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
-    """Return a source for each shard of ``shards`` (URL -> label), by label.
+def shard_sources(
+    shards: Mapping[str, str],
+    rows_per_block: int,
+    *,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+    time_limit_s: float = math.inf,
+) -> dict[str, Source]:
+    """Return a source (:func:`read_blocks`) for each shard of ``shards`` (URL -> label), by label."""
+    read = partial(read_blocks, caption_keys=caption_keys, time_limit_s=time_limit_s)
+    return {label: partial(read, url, label, rows_per_block) for url, label in shards.items()}
 
-    Tables have up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
+
+def read_blocks(
+    url: str,
+    label: str,
+    rows_per_block: int,
+    *,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+    time_limit_s: float = math.inf,
+) -> Iterator[pa.Table]:
+    """Yield the tables of one shard, of up to ``rows_per_block`` consecutive rows.
+
+    After a transient storage error, reading continues after those already yielded. A shard that takes longer to read
+    than ``time_limit_s``, without the time in which its tables are processed, ends with a row whose problem is
+    ``time_limit``.
     """
-    return {label: partial(read_blocks, url, label, rows_per_block) for url, label in shards.items()}
+    tables = storage.retry_iter(lambda: blocks(read_rows(url, label, caption_keys=caption_keys), rows_per_block))
+    number = 0
+    try:
+        for table in within(tables, time_limit_s):
+            yield table
+            number += table.num_rows
+    except OutOfTimeError:
+        log.warning("%s: not read within %g s, given up after %d samples", url, time_limit_s, number)
+        yield from blocks([problem_row(label, number, "time_limit")], 1)
 
 
-def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]:
-    """Yield the tables of one shard; after a transient storage error, reading continues after those already yielded."""
-    return storage.retry_iter(lambda: blocks(read_rows(url, label), rows_per_block))
-
-
-def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
+def read_rows(
+    url: str, label: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one shard, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
     With ``captions``, a parquet file must have a column of captions.
     """
     if folder := FolderShard.parse(url):
-        yield from read_folder(folder, label)
+        yield from read_folder(folder, label, caption_keys)
         return
     cut = _ROWS.fullmatch(url) or _BYTES.fullmatch(url)
     path = cut["url"] if cut else url
     part = (int(cut["first"]), int(cut["end"])) if cut else ()
     with storage.open_file(path) as stream:
         if path.endswith(".parquet"):
-            yield from read_parquet(stream, label, path, *part, captions=captions)
+            yield from read_parquet(stream, label, path, *part, captions=captions, caption_keys=caption_keys)
         elif path.endswith(TABLES):
-            yield from read_table(stream, label, path, *part)
+            yield from read_table(stream, label, path, *part, caption_keys=caption_keys)
         else:
-            yield from read_samples(stream, label)
+            yield from read_samples(stream, label, path, caption_keys)
 
 
 def count_rows(url: str) -> int:
     """Count the rows of a shard by its headers alone; an undercount if it is damaged."""
     with storage.open_file(url) as stream:
-        return row_count(stream) if url.endswith(".parquet") else count_samples(stream)
+        return row_count(stream) if url.endswith(".parquet") else count_samples(stream, url)
 
 
-def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
+def require_captions(
+    urls: Sequence[str], caption_keys: Sequence[str] = CAPTION_NAMES, *, shards: int = 16, samples: int = 32
+) -> None:
     """Raise UserError if the first ``samples`` samples of the first ``shards`` shards have images but no captions."""
     images = 0
     for url in urls[:shards]:
-        rows = list(islice(read_rows(url, url), samples))
+        rows = list(islice(read_rows(url, url, caption_keys=caption_keys), samples))
         if any(row["caption"] for row in rows):
             return
         # Also counts links: the problem no_caption is reported for them like for images.
         images += sum(row["problem"] in ("no_caption", "bad_caption") for row in rows)
     if images:
-        expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
+        named = f"one of {', '.join(caption_keys)}"
+        expected = f"KEY.txt beside KEY.jpg, or {named} in KEY.json"
         if FolderShard.parse(urls[0]):
             expected = f"NAME.txt, NAME.caption or NAME.json beside NAME.jpg, or {' or '.join(METADATA_FILES)}"
         elif ".tar" not in urls[0]:
@@ -155,9 +194,9 @@ def _links_without_images(url: str) -> UserError:
     return UserError(f"{url}: links without images; curate first (jobs/curate.py), which downloads them")
 
 
-def _footer(url: str, *, captions: bool = True) -> Footer | None:
+def _footer(url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES) -> Footer | None:
     with storage.open_file(url) as stream:
-        return read_footer(stream, url, captions=captions)
+        return read_footer(stream, url, captions=captions, caption_keys=caption_keys)
 
 
 class _Found(NamedTuple):
@@ -186,23 +225,30 @@ def _find(pattern: str) -> _Found:
     return _Found([files[url] for url in sorted(files)], folders)
 
 
-def _file_inputs(url: str, label: str, rows_per_shard: int) -> Inputs:
+def _file_inputs(url: str, label: str, rows_per_shard: int, caption_keys: Sequence[str]) -> Inputs:
     """Return the shards of one file, of at most ``rows_per_shard`` rows; a tar stays whole."""
     if url.endswith(TABLES):
-        return _table_inputs(url, label, _scan(url, rows_per_shard))
-    footer = _footer(url) if url.endswith(".parquet") else None
+        return _table_inputs(url, label, _scan(url, rows_per_shard, caption_keys))
+    footer = _footer(url, caption_keys=caption_keys) if url.endswith(".parquet") else None
     if footer is None:
         return Inputs({url: label}, ())
     rows = [*range(0, footer.rows, rows_per_shard), footer.rows]
     return _inputs(_cut(url, label, "rows", [(row, row) for row in rows]), footer.columns)
 
 
-def _folder_inputs(root: str, files: Collection[str], name: str, rows_per_shard: int, files_per_shard: int) -> Inputs:
+def _folder_inputs(
+    root: str,
+    files: Collection[str],
+    name: str,
+    rows_per_shard: int,
+    files_per_shard: int,
+    caption_keys: Sequence[str],
+) -> Inputs:
     """Return the shards of a folder of images: those of its tables, and of the images that no table describes."""
     shards, links, described = dict[str, str](), list[str](), set[str]()
     for table in (file for file in files if file.rpartition("/")[2] in METADATA_FILES):
         folder, url = table.rpartition("/")[0], storage.join(root, table)
-        scan = _scan(url, rows_per_shard)
+        scan = _scan(url, rows_per_shard, caption_keys)
         found = _table_inputs(url, FolderShard(root, table.rpartition(".")[0]).label(name), scan)
         shards |= found.shards
         links += found.links
@@ -219,9 +265,9 @@ def _inputs(shards: dict[str, str], columns: Columns) -> Inputs:
     return Inputs(shards, tuple(shards) if columns.link else ())
 
 
-def _scan(url: str, rows_per_shard: int) -> TableScan:
+def _scan(url: str, rows_per_shard: int, caption_keys: Sequence[str]) -> TableScan:
     with storage.open_file(url) as stream:
-        return scan_table(stream, url, rows_per_shard)
+        return scan_table(stream, url, rows_per_shard, caption_keys)
 
 
 def _cut(url: str, label: str, unit: str, marks: Sequence[tuple[int, int]]) -> dict[str, str]:

@@ -6,17 +6,19 @@ Paths are relative to the folder of the table, and lead nowhere else.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from .columns import Columns, find_columns, problem_row, table_row
+from .columns import Columns, find_columns, table_row
 from .files import AT_ONCE, read_files
+from .keys import Keys, is_unsafe
 from .metadata import json_object
-from .names import Keys, leads_out, split_extension
-from .texts import trimmed
+from .names import split_extension
+from .rows import problem_row
+from .texts import CAPTION_NAMES
 
 TABLES = (".csv", ".tsv", ".jsonl")
 """Extensions of tables as text."""
@@ -37,12 +39,14 @@ class TableScan(NamedTuple):
     """Paths of the images."""
 
 
-def scan_table(stream: IO[bytes], url: str, rows_per_shard: int) -> TableScan:
+def scan_table(
+    stream: IO[bytes], url: str, rows_per_shard: int, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> TableScan:
     """Read a whole table, and divide it into shards of ``rows_per_shard`` rows; the last one may have fewer.
 
     Raises UserError if it lacks a column of paths or links, or one of captions.
     """
-    table = _Table(stream, url)
+    table = _Table(stream, url, caption_keys)
     marks, paths, rows = [(0, table.start)], set[str](), 0
     for record in table.records(table.start):
         rows += 1
@@ -56,7 +60,13 @@ def scan_table(stream: IO[bytes], url: str, rows_per_shard: int) -> TableScan:
 
 
 def read_table(
-    stream: IO[bytes], shard: str, url: str, start: int | None = None, end: int | None = None
+    stream: IO[bytes],
+    shard: str,
+    url: str,
+    start: int | None = None,
+    end: int | None = None,
+    *,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows between two positions of a table, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
@@ -64,7 +74,7 @@ def read_table(
     values than there are columns, becomes a row with the problem ``bad_metadata``. Raises UserError as
     :func:`scan_table`.
     """
-    table, number, keys = _Table(stream, url), 0, Keys()
+    table, number, keys = _Table(stream, url, caption_keys), 0, Keys()
     records = table.records(table.start if start is None else start, end)
     while part := list(islice(records, AT_ONCE)):
         for record, image in zip(part, table.images(part), strict=True):
@@ -77,7 +87,7 @@ def read_table(
 class _Table:
     """Table that is read in any order of its records, whose positions it knows."""
 
-    def __init__(self, stream: IO[bytes], url: str) -> None:
+    def __init__(self, stream: IO[bytes], url: str, caption_keys: Sequence[str]) -> None:
         self.stream, self.folder, self.position = stream, url.rpartition("/")[0], 0
         self.delimiter = {".csv": ",", ".tsv": "\t"}.get(url[url.rindex(".") :])
         self.names: list[str] = []
@@ -88,7 +98,7 @@ class _Table:
             objects = [each for each in islice(self._objects(), OBJECTS_SEEN) if each is not None]
             schema = _schema(objects)
         self.start = self.position if self.delimiter else 0
-        self.columns = find_columns(schema, url, paths=True)
+        self.columns = find_columns(schema, url, paths=True, caption_keys=caption_keys)
 
     def records(self, start: int, end: int | None = None) -> Iterator[Record | None]:
         """Yield the records between two positions; None for one that cannot be read."""
@@ -107,7 +117,7 @@ class _Table:
         if not self.columns.path:
             return [None] * len(records)
         paths = ["" if record is None else self.path(record) for record in records]
-        return read_files(self.folder, ["" if leads_out(path) else path for path in paths])
+        return read_files(self.folder, ["" if is_unsafe(path) else path for path in paths])
 
     def path(self, record: Record) -> str:
         """Return the path of the image of a record, relative to the folder if it is inside; ``""`` if it has none."""
@@ -125,7 +135,7 @@ class _Table:
         if self.columns.link and not isinstance(values[self.columns.link], str):
             values[self.columns.link] = None
         path = self.path(record)
-        name, problem = trimmed(split_extension(path)[0]), "unsafe_name" if leads_out(path) else None
+        name, problem = split_extension(path)[0], "unsafe_name" if is_unsafe(path) else None
         return table_row(values, self.columns, shard, number, keys, image, name=name, problem=problem)
 
     def _lines(self) -> Iterator[str]:

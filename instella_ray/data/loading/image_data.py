@@ -18,6 +18,7 @@ from ..formats.names import find_files, find_shards
 from ..formats.sources import require_captions
 from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples
+from ..formats.texts import CAPTION_NAMES
 from .loader import CAPTIONS, CaptionChoice
 from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
@@ -155,17 +156,18 @@ class CaptionedImageData:
         return self.images.column(index, CAPTIONS[0])
 
 
-def require_images(pattern: str) -> None:
+def require_images(pattern: str, caption_keys: Sequence[str] = CAPTION_NAMES) -> None:
     """Raise UserError unless ``pattern`` matches shards with captions and at least one usable image."""
     urls = list(find_shards(pattern))
-    require_captions(urls)
-    if not any(_has_image(url) for url in urls):
+    require_captions(urls, caption_keys)
+    if not any(_has_image(url, caption_keys) for url in urls):
         raise UserError(f"{pattern}: no usable image in these shards")
 
 
-def _has_image(url: str) -> bool:
+def _has_image(url: str, caption_keys: Sequence[str]) -> bool:
     with storage.open_file(url) as stream:
-        return any(row["image"] and not row["problem"] for row in read_samples(stream, url))
+        rows = read_samples(stream, url, caption_keys=caption_keys)
+        return any(row["image"] and not row["problem"] for row in rows)
 
 
 def _square(pixels: np.ndarray, size: int, offset: tuple[float, float]) -> np.ndarray:

@@ -134,6 +134,7 @@ def test_strips_are_refused_by_their_header(size: tuple[int, int], read: Callabl
         read(bomb(*size))
 
 
+@pytest.mark.process
 def test_a_long_image_is_resized_in_bounded_memory() -> None:
     """Enlarged as a whole, it would take 3 GB."""
     code = f"""

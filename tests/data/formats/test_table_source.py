@@ -62,13 +62,13 @@ def test_images_are_found_by_paths_beside_the_table(tmp_path: Path, name: str, c
     rows = rows_of(path)
     assert facts(rows) == [
         ("x/one", 'a "quoted", dog running', None),
-        ("two_v2", "Füße", None),
+        ("two%2Ev2", "Füße", None),
         ("gone", "a cat", "no_image"),
         ("three", None, "no_caption"),
         ("a-0000004", "a bird", "no_image"),
     ]
     assert [row["image"] for row in rows] == [image_bytes(0), image_bytes(1), None, image_bytes(2), None]
-    assert float(json.loads(rows[0]["meta"])["width"]) == 64 and json.loads(rows[1]["meta"]) == {}
+    assert float(json.loads(rows[0]["meta"])["width"]) == 64 and json.loads(rows[1]["meta"]) == {"original_key": "two.v2"}
 
 
 def test_paths_lead_nowhere_else(tmp_path: Path) -> None:

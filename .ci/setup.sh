@@ -95,4 +95,4 @@ else
 fi
 
 # Compiled here once: where Python is told to write no bytecode, every worker of Ray would compile torch and Ray anew.
-"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"
+"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,jxl,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"

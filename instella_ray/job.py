@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from . import logs
 from .config import ArgumentParser, Config, add_config_arguments, describe, dump_yaml, load_config
@@ -30,6 +30,8 @@ class Job(Generic[C]):
     """Flags with a value that are shorthands for ``--set``, and their dotted keys."""
     switches: Mapping[str, str] = field(default_factory=dict)
     """Flags without a value, and the dotted keys that they set to true."""
+    folder: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None
+    """Help of an optional folder, and the function that returns the dotted keys for which it stands, with their values."""
 
     def parser(self, prog: str | None = None) -> ArgumentParser:
         """Return the parser of the job's command line; its help lists all keys of the configuration."""
@@ -40,6 +42,8 @@ class Job(Generic[C]):
             epilog="configuration keys:\n" + "\n".join(keys),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if self.folder:
+            parser.add_argument("folder", nargs="?", metavar="FOLDER", help=self.folder[0])
         add_config_arguments(parser)
         for flag, key in self.flags.items():
             parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
@@ -57,7 +61,8 @@ class Job(Generic[C]):
         given = {flag: getattr(args, flag.replace("-", "_")) for flag in (*self.flags, *self.switches)}
         overrides = [f"{key}={given[flag]}" for flag, key in self.flags.items() if given[flag] is not None]
         overrides += [f"{key}=true" for flag, key in self.switches.items() if given[flag]]
-        return load_config(self.config, args.config, [*args.overrides, *overrides])
+        keys = self.folder[1](args.folder) if self.folder and args.folder else {}
+        return load_config(self.config, args.config, [*args.overrides, *overrides], flags=keys)
 
     def main(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         """Print the configuration of the command line ``argv`` as YAML, run the job, and return its exit code."""

@@ -6,14 +6,16 @@ the records (run id, job, rank) are set per process with :func:`set_up`.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -25,8 +27,9 @@ STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 """Attributes of Python's log records; all others were logged with ``extra``."""
 
 PROGRESS_S = 60.0
-"""Seconds between the lines of a progress bar in a file."""
+"""Seconds between the lines of a progress bar that is not on a terminal."""
 
+log = logging.getLogger(__name__)
 _context: dict[str, Any] = {}
 
 
@@ -78,6 +81,12 @@ def set_up(fields: Mapping[str, Any]) -> None:
         logger.warning("%s=%s: expected json or text; using text", FORMAT, found["format"])
 
 
+def set_up_worker(fields: Mapping[str, Any]) -> None:
+    """Set up logging in a process of a Ray job, where Ray's own handler of the root logger would repeat every record."""
+    set_up(fields)
+    logging.getLogger(PACKAGE).propagate = False
+
+
 @contextmanager
 def carrying(fields: Mapping[str, Any]) -> Iterator[None]:
     """Add ``fields`` to the context with :func:`set_up` during the block."""
@@ -97,14 +106,84 @@ def for_machines() -> bool:
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
-    """Return a tqdm progress bar on stderr: one line that is redrawn on a terminal, a line a minute in a file.
+    """Return a tqdm progress bar on stderr, with tqdm's ``options``.
 
-    ``options`` are tqdm's.
+    On a terminal it is one line, redrawn below all that the process prints meanwhile. Elsewhere it is a line a minute, or
+    with ``INSTELLA_RAY_LOG=json`` a record a minute, and one at each end.
     """
+    seldom: dict[str, Any] = {"mininterval": PROGRESS_S, "maxinterval": PROGRESS_S}
+    if context().get("format") == "json":
+        return RecordBar(iterable, **{**seldom, **options})
     if sys.stderr.isatty():
-        return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **options)
-    seldom: dict[str, Any] = {"mininterval": PROGRESS_S, "maxinterval": PROGRESS_S, "ascii": True}
-    return tqdm(iterable, file=LineWriter(sys.stderr), **{**seldom, **options})
+        return TerminalBar(iterable, dynamic_ncols=True, **options)
+    return tqdm(iterable, file=LineWriter(sys.stderr), ascii=True, **{**seldom, **options})
+
+
+class TerminalBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+    """Progress bar on a terminal, below what the process prints until it is closed, such as the output of Ray's workers."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        self._redirection = ExitStack()
+        terminal = sys.stderr.stream if isinstance(sys.stderr, LinesAboveBars) else sys.stderr
+        super().__init__(iterable, file=terminal, **options)
+        if not self.disable:
+            self._redirect(sys.stdout, terminal, redirect_stdout)
+            self._redirect(sys.stderr, terminal, redirect_stderr)
+
+    def _redirect(self, stream: Any, terminal: IO[str], redirect: Callable[[Any], AbstractContextManager[Any]]) -> None:
+        if stream.isatty() and not isinstance(stream, LinesAboveBars):
+            lines = LinesAboveBars(stream, terminal)
+            self._redirection.callback(lines.end)
+            self._redirection.enter_context(redirect(lines))
+
+    def close(self) -> None:
+        super().close()
+        self._redirection.close()
+
+
+class LinesAboveBars:
+    """Stream that writes to the terminal ``stream`` in whole lines, above the progress bars that are drawn on ``bars``."""
+
+    def __init__(self, stream: IO[str], bars: IO[str]) -> None:
+        self.stream, self.bars = stream, bars
+        self._unfinished: dict[int, str] = {}
+        """Begun line of each thread: a line is often printed in pieces."""
+
+    def write(self, text: str) -> int:
+        with tqdm.get_lock():
+            thread = threading.get_ident()
+            lines, end, rest = (self._unfinished.pop(thread, "") + text).rpartition("\n")
+            if rest:
+                self._unfinished[thread] = rest
+            if end:
+                with tqdm.external_write_mode(file=self.bars):
+                    self.stream.write(lines + end)
+                    self.stream.flush()
+        return len(text)
+
+    def end(self) -> None:
+        """Write unfinished lines as they are."""
+        with tqdm.get_lock():
+            self.stream.write("".join(self._unfinished.values()))
+            self._unfinished.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class RecordBar(tqdm):  # type: ignore[type-arg]
+    """Progress bar that logs records with the fields ``done``, ``total``, ``unit`` and ``seconds`` instead of drawing."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        super().__init__(iterable, file=io.StringIO(), **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg == "":  # tqdm clears a bar that does not stay
+            return
+        state = self.format_dict
+        done = f"{self.desc}: {self.n} of {self.total} {self.unit}"
+        fields = {"done": self.n, "total": self.total, "unit": self.unit, "seconds": round(state["elapsed"], 1)}
+        log.info("%s", ", ".join(filter(None, [done, state["postfix"]])), extra=fields)
 
 
 class LineWriter:
@@ -123,7 +202,7 @@ class LineWriter:
 
 
 class StderrHandler(logging.StreamHandler[Any]):
-    """Stream handler that uses the current ``sys.stderr``, which may be replaced, and writes above progress bars."""
+    """Stream handler that uses the current ``sys.stderr``, which may be replaced."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -131,8 +210,7 @@ class StderrHandler(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
-        with tqdm.external_write_mode(file=sys.stderr):
-            super().emit(record)
+        super().emit(record)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,21 +1,26 @@
-"""Report rendering: self-contained HTML pages, SVG curves, inline images and Markdown tables."""
+"""Report rendering: self-contained HTML pages, numbers, goals, SVG curves, inline images and Markdown tables."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import math
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-TEMPLATES = Path(__file__).parent
-"""Folder of ``page.html.j2``, the base template of all pages."""
-COLORS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+TEMPLATES = Path(__file__).with_name("templates")
+"""Folder of ``base.html.j2``, which reports extend, and of what all pages share."""
+COLORS = 6
+"""Number of colours of curves in ``report.css``."""
 LOSSLESS_SIZE = 128
 """Largest side in pixels of images stored as PNG, because their single pixels are visible."""
 MAX_MARKED_POINTS = 20
@@ -24,17 +29,71 @@ MAX_MARKED_POINTS = 20
 Cell = str | int | float
 
 
+@dataclass(frozen=True)
+class Goal:
+    """Target for a measured value."""
+
+    name: str
+    value: float
+    target: float
+    kind: Literal[">=", "<="]
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the value meets the target."""
+        return (operator.ge if self.kind == ">=" else operator.le)(self.value, self.target)
+
+    def text(self) -> str:
+        """Format the goal as one line."""
+        value, target = digits(self.value, self.unit), digits(self.target, self.unit, 6)
+        return f"{'met   ' if self.met else 'MISSED'} {self.name}: {value} (goal {self.kind} {target})"
+
+
 def render(template: Path, **values: Any) -> str:
-    """Render a template file to HTML; text is escaped, and an undefined name raises an error."""
+    """Render a template file to HTML; text is escaped, and an undefined name raises an error.
+
+    Reports extend ``base.html.j2``; their ``pages`` are links to other pages, by label.
+    """
     loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"number": number, "uri": data_uri}
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page.filters |= {"digits": digits, "uri": image_uri}
+    sections: dict[str, str] = {}
+    script = (TEMPLATES / "script.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    def section(title: str, label: str | None = None) -> Markup:
+        anchor = f"section-{len(sections) + 1}"
+        sections[anchor] = label or title
+        return Markup('<h2 id="{}">{}</h2>').format(anchor, title)
+
+    page.globals |= {"section": section, "sections": sections, "pages": {}}
+    page.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return page.get_template(template.name).render(**values)
 
 
-def number(value: float | None) -> str:
-    """Format a number with four significant digits; a dash for None or a value that is not finite."""
-    return "–" if value is None or not np.isfinite(value) else f"{value:.4g}"
+def digits(value: float | None, unit: str = "", significant: int = 3) -> str:
+    """Format a number for reading: ``1,234,567``, ``24.1 dB``, ``1.2e-9``; a dash for None or a value that is not finite.
+
+    Whole numbers and digits before the decimal point are kept; others are rounded to ``significant`` digits, without
+    zeros at the end.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e15 or 0 < size < 1e-4:
+        mantissa, _, exponent = f"{value:.{significant - 1}e}".partition("e")
+        text = f"{_without_zeros(mantissa)}e{int(exponent)}"
+    elif value == int(value):
+        text = f"{int(value):,}"
+    else:
+        places = max(0, significant - 1 - math.floor(math.log10(size)))
+        text = _without_zeros(f"{value:,.{places}f}")
+    return f"{text} {unit}" if unit else text
+
+
+def _without_zeros(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def table(rows: Sequence[Mapping[str, Cell]]) -> str:
@@ -69,8 +128,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(image: bytes) -> str:
-    """Return the data URI of PNG or JPEG file bytes."""
+def image_uri(image: bytes | str) -> str:
+    """Return the data URI of PNG or JPEG file bytes; a path relative to the page is returned as it is."""
+    if isinstance(image, str):
+        return image
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
@@ -108,27 +169,26 @@ def svg_curves(
         value = 10**tick if log else tick
         _, y = at(first, value)
         parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    parts.append(f'<text x="{left + 6}" y="{height - 6}">{first:g}</text>')
-    parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{escape(axis)} {last:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{digits(value)}</text>')
+    parts.append(f'<text x="{left + 6}" y="{height - 6}">{digits(first)}</text>')
+    parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{escape(axis)} {digits(last)}</text>')
     for place, (name, line) in enumerate(series.items()):
-        color = COLORS[place % len(COLORS)]
+        color = f'class="series-{place % COLORS}"'
         dots = [at(*point) for point in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        parts.append(f'<polyline points="{path}" {color} fill="none" stroke="currentColor" stroke-width="1.6"/>')
         if len(dots) <= MAX_MARKED_POINTS:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in dots]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" {color} fill="currentColor"/>' for x, y in dots]
         for x, *ends in (spans or {}).get(name, ()):
             (x1, y1), (_, y2) = at(x, ends[0]), at(x, ends[1])
-            parts.append(
-                f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}" stroke-opacity="0.5"/>'
-            )
+            ends_at = f'x1="{x1:.1f}" x2="{x1:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"'
+            parts.append(f'<line {ends_at} {color} stroke="currentColor" stroke-opacity="0.5"/>')
         if len(series) > 1:
             column, row = left + 8 + 200 * (place % 2), height + 10 + 15 * (place // 2)
-            parts.append(f'<text x="{column}" y="{row}" style="fill: {color}">{escape(name)}</text>')
+            parts.append(f'<text x="{column}" y="{row}" {color}>{escape(name)}</text>')
     below = 15 * ((len(series) + 1) // 2) if len(series) > 1 else 0
     return Markup(f'<svg viewBox="0 0 {width} {height + below}" role="img">{"".join(parts)}</svg>')
 
 
 def _cell(value: Cell) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return digits(value) if isinstance(value, float) else str(value)

@@ -55,18 +55,20 @@ def test_other_names_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "fast"),
+    ("vendor", "flags", "fast"),
     [
-        ([], False),
-        (["fpu", "avx2", "avx512f", "avx512_vnni"], False),
-        (["avx512_bf16_not"], False),
-        (["avx2", "avx512_bf16"], True),
-        (["amx_tile", "amx_bf16", "amx_int8"], True),
+        ("AuthenticAMD", "", False),
+        ("AuthenticAMD", "fpu avx2 avx512f avx512_vnni", False),
+        ("AuthenticAMD", "avx512_bf16_not", False),
+        ("AuthenticAMD", "avx2 avx512_bf16", True),
+        ("GenuineIntel", "avx2 avx512_bf16", False),
+        ("GenuineIntel", "avx512_bf16 amx_tile amx_bf16 amx_int8", True),
+        ("", "amx_bf16", True),
     ],
 )
-def test_bfloat16_follows_the_processor(monkeypatch: pytest.MonkeyPatch, flags: list[str], fast: bool) -> None:
-    assert fast_bf16(flags) is fast
-    monkeypatch.setattr(accelerator, "_cpu_flags", lambda: flags)
+def test_bfloat16_follows_the_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, fast: bool) -> None:
+    assert fast_bf16(flags.split(), vendor) is fast
+    monkeypatch.setattr(accelerator, "_cpu_info", {"flags": flags, "vendor_id": vendor}.get)
     assert compute_dtype(CPU) == (torch.bfloat16 if fast else torch.float32)
     assert compute_dtype(CUDA) == torch.bfloat16
     for device in (CPU, CUDA):

@@ -171,7 +171,8 @@ def test_every_shipped_configuration_loads() -> None:
         if path.name != "deploy.yaml":  # Ray Serve's own form
             load_config(ServeArgs, str(path), section="app").check()
     given = ["input=a", "output=b"]
-    load_config(CurateConfig, str(ROOT / "configs/data/curate.yaml"), given)
+    for name in ("curate", "folder"):
+        load_config(CurateConfig, str(ROOT / f"configs/data/{name}.yaml"), given)
     load_config(EncodeConfig, str(ROOT / "configs/data/encode.yaml"), [*given, "tokenizer=c"])
 
 

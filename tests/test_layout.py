@@ -18,7 +18,7 @@ FLOORS = [
     {"logs"},
     {"errors", "retries"},
     {"transient", "urls"},
-    {"config", "storage", "packages", "accelerator", "rendering"},
+    {"config", "storage", "packages", "accelerator", "rendering", "claims"},
     {"models", "runs", "job"},
     {"flops", "engine"},
     {"data"},

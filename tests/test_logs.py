@@ -198,3 +198,28 @@ def test_in_a_file_a_progress_bar_is_a_line_a_minute_and_one_at_each_end(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("%")[0].split()[-1] for line in lines] == ["0", "20", "40", "60", "80", "100", "done", "100"]
     assert not any("\r" in line for line in lines)
+
+
+def test_with_json_a_progress_bar_is_a_record_a_minute_and_one_at_each_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INSTELLA_RAY_LOG", "json")
+    monkeypatch.setenv("INSTELLA_RAY_RUN_ID", "night-7")
+    logs.begin_job("train")
+    now = 1000.0
+    with logs.progress_bar(total=300, desc="training", unit="step") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: now)
+        bar.start_t = bar.last_print_t = now
+        for _ in range(300):
+            now += 0.5
+            bar.set_postfix(loss="0.5", refresh=False)
+            bar.update()
+    for _ in logs.progress_bar(range(3), desc="gone at its end", leave=False):
+        pass
+    first, *between, last, other = records(capsys.readouterr().err)
+    assert first["message"] == "training: 0 of 300 step" and first["done"] == 0
+    assert [(each["done"], each["seconds"]) for each in between] == [(120, 60.0), (240, 120.0)]
+    assert last["message"] == "training: 300 of 300 step, loss=0.5"
+    names = ("level", "job", "run", "done", "total", "unit", "seconds")
+    assert [last[name] for name in names] == ["info", "train", "night-7", 300, 300, "step", 150.0]
+    assert other["message"] == "gone at its end: 0 of 3 it"

@@ -40,6 +40,7 @@ from .tiers import PARTS, TIERS
 # Which job reads the files of a folder of configs/, and what it needs beside them.
 JOB_OF = {
     "data/curate": ("curate", ["input=a", "output=b"]),
+    "data/folder": ("curate", ["input=a", "output=b"]),
     "data/recaption": ("recaption", ["input=a", "output=b"]),
     "data/synthesize": ("synthesize", ["prompts=a", "output=b"]),
     "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),

@@ -18,8 +18,9 @@ from ..engine.engine import EngineOptions, Finished, Request, StepEngine, build_
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.joint_attention import JointCache, TextKV
 from ..models.sampling import SamplingParams, generate_ar, generate_diffusion
+from ..rendering import Cell, Goal
 from .measure import Spread, Timing, race, ratio
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 
 DIFFUSION_GOAL, AR_GOAL = 1.25, 8.0
 

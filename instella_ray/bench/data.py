@@ -30,10 +30,11 @@ from ..data.ray_data import init_ray, tables_dataset, unwrapped
 from ..data.stages import Stage
 from ..data.views import ViewDecoder
 from ..errors import UserError
+from ..rendering import Cell, Goal
 from ..storage import write_json
 from .measure import Spread
 from .memory import peak_memory
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 
 OURS = "this pipeline"
 PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..accelerator import hardware_summary
-from ..rendering import Cell, table
+from ..rendering import Cell, Goal, table
 from ..storage import write_json
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Target for a measured value."""
-
-    name: str
-    value: float
-    target: float
-    kind: Literal[">=", "<="]
-
-    @property
-    def met(self) -> bool:
-        """Whether this run meets the target."""
-        return (operator.ge if self.kind == ">=" else operator.le)(self.value, self.target)
-
-    def text(self) -> str:
-        """Format the goal as one line."""
-        return f"{'met   ' if self.met else 'MISSED'} {self.name}: {self.value:.3g} (goal {self.kind} {self.target:g})"
 
 
 @dataclass(frozen=True)

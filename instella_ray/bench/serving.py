@@ -18,8 +18,9 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
+from ..rendering import Cell, Goal
 from .load import Load, closed_loop, mixed_requests, open_loop, percentile
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 
 GRAPH, SINGLE, STATIC = "graph", "one at a time", "static batches"
 DEMO_BIT = BITConfig(
@@ -129,6 +130,7 @@ def endpoints(
     from ray import serve
 
     from ..serving.app import ServeArgs, build
+    from ..serving.shutdown import shut_down_serve
     from .baselines import one_at_a_time, static_batches
 
     models = save_models(cfg, folder)
@@ -152,7 +154,7 @@ def endpoints(
             urls[name] = f"http://127.0.0.1:{port}{prefix}"
         yield urls
     finally:
-        serve.shutdown()
+        shut_down_serve()
 
 
 def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import build_model, save_model, weight_hash
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
+from ..rendering import Cell, Goal
 from ..training.generator import GeneratorRunConfig, complete_config
 from ..training.launch import launch
 from ..training.settings import TrainConfig, WorkersConfig
 from .data import write_codes
 from .measure import Spread, ratio
-from .report import Cell, Goal, SuiteResult
+from .report import SuiteResult
 from .training_tasks import (
     BACKWARD,
     BARE,

@@ -14,8 +14,8 @@ from ..demo.run import run_demo
 def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        description="Draw captioned scenes, curate them, train a tokenizer and two generators, serve them, sample over "
-        "HTTP, evaluate, and write report.html. Takes about 13 minutes on two CPU cores.",
+        description="Draw captioned scenes, or take your own images, curate them, train a tokenizer and two generators, "
+        "serve them, sample over HTTP, evaluate, and write report.html. Takes about 13 minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -23,6 +23,12 @@ def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     parser.add_argument("--size", type=int, help="side of the images in pixels (default: 64)")
     parser.add_argument(
         "--shards", help="captioned WebDataset tars to use instead of the scenes (path or glob); the last are held out"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="PATH",
+        help="captioned images to use instead of the scenes: a folder of image files with NAME.txt, NAME.caption or "
+        "NAME.json beside them or metadata.csv, or a parquet, CSV, TSV or JSONL file; a share of them is held out",
     )
     parser.add_argument("--seed", type=int, help="seed of all stages (default: 0)")
     parser.add_argument(
@@ -38,7 +44,8 @@ def parser(prog: str = "instella-ray demo") -> ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("demo")
-    flags = {name: value for name in ("folder", "size", "shards", "seed") if (value := getattr(args, name)) is not None}
+    names = ("folder", "size", "shards", "images", "seed")
+    flags = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
     run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
     return 0

@@ -19,7 +19,9 @@ ENDINGS = {"jpg": "jpeg", **{name: name for name in OPTIONS}}
 def parser(prog: str = "instella-ray generate") -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description="Generate images of a prompt, without Ray, and write them to files.")
     parser.add_argument("prompt", help="text to draw")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="model folder of a generator, or hub name")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="model folder of a generator, folder of a demo, or hub name"
+    )
     parser.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file: .png, .jpg or .webp (out.png)")
     parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="images; files get a number (1)")
     parser.add_argument("--size", metavar="WxH", help="width and height in pixels (default: the tokenizer's)")

@@ -20,6 +20,7 @@ from .formats.parts import PartWriter
 from .formats.patterns import Pattern, pattern_text
 from .formats.rows import BLOCK_BYTES
 from .formats.sources import find_images, shard_sources
+from .formats.texts import CAPTION_NAMES, CaptionKeys
 from .job import INPUT_KEYS, DataJobConfig, data_job
 from .model_provenance import model_provenance
 from .provenance import shard_provenance
@@ -31,9 +32,11 @@ class EncodeConfig(DataJobConfig):
     """Configuration of the encoding job: input images, tokenizer, and views per image."""
 
     input: Pattern
-    """Curated WebDataset tars or parquet files: paths, globs, folders or lists of shards, comma-separated."""
+    """Curated WebDataset tars, or other images as for curation: paths, globs or lists of shards, comma-separated."""
     output: str
     """Output folder of the parquet files, ``manifest.json`` and ``ledger.json``."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     tokenizer: str
     """Model folder of the BIT tokenizer."""
     size: int | None = Field(None, ge=1)
@@ -88,7 +91,7 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
     does not allow it.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "tokenizer": find_model(cfg.tokenizer)})
-    shards = find_images(cfg.input, output=cfg.output)
+    shards = find_images(cfg.input, cfg.caption_keys, output=cfg.output)
     bit = load_expected(cfg.tokenizer, BIT)
     size = cfg.size or bit.cfg.image_size
     if size % (multiple := bit.cfg.encode_multiple):
@@ -103,7 +106,10 @@ def run_encode(cfg: EncodeConfig) -> CodesManifest:
         rows_per_file = min(cfg.rows_per_file, decoder.rows_within(BLOCK_BYTES))
         encoder = Stage(partial(CodesEncoder, cfg, size), Pool(cfg.actors, cfg.gpus_per_actor))
         writer = PartWriter(cfg.output, ".parquet", CodesWriter(cfg.source))
-        job.write(shard_sources(shards, rows_per_file), [Stage(decoder), encoder], writer)
+        sources = shard_sources(
+            shards, rows_per_file, caption_keys=cfg.caption_keys, time_limit_s=cfg.shard_time_limit_s
+        )
+        job.write(sources, [Stage(decoder), encoder], writer)
         job.close(shards.values(), listed=False)
         job.require_kept(f"input {pattern_text(cfg.input)}: nothing to encode")
         files = [CodesFile(name=part.file, rows=part.records) for part in job.folder.parts() if part.file]

@@ -54,6 +54,8 @@ class DataJobConfig(Config):
     """If the output exists: ``new`` fails, ``resume`` continues it, ``fresh`` deletes it and starts over."""
     local: bool = False
     """Run sequentially in this process, without Ray; the output files are the same."""
+    shard_time_limit_s: float = Field(3600, gt=0)
+    """Time of reading one shard after which the rest of it is given up, quarantined as ``time_limit`` (s)."""
     cpu_pool: CpuPool | None = None
     """Label KEY=VALUE of the nodes that run CPU work, for clusters with a pool of CPU nodes; null: any node."""
     abort: AbortConfig = AbortConfig()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from .. import storage
 from ..runs import Provenance, read_record
 from .formats.codes import MANIFEST
-from .formats.names import SHARD_LIST, ShardEntry, find_files
+from .formats.names import SHARD_LIST, ShardEntry
 from .formats.parts import INPUTS, LEDGER, SETTINGS, Ledger
-from .formats.patterns import Pattern, absolute_pattern, pattern_text
-from .formats.sources import SUFFIXES
+from .formats.patterns import Pattern, absolute_pattern, file_name, pattern_text
+from .formats.sources import SUFFIXES, list_inputs
 
 ACCOUNT = (SETTINGS, INPUTS, LEDGER, SHARD_LIST, MANIFEST)
 """Files of a data job's output that identify it; a job need not write all of them."""
@@ -24,8 +24,9 @@ def shard_provenance(role: str, pattern: Pattern, *, output: str | None = None) 
     The folder ``output`` is no part of the pattern.
     """
     by_folder: dict[str, list[ShardEntry]] = defaultdict(list)
-    for entry in find_files(pattern, SUFFIXES, output=output):
-        by_folder[entry.url.rpartition("/")[0]].append(entry)
+    for entry in list_inputs(pattern, output=output):
+        # Outputs of jobs are tars and parquet files; folders of images may be many.
+        by_folder[entry.url.rpartition("/")[0] if file_name(entry.url).endswith(SUFFIXES) else ""].append(entry)
     made = {folder for folder in by_folder if folder and storage.exists(storage.join(folder, LEDGER))}
     found = [data_provenance(role, folder) for folder in sorted(made)]
     others = [entry for folder, entries in by_folder.items() if folder not in made for entry in entries]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
+from ray.data._internal.execution import operators
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayError
@@ -23,6 +27,8 @@ from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
 """Column in which each row holds a whole table."""
+INLINE_BYTES = 100 << 10
+"""Ray passes larger arguments through the object store (its ``max_direct_call_object_size``)."""
 logger = logging.getLogger(__name__)
 
 
@@ -42,9 +48,22 @@ def _connect(log_to_driver: bool) -> None:
     if logs.for_machines():
         options["logging_config"] = WorkerLogging("JSON", fields=logs.context())
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        _init(**options)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, **options)
+        start_local_ray(**options)
+
+
+def start_local_ray(**options: Any) -> None:
+    """Start a Ray on this machine that ends with this process; ``options`` are those of ``ray.init``."""
+    # Its only node is never preempted, and Ray logs an error about the actor that would watch for that.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    _init(include_dashboard=False, logging_level=logging.ERROR, **options)
+
+
+def _init(**options: Any) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no escape codes in files
+    ray.init(**options)
 
 
 @dataclass
@@ -56,9 +75,7 @@ class WorkerLogging(ray.LoggingConfig):
 
     def _apply(self) -> None:
         super()._apply()
-        logs.set_up(self.fields)
-        # Ray adds a handler to the root logger, which would write each record a second time.
-        logging.getLogger(logs.PACKAGE).propagate = False
+        logs.set_up_worker(self.fields)
 
 
 def keep_to(cpu_pool: str | None) -> None:
@@ -214,6 +231,28 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
 
 
+class InlineActorPool(ActorPoolMapOperator):
+    """Ray Data's actor pool, whose actors hold their settings and, if it is small, their stage by value.
+
+    Ray Data passes references into the object store, on which Ray logs an error: an actor is not restarted if these
+    objects are lost (https://github.com/ray-project/ray/issues/53727). What is too large to be passed by value stays a
+    reference that the operator holds.
+    """
+
+    @cached_property
+    def _map_transformer_ref(self) -> Any:
+        small = len(ray.cloudpickle.dumps(self._map_transformer)) < INLINE_BYTES
+        return self._map_transformer if small else super()._map_transformer_ref
+
+    @property
+    def _data_context_ref(self) -> Any:
+        return self.data_context
+
+
+# Ray Data asks this function for the class of every pool of actors.
+operators.get_actor_pool_map_operator_cls = lambda: InlineActorPool
+
+
 class TableSource(Datasource):
     """Ray datasource of the wrapped tables of ``sources``; nothing is listed or opened before its tasks run."""
 
@@ -260,7 +299,10 @@ def _guarded(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _quiet(dataset: Dataset) -> Dataset:
-    """Disable Ray Data's progress bars and logs, one line per operator and second: a job shows its own progress bar."""
+    """Disable Ray Data's progress bars and logs, one line per operator and second: a job shows its own progress bar.
+
+    So is its advice about inputs smaller than an actor pool: it names an option that no job has.
+    """
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -268,4 +310,5 @@ def _quiet(dataset: Dataset) -> Dataset:
     # They print the error of a task in 40 lines, which is raised here anyway.
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
     return dataset

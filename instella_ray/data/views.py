@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from .formats.images import UndecodableError, decode_rgb, fit_square
-from .formats.parts import KEPT
+from .formats.parts import KEPT, verdict_of
+from .formats.rows import MEMBERS
 
 ROWS_AT_ONCE = 64
 """Images decoded before their pixels are converted to Arrow columns."""
@@ -21,6 +22,7 @@ PIXELS = pa.schema(
         ("caption", pa.string()),
         ("meta", pa.string()),
         ("image", pa.large_binary()),
+        ("members", MEMBERS),
         ("verdict", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -47,9 +49,9 @@ class ViewDecoder:
         return max(1, size // (3 * views * self.size**2))
 
     def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["problem"]:
+            return {**row, "verdict": verdict_of(row["problem"])}
         try:
-            if row["problem"]:
-                raise UndecodableError(row["problem"])
             image = decode_rgb(row["image"], at_least=2 * self.size)
         except UndecodableError as error:
             return {**row, "verdict": f"quarantined:{error}"}
@@ -57,5 +59,5 @@ class ViewDecoder:
         views = [fit_square(image, self.size, (place, place)) for place in places]
         if self.flips:
             views += [view[:, ::-1] for view in views]
-        facts = {"verdict": KEPT, "width": image.width, "height": image.height, "image": None}
+        facts = {"verdict": KEPT, "width": image.width, "height": image.height, "image": None, "members": None}
         return {**row, **facts, "views": np.stack(views).tobytes()}

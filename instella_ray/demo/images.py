@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import storage
+from .. import logs, storage
 from ..data.curation.prefilter import Prefilter
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square
 from ..data.formats.names import find_shards
-from ..data.formats.parts import KEPT
+from ..data.formats.parts import KEPT, Ledger
 from ..data.formats.patterns import Pattern, pattern_text
+from ..data.formats.sources import find_images, read_rows, require_captions
 from ..data.formats.tar_source import read_samples
 from ..data.loading.image_data import require_images
 from ..data.scenes import scene_prompts
@@ -37,10 +39,47 @@ class HeldOutImages(NamedTuple):
     """Held-out images, uint8 ``[N, size, size, 3]``, centre crops."""
 
 
-def scene_images(demo: DemoConfig) -> HeldOutImages:
-    """Read the held-out shard of the demo's scenes, and return it with the training shards."""
-    (held_out,) = find_shards(demo.path("shards", "held_out"))
-    return _images(demo.path("shards", "*.tar"), list(_usable(held_out, demo)))
+def written_images(demo: DemoConfig) -> HeldOutImages:
+    """Read the held-out images that the demo has written, scenes or others, and return them with the training shards."""
+    held_out = find_shards(demo.path("shards", "held_out"))
+    return _images(
+        demo.path("shards", "*.tar"), [image for url in held_out for image in _usable(url, demo)][: demo.held_out]
+    )
+
+
+def read_images(demo: DemoConfig) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ``demo.images``, in order (:data:`..data.formats.rows.SCHEMA` without ``last``)."""
+    assert demo.images is not None
+    for url, label in find_images(demo.images, output=demo.folder).items():
+        yield from read_rows(url, label)
+
+
+def digest(row: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a row's image, in whose order images are held out: copies of one are, or are not, together."""
+    return hashlib.sha256(row["image"]).hexdigest()
+
+
+def held_out_boundary(demo: DemoConfig) -> str:
+    """Return the largest :func:`digest` of the images of ``demo.images`` to hold out.
+
+    Reads and decodes all images. Raises UserError if there are no captions, or too few images for measurement and training.
+    """
+    assert demo.images is not None
+    require_captions(list(find_images(demo.images, output=demo.folder)))
+    prefilter, ledger, usable = Prefilter(curate_config(demo, "").filters), Ledger(), set[str]()
+    for row in logs.progress_bar(read_images(demo), desc="images", unit="image"):
+        verdict, _ = prefilter.verdict(row)
+        ledger.count([verdict])
+        if verdict == KEPT:
+            usable.add(digest(row))
+    least = min(LEAST, demo.held_out)
+    if len(usable) < 2 * least:
+        expected = f"expected at least {2 * least} usable and different ones, half of them to measure on"
+        raise UserError(
+            f"images {pattern_text(demo.images)}: {ledger.summary()}, {len(usable)} of them different; {expected}"
+        )
+    count = min(demo.held_out, max(least, min(ENOUGH, round(SHARE * len(usable)))))
+    return sorted(usable)[count - 1]
 
 
 def own_images(demo: DemoConfig) -> HeldOutImages:
@@ -49,8 +88,8 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
     Raises UserError if too few images can be held out, or none are left for training.
     """
     assert demo.shards is not None
-    require_images(demo.shards)
-    urls = list(find_shards(demo.shards))
+    urls = list(find_shards(demo.shards, output=demo.folder))
+    require_images(demo.shards, demo.caption_keys)
     sizes = {url: storage.size(url) for url in urls}
     least, share = min(LEAST, demo.held_out), SHARE * sum(sizes.values())
     held_out: list[tuple[str, np.ndarray]] = []
@@ -64,13 +103,13 @@ def own_images(demo: DemoConfig) -> HeldOutImages:
             f"expected at least {least} to measure on"
         )
     train = tuple(urls)
-    require_images(train)
+    require_images(train, demo.caption_keys)
     return _images(train, held_out[: demo.held_out])
 
 
 def demo_prompts(demo: DemoConfig, images: HeldOutImages) -> list[tuple[str, str]]:
-    """Return (prompt, category) of every image to generate; with ``demo.shards`` captions of held-out images."""
-    if demo.shards is None:
+    """Return (prompt, category) of every image to generate; captions of held-out images unless they are scenes."""
+    if demo.draws_scenes:
         return [(e.caption, e.category) for e in scene_prompts(demo.prompts_per_category, demo.seed)]
     return [(caption, "captions") for caption in islice(dict.fromkeys(images.captions), demo.prompts_per_category)]
 
@@ -79,7 +118,7 @@ def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (caption, pixels) of the samples that curation keeps, so that held-out images match the training data."""
     prefilter = Prefilter(curate_config(demo, url).filters)
     with storage.open_file(url) as stream:
-        for row in read_samples(stream, url):
+        for row in read_samples(stream, url, caption_keys=demo.caption_keys):
             if prefilter.verdict(row)[0] != KEPT:
                 continue
             try:

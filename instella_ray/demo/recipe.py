@@ -12,6 +12,7 @@ from ..data.curation.filters.samples import Resolution
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
 from ..data.formats.patterns import Pattern
+from ..data.formats.texts import CAPTION_NAMES, CaptionKeys
 from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.sampling import SamplingConfig
@@ -46,11 +47,15 @@ class DemoConfig(Config):
     """Image size (pixels a side): 16, 32, 64, 128, ..."""
     shards: Pattern | None = None
     """Captioned WebDataset tars to use instead of the scenes (path or glob). The last ones are held out."""
+    images: Pattern | None = None
+    """Captioned images to use instead of the scenes: a folder of image files, parquet, CSV, TSV, JSONL or tars."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json of ``shards``, in any case, in order of preference."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
     """Number of training scenes."""
     held_out: int = Field(600, ge=1)
-    """Number of held-out scenes; with ``shards`` the largest number of held-out images."""
+    """Number of held-out scenes; with ``shards`` or ``images`` the largest number of held-out images."""
     prompts_per_category: int = Field(40, ge=1)
     """Images to generate and score in each category, by each generator."""
     width: int = Field(128, ge=HEAD, multiple_of=HEAD)
@@ -70,6 +75,12 @@ class DemoConfig(Config):
         return size
 
     @model_validator(mode="after")
+    def _one_kind_of_images(self) -> DemoConfig:
+        if self.shards is not None and self.images is not None:
+            raise ValueError("shards, images: expected at most one of them")
+        return self
+
+    @model_validator(mode="after")
     def _every_stage_fits(self) -> DemoConfig:
         # Build all configs once, so that invalid values are reported before the first stage instead of minutes later.
         try:
@@ -80,6 +91,11 @@ class DemoConfig(Config):
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
+
+    @property
+    def draws_scenes(self) -> bool:
+        """Whether the images are the procedural scenes, which are scored by their detector."""
+        return self.shards is None and self.images is None
 
     def path(self, *names: str) -> str:
         """Return a path inside the demo's folder."""
@@ -102,7 +118,7 @@ TINY: dict[str, int] = {
 
 def curate_config(demo: DemoConfig, shards: Pattern) -> CurateConfig:
     filters = FilterConfig(resolution=Resolution(target_size=demo.size))
-    return CurateConfig(input=shards, output=demo.path("curated"), filters=filters)
+    return CurateConfig(input=shards, output=demo.path("curated"), caption_keys=demo.caption_keys, filters=filters)
 
 
 def tokenizer_config(demo: DemoConfig, data: Pattern) -> TokenizerConfig:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
+import shlex
 import signal
 import types
 from pathlib import Path
@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from ..config import dump_yaml
+from ..data.provenance import shard_provenance
 from ..errors import UserError
+from ..runs import recorded
 from ..training.generator import try_text_encoder
 from ..training.ray_train import check_resources
 from . import stages
-from .images import HeldOutImages, demo_prompts, own_images, scene_images
+from .images import HeldOutImages, demo_prompts, held_out_boundary, own_images, written_images
 from .recipe import KINDS, DemoConfig
 from .report import write_report
 from .state import DemoState, Mode
@@ -29,49 +31,69 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     for input that a later stage would reject.
     """
     state = DemoState(demo, mode)
-    images = _check_input(demo)
+    images, boundary = _check_input(demo, state)
+    pattern = demo.shards or demo.images
+    inputs = shard_provenance("shards", pattern, output=demo.folder) if pattern else ()
     state.begin()  # writes and deletes nothing until the input is checked
     print(dump_yaml(demo), end="")
-    resume = mode == "resume"
-    again: Mode = "resume" if resume else "new"
     _end_on_sigterm()
-    _start_ray()
-    try:
-        if images is None:
-            state.run("scenes", lambda: stages.write_scenes(demo))
-            images = scene_images(demo)
-        prompts = demo_prompts(demo, images)
-        state.run("curate", lambda: stages.curate(demo, images.train, again))
-        tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
-        state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, images, tokenizer))
-        state.run("encode", lambda: stages.encode(demo, tokenizer, again))
-        generators: dict[str, str] = {}
-        for kind in KINDS:
-            train = functools.partial(stages.train_generator, demo, kind, prompts, tokenizer, resume)
-            generators[kind] = state.run(f"{kind} generator", train)["checkpoint"]
-        state.run("endpoint", lambda: stages.sample_over_http(demo, prompts, tokenizer, generators))
-        state.run("score", lambda: stages.score_samples(demo, prompts))
-    finally:
-        import ray
+    with recorded(demo.folder, "demo", demo, inputs):
+        _start_ray()
+        try:
+            prompts = _run_stages(demo, state, images, boundary)
+        finally:
+            import ray
 
-        ray.shutdown()
-    path = write_report(demo, prompts, state.stages)
+            ray.shutdown()
+        path = write_report(demo, prompts, state.stages)
+    folder, prompt = shlex.quote(demo.folder), shlex.quote(prompts[0][0])
     print(f"\nreport: {path.absolute()}")
-    model, prompt = demo.path("runs", "diffusion", "latest"), prompts[0][0]
-    print(f'more:   instella-ray generate "{prompt}" --model {model} -o out.png')
+    print(f"serve:  instella-ray serve {folder}")
+    print(f"more:   instella-ray generate {prompt} --model {folder} -o out.png")
     return path
 
 
-def _check_input(demo: DemoConfig) -> HeldOutImages | None:
-    """Check the input of all stages; returns the images if they come from ``demo.shards``, else None."""
+def _run_stages(
+    demo: DemoConfig, state: DemoState, images: HeldOutImages | None, boundary: str | None
+) -> stages.Prompts:
+    """Run the stages that are not finished; returns the prompts whose images they have generated."""
+    resume = state.mode == "resume"
+    again: Mode = "resume" if resume else "new"
+    if images is None:
+        if demo.images is None:
+            state.run("scenes", lambda: stages.write_scenes(demo))
+        else:
+            state.run("images", lambda: stages.write_images(demo, str(boundary)))
+        images = written_images(demo)
+    prompts = demo_prompts(demo, images)
+    state.run("curate", lambda: stages.curate(demo, images.train, again))
+    tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
+    state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, images, tokenizer))
+    state.run("encode", lambda: stages.encode(demo, tokenizer, again))
+    generators: dict[str, str] = {}
+    for kind in KINDS:
+        train = functools.partial(stages.train_generator, demo, kind, prompts, tokenizer, resume)
+        generators[kind] = state.run(f"{kind} generator", train)["checkpoint"]
+    state.run("endpoint", lambda: stages.sample_over_http(demo, prompts, tokenizer, generators))
+    state.run("score", lambda: stages.score_samples(demo, prompts))
+    return prompts
+
+
+def _check_input(demo: DemoConfig, state: DemoState) -> tuple[HeldOutImages | None, str | None]:
+    """Check the input of all stages.
+
+    Returns the images if they come from ``demo.shards``, and the boundary of the held-out ones if those of ``demo.images``
+    are still to be written.
+    """
     import ray
 
     if ray.is_initialized():
         raise UserError("Ray is already running in this process: the demo starts its own; run it outside of a Ray job")
     check_resources(demo.workers, {"CPU": _cpus(), "GPU": torch.cuda.device_count()})
     images = None if demo.shards is None else own_images(demo)
+    boundary = None if demo.images is None or "images" in state.stages else held_out_boundary(demo)
     try_text_encoder(demo.text_encoder)
-    return images
+    return images, boundary
 
 
 def _start_ray() -> None:
@@ -80,9 +102,9 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    import ray
+    from ..data.ray_data import start_local_ray
 
-    ray.init(num_cpus=_cpus(), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    start_local_ray(num_cpus=_cpus(), log_to_driver=False)
 
 
 def _cpus() -> int:

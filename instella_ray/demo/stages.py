@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,10 +30,11 @@ from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png
 from ..serving.app import build
+from ..serving.shutdown import shut_down_serve
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
-from .images import HeldOutImages
+from .images import HeldOutImages, digest, read_images
 from .recipe import (
     KINDS,
     DemoConfig,
@@ -42,9 +45,11 @@ from .recipe import (
     tokenizer_config,
 )
 
-SCENES_PER_SHARD = 2000
+IMAGES_PER_SHARD = 2000
 PREVIEWS = 6
 """Number of preview prompts during generator training: for scenes, one per category."""
+RECONSTRUCTIONS = "reconstructions.png"
+"""Originals above their reconstructions, held out from training."""
 Facts = dict[str, Any]
 Prompts = list[tuple[str, str]]
 
@@ -54,11 +59,26 @@ def write_scenes(demo: DemoConfig) -> Facts:
     samples = scene_rows(demo.scenes, demo.seed, demo.size)
     held_out = scene_rows(demo.held_out, demo.seed + 1_000_000, demo.size)
     with logs.progress_bar(total=demo.scenes + demo.held_out, desc="scenes", unit="image") as bar:
-        for _, count in write_webdataset(samples, demo.path("shards"), SCENES_PER_SHARD):
+        for _, count in write_webdataset(samples, demo.path("shards"), IMAGES_PER_SHARD):
             bar.update(count)
         for _, count in write_webdataset(held_out, demo.path("shards", "held_out"), demo.held_out):
             bar.update(count)
     return {"images": demo.scenes, "held_out": demo.held_out}
+
+
+def write_images(demo: DemoConfig, boundary: str) -> Facts:
+    """Write the samples of ``demo.images`` as WebDataset tars, held-out ones (:func:`.images.held_out_boundary`) apart.
+
+    Samples without an image or caption, which no tar can hold, are counted by their problem.
+    """
+    facts: Facts = {"left_out": dict(Counter(row["problem"] for row in read_images(demo) if row["problem"]))}
+    for name, folder, held_out in (("images", "shards", False), ("held_out", "shards/held_out", True)):
+        rows = (row for row in read_images(demo) if not row["problem"] and (digest(row) <= boundary) == held_out)
+        samples = ((f"{i:08d}", row["image"], row["caption"], json.loads(row["meta"])) for i, row in enumerate(rows))
+        facts[name] = sum(count for _, count in write_webdataset(samples, demo.path(folder), IMAGES_PER_SHARD))
+    left_out = "".join(f", {count} {problem}" for problem, count in facts["left_out"].items())
+    print(f"{facts['images']} images to train on, {facts['held_out']} held out{left_out}")
+    return facts
 
 
 def curate(demo: DemoConfig, shards: Pattern, mode: Mode) -> Facts:
@@ -83,14 +103,14 @@ def measure_tokenizer(demo: DemoConfig, held_out: HeldOutImages, checkpoint: str
     before = evaluate_tokenizer(untrained, images, title="before training")
     after = evaluate_tokenizer(bit, images, title="after training")
     facts: Facts = {"psnr_before": before.psnr, "psnr_after": after.psnr, "dead_bits": after.dead_bits}
-    if demo.shards is None:
+    if demo.draws_scenes:
         batches = logs.progress_bar(images.split(64), desc="reconstructions", unit="batch")
         restored = np.concatenate([to_pixels(reconstruct(bit, part)) for part in batches])
         facts["score_true"] = _scores(held_out.captions, held_out.pixels, "scoring true images")
         facts["score_restored"] = _scores(held_out.captions, restored, "scoring reconstructions")
     shown = images[:16]
     rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (shown, reconstruct(bit, shown))]
-    storage.write_bytes(demo.path("reconstructions.png"), encode_png(np.concatenate(rows, axis=0)))
+    storage.write_bytes(demo.path(RECONSTRUCTIONS), encode_png(np.concatenate(rows, axis=0)))
     print(f"PSNR of {len(images)} held-out images {before.psnr:.1f} dB before training, {after.psnr:.2f} dB after")
     return {**facts, "images": len(images)}
 
@@ -135,13 +155,13 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
             seconds = time.perf_counter() - began
             facts[kind] = {"images": len(prompts), "images_per_second": round(len(prompts) / seconds, 2)}
     finally:
-        serve.shutdown()
+        shut_down_serve()
     return facts
 
 
 def score_samples(demo: DemoConfig, prompts: Prompts) -> Facts:
     """Compute the scene scores of both generators by category; empty for images that are not scenes."""
-    if demo.shards is not None:
+    if not demo.draws_scenes:
         return {}
     captions = [prompt for prompt, _ in prompts]
     return {kind: _scores(captions, sample_images(demo, kind), f"scoring {kind}") for kind in KINDS}

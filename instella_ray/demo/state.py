@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .. import storage
+from ..config import validate
 from ..errors import UserError
 from .recipe import DemoConfig
 
@@ -55,3 +56,12 @@ class DemoState:
 
     def _save(self) -> None:
         storage.write_json(self.path, {"settings": self.settings, "stages": self.stages})
+
+
+def read_demo(folder: str) -> DemoConfig:
+    """Read the configuration of the demo in ``folder``, finished or not; UserError if there is none."""
+    path = storage.join(folder, STATE)
+    saved = storage.read_json(path) if storage.exists(path) else {}
+    if "settings" not in saved:
+        raise UserError(f"{folder}: not the folder of a demo (no {STATE} with its settings)")
+    return validate(DemoConfig, {**saved["settings"], "folder": folder.rstrip("/")}, path)

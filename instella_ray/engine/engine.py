@@ -94,7 +94,8 @@ class EngineOptions:
 class StepEngine(ABC):
     """Slot table and scheduling; :class:`DiffusionEngine` and :class:`AREngine` implement one step.
 
-    Rows of the network's batch are interleaved: row 2i is slot i with its prompt, row 2i + 1 slot i without a prompt.
+    Rows of the network's batch are interleaved: row 2i is slot i with its prompt, row 2i + 1 slot i without a prompt. A
+    step in which no request has guidance leaves out the rows without a prompt.
     """
 
     model: DiffusionGenerator | ARGenerator
@@ -190,8 +191,8 @@ class StepEngine(ABC):
         self._admit()
         if not self.requests:
             return events
-        rows = next(bucket for bucket in self.buckets if bucket >= self.active)
-        self._advance(rows)
+        rows, branches = self._batch()
+        self._advance(rows, *self.forward(rows, branches).unflatten(0, (rows, branches)).unbind(1))
         self.steps += 1
         self.position[:rows] += 1
         position, length = self.position.tolist(), self._length().tolist()
@@ -207,13 +208,13 @@ class StepEngine(ABC):
         return events
 
     @torch.no_grad()
-    def _prepare(self, text_width: int) -> tuple[Forward, list[int]]:
+    def _prepare(self, text_width: int) -> tuple[Forward, dict[int, list[int]]]:
         """Compile the network and determine the usable buckets, with noise in place of requests."""
         slots, cfg = self.options.slots, self.model.cfg
         sizes = bucket_sizes(slots)
         forward = compiled(self._network, sizes, self.options.compilation)
         if not self.options.batch_invariant:
-            return forward, sizes
+            return forward, {1: sizes, 2: sizes}
         noise = torch.Generator().manual_seed(0)
         self.z.copy_(torch.rand(self.z.shape, generator=noise) < 0.5)
         self.position.copy_(torch.arange(slots) % min(cfg.num_tokens, int(self.params.num_inference_steps[0])))
@@ -221,6 +222,14 @@ class StepEngine(ABC):
             features = torch.randn(cfg.layers, self.options.text_length, text_width, generator=noise)
             self.cache.put(2 * slot, self._text_kv(features))
         return forward, usable_buckets(forward, sizes)
+
+    def _batch(self) -> tuple[int, int]:
+        """Return the rows and branches of the next pass: as few as the requests in the slots need."""
+        if not any(float(request.params.guidance_scale) for request in self.requests):
+            fitting = [bucket for bucket in self.buckets[1] if bucket >= self.active]
+            if fitting:
+                return fitting[0], 1
+        return next(bucket for bucket in self.buckets[2] if bucket >= self.active), 2
 
     def _release(self) -> list[Event]:
         now = self.clock()
@@ -278,12 +287,16 @@ class StepEngine(ABC):
         """Initialize a newly occupied slot."""
 
     @abstractmethod
-    def _network(self, rows: int) -> Tensor:
-        """Run the network on the first ``rows`` slots, ``[2 rows, ..., K]``, on tensors with fixed addresses."""
+    def _network(self, rows: int, branches: int) -> Tensor:
+        """Run the network on the first ``rows`` slots, ``[branches * rows, ..., K]``, as :data:`.buckets.Forward`."""
+
+    def _cached(self, rows: int, branches: int) -> JointCache:
+        """Return the cache's rows of the first ``rows`` slots: both of each, or those with a prompt."""
+        return self.cache.view(slice(0, 2 * rows, 2 // branches))
 
     @abstractmethod
-    def _advance(self, rows: int) -> None:
-        """Run one forward pass over the first ``rows`` slots and update their ``z``."""
+    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
+        """Update the ``z`` of the first ``rows`` slots from the network's outputs; no ``uncond``: no row has guidance."""
 
     @abstractmethod
     def _estimate(self, slot: int) -> Tensor:
@@ -311,13 +324,12 @@ class DiffusionEngine(StepEngine):
     def _start(self, slot: int) -> None:
         self.z[slot] = self.draws.start(slot) < 0.5
 
-    def _network(self, rows: int) -> Tensor:
+    def _network(self, rows: int, branches: int) -> Tensor:
         params = self.params.map(lambda value: value[:rows])
-        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(2)
-        return self.model(self.z[:rows].repeat_interleave(2, dim=0), t, self.cache.first(2 * rows))
+        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(branches)
+        return self.model(self.z[:rows].repeat_interleave(branches, dim=0), t, self._cached(rows, branches))
 
-    def _advance(self, rows: int) -> None:
-        cond, uncond = self.forward(rows).unflatten(0, (rows, 2)).unbind(1)
+    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
         u = self.draws.take(position + 1)
         self.z[:rows], self.x0_prob[:rows] = diffusion_step(self.z[:rows], cond, uncond, position, params, u)
@@ -352,15 +364,13 @@ class AREngine(StepEngine):
         # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.
         return self.position[:rows].clamp(max=self.z.shape[1] - 1)
 
-    def _network(self, rows: int) -> Tensor:
+    def _network(self, rows: int, branches: int) -> Tensor:
         position = self._token(rows)
         previous = self.z[self.index[:rows], (position - 1).clamp(min=0)]
-        return self.model.step(
-            previous.repeat_interleave(2, dim=0), position.repeat_interleave(2), self.cache.first(2 * rows)
-        )
+        doubled = previous.repeat_interleave(branches, dim=0), position.repeat_interleave(branches)
+        return self.model.step(*doubled, self._cached(rows, branches))
 
-    def _advance(self, rows: int) -> None:
-        cond, uncond = self.forward(rows).unflatten(0, (rows, 2)).unbind(1)
+    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         position, params = self._token(rows), self.params.map(lambda value: value[:rows])
         u = self.draws.take(position)[:, 0]
         self.z[self.index[:rows], position] = ar_step(cond, uncond, params, u).to(self.z.dtype)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from .. import storage
 from ..errors import UserError
-from ..rendering import Cell, number, render, table
+from ..rendering import Cell, digits, render, table
 from .metrics.base import Info, Metric, better
 from .metrics.diversity import Diversity
 from .metrics.rates import RateMetric
 from .metrics.samples import SampleMetric
+from .report import REPORT, value_text
 from .results import Evaluation, Json
 from .statistics import paired_difference
 
@@ -78,8 +82,20 @@ def compare(a: str, b: str, output: str | None = None) -> list[SettingComparison
         reasons = "; ".join(f"{name}: {why}" for name, why in found[0].refused.items())
         raise UserError(f"{a} and {b}: nothing to compare ({reasons or 'no metric in both'})")
     if output is not None:
-        storage.write_text(output, render(TEMPLATE, comparisons=found, note=NOTE, cells=_cells))
+        pages = {
+            f"Report of {name}": link for name, side in (("A", a), ("B", b)) if (link := _report_link(side, output))
+        }
+        storage.write_text(output, render(TEMPLATE, comparisons=found, note=NOTE, pages=pages))
     return found
+
+
+def _report_link(side: str, output: str) -> str | None:
+    """Return the path of an evaluation's report relative to the page ``output``; None unless both are on a local disk."""
+    report = storage.join(side.partition("#")[0], REPORT)
+    if not (storage.is_local(report) and storage.is_local(output) and storage.exists(report)):
+        return None
+    paths = [storage.filesystem(url)[1] for url in (report, output)]
+    return quote(Path(os.path.relpath(paths[0], Path(paths[1]).parent)).as_posix())
 
 
 def _open(name: str) -> tuple[Evaluation, list[str]]:
@@ -114,8 +130,8 @@ def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> S
             rows += _rows(a["metrics"][name], b["metrics"][name], *metrics, same)
     for name in set(a["metrics"]) ^ set(b["metrics"]):
         refused[name] = f"measured in {'A' if name in a['metrics'] else 'B'} alone"
-    about = {name: (str(_leaf(a["about"], name)), str(_leaf(b["about"], name))) for name in _leaves(a["about"])}
-    differs = [(name, *values) for name, values in about.items() if values[0] != values[1]]
+    about = {name: (_leaf(a["about"], name), _leaf(b["about"], name)) for name in _leaves(a["about"])}
+    differs = [(name, value_text(left), value_text(right)) for name, (left, right) in about.items() if left != right]
     shown = first.images(ours), second.images(theirs)
     both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
     images = [(shown[0][name], shown[1][name]) for name in both[:IMAGES]]
@@ -216,6 +232,8 @@ def _verdict(name: str, difference: float, p_value: float) -> str:
 
 
 def _cells(row: Row) -> dict[str, Cell]:
+    number = partial(digits, significant=4)
+
     def interval(low: float | None, high: float | None) -> str:
         return f" [{number(low)}, {number(high)}]" if low is not None and high is not None else ""
 
@@ -224,7 +242,7 @@ def _cells(row: Row) -> dict[str, Cell]:
         "A": number(row.a["value"]) + interval(row.a["low"], row.a["high"]),
         "B": number(row.b["value"]) + interval(row.b["low"], row.b["high"]),
         "B - A": number(row.difference) + interval(row.low, row.high),
-        "p": "" if row.p_value is None else number(row.p_value),
+        "p": "" if row.p_value is None else digits(row.p_value),
         "how": row.how,
         "verdict": row.verdict,
     }

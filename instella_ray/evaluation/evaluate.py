@@ -54,7 +54,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
         fid = sections.get("fid")
         reference = _reference(cfg, fid, pool) if isinstance(fid, FID) else None
         captions = any("prompts" in section.needs for section in sections.values())
-        reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions)
+        reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions, cfg.caption_keys)
         gpu = cfg.gpus_per_actor > 0
         task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
         measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
@@ -102,6 +102,7 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
         "images": cfg.images and cfg.source,
         "size": inputs.size,
         "batch_size": cfg.batch_size,
+        "caption_keys": list(cfg.caption_keys),
         "tokenizer_hash": inputs.tokenizer_hash,
         "metrics": {name: section.model_dump(mode="json") for name, section in sections.items()},
         "work": hashlib.sha256(json.dumps([work, runs]).encode()).hexdigest(),

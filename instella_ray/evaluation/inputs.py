@@ -11,6 +11,7 @@ from ..bulk.sample_set import SampleSet, find_sample_sets
 from ..config import Config
 from ..data.formats.parts import Mode
 from ..data.formats.patterns import Pattern, absolute_pattern, pattern_text
+from ..data.formats.texts import CAPTION_NAMES, CaptionKeys
 from ..errors import UserError
 from ..models.bit import BITConfig
 from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
@@ -32,6 +33,8 @@ class EvaluateConfig(Config):
     """Folder of generated samples: one sample set, or a sweep of several."""
     images: Pattern | None = None
     """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files or folders."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     tokenizer: str | None = None
     """Model folder of the BIT. None measures samples as codes only, and images without reconstruction (an upper bound)."""
     size: int | None = Field(None, ge=16)
@@ -105,12 +108,13 @@ class EvaluationInputs:
             self.units = {"": image_units(cfg.images, cfg.rows_per_unit)}
             self.per_prompt = 0
             self.offers = {"images"} | ({"references", "codes"} if cfg.tokenizer else set())
-            self.offers |= {"prompts"} if has_captions(self.units[""]) else set()
+            self.offers |= {"prompts"} if has_captions(self.units[""], cfg.caption_keys) else set()
             self.about = {"": {"images": cfg.source}}
         empty = next((name for name, units in self.units.items() if not units), None)
         if empty is not None:
             raise UserError(f"samples {cfg.samples}: setting '{empty}' has no files")
-        self.scenes = "prompts" in self.offers and has_scene_captions(next(iter(self.units.values())))
+        first = next(iter(self.units.values()))
+        self.scenes = "prompts" in self.offers and has_scene_captions(first, cfg.caption_keys)
 
     @property
     def all_units(self) -> list[Unit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
+from ..data.formats.texts import CAPTION_NAMES
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from .metrics.base import Batch
@@ -35,6 +36,8 @@ class ReaderOptions:
     batch_size: int
     captions: bool = False
     """Whether captions are required: images without one are quarantined."""
+    caption_keys: Sequence[str] = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in order of preference."""
     images: ImageSettings | None = None
     """Preprocessing to apply instead of resizing to ``size``, for FID reference images."""
 
@@ -88,7 +91,7 @@ class Reader:
             yield LabelledBatch(batch, [None] * len(ids), list(hashes))
 
     def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray, str]]:
-        for row in read_images_unit(unit):
+        for row in read_images_unit(unit, self.options.caption_keys):
             name = f"{label(unit)}/{row['key']}"
             if only is not None and name not in only:
                 continue

@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import storage
-from ..rendering import number, render, svg_curves
+from ..rendering import Goal, digits, render, svg_curves
 from .metrics.base import better
-from .metrics.presets import Preset, preset
+from .metrics.presets import Preset, Published, preset
 from .results import Evaluation, Json
 
 REPORT = "report.html"
@@ -42,6 +42,7 @@ def write_report(output: str) -> str:
         names=_names(settings),
         best=best(settings),
         flat=flat,
+        about=about,
     )
     path = storage.join(output, REPORT)
     storage.write_text(path, page)
@@ -49,15 +50,27 @@ def write_report(output: str) -> str:
 
 
 def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
-    """Return rows of all results of a setting with published values of the same name, then the other published values."""
+    """Return rows of all results of a setting with published values of the same name, then the other published values.
+
+    ``goal`` of a row compares it with the published value; None where there is no such value.
+    """
     found = [row for result in setting["metrics"].values() for row in (result, *result["parts"])]
     if (each := setting["about"].get("seconds_per_image")) is not None:
-        about = f"one actor on {setting['about']['hardware']}, in bulk"
+        how = f"one actor on {setting['about']['hardware']}, in bulk"
         row = {"name": "seconds_per_image", "value": each, "low": None, "high": None, "count": setting["measured"]}
-        found.append({**row, "implementation": about, "weights": None})
+        found.append({**row, "implementation": how, "weights": None})
     published = {entry.metric: entry for entry in table.published} if table else {}
-    rows = [{**row, "published": published.pop(row["name"], None)} for row in found]
+    rows = []
+    for row in found:
+        entry = published.pop(row["name"], None)
+        rows.append({**row, "published": entry, "goal": _goal(row["value"], entry)})
     return rows + [{"name": name, "value": None, "published": entry} for name, entry in published.items()]
+
+
+def _goal(value: float | None, published: Published | None) -> Goal | None:
+    if value is None or published is None:
+        return None
+    return Goal(published.metric, value, published.value, ">=" if published.better == "higher" else "<=")
 
 
 def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
@@ -112,14 +125,28 @@ def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
             yield f"{name} over {key}", svg_curves(lines, axis=key, spans=spans)
 
 
+def about(result: Json) -> Iterator[tuple[str, str]]:
+    """Yield rows of a run card on how a metric was measured."""
+    yield "implementation", result["implementation"]
+    if result["weights"]:
+        yield "weights", f"{result['weights']} (sha256 {result['weights_hash']})"
+    yield from flat(result["settings"])
+
+
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Flatten nested values to rows of a run card: dotted name and text."""
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{prefix}{key}", number(shown) if isinstance(shown, float) else "–" if shown is None else str(shown)
+            yield f"{prefix}{key}", value_text(value)
+
+
+def value_text(value: Any) -> str:
+    """Format a value of a run card; numbers with up to six significant digits, a dash for None."""
+    if value is None or isinstance(value, float):
+        return digits(value, significant=6)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _names(settings: Sequence[Json]) -> list[str]:

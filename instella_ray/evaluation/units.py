@@ -12,6 +12,7 @@ from ..config import Config
 from ..data.formats.names import find_image_files, find_shards, names_shards
 from ..data.formats.patterns import Pattern, expand_part, shard_label, split_pattern
 from ..data.formats.sources import count_rows, read_rows, refuse_links
+from ..data.formats.texts import CAPTION_NAMES
 from ..data.scenes import parse_caption
 from ..errors import UserError
 
@@ -61,7 +62,7 @@ def read_samples_unit(unit: Unit) -> SampleBlock:
     return SampleSet(unit.source).block(unit.first)
 
 
-def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
+def read_images_unit(unit: Unit, caption_keys: Sequence[str] = CAPTION_NAMES) -> Iterator[dict[str, Any]]:
     """Yield rows with ``key``, ``image`` (bytes), ``caption`` (or None) and ``problem`` (or None)."""
     end = None if unit.rows is None else unit.first + unit.rows
     if unit.kind == "files":
@@ -69,7 +70,8 @@ def read_images_unit(unit: Unit) -> Iterator[dict[str, Any]]:
             image = storage.read_bytes(storage.join(unit.source, name))
             yield {"key": name.rsplit(".", 1)[0], "image": image, "caption": None, "problem": None}
     else:
-        yield from islice(read_rows(unit.source, label(unit), captions=False), unit.first, end)
+        rows = read_rows(unit.source, label(unit), captions=False, caption_keys=caption_keys)
+        yield from islice(rows, unit.first, end)
 
 
 def label(unit: Unit) -> str:
@@ -77,22 +79,23 @@ def label(unit: Unit) -> str:
     return unit.name if unit.kind == "samples" else unit.name.rpartition("-")[0]
 
 
-def has_scene_captions(units: Sequence[Unit]) -> bool:
+def has_scene_captions(units: Sequence[Unit], caption_keys: Sequence[str]) -> bool:
     """Return whether all captions of the first unit (of images the first 64) are scene captions."""
     unit = units[0]
     if unit.kind == "samples":
         captions: list[str | None] = list(read_samples_unit(unit).prompts)
     else:
-        captions = [row["caption"] for row in islice(read_images_unit(unit), 64) if not row["problem"]]
+        rows = islice(read_images_unit(unit, caption_keys), 64)
+        captions = [row["caption"] for row in rows if not row["problem"]]
     try:
         return bool(captions) and all(caption and parse_caption(caption) for caption in captions)
     except UserError:
         return False
 
 
-def has_captions(units: Sequence[Unit]) -> bool:
+def has_captions(units: Sequence[Unit], caption_keys: Sequence[str]) -> bool:
     """Return whether images have captions, judged by the first 16."""
-    return any(row["caption"] for row in islice(read_images_unit(units[0]), 16))
+    return any(row["caption"] for row in islice(read_images_unit(units[0], caption_keys), 16))
 
 
 def _shard_units(setting: str, kind: str, url: str, name: str, rows_per_unit: int) -> list[Unit]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -105,10 +106,29 @@ def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device
     return model
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raise UserError if :func:`load_model` would refuse the folder's weights; reads names and shapes only."""
+    cfg = parse_model(read_checkpoint_config(folder)["model"], str(Path(folder) / CONFIG))
+    path = _weights_file(folder, ema=True)
+    with torch.device("meta"):
+        expected = _new(cfg).state_dict()
+        with _complete(path), safe_open(path, "pt") as file:
+            found = {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if problem := _misfit(expected, found):
+        raise UserError(f"{path}: {problem}")
+
+
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read the tensors of a safetensors file; UserError if it is not one or is truncated."""
-    try:
+    with _complete(path):
         return load_file(path, device=str(device))
+
+
+@contextmanager
+def _complete(path: str | Path) -> Iterator[None]:
+    """Raise UserError for the errors of a file that is no safetensors file, or not a whole one."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a complete safetensors file ({reason})") from None

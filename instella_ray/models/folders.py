@@ -15,19 +15,23 @@ STATE = "state.json"
 """File of a checkpoint that is written last: a folder without it is incomplete."""
 RUN_CONFIG, BEST_FILE = "config.yaml", "best.json"
 LATEST, BEST = "latest", "best"
+DEMO_GENERATOR = "runs/diffusion"
+"""Run in a demo's folder whose newest checkpoint the folder stands for."""
 
 
 def find_model(path: str) -> str:
     """Return the absolute path or URL of a model folder, which may be given as :func:`named_checkpoint`.
 
-    Raises UserError for a name that no checkpoint has, and for a run directory, which holds several models.
+    The folder of a demo stands for its diffusion generator; ``DEMO/runs/ar/latest`` is the other one. Raises UserError
+    for a name that no checkpoint has, and for a run directory, which holds several models.
     """
     found = storage.absolute(named_checkpoint(path))
     if storage.exists(storage.join(found, CHECKPOINTS)):
         names = [LATEST] + [BEST] * storage.exists(storage.join(_validation_of(found), BEST_FILE))
         expected = " or ".join(storage.join(path, name) for name in names)
         raise UserError(f"{path}: a run directory, not a model folder; expected {expected}, or one of its checkpoints")
-    return found
+    run = storage.join(found, DEMO_GENERATOR)
+    return latest_checkpoint(run) if storage.exists(storage.join(run, CHECKPOINTS)) else found
 
 
 def named_checkpoint(path: str) -> str:

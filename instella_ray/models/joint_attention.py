@@ -70,7 +70,7 @@ class JointCache:
     """Preallocated keys and values of [text; image], so that steps do not concatenate.
 
     Each step writes image positions: diffusion all of them, AR one per row. Rows can be written, moved and viewed
-    (:meth:`first`) while the buffers keep their addresses, as CUDA graphs require.
+    (:meth:`view`) while the buffers keep their addresses, as CUDA graphs require.
     """
 
     keys: list[Tensor]
@@ -112,9 +112,9 @@ class JointCache:
         for buffer in (*self.keys, *self.values, self.mask):
             buffer[target] = buffer[source]
 
-    def first(self, rows: int) -> JointCache:
-        """Return a view of the first ``rows`` rows; writes change this cache."""
-        return JointCache([k[:rows] for k in self.keys], [v[:rows] for v in self.values], self.mask[:rows])
+    def view(self, rows: slice) -> JointCache:
+        """Return a view of ``rows``; writes change this cache."""
+        return JointCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
     def join(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write image keys and values to all image positions of ``block``; returns those of [text; image]."""
@@ -149,6 +149,9 @@ class JointAttention(Attention):
         """
         if q.device.type != "cpu" or q.dtype != torch.float32:
             return self.attend(q, k, v, mask)
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+        # Flattened before the products: of rows that are not adjacent in memory the copy has the layout of the rows.
+        rows, (keys, values) = q.flatten(0, 1), (x.flatten(0, 1) for x in (k, v))
+        scores = (rows @ keys.transpose(1, 2)).unflatten(0, q.shape[:2]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        out = (weights.flatten(0, 1) @ values).unflatten(0, q.shape[:2])
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -130,13 +130,14 @@ def timestep(step: Tensor, params: SamplingParams) -> Tensor:
     return (left**params.rho).float()
 
 
-def guided_probability(cond: Tensor, uncond: Tensor, params: SamplingParams) -> Tensor:
+def guided_probability(cond: Tensor, uncond: Tensor | None, params: SamplingParams) -> Tensor:
     """Return ``sigma(((1 + alpha) cond - alpha uncond) / tau)`` for logits ``[B, ...]`` (Eq. 6 and 8).
 
-    At temperature 0 the result is exactly ``logit > 0``, so 0 for a logit of exactly 0.
+    Without ``uncond`` every alpha must be 0. At temperature 0 the result is exactly ``logit > 0``, so 0 for a logit of
+    exactly 0.
     """
     scale, temperature = per_row(params.guidance_scale, cond), per_row(params.temperature, cond)
-    logits = (1 + scale) * cond - scale * uncond
+    logits = cond if uncond is None else (1 + scale) * cond - scale * uncond
     greedy = temperature == 0
     soft = (logits / torch.where(greedy, torch.ones_like(temperature), temperature)).double().sigmoid().float()
     return torch.where(greedy, (logits > 0).float(), soft)
@@ -164,13 +165,13 @@ def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sam
 
 
 def diffusion_step(
-    z: Tensor, cond: Tensor, uncond: Tensor, step: Tensor, params: SamplingParams, u: Tensor
+    z: Tensor, cond: Tensor, uncond: Tensor | None, step: Tensor, params: SamplingParams, u: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run one denoising step of every row; returns the next bits and the estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
 
-    ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``; ``u`` are
-    the uniforms of draw ``step + 1``. A row's last step (``step = num_inference_steps - 1``) gives its final bits. The
-    caller must discard results of rows beyond their last step.
+    ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``, the latter
+    None if no row has guidance; ``u`` are the uniforms of draw ``step + 1``. A row's last step (``step =
+    num_inference_steps - 1``) gives its final bits. The caller must discard results of rows beyond their last step.
     """
     flip = guided_probability(cond, uncond, params)
     x0_prob = z * (1 - flip) + (1 - z) * flip
@@ -180,7 +181,7 @@ def diffusion_step(
     return torch.where(last, final, drawn).to(z.dtype), x0_prob
 
 
-def ar_step(cond: Tensor, uncond: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+def ar_step(cond: Tensor, uncond: Tensor | None, params: SamplingParams, u: Tensor) -> Tensor:
     """Sample the next token's bits ``[B, K]``, float 0/1, from logits and uniforms ``[B, K]`` (Eq. 8)."""
     return (u < guided_probability(cond, uncond, params)).to(cond.dtype)
 

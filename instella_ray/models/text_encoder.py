@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +82,9 @@ class TextEncoder:
         name = resolve_name(cfg.name)
         extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-            model = AutoModel.from_pretrained(name, dtype=dtype, **extra)
+            with _bars_on_terminals_only():
+                tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+                model = AutoModel.from_pretrained(name, dtype=dtype, **extra)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"text encoder '{cfg.name}': cannot be loaded ({reason})") from None
@@ -198,6 +201,21 @@ def resolve_name(name: str) -> str:
     if not path.is_dir():
         raise UserError(f"text encoder '{name}': no folder {folder} in package {module}")
     return str(path)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Hide the progress bars of Transformers, of downloads and of loading, where each state would be a line of a log."""
+    from transformers.utils import logging as bars
+
+    hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            bars.enable_progress_bar()
 
 
 def _keep_layers(model: Any, wanted: int | None) -> int:

@@ -16,9 +16,9 @@ from .. import storage
 from ..bulk.sample_set import MANIFEST, SWEEP, samples_provenance
 from ..config import Config
 from ..data.formats.images import read_metadata
-from ..data.formats.names import find_files, image_extension
+from ..data.formats.names import image_extension
 from ..data.formats.parts import LEDGER
-from ..data.formats.sources import SUFFIXES
+from ..data.formats.sources import list_inputs
 from ..data.model_provenance import model_provenance
 from ..data.provenance import data_identity, data_provenance, files_identity
 from ..errors import UserError
@@ -150,7 +150,7 @@ class ProvenanceVerifier:
             return None
         if provenance.kind == "files":
             try:
-                return files_identity(find_files(provenance.path, SUFFIXES))
+                return files_identity(list_inputs(provenance.path))
             except UserError:
                 return None
         if provenance.kind == "data":

@@ -7,6 +7,7 @@ from functools import singledispatch
 
 from ..bulk.decode import DecodeConfig
 from ..bulk.plan import SampleConfig
+from ..claims import Group, Needs, totals
 from ..config import Config
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
@@ -16,7 +17,6 @@ from ..evaluation.evaluate import EvaluateConfig
 from ..serving.config import ServeArgs
 from ..training.settings import TrainingRun
 from ..training.stages import TokenizerStagesConfig
-from .claims import Group, Needs, totals
 
 READER: Needs = (Group(1, 1, 0),)
 """Minimum of a data job: one CPU for the driver's tasks."""
@@ -68,8 +68,7 @@ def _(config: RecaptionConfig | EncodeConfig | SampleConfig | DecodeConfig | Eva
 
 @least.register
 def _(config: ServeArgs) -> Needs:
-    stages = [config.text, config.decoder, *config.models.values()]
-    return tuple(Group(stage.least_replicas, config.cpus(stage), config.gpus(stage)) for stage in stages)
+    return config.needs()
 
 
 def actors(pools: Iterable[tuple[int | None, float]]) -> Needs:

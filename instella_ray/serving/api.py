@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
 from ..errors import UserError
+from ..rendering import render
 from .access import ApiKeys, BodyLimit, KeyCheck
 from .admission import Gate
 from .codes import pack, unpack
@@ -236,12 +237,13 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
     # Added last, so it runs first: the body of a request without a key is never read.
     api.add_middleware(KeyCheck, keys=keys)
     _add_error_answers(api)
+    playground = render(PAGE) if PAGE.is_file() else None
 
     @api.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
-        if not PAGE.is_file():
+        if playground is None:
             raise ApiError(404, "the playground page is not installed; the API is at /v1", code="not_found")
-        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(playground, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:

@@ -15,6 +15,7 @@ from .. import logs
 from .api import make_api
 from .config import ModelArgs, ServeArgs, StageArgs
 from .deployments import DecoderStage, GeneratorStage, TextEncoderStage
+from .draining import Drain, InProgress
 from .graph import Graph
 from .health import unhealthy
 from .scaling import generator_scaling, stage_scaling
@@ -39,9 +40,17 @@ class Ingress:
         logs.set_up({"job": "serve", "stage": "ingress"})
         graph = Graph(text, decoder, generators, setup.served.tokenizer_hash, unhealthy)
         self.service, self.keys = setup.service(graph), setup.keys
+        self.requests = InProgress()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self.service, self.keys)
+        api = make_api(self.service, self.keys)
+        api.add_middleware(Drain, requests=self.requests)
+        return api
+
+    async def drain(self) -> int:
+        """Refuse new requests from now on; returns the number of requests in progress."""
+        self.requests.draining = True
+        return self.requests.count
 
 
 def build(args: ServeArgs) -> Application:

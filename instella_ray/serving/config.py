@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ..accelerator import Precision
+from ..claims import Group, Needs
 from ..config import Config
 from ..engine.buckets import Compilation
 from ..engine.engine import EngineOptions
@@ -136,6 +137,11 @@ class ServeArgs(Config):
 
     def cpus(self, stage: StageArgs) -> float:
         return self.num_cpus if stage.num_cpus is None else stage.num_cpus
+
+    def needs(self) -> Needs:
+        """Return the fewest replicas of the stages, with the resources of each."""
+        stages = [self.text, self.decoder, *self.models.values()]
+        return tuple(Group(stage.least_replicas, self.cpus(stage), self.gpus(stage)) for stage in stages)
 
     def check(self) -> None:
         """Raise UserError for contradictory settings."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.bit import BIT
-from ..models.checkpoint import load_expected, read_checkpoint_config, weight_hash
+from ..models.checkpoint import check_weights, load_expected, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
 from .access import ApiKeys
@@ -124,6 +125,13 @@ def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
         if config.get("tokenizer_hash") != bit_hash:
             raise UserError(
                 f"models.{name}: {model.path} was trained on codes of another tokenizer than {args.tokenizer}"
+            )
+        check_weights(model.path)
+        generator = Identity.of(model.path)
+        if (generator.num_tokens, generator.bits_per_token) != (bit.cfg.num_tokens, bit.cfg.bits_per_token):
+            raise UserError(
+                f"models.{name}: {model.path} generates {generator.num_tokens} tokens of {generator.bits_per_token} bits, "
+                f"tokenizer {args.tokenizer} has {bit.cfg.num_tokens} of {bit.cfg.bits_per_token}"
             )
         kinds[name] = str(config["model"].get("kind"))
         encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))

@@ -15,7 +15,7 @@ from .. import storage
 from ..accelerator import compute_dtype
 from ..config import Config
 from ..data.formats.codes import CodesManifest, CodesReader
-from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.images import to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
@@ -29,8 +29,9 @@ from ..models.checkpoint import Model, build_model, load_expected, weight_hash
 from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusion_loss, flip_noise, timesteps, x0_logits
 from ..models.folders import find_model
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
-from ..models.sampling import Guidance, SamplingConfig, SamplingParams, Temperature, generate
+from ..models.sampling import Guidance, SamplingConfig, Temperature
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..pipeline import InstellaPipeline
 from ..runs import Provenance
 from .generator_validation import GeneratorValidation, GeneratorValidator
 from .launch import launch
@@ -251,15 +252,10 @@ class GeneratorTask:
         prompts, preview = list(self.cfg.preview.prompts), self.cfg.preview
         if not prompts or isinstance(ema_model, BIT):
             return None
-        device = next(ema_model.parameters()).device
-        bit = load_expected(self.cfg.tokenizer, BIT, device=device)
-        features, mask = self.text.encode([*prompts, ""])
-        text = ema_model.text_kv(features.to(device), mask.to(device))
+        bit = load_expected(self.cfg.tokenizer, BIT, device=next(ema_model.parameters()).device)
+        pipe = InstellaPipeline(ema_model, bit, self.text.encoder, batch_size=len(prompts))
         sampling = preview.model_dump(exclude={"prompts"})
-        params = SamplingParams.of(len(prompts), seed=range(len(prompts)), **sampling)
-        codes = generate(ema_model, text.rows(slice(0, -1)), text.rows(slice(-1, None)), params)
-        size = bit.cfg.image_size
-        return np.concatenate(list(to_pixels(bit.decode(codes, size, size))), axis=1)
+        return np.concatenate(pipe(prompts, seed=range(len(prompts)), output_type="np", **sampling).images, axis=1)
 
     def keys(self, batch: CodesBatch | CaptionedImageBatch) -> list[str]:
         return batch.keys
@@ -291,16 +287,8 @@ def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, t
 
 
 def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
-    """Load the text encoder for inspection, in bfloat16 and without progress bar; UserError if it cannot be loaded."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return TextEncoder.from_config(cfg, dtype=torch.bfloat16)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Load the text encoder for inspection, in bfloat16; UserError if it cannot be loaded."""
+    return TextEncoder.from_config(cfg, dtype=torch.bfloat16)
 
 
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:

@@ -15,6 +15,7 @@ from ..evaluation.metric_settings import MetricsConfig
 from ..evaluation.results import Evaluation
 from ..models.sampling import SamplingConfig
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
+from .validation_report import EVALUATION
 
 
 class GeneratorValidation(ValidationSchedule):
@@ -62,7 +63,7 @@ class GeneratorValidator(Validator):
         evaluation = EvaluateConfig(
             samples=places["output"],
             tokenizer=self.tokenizer,
-            output=str(folder / "evaluation"),
+            output=str(folder / EVALUATION),
             mode="resume",
             size=cfg.size,
             metrics=cfg.metrics,

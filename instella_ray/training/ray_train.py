@@ -12,9 +12,12 @@ from typing import Any, TypeVar, cast
 import ray
 import ray.train.torch
 import torch
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -53,7 +56,7 @@ class RayTrain:
         """
 
         def worker() -> bool:
-            logs.set_up({**fields, "rank": ray.train.get_context().get_world_rank()})
+            logs.set_up_worker({**fields, "rank": ray.train.get_context().get_world_rank()})
             return train_worker(build_task, cfg, attempt, WorkerGroup())
 
         try:
@@ -154,11 +157,21 @@ class UserErrorFailurePolicy(DefaultFailurePolicy):
 
 
 class DivisorTrainer(TorchTrainer):
-    """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`."""
+    """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`.
+
+    Without a dashboard it has no cleaner of placement groups, which asks the dashboard once a second whether the controller
+    is alive. A local Ray has none, and ends with the driver.
+    """
 
     def __init__(self, *args: Any, counts: Sequence[int], **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = counts
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        if get_webui_url_from_internal_kv():
+            return callbacks
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = UserErrorFailurePolicy(cast(FailureConfig, self.run_config.failure_config))

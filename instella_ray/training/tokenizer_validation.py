@@ -21,8 +21,8 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from ..rendering import encode_png
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
+from .validation_report import IMAGE
 
-IMAGE = "restorations.png"
 OFFERS = frozenset({"images", "references"})
 
 

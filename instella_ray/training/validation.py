@@ -27,6 +27,7 @@ from ..models.folders import (
     validation_folder,
 )
 from .run_dir import located
+from .validation_report import write_report
 
 ROWS = "validation.json"
 POLL = 2.0
@@ -107,6 +108,7 @@ class Validator(ABC):
         best = max(known, key=lambda r: (sign * r["metrics"][best_by]["value"], -r["step"]), default=row)
         model = Path(validated_model(str(self.folder), best["step"]))
         storage.write_json(str(self.folder / BEST_FILE), {**best, "best_by": best_by, "model": str(model)})
+        write_report(self.folder, self.run_dir.rpartition("/")[2], rows, best["step"], best_by)
         for other in self.folder.glob("step-*/model"):
             if other != model:
                 shutil.rmtree(other)

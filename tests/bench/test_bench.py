@@ -16,13 +16,14 @@ from instella_ray.bench.load import Load, few_steps, mixed_requests
 from instella_ray.bench.measure import Spread, race, ratio
 from instella_ray.bench.metrics import MetricsBench, run_metrics
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
-from instella_ray.bench.report import Goal, SuiteResult, table
+from instella_ray.bench.report import SuiteResult
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
 from instella_ray.bench.training import RandomText, TrainingBench, run_training
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
+from instella_ray.rendering import Goal, table
 
 from ..kit.models import TINY_BIT
 

@@ -23,7 +23,7 @@ from instella_ray.models.checkpoint import load_model, save_model, weight_hash
 from instella_ray.runs import read_record
 
 from ..kit.models import ONE_LAYER_BIT, write_tokenizer
-from ..kit.shards import image_bytes
+from ..kit.shards import image_bytes, tar_bytes
 
 
 @pytest.fixture
@@ -108,3 +108,14 @@ def test_links_without_images_are_a_user_error_that_says_to_curate_first(tokeniz
     with pytest.raises(UserError, match=r"laion\.parquet: links without images; curate first"):
         run_encode(config(tmp_path / "laion.parquet", tokenizer, tmp_path / "codes"))
     assert not (tmp_path / "codes").exists()
+
+
+def test_names_of_captions_are_those_of_the_configuration(tokenizer: Path, tmp_path: Path) -> None:
+    members = [("a.b.jpg", image_bytes()), ("a.b.json", b'{"vlm": "two", "caption": "one"}')]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    for keys, caption in ((None, "one"), (("vlm",), "two")):
+        out = tmp_path / caption
+        more = {} if keys is None else {"caption_keys": keys}
+        run_encode(config(tmp_path / "a.tar", tokenizer, out, **more))
+        reader = CodesReader(str(out))
+        assert (reader.column([0], "key"), reader.column([0], "caption_long")) == (["a%2Eb"], [caption])

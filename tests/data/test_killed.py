@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.data.formats.shards import write_tar
+from instella_ray.data.pipeline import run_rows
+from instella_ray.data.stages import Pool, Stage
 
 from ..kit.models import write_tokenizer
 from ..kit.processes import descendants, wait_until
@@ -147,3 +151,25 @@ def test_a_killed_encoding_goes_on_to_the_same_codes(ray_session: None, shards: 
     assert not (tmp_path / "driver" / "manifest.json").exists()
     assert run_encode(encoding(shards, tmp_path, "driver", mode="resume")) == whole
     assert contents(tmp_path / "driver") == contents(tmp_path / "whole")
+
+
+class Mortal:
+    """Work whose first process ends in its first call."""
+
+    def __init__(self, died: Path, ballast: bytes) -> None:
+        self.died, self.ballast = died, ballast
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if not self.died.exists():
+            self.died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pa.table({"bytes": [len(self.ballast)]})
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["by_value", "by_reference"])
+def test_a_killed_actor_is_replaced_whatever_the_size_of_its_stage(
+    ray_session: None, size: int, tmp_path: Path
+) -> None:
+    stage = Stage(partial(Mortal, tmp_path / "died", bytes(size)), Pool(actors=1))
+    assert list(run_rows([{"row": 0}], stage, local=False)) == [{"bytes": size}]
+    assert (tmp_path / "died").exists()

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import pytest
 
 from instella_ray import cli, storage
+from instella_ray.commands import serve
 from instella_ray.demo.recipe import DemoConfig
-from instella_ray.demo.state import DemoState
+from instella_ray.demo.state import DemoState, read_demo
 from instella_ray.errors import UserError
 from instella_ray.operations.lineage import trace
+from instella_ray.operations.packing import find_package
 from instella_ray.rendering import svg_curves
+from instella_ray.serving.setup import Setup
 
 from ..kit.chain import below
 
@@ -57,7 +64,7 @@ def wait_until(condition: object, seconds: float) -> bool:
 def assert_complete(folder: Path) -> None:
     """A report with all stages and images, and a lineage from an image to the scenes."""
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 2 * 12 and "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 2 * 16 + 2 * 12 and "http://" not in page and "https://" not in page
     for words in ("two objects", "PSNR", "diffusion generator", "ar generator", "total"):
         assert words in page
     state = storage.read_json(str(folder / "state.json"))["stages"]
@@ -70,18 +77,68 @@ def assert_complete(folder: Path) -> None:
     assert state["curate"]["ledger"] == {"in": 240, "kept": 240, "dropped": {}, "quarantined": {}}
 
 
-@pytest.mark.ray
-def test_the_demo_ends_with_a_report_and_no_process(tmp_path: Path) -> None:
+class Finished(NamedTuple):
+    """A demo that has ended."""
+
+    folder: Path
+    output: list[str]
+    """Lines that it has printed."""
+
+    def command(self, name: str) -> list[str]:
+        """Return what may be typed next, as it says at its end."""
+        (line,) = (line for line in self.output[-2:] if line.startswith(f"{name}:"))
+        program, *words = shlex.split(line.partition(":")[2])
+        assert program == "instella-ray"
+        return words
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("demo") / "a first try"  # no name that ignore files know
     # Trained in the demo's own process: tests/training shows that a worker of Ray Train learns the same.
-    demo = start(tmp_path / "demo", "--set", "workers.count=0")
+    demo = start(folder, "--set", "workers.count=0")
     output, _ = demo.communicate(timeout=900)
     assert demo.returncode == 0, output
     assert wait_until(lambda: not session_processes(demo.pid), 30), session_processes(demo.pid)
-    assert_complete(tmp_path / "demo")
-    # What it prints at its end can be typed.
-    command = shlex.split(output.strip().splitlines()[-1].removeprefix("more:"))
-    assert command[:2] == ["instella-ray", "generate"] and command[-1] == "out.png"
-    assert cli.main([*command[1:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
+    return Finished(folder, output.strip().splitlines())
+
+
+@pytest.mark.ray
+def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path: Path) -> None:
+    assert_complete(finished.folder)
+    assert find_package(finished.folder.parent).sizes == {}
+    command = finished.command("more")
+    assert command[0] == "generate" and command[-4:] == ["--model", str(finished.folder), "-o", "out.png"]
+    assert cli.main([*command[:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
+
+
+@pytest.mark.ray
+def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> None:
+    assert finished.command("serve") == ["serve", str(finished.folder)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "instella_ray", *finished.command("serve"), "--set", f"port={port}"]
+    # A Ray and a Serve of its own, because the command starts them.
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    endpoint = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    watchdog = threading.Timer(300, endpoint.kill)  # should nothing ever be printed
+    watchdog.start()
+    try:
+        assert endpoint.stdout is not None
+        assert any(line.startswith(f"listening on http://127.0.0.1:{port}") for line in endpoint.stdout)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["diffusion", "ar"]
+            for kind in ("diffusion", "ar"):
+                body = {"prompt": "a photo of a red circle", "model": kind}
+                assert client.post("/v1/images/generations", json=body).status_code == 200
+        endpoint.send_signal(signal.SIGTERM)
+        endpoint.stdout.read()
+        assert endpoint.wait() == 0
+    finally:
+        watchdog.cancel()
+        endpoint.kill()
+        endpoint.wait()
 
 
 @pytest.mark.nightly
@@ -133,6 +190,19 @@ def test_a_demo_is_gone_on_with_only_as_asked(tmp_path: Path) -> None:
         DemoState(demo.model_copy(update={"seed": 1}), "resume")
     assert DemoState(demo, "resume").run("one", stage)["answer"] == 42 and len(calls) == 1
     assert DemoState(demo, "fresh").stages == {}
+
+
+def test_a_demos_folder_says_what_is_to_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = DemoConfig(folder=str(tmp_path / "mine"), size=32, seed=3)
+    DemoState(demo, "new").begin()
+    assert read_demo(f"{demo.folder}/") == demo
+    args = serve.job.load([demo.folder, "--set", "app.threads=3", "--set", "app.models.ar.slots=2"]).app
+    assert (args.sizes, args.threads, list(args.models), args.models["ar"].slots) == ((32,), 3, ["diffusion", "ar"], 2)
+    assert args.models["ar"].path == f"{demo.folder}/runs/ar/latest"
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: not the folder of a demo (no state.json with its settings)\n"
+    with pytest.raises(UserError, match=r"mine/runs/diffusion: no finished checkpoint"):
+        Setup.of(args)
 
 
 def test_curves_are_drawn_inside_their_frame() -> None:

@@ -1,19 +1,26 @@
-"""What the demo holds out of shards of one's own, and that bad input is refused before anything is touched."""
+"""What the demo holds out of shards and images of one's own, and that bad input is refused before anything is touched."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from instella_ray import cli
+from instella_ray.data.formats.names import find_shards
+from instella_ray.data.formats.sources import read_rows
 from instella_ray.demo import stages
-from instella_ray.demo.images import HeldOutImages, demo_prompts, own_images
+from instella_ray.demo.images import HeldOutImages, demo_prompts, held_out_boundary, own_images, written_images
 from instella_ray.demo.recipe import DemoConfig, tokenizer_config
 from instella_ray.demo.state import DemoState
+from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT
 from instella_ray.models.checkpoint import save_model
 
@@ -53,6 +60,14 @@ def test_whole_tars_are_held_out_until_there_are_enough_images(tmp_path: Path) -
     # As many as are asked for, though the tar holds more.
     few = own_images(demo(shards, held_out=3))
     assert (trained_on(few), few.captions) == ("0123", ["image 80", "image 81", "image 82"])
+
+
+def test_names_of_captions_are_those_of_the_configuration(tmp_path: Path) -> None:
+    members = [(f"{i}.{e}", d) for i in range(32) for e, d in (("jpg", image_bytes(i)), ("json", b'{"vlm": "a dog"}'))]
+    shards = write_tars(tmp_path, members[:32], members[32:])
+    with pytest.raises(UserError, match="shard without captions"):
+        own_images(demo(shards))
+    assert own_images(demo(shards, caption_keys=("vlm",))).captions == ["a dog"] * 16
 
 
 def test_a_small_set_holds_out_a_share_and_a_large_one_a_number(
@@ -107,9 +122,102 @@ def test_bad_shards_are_refused_and_an_old_demo_survives(
     assert [(p.name, p.read_bytes()) for p in (tmp_path / "demo").iterdir()] == [("state.json", before)]
 
 
+# --- images of one's own
+
+
+def write_folder(folder: Path, count: int, **files: bytes) -> str:
+    """Images with captions beside them, and further files, whose names have an underscore for the dot."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        (folder / f"{i:03d}.jpg").write_bytes(image_bytes(i))
+        (folder / f"{i:03d}.txt").write_text(f"image {i}")
+    for name, data in files.items():
+        (folder / name.replace("_", ".")).write_bytes(data)
+    return str(folder)
+
+
+def as_folder(path: Path) -> str:
+    return write_folder(path / "in", 60, mute_jpg=image_bytes(60), cut_jpg=image_bytes(61)[:-300], cut_txt=b"an image")
+
+
+def as_csv(path: Path) -> str:
+    as_folder(path)
+    names = [*(f"{i:03d}.jpg,image {i}" for i in range(60)), "mute.jpg,", "cut.jpg,an image"]
+    (path / "in" / "all.csv").write_text("\n".join(["file_name,caption", *names]))
+    return str(path / "in" / "all.csv")
+
+
+def as_parquet(path: Path) -> str:
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(Path(as_folder(path)).glob("*.jpg"))]
+    captions = [*(f"image {i}" for i in range(60)), "an image", None]
+    pq.write_table(pa.table({"image": images, "text": captions}), path / "all.parquet")
+    return str(path / "all.parquet")
+
+
+@pytest.mark.parametrize("write", [as_folder, as_csv, as_parquet])
+def test_images_of_ones_own_are_written_once_some_apart(
+    tmp_path: Path, write: Callable[[Path], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = DemoConfig(folder=str(tmp_path / "demo"), images=write(tmp_path), size=32)
+    facts = stages.write_images(cfg, held_out_boundary(cfg))
+    assert (
+        capsys.readouterr().out == f"{facts['images']} images to train on, {facts['held_out']} held out, 1 no_caption\n"
+    )
+    assert facts["images"] + facts["held_out"] == 61 and facts["held_out"] in (16, 17)
+    images = written_images(cfg)
+    trained = [row["caption"] for url in find_shards(images.train) for row in read_rows(url, "")]
+    assert len(images.captions) == len(images.pixels) == 16
+    # The one that cannot be decoded is wherever its hash places it: curation counts it.
+    assert sorted({*trained, *images.captions} - {"an image"}) == sorted(f"image {i}" for i in range(60))
+    assert {caption for caption, _ in demo_prompts(cfg, images)} == set(images.captions)
+
+
+def test_copies_of_an_image_are_held_out_together(tmp_path: Path) -> None:
+    folder = Path(write_folder(tmp_path / "in", 40))
+    for i in range(40):
+        shutil.copy(folder / f"{i:03d}.jpg", folder / f"copy{i:03d}.jpg")
+        (folder / f"copy{i:03d}.txt").write_text(f"image {i}")
+    cfg = DemoConfig(folder=str(tmp_path / "demo"), images=str(folder), size=32)
+    facts = stages.write_images(cfg, held_out_boundary(cfg))
+    assert (facts["held_out"], facts["images"]) == (32, 48)
+    images = written_images(cfg)
+    assert {row["caption"] for url in find_shards(images.train) for row in read_rows(url, "")}.isdisjoint(
+        images.captions
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda path: str(path / "none"), "none: no shard found; expected WebDataset tars, .parquet, .csv"),
+        (
+            lambda path: write_folder(path / "in", 31),
+            "31 of 31 kept, 31 of them different; expected at least 32 usable",
+        ),
+        (lambda path: write_folder(path / "in", 0, a_jpg=b"x"), "shard without captions; expected NAME.txt"),
+        (lambda path: write_folder(path / "in", 0, a_txt=b"x"), "no images found"),
+        (lambda path: write_folder(path / "in", 0, a_jpg=b"x", a_txt=b"c"), "0 of 1 kept (1 undecodable)"),
+        (lambda path: f"{write_folder(path / 'in', 0, a_csv=b'url,text')}/a.csv", "links without images; curate first"),
+        (lambda path: f"{write_folder(path / 'in', 0, a_csv=b'file_name')}/a.csv", "no column with captions"),
+    ],
+)
+def test_unusable_images_are_refused_and_an_old_demo_survives(
+    made: Callable[[Path], str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = DemoState(DemoConfig(folder=str(tmp_path / "demo")), "new")
+    old.begin()
+    before = (tmp_path / "demo" / "state.json").read_bytes()
+    argv = ["demo", "--folder", old.folder, "--size", "32", "--images", made(tmp_path), "--fresh"]
+    assert cli.main(argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert line.startswith("error: ") and message in line
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / "demo").iterdir()] == [("state.json", before)]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("images=a", "shards, images: expected at most one of them"),
         ("width=16", "'width' = 16: Input should be a multiple of 32"),
         ("width=0", "'width' = 0: Input should be greater than or equal to 32"),
         ("generator_width=100", "'generator_width' = 100: Input should be a multiple of 32"),
@@ -123,7 +231,8 @@ def test_bad_shards_are_refused_and_an_old_demo_survives(
 def test_what_a_later_stage_would_refuse_is_refused_first(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--folder", str(tmp_path / "d"), "--set", override]) == 2
+    shards = ["--shards", "a"] if override.startswith("images") else []
+    assert cli.main(["demo", "--folder", str(tmp_path / "d"), *shards, "--set", override]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "d").exists()

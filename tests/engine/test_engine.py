@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from instella_ray.engine.buckets import bucket_sizes, usable_buckets
-from instella_ray.engine.engine import EngineOptions, Expired, Finished, Progress, Request, StepEngine, build_engine
+from instella_ray.engine.engine import EngineOptions, Expired, Finished, Progress, Request, build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
@@ -21,40 +20,7 @@ from instella_ray.models.sampling import SamplingParams, generate
 from instella_ray.serving.batching import MicroBatcher
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed, EngineRunner
 
-SIZES = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 8}
-SLOTS = 3
-
-
-def engine(kind: str, slots: int = SLOTS) -> StepEngine:
-    torch.manual_seed(0)
-    model = build_generator(GeneratorConfig(kind=kind, zero_init=False, **SIZES)).eval()
-    return build_engine(model, torch.zeros(2, 0, 8), EngineOptions(slots=slots, text_length=6))
-
-
-def request(number: int) -> Request:
-    """Requests that differ in everything."""
-    features = torch.randn(2, number % 6, 8, generator=torch.Generator().manual_seed(number))
-    params = SamplingParams.of(
-        1,
-        seed=number * 7919,
-        num_inference_steps=1 + number % 5,
-        guidance_scale=float(number % 3),
-        temperature=(0.0, 0.5, 1.0)[number % 3],
-        sampler=("posterior", "simplified")[number % 2],
-        final_draw=number % 2 == 0,
-    )
-    return Request(str(number), features, params)
-
-
-def drain(e: StepEngine) -> dict[str, Tensor]:
-    done = {}
-    while not e.idle:
-        done.update(images(e))
-    return done
-
-
-def images(e: StepEngine) -> dict[str, Tensor]:
-    return {event.id: event.codes for event in e.step() if isinstance(event, Finished)}
+from ..kit.engines import SIZES, SLOTS, drain, engine, images, request
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
@@ -242,35 +208,6 @@ def test_the_scheduler_does_what_a_simple_model_says(actions: list[tuple[object,
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_every_bucket_in_use_gives_the_same_bits(kind: str, threads: int) -> None:
-    """One request alone takes the smallest bucket; among five others it passes through all of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        alone = engine(kind, slots=6)
-        assert alone.buckets[-1] == 6
-        alone.submit(request(4))
-        expected = drain(alone)["4"]
-        crowd, done = engine(kind, slots=6), {}
-        for number in (1, 2, 3, 4, 0, 5):
-            crowd.submit(request(number))
-            done.update(images(crowd))
-        done.update(drain(crowd))
-        assert torch.equal(done["4"], expected)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_bucket_whose_numbers_differ_is_not_used() -> None:
-    def network(rows: int) -> Tensor:
-        return torch.ones(2 * rows, 3) + (1e-7 if rows == 2 else 0)
-
-    assert usable_buckets(network, bucket_sizes(5)) == [1, 4, 5]
-    assert bucket_sizes(1) == [1] and bucket_sizes(8) == [1, 2, 4, 8]
-
-
-@pytest.mark.parametrize("kind", ["diffusion", "ar"])
 def test_progress_comes_as_often_as_asked_and_ends_in_the_image(kind: str) -> None:
     e, length = engine(kind), {"diffusion": 5, "ar": 4}[kind]
     params = SamplingParams.of(1, seed=3, num_inference_steps=5)
@@ -285,21 +222,6 @@ def test_progress_comes_as_often_as_asked_and_ends_in_the_image(kind: str) -> No
     assert isinstance(events[-1], Finished)
     if kind == "ar":  # what has been drawn stays
         assert torch.equal(told[0].estimate[:2], events[-1].codes[:2]) and not told[0].estimate[2:].any()
-
-
-@pytest.mark.nightly
-def test_a_compiled_engine_gives_the_same_images() -> None:
-    torch.manual_seed(0)
-    model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()
-    options = EngineOptions(slots=1, text_length=6, compilation="compile")
-    compiled = build_engine(model, torch.zeros(2, 0, 8), options)
-    compiled.submit(request(4))
-    plain = engine("diffusion", slots=1)
-    plain.submit(request(4))
-    assert torch.equal(drain(compiled)["4"], drain(plain)["4"])
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no GPU"):
-            build_engine(model, torch.zeros(2, 0, 8), EngineOptions(text_length=6, compilation="graphs"))
 
 
 def test_an_empty_prompt_longer_than_a_slot_is_refused() -> None:

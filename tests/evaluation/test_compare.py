@@ -81,7 +81,9 @@ def test_the_better_image_quality_is_told_with_its_page(
     better = "B better" if row.difference > 0 else "A better"
     assert row.verdict == better and row.p_value is not None and row.p_value < 0.01
     assert "| psnr " in out and better in out and "psnr" in page and better in page
-    assert page.count('src="data:image/') == 48 and "http" not in page and scenes[0][2] in page
+    assert (
+        page.count('src="data:image/') == 48 and "http" not in page.replace("http-equiv", "") and scenes[0][2] in page
+    )
 
 
 def test_other_metrics_and_other_settings_are_refused_by_name(tmp_path: Path, tokenizer: str) -> None:
@@ -136,7 +138,7 @@ def test_settings_of_sweeps_are_compared_by_name(tmp_path: Path) -> None:
         outputs.append(evaluated(tmp_path / name, samples=sweep))
     assert [c.a.rpartition("#")[2] for c in compare(*outputs)] == ["g1.0", "g2.0"]
     (one,) = compare(f"{outputs[0]}#g1.0", f"{outputs[0]}#g2.0")
-    assert ("sampling.guidance_scale", "1.0", "2.0") in one.differs
+    assert ("sampling.guidance_scale", "1", "2") in one.differs
     with pytest.raises(UserError, match=r"no such setting, expected one of g1\.0, g2\.0"):
         compare(f"{outputs[0]}#g3", outputs[1])
     with pytest.raises(UserError, match="not a finished evaluation"):

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from instella_ray import storage
@@ -20,16 +21,19 @@ from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import render, sample_scene, scene_rows
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
+from instella_ray.evaluation.inputs import EvaluationInputs
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.evaluation.metrics.base import Batch, MetricResult
 from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
+from instella_ray.evaluation.reader import Reader, ReaderOptions
 from instella_ray.evaluation.units import image_units, read_images_unit
 
 from ..kit.evaluation import numbers
 from ..kit.models import write_tokenizer
 from ..kit.sample_sets import SIZE, noise, write_samples
+from ..kit.shards import image_bytes, tar_bytes
 
 PROMPTS = read_prompts("scenes", count=12)
 CODES = noise(12, 3)
@@ -186,6 +190,18 @@ def test_images_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None:
             assert len({unit.name for unit in units}) == len(units) >= 11 / size
     with pytest.raises(UserError, match="no images found"):
         image_units(str(tmp_path / "nothing"), 3)
+
+
+def test_names_of_captions_are_those_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_bytes([("a.jpg", image_bytes()), ("a.json", b'{"vlm": "a red circle"}')]))
+    for more, offered in (({}, False), ({"caption_keys": ("vlm",)}, True)):
+        cfg = EvaluateConfig(output="out", images=str(tmp_path), **more)
+        inputs = EvaluationInputs(cfg)
+        assert ("prompts" in inputs.offers) == offered
+        (batch,) = Reader(ReaderOptions(None, 32, 4, offered, cfg.caption_keys), torch.device("cpu")).batches(
+            inputs.all_units[0]
+        )
+        assert list(batch.batch.prompts or []) == ["a red circle" if offered else ""]
 
 
 @pytest.mark.process

@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 KEYS = {
     "Enter": {"code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"},
     "Escape": {"code": "Escape", "windowsVirtualKeyCode": 27},
+    "ArrowRight": {"code": "ArrowRight", "windowsVirtualKeyCode": 39},
     "Tab": {"code": "Tab", "windowsVirtualKeyCode": 9},
 }
 CONTROL = 2

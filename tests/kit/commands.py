@@ -10,6 +10,7 @@ import pytest
 
 from instella_ray import commands
 from instella_ray.config import ArgumentParser
+from instella_ray.demo.recipe import DemoConfig
 from instella_ray.operations.submission import Submission
 
 from .project import ROOT, job, job_config
@@ -53,7 +54,9 @@ def check_cli(words: Sequence[str]) -> None:
     assert name in commands.NAMES, name
     command = commands.load(name)
     if hasattr(command, "job"):
-        with chdir(ROOT):
+        with chdir(ROOT), pytest.MonkeyPatch.context() as patch:
+            # A demo's folder is not part of the repository.
+            patch.setattr("instella_ray.demo.state.read_demo", lambda folder: DemoConfig(folder=folder))
             command.job.load(arguments)
         return
     parse = ArgumentParser.parse_args

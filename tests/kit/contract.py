@@ -19,10 +19,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from PIL import Image, ImageDraw
 
 import instella_ray.serving
+from instella_ray.rendering import render
 
 from .asgi import listening
 
-PAGE = Path(instella_ray.serving.__file__).with_name("playground.html")
+PAGE = render(Path(instella_ray.serving.__file__).with_name("playground.html"))
 POLICY = "default-src 'self' 'unsafe-inline' data:"
 STEPS = 8
 
@@ -123,7 +124,7 @@ def application(contract: Contract) -> FastAPI:
 
     @api.get("/")
     def page() -> Response:
-        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
     async def refused(request: Request) -> Response | None:
         body = json.loads(await request.body() or b"{}")

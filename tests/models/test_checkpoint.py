@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from instella_ray.errors import UserError
 from instella_ray.models.bit import BIT, BITConfig
-from instella_ray.models.checkpoint import load_model, parse_model, save_model, weight_hash
+from instella_ray.models.checkpoint import check_weights, load_model, parse_model, save_model, weight_hash
 
 from ..kit.models import RESAMPLING_BIT
 
@@ -72,6 +72,9 @@ def test_a_weight_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> 
     for read in (load_model, weight_hash):
         with pytest.raises(UserError, match=rf"^{path}: not a complete safetensors file[^\n]*$"):
             read(tmp_path, ema=name.startswith("ema"))
+    if name.startswith("ema"):
+        with pytest.raises(UserError, match=rf"^{path}: not a complete safetensors file[^\n]*$"):
+            check_weights(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
@@ -84,8 +87,9 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path: Path) -> None:
         ({"quantizer.embed": None}, "no tensor quantizer.embed$"),
     ):
         save_file({k: v for k, v in {**state, **change}.items() if v is not None}, path)
-        with pytest.raises(UserError, match=rf"^{path}: the weights do not fit the model: [^\n]*{message}"):
-            load_model(tmp_path)
+        for read in (load_model, check_weights):
+            with pytest.raises(UserError, match=rf"^{path}: the weights do not fit the model: [^\n]*{message}"):
+                read(tmp_path)
 
 
 def test_a_tokenizer_that_names_an_option_that_is_gone_loads_where_it_was_off() -> None:

@@ -91,6 +91,16 @@ def test_a_folder_of_that_name_is_itself(tmp_path: Path) -> None:
     assert named_checkpoint("models/bit") == "models/bit"
 
 
+def test_a_demos_folder_is_its_diffusion_generator(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "runs").mkdir(parents=True)
+    shutil.move(run, tmp_path / "mine" / "runs" / "diffusion")
+    newest = tmp_path / "mine" / "runs" / "diffusion" / "checkpoints" / checkpoint_name(2)
+    assert find_model(f"{tmp_path}/mine") == find_model(f"{tmp_path}/mine/") == str(newest)
+    (newest / "state.json").unlink()
+    with pytest.raises(UserError, match=r"run_dir .*mine/runs/diffusion: no finished checkpoint"):
+        find_model(f"{tmp_path}/mine")
+
+
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run_dir .*nowhere: no finished checkpoint"):
         find_model(str(tmp_path / "nowhere" / "latest"))

@@ -183,7 +183,9 @@ def test_without_simpy_the_command_says_what_to_install(
 def test_without_simpy_the_other_commands_work() -> None:
     """A package that is not installed is one that a fresh interpreter does not find."""
     code = "import sys; sys.modules['simpy'] = None; from instella_ray.cli import main; sys.exit(main(sys.argv[1:]))"
-    script = subprocess.run([sys.executable, "-c", code, "completion", "bash"], cwd=ROOT, capture_output=True, text=True)
+    script = subprocess.run(
+        [sys.executable, "-c", code, "completion", "bash"], cwd=ROOT, capture_output=True, text=True
+    )
     assert script.returncode == 0 and "_shtab_instella_ray_simulate" in script.stdout, script.stderr
     bench = [sys.executable, "-c", code, "bench", "--set", "suites=[caching, simulation]"]
     done = subprocess.run(bench, cwd=ROOT, capture_output=True, text=True)

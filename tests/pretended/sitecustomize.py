@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-FLAGS = {"yes": "avx512_bf16", "no": ""}[os.environ["INSTELLA_TEST_BF16"]]
+FLAGS = {"yes": "amx_bf16", "no": ""}[os.environ["INSTELLA_TEST_BF16"]]
 
 
 class Pretence(MetaPathFinder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 
 from instella_ray.errors import UserError, run_main
 from instella_ray.models.bit import BIT
-from instella_ray.models.checkpoint import save_model
+from instella_ray.models.checkpoint import save_model, weight_hash
 from instella_ray.serving.app import build
 from instella_ray.serving.config import Autoscaling, ModelArgs, RequestLimits, ServeArgs
 from instella_ray.serving.local import build_local
+from instella_ray.serving.server import serve_forever
 
-from ..kit.endpoint import serve_args
-from ..kit.models import TINY_BIT
+from ..kit.endpoint import deployed, serve_args
+from ..kit.head import free_port
+from ..kit.models import TINY_BIT, make_generator
 from ..kit.project import job
 
 
@@ -33,6 +36,35 @@ def test_models_that_do_not_belong_together_are_refused(
         build(serve_args(folders, tokenizer=str(tmp_path)))
     with pytest.raises(UserError, match="not a model folder"):
         build(serve_args(folders, tokenizer=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("build", [build, build_local])
+def test_damaged_weights_and_other_tokens_are_refused(
+    folders: dict[str, str], tmp_path: Path, build: Callable[[ServeArgs], object]
+) -> None:
+    damaged = shutil.copytree(folders["ar"], tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"damaged/model\.safetensors: not a complete safetensors file"):
+        build(serve_args(folders, models={"ar": ModelArgs(path=str(damaged))}))
+    hash_of_bit = weight_hash(folders["bit"])
+    wide = make_generator(tmp_path / "wide", hash_of_bit, "ar", bits_per_token=TINY_BIT.bits_per_token + 1)
+    with pytest.raises(UserError, match=r"models\.ar: .*/wide generates 4 tokens of 7 bits, tokenizer .* has 4 of 6"):
+        build(serve_args(folders, models={"ar": ModelArgs(path=wide)}))
+
+
+@pytest.mark.ray
+def test_what_cannot_be_placed_and_a_second_endpoint_are_refused(
+    ray_session: None, folders: dict[str, str], serve_url: str
+) -> None:
+    args = serve_args(folders, models={"ar": ModelArgs(path=folders["ar"], num_gpus=1)})
+    with pytest.raises(UserError, match=r"^app: needs 1 GPU, the cluster has 0 GPUs; lower num_cpus, num_gpus or"):
+        serve_forever(args, "127.0.0.1", free_port(), 0, local=False)
+    with deployed(serve_args(folders), "first", "/first"):
+        with pytest.raises(
+            UserError, match=rf"this Ray already serves first \(diffusion, ar\) on {serve_url}; stop it"
+        ):
+            serve_forever(serve_args(folders), "127.0.0.1", free_port(), 0, local=False)
 
 
 def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(

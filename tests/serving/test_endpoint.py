@@ -173,7 +173,7 @@ def full_graph() -> Any:
     from ray import serve
 
     from instella_ray.serving.failures import api_error
-    from instella_ray.serving.graph import Graph, Image
+    from instella_ray.serving.graph import GeneratedImage, Graph
     from instella_ray.serving.health import unhealthy
 
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
@@ -212,7 +212,7 @@ def full_graph() -> Any:
             return api_error(refused.pop().exception()).status, len(calls) - 1
 
         async def ask(self, stream: bool, working: str) -> None:
-            image, deadline = Image(0, "busy", working, {}, 1, 1, "png"), time.monotonic() + 60
+            image, deadline = GeneratedImage(0, "busy", working, {}, 1, 1, "png"), time.monotonic() + 60
             await (self.graph.follow(image, deadline, 1, print) if stream else self.graph.codes(image, deadline))
 
     return Caller.bind(Busy.bind(), Text.bind())

@@ -14,22 +14,27 @@ import httpx
 import pytest
 import yaml
 
-from instella_ray.serving.config import ModelArgs
+from instella_ray.serving.config import ModelArgs, RequestLimits
 
-from ..kit.endpoint import HEADERS, generate, make_folders, serve_args
+from ..kit.endpoint import HEADERS, events, generate, make_folders, serve_args
+from ..kit.head import free_port
 from ..kit.project import ROOT
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folders = make_folders(tmp_path)
-    args = serve_args(folders, api_keys_file=folders["keys"], models={"ar": ModelArgs(path=folders["ar"])})
+@pytest.mark.parametrize(
+    "local",
+    [
+        pytest.param(True, marks=pytest.mark.process, id="in-one-process"),
+        pytest.param(False, marks=[pytest.mark.ray, pytest.mark.slow], id="on-ray"),
+    ],
+)
+def test_the_job_listens_where_it_says_and_ends_after_its_last_request(tmp_path: Path, local: bool) -> None:
+    port, folders = free_port(), make_folders(tmp_path)
+    models = {"diffusion": ModelArgs(path=folders["diffusion"])}
+    limits = RequestLimits(steps=4000)
+    args = serve_args(folders, api_keys_file=folders["keys"], models=models, limits=limits)
     config = tmp_path / "serve.yaml"
-    config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
+    config.write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port, "local": local}))
     command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", str(config)]
     # A Ray and a Serve of its own, because the job starts them; and this package from wherever it is started.
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -46,11 +51,15 @@ def test_the_job_listens_where_it_says_and_ends_cleanly(tmp_path: Path) -> None:
             assert generate(client).status_code == 401
             client.headers.update(HEADERS)
             assert generate(client, size="32x32").status_code == 200
-        # What a supervisor sends; the job answers as it does to Ctrl-C.
-        job.send_signal(signal.SIGTERM)
+            steps = {"num_inference_steps": limits.steps, "size": "32x32"}
+            streams = [events(client, seed=seed, **steps) for seed in range(4)]
+            assert [next(stream)["type"] for stream in streams] == ["image_generation.progress"] * 4
+            # What a supervisor sends; the job answers as it does to Ctrl-C.
+            job.send_signal(signal.SIGTERM)
+            assert [list(stream)[-1]["type"] for stream in streams] == ["image_generation.completed"] * 4
         rest = job.stdout.read()
         # Ray may have more to say while it stops.
-        assert job.wait() == 0 and "stopping" in rest.splitlines()
+        assert job.wait() == 0 and "stopping" in rest
     finally:
         watchdog.cancel()
         job.kill()

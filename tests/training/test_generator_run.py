@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.formats.codes import write_codes_file
@@ -18,6 +19,7 @@ from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
+from instella_ray.pipeline import InstellaPipeline
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
 from instella_ray.training.run_dir import read_metrics
@@ -64,6 +66,13 @@ def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
     assert read_checkpoint_config(folder)["text_encoder"] == going_on.text_encoder.model_dump(mode="json")
     previews = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
     assert previews == ["step-0000003.png", "step-0000006.png"]
+    # The images of the same prompts that the checkpoint gives anywhere else.
+    settings = going_on.preview.model_dump()
+    prompts = settings.pop("prompts")
+    images = InstellaPipeline.from_pretrained(folder, device="cpu")(
+        prompts, seed=range(len(prompts)), output_type="np", **settings
+    ).images
+    assert np.array_equal(Image.open(tmp_path / "run" / "previews" / previews[-1]), np.concatenate(images, axis=1))
     # What the run directory says is the run: all settings, and sizes as they were filled in.
     assert load_config(GeneratorRunConfig, str(tmp_path / "run" / "config.yaml")) == complete_config(going_on)
 

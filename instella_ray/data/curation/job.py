@@ -15,6 +15,7 @@ from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.patterns import Pattern, pattern_text
 from ..formats.shards import write_samples
 from ..formats.sources import find_inputs, require_captions, shard_sources
+from ..formats.texts import CAPTION_NAMES, CaptionKeys
 from ..job import INPUT_KEYS, DataJob, DataJobConfig, data_job
 from ..provenance import shard_provenance
 from ..stages import Source, Stage
@@ -33,14 +34,21 @@ class CurateConfig(DataJobConfig):
     """Configuration of the curation job: input shards, downloads, filters and output."""
 
     input: Pattern
-    """WebDataset tars, or parquet with images or LAION's links: paths, globs, folders or lists of shards; one or several.
+    """Tars, folders of images, or tables of images, paths or links; paths, globs or lists of shards, one or several.
 
-    Local or any fsspec URL. Several are a list, or separated by commas. ``instella-ray shards`` writes lists of shards.
+    A folder of images has captions beside them, as ``NAME.txt``, ``NAME.caption`` or ``NAME.json``, or in its
+    ``metadata.csv`` or ``metadata.jsonl``. Tables are parquet with images or LAION's links, and CSV, TSV or JSONL with paths
+    relative to their folder, or links. Local or any fsspec URL; several are a list, or separated by commas.
+    ``instella-ray shards`` writes lists of shards.
     """
     output: str
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     download: DownloadConfig = DownloadConfig()
     filters: FilterConfig = FilterConfig()
+    keep_truncated: bool = False
+    """Keep JPEGs that were cut off and then given an end marker, of which the missing part is decoded as grey."""
     rows_per_shard: int = Field(1000, ge=1)
     """Input samples per output tar; fewer if their images are large."""
     retry: Literal["network"] | None = None
@@ -58,8 +66,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         section.check()
     if cfg.retry and cfg.mode != "resume":
         raise UserError(f"retry={cfg.retry}: needs mode=resume, because it continues an earlier run")
-    inputs = find_inputs(cfg.input, output=cfg.output)
-    require_captions(list(inputs.shards))
+    inputs = find_inputs(cfg.input, output=cfg.output, caption_keys=cfg.caption_keys)
+    require_captions(list(inputs.shards), cfg.caption_keys)
     labels = tuple(inputs.shards.values())
     shown = shown_shards(labels)
     settings, shards = _settings(cfg, bool(inputs.links)), inputs.shards
@@ -67,13 +75,13 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     with data_job(cfg, "curate", "shards", settings, provenance, shards) as job:
         rows_per_block = min(cfg.rows_per_shard, cfg.download.batch_size) if inputs.links else cfg.rows_per_shard
         write = partial(_curate, job, cfg, shown, downloads=bool(inputs.links))
-        write(shard_sources(shards, rows_per_block))
+        write(shard_sources(shards, rows_per_block, caption_keys=cfg.caption_keys, time_limit_s=cfg.shard_time_limit_s))
         if cfg.retry:
             write(retry_sources(job.folder, rows_per_block), title="retry")
         if cfg.filters.duplicates:
             deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
-        write_report(cfg.output, cfg.filters, job.folder.parts(), ledger)
+        write_report(cfg.output, cfg.filters, cfg.abort, job.folder.parts(), ledger)
         job.require_kept(f"input {pattern_text(cfg.input)}: no sample was kept")
         return ledger
 
@@ -92,7 +100,8 @@ def _curate(
         return
     storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
     notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
-    stages = [Stage(Prefilter(cfg.filters, shown, notes.examples)), *score_stages(cfg.filters)]
+    prefilter = Prefilter(cfg.filters, shown, notes.examples, keep_truncated=cfg.keep_truncated)
+    stages = [Stage(prefilter), *score_stages(cfg.filters)]
     if cfg.filters.duplicates:
         stages.append(Stage(Fingerprinter()))
     if downloads:

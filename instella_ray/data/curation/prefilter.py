@@ -22,11 +22,15 @@ PREFILTERED = SCHEMA.append(pa.field("verdict", pa.string())).append(pa.field("s
 class Prefilter:
     """Adds a verdict and scores to every row, and removes the images of dropped rows, except examples for the report.
 
-    Per table, ``examples`` images of each reason are kept for the shards ``shown``.
+    Per table, ``examples`` images of each reason are kept for the shards ``shown``. Truncated JPEGs with an end marker are
+    quarantined unless ``keep_truncated``.
     """
 
-    def __init__(self, cfg: FilterConfig, shown: Collection[str] = (), examples: int = 0) -> None:
+    def __init__(
+        self, cfg: FilterConfig, shown: Collection[str] = (), examples: int = 0, *, keep_truncated: bool = False
+    ) -> None:
         self.filters, self.shown, self.examples = cfg.of_samples(), frozenset(shown), examples
+        self.keep_truncated = keep_truncated
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
@@ -36,6 +40,7 @@ class Prefilter:
             row["scores"] = json.dumps(dict(scores))
             if row["verdict"].startswith(DROPPED):
                 dropped[row["shard"], row["verdict"]] += 1
+                row["members"] = None
                 if row["shard"] not in self.shown or dropped[row["shard"], row["verdict"]] > self.examples:
                     row["image"] = None
         return pa.Table.from_pylist(rows, PREFILTERED)
@@ -52,7 +57,9 @@ class Prefilter:
                 scores |= sample_filter.measure(sample)
                 if reason := sample_filter.reason(scores):
                     return f"{DROPPED}:{reason}", scores
-            check_pixels(image)  # last, because it is the most expensive check
+            check_pixels(
+                row["image"], keep_truncated=self.keep_truncated
+            )  # last, because it is the most expensive check
         except UndecodableError as error:
             return f"{QUARANTINED}:{error}", scores
         return KEPT, scores

@@ -12,10 +12,11 @@ import numpy as np
 from markupsafe import Markup
 
 from ... import storage
-from ...rendering import render, thumbnail
+from ...rendering import Goal, digits, render, thumbnail
 from ..formats.images import decode_rgb
 from ..formats.parts import DOWNLOAD_REASON, DROPPED, DUPLICATES, KEPT, Ledger, Part, Row
 from ..formats.tar_source import read_samples
+from ..job import AbortConfig
 from .dedup import EXACT, NEAR
 from .filters.base import Scale, ScoreLimits
 from .filters.config import FilterConfig
@@ -26,12 +27,12 @@ PAIRS = 12
 """Maximum number of near duplicates shown beside the image that is kept instead."""
 
 
-def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledger: Ledger) -> None:
+def write_report(folder: str, filters: FilterConfig, abort: AbortConfig, parts: Sequence[Part], ledger: Ledger) -> None:
     """Write the :data:`REPORT` of a finished curation into its output ``folder``."""
     counts = merged(part.notes.get("histograms", {}) for part in parts)
     limits = {name: found for section in filters.sections().values() for name, found in section.limits().items()}
     charts = [
-        {"name": name, "svg": svg_histogram(counts[name], scale, limits.get(name, ("", ScoreLimits()))[1])}
+        (name, svg_histogram(counts[name], scale, limits.get(name, ("", ScoreLimits()))[1]))
         for name, scale in filters.scales().items()
         if sum(counts.get(name, ()))
     ]
@@ -39,12 +40,22 @@ def write_report(folder: str, filters: FilterConfig, parts: Sequence[Part], ledg
     page = render(
         Path(__file__).with_name("report.html.j2"),
         ledger=ledger,
+        goals=goals(ledger, abort),
         funnel=list(funnel(ledger, filters)),
         charts=charts,
         galleries=[(verdict, images[verdict]) for verdict in sorted(images, key=lambda v: (v != KEPT, v))],
         pairs=list(_pairs(folder, parts, images.get(f"{DROPPED}:{NEAR}", []))),
     )
     storage.write_text(storage.join(folder, REPORT), page)
+
+
+def goals(ledger: Ledger, abort: AbortConfig) -> list[Goal]:
+    """Return the shares of failed samples (%) with the limits of the job."""
+    total = max(1, ledger.total) / 100
+    return [
+        Goal("quarantined", ledger.quarantined.total() / total, 100 * abort.quarantined, "<=", "%"),
+        Goal("failed downloads", ledger.failed_downloads / total, 100 * abort.failed_downloads, "<=", "%"),
+    ]
 
 
 def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
@@ -84,18 +95,19 @@ def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> M
         middle = float(np.sqrt(ends[number] * ends[number + 1]) if scale.log else ends[number : number + 2].mean())
         kind = "in" if limits.allow(middle) else "out"
         at = f'x="{left + number * step:.1f}" y="{height - bottom - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
-        parts.append(
-            f'<rect {at} class="{kind}"><title>{ends[number]:.3g} to {ends[number + 1]:.3g}: {count}</title></rect>'
-        )
+        bin_name = f"{digits(ends[number])} to {digits(ends[number + 1])}"
+        parts.append(f'<rect {at} class="{kind}"><title>{bin_name}: {digits(count)}</title></rect>')
     for limit in (limits.minimum, limits.maximum):
         if (limit is not None and limit > 0) or (limit == 0 and not scale.log):
             x = place(limit)
             anchor = "end" if x > width / 2 else "start"
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - bottom}" class="limit"/>')
             shift = -4 if anchor == "end" else 4
-            parts.append(f'<text x="{x + shift:.1f}" y="12" text-anchor="{anchor}" class="limit">{limit:g}</text>')
+            parts.append(
+                f'<text x="{x + shift:.1f}" y="12" text-anchor="{anchor}" class="limit">{digits(limit)}</text>'
+            )
     for value, anchor in ((scale.low, "start"), (scale.high, "end")):
-        parts.append(f'<text x="{place(value):.1f}" y="{height - 6}" text-anchor="{anchor}">{value:g}</text>')
+        parts.append(f'<text x="{place(value):.1f}" y="{height - 6}" text-anchor="{anchor}">{digits(value)}</text>')
     return Markup(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>')
 
 
@@ -138,4 +150,4 @@ def _decisions(folder: str) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def _line(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    return ", ".join(f"{name} {digits(value)}" for name, value in scores.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import json
 import math
 from collections.abc import Mapping
@@ -11,18 +12,26 @@ from typing import Any
 from .texts import clean_text
 
 LAION_NAMES = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
-"""LAION's columns, which datasets write in either case; stored in lower case."""
+"""LAION's columns, which datasets write in any case; stored in lower case."""
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """Parse ``text`` as a JSON object; ``None`` if it is not one, or contains text that UTF-8 cannot encode."""
+    """Parse ``text`` as a JSON object; ``None`` if it is not one, or contains text that UTF-8 cannot encode.
+
+    LAION's names are put in lower case; NaN and infinities become ``None``, as JSON has none.
+    """
     try:
         value = json.loads(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # Arrow rejects unpaired surrogates
+        return _lower_names(_finite(value)) if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def json_text(meta: dict[str, Any], **options: Any) -> str:
+    """Format metadata as JSON, without NaN and infinities; ``options`` are passed to :func:`json.dumps`."""
+    return json.dumps(_finite(meta), allow_nan=False, **options)
 
 
 def number(value: Any) -> float | None:
@@ -37,8 +46,8 @@ def number(value: Any) -> float | None:
 
 
 def score(meta: Mapping[str, Any], name: str) -> float | None:
-    """Return the number under one of LAION's names, in lower or upper case; ``None`` if there is none."""
-    return number(meta.get(name, meta.get(name.upper())))
+    """Return the number under one of LAION's names, in any case, lower case first; ``None`` if there is none."""
+    return number(_lower_names(meta).get(name))
 
 
 def column_name(column: str) -> str:
@@ -47,11 +56,34 @@ def column_name(column: str) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """Convert a column's value for JSON: bytes to text, dates and times to ISO text, NaN and infinities to ``None``."""
+    """Convert a column's value for JSON: bytes to text, dates and times to ISO text, decimals to numbers.
+
+    NaN and infinities become ``None``, also within lists and objects.
+    """
     if isinstance(value, bytes):
         return clean_text(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, decimal.Decimal):
+        return number(str(value))
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return value
+
+
+def _lower_names(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Put LAION's names in lower case; of several spellings of one name, that in lower case counts, else the first."""
+    named: dict[str, Any] = {}
+    for name, value in meta.items():
+        stored = column_name(name)
+        if stored == name or stored not in named:
+            named[stored] = value
+    return named

@@ -1,4 +1,4 @@
-"""Names of inputs: shards of patterns, lists of shards, tar members, row keys and links.
+"""Names of inputs: shards and folders of patterns, lists of shards, image files and links.
 
 A pattern (:mod:`.patterns`) is a path, a glob, a folder, a list of shards (a JSON file, so that a bucket of a million
 objects is listed only once), or several of these; local, or any URL that fsspec supports.
@@ -7,11 +7,11 @@ objects is listed only once), or several of these; local, or any URL that fsspec
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -21,16 +21,16 @@ from ... import storage
 from ...config import Config
 from ...errors import UserError
 from ...urls import encoded_link
+from .files import list_files
 from .images import IMAGE_ENDINGS
 from .parts import Part, refuse_unfinished
 from .patterns import Pattern, expand_part, file_name, is_http, pattern_text, shard_label, split_pattern
+from .tar_reader import COMPRESSED_ENDINGS, compressed_error
 
 SHARD_LIST = "shards.json"
 """Name of the list of shards in their folder; read by jobs whose input is the folder."""
 LISTINGS_AT_ONCE = 32
 """Parts of a pattern that are listed concurrently: braces may have one for every shard."""
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
-
 
 # --- patterns and lists of shards
 
@@ -56,15 +56,19 @@ class ShardList(Config):
         return sum(shard.bytes for shard in self.shards)
 
 
+class Found(NamedTuple):
+    """What a pattern stands for."""
+
+    files: list[ShardEntry]
+    """Shards, and tables named themselves, sorted by URL."""
+    folders: dict[str, dict[str, int]]
+    """Folders of images: URL -> files (:func:`.files.list_files`)."""
+
+
 def find_shards(
     pattern: Pattern, suffixes: str | Sequence[str] = ".tar", *, output: str | None = None
 ) -> dict[str, str]:
-    """Map the URLs of the shards that match ``pattern``, sorted, to their labels (:func:`.patterns.shard_label`).
-
-    A folder stands for the shards in its list, or without a list for all files with the first of ``suffixes`` that
-    matches any. What lies in the folder ``output``, that of the job itself, is no input. Raises UserError for a part of
-    the pattern that matches nothing, and for the output of an unfinished job.
-    """
+    """Map the URLs of the shards of :func:`find_files`, sorted, to their labels (:func:`.patterns.shard_label`)."""
     labels = {entry.url: shard_label(entry.url) for entry in find_files(pattern, suffixes, output=output)}
     refuse_twins(list(labels.values()))
     return labels
@@ -73,30 +77,77 @@ def find_shards(
 def find_files(
     pattern: Pattern, suffixes: str | Sequence[str] = ".tar", *, output: str | None = None
 ) -> list[ShardEntry]:
-    """List the shards of :func:`find_shards` with their sizes; each part of the pattern costs at most one listing."""
-    suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
+    """List the shards that match ``pattern``, with one of ``suffixes``, and their sizes; see :func:`resolve`."""
+    return resolve(pattern, (suffixes,) if isinstance(suffixes, str) else tuple(suffixes), output=output).files
+
+
+def resolve(
+    pattern: Pattern,
+    suffixes: tuple[str, ...],
+    tables: tuple[str, ...] = (),
+    *,
+    images: bool = False,
+    output: str | None = None,
+) -> Found:
+    """Find what ``pattern`` stands for; each part of it costs at most one listing.
+
+    A folder stands for the shards in its list, or without a list for all files with the first of ``suffixes`` that
+    matches any, else, with ``images``, for the images in it and below. Files with one of ``tables`` are found by their own
+    names, globs and lists only. What lies in the folder ``output``, that of the job itself, is no input. Raises UserError
+    for a part of the pattern that matches nothing, and for the output of an unfinished job.
+    """
     given = [(part, each) for part in split_pattern(pattern) for each in expand_part(part)]
-    found: dict[str, ShardEntry] = {}
+    found, folders = dict[str, ShardEntry](), dict[str, dict[str, int]]()
     with ThreadPoolExecutor(LISTINGS_AT_ONCE) as threads:
-        listed = threads.map(partial(_part_files, suffixes=suffixes), [each for _, each in given])
+        listed = threads.map(partial(_part_files, suffixes=suffixes, tables=tables), [each for _, each in given])
         for (part, each), entries in zip(given, listed, strict=True):
-            files = {entry.url: entry for entry in entries if file_name(entry.url).endswith(suffixes)}
-            if not files:
-                for folder in _folders([each, storage.join(each, "")]):
-                    if not (output and _within(folder, output)):
-                        refuse_unfinished(folder)
-                where = f" for {each}" if len(expand_part(part)) > 1 else ""
-                kind = "WebDataset tars" if ".tar" in suffixes else f"{suffixes[0]} files"
-                others = "".join(f" or {suffix} files" for suffix in suffixes[1:])
-                example = f"for example 'data/*{suffixes[0]}'"
-                raise UserError(f"{part}: no shard found{where}; expected {kind}{others}, {example}")
-            found |= files
-        own = {folder for folder in _folders(found) if output and _within(folder, output)}
-        found = {url: entry for url, entry in found.items() if os.path.dirname(url) not in own}
-        if not found:
+            found |= {entry.url: entry for entry in entries}
+            if entries:
+                continue
+            for folder in _folders([each, storage.join(each, "")]):
+                if not (output and _within(folder, output)):
+                    refuse_unfinished(folder)
+            if images and _is_folder(each):
+                root = each.rstrip("/")
+                folders[root] = _image_folder(root, output)
+                continue
+            where = f" for {each}" if len(expand_part(part)) > 1 else ""
+            expected = f"{_kinds((*suffixes, *tables))}{', or a folder of images' if images else ''}"
+            raise UserError(f"{part}: no shard found{where}; expected {expected}, for example 'data/*{suffixes[0]}'")
+        if output:
+            found = {url: found[url] for url in _without_output(found, output)}
+        if not found and not folders:
             raise UserError(f"{pattern_text(pattern)}: only the output of this job, which is no input of its own")
         list(threads.map(refuse_unfinished, _folders(found)))
-    return [found[url] for url in sorted(found)]
+    return Found([found[url] for url in sorted(found)], folders)
+
+
+def _image_folder(folder: str, output: str | None) -> dict[str, int]:
+    """Return the files of a folder of images, except those in ``output``; UserError without images."""
+    files = {storage.join(folder, name): size for name, size in list_files(folder).items()}
+    kept = _without_output(files, output) if output else files
+    if not any(map(image_extension, kept)):
+        raise no_images(folder)
+    return {url.removeprefix(f"{folder}/"): files[url] for url in kept}
+
+
+def _is_folder(url: str) -> bool:
+    fs, path = storage.filesystem(url)
+    return bool(fs.isdir(path))
+
+
+def _kinds(suffixes: Sequence[str]) -> str:
+    """Name kinds of files, as in ``WebDataset tars, .parquet or .csv files``."""
+    *others, last = ["WebDataset tars" if suffix == ".tar" else suffix for suffix in suffixes]
+    kinds = f"{', '.join(others)} or {last}" if others else last
+    return kinds if suffixes[-1] == ".tar" else f"{kinds} files"
+
+
+def _without_output(urls: Iterable[str], output: str) -> list[str]:
+    """Leave out the files that are in the folder ``output`` or below it."""
+    urls = list(urls)
+    own = {folder for folder in _folders(urls) if _within(folder, output)}
+    return [url for url in urls if os.path.dirname(url) not in own]
 
 
 def _folders(urls: Iterable[str]) -> list[str]:
@@ -125,13 +176,26 @@ def find_image_files(folder: str) -> list[str]:
 
     Raises UserError if there are none.
     """
-    fs, root = storage.filesystem(folder)
-    found = fs.find(root) if fs.isdir(root) else []
-    files = sorted(path[len(root) :].strip("/") for path in found if image_extension(path))
+    found = list_files(folder)
+    refuse_compressed([folder, *found])
+    files = [name for name in found if image_extension(name)]
     if not files:
-        kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
-        raise UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
+        raise no_images(folder)
     return files
+
+
+def no_images(folder: str) -> UserError:
+    """Return the error for a folder without images, which names what was expected."""
+    kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"
+    return UserError(f"{folder}: no images found; expected tars, parquet files, or a folder of {kinds}")
+
+
+def refuse_compressed(urls: Iterable[str]) -> None:
+    """Raise UserError for a compressed tar, by the endings of ``urls``."""
+    for url in urls:
+        kind = next((kind for ending, kind in COMPRESSED_ENDINGS.items() if file_name(url).endswith(ending)), None)
+        if kind:
+            raise compressed_error(url, kind)
 
 
 def list_shards(pattern: Pattern, output: str, suffixes: str | Sequence[str]) -> ShardList:
@@ -185,21 +249,33 @@ def _absolute(url: str, folder: str) -> str:
     return url if "://" in url or url.startswith("/") else storage.join(folder, url)
 
 
-def _part_files(part: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
+def _part_files(part: str, suffixes: tuple[str, ...], tables: tuple[str, ...]) -> list[ShardEntry]:
+    """List the files that an expanded part of a pattern names, with one of ``suffixes`` or ``tables``; there may be none."""
+    return [entry for entry in _listed(part, suffixes, tables) if file_name(entry.url).endswith((*suffixes, *tables))]
+
+
+def _listed(part: str, suffixes: tuple[str, ...], tables: tuple[str, ...]) -> list[ShardEntry]:
     if part.endswith(".json"):
         return read_shard_list(part)
-    named = file_name(part).endswith(suffixes)
-    if named and (files := _without_sidecars(storage.sizes(part))):
-        return _entries(files)
+    named = file_name(part).endswith((*suffixes, *tables))
+    if named and (files := _matches(part)):
+        return files
     if storage.kind(part) == "directory" or (is_http(part) and not named and "*" not in part):
         return _folder_files(part, suffixes)
-    return [] if named else _entries(_without_sidecars(storage.sizes(part)))
+    return [] if named else _matches(part)
+
+
+def _matches(part: str) -> list[ShardEntry]:
+    found = storage.sizes(part)
+    refuse_compressed(found)
+    return _entries(_without_sidecars(found))
 
 
 def _folder_files(folder: str, suffixes: tuple[str, ...]) -> list[ShardEntry]:
     if storage.exists(listed := storage.join(folder, SHARD_LIST)):
         return read_shard_list(listed)
     files = storage.sizes(storage.join(folder, "*"))
+    refuse_compressed(files)
     by_suffix = ({url: size for url, size in files.items() if file_name(url).endswith(suffix)} for suffix in suffixes)
     return _entries(next(filter(None, by_suffix), {}))
 
@@ -214,41 +290,19 @@ def _without_sidecars(files: dict[str, int]) -> dict[str, int]:
     return {url: size for url, size in files.items() if url.removesuffix(".parquet") not in tars}
 
 
-# --- keys of samples
-
-
-def member_name(name: str) -> tuple[str, str] | None:
-    """Split the name of a tar member into its key and its lower-case extension; ``None`` if it lacks either."""
-    found = _MEMBER.fullmatch(name.removeprefix("./"))
-    return (found["key"], found["extension"].lower()) if found else None
+# --- image files
 
 
 def image_extension(name: str) -> str | None:
     """Return the lower-case extension of an image file or member; ``None`` if it is not one of an image."""
-    ending = name.rpartition(".")[2].lower()
+    ending = split_extension(name)[1]
     return ending if ending in IMAGE_ENDINGS else None
 
 
-def row_key(value: str | int | None) -> str:
-    """Return the key for the id of a row, with dots replaced, because a tar key ends at the first; ``""`` for no id."""
-    text = "" if value is None else str(value)
-    return "/".join(part if part == ".." else part.replace(".", "_") for part in text.split("/"))
-
-
-class Keys:
-    """Checks the keys of one shard, in order."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def problem(self, key: str) -> str | None:
-        """Return ``unsafe_name`` for a key outside its folder, ``duplicate_key`` for a repeated one, else ``None``."""
-        if key.startswith("/") or ".." in key.split("/"):
-            return "unsafe_name"
-        if key in self._seen:
-            return "duplicate_key"
-        self._seen.add(key)
-        return None
+def split_extension(name: str) -> tuple[str, str]:
+    """Split the path of a file at its last dot: its path without extension, and the lower-case extension."""
+    stem, _, ending = name.rpartition(".")
+    return (stem, ending.lower()) if stem and "/" not in ending and not stem.endswith("/") else (name, "")
 
 
 # --- links

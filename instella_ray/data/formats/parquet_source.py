@@ -1,13 +1,11 @@
 """Parquet reader: rows of samples with embedded images, or with links to images as in LAION's metadata.
 
-Columns are found by name, ignoring case. Only columns of plain types are read, so that no extension type can unpickle
+Columns are found by name (:mod:`.columns`). Only columns of plain types are read, so that no extension type can unpickle
 data. Only a few rows are in memory at a time, however large a row group is.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -15,36 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import UserError
-from .images import MAX_IMAGE_BYTES
-from .metadata import column_name, json_value
-from .names import Keys, row_key
-from .texts import CAPTION_NAMES, TextError, clean_text, text_of
+from .columns import Columns, find_columns, is_list, is_text, plain, table_row
+from .keys import Keys
+from .rows import problem_row
+from .texts import CAPTION_NAMES
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-LINK_COLUMNS = ("url", "image_url")
-KEY_COLUMNS = ("key", "__key__", "id", "uid")
 IMAGES_AT_ONCE, LINKS_AT_ONCE = 64, 4096
 """Rows per read, of files with images and with links."""
 _READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 """Exceptions of a damaged file, among other causes (:func:`_is_damage`)."""
-
-
-class Columns(NamedTuple):
-    """Names of the columns of a file, by their use; None for a column that the file lacks."""
-
-    image: str | None
-    """Encoded images: binary, or a struct with a binary ``bytes``."""
-    link: str | None
-    """URLs of the images, in a file without an image column."""
-    caption: str | None
-    key: str | None
-    meta: tuple[str, ...]
-    """All other columns of text, numbers or booleans."""
-
-    def names(self) -> list[str]:
-        """Return the names of all columns to read."""
-        return [name for name in (*self[:4], *self.meta) if name]
 
 
 class Footer(NamedTuple):
@@ -54,11 +31,14 @@ class Footer(NamedTuple):
     columns: Columns
 
 
-def read_footer(stream: IO[bytes], url: str, *, captions: bool = True) -> Footer | None:
+def read_footer(
+    stream: IO[bytes], url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Footer | None:
     """Read the footer of a file; None if it is damaged or not parquet, UserError if it lacks images or captions."""
     try:
         file = pq.ParquetFile(stream)
-        return Footer(file.metadata.num_rows, find_columns(file.schema_arrow, url, captions=captions))
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
+        return Footer(file.metadata.num_rows, columns)
     except _READ_ERRORS as error:
         if not _is_damage(error):
             raise
@@ -78,37 +58,20 @@ def row_count(stream: IO[bytes]) -> int:
 def read_records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Yield all columns of each row, text decoded as far as it is UTF-8; pyarrow's errors for a damaged file."""
     for batch in pq.ParquetFile(stream).iter_batches(LINKS_AT_ONCE):
-        text = {name for name in batch.schema.names if _is_text(_plain(batch.schema.field(name).type))}
+        text = {name for name in batch.schema.names if is_text(plain(batch.schema.field(name).type))}
         for row in _python_rows(batch):
             yield {k: v.decode("utf-8", "replace") if k in text and v is not None else v for k, v in row.items()}
 
 
-def find_columns(schema: pa.Schema, url: str, *, captions: bool = True) -> Columns:
-    """Find the columns of a file by name and type.
-
-    Raises UserError naming ``url`` if there is no column of images or links, or, with ``captions``, none of captions.
-    """
-    # Ignores duplicate names, which are ambiguous.
-    names = [name for name, count in Counter(schema.names).items() if count == 1]
-    types = {name: _plain(schema.field(name).type) for name in names}
-    text = [name for name in names if _is_text(types[name])]
-    image = _first(IMAGE_COLUMNS, [name for name in names if _is_image(types[name])])
-    link = None if image else _first(LINK_COLUMNS, [name for name in names if _holds_text(types[name], lists=False)])
-    caption = _first(CAPTION_NAMES, [name for name in names if name != image and _holds_text(types[name])])
-    found = f"found {', '.join(schema.names) or 'none'}"
-    if image is None and link is None:
-        expected = f"expected {', '.join(IMAGE_COLUMNS)} with encoded images, or {' or '.join(LINK_COLUMNS)}"
-        raise UserError(f"{url}: no column with images or links to them; {expected}; {found}")
-    if caption is None and captions:
-        raise UserError(f"{url}: no column with captions; expected {', '.join(CAPTION_NAMES)}; {found}")
-    key = _first(KEY_COLUMNS, [name for name in names if name in text or pa.types.is_integer(types[name])])
-    taken = {image, caption, key}
-    scalars = [name for name in names if name in {*text, link} or _is_number(types[name])]
-    return Columns(image, link, caption, key, tuple(name for name in scalars if name not in taken))
-
-
 def read_parquet(
-    stream: IO[bytes], shard: str, url: str, first: int = 0, end: int | None = None, *, captions: bool = True
+    stream: IO[bytes],
+    shard: str,
+    url: str,
+    first: int = 0,
+    end: int | None = None,
+    *,
+    captions: bool = True,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
 ) -> Iterator[dict[str, Any]]:
     """Yield rows ``first`` to ``end`` of one file, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
@@ -120,10 +83,10 @@ def read_parquet(
     try:
         # Without the buffer, a whole column of a row group would be read at once.
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        columns = find_columns(file.schema_arrow, url, captions=captions)
+        columns = find_columns(file.schema_arrow, url, captions=captions, caption_keys=caption_keys)
         for batch in _batches(file, columns, first, file.metadata.num_rows if end is None else end):
             for values in _python_rows(batch):
-                yield _row(values, columns, shard, number, keys)
+                yield table_row(values, columns, shard, number, keys, values[columns.image] if columns.image else None)
                 number += 1
     except _READ_ERRORS as error:
         if not _is_damage(error):
@@ -164,88 +127,13 @@ def _values(column: pa.Array) -> list[Any]:
         column = column.dictionary_decode()
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
-    if _is_text(column.type):
+    if is_text(column.type):
         column = column.cast(pa.large_binary())
-    elif _is_list(column.type) and _is_text(column.type.value_type):
+    elif is_list(column.type) and is_text(column.type.value_type):
         column = column.cast(pa.large_list(pa.large_binary()))
     if pa.types.is_floating(column.type):
         column = column.cast(pa.float64())
     return list(column.to_pylist())
-
-
-def _row(values: dict[str, Any], columns: Columns, shard: str, number: int, keys: Keys) -> dict[str, Any]:
-    image = values[columns.image] if columns.image else None
-    given = values[columns.key] if columns.key else None
-    key = row_key(clean_text(given) if isinstance(given, bytes) else given)
-    key = key or f"{shard}-{number:07d}"
-    meta = _meta(values, columns)
-    problem = keys.problem(key) if columns.key else None
-    try:
-        caption = text_of(values[columns.caption]) if columns.caption else ""
-    except TextError:
-        caption, problem = "", problem or "bad_caption"
-    if image is not None and len(image) > MAX_IMAGE_BYTES:
-        image, problem = None, problem or "oversized_member"
-    linked = columns.link is not None and "url" in meta
-    missing = "no_image" if image is None and not linked else "no_caption" if not caption else None
-    values = {"key": key, "shard": shard, "row": number, "problem": problem or missing}
-    return {**values, "image": image, "caption": caption or None, "meta": json.dumps(meta)}
-
-
-def problem_row(shard: str, number: int, problem: str) -> dict[str, Any]:
-    """Return a row in the place of what could not be read: the columns of :data:`.rows.SCHEMA` without ``last``."""
-    values = {"key": "", "shard": shard, "row": number, "problem": problem}
-    return {**values, "image": None, "caption": None, "meta": "{}"}
-
-
-def _meta(values: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Return the metadata of a row, without nulls and NaN."""
-    meta: dict[str, Any] = {}
-    for column in columns.meta:
-        value = json_value(values[column])
-        if value is not None:
-            meta["url" if column == columns.link else column_name(column)] = value
-    return meta
-
-
-def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the first of ``wanted`` in ``names``, ignoring case; None if there is none."""
-    lowered = {name.lower(): name for name in reversed(names)}
-    return next((lowered[name] for name in wanted if name in lowered), None)
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _holds_text(kind: pa.DataType, *, lists: bool = True) -> bool:
-    """Return whether values may be text: Hive, Impala and old Presto write text as bytes, COCO has lists of captions."""
-    if lists and _is_list(kind):
-        return _holds_text(kind.value_type, lists=False)
-    return _is_text(kind) or _is_bytes(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _is_image(kind.field(index).type) and not pa.types.is_struct(kind.field(index).type)
-    return _is_bytes(kind)
 
 
 def _is_damage(error: Exception) -> bool:

@@ -24,6 +24,7 @@ from ... import storage
 from ...config import Config
 from ...errors import UserError
 from ...runs import RECORD
+from .rows import SCHEMA
 
 Row = dict[str, Any]
 Mode = Literal["new", "resume", "fresh"]
@@ -45,6 +46,8 @@ DOWNLOAD = "download:"
 """Prefix of the problem of a sample whose download failed. Dead links are normal, so it is dropped, not quarantined."""
 DOWNLOAD_REASON = "download_"
 """Prefix of the ledger reasons of such samples."""
+APPLE_DOUBLE = "apple_double"
+"""Problem of a file that macOS adds to a tar; it is dropped, because a tar has one for every image."""
 
 UNREACHED_ROWS = pa.schema([("key", pa.string()), ("caption", pa.string()), ("meta", pa.string())])
 """Columns of :data:`UNREACHED`."""
@@ -63,10 +66,18 @@ def retry_label(shard: str) -> str:
     return f"{found['shard']}-retry{int(found['number']) + 1}" if found else f"{shard}-retry1"
 
 
+def _first_try(label: str) -> str:
+    """Return the label of the shard whose rows are tried again under a :func:`retry_label`; others unchanged."""
+    found = _RETRY.fullmatch(label)
+    return found["shard"] if found else label
+
+
 def verdict_of(problem: str) -> str:
     """Return the verdict on a sample whose source reports ``problem``."""
     if problem.startswith(DOWNLOAD):
         return f"{DROPPED}:{DOWNLOAD_REASON}{problem.removeprefix(DOWNLOAD)}"
+    if problem == APPLE_DOUBLE:
+        return f"{DROPPED}:{problem}"
     return f"{QUARANTINED}:{problem}"
 
 
@@ -232,9 +243,15 @@ class PartFolder:
         storage.write_json(self._path(PARTS, f"{part.name}.json"), part.model_dump(mode="json"))
 
     def all_done(self, shards: Iterable[str]) -> list[Part]:
-        """Return all parts; RuntimeError unless all ``shards`` are done."""
-        parts = self.parts()
-        missing = set(shards) - _done(parts)
+        """Return all parts.
+
+        Raises RuntimeError unless all ``shards`` are done, and UserError if there are parts of others, as when the input was
+        changed between two attempts.
+        """
+        parts, expected = self.parts(), set(shards)
+        if others := {_first_try(part.shard) for part in parts} - expected:
+            raise UserError(f"{self.url}: has rows of '{min(others)}', which the input no longer has; use mode=fresh")
+        missing = expected - _done(parts)
         if missing:
             raise RuntimeError(f"{self.url}: shards not finished: {', '.join(sorted(missing)[:5])}")
         return parts
@@ -347,8 +364,7 @@ def _reaches_the_end(parts: list[Part]) -> bool:
 
 
 def _quarantine_table(rows: list[Row]) -> pa.Table:
-    columns = ("key", "shard", "row", "caption", "meta", "image")
-    kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string(), pa.large_binary())
-    schema = pa.schema([*zip(columns, kinds, strict=True), ("reason", pa.string())])
+    columns = ("key", "shard", "row", "caption", "meta", "image", "members")
+    schema = pa.schema([*map(SCHEMA.field, columns), ("reason", pa.string())])
     reasons = [{"reason": row["verdict"].partition(":")[2]} for row in rows]
     return pa.Table.from_pylist([{**row, **why} for row, why in zip(rows, reasons, strict=True)], schema)

@@ -65,13 +65,14 @@ def file_name(url: str) -> str:
     return _path(url).rpartition("/")[2]
 
 
-def shard_label(url: str) -> str:
+def shard_label(url: str, path: str | None = None) -> str:
     """Name a shard by its folder and file and a hash of its absolute path or URL; a function of this URL alone.
 
+    ``path`` is the part of the URL that names folder and file, if that is not the whole.
     Labels are parts of file names: at most 115 ASCII letters, digits, dots, ``-`` and ``_``, and no dot first.
     """
-    folder, _, name = _path(url).rpartition("/")
-    folder, name = folder.rpartition("/")[2], re.sub(r"\.(tar|parquet)$", "", name)
+    folder, _, name = _path(path or url).rpartition("/")
+    folder, name = folder.rpartition("/")[2], re.sub(r"\.(tar|parquet|csv|tsv|jsonl)$", "", name)
     words = ((folder, FOLDER_CHARACTERS), (name, NAME_CHARACTERS))
     safe = (re.sub(r"[^A-Za-z0-9._-]+", "_", word)[-size:].lstrip(".") for word, size in words)
     readable = "__".join(filter(None, safe))

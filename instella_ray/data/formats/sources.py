@@ -1,4 +1,4 @@
-"""Sources of samples: WebDataset tars and parquet files, read as tables of :data:`.rows.SCHEMA`.
+"""Sources of samples: tars, parquet files, tables as text and folders of images, read as tables of :data:`.rows.SCHEMA`.
 
 Ray's readers decode images while reading, so that one corrupt image fails a whole shard. These readers keep images as
 bytes, and report problems of a sample in the column ``problem``, which the ledger counts.
@@ -6,11 +6,13 @@ bytes, and report problems of a sample in the column ``problem``, which the ledg
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,52 +20,73 @@ import pyarrow as pa
 from ... import storage
 from ...errors import UserError
 from ..stages import Source
-from .names import find_shards
-from .parquet_source import Footer, problem_row, read_footer, read_parquet, row_count
+from .columns import Columns
+from .folder_source import FILES_PER_SHARD, METADATA_FILES, FolderShard, folder_shards, read_folder
+from .names import Found, ShardEntry, refuse_twins, resolve
+from .parquet_source import Footer, read_footer, read_parquet, row_count
 from .parts import LOST
-from .patterns import Pattern, file_name
-from .rows import blocks
+from .patterns import Pattern, file_name, shard_label
+from .rows import blocks, problem_row
+from .table_source import TABLES, TableScan, read_table, scan_table
 from .tar_source import count_samples, read_samples
+from .texts import CAPTION_NAMES
+from .time_limit import OutOfTimeError, within
 
 SUFFIXES = (".tar", ".parquet")
 """Extensions of shards; of a folder with both, the tars are read."""
 ROWS_PER_SHARD = 100_000
-"""Rows above which a parquet file is split into several shards, which limits the work to redo after a kill."""
-_CUT = re.compile(r"(?P<url>.+)#rows=(?P<first>\d+)-(?P<end>\d+)")
+"""Rows above which a parquet file or a table is split into several shards, which limits the work to redo after a kill."""
+_CUT = re.compile(r"(?P<url>.+)#(rows|bytes)=(?P<first>\d+)-(?P<end>\d+)")
+log = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
     """Input shards of a job."""
 
     shards: dict[str, str]
-    """URL -> label, for :func:`shard_sources`. The URLs of a split parquet file end with their row range."""
+    """URL -> label, for :func:`shard_sources`. The URLs of parts of a file or a folder end with what part it is."""
     links: tuple[str, ...]
     """URLs of the shards whose images have to be downloaded."""
 
 
-def find_inputs(pattern: Pattern, *, output: str | None = None, rows_per_shard: int = ROWS_PER_SHARD) -> Inputs:
-    """Find the shards that match ``pattern`` (:func:`.names.find_shards`), reading the footers of parquet files.
+def find_inputs(
+    pattern: Pattern,
+    *,
+    output: str | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    files_per_shard: int = FILES_PER_SHARD,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+) -> Inputs:
+    """Find the shards that ``pattern`` stands for, reading the footers of parquet files and the whole of other tables.
 
-    The folder ``output``, that of the job itself, is no part of its input. Raises UserError as
-    :func:`.names.find_shards`, and for a parquet file without images, links or captions, naming its columns.
+    A folder stands for its list of shards, else its tars, else its parquet files, else the images in it and below it
+    (:mod:`.folder_source`). The folder ``output``, that of the job itself, is no part of its input. Every label is a
+    function of its shard's URL alone. Raises UserError as :func:`.names.resolve`, and for a table without images, links or
+    captions, naming its columns.
     """
-    found = find_shards(pattern, SUFFIXES, output=output)
-    files = [url for url in found if _is_parquet(url)]
+    found = _find(pattern, output)
     with ThreadPoolExecutor(32) as threads:
-        footers = dict(zip(files, threads.map(_footer, files), strict=True))
-    shards: dict[str, str] = {}
-    links: list[str] = []
-    for url, label in found.items():
-        footer = footers.get(url)
-        parts = _cut(url, label, footer.rows if footer else 0, rows_per_shard)
-        shards |= parts
-        links += parts if footer and footer.columns.link else []
-    return Inputs(shards, tuple(links))
+        cut = partial(_file_inputs, rows_per_shard=rows_per_shard, caption_keys=caption_keys)
+        parts = list(threads.map(cut, [entry.url for entry in found.files]))
+    for root, files in found.folders.items():
+        parts.append(_folder_inputs(root, files, rows_per_shard, files_per_shard, caption_keys))
+    shards = {url: label for part in parts for url, label in part.shards.items()}
+    refuse_twins(list(shards.values()))
+    return Inputs(shards, tuple(dict.fromkeys(url for part in parts for url in part.links)))
 
 
-def find_images(pattern: Pattern, *, output: str | None = None) -> dict[str, str]:
+def list_inputs(pattern: Pattern, *, output: str | None = None) -> list[ShardEntry]:
+    """List the files of :func:`find_inputs` with their sizes."""
+    found = _find(pattern, output)
+    of_folders = [(f"{root}/{name}", size) for root, files in found.folders.items() for name, size in files.items()]
+    return [*found.files, *(ShardEntry(url=url, bytes=size) for url, size in of_folders)]
+
+
+def find_images(
+    pattern: Pattern, caption_keys: Sequence[str] = CAPTION_NAMES, *, output: str | None = None
+) -> dict[str, str]:
     """Find the shards of a job that needs images, as :func:`find_inputs`; UserError for shards of links only."""
-    inputs = find_inputs(pattern, output=output)
+    inputs = find_inputs(pattern, output=output, caption_keys=caption_keys)
     if inputs.links:
         raise _links_without_images(inputs.links[0])
     return inputs.shards
@@ -76,66 +99,101 @@ def refuse_links(urls: Iterable[str]) -> None:
             raise _links_without_images(url)
 
 
-def shard_sources(shards: Mapping[str, str], rows_per_block: int) -> dict[str, Source]:
-    """Return a source for each shard of ``shards`` (URL -> label), by label.
+def shard_sources(
+    shards: Mapping[str, str],
+    rows_per_block: int,
+    *,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+    time_limit_s: float = math.inf,
+) -> dict[str, Source]:
+    """Return a source (:func:`read_blocks`) for each shard of ``shards`` (URL -> label), by label."""
+    read = partial(read_blocks, caption_keys=caption_keys, time_limit_s=time_limit_s)
+    return {label: partial(read, url, label, rows_per_block) for url, label in shards.items()}
 
-    Tables have up to ``rows_per_block`` consecutive rows (:func:`read_blocks`).
+
+def read_blocks(
+    url: str,
+    label: str,
+    rows_per_block: int,
+    *,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+    time_limit_s: float = math.inf,
+) -> Iterator[pa.Table]:
+    """Yield the tables of one shard, of up to ``rows_per_block`` consecutive rows.
+
+    After a transient storage error, reading continues after those already yielded. A shard that takes longer to read
+    than ``time_limit_s``, without the time in which its tables are processed, ends with a row whose problem is
+    ``time_limit``.
     """
-    return {label: partial(read_blocks, url, label, rows_per_block) for url, label in shards.items()}
+    tables = storage.retry_iter(lambda: blocks(read_rows(url, label, caption_keys=caption_keys), rows_per_block))
+    number = 0
+    try:
+        for table in within(tables, time_limit_s):
+            yield table
+            number += table.num_rows
+    except OutOfTimeError:
+        log.warning("%s: not read within %g s, given up after %d samples", url, time_limit_s, number)
+        yield from blocks([problem_row(label, number, "time_limit")], 1)
 
 
-def read_blocks(url: str, label: str, rows_per_block: int) -> Iterator[pa.Table]:
-    """Yield the tables of one shard; after a transient storage error, reading continues after those already yielded."""
-    return storage.retry_iter(lambda: blocks(read_rows(url, label), rows_per_block))
-
-
-def read_rows(url: str, label: str, *, captions: bool = True) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one shard, tar or parquet, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
+def read_rows(
+    url: str, label: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one shard, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
     With ``captions``, a parquet file must have a column of captions. A shard that no longer exists ends with a row whose
     problem is ``lost_shard``.
     """
     number = 0
     try:
-        for row in _rows(url, label, captions):
+        for row in _rows(url, label, captions, caption_keys):
             yield row
             number += 1
     except (storage.MissingFileError, FileNotFoundError):
         yield problem_row(label, number, LOST)
 
 
-def _rows(url: str, label: str, captions: bool) -> Iterator[dict[str, Any]]:
+def _rows(url: str, label: str, captions: bool, caption_keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if folder := FolderShard.parse(url):
+        yield from read_folder(folder, label, caption_keys)
+        return
     cut = _CUT.fullmatch(url)
     path = cut["url"] if cut else url
+    part = (int(cut["first"]), int(cut["end"])) if cut else ()
     with storage.open_file(path) as stream:
-        if cut:
-            yield from read_parquet(stream, label, path, int(cut["first"]), int(cut["end"]), captions=captions)
-        elif _is_parquet(path):
-            yield from read_parquet(stream, label, path, captions=captions)
+        if _is_parquet(path):
+            yield from read_parquet(stream, label, path, *part, captions=captions, caption_keys=caption_keys)
+        elif _is_table(path):
+            yield from read_table(stream, label, path, *part, caption_keys=caption_keys)
         else:
-            yield from read_samples(stream, label)
+            yield from read_samples(stream, label, path, caption_keys)
 
 
 def count_rows(url: str) -> int:
     """Count the rows of a shard by its headers alone; an undercount if it is damaged."""
     with storage.open_file(url) as stream:
-        return row_count(stream) if _is_parquet(url) else count_samples(stream)
+        return row_count(stream) if _is_parquet(url) else count_samples(stream, url)
 
 
-def require_captions(urls: Sequence[str], *, shards: int = 16, samples: int = 32) -> None:
+def require_captions(
+    urls: Sequence[str], caption_keys: Sequence[str] = CAPTION_NAMES, *, shards: int = 16, samples: int = 32
+) -> None:
     """Raise UserError if the first ``samples`` samples of the first ``shards`` shards have images but no captions."""
     images = 0
     for url in urls[:shards]:
-        rows = list(islice(read_rows(url, url), samples))
+        rows = list(islice(read_rows(url, url, caption_keys=caption_keys), samples))
         if any(row["caption"] for row in rows):
             return
         # Also counts links: the problem no_caption is reported for them like for images.
         images += sum(row["problem"] in ("no_caption", "bad_caption") for row in rows)
     if images:
-        expected = "KEY.txt (or 'caption' in KEY.json) beside KEY.jpg"
-        if _CUT.fullmatch(urls[0]) or _is_parquet(urls[0]):
+        named = f"one of {', '.join(caption_keys)}"
+        expected = f"KEY.txt beside KEY.jpg, or {named} in KEY.json"
+        if FolderShard.parse(urls[0]):
+            expected = f"NAME.txt, NAME.caption or NAME.json beside NAME.jpg, or {' or '.join(METADATA_FILES)}"
+        elif _CUT.fullmatch(urls[0]) or _is_parquet(urls[0]) or _is_table(urls[0]):
             expected = "text in the caption column"
-        raise UserError(f"{urls[0]}: shard without captions; expected {expected}")
+        raise UserError(f"{urls[0].partition('#')[0]}: shard without captions; expected {expected}")
 
 
 def _links_without_images(url: str) -> UserError:
@@ -146,17 +204,60 @@ def _is_parquet(url: str) -> bool:
     return file_name(url).endswith(".parquet")
 
 
-def _footer(url: str, *, captions: bool = True) -> Footer | None:
+def _is_table(url: str) -> bool:
+    return file_name(url).endswith(TABLES)
+
+
+def _find(pattern: Pattern, output: str | None) -> Found:
+    return resolve(pattern, SUFFIXES, TABLES, images=True, output=output)
+
+
+def _footer(url: str, *, captions: bool = True, caption_keys: Sequence[str] = CAPTION_NAMES) -> Footer | None:
     try:
         with storage.open_file(url) as stream:
-            return read_footer(stream, url, captions=captions)
+            return read_footer(stream, url, captions=captions, caption_keys=caption_keys)
     except storage.MissingFileError:
         return None  # its rows will say so
 
 
-def _cut(url: str, label: str, rows: int, rows_per_shard: int) -> dict[str, str]:
-    """Split a file with ``rows`` rows into shards, URL -> label, of at most ``rows_per_shard`` rows."""
-    if rows <= rows_per_shard:
-        return {url: label}
-    starts = range(0, rows, rows_per_shard)
-    return {f"{url}#rows={first}-{min(first + rows_per_shard, rows)}": f"{label}__{first:09d}" for first in starts}
+def _scan(url: str, rows_per_shard: int, caption_keys: Sequence[str]) -> TableScan | None:
+    try:
+        with storage.open_file(url) as stream:
+            return scan_table(stream, url, rows_per_shard, caption_keys)
+    except storage.MissingFileError:
+        return None  # its rows will say so
+
+
+def _file_inputs(url: str, rows_per_shard: int, caption_keys: Sequence[str]) -> Inputs:
+    """Return the shards of one file, of at most ``rows_per_shard`` rows; a tar stays whole."""
+    if _is_table(url) and (scan := _scan(url, rows_per_shard, caption_keys)):
+        return _cut(url, "bytes", scan.marks, scan.columns)
+    if _is_parquet(url) and (footer := _footer(url, caption_keys=caption_keys)):
+        return _cut(url, "rows", [*range(0, footer.rows, rows_per_shard), footer.rows], footer.columns)
+    return Inputs({url: shard_label(url)}, ())
+
+
+def _folder_inputs(
+    root: str, files: Collection[str], rows_per_shard: int, files_per_shard: int, caption_keys: Sequence[str]
+) -> Inputs:
+    """Return the shards of a folder of images: those of its tables, and of the images that no table describes."""
+    shards, links, described = dict[str, str](), list[str](), set[str]()
+    for table in (file for file in files if file.rpartition("/")[2] in METADATA_FILES):
+        folder, url = table.rpartition("/")[0], storage.join(root, table)
+        if (scan := _scan(url, rows_per_shard, caption_keys)) is None:
+            continue
+        found = _cut(url, "bytes", scan.marks, scan.columns)
+        shards |= found.shards
+        links += found.links
+        described.update(f"{folder}/{path}" if folder else path for path in scan.paths)
+    shards |= {each.url: each.label for each in folder_shards(root, files, described, files_per_shard)}
+    return Inputs(shards, tuple(links))
+
+
+def _cut(url: str, unit: str, marks: Sequence[int], columns: Columns) -> Inputs:
+    """Split a file at ``marks`` into shards; one shard is the file itself."""
+    label = shard_label(url)
+    shards = {f"{url}#{unit}={first}-{end}": f"{label}__{first:09d}" for first, end in pairwise(marks)}
+    if len(shards) <= 1:
+        shards = {url: label}
+    return Inputs(shards, tuple(shards) if columns.link else ())

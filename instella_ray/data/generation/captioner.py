@@ -18,12 +18,10 @@ from pydantic import Field
 from ...accelerator import Precision, compute_dtype
 from ...config import Config
 from ...errors import UserError
-from ..formats.images import UndecodableError, decode_rgb, open_image
+from ..formats.images import decode_rgb, open_image
 from ..formats.texts import one_line
 from .pretrained import loading, weights_identity
 
-MAX_ASPECT_RATIO = 100
-"""Maximum aspect ratio of images to caption: processors reject narrower ones, which show nothing anyway."""
 _SENTENCE = re.compile(r".*(?:[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][”’」』）]*)")
 
 
@@ -117,10 +115,8 @@ def check_captioner(name: str) -> str:
 
 
 def decode_for_captioner(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode an upright RGB image of at most ``max_pixels``; UndecodableError if it is damaged or too narrow."""
+    """Decode an upright RGB image of at most ``max_pixels``; UndecodableError as :func:`..formats.images.open_image`."""
     size = open_image(data).size
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise UndecodableError("too_narrow")
     scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
     # JPEGs are decoded at a reduced size, because one thread must decode faster than a GPU captions.
     image = decode_rgb(data, at_least=math.ceil(scale * min(size)))

@@ -16,11 +16,12 @@ from ...accelerator import Precision, pick_device, precision_of_actors
 from ...runs import Provenance
 from ..formats.images import UndecodableError
 from ..formats.metadata import json_object
-from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter
+from ..formats.parts import DROPPED, KEPT, QUARANTINED, Ledger, PartWriter, verdict_of
 from ..formats.patterns import Pattern, pattern_text
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..formats.sources import find_images, shard_sources
+from ..formats.texts import CAPTION_NAMES, CaptionKeys
 from ..job import INPUT_KEYS, DataJobConfig, data_job
 from ..loading.loader import Prefetcher
 from ..provenance import shard_provenance
@@ -44,9 +45,11 @@ class RecaptionConfig(DataJobConfig):
     """Configuration of the recaption job: input images, model and questions."""
 
     input: Pattern
-    """Curated tars, or parquet with images: paths, globs or folders, comma-separated; captions are not required."""
+    """Curated tars, or other images as for curation: paths, globs or lists, comma-separated; without captions too."""
     output: str
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
+    caption_keys: CaptionKeys = CAPTION_NAMES
+    """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Vision-language model: hub name or local folder."""
     long: Question = LONG
@@ -86,9 +89,9 @@ class Recaptioner:
 
     def decoded(self, row: dict[str, Any]) -> Image.Image | str:
         """Decode the image of a row of :data:`..formats.rows.SCHEMA`; a verdict instead if that fails."""
+        if problem := _problem(row):
+            return verdict_of(problem)
         try:
-            if problem := _problem(row):
-                raise UndecodableError(problem)
             return decode_for_captioner(row["image"], self.cfg.max_pixels)
         except UndecodableError as error:
             return f"{QUARANTINED}:{error}"
@@ -137,12 +140,14 @@ def run_recaption(cfg: RecaptionConfig) -> Ledger:
     allow it, it was made with other weights or questions, or no image is kept.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "model": located(cfg.model)})
-    shards = find_images(cfg.input, output=cfg.output)
+    shards = find_images(cfg.input, cfg.caption_keys, output=cfg.output)
     provenance = shard_provenance("shards", cfg.input, output=cfg.output)
     inputs = (*provenance, Provenance(role="captioner", kind="name", path=cfg.model))
     with data_job(cfg, "recaption", "shards", recaption_settings(cfg), inputs, shards) as job:
         captioner = Stage(partial(Recaptioner, cfg), Pool(cfg.actors, cfg.gpus_per_actor))
-        sources = shard_sources(shards, cfg.rows_per_shard)
+        sources = shard_sources(
+            shards, cfg.rows_per_shard, caption_keys=cfg.caption_keys, time_limit_s=cfg.shard_time_limit_s
+        )
         job.write(sources, [captioner], PartWriter(cfg.output, ".tar", write_samples))
         ledger = job.close(shards.values())
         job.require_kept(f"input {pattern_text(cfg.input)}: no image was captioned")

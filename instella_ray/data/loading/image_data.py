@@ -13,12 +13,13 @@ from PIL import Image
 from ... import logs, storage
 from ...errors import UserError
 from ..formats.codes import LRUCache
-from ..formats.images import UndecodableError, crop_square, decode_rgb, resize_shorter_edge
+from ..formats.images import UndecodableError, crop_square, decode_rgb, fit_square, shrink_shorter_edge
 from ..formats.names import find_files, find_shards
 from ..formats.patterns import Pattern, pattern_text
 from ..formats.sources import require_captions
 from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples
+from ..formats.texts import CAPTION_NAMES
 from .loader import CAPTIONS, CaptionChoice
 from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
@@ -87,7 +88,7 @@ class ImageData:
         epochs, index = split_epochs(len(self), epoch, samples)
         offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
         items = self._pixels.many(index.tolist())
-        crops = [crop_square(item[1], self.largest, (dx, dy)) for item, (dx, dy) in zip(items, offsets, strict=True)]
+        crops = [_square(item[1], self.largest, (dx, dy)) for item, (dx, dy) in zip(items, offsets, strict=True)]
         pixels = {size: np.stack([_resized(crop, size) for crop in crops]) for size in self.sizes}
         return ImageBatch(pixels, [key for key, _ in items])
 
@@ -103,7 +104,10 @@ class ImageData:
         return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
 
     def _decoded(self, numbers: list[int]) -> list[tuple[str, np.ndarray]]:
-        """Read and decode images to (key, uint8 ``[H, W, 3]``), with the shorter edge at the largest size."""
+        """Read and decode images to (key, uint8 ``[H, W, 3]``), with the shorter edge at most at the largest size.
+
+        Smaller images are enlarged after they are cropped, because a long one would take gigabytes.
+        """
         shards, rows = zip(*self._rows(numbers), strict=True)
         urls = [self.urls[shard] for shard in shards]
         files = read_ranges(urls, [row["offset"] for row in rows], [row["bytes"] for row in rows])
@@ -114,7 +118,7 @@ class ImageData:
             image = decode_rgb(data, at_least=2 * self.largest)
         except UndecodableError as error:
             raise UserError(f"{url}: sample {key}: {error}; curate the shards first") from None
-        return key, np.asarray(resize_shorter_edge(image, self.largest))
+        return key, np.asarray(shrink_shorter_edge(image, self.largest))
 
 
 class CaptionedImageBatch(NamedTuple):
@@ -153,17 +157,24 @@ class CaptionedImageData:
         return self.images.column(index, CAPTIONS[0])
 
 
-def require_images(pattern: Pattern) -> None:
+def require_images(pattern: Pattern, caption_keys: Sequence[str] = CAPTION_NAMES) -> None:
     """Raise UserError unless ``pattern`` matches shards with captions and at least one usable image."""
     urls = list(find_shards(pattern))
-    require_captions(urls)
-    if not any(_has_image(url) for url in urls):
+    require_captions(urls, caption_keys)
+    if not any(_has_image(url, caption_keys) for url in urls):
         raise UserError(f"{pattern_text(pattern)}: no usable image in these shards")
 
 
-def _has_image(url: str) -> bool:
+def _has_image(url: str, caption_keys: Sequence[str]) -> bool:
     with storage.open_file(url) as stream:
-        return any(row["image"] and not row["problem"] for row in read_samples(stream, url))
+        rows = read_samples(stream, url, caption_keys=caption_keys)
+        return any(row["image"] and not row["problem"] for row in rows)
+
+
+def _square(pixels: np.ndarray, size: int, offset: tuple[float, float]) -> np.ndarray:
+    if min(pixels.shape[:2]) == size:
+        return crop_square(pixels, size, offset)
+    return fit_square(Image.fromarray(pixels), size, offset)
 
 
 def _resized(crop: np.ndarray, size: int) -> np.ndarray:

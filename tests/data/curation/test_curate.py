@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import math
+import tarfile
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +22,7 @@ from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.filters.samples import Resolution
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.curation.prefilter import Prefilter
+from instella_ray.data.formats import sources
 from instella_ray.data.formats.images import decode_rgb
 from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.patterns import shard_label
@@ -23,7 +31,7 @@ from instella_ray.errors import UserError, run_main
 
 from ...kit.curation import curated_keys
 from ...kit.project import job
-from ...kit.shards import HOSTILE, contents, image_bytes, sample, tar_bytes
+from ...kit.shards import HOSTILE, Members, contents, image_bytes, sample, tar_bytes
 
 LIMITS = FilterConfig(resolution=Resolution(target_size=64))
 
@@ -124,6 +132,123 @@ def test_bad_input_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def write_tar_of(path: Path, members: Members) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(tar_bytes(members))
+    return path
+
+
+def test_every_member_is_kept_dropped_or_in_quarantine_with_its_bytes(tmp_path: Path) -> None:
+    members = [
+        ("README", b"read me"),
+        *sample("kept", 1),
+        ("kept.npy", b"features"),
+        ("._kept.jpg", b"attributes"),
+        *sample("../out", 2),
+        ("late.jpg", image_bytes(3)),
+        ("alone.txt", b"no image"),
+        ("binary.jpg", image_bytes(4)),
+        ("binary.txt", image_bytes(5)),
+        *sample("kept", 6),
+        ("late.txt", b"a late caption"),
+        *(member for i in range(20) for member in sample(f"v{i // 10}.{i % 10}", 10 + i)),
+    ]
+    ledger = run_curate(config(write_tar_of(tmp_path / "a.tar", members), tmp_path / "out", rows_per_shard=50))
+    reasons = ("bad_name", "unsafe_name", "no_image", "bad_caption", "duplicate_key")
+    assert ledger.to_json() == {
+        "in": 28,
+        "kept": 22,
+        "dropped": {"apple_double": 1},
+        "quarantined": dict.fromkeys(sorted(reasons), 1),
+    }
+    found = Counter[bytes]()
+    for path in (tmp_path / "out").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found.update(content.read() for member in tar if (content := tar.extractfile(member)))
+    for path in (tmp_path / "out" / "quarantine").iterdir():
+        for row in pq.read_table(path).to_pylist():
+            found.update([row["image"] or b"", *(member["data"] for member in row["members"])])
+    # Metadata goes out with the scores of curation, so it is another file.
+    lost = Counter(data for name, data in members if not name.endswith(".json")) - found
+    assert lost == {b"attributes": 1}
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("name", ["punsafe", "PUNSAFE", "PunSafe"])
+def test_a_score_filters_alike_from_tars_and_parquet(tmp_path: Path, kind: str, name: str) -> None:
+    for number, (value, stays) in enumerate(
+        [(0.9, False), ("0.9", False), (0.1, True), ("0.1", True), (math.nan, True), ("NaN", True), (None, True)]
+    ):
+        path, out = tmp_path / f"{number}.{kind}", tmp_path / f"{number}-out"
+        if kind == "tar":
+            write_tar_of(path, sample("a", **{name: value}))
+        else:
+            pq.write_table(pa.table({"image": [image_bytes()], "caption": ["a smooth image"], name: [value]}), path)
+        if not stays:
+            with pytest.raises(UserError, match=r"no sample was kept \(0 of 1 kept \(1 unsafe\)\)"):
+                run_curate(config(path, out))
+            continue
+        assert run_curate(config(path, out)).kept == 1
+        with tarfile.open(next(out.glob("*.tar"))) as tar:
+            content = tar.extractfile(next(member for member in tar if member.name.endswith("json")))
+            assert content is not None
+            assert "NaN" not in content.read().decode().replace('"NaN"', "")
+
+
+def test_decimals_and_bytes_are_scores_too(tmp_path: Path) -> None:
+    scores = pa.array([Decimal("0.9"), Decimal("0.1")]), pa.array([b"0.9", b"0.1"])
+    for number, column in enumerate(scores):
+        path = tmp_path / f"{number}.parquet"
+        images = {"image": [image_bytes(1), image_bytes(2)], "caption": ["one", "two"]}
+        pq.write_table(pa.table({**images, "PUNSAFE": column}), path)
+        ledger = run_curate(config(path, tmp_path / f"{number}-out"))
+        assert (ledger.kept, ledger.dropped) == (1, {"unsafe": 1})
+
+
+def test_names_of_captions_are_those_of_the_configuration(tmp_path: Path) -> None:
+    shards = write_tar_of(tmp_path / "a.tar", [("a.jpg", image_bytes()), ("a.json", b'{"vlm": "a smooth image"}')])
+    with pytest.raises(UserError, match=r"a\.tar: shard without captions; expected KEY\.txt .*, or one of caption, "):
+        run_curate(config(shards, tmp_path / "out"))
+    assert run_curate(config(shards, tmp_path / "out", caption_keys=("VLM",))).kept == 1
+    pq.write_table(pa.table({"image": [image_bytes()], "Vlm": ["a smooth image"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: no column with captions"):
+        run_curate(config(tmp_path / "b.parquet", tmp_path / "other"))
+    assert run_curate(config(tmp_path / "b.parquet", tmp_path / "other", caption_keys=("vlm",))).kept == 1
+
+
+def test_damaged_tars_cost_their_rest_and_not_the_job(tmp_path: Path) -> None:
+    whole = tar_bytes([member for i in range(4) for member in sample(f"{i}", i)])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(whole)
+    (tmp_path / "in" / "b.tar").write_bytes(whole.replace(b"2.jpg", b"7.jpg"))  # a wrong checksum
+    ledger = run_curate(config(tmp_path / "in", tmp_path / "out"))
+    assert ledger.to_json()["kept"] == 5 and ledger.quarantined == {"damaged_shard": 1}
+
+
+def test_a_shard_that_takes_longer_than_its_limit_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar_of(tmp_path / "in" / "a.tar", sample("a"))
+    write_tar_of(tmp_path / "in" / "b.tar", sample("b"))
+    forever, read = threading.Event(), sources.read_samples
+
+    def hanging(stream: IO[bytes], shard: str, *rest: Any) -> Iterator[dict[str, Any]]:
+        if shard == shard_label(f"{tmp_path}/in/b.tar"):
+            forever.wait()
+        yield from read(stream, shard, *rest)
+
+    monkeypatch.setattr(sources, "read_samples", hanging)
+    ledger = run_curate(config(tmp_path / "in", tmp_path / "out", shard_time_limit_s=0.5))
+    forever.set()
+    assert (ledger.kept, ledger.quarantined) == (1, {"time_limit": 1})
+
+
+@pytest.mark.ray
+def test_a_compressed_shard_among_many_is_one_line_on_ray_too(ray_session: None, tmp_path: Path) -> None:
+    write_tar_of(tmp_path / "in" / "a.tar", sample("a"))  # has captions, so no other is opened before the job starts
+    (tmp_path / "in" / "b.tar").write_bytes(gzip.compress(tar_bytes(sample("b"))))
+    with pytest.raises(UserError, match=r"^\S*b\.tar: a tar compressed with gzip; decompress it first, [^\n]*$"):
+        run_curate(config(tmp_path / "in", tmp_path / "out", local=False))
 
 
 @pytest.mark.process  # a second for every two hundred images

@@ -48,7 +48,7 @@ def test_copies_leave_the_output_and_the_report_shows_them(tmp_path: Path) -> No
     page = (out / "curation.html").read_text()
     assert "16 of 21 samples kept" in page and "near_duplicate" in page and "squeezed" in page
     assert "<b>other</b>" not in page and "&lt;b&gt;other" in page
-    assert page.count("<svg") == 4  # of the scores that anything had: edge, aspect ratio, watermark, length
+    assert page.count("<svg viewBox") == 4  # of the scores that anything had: edge, aspect ratio, watermark, length
     assert page.count('class="pair"') == 2 and "http" not in page.replace("http-equiv", "")
 
     before = contents(out)

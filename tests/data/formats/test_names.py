@@ -1,58 +1,18 @@
-"""Names from outside: members of tars, ids of rows, image files, links."""
+"""Names from outside: image files, links."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from yarl import URL
 
 from instella_ray.data.formats.names import (
-    Keys,
     find_image_files,
     image_extension,
-    member_name,
-    row_key,
     web_url,
 )
 from instella_ray.errors import UserError
-
-SEGMENT = st.text(st.characters(exclude_characters="./\0,\n"), min_size=1, max_size=8)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.jpg", ("a", "jpg")),
-        ("./a.JPG", ("a", "jpg")),
-        ("folder/a.json", ("folder/a", "json")),
-        ("folder.v1/a.txt", ("folder.v1/a", "txt")),
-        ("a.seg.png", ("a", "seg.png")),
-        ("a", None),
-        (".hidden", None),
-        ("folder/.jpg", None),
-        ("folder/", None),
-    ],
-)
-def test_members_of_a_tar(name: str, expected: tuple[str, str] | None) -> None:
-    assert member_name(name) == expected
-
-
-@given(st.lists(SEGMENT, min_size=1, max_size=3), SEGMENT)
-def test_a_member_of_any_folder_gives_back_key_and_extension(folders: list[str], extension: str) -> None:
-    assert member_name("/".join(folders) + "." + extension) == ("/".join(folders), extension.lower())
-
-
-def test_ids_of_rows_lose_the_dots_that_would_end_a_key() -> None:
-    assert [row_key(value) for value in ("a.b/c.d", "../x", 7, None)] == ["a_b/c_d", "../x", "7", ""]
-
-
-def test_keys_that_lead_out_of_a_folder_or_come_twice_are_problems() -> None:
-    keys = Keys()
-    names = ("a", "b/c", "a", "/etc/x", "b/../../x", "..")
-    assert [keys.problem(name) for name in names] == [None, None, "duplicate_key", *["unsafe_name"] * 3]
 
 
 def test_image_files_of_a_folder_and_below_it(tmp_path: Path) -> None:
@@ -62,7 +22,7 @@ def test_image_files_of_a_folder_and_below_it(tmp_path: Path) -> None:
     assert find_image_files(str(tmp_path)) == ["a.jpeg", "b.PNG", "below/c.webp"]
     assert image_extension("x/y.JPG") == "jpg" and image_extension("y.txt") is None
     with pytest.raises(
-        UserError, match="no images found; expected tars, parquet files, or a folder of jpg, jpeg, png or"
+        UserError, match="no images found; expected tars, parquet files, or a folder of jpg, jpeg, png, webp"
     ):
         find_image_files(str(tmp_path / "none"))
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.formats import parquet_source
+from instella_ray.data.formats import columns
 from instella_ray.data.formats.parquet_source import read_footer, read_parquet
 from instella_ray.errors import UserError
 
@@ -90,19 +90,24 @@ def test_text_of_every_type_is_read_and_cleaned(kind: pa.DataType) -> None:
 def test_text_that_is_no_utf8_is_read_as_far_as_it_is() -> None:
     bad = pa.array([b"caf\xe9", b"\xff"], pa.binary()).view(pa.string())
     found = rows(file({"url": bad, "text": bad, "key": bad, "note": bad}))
-    assert [row["caption"] for row in found] == ["caf\ufffd", "\ufffd"]
-    assert json.loads(found[0]["meta"]) == {"url": "caf\ufffd", "note": "caf\ufffd"}
+    assert [row["caption"] for row in found] == ["caf\u00e9", None]
+    assert [row["problem"] for row in found] == [None, "bad_caption"]
+    assert [row["key"] for row in found] == ["caf%E9", "%FF"]
+    about = {"url": "caf\u00e9", "note": "caf\u00e9", "original_key": "caf\\xe9"}
+    assert json.loads(found[0]["meta"]) == about
 
 
 def test_bad_keys_and_images_cost_their_rows() -> None:
     keys = ["a", "a", "../b", "/c", "x/../d", "photo.jpg", None, "e"]
     images = [b"1", b"2", b"3", b"4", b"5", b"6", b"", None]
     found = rows(file({"id": keys, "image": pa.array(images, pa.binary()), "caption": ["c"] * len(keys)}))
-    problems = [None, "duplicate_key", *["unsafe_name"] * 3, None, None, "no_image"]
+    problems = [None, "duplicate_key", *[None] * 5, "no_image"]
     assert [row["problem"] for row in found] == problems
     assert [row["row"] for row in found] == list(range(len(keys)))
-    # In a tar a key ends at its first dot.
-    assert [found[5]["key"], found[6]["key"]] == ["photo_jpg", "shard-0000006"]
+    # An id is no path, and in a tar a key ends at its first dot.
+    safe = ["%2E%2E/b", "%2Fc", "x/%2E%2E/d", "photo%2Ejpg", "shard-0000006"]
+    assert [row["key"] for row in found[2:7]] == safe
+    assert [json.loads(row["meta"]).get("original_key") for row in found[2:7]] == [*keys[2:6], None]
 
 
 def test_number_keys_and_every_kind_of_number_are_read() -> None:
@@ -112,7 +117,7 @@ def test_number_keys_and_every_kind_of_number_are_read() -> None:
 
 
 def test_an_image_beyond_all_measure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_source, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(columns, "MAX_IMAGE_BYTES", 10)
     (row,) = rows(file({"image": [bytes(11)], "caption": ["c"]}))
     assert (row["problem"], row["image"]) == ("oversized_member", None)
 

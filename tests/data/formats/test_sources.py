@@ -155,7 +155,7 @@ def test_names_and_metadata_that_are_no_text_cost_no_more_than_their_row(tmp_pat
     rows = rows_of(tmp_path / "x.tar")
     assert [(row["key"], row["problem"]) for row in rows] == [
         ("a", "no_caption"),
-        ("\ufffd", "no_caption"),
+        ("%FF", "no_caption"),
         ("b", "no_image"),
         ("c", None),
     ]

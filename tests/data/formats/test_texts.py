@@ -5,14 +5,26 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.formats.metadata import column_name, json_object, json_value, number, score
-from instella_ray.data.formats.texts import TextError, both_captions, clean_text, one_line, text_of, trimmed
+from instella_ray.data.formats.metadata import column_name, json_object, json_text, json_value, number, score
+from instella_ray.data.formats.texts import (
+    TextError,
+    both_captions,
+    caption_of,
+    caption_text,
+    clean_text,
+    one_line,
+    text_of,
+    trimmed,
+)
+
+from ...kit.shards import image_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,7 +32,14 @@ from instella_ray.data.formats.texts import TextError, both_captions, clean_text
     [
         ("a  dog\n", "a dog"),
         (b"\xef\xbb\xbfa dog", "a dog"),
-        (b"caf\xe9", "caf\ufffd"),
+        (b"caf\xe9", "caf\u00e9"),
+        ("\ufeffa dog".encode("utf-16-le"), "a dog"),
+        ("a dog".encode("utf-16"), "a dog"),
+        ("a dog".encode("utf-16-be"), "a dog"),
+        ("a dog".encode("utf-32"), "a dog"),
+        ("\ufffd?".encode(), "\ufffd?"),
+        ("na\u00efve caf\u00e9".encode()[:-1], "na\u00efve caf\ufffd"),
+        ("\u0416\u0443\u043a".encode(), "\u0416\u0443\u043a"),
         ("a\0dog", "a dog"),
         ("half \ud83d", "half ?"),
         (None, ""),
@@ -29,6 +48,7 @@ from instella_ray.data.formats.texts import TextError, both_captions, clean_text
         ([], ""),
         (["", "a dog", "a brown dog"], "a dog"),
         ([None, b"a dog"], "a dog"),
+        ([math.nan, "a dog"], "a dog"),
     ],
 )
 def test_texts(value: Any, expected: str) -> None:
@@ -42,6 +62,46 @@ def test_texts(value: Any, expected: str) -> None:
 def test_what_is_no_text_is_refused_by_its_type(value: Any, kind: str) -> None:
     with pytest.raises(TextError, match=f"^{kind}, expected text$"):
         text_of(value)
+
+
+@pytest.mark.parametrize("data", [image_bytes(), b"\xff", "\u72ac\u304c\u8d70\u308b".encode("shift-jis"), b"caf\x81"])
+def test_bytes_that_are_no_text_are_refused(data: bytes) -> None:
+    with pytest.raises(TextError, match="bytes in an unknown encoding"):
+        text_of(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("['a dog', 'a brown dog']", "a dog"),
+        ('["", "a dog\'s \\\\ tail"]', "a dog's \\ tail"),
+        ("['a dog' 'a brown dog']", "a dog"),  # as NumPy prints it
+        ("[None, 'a dog']", "a dog"),
+        ("['a dog', 'cut", "['a dog', 'cut"),
+        ("[a dog]", "[a dog]"),
+        ("[1950s] a dog", "[1950s] a dog"),
+        ("nan", ""),
+        (b"nan\n", ""),
+        ("Nan", "Nan"),
+    ],
+)
+def test_what_writers_have_printed_into_captions_is_undone(value: str | bytes, expected: str) -> None:
+    assert caption_text(value) == expected
+
+
+def test_a_printed_object_is_no_caption() -> None:
+    with pytest.raises(TextError, match="object, expected text"):
+        caption_text("{'en': 'a dog', 'de': 'ein Hund'}")
+
+
+def test_captions_are_found_by_name_in_any_case_and_order_of_preference() -> None:
+    for names in (("caption",), ("TEXT",), ("text",), ("txt",), ("top_caption",), ("Alt_Text",), ("captions",)):
+        assert caption_of(dict.fromkeys(names, "a dog")) == "a dog"
+    assert caption_of({"TEXT": "second", "Caption": "first"}) == "first"
+    assert caption_of({"caption": " ", "text": "a dog"}) == caption_of({"caption": 7, "text": "a dog"}) == "a dog"
+    assert caption_of({"title": "a dog"}) == "" and caption_of({"title": "a dog"}, ("TITLE",)) == "a dog"
+    with pytest.raises(TextError, match="object"):
+        caption_of({"caption": {"en": "a dog"}, "text": math.nan})
 
 
 @given(st.text())
@@ -70,12 +130,24 @@ def test_numbers(value: Any, expected: float | None) -> None:
 def test_the_scores_of_laion_are_found_in_both_spellings() -> None:
     assert score({"punsafe": 0.5}, "punsafe") == score({"PUNSAFE": "0.5"}, "punsafe") == 0.5
     assert score({}, "punsafe") is None
+    assert score({"PunSafe": 0.5}, "punsafe") == score({"PUNSAFE": 0.9, "punsafe": " 0.5 "}, "punsafe") == 0.5
     assert [column_name(name) for name in ("PUNSAFE", "Licence")] == ["punsafe", "Licence"]
 
 
 def test_values_of_columns_are_what_json_holds() -> None:
     day = datetime.date(2024, 2, 1)
     assert [json_value(v) for v in (b"a", day, math.nan, 3, "x")] == ["a", "2024-02-01", None, 3, "x"]
+    assert json_value(Decimal("0.25")) == 0.25 and json_value({"a": [math.inf, 1.5]}) == {"a": [None, 1.5]}
+
+
+def test_metadata_has_no_nan_and_names_of_laion_in_lower_case_whatever_comes_in() -> None:
+    text = '{"PUNSAFE": NaN, "Hash": 1, "License": "CC", "deep": {"x": [Infinity, 1e999, -0.5]}}'
+    expected = {"punsafe": None, "hash": 1, "License": "CC", "deep": {"x": [None, None, -0.5]}}
+    assert json_object(text) == expected
+    assert json.loads(json_text({"a": math.nan, "b": [math.inf]}), parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None],
+    }
 
 
 @pytest.mark.parametrize("text", ["[1]", "", "{", '{"a": "\\ud83d"}', "[" * 100_000])

@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
     (tmp_path / "job.yaml").write_text(dump_yaml(cfg))
-    assert job.main(["--config", str(tmp_path / "job.yaml"), "--local"]) == 0
+    assert job.job.main(["--config", str(tmp_path / "job.yaml"), "--local"]) == 0
     assert f"{out}: 10 of 10 kept" in capsys.readouterr().out
     after = contents(out)
     assert len(json.loads(after.pop("shards.json"))["shards"]) == len([name for name in after if name.endswith(".tar")])

@@ -1,0 +1,121 @@
+"""Server of an endpoint until SIGTERM or Ctrl-C: on Ray Serve, or in this process without Ray."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ..claims import lacking
+from ..errors import UserError
+from .access import ApiKeys, check_address, require_free_port
+from .config import ServeArgs
+from .draining import wait_until_drained
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+APP = "instella-ray"
+"""Name of the endpoint's application on Serve."""
+ANSWER_S = 5.0
+"""Seconds that the replicas of the ingress have to answer."""
+
+
+def serve_forever(args: ServeArgs, host: str, port: int, grace_s: float, *, local: bool) -> None:
+    """Serve ``args`` on ``host:port`` until SIGTERM or Ctrl-C.
+
+    Requests that are then in progress have ``grace_s`` seconds to finish; new ones are refused. ``local`` serves without
+    Ray. Raises UserError before anything has started for an address that cannot be used, models that cannot be
+    loaded, resources that the cluster lacks, and a Ray whose Serve runs another endpoint.
+    """
+    keys = ApiKeys.load(args.api_keys_file)
+    check_address(host, keys)
+    require_free_port(host, port)
+    message = f"listening on http://{host}:{port} ({'with' if keys else 'without'} API keys)"
+    (_in_process if local else _on_serve)(args, host, port, grace_s, lambda: print(message, flush=True))
+
+
+def _in_process(args: ServeArgs, host: str, port: int, grace_s: float, started: Callable[[], None]) -> None:
+    import uvicorn
+
+    from .local import build_local
+
+    class Server(uvicorn.Server):
+        async def startup(self, *arguments: Any, **options: Any) -> None:
+            await super().startup(*arguments, **options)
+            started()
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            print("stopping", flush=True)
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        build_local(args), host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(grace_s))
+    )
+    # Uvicorn repeats the signal that has stopped it, once it has ended.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with suppress(KeyboardInterrupt):
+        Server(config).run()
+
+
+def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Callable[[], None]) -> None:
+    import ray
+    from ray import serve
+
+    from ..data.ray_data import init_ray
+    from .app import build
+    from .shutdown import shut_down_serve
+
+    app = build(args)
+    init_ray()
+    refuse_second_endpoint()
+    if short := lacking(args.needs(), [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        raise UserError(f"app: {short}; lower num_cpus, num_gpus or replicas, or queue the job with --queue of submit")
+    # Supervisors stop a process with SIGTERM. Set after Ray's start, because Ray's handler would abort a slow shutdown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        handle = serve.run(app, name=APP, route_prefix="/")
+        started()
+        try:
+            while True:
+                signal.pause()
+        except KeyboardInterrupt:
+            _drain(handle, grace_s)
+    except KeyboardInterrupt:
+        print("stopping at once", flush=True)
+    finally:
+        shut_down_serve()
+
+
+def _drain(handle: DeploymentHandle, grace_s: float) -> None:
+    """Refuse new requests on all replicas of the ingress, and wait for those in progress."""
+    from ray.exceptions import RayError
+
+    def ask() -> list[int]:
+        try:
+            counts: list[int] = handle.broadcast("drain").results(timeout_s=ANSWER_S)
+        except (RayError, TimeoutError):  # a replica that has died has no request in progress
+            return []
+        return counts
+
+    print("stopping after the requests in progress; Ctrl-C stops at once", flush=True)
+    if left := wait_until_drained(ask, grace_s):
+        print(f"cut {left} requests that were still in progress after {grace_s:g} s", flush=True)
+
+
+def refuse_second_endpoint() -> None:
+    """Raise UserError if Serve of this Ray runs an application: a second one would take over its port and routes."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    details = client.get_serve_details() if client else {}
+    for name, about in details.get("applications", {}).items():
+        at = details["http_options"]
+        models = [each.partition("-")[2] for each in about["deployments"] if each.startswith("Generator-")]
+        serves = f"{name} ({', '.join(models)})" if models else name
+        raise UserError(
+            f"this Ray already serves {serves} on http://{at['host']}:{at['port']}; stop it first, or set RAY_ADDRESS to "
+            "another Ray"
+        )

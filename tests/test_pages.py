@@ -309,7 +309,8 @@ def test_a_click_or_a_key_shows_an_image_larger(page: Page, width: int) -> None:
     page.press("Escape")
     page.wait(f"!{opened} && document.activeElement === document.querySelector('.zoom')")
     page.press("Enter")
-    page.wait(opened)
+    # An image that has just loaded moves the button.
+    page.wait(f"{opened} && [...document.querySelectorAll('#view img')].every((one) => one.style.cssText)")
     page.click("#view form button")
     page.wait(f"!{opened}")
 

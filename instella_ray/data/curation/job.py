@@ -64,7 +64,7 @@ def run_curate(cfg: CurateConfig) -> Ledger:
     with data_job(cfg, "curate", "shards", settings, shard_provenance("shards", cfg.input)) as job:
         if not job.done.issuperset(labels):
             storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
-            notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
+            notes = CurationNotes(cfg.output, cfg.filters, shown)
             prefilter = Prefilter(cfg.filters, shown, notes.examples, keep_truncated=cfg.keep_truncated)
             stages = [Stage(prefilter), *score_stages(cfg.filters)]
             if cfg.filters.duplicates:
@@ -81,7 +81,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
             )
             job.write(sources, stages, PartWriter(cfg.output, ".tar", _write, notes))
         if cfg.filters.duplicates:
-            deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
+            limits, duplicates = cfg.filters.limits(), cfg.filters.duplicates
+            deduplicate(job.folder, labels, shown, limits, duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
         write_report(cfg.output, cfg.filters, cfg.abort, job.folder.parts(), ledger)
         job.require_kept(f"input {cfg.input}: no sample was kept")

@@ -68,7 +68,9 @@ def test_images_are_found_by_paths_beside_the_table(tmp_path: Path, name: str, c
         ("a-0000004", "a bird", "no_image"),
     ]
     assert [row["image"] for row in rows] == [image_bytes(0), image_bytes(1), None, image_bytes(2), None]
-    assert float(json.loads(rows[0]["meta"])["width"]) == 64 and json.loads(rows[1]["meta"]) == {"original_key": "two.v2"}
+    assert float(json.loads(rows[0]["meta"])["width"]) == 64 and json.loads(rows[1]["meta"]) == {
+        "original_key": "two.v2"
+    }
 
 
 def test_paths_lead_nowhere_else(tmp_path: Path) -> None:

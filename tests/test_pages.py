@@ -35,8 +35,11 @@ from .kit.curation import COPY_FILTERS, shards_with_copies
 from .kit.models import write_tokenizer
 from .kit.project import PACKAGE
 from .kit.sample_sets import noise, write_samples, write_sweep
+from .kit.shards import image_bytes
 
 HACK = '<img src=x onerror="window.hacked=1">'
+HACK_NAME = HACK.replace(".", "")
+"""The same as a key: dots end keys."""
 PAGES = ("demo", "curation", "evaluation", "sweep", "comparison", "validation")
 WITHOUT_END = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -79,7 +82,12 @@ def demo_page(folder: Path) -> Path:
 
 def curation_page(folder: Path) -> Path:
     shards = shards_with_copies(folder / "in")
-    write_tar(str(shards / "h.tar"), [(key, data, HACK, {}) for key, data, *_ in scene_rows(2, 1, 96)])
+    samples = [(key, data, HACK, {}) for key, data, *_ in scene_rows(2, 1, 96)]
+    # Of two quarantined ones, one can be shown.
+    undecodable, no_caption = (f"{number}{HACK_NAME}" for number in range(2))
+    write_tar(
+        str(shards / "h.tar"), [*samples, (undecodable, b"junk", HACK, {}), (no_caption, image_bytes(70), "", {})]
+    )
     filters = FilterConfig.model_validate(COPY_FILTERS)
     run_curate(CurateConfig(input=str(shards), output=str(folder / "out"), filters=filters, local=True))
     return folder / "out" / "curation.html"
@@ -248,6 +256,19 @@ def test_templates_share_base_style_and_script() -> None:
     )
 
 
+def test_quarantined_samples_are_shown_with_their_names_as_text(pages: dict[str, Path]) -> None:
+    page = parsed(pages["curation"])
+    captions = [element.text for element in page.all("figcaption")]
+    undecodable, no_caption = (
+        next(text for text in captions if text.startswith(f"{n}{HACK_NAME}: ")) for n in range(2)
+    )
+    assert undecodable.endswith(": image 4 bytes") and no_caption.endswith(" bytes")
+    shown = {image.attributes["alt"]: image for image in page.all("img")}
+    assert f"1{HACK_NAME}" in shown and f"0{HACK_NAME}" not in shown
+    titles = {element.attributes.get("title") for element in page.elements}
+    assert {f"shard h: {HACK}", "shard h"} <= titles
+
+
 # --- In a browser
 
 
@@ -309,7 +330,8 @@ def test_a_click_or_a_key_shows_an_image_larger(page: Page, width: int) -> None:
     page.press("Escape")
     page.wait(f"!{opened} && document.activeElement === document.querySelector('.zoom')")
     page.press("Enter")
-    page.wait(opened)
+    # An image that has just loaded moves the button.
+    page.wait(f"{opened} && [...document.querySelectorAll('#view img')].every((one) => one.style.cssText)")
     page.click("#view form button")
     page.wait(f"!{opened}")
 

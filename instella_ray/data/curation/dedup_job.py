@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -19,8 +19,9 @@ from ..formats.tar_source import read_samples
 from ..pipeline import run_rows
 from ..stages import Stage
 from .dedup import EXACT, FIELDS, NEAR, Fingerprints, find_duplicates
+from .filters.base import ScoreLimits
 from .filters.duplicates import DuplicateConfig
-from .stats import EXAMPLES, FINGERPRINTS, write_thumbnails
+from .stats import EXAMPLES, FINGERPRINTS, write_borderline, write_thumbnails
 
 DECISIONS = pa.schema(
     [
@@ -39,6 +40,7 @@ def deduplicate(
     folder: PartFolder,
     shards: Collection[str],
     shown: Collection[str],
+    limits: Mapping[str, ScoreLimits],
     cfg: DuplicateConfig,
     *,
     local: bool,
@@ -46,8 +48,8 @@ def deduplicate(
 ) -> None:
     """Remove duplicates from the finished parts of ``shards``; may be killed and run again at any point.
 
-    Thumbnails are kept of the duplicates in the shards ``shown``. ``local`` and ``cpu_pool`` are those of
-    :class:`..job.DataJobConfig`.
+    Thumbnails are kept of the duplicates in the shards ``shown``; images with extreme scores at the ``limits`` are chosen
+    among those that stay. ``local`` and ``cpu_pool`` are those of :class:`..job.DataJobConfig`.
     """
     parts = folder.all_done(shards)
     url = storage.join(folder.url, DUPLICATES)
@@ -61,7 +63,7 @@ def deduplicate(
     if not todo:
         return
     given = [{"part": part.model_dump_json(), "drops": json.dumps(drops[part.name])} for part in todo]
-    remover = Stage(Remover(folder.url, decided, frozenset(shown)))
+    remover = Stage(Remover(folder.url, decided, frozenset(shown), limits))
     with logs.progress_bar(total=len(todo), desc="duplicates", unit="part") as bar:
         for _ in run_rows(given, remover, local=local, cpu_pool=cpu_pool):
             bar.update()
@@ -70,8 +72,8 @@ def deduplicate(
 class Remover:
     """Rewrites the data file of a part without its duplicates, updates its entry and ledger, and deletes the old file."""
 
-    def __init__(self, folder: str, decided: str, shown: Collection[str]) -> None:
-        self.folder, self.decided, self.shown = folder, decided, shown
+    def __init__(self, folder: str, decided: str, shown: Collection[str], limits: Mapping[str, ScoreLimits]) -> None:
+        self.folder, self.decided, self.shown, self.limits = folder, decided, shown, limits
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
@@ -84,13 +86,15 @@ class Remover:
         if PartFolder(self.folder).part(part.name).decided == self.decided or part.file is None:
             return  # already done by a worker that was lost afterwards
         old = storage.join(self.folder, part.file)
-        gone: list[Row] = []
-        file = f"{part.name}.{self.decided}.tar"
-        kept = write_samples(storage.join(self.folder, file), self._staying(old, drops, gone))
+        gone, stay = list[Row](), list[Row]()
+        name = f"{part.name}.{self.decided}"
+        file = f"{name}.tar"
+        kept = write_samples(storage.join(self.folder, file), self._staying(old, drops, gone, stay))
         if not kept:
             remove_shard(storage.join(self.folder, file))
         if part.shard in self.shown:
-            write_thumbnails(self.folder, f"{part.name}.{self.decided}", part.name, gone, EXAMPLES)
+            write_thumbnails(self.folder, name, part.name, gone, EXAMPLES)
+        write_borderline(self.folder, name, part.name, self.limits, stay)
         ledger = dict(part.ledger, kept=kept, dropped=dict(part.ledger["dropped"]))
         for sample in gone:
             reason = sample["verdict"].partition(":")[2]
@@ -99,14 +103,16 @@ class Remover:
         PartFolder(self.folder).replace(part.model_copy(update=changed))
         remove_shard(old)
 
-    def _staying(self, url: str, drops: dict[str, str], gone: list[Row]) -> Iterator[Row]:
+    def _staying(self, url: str, drops: dict[str, str], gone: list[Row], stay: list[Row]) -> Iterator[Row]:
+        """Yield the samples that stay, and collect them without their images; collect the others in ``gone``."""
         with storage.open_file(url) as stream:
             for row in read_samples(stream, url):
+                row["scores"] = json.dumps(json.loads(row["meta"]).get("scores", {}))
                 if row["key"] not in drops:
+                    stay.append({**row, "image": None})
                     yield row
                     continue
                 row["verdict"] = f"{DROPPED}:{drops[row['key']]}"
-                row["scores"] = json.dumps(json.loads(row["meta"]).get("scores", {}))
                 row["image"] = row["image"] if len(gone) < EXAMPLES else None
                 gone.append(row)
 

@@ -79,7 +79,8 @@ def run_curate(cfg: CurateConfig) -> Ledger:
         if cfg.retry:
             write(retry_sources(job.folder, rows_per_block), title="retry")
         if cfg.filters.duplicates:
-            deduplicate(job.folder, labels, shown, cfg.filters.duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
+            limits, duplicates = cfg.filters.limits(), cfg.filters.duplicates
+            deduplicate(job.folder, labels, shown, limits, duplicates, local=cfg.local, cpu_pool=cfg.cpu_pool)
         ledger = job.close(labels)
         write_report(cfg.output, cfg.filters, cfg.abort, job.folder.parts(), ledger)
         job.require_kept(f"input {pattern_text(cfg.input)}: no sample was kept")
@@ -99,7 +100,7 @@ def _curate(
     if job.done.issuperset(sources):
         return
     storage.remove_tree(storage.join(cfg.output, DUPLICATES))  # decided for fewer shards
-    notes = CurationNotes(cfg.output, cfg.filters.scales(), shown)
+    notes = CurationNotes(cfg.output, cfg.filters, shown)
     prefilter = Prefilter(cfg.filters, shown, notes.examples, keep_truncated=cfg.keep_truncated)
     stages = [Stage(prefilter), *score_stages(cfg.filters)]
     if cfg.filters.duplicates:

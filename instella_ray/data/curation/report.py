@@ -1,40 +1,52 @@
-"""Curation report ``curation.html``: a funnel of samples, histograms of scores, and thumbnails, in a single file."""
+"""Curation report ``curation.html``: a funnel of samples, histograms of scores, and thumbnails, in a single file.
+
+The thumbnails are of images that were kept, kept with extreme scores, dropped, and quarantined.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from ... import storage
-from ...rendering import Goal, digits, render, thumbnail
-from ..formats.images import decode_rgb
-from ..formats.parts import DOWNLOAD_REASON, DROPPED, DUPLICATES, KEPT, Ledger, Part, Row
+from ...rendering import Goal, digits, render
+from ..formats.images import UndecodableError
+from ..formats.parts import DOWNLOAD_REASON, DROPPED, DUPLICATES, KEPT, Ledger, Part, Row, read_quarantine
+from ..formats.tar_index import read_index, read_ranges
 from ..formats.tar_source import read_samples
 from ..job import AbortConfig
 from .dedup import EXACT, NEAR
 from .filters.base import Scale, ScoreLimits
 from .filters.config import FilterConfig
-from .stats import BINS, EXAMPLES, THUMBNAIL_SIZE, THUMBNAILS, edges, merged
+from .stats import BINS, BORDERLINE, EXAMPLES, THUMBNAILS, Histogram, edges, merged, most_extreme, small_image
 
 REPORT = "curation.html"
 PAIRS = 12
 """Maximum number of near duplicates shown beside the image that is kept instead."""
+QUARANTINE_EXAMPLES = 20
+"""Maximum number of quarantined samples shown per reason."""
+READERS = 16
 
 
 def write_report(folder: str, filters: FilterConfig, abort: AbortConfig, parts: Sequence[Part], ledger: Ledger) -> None:
     """Write the :data:`REPORT` of a finished curation into its output ``folder``."""
     counts = merged(part.notes.get("histograms", {}) for part in parts)
-    limits = {name: found for section in filters.sections().values() for name, found in section.limits().items()}
+    limits = filters.limits()
     charts = [
-        (name, svg_histogram(counts[name], scale, limits.get(name, ("", ScoreLimits()))[1]))
+        (name, svg_histogram(counts[name], scale, limits.get(name, ScoreLimits())))
         for name, scale in filters.scales().items()
-        if sum(counts.get(name, ()))
+        if np.any(counts.get(name, ()))
     ]
     images = _thumbnails(folder)
     page = render(
@@ -43,8 +55,10 @@ def write_report(folder: str, filters: FilterConfig, abort: AbortConfig, parts: 
         goals=goals(ledger, abort),
         funnel=list(funnel(ledger, filters)),
         charts=charts,
+        borderline=list(_borderline(folder, parts, limits)),
         galleries=[(verdict, images[verdict]) for verdict in sorted(images, key=lambda v: (v != KEPT, v))],
         pairs=list(_pairs(folder, parts, images.get(f"{DROPPED}:{NEAR}", []))),
+        quarantined=[(reason, ledger.quarantined[reason], rows) for reason, rows in quarantined(folder, parts, ledger)],
     )
     storage.write_text(storage.join(folder, REPORT), page)
 
@@ -77,11 +91,11 @@ def funnel(ledger: Ledger, filters: FilterConfig) -> Iterator[dict[str, Any]]:
             yield {"step": reason, "kind": kind, "lost": counts[reason], "left": left}
 
 
-def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> Markup:
-    """Draw a histogram as SVG: bars outside the limits are pale, and each limit is a line with its value."""
+def svg_histogram(counts: Histogram, scale: Scale, limits: ScoreLimits) -> Markup:
+    """Draw a histogram as SVG: counts outside the limits are pale, on top of the others; each limit is a line."""
     width, height, left, bottom = 460, 160, 12, 22
     ends = edges(scale)
-    top, step = max(counts), (width - 2 * left) / BINS
+    top, step = max(map(sum, zip(*counts, strict=True))), (width - 2 * left) / BINS
 
     def place(value: float) -> float:
         low, high, at = (
@@ -90,15 +104,17 @@ def svg_histogram(counts: Sequence[int], scale: Scale, limits: ScoreLimits) -> M
         return left + (width - 2 * left) * float(np.clip((at - low) / (high - low), 0, 1))
 
     parts = []
-    for number, count in enumerate(counts):
-        tall = (height - bottom - 16) * count / top
-        middle = float(np.sqrt(ends[number] * ends[number + 1]) if scale.log else ends[number : number + 2].mean())
-        kind = "in" if limits.allow(middle) else "out"
-        at = f'x="{left + number * step:.1f}" y="{height - bottom - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
-        bin_name = f"{digits(ends[number])} to {digits(ends[number + 1])}"
-        parts.append(f'<rect {at} class="{kind}"><title>{bin_name}: {digits(count)}</title></rect>')
-    for limit in (limits.minimum, limits.maximum):
-        if (limit is not None and limit > 0) or (limit == 0 and not scale.log):
+    for number, (within, outside) in enumerate(zip(*counts, strict=True)):
+        bin_name, y = f"{digits(ends[number])} to {digits(ends[number + 1])}", float(height - bottom)
+        for kind, count, where in (("in", within, "within"), ("out", outside, "outside")):
+            if count:
+                tall = (height - bottom - 16) * count / top
+                y -= tall
+                at = f'x="{left + number * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
+                title = f"{bin_name}: {digits(count)} {where} the limits"
+                parts.append(f'<rect {at} class="{kind}"><title>{title}</title></rect>')
+    for limit in limits.sides().values():
+        if limit > 0 or (limit == 0 and not scale.log):
             x = place(limit)
             anchor = "end" if x > width / 2 else "start"
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - bottom}" class="limit"/>')
@@ -128,6 +144,71 @@ def _thumbnails(folder: str) -> dict[str, list[Row]]:
     return images
 
 
+def _borderline(folder: str, parts: Sequence[Part], limits: Mapping[str, ScoreLimits]) -> Iterator[dict[str, Any]]:
+    """Yield the kept images with the most extreme scores at each limit, in order: ``score, side, limit, rows``."""
+    files = {part.name: part.file for part in parts}
+    names = {f"{part.name}.{part.decided}" if part.decided else part.name for part in parts}
+    urls = storage.glob(storage.join(folder, BORDERLINE, "*.parquet"))
+    current = [url for url in urls if url.rpartition("/")[2].removesuffix(".parquet") in names]
+    found: list[Row] = []
+    for data in storage.read_many(current):
+        found = most_extreme([*found, *pq.read_table(pa.BufferReader(data)).to_pylist()])
+    shown = list(dict.fromkeys((row["part"], row["key"]) for row in found))
+    with ThreadPoolExecutor(READERS) as pool:
+        read = pool.map(lambda at: _kept_image(storage.join(folder, str(files[at[0]])), at[1]), shown)
+        images = dict(zip(shown, read, strict=True))
+    for score, bounds in limits.items():
+        for side, limit in bounds.sides().items():
+            rows = [row for row in found if (row["score"], row["side"]) == (score, side)]
+            if rows:
+                rows = [{**row, "image": images[row["part"], row["key"]]} for row in rows]
+                yield {"score": score, "side": side, "limit": limit, "rows": rows}
+
+
+def _kept_image(url: str, key: str) -> bytes:
+    """Read the thumbnail of the sample ``key`` of a tar."""
+    index = read_index(url)
+    (place,) = index.filter(pc.equal(index["key"], key)).to_pylist()
+    (data,) = read_ranges([url], [place["offset"]], [place["bytes"]])
+    return small_image(data)
+
+
+def quarantined(folder: str, parts: Sequence[Part], ledger: Ledger) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the reasons for quarantine, the most frequent first, each with up to :data:`QUARANTINE_EXAMPLES` samples.
+
+    These alternate between the parts, and have ``key, shard, caption``, ``files`` (names and sizes) and ``image``, a
+    thumbnail (None: cannot be decoded). One file is held in memory at a time.
+    """
+    wanted: dict[str, Counter[str]] = defaultdict(Counter)  # numbers of samples by part and reason
+    for reason in ledger.quarantined:
+        counts = {part.name: count for part in parts if (count := part.ledger["quarantined"].get(reason))}
+        turns = (name for place in range(QUARANTINE_EXAMPLES) for name in counts if place < counts[name])
+        for name in islice(turns, QUARANTINE_EXAMPLES):
+            wanted[name][reason] += 1
+    found: dict[str, list[Row]] = defaultdict(list)
+    for part in parts:
+        if part.name in wanted:
+            table = read_quarantine(folder, part, ["key", "shard", "caption", "image", "members", "reason"])
+            reasons = table["reason"].to_pylist()
+            for reason, number in wanted[part.name].items():
+                places = [place for place, other in enumerate(reasons) if other == reason][:number]
+                found[reason] += [_quarantined_row(row) for row in table.take(places).to_pylist()]
+    for reason, _ in ledger.quarantined.most_common():
+        yield reason, found[reason]
+
+
+def _quarantined_row(row: Row) -> Row:
+    data = row["image"]
+    try:
+        image = small_image(data) if data else None
+    except UndecodableError:
+        image = None
+    files = [] if data is None else [("image", len(data))]
+    files += [(member["name"], member["size"]) for member in row["members"] or ()]
+    shown = ", ".join(f"{name} {digits(size, 'bytes')}" for name, size in files)
+    return {"key": row["key"], "shard": row["shard"], "caption": row["caption"], "image": image, "files": shown}
+
+
 def _pairs(folder: str, parts: Sequence[Part], gone: Sequence[Row]) -> Iterator[dict[str, Row]]:
     """Yield near duplicates with the image kept instead: ``gone, stays`` (both with key, caption, image)."""
     files, decisions = {part.name: part.file for part in parts}, _decisions(folder)
@@ -136,8 +217,7 @@ def _pairs(folder: str, parts: Sequence[Part], gone: Sequence[Row]) -> Iterator[
         url = storage.join(folder, str(files[name]))
         with storage.open_file(url) as stream:
             stays = next(sample for sample in read_samples(stream, url) if sample["key"] == key)
-        pixels = np.asarray(decode_rgb(stays["image"], at_least=2 * THUMBNAIL_SIZE))
-        yield {"gone": row, "stays": {**stays, "image": thumbnail(pixels, THUMBNAIL_SIZE)}}
+        yield {"gone": row, "stays": {**stays, "image": small_image(stays["image"])}}
 
 
 def _decisions(folder: str) -> dict[tuple[str, str], tuple[str, str]]:

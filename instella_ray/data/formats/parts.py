@@ -330,6 +330,11 @@ class PartWriter:
         return part
 
 
+def read_quarantine(folder: str, part: Part, columns: Sequence[str]) -> pa.Table:
+    """Read ``columns`` of the quarantined rows of a part that has some (:data:`.rows.SCHEMA`, and ``reason``)."""
+    return storage.read_parquet(storage.join(folder, QUARANTINE, f"{part.name}.parquet"), columns=list(columns))
+
+
 def finished_file(folder: str, name: str, what: str) -> str:
     """Return the path of the file that a job writes last; UserError without it: ``folder`` is not a finished ``what``."""
     path = storage.join(folder, name)

@@ -9,11 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from instella_ray.data.curation.filters.base import Scale, ScoreLimits
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.job import CurateConfig, run_curate
-from instella_ray.data.curation.report import funnel, svg_histogram
-from instella_ray.data.curation.stats import BINS
+from instella_ray.data.curation.report import funnel
 from instella_ray.data.formats.parts import Ledger
 from instella_ray.data.formats.patterns import shard_label
 from instella_ray.data.formats.shards import write_tar
@@ -110,10 +108,3 @@ def test_the_funnel_ends_with_what_is_kept() -> None:
     assert steps[0] == {"step": "undecodable", "kind": "quarantined", "lost": 1, "left": 8}
     assert [row["step"] for row in steps[1:3]] == ["download_dns", "small"]
     assert steps[-1] == {"step": "near_duplicate", "kind": "dropped", "lost": 1, "left": 5}
-
-
-def test_a_histogram_draws_its_limits_and_what_lies_beyond() -> None:
-    svg = svg_histogram([1] * BINS, Scale(0, 1), ScoreLimits(minimum=0.25, maximum=0.5))
-    assert svg.count('class="in"') == BINS // 4 and svg.count('class="out"') == BINS * 3 // 4
-    assert svg.count("<line") == 2 and ">0.25<" in svg and ">0.5<" in svg
-    assert "<line" not in svg_histogram([0] * (BINS - 1) + [3], Scale(1, 100, log=True), ScoreLimits())

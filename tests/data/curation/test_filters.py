@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from instella_ray.data.curation.filters.base import Sample, Scale, ScoreLimits
+from instella_ray.data.curation.filters.base import Sample, ScoreLimits
 from instella_ray.data.curation.filters.config import FilterConfig
-from instella_ray.data.curation.stats import BINS, histograms, merged
+from instella_ray.data.curation.stats import BINS, edges, histograms, merged
 from instella_ray.data.formats.images import UndecodableError, check_pixels, decode_rgb, fit_square, open_image
 
 from ...kit.shards import bomb, image_bytes
@@ -66,14 +68,53 @@ def test_every_score_has_an_axis_and_every_limit_a_score() -> None:
         assert set(section.limits()) <= set(section.scales)
 
 
-@given(st.lists(st.floats(-1, 20), max_size=60), st.integers(0, 60), st.booleans())
-def test_histograms_count_every_score_once_and_merge(values: list[float], cut: int, log: bool) -> None:
-    scales = {"a": Scale(0.5, 10, log)}
-    rows = [{"a": value} for value in values] + [{"b": 1.0}]
-    whole = histograms(scales, rows)
-    assert sum(whole["a"]) == len(values) and len(whole["a"]) == BINS
-    assert merged([histograms(scales, rows[:cut]), histograms(scales, rows[cut:])]) == whole
-    assert whole["a"][-1] >= sum(value >= 10 for value in values)
+@given(
+    st.lists(st.floats(-1, 20_000), max_size=60), st.integers(0, 60), st.sampled_from(["shorter_edge", "aspect_ratio"])
+)
+def test_histograms_count_every_score_once_and_merge(values: list[float], cut: int, name: str) -> None:
+    filters = FilterConfig()
+    rows = [{name: value} for value in values] + [{"pwatermark": 1.0}]
+    whole = histograms(filters, rows)
+    assert np.sum(whole[name]) == len(values) and np.shape(whole[name]) == (2, BINS)
+    assert merged([histograms(filters, rows[:cut]), histograms(filters, rows[cut:])]) == whole
+    assert sum(counts[-1] for counts in whole[name]) >= sum(value >= filters.scales()[name].high for value in values)
+
+
+ALL_FILTERS = FilterConfig.model_validate(
+    {name: {} for name in FilterConfig.model_fields if name not in ("aesthetic", "duplicates")}
+    | {"aesthetic": {"head": "head.safetensors", "minimum": 5.1}, "caption_length": {"minimum": 3, "maximum": 77}}
+)
+
+
+@pytest.mark.parametrize("label", ALL_FILTERS.sections())
+@given(data=st.data())
+def test_bins_hold_what_the_filter_decided(label: str, data: st.DataObject) -> None:
+    section = ALL_FILTERS.sections()[label]
+    decided: dict[str | None, list[dict[str, float]]] = defaultdict(list)
+    for _ in range(data.draw(st.integers(0, 20))):
+        scores = {}
+        for name, scale in section.scales.items():
+            limits = section.limits()[name][1].sides().values()
+            # At a limit and beside it, at the edges of the bins, within and beyond the scale.
+            special = [math.nextafter(limit, to) for limit in limits for to in (-math.inf, limit, math.inf)]
+            scores[name] = data.draw(st.sampled_from([*special, *edges(scale).tolist()]) | st.floats(-2, 20_000))
+        decided[section.reason(scores)].append(scores)
+    for reason, rows in decided.items():
+        for name, scale in section.scales.items():
+            bins = Counter(max(0, sum(row[name] >= edge for edge in edges(scale)[:-1]) - 1) for row in rows)
+            expected, none = [bins[number] for number in range(BINS)], [0] * BINS
+            found = histograms(ALL_FILTERS, rows)[name]
+            if reason is None:
+                assert found == [expected, none]
+            elif reason == section.limits()[name][0]:
+                assert found == [none, expected]
+            else:  # dropped for another score
+                assert np.sum(found, 0).tolist() == expected
+    everything = histograms(ALL_FILTERS, [row for rows in decided.values() for row in rows])
+    assert (
+        merged([histograms(ALL_FILTERS, []), *(histograms(ALL_FILTERS, rows) for rows in decided.values())])
+        == everything
+    )
 
 
 def test_limits_include_their_ends() -> None:

@@ -43,6 +43,10 @@ class ScoreLimits(NamedTuple):
         """Return whether ``value`` is within the limits."""
         return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
 
+    def sides(self) -> dict[str, float]:
+        """Return the bounds that are set, by name."""
+        return {side: bound for side, bound in self._asdict().items() if bound is not None}
+
 
 LONGEST = 4
 """Aspect ratio, longer over shorter edge, above which images are shrunk, cropped or padded for a model."""
@@ -73,12 +77,15 @@ class Filter(Config, ABC):
     def limits(self) -> Mapping[str, tuple[str, ScoreLimits]]:
         """Map each score that has limits to its ledger reason and its limits."""
 
+    def outside(self, scores: Scores) -> list[str]:
+        """Return the names of the scores for which a sample is dropped, in the order of the limits."""
+        return [
+            name for name, (_, limits) in self.limits().items() if name in scores and not limits.allow(scores[name])
+        ]
+
     def reason(self, scores: Scores) -> str | None:
         """Return the ledger reason to drop a sample with these scores; None: keep it."""
-        for name, (reason, limits) in self.limits().items():
-            if name in scores and not limits.allow(scores[name]):
-                return reason
-        return None
+        return next((self.limits()[name][0] for name in self.outside(scores)), None)
 
 
 class SampleFilter(Filter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....config import Config
 from .aesthetic import Aesthetic
-from .base import Filter, ImageFilter, SampleFilter, Scale
+from .base import Filter, ImageFilter, SampleFilter, Scale, ScoreLimits, Scores
 from .duplicates import DuplicateConfig
 from .language import Language
 from .nsfw import Nsfw
@@ -35,6 +35,14 @@ class FilterConfig(Config):
     def scales(self) -> dict[str, Scale]:
         """Return the axes of all scores of the enabled filters."""
         return {name: scale for section in self.sections().values() for name, scale in section.scales.items()}
+
+    def limits(self) -> dict[str, ScoreLimits]:
+        """Return the limits of the scores of the enabled filters that have some."""
+        return {name: limits for section in self.sections().values() for name, (_, limits) in section.limits().items()}
+
+    def outside(self, scores: Scores) -> set[str]:
+        """Return the names of the scores for which a filter drops a sample."""
+        return {name for section in self.sections().values() for name in section.outside(scores)}
 
     def of_samples(self) -> list[SampleFilter]:
         """Return the enabled filters that need no pixels."""

@@ -48,9 +48,9 @@ class Text(OnnxFilter):
             "text_size": ("small_text", ScoreLimits(minimum=self.min_text_size)),
         }
 
-    def reason(self, scores: Scores) -> str | None:
-        found = super().reason(scores)
-        return None if found == "small_text" and scores["text_density"] <= self.ignored_density else found
+    def outside(self, scores: Scores) -> list[str]:
+        found = super().outside(scores)
+        return [name for name in found if name != "text_size" or scores["text_density"] > self.ignored_density]
 
     def load(self, device: str) -> Scorer:
         from rapidocr_onnxruntime import RapidOCR

@@ -140,10 +140,10 @@ def test_a_store_that_cannot_list_or_delete_is_named(tmp_path: Path, monkeypatch
     assert "cannot list" in check_store(str(tmp_path / "new")).found and list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
-    def refuse(self: object, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+    def refuse(self: object, path: str) -> None:
         raise PermissionError("no right to delete")
 
-    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.rm", refuse)
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.rm_file", refuse)
     assert "cannot delete (PermissionError: no right to delete)" in check_store(str(tmp_path)).found
 
 

@@ -92,7 +92,11 @@ class Head:
         self.folder, self.token = folder, secrets.token_hex(32)
         self.port, self.gcs_port, self.count = free_port(), free_port(), 0
         self.address = f"http://127.0.0.1:{self.port}"
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "PYTHONPATH"))}
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_A", "PYTHONPATH", "INSTELLA_RAY"))
+        }
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         # Jobs say python, and mean the one with the packages.
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -48,7 +48,7 @@ class NothingMeasured(Validator):
     """Rows of validation are added by the test."""
 
     def measure(self, model: str, folder: Path) -> Numbers:
-        raise NotImplementedError
+        raise AssertionError("the rows are added by the test")
 
 
 def score(value: float) -> dict[str, float]:

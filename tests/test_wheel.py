@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import zipfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from instella_ray.serving.config import ModelArgs
 from .kit.endpoint import HEADERS, generate, make_folders, serve_args
 from .kit.head import free_port
 from .kit.project import PACKAGE, ROOT, tracked
+from .kit.serve_process import rest_until_the_end, serve_process
 from .kit.shards import sample, tar_bytes
 
 CONFIGS = ROOT / "configs"
@@ -109,20 +109,9 @@ def test_a_model_is_served(command: str, tmp_path: Path) -> None:
     folders, port = make_folders(tmp_path), free_port()
     args = serve_args(folders, api_keys_file=folders["keys"], models={"ar": ModelArgs(path=folders["ar"])})
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
-    serve = subprocess.Popen(
-        [command, "serve", "--config", "serve.yaml"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    # Should nothing ever be printed, the line below ends with the process.
-    watchdog = threading.Timer(300, serve.kill)
-    watchdog.start()
-    try:
-        assert serve.stdout and any(line.startswith("listening on ") for line in serve.stdout)
+    with serve_process([command, "serve", "--config", "serve.yaml"], environment(), tmp_path) as (serve, said):
+        assert said.startswith("listening on ")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=HEADERS) as client:
             assert generate(client, size="32x32").status_code == 200
         serve.send_signal(signal.SIGTERM)
-        serve.stdout.read()
-        assert serve.wait() == 0
-    finally:
-        watchdog.cancel()
-        serve.kill()
-        serve.wait()
+        rest_until_the_end(serve)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +25,8 @@ from instella_ray.rendering import svg_curves
 from instella_ray.serving.setup import Setup
 
 from ..kit.chain import below
+from ..kit.head import free_port
+from ..kit.serve_process import rest_until_the_end, serve_process
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
@@ -115,30 +115,19 @@ def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path
 @pytest.mark.ray
 def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> None:
     assert finished.command("serve") == ["serve", str(finished.folder)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     argv = [sys.executable, "-m", "instella_ray", *finished.command("serve"), "--set", f"port={port}"]
     # A Ray and a Serve of its own, because the command starts them.
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    endpoint = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
-    watchdog = threading.Timer(300, endpoint.kill)  # should nothing ever be printed
-    watchdog.start()
-    try:
-        assert endpoint.stdout is not None
-        assert any(line.startswith(f"listening on http://127.0.0.1:{port}") for line in endpoint.stdout)
+    with serve_process(argv, env) as (endpoint, said):
+        assert said.startswith(f"listening on http://127.0.0.1:{port}")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["diffusion", "ar"]
             for kind in ("diffusion", "ar"):
                 body = {"prompt": "a photo of a red circle", "model": kind}
                 assert client.post("/v1/images/generations", json=body).status_code == 200
         endpoint.send_signal(signal.SIGTERM)
-        endpoint.stdout.read()
-        assert endpoint.wait() == 0
-    finally:
-        watchdog.cancel()
-        endpoint.kill()
-        endpoint.wait()
+        rest_until_the_end(endpoint)
 
 
 @pytest.mark.nightly

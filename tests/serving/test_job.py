@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import httpx
@@ -19,6 +17,7 @@ from instella_ray.serving.config import ModelArgs, RequestLimits
 from ..kit.endpoint import HEADERS, events, generate, make_folders, serve_args
 from ..kit.head import free_port
 from ..kit.project import ROOT
+from ..kit.serve_process import rest_until_the_end, serve_process
 
 
 @pytest.mark.parametrize(
@@ -39,13 +38,7 @@ def test_the_job_listens_where_it_says_and_ends_after_its_last_request(tmp_path:
     # A Ray and a Serve of its own, because the job starts them; and this package from wherever it is started.
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
-    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    # Should nothing ever be printed, the loop below ends with the process.
-    watchdog = threading.Timer(300, job.kill)
-    watchdog.start()
-    try:
-        assert job.stdout is not None
-        said = next((line for line in job.stdout if line.startswith("listening on ")), "nothing")
+    with serve_process(command, env, tmp_path) as (process, said):
         assert said == f"listening on http://127.0.0.1:{port} (with API keys)\n"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             assert generate(client).status_code == 401
@@ -55,14 +48,9 @@ def test_the_job_listens_where_it_says_and_ends_after_its_last_request(tmp_path:
             streams = [events(client, seed=seed, **steps) for seed in range(4)]
             assert [next(stream)["type"] for stream in streams] == ["image_generation.progress"] * 4
             # What a supervisor sends; the job answers as it does to Ctrl-C.
-            job.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             assert [list(stream)[-1]["type"] for stream in streams] == ["image_generation.completed"] * 4
-        rest = job.stdout.read()
         # Ray may have more to say while it stops.
-        assert job.wait() == 0 and "stopping" in rest
-    finally:
-        watchdog.cancel()
-        job.kill()
-        job.wait()
+        assert "stopping" in rest_until_the_end(process)
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
         raise AssertionError("something listens on")

@@ -47,11 +47,16 @@ def written_images(demo: DemoConfig) -> HeldOutImages:
     )
 
 
-def read_images(demo: DemoConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rows of ``demo.images``, in order (:data:`..data.formats.rows.SCHEMA` without ``last``)."""
+def image_shards(demo: DemoConfig) -> dict[str, str]:
+    """Find the shards of ``demo.images``, URL -> label."""
     assert demo.images is not None
-    for url, label in find_images(demo.images, output=demo.folder).items():
-        yield from read_rows(url, label)
+    return find_images(demo.images, demo.caption_keys, output=demo.folder)
+
+
+def read_images(demo: DemoConfig, shards: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of :func:`image_shards`, in order (:data:`..data.formats.rows.SCHEMA` without ``last``)."""
+    for url, label in shards.items():
+        yield from read_rows(url, label, caption_keys=demo.caption_keys)
 
 
 def digest(row: Mapping[str, Any]) -> str:
@@ -65,9 +70,10 @@ def held_out_boundary(demo: DemoConfig) -> str:
     Reads and decodes all images. Raises UserError if there are no captions, or too few images for measurement and training.
     """
     assert demo.images is not None
-    require_captions(list(find_images(demo.images, output=demo.folder)))
+    shards = image_shards(demo)
+    require_captions(list(shards), demo.caption_keys)
     prefilter, ledger, usable = Prefilter(curate_config(demo, "").filters), Ledger(), set[str]()
-    for row in logs.progress_bar(read_images(demo), desc="images", unit="image"):
+    for row in logs.progress_bar(read_images(demo, shards), desc="images", unit="image"):
         verdict, _ = prefilter.verdict(row)
         ledger.count([verdict])
         if verdict == KEPT:

@@ -50,7 +50,7 @@ class DemoConfig(Config):
     images: Pattern | None = None
     """Captioned images to use instead of the scenes: a folder of image files, parquet, CSV, TSV, JSONL or tars."""
     caption_keys: CaptionKeys = CAPTION_NAMES
-    """Names of captions in KEY.json of ``shards``, in any case, in order of preference."""
+    """Names of captions in the metadata or columns of ``shards`` or ``images``, in any case, in order of preference."""
     seed: int = Field(0, ge=0)
     scenes: int = Field(16000, ge=1)
     """Number of training scenes."""

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from ..serving.shutdown import shut_down_serve
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
-from .images import HeldOutImages, digest, read_images
+from .images import HeldOutImages, digest, image_shards, read_images
 from .recipe import (
     KINDS,
     DemoConfig,
@@ -71,14 +71,27 @@ def write_images(demo: DemoConfig, boundary: str) -> Facts:
 
     Samples without an image or caption, which no tar can hold, are counted by their problem.
     """
-    facts: Facts = {"left_out": dict(Counter(row["problem"] for row in read_images(demo) if row["problem"]))}
+    facts: Facts = {}
+    shards = image_shards(demo)
     for name, folder, held_out in (("images", "shards", False), ("held_out", "shards/held_out", True)):
-        rows = (row for row in read_images(demo) if not row["problem"] and (digest(row) <= boundary) == held_out)
-        samples = ((f"{i:08d}", row["image"], row["caption"], json.loads(row["meta"])) for i, row in enumerate(rows))
+        problems = Counter[str]()
+        rows = _without_problem(read_images(demo, shards), problems)
+        chosen = (row for row in rows if (digest(row) <= boundary) == held_out)
+        samples = ((f"{i:08d}", row["image"], row["caption"], json.loads(row["meta"])) for i, row in enumerate(chosen))
         facts[name] = sum(count for _, count in write_webdataset(samples, demo.path(folder), IMAGES_PER_SHARD))
+        facts["left_out"] = dict(problems)
     left_out = "".join(f", {count} {problem}" for problem, count in facts["left_out"].items())
     print(f"{facts['images']} images to train on, {facts['held_out']} held out{left_out}")
     return facts
+
+
+def _without_problem(rows: Iterable[dict[str, Any]], problems: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows without a problem, and count the problems of the others."""
+    for row in rows:
+        if row["problem"]:
+            problems[row["problem"]] += 1
+        else:
+            yield row
 
 
 def curate(demo: DemoConfig, shards: Pattern, mode: Mode) -> Facts:

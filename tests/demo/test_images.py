@@ -172,6 +172,14 @@ def test_images_of_ones_own_are_written_once_some_apart(
     assert {caption for caption, _ in demo_prompts(cfg, images)} == set(images.captions)
 
 
+def test_captions_of_images_are_found_by_the_names_of_the_configuration(tmp_path: Path) -> None:
+    table = Path(as_csv(tmp_path))
+    table.write_text(table.read_text().replace("file_name,caption", "file_name,vlm"))
+    cfg = DemoConfig(folder=str(tmp_path / "demo"), images=str(table), caption_keys=("vlm",), size=32)
+    facts = stages.write_images(cfg, held_out_boundary(cfg))
+    assert facts["images"] + facts["held_out"] == 61 and facts["left_out"] == {"no_caption": 1}
+
+
 def test_copies_of_an_image_are_held_out_together(tmp_path: Path) -> None:
     folder = Path(write_folder(tmp_path / "in", 40))
     for i in range(40):

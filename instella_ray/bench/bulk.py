@@ -20,9 +20,9 @@ from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.sampling import SamplingConfig, SamplingParams, generate
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..rendering import Cell, Goal
-from .memory import peak_memory
 from .report import SuiteResult
 from .serving import ServingBench, save_models
+from .usage import peak_memory
 
 RATE_GOAL, MEMORY_GOAL = 0.9, 1.2
 

@@ -33,8 +33,8 @@ from ..errors import UserError
 from ..rendering import Cell, Goal
 from ..storage import write_json
 from .measure import Spread
-from .memory import peak_memory
 from .report import SuiteResult
+from .usage import peak_memory
 
 OURS = "this pipeline"
 PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2

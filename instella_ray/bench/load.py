@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 
 from ..data.scenes import scene_prompts
@@ -32,6 +33,8 @@ class Load:
     """Latencies (s) of all requests sent in the window."""
     short: list[float]
     """Latencies (s) of requests with few steps (:func:`few_steps`)."""
+    total: int = 0
+    """Number of images received before, in and after the window."""
 
     @property
     def rate(self) -> float:
@@ -47,7 +50,7 @@ class Load:
         """Combine several windows."""
         window, answered = sum(part.window_s for part in parts), sum(part.answered for part in parts)
         latencies, short = ([s for part in parts for s in getattr(part, name)] for name in ("latencies", "short"))
-        return Load(window, answered, latencies, short)
+        return Load(window, answered, latencies, short, sum(part.total for part in parts))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -88,14 +91,13 @@ def closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seco
 
 async def _closed_loop(url: str, bodies: Sequence[dict[str, Any]], in_flight: int, seconds: float) -> Load:
     source, answers = itertools.cycle(bodies), []
-    limits = httpx.Limits(max_connections=in_flight)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with _session(in_flight) as client:
         start = time.perf_counter() + seconds / 4
         end = start + seconds
 
         async def one_client() -> None:
             while time.perf_counter() < end:
-                answers.append(await _ask(client, next(source)))
+                answers.append(await _ask(client, url, next(source)))
 
         await asyncio.gather(*(one_client() for _ in range(in_flight)))
     return _measured(answers, few_steps(bodies), start, end)
@@ -112,13 +114,12 @@ def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: 
 
 async def _open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seconds: float, seed: int) -> Load:
     rng, source, tasks = np.random.default_rng(seed), itertools.cycle(bodies), []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with _session(0) as client:
         began = time.perf_counter()
         start, end, due = began + seconds / 4, began + seconds * 1.25, began
         while (due := due + float(rng.exponential(1 / rate))) < end:
             await asyncio.sleep(due - time.perf_counter())
-            tasks.append(asyncio.create_task(_ask(client, next(source))))
+            tasks.append(asyncio.create_task(_ask(client, url, next(source))))
         answers = await asyncio.gather(*tasks)
     return _measured(answers, few_steps(bodies), start, end)
 
@@ -127,18 +128,25 @@ Answer = tuple[int, float, float]
 """Number of steps, and times of request and response (s)."""
 
 
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+def _session(connections: int) -> aiohttp.ClientSession:
+    # Not httpx: at some hundred requests a second it would use a core of its own beside the contestants.
+    connector = aiohttp.TCPConnector(limit=connections)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600))
+
+
+async def _ask(client: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
     asked = time.perf_counter()
-    response = await client.post(PATH, json=body)
+    async with client.post(url + PATH, json=body) as response:
+        text = await response.text()
     now = time.perf_counter()
-    if response.status_code != 200:
-        raise UserError(f"{client.base_url}{PATH}: status {response.status_code}: {response.text[:200]}")
-    if not base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(b"\x89PNG"):
-        raise UserError(f"{client.base_url}{PATH}: the response contains no PNG")
+    if response.status != 200:
+        raise UserError(f"{url}{PATH}: status {response.status}: {text[:200]}")
+    if not base64.b64decode(json.loads(text)["data"][0]["b64_json"]).startswith(b"\x89PNG"):
+        raise UserError(f"{url}{PATH}: the response contains no PNG")
     return body["num_inference_steps"], asked, now
 
 
 def _measured(answers: Sequence[Answer], few: int, start: float, end: float) -> Load:
     within = sum(start <= now <= end for _, _, now in answers)
     took = [(steps, now - asked) for steps, asked, now in answers if asked >= start]
-    return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few])
+    return Load(end - start, within, [s for _, s in took], [s for steps, s in took if steps <= few], len(answers))

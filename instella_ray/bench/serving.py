@@ -19,6 +19,7 @@ from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
 from ..rendering import Cell, Goal
+from ..serving.serve_settings import set_up_serve
 from .load import Load, closed_loop, mixed_requests, open_loop, percentile
 from .report import SuiteResult
 
@@ -60,6 +61,7 @@ class ServingBench(Config):
     open_share: float = Field(0.8, gt=0, lt=1)
     """Request rate of the open loop, as a share of the largest throughput of static batches."""
     slots: int = 16
+    queue: int = 64
     threads: int = 1
     """Threads of each replica of the graph."""
     baseline_threads: int = 2
@@ -127,6 +129,7 @@ def endpoints(
     cfg: ServingBench, folder: Path, contestants: Sequence[str] = (GRAPH, SINGLE, STATIC)
 ) -> Iterator[dict[str, str]]:
     """Deploy all ``contestants`` at the same time and yield their addresses; idle ones use no CPU."""
+    set_up_serve()
     from ray import serve
 
     from ..serving.app import ServeArgs, build
@@ -161,7 +164,7 @@ def graph_args(cfg: ServingBench, models: dict[str, str]) -> dict[str, Any]:
     """Return the fields of :class:`..serving.config.ServeArgs` for the model folders of :func:`save_models`."""
     return {
         "tokenizer": models["tokenizer"],
-        "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots}},
+        "models": {"diffusion": {"path": models["generator"], "slots": cfg.slots, "queue": cfg.queue}},
         "text_length": cfg.text_length,
         "sizes": cfg.sizes,
         "num_cpus": cfg.num_cpus,

@@ -33,12 +33,12 @@ from ..rendering import Cell, Goal
 from .data import DataBench, _write_shards
 from .load import Load, closed_loop, mixed_requests, open_loop
 from .measure import Spread
-from .memory import processes
 from .report import SuiteResult
 from .serving import GRAPH, endpoints, graph_args, save_models
 from .simulated_training import TrainingStages, predicted_rate, real_rate, training_config
 from .simulation_settings import SimulationBench
 from .stage_times import DataStages, Stages
+from .usage import processes
 
 T = TypeVar("T")
 LOW, HIGH = 0.8, 1.2

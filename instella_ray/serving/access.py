@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UserError
-from .failures import ApiError
+from .api_error import ApiError
 
 KEYS_VARIABLE = "INSTELLA_API_KEYS"
 SHORTEST_KEY = 16

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .failures import overloaded
+from .api_error import overloaded
 
 WINDOW = 64
 LONGEST_RETRY_AFTER_S = 60.0

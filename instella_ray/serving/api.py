@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
@@ -23,9 +23,10 @@ from ..errors import UserError
 from ..rendering import render
 from .access import ApiKeys, BodyLimit, KeyCheck
 from .admission import Gate
+from .api_error import ApiError, refused
 from .codes import pack, unpack
 from .config import ServeArgs
-from .failures import ApiError, answering, api_error, refused
+from .failures import answering, api_error
 from .graph import GeneratedImage, Graph, all_or_none
 from .schema import DecodeRequest, ImageRequest, ImageResponse, ImageResult
 from .stream import EventStream, ImageStream
@@ -60,8 +61,8 @@ class Service:
     ) -> None:
         """``count_tokens`` counts the tokens of a prompt; required only if ``limits.prompt_tokens`` is set."""
         self.args, self.served, self.graph, self.count_tokens = args, served, graph, count_tokens
-        self.gates = {name: Gate(model.capacity) for name, model in args.models.items()}
-        self.decoding = Gate(args.limits.images + args.decoder.queue)
+        self.gates = {name: Gate(args.share(model.capacity)) for name, model in args.models.items()}
+        self.decoding = Gate(args.share(args.limits.images + args.decoder.queue))
         self._health: tuple[float, list[str]] = (-HEALTH_FOR_S, [])
         self._checking = asyncio.Lock()
 
@@ -265,7 +266,7 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
     async def generations(request: ImageRequest) -> Any:
         with answering():
             if not request.stream:
-                return await service.generate(request)
+                return _json(await service.generate(request))
             events = service.stream(request)
             # The first item marks admission: failures before it can still set the HTTP status.
             await anext(events)
@@ -274,7 +275,7 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
     @api.post("/v1/codes/decode", response_model=ImageResponse, response_model_exclude_none=True)
     async def decode(request: DecodeRequest) -> Any:
         with answering():
-            return await service.decode(request)
+            return _json(await service.decode(request))
 
     return api
 
@@ -300,6 +301,11 @@ def _add_error_answers(api: FastAPI) -> None:
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         answer = api_error(error)
         return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _json(answer: ImageResponse) -> Response:
+    # Not returned as it is: FastAPI would validate and copy megabytes of base64 before it writes them.
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 def _base64(data: bytes) -> str:

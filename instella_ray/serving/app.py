@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from .. import logs
 from .api import make_api
@@ -32,7 +33,10 @@ receives calls until the third failure."""
 
 @serve.ingress()
 class Ingress:
-    """Replica of the HTTP API. Creates its routes in the replica, because they close over its handles."""
+    """Replica of the HTTP API. Creates its routes in the replica, because they close over its handles.
+
+    A second one answers while the first is replaced.
+    """
 
     def __init__(
         self, setup: Setup, text: DeploymentHandle, decoder: DeploymentHandle, generators: dict[str, DeploymentHandle]
@@ -69,7 +73,7 @@ def build(args: ServeArgs) -> Application:
 
 def _generator(args: ServeArgs, name: str, model: ModelArgs) -> serve.Deployment:
     # A second limit behind the gate of the ingress, for times when fewer than the maximum number of replicas run.
-    bound = {"ongoing": model.ongoing, "max_queued_requests": model.capacity}
+    bound = {"ongoing": model.ongoing, "max_queued_requests": args.ingress_replicas * args.share(model.capacity)}
     return _stage(args, GeneratorStage, f"Generator-{name}", model, **bound)
 
 
@@ -83,6 +87,8 @@ def _stage(
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # Longer than any deadline, so that scaling down never aborts a request that could still finish.
         graceful_shutdown_timeout_s=args.limits.timeout_s + 10,
+        # One line a call would be several an image.
+        logging_config=LoggingConfig(enable_access_log=False),
         **_fixed_or_scaled(settings, ongoing),
         **options,
     )(stage)
@@ -108,6 +114,7 @@ def _ingress(args: ServeArgs) -> serve.Deployment:
     images = sum(model.capacity for model in args.models.values()) + args.limits.images + args.decoder.queue
     return serve.deployment(
         name="Ingress",
+        num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * images + 256,
         max_queued_requests=256,

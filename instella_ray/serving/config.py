@@ -91,13 +91,16 @@ class ModelArgs(StageArgs):
 
     @property
     def ongoing(self) -> int:
-        """Concurrent calls per replica: its slots and as many queued, so that a freed slot is refilled at once."""
-        return 2 * self.slots
+        """Concurrent calls per replica: its slots, as many queued so that a freed slot is refilled at once, and the queue.
+
+        Calls beyond it would wait in Serve's router, which looks for a free replica up to 0.5 s apart.
+        """
+        return 2 * self.slots + self.queue
 
     @property
     def capacity(self) -> int:
         """Maximum number of images in progress."""
-        return self.most_replicas * self.ongoing + self.queue
+        return self.most_replicas * 2 * self.slots + self.queue
 
     def options(self, text_length: int) -> EngineOptions:
         return EngineOptions(self.slots, text_length, self.compilation, self.batch_invariant)
@@ -115,6 +118,9 @@ class ServeArgs(Config):
     sizes: tuple[int, ...] = Field((512, 768, 1024), min_length=1)
     """Permitted edges of images (px); the first is the default."""
     limits: RequestLimits = RequestLimits()
+    ingress_replicas: int = Field(2, ge=1)
+    """Processes that answer HTTP requests; with two, one answers while the other is replaced. Each admits its share of the
+    images of a model, and at least ``limits.images``."""
     text: StageArgs = StageArgs()
     """Text encoder stage."""
     decoder: StageArgs = StageArgs()
@@ -137,6 +143,10 @@ class ServeArgs(Config):
 
     def cpus(self, stage: StageArgs) -> float:
         return self.num_cpus if stage.num_cpus is None else stage.num_cpus
+
+    def share(self, images: int) -> int:
+        """Return how many of ``images`` one replica of the ingress admits."""
+        return max(self.limits.images, -(-images // self.ingress_replicas))
 
     def needs(self) -> Needs:
         """Return the fewest replicas of the stages, with the resources of each."""

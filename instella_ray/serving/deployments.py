@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from ..models.sampling import SamplingParams
-from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .batching import MicroBatcher
 from .codes import Generated
 from .metrics import EngineMetrics, StageTimes, in_replica
@@ -44,7 +44,7 @@ REPORT_EVERY_S = 1.0
 
 
 class TextEncoderStage:
-    """Text encoder stage: prompts to features of all layers, micro-batched and cached."""
+    """Text encoder stage: prompts to features of all layers, micro-batched."""
 
     def __init__(
         self,
@@ -54,18 +54,16 @@ class TextEncoderStage:
         *,
         precision: Precision = "auto",
         batch_invariant: bool = True,
-        cache_bytes: int = 256 << 20,
     ) -> None:
         """Load the text encoder.
 
-        ``batch_invariant`` encodes each prompt that is not in the cache separately: the features of a padded batch
-        differ in the last digits, so an image would depend on concurrent requests.
+        ``batch_invariant`` encodes each prompt separately: the features of a padded batch differ in the last digits, so
+        an image would depend on concurrent requests.
         """
         torch.set_num_threads(threads)
         logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
-        encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
-        self.cache = TextFeatureCache(encoder, cache_bytes)
+        self.encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
         self.times = StageTimes()
         self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=1 if batch_invariant else 32)
 
@@ -82,7 +80,7 @@ class TextEncoderStage:
         self.batcher.close()
 
     def _encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        features, mask = self.cache.encode(prompts)
+        features, mask = self.encoder.encode(prompts)
         return [features[:, i, mask[i]].float().cpu().numpy() for i in range(len(prompts))]
 
 

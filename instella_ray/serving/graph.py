@@ -1,7 +1,7 @@
 """Sampling graph: calls the stages for each image, with retries.
 
-Features are passed between replicas through Ray's object store. Codes (1 KiB) are returned to this process, so that
-generation and decoding are retried independently; an image is returned once, as a file.
+Features and codes (1 KiB) are returned to this process, so that the features of a prompt are reused and each call is
+retried independently; an image is returned once, as a file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .codes import Generated
+from .prompts import PromptFeatures
 from .retry import CALLS
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Handle(Protocol):
     """Handle of a stage: Serve's ``DeploymentHandle`` or :class:`.local.LocalHandle`.
 
     ``handle.method.remote(...)`` starts a call immediately. The returned object is awaited (iterated over after
-    ``options(stream=True)``), may be passed as an argument to another call, and has ``cancel()`` to end the call.
+    ``options(stream=True)``) and has ``cancel()`` to end the call.
     """
 
     def options(self, *, stream: bool) -> Handle: ...
@@ -73,18 +74,16 @@ class Graph:
     ) -> None:
         self.text, self.decoder, self.generators = text, decoder, generators
         self.tokenizer_hash, self.health = tokenizer_hash, health
+        self.features = PromptFeatures(self._encode)
 
     async def codes(self, image: GeneratedImage, deadline: float) -> Generated:
         """Generate the codes of an image; ``deadline`` in terms of ``time.monotonic()``."""
 
         async def attempt() -> Generated:
-            # Encoded again in each attempt: earlier features may be lost with the replica that stored them.
-            async with _cancelling(self.text.encode.remote(image.prompt)) as features:
-                call = self.generators[image.model].generate.remote(
-                    features, dict(image.sampling), deadline - time.monotonic()
-                )
-                async with _cancelling(call) as answer:
-                    return await answer
+            features, sampling = await self.features(image.prompt), dict(image.sampling)
+            call = self.generators[image.model].generate.remote(features, sampling, deadline - time.monotonic())
+            async with _cancelling(call) as answer:
+                return await answer
 
         return await CALLS.call_async(attempt, deadline=deadline)
 
@@ -94,18 +93,16 @@ class Graph:
 
         async def attempt() -> Generated:
             nonlocal reported
+            features, sampling = await self.features(image.prompt), dict(image.sampling)
             generator = self.generators[image.model].options(stream=True)
-            async with _cancelling(self.text.encode.remote(image.prompt)) as features:
-                call = generator.follow.remote(
-                    features, dict(image.sampling), deadline - time.monotonic(), preview_every
-                )
-                async with _cancelling(call) as updates:
-                    async for update in updates:
-                        if update.get("done"):
-                            return Generated(update["codes"], update["weights"])
-                        if update["step"] > reported:
-                            reported = update["step"]
-                            report(update)
+            call = generator.follow.remote(features, sampling, deadline - time.monotonic(), preview_every)
+            async with _cancelling(call) as updates:
+                async for update in updates:
+                    if update.get("done"):
+                        return Generated(update["codes"], update["weights"])
+                    if update["step"] > reported:
+                        reported = update["step"]
+                        report(update)
             raise RuntimeError("the stream of an image ended without codes")
 
         return await CALLS.call_async(attempt, deadline=deadline)
@@ -136,6 +133,11 @@ class Graph:
     def weights(self, made: Generated) -> dict[str, str]:
         """Return the weight hashes of an image's ``generator`` and ``tokenizer``."""
         return {"generator": made.weights, "tokenizer": self.tokenizer_hash}
+
+    async def _encode(self, prompt: str) -> np.ndarray:
+        async with _cancelling(self.text.encode.remote(prompt)) as features:
+            found: np.ndarray = await features
+            return found
 
     async def unhealthy(self) -> list[str]:
         """Return a line ``name: reason`` for each unhealthy stage."""

@@ -63,23 +63,18 @@ class LocalMethod:
     function: Callable[..., Any]
 
     def remote(self, *arguments: Any) -> asyncio.Task[Any] | LocalStream:
-        """Start a call; arguments that are calls are awaited first."""
+        """Start a call."""
         if self.handle.stream:
-            return LocalStream(self.handle, self.function, arguments)
-        return self.handle.begin(self._call(arguments))
-
-    async def _call(self, arguments: tuple[Any, ...]) -> Any:
-        return await self.function(*await _answers(arguments))
+            return LocalStream(self.handle, self.function(*arguments))
+        return self.handle.begin(self.function(*arguments))
 
 
 class LocalStream:
     """Asynchronous iterator over the results of a streaming call. The call does not wait for its reader."""
 
-    def __init__(
-        self, handle: LocalHandle, function: Callable[..., AsyncGenerator[Any, None]], arguments: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, handle: LocalHandle, results: AsyncGenerator[Any, None]) -> None:
         self._parts: asyncio.Queue[Any] = asyncio.Queue()
-        self._call = handle.begin(self._run(function, arguments))
+        self._call = handle.begin(self._run(results))
         self._call.add_done_callback(lambda _: self._parts.put_nowait(_END))
 
     def cancel(self) -> None:
@@ -95,14 +90,10 @@ class LocalStream:
         await self._call  # raises the exception of the call, if any
         raise StopAsyncIteration
 
-    async def _run(self, function: Callable[..., AsyncGenerator[Any, None]], arguments: tuple[Any, ...]) -> None:
-        async with aclosing(function(*await _answers(arguments))) as parts:
+    async def _run(self, results: AsyncGenerator[Any, None]) -> None:
+        async with aclosing(results) as parts:
             async for part in parts:
                 self._parts.put_nowait(part)
-
-
-async def _answers(arguments: tuple[Any, ...]) -> list[Any]:
-    return [await value if isinstance(value, asyncio.Task) else value for value in arguments]
 
 
 async def unhealthy(stages: Mapping[str, LocalHandle]) -> list[str]:
@@ -121,7 +112,7 @@ def build_local(args: ServeArgs) -> FastAPI:
 
     The application's ``state.graph`` is the graph. Raises UserError as :meth:`.setup.Setup.of`.
     """
-    setup = Setup.of(args)
+    setup = Setup.of(args.model_copy(update={"ingress_replicas": 1}))
     text, decoder = LocalHandle(TextEncoderStage(**setup.text())), LocalHandle(DecoderStage(**setup.decoder()))
     generators = {name: LocalHandle(GeneratorStage(**setup.generator(name))) for name in args.models}
     # Each stage has set the process-wide log context to its own name.

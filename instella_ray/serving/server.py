@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from ..errors import UserError
 from .access import ApiKeys, check_address, require_free_port
 from .config import ServeArgs
 from .draining import wait_until_drained
+from .serve_settings import set_up_serve
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -68,6 +70,7 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     from .shutdown import shut_down_serve
 
     app = build(args)
+    set_up_serve()
     init_ray()
     refuse_second_endpoint()
     if short := lacking(args.needs(), [node["Resources"] for node in ray.nodes() if node["Alive"]]):
@@ -82,26 +85,26 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
             while True:
                 signal.pause()
         except KeyboardInterrupt:
-            _drain(handle, grace_s)
+            asyncio.run(_drain(handle, grace_s))
     except KeyboardInterrupt:
         print("stopping at once", flush=True)
     finally:
         shut_down_serve()
 
 
-def _drain(handle: DeploymentHandle, grace_s: float) -> None:
+async def _drain(handle: DeploymentHandle, grace_s: float) -> None:
     """Refuse new requests on all replicas of the ingress, and wait for those in progress."""
     from ray.exceptions import RayError
 
-    def ask() -> list[int]:
+    async def ask() -> list[int]:
         try:
-            counts: list[int] = handle.broadcast("drain").results(timeout_s=ANSWER_S)
+            counts: list[int] = await handle.broadcast("drain").results_async(timeout_s=ANSWER_S)
         except (RayError, TimeoutError):  # a replica that has died has no request in progress
             return []
         return counts
 
     print("stopping after the requests in progress; Ctrl-C stops at once", flush=True)
-    if left := wait_until_drained(ask, grace_s):
+    if left := await wait_until_drained(ask, grace_s):
         print(f"cut {left} requests that were still in progress after {grace_s:g} s", flush=True)
 
 

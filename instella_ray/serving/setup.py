@@ -83,7 +83,7 @@ class Setup:
         }
 
     def service(self, graph: Graph) -> Service:
-        """Return the request handler of the API, on top of ``graph``."""
+        """Return the request handler of one replica of the API, on top of ``graph``."""
         limited = self.args.limits.prompt_tokens is not None
         count = partial(_count_tokens, _tokenizer(self.text_config)) if limited else None
         return Service(self.args, self.served, graph, count)

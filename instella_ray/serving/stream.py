@@ -12,8 +12,9 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from .api_error import ApiError
 from .codes import Generated, pack
-from .failures import ApiError, api_error
+from .failures import api_error
 from .graph import GeneratedImage, Graph, all_or_none
 
 DONE = b"data: [DONE]\n\n"

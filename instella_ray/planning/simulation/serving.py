@@ -134,7 +134,7 @@ class ServingConfig(Config):
 
     def capacity(self, model: ModelArgs, name: str) -> int:
         """Return the largest number of images in flight, as :attr:`ModelArgs.capacity` with this number of replicas."""
-        return self.count(name) * model.ongoing + model.queue
+        return self.count(name) * 2 * model.slots + model.queue
 
 
 @dataclass(frozen=True)

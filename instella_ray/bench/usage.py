@@ -1,10 +1,10 @@
-"""Peak memory of a job over all its processes."""
+"""CPU time and memory of jobs over all their processes."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
         ended = False
         while not ended:  # also measure at the end: a short job could finish before the first sample
             ended = over.wait(0.2)
-            peak[0] = max(peak[0], sum(map(_private_mb, processes(with_ray))))
+            peak[0] = max(peak[0], sum(map(private_mb, processes(with_ray))))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -34,7 +34,12 @@ def peak_memory(*, with_ray: bool = True) -> Iterator[list[float]]:
 
 
 def processes(with_ray: bool) -> list[int]:
-    """Return the pids of this process and its descendants, with or without those of Ray."""
+    """Return the pids of this process and its descendants, this one first, with or without those of Ray."""
+    return with_descendants(os.getpid(), with_ray=with_ray)
+
+
+def with_descendants(pid: int, *, with_ray: bool = True) -> list[int]:
+    """Return ``pid`` and the pids of its descendants, with or without those of Ray."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -43,13 +48,26 @@ def processes(with_ray: bool) -> list[int]:
                 parents[int(entry.parent.name)] = int(rest.split()[1])
         except (OSError, IndexError):
             continue  # the process has exited
-    found = [os.getpid()]
-    for pid in found:  # the list grows during iteration
-        found += [child for child, parent in parents.items() if parent == pid]
+    found = [pid]
+    for each in found:  # the list grows during iteration
+        found += [child for child, parent in parents.items() if parent == each]
     return found
 
 
-def _private_mb(pid: int) -> float:
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """Return the CPU seconds that each of the processes has used; those that have ended are left out."""
+    tick, used = os.sysconf("SC_CLK_TCK"), {}
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        used[pid] = (int(fields[11]) + int(fields[12])) / tick
+    return used
+
+
+def private_mb(pid: int) -> float:
+    """Return the private memory (MB) of a process, 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

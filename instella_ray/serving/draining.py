@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
@@ -49,14 +48,12 @@ class Drain:
             self.requests.count -= 1
 
 
-async def wait_until_drained(
-    ask: Callable[[], Awaitable[Iterable[int]]], grace_s: float, poll_s: float = POLL_S
-) -> int:
+def wait_until_drained(ask: Callable[[], Iterable[int]], grace_s: float, poll_s: float = POLL_S) -> int:
     """Wait until no request is in progress, for at most ``grace_s`` seconds; returns the number of those left.
 
     ``ask`` returns the number of requests in progress of each process.
     """
     end = time.monotonic() + grace_s
-    while (left := sum(await ask())) and time.monotonic() < end:
-        await asyncio.sleep(poll_s)
+    while (left := sum(ask())) and time.monotonic() < end:
+        time.sleep(poll_s)
     return left

@@ -19,11 +19,11 @@ SETTINGS = {
 
 
 def set_up_serve() -> None:
-    """Set SETTINGS for the Ray that this process starts; variables that are set already win.
+    """Set SETTINGS for the Ray that this process starts; variables that are set already win."""
+    given = {**SETTINGS, **os.environ}
+    # This process calls its handles outside of event loops, which needs the router's own. Serve reads the environment
+    # when it is imported.
+    os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+    import ray.serve  # noqa: F401
 
-    This process keeps Serve's defaults: its handles are also used outside of event loops.
-    """
-    import ray.serve  # noqa: F401 - reads the environment
-
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(given)

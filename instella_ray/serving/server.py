@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -85,26 +84,26 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
             while True:
                 signal.pause()
         except KeyboardInterrupt:
-            asyncio.run(_drain(handle, grace_s))
+            _drain(handle, grace_s)
     except KeyboardInterrupt:
         print("stopping at once", flush=True)
     finally:
         shut_down_serve()
 
 
-async def _drain(handle: DeploymentHandle, grace_s: float) -> None:
+def _drain(handle: DeploymentHandle, grace_s: float) -> None:
     """Refuse new requests on all replicas of the ingress, and wait for those in progress."""
     from ray.exceptions import RayError
 
-    async def ask() -> list[int]:
+    def ask() -> list[int]:
         try:
-            counts: list[int] = await handle.broadcast("drain").results_async(timeout_s=ANSWER_S)
+            counts: list[int] = handle.broadcast("drain").results(timeout_s=ANSWER_S)
         except (RayError, TimeoutError):  # a replica that has died has no request in progress
             return []
         return counts
 
     print("stopping after the requests in progress; Ctrl-C stops at once", flush=True)
-    if left := await wait_until_drained(ask, grace_s):
+    if left := wait_until_drained(ask, grace_s):
         print(f"cut {left} requests that were still in progress after {grace_s:g} s", flush=True)
 
 

@@ -55,7 +55,8 @@ def serve_args(folders: dict[str, str], **changes: Any) -> ServeArgs:
 
 def small_args(folders: dict[str, str]) -> ServeArgs:
     """An endpoint with keys that six images fill: two slots, two beside them in the replica, two in the queue."""
-    return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2}, api_keys_file=folders["keys"])
+    one = {"ingress_replicas": 1, "api_keys_file": folders["keys"]}
+    return serve_args(folders, limits=LIMITS, model={"slots": 2, "queue": 2}, **one)
 
 
 @contextmanager

@@ -104,12 +104,14 @@ def test_every_stage_has_its_own_size(folders: dict[str, str]) -> None:
     args = serve_args(folders, models=models)
     app = build(ServeArgs.model_validate(args.model_dump()))
     small, large = (app._bound_deployment.init_args[-1][name]._bound_deployment for name in models)
-    assert (small.num_replicas, small.max_ongoing_requests, small.max_queued_requests) == (1, 8, 68)
+    assert (small.num_replicas, small.max_ongoing_requests, small.max_queued_requests) == (1, 68, 128)
     assert small.ray_actor_options["num_cpus"] == 0.5 and large.ray_actor_options["num_cpus"] == 0.1
     config = large._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas) == (2, 3)
     assert config.policy.policy_kwargs == {"utilisation": 0.5}
     options = large.init_kwargs["options"]
     assert options.batch_invariant is False and options.slots == 8
+    # Each of the two replicas of the ingress may admit 64 images, the largest request.
+    assert app._bound_deployment.num_replicas == 2 and [args.share(n) for n in (68, 300)] == [64, 150]
     # Nothing that may still meet its deadline is ended by a replica that leaves.
     assert large._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s

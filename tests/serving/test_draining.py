@@ -39,18 +39,11 @@ def test_requests_in_progress_end_and_new_ones_are_refused() -> None:
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=5))
 def test_it_waits_until_no_process_has_any_request(answers: list[list[int]]) -> None:
     asked = iter([*answers, []])
-
-    async def ask() -> list[int]:
-        return next(asked)
-
-    assert asyncio.run(wait_until_drained(ask, grace_s=60, poll_s=0)) == 0
+    assert wait_until_drained(lambda: next(asked), grace_s=60, poll_s=0) == 0
     rest = list(asked)
     ended = answers[: len(answers) + 1 - len(rest)]
     assert all(any(counts) for counts in ended[:-1])
 
 
 def test_after_the_grace_period_the_rest_is_counted() -> None:
-    async def ask() -> list[int]:
-        return [3, 0, 1]
-
-    assert asyncio.run(wait_until_drained(ask, grace_s=0)) == 4
+    assert wait_until_drained(lambda: [3, 0, 1], grace_s=0) == 4

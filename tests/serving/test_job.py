@@ -6,18 +6,45 @@ import os
 import signal
 import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from instella_ray.bench.usage import with_descendants
 from instella_ray.serving.config import ModelArgs, RequestLimits
 
 from ..kit.endpoint import HEADERS, events, generate, make_folders, serve_args
 from ..kit.head import free_port
 from ..kit.project import ROOT
 from ..kit.serve_process import rest_until_the_end, serve_process
+
+
+def killed_ingress_loses_nothing(client: httpx.Client, pid: int, steps: dict[str, Any]) -> None:
+    """Requests of a dead ingress replica are answered by the other one, with the same images."""
+    alone = [generate(client, seed=seed, **steps) for seed in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(generate, client, seed=seed % 2, **steps) for seed in range(4)]
+        while not all(future.running() for future in asked):
+            time.sleep(0.01)
+        time.sleep(0.3)  # on their way, if not at the ingress
+        victim = next(each for each in with_descendants(pid) if ":Ingress" in command_of(each))
+        os.kill(victim, signal.SIGKILL)
+        answers = [future.result() for future in asked]
+    assert [response.status_code for response in answers] == [200] * 4
+    for number, response in enumerate(answers):
+        assert response.json()["data"] == alone[number % 2].json()["data"]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 @pytest.mark.parametrize(
@@ -45,6 +72,8 @@ def test_the_job_listens_where_it_says_and_ends_after_its_last_request(tmp_path:
             client.headers.update(HEADERS)
             assert generate(client, size="32x32").status_code == 200
             steps = {"num_inference_steps": limits.steps, "size": "32x32"}
+            if not local:
+                killed_ingress_loses_nothing(client, process.pid, steps)
             streams = [events(client, seed=seed, **steps) for seed in range(4)]
             assert [next(stream)["type"] for stream in streams] == ["image_generation.progress"] * 4
             # What a supervisor sends; the job answers as it does to Ctrl-C.

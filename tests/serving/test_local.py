@@ -76,13 +76,15 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0)
 
 
-def test_a_call_begins_at_once_and_may_be_an_argument_of_another() -> None:
+def test_a_call_begins_at_once_and_gives_its_results_or_its_failure() -> None:
     async def run() -> None:
         handle = LocalHandle(Stage())
-        assert await handle.double.remote(handle.double.remote(3)) == 12
+        call = handle.double.remote(3)
+        await until(call.done)
+        assert await call == 6
         with pytest.raises(UserError, match="no"):
-            await handle.wait.remote(handle.refuse.remote())
-        parts = handle.options(stream=True).count.remote(handle.double.remote(1), 9)
+            await handle.refuse.remote()
+        parts = handle.options(stream=True).count.remote(2, 9)
         assert [await anext(parts), await anext(parts)] == [0, 1]
         with pytest.raises(UserError, match="no more than 9"):
             await anext(parts)

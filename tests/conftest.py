@@ -21,6 +21,10 @@ os.environ.update(
     RAY_metrics_report_interval_ms="1000",
     HF_HUB_OFFLINE="1",
 )
+# As the endpoint's own process sets Serve up; the last one is for this process, whose handles are called by tests.
+from instella_ray.serving.serve_settings import ROUTER_LOOP, SETTINGS
+
+os.environ.update({**SETTINGS, ROUTER_LOOP: "1"})
 # Without bytecode on the disk every worker of Ray compiles the project's files anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -78,6 +82,9 @@ def records_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_session() -> Iterator[None]:
     """A local Ray with more logical CPUs than this machine has cores."""
     import ray
+    import ray.serve
+
+    os.environ.update(SETTINGS)
 
     for left in (2, 1, 0):
         try:

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 
 from ..serving.config import ServeArgs
 from ..serving.deployments import DecoderStage, GeneratorStage, TextEncoderStage
+from ..serving.prompts import PromptFeatures
 from ..serving.setup import Setup
 from .baselines import FIELDS
 from .load import PATH
@@ -25,13 +26,12 @@ def main(settings: str, port: int) -> None:
     args, api = ServeArgs.model_validate_json(Path(settings).read_text()), FastAPI()
     setup = Setup.of(args)
     text, decoder = TextEncoderStage(**setup.text()), DecoderStage(**setup.decoder())
-    generator = GeneratorStage(**setup.generator(next(iter(args.models))))
+    features, generator = PromptFeatures(text.encode), GeneratorStage(**setup.generator(next(iter(args.models))))
 
     @api.post(PATH)
     async def generations(request: Request) -> dict[str, Any]:
         body = await request.json()
-        features = await text.encode(body["prompt"])
-        codes, _ = await generator.generate(features, {name: body[name] for name in FIELDS})
+        codes, _ = await generator.generate(await features(body["prompt"]), {name: body[name] for name in FIELDS})
         width, height = map(int, body["size"].split("x"))
         file = await decoder.decode(codes, height, width)
         return {"data": [{"b64_json": base64.b64encode(file).decode()}]}

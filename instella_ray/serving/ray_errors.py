@@ -18,7 +18,17 @@ def is_loss(error: BaseException) -> bool:
         known.RayActorError,
         known.WorkerCrashedError,
     )
-    return isinstance(error, lost)
+    return isinstance(error, lost) or _connection_lost(error)
+
+
+def _connection_lost(error: BaseException) -> bool:
+    # Serve calls replicas over gRPC, and converts only one of the codes with which a broken connection may end a call.
+    grpc = sys.modules.get("grpc")
+    return (
+        grpc is not None
+        and isinstance(error, grpc.RpcError)
+        and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
+    )
 
 
 def full_queue_wait_s(error: BaseException) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
+ROUTER_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 SETTINGS = {
-    # Calls between replicas over gRPC in place of actor calls.
+    # Calls from process to process over gRPC in place of actor calls.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # No threads for the router and the request handling beside a replica's event loop: the stages compute in their own.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    ROUTER_LOOP: "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     # A proxy is replaced after three failed checks. Serve's 10 s between two of them would close the port for 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
@@ -19,11 +20,13 @@ SETTINGS = {
 
 
 def set_up_serve() -> None:
-    """Set SETTINGS for the Ray that this process starts; variables that are set already win."""
+    """Set SETTINGS for this process and the Ray that it starts; variables that are set already win.
+
+    To be called before the first import of Serve, which then reads the environment.
+    """
     given = {**SETTINGS, **os.environ}
-    # This process calls its handles outside of event loops, which needs the router's own. Serve reads the environment
-    # when it is imported.
-    os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+    # This process calls its handles outside of event loops, which needs the router's own.
+    os.environ.update({**given, ROUTER_LOOP: "1"})
     import ray.serve  # noqa: F401
 
     os.environ.update(given)

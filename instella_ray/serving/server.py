@@ -61,6 +61,8 @@ def _in_process(args: ServeArgs, host: str, port: int, grace_s: float, started: 
 
 
 def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Callable[[], None]) -> None:
+    set_up_serve()
+
     import ray
     from ray import serve
 
@@ -69,7 +71,6 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     from .shutdown import shut_down_serve
 
     app = build(args)
-    set_up_serve()
     init_ray()
     refuse_second_endpoint()
     if short := lacking(args.needs(), [node["Resources"] for node in ray.nodes() if node["Alive"]]):

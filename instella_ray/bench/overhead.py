@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Request, StepEngine, build_engine
+from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.kinds import build_engine
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.sampling import SamplingParams
 from ..rendering import Cell, Goal

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Finished, Request, StepEngine, build_engine
+from ..engine.engine import EngineOptions, Finished, Request, StepEngine
+from ..engine.kinds import build_engine
 from ..engine.scheduling import ALLOWANCE, Scheduling
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.joint_attention import TextKV
@@ -34,7 +35,7 @@ class SchedulingBench(Config):
     steps: tuple[int, int] = (5, 50)
     load: float = Field(0.9, gt=0)
     """Request rate of the open loop, as a share of the largest throughput of ``fifo``."""
-    seconds: float = Field(10.0, gt=0)
+    seconds: float = Field(7.0, gt=0)
     """Window (s) of each policy and seed; a quarter of it passes before as warm-up."""
     seeds: int = Field(3, ge=1)
     """Number of different arrival times."""

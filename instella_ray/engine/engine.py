@@ -11,7 +11,6 @@ A request's bits do not depend on the other requests in the batch: see :func:`.b
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models import rng
 from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache, TextKV
-from ..models.sampling import SamplingParams, ar_step, diffusion_step, timestep
+from ..models.sampling import SamplingParams
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
-from .draws import Draws
-from .scheduling import POLICIES, Job, Scheduling, StepTimes
+from .scheduling import POLICIES, Schedulable, Scheduling, StepTimes
 
 
 @dataclass(frozen=True)
@@ -100,14 +97,16 @@ class EngineOptions:
 
 
 @dataclass(eq=False)
-class _Entry(Job):
+class _Entry(Schedulable):
     """Request in the engine."""
 
     request: Request = field(kw_only=True)
+    guided: bool = field(kw_only=True)
+    """True if steps of the request need the rows without a prompt."""
 
 
 class StepEngine(ABC):
-    """Slot table and scheduling; :class:`DiffusionEngine` and :class:`AREngine` implement one step.
+    """Slot table and scheduling; :mod:`.kinds` implements one step.
 
     Rows of the network's batch are interleaved: row 2i is slot i with its prompt, row 2i + 1 slot i without a prompt. A
     step in which no request has guidance leaves out the rows without a prompt.
@@ -175,9 +174,10 @@ class StepEngine(ABC):
         if length > limit:
             raise UserError(f"request {request.id}: prompt of {length} tokens, the limit is {limit}")
         steps = self._steps(request.params)
-        alone = steps * self.times.alone(_guided(request))
+        guided = bool(request.params.guidance_scale[0] != 0)
         arrival = self.clock() if request.arrival is None else request.arrival
-        self.waiting.append(_Entry(steps, arrival, alone, request.deadline, request=request))
+        alone = steps * self.times.alone(guided)
+        self.waiting.append(_Entry(steps, arrival, alone, request.deadline, request=request, guided=guided))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request: its slot is released at the next step. Unknown ids are ignored."""
@@ -266,7 +266,7 @@ class StepEngine(ABC):
     def _choose(self, now: float) -> list[_Entry]:
         """Return the requests to advance; the policy knows the step times of the branches that all of them need."""
         entries = [*self._entries, *self.waiting]
-        branches = 2 if any(_guided(entry.request) for entry in entries) or not self.buckets[1] else 1
+        branches = 2 if any(entry.guided for entry in entries) or not self.buckets[1] else 1
         seconds = self.times.seconds[branches]
         return self.policy(entries, now, seconds, self.options.slots)  # type: ignore[return-value]
 
@@ -276,7 +276,7 @@ class StepEngine(ABC):
         Requests in further slots that the rows cover advance as well.
         """
         rows = next((bucket for bucket in self.buckets[1] if bucket >= count), 0)
-        if rows and not any(_guided(entry.request) for entry in self._entries[:rows]):
+        if rows and not any(entry.guided for entry in self._entries[:rows]):
             return rows, 1
         return next(bucket for bucket in self.buckets[2] if bucket >= count), 2
 
@@ -372,94 +372,3 @@ class StepEngine(ABC):
     @abstractmethod
     def _steps(self, params: SamplingParams) -> int:
         """Return the total number of steps of a request."""
-
-
-class DiffusionEngine(StepEngine):
-    """Step engine of a diffusion generator: each row has its own schedule and time step."""
-
-    def __init__(
-        self, model: DiffusionGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
-    ) -> None:
-        self.model: DiffusionGenerator = model
-        super().__init__(model, empty_prompt, options, clock)
-        self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
-        self.draws = Draws(self.params.seed, model.cfg.num_tokens, model.cfg.bits_per_token, rng.DIFFUSION)
-
-    def _row_tables(self) -> list[Tensor]:
-        return [self.x0_prob, *self.draws.row_tables]
-
-    def _start(self, slot: int) -> None:
-        self.z[slot] = self.draws.start(slot) < 0.5
-
-    def _network(self, rows: int, branches: int) -> Tensor:
-        params = self.params.map(lambda value: value[:rows])
-        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(branches)
-        return self.model(self.z[:rows].repeat_interleave(branches, dim=0), t, self._cached(rows, branches))
-
-    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
-        position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
-        u = self.draws.take(self.position[: max(rows, self.active)] + 1, rows)
-        self.z[:rows], self.x0_prob[:rows] = diffusion_step(self.z[:rows], cond, uncond, position, params, u)
-
-    def _estimate(self, slot: int) -> Tensor:
-        return self.x0_prob[slot] > 0.5
-
-    def _steps(self, params: SamplingParams) -> int:
-        return int(params.num_inference_steps[0])
-
-
-class AREngine(StepEngine):
-    """Step engine of an autoregressive generator: each row is at its own token; slots hold the KV cache."""
-
-    def __init__(
-        self, model: ARGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
-    ) -> None:
-        self.model: ARGenerator = model
-        self.index = torch.arange(options.slots, device=model.x_embedder.weight.device)
-        super().__init__(model, empty_prompt, options, clock)
-        self.draws = Draws(self.params.seed, 1, model.cfg.bits_per_token, rng.AR)
-
-    def _row_tables(self) -> list[Tensor]:
-        return self.draws.row_tables
-
-    def _start(self, slot: int) -> None:
-        self.draws.start(slot)
-        # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
-        self.z[slot] = 0
-
-    def _token(self, rows: int) -> Tensor:
-        # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.
-        return self.position[:rows].clamp(max=self.z.shape[1] - 1)
-
-    def _network(self, rows: int, branches: int) -> Tensor:
-        position = self._token(rows)
-        previous = self.z[self.index[:rows], (position - 1).clamp(min=0)]
-        doubled = previous.repeat_interleave(branches, dim=0), position.repeat_interleave(branches)
-        return self.model.step(*doubled, self._cached(rows, branches))
-
-    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
-        position, params = self._token(rows), self.params.map(lambda value: value[:rows])
-        u = self.draws.take(self._token(max(rows, self.active)), rows)[:, 0]
-        self.z[self.index[:rows], position] = ar_step(cond, uncond, params, u).to(self.z.dtype)
-
-    def _estimate(self, slot: int) -> Tensor:
-        return self.z[slot]
-
-    def _steps(self, params: SamplingParams) -> int:
-        return self.z.shape[1]
-
-
-def _guided(request: Request) -> bool:
-    return bool(request.params.guidance_scale[0] != 0)
-
-
-def build_engine(
-    model: DiffusionGenerator | ARGenerator,
-    empty_prompt: Tensor,
-    options: EngineOptions | None = None,
-    *,
-    clock: Clock = time.monotonic,
-) -> StepEngine:
-    """Build the engine for the kind of ``model``; ``empty_prompt [layers, T, width]``."""
-    kind = AREngine if isinstance(model, ARGenerator) else DiffusionEngine
-    return kind(model, empty_prompt, options or EngineOptions(), clock)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ Seconds = Mapping[int, float]
 
 
 @dataclass(eq=False)
-class Job:
+class Schedulable:
     """What a policy knows of a request."""
 
     steps: int
@@ -46,63 +46,63 @@ class Job:
         return min(self.deadline, self.arrival + ALLOWANCE * self.alone)
 
 
-Policy = Callable[[Sequence[Job], float, Seconds, int], list[Job]]
-"""Returns the jobs to advance, given all jobs (those in slots first, then by arrival), the time, and the slots.
+Policy = Callable[[Sequence[Schedulable], float, Seconds, int], list[Schedulable]]
+"""Returns the requests to advance, given all requests (those in slots first, then by arrival), the time, and the slots.
 
-At most as many jobs as the largest bucket are returned, at most as many outside of slots as slots are free, and at least
-one if there is one. If fewer jobs are returned than the bucket has rows, every job in a slot is among them.
+At most as many requests as the largest bucket are returned, at most as many outside of slots as slots are free, and at least
+one if there is one. If fewer requests are returned than the bucket has rows, every request in a slot is among them.
 """
 
 
-def fifo(jobs: Sequence[Job], now: float, seconds: Seconds, slots: int) -> list[Job]:
-    """Advance all jobs in slots; free slots are assigned in order of arrival."""
-    return list(jobs[:slots])
+def fifo(requests: Sequence[Schedulable], now: float, seconds: Seconds, slots: int) -> list[Schedulable]:
+    """Advance all requests in slots; free slots are assigned in order of arrival."""
+    return list(requests[:slots])
 
 
-def by_deadline(jobs: Sequence[Job], now: float, seconds: Seconds, slots: int) -> list[Job]:
-    """Advance the jobs that can be in time, earliest deadline first, at the bucket that leaves most of them in time.
+def by_deadline(requests: Sequence[Schedulable], now: float, seconds: Seconds, slots: int) -> list[Schedulable]:
+    """Advance the requests that can be in time, earliest deadline first, at the bucket that leaves most of them in time.
 
-    A larger bucket has a higher throughput but slower steps. The bucket maximizes the share of jobs that would be in
+    A larger bucket has a higher throughput but slower steps. The bucket maximizes the share of requests that would be in
     time if they took part in every step from now on, plus :data:`THROUGHPUT` times its throughput relative to the best
-    one. Its rows go to overdue jobs by arrival, up to half of them; to jobs that can be in time by deadline; and to late
-    ones by remaining steps. Every job ends: the oldest overdue one that has a slot, or gets one, is in every step.
+    one. Its rows go to overdue requests by arrival, up to half of them, to requests that can be in time by deadline, and
+    to late ones by remaining steps. Every request ends: the oldest overdue one that has a slot or gets one is always chosen.
     """
-    if not jobs:
+    if not requests:
         return []
-    rows = _bucket(jobs, now, seconds)
-    step, free = seconds[rows], slots - sum(job.in_slot for job in jobs)
-    on_time = [job for job in jobs if job.left * step <= job.due - now]
-    late = [job for job in jobs if job.left * step > job.due - now]
-    overdue = [job for job in late if now - job.arrival > OVERDUE * ALLOWANCE * job.alone]
-    chosen: list[Job] = []
+    rows = _bucket(requests, now, seconds)
+    step, free = seconds[rows], slots - sum(request.in_slot for request in requests)
+    on_time = [request for request in requests if request.left * step <= request.due - now]
+    late = [request for request in requests if request.left * step > request.due - now]
+    overdue = [request for request in late if now - request.arrival > OVERDUE * ALLOWANCE * request.alone]
+    chosen: list[Schedulable] = []
 
-    def take(candidates: Sequence[Job], most: int) -> None:
+    def take(candidates: Sequence[Schedulable], most: int) -> None:
         nonlocal free
-        for job in candidates:
+        for request in candidates:
             if len(chosen) == most:
                 return
-            if job in chosen or not (job.in_slot or free):
+            if request in chosen or not (request.in_slot or free):
                 continue
-            free -= not job.in_slot
-            chosen.append(job)
+            free -= not request.in_slot
+            chosen.append(request)
 
-    take(sorted(overdue, key=lambda job: job.arrival), max(1, rows // 2))
-    take(sorted(on_time, key=lambda job: job.due), rows)
-    take(sorted(late, key=lambda job: job.left), rows)
+    take(sorted(overdue, key=lambda request: request.arrival), max(1, rows // 2))
+    take(sorted(on_time, key=lambda request: request.due), rows)
+    take(sorted(late, key=lambda request: request.left), rows)
     return chosen
 
 
 POLICIES: dict[Scheduling, Policy] = {"fifo": fifo, "deadline": by_deadline}
 
 
-def _bucket(jobs: Sequence[Job], now: float, seconds: Seconds) -> int:
-    covering = min((rows for rows in seconds if rows >= len(jobs)), default=max(seconds))
+def _bucket(requests: Sequence[Schedulable], now: float, seconds: Seconds) -> int:
+    covering = min((rows for rows in seconds if rows >= len(requests)), default=max(seconds))
     best = max(rows / step for rows, step in seconds.items())
 
     def value(rows: int) -> float:
         step = seconds[rows]
-        on_time = sum(job.left * step <= job.due - now for job in jobs)
-        return on_time / len(jobs) + THROUGHPUT * min(rows, len(jobs)) / step / best
+        on_time = sum(request.left * step <= request.due - now for request in requests)
+        return on_time / len(requests) + THROUGHPUT * min(rows, len(requests)) / step / best
 
     return max(sorted((rows for rows in seconds if rows <= covering), reverse=True), key=value)
 

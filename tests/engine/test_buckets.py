@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from instella_ray.engine.buckets import bucket_sizes, usable_buckets
-from instella_ray.engine.engine import EngineOptions, build_engine
+from instella_ray.engine.engine import EngineOptions
+from instella_ray.engine.kinds import build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 

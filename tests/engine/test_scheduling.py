@@ -11,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instella_ray.engine.draws import AHEAD
-from instella_ray.engine.engine import EngineOptions, Expired, Finished, Request, StepEngine, build_engine
-from instella_ray.engine.scheduling import ALLOWANCE, OVERDUE, POLICIES, Job, Policy, StepTimes, by_deadline, fifo
+from instella_ray.engine.engine import EngineOptions, Expired, Finished, Request, StepEngine
+from instella_ray.engine.kinds import build_engine
+from instella_ray.engine.scheduling import (
+    ALLOWANCE,
+    OVERDUE,
+    POLICIES,
+    Policy,
+    Schedulable,
+    StepTimes,
+    by_deadline,
+    fifo,
+)
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.sampling import SamplingParams
 
@@ -27,11 +37,11 @@ ACCELERATOR = {rows: 8.0 + 0.2 * rows for rows in PROCESSOR}
 
 def simulate(
     policy: Policy, arrivals: list[tuple[float, int]], seconds: Mapping[int, float], slots: int = SLOTS
-) -> list[tuple[Job, float]]:
+) -> list[tuple[Schedulable, float]]:
     """Return the jobs with their latencies, in order of completion; checks what an engine expects of each decision."""
-    now, rest, done = 0.0, [Job(s, at, s * seconds[min(seconds)]) for at, s in arrivals][::-1], []
-    running: list[Job] = []
-    waiting: list[Job] = []
+    now, rest, done = 0.0, [Schedulable(s, at, s * seconds[min(seconds)]) for at, s in arrivals][::-1], []
+    running: list[Schedulable] = []
+    waiting: list[Schedulable] = []
     while rest or running or waiting:
         if not running and not waiting:
             now = max(now, rest[-1].arrival)
@@ -59,11 +69,11 @@ def poisson(load: float, seconds: Mapping[int, float], count: int, seed: int) ->
     return list(zip(times.tolist(), rng.integers(5, 50, count, endpoint=True).tolist(), strict=True))
 
 
-def in_time(done: list[tuple[Job, float]]) -> float:
+def in_time(done: list[tuple[Schedulable, float]]) -> float:
     return float(np.mean([latency <= ALLOWANCE * job.alone for job, latency in done]))
 
 
-def slowdown(done: list[tuple[Job, float]], share: float) -> float:
+def slowdown(done: list[tuple[Schedulable, float]], share: float) -> float:
     return float(np.percentile([latency / job.alone for job, latency in done], share))
 
 
@@ -93,8 +103,8 @@ def test_a_long_request_ends_although_short_ones_in_time_never_cease() -> None:
 
 def test_those_that_can_be_in_time_come_first_by_deadline() -> None:
     seconds = {1: 1.0, 2: 1.5}
-    early, later = Job(4, 0.0, 4.0), Job(5, 0.0, 5.0)
-    hopeless = Job(9, -19.0, 9.0)
+    early, later = Schedulable(4, 0.0, 4.0), Schedulable(5, 0.0, 5.0)
+    hopeless = Schedulable(9, -19.0, 9.0)
     assert by_deadline([hopeless, later, early], 0.0, seconds, 3) == [early, later]
     assert by_deadline([hopeless], 0.0, seconds, 3) == [hopeless]
     assert by_deadline([later, early], 3.5, {1: 1.0, 2: 1.2}, 3) == [early, later]
@@ -106,15 +116,15 @@ def test_those_that_can_be_in_time_come_first_by_deadline() -> None:
 
 def test_steps_are_narrow_when_wide_ones_would_make_all_late() -> None:
     """At two rows no request would be in time; at one row each has its turn."""
-    jobs = [Job(4, 0.0, 4.0, in_slot=True) for _ in range(2)]
+    jobs = [Schedulable(4, 0.0, 4.0, in_slot=True) for _ in range(2)]
     assert len(by_deadline(jobs, 0.0, {1: 1.0, 2: 1.5}, 2)) == 2
     assert len(by_deadline(jobs, 0.0, {1: 1.0, 2: 3.2}, 2)) == 1
 
 
 def test_an_overdue_request_takes_a_free_slot_before_all_others() -> None:
     seconds = {1: 1.0, 2: 1.5}
-    overdue = Job(20, -OVERDUE * ALLOWANCE * 20 - 1, 20.0)
-    fresh = [Job(4, 0.0, 4.0), Job(4, 0.0, 4.0)]
+    overdue = Schedulable(20, -OVERDUE * ALLOWANCE * 20 - 1, 20.0)
+    fresh = [Schedulable(4, 0.0, 4.0), Schedulable(4, 0.0, 4.0)]
     assert by_deadline([*fresh, overdue], 0.0, seconds, 2)[0] is overdue
     for job in fresh:
         job.in_slot = True
@@ -155,11 +165,11 @@ def random_policy(seed: int) -> Policy:
     """Return a policy that chooses any jobs that it may choose."""
     rng = np.random.default_rng(seed)
 
-    def choose(jobs: Sequence[Job], now: float, seconds: Mapping[int, float], slots: int) -> list[Job]:
+    def choose(jobs: Sequence[Schedulable], now: float, seconds: Mapping[int, float], slots: int) -> list[Schedulable]:
         if not jobs:
             return []
         rows, free = int(rng.choice(list(seconds))), slots - sum(job.in_slot for job in jobs)
-        order: list[Job] = [jobs[i] for i in rng.permutation(len(jobs))]
+        order: list[Schedulable] = [jobs[i] for i in rng.permutation(len(jobs))]
         admitted = [job for job in order if not job.in_slot][:free]
         chosen = [job for job in order if job.in_slot or job in admitted][:rows]
         return chosen if len(chosen) == rows else [*chosen, *(job for job in jobs if job.in_slot and job not in chosen)]

@@ -17,17 +17,18 @@ from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import SuiteResult, write_results
+from .scheduling import SchedulingBench, run_scheduling
 from .serving import ServingBench, run_serving
 from .simulation_settings import SimulationBench
 from .training import TrainingBench, run_training
 
-Suite = Literal["caching", "overhead", "serving", "bulk", "metrics", "data", "training", "simulation"]
+Suite = Literal["caching", "overhead", "scheduling", "serving", "bulk", "metrics", "data", "training", "simulation"]
 
 
 class BenchConfig(Config):
     """Suites to run and their options."""
 
-    suites: tuple[Suite, ...] = ("caching", "overhead", "serving", "bulk", "metrics", "data", "training")
+    suites: tuple[Suite, ...] = ("caching", "overhead", "scheduling", "serving", "bulk", "metrics", "data", "training")
     repeats: int = Field(5, ge=1)
     """Measured rounds of the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -35,6 +36,7 @@ class BenchConfig(Config):
     output: str = "runs/bench.json"
     caching: CachingBench = CachingBench()
     overhead: OverheadBench = OverheadBench()
+    scheduling: SchedulingBench = SchedulingBench()
     serving: ServingBench = ServingBench()
     bulk: BulkBench = BulkBench()
     metrics: MetricsBench = MetricsBench()
@@ -54,6 +56,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
     suites: dict[str, Callable[[], SuiteResult]] = {
         "caching": lambda: run_caching(cfg.caching, cfg.repeats),
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
+        "scheduling": lambda: run_scheduling(cfg.scheduling),
         "serving": lambda: run_serving(cfg.serving),
         "bulk": lambda: run_bulk(cfg.bulk),
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),

@@ -20,8 +20,12 @@ With 2 ``branches`` every slot has a row with its prompt and one without; with 1
 
 
 def bucket_sizes(slots: int) -> list[int]:
-    """Return the powers of two below ``slots``, then ``slots``: no batch exceeds twice the number of occupied slots."""
-    return [2**i for i in range(slots.bit_length()) if 2**i < slots] + [slots]
+    """Return the powers of two and their triples below ``slots``, then ``slots``.
+
+    No batch exceeds 1.5 times the number of occupied slots.
+    """
+    powers = [2**i for i in range(slots.bit_length())]
+    return [*sorted(size for power in powers for size in (power, 3 * power) if size < slots), slots]
 
 
 def usable_buckets(forward: Forward, sizes: Sequence[int]) -> dict[int, list[int]]:

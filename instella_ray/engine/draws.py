@@ -36,18 +36,18 @@ class Draws:
         self._fill(slice(slot, slot + 1), torch.zeros_like(self.first[:1]))
         return self.table[slot, 0]
 
-    def take(self, draw: Tensor) -> Tensor:
-        """Return the draws with indices ``draw [rows]`` of the first slots, ``[rows, tokens, bits]``.
+    def take(self, draw: Tensor, rows: int) -> Tensor:
+        """Return draws of the first ``rows`` slots, ``[rows, tokens, bits]``.
 
-        A slot's indices must be consecutive from call to call. Slots without a request get arbitrary values.
+        ``draw [n]``: index of each slot's next draw; n covers the rows and all slots with a request. From call to call a
+        slot's index advances by one if it was among the rows, else it stays. Slots without a request get arbitrary values.
         """
-        rows = len(draw)
         if self._left == 0:
             # Refills all slots in one call, including those that started later and still have draws.
-            self._fill(slice(rows), draw)
+            self._fill(slice(len(draw)), draw)
             self._left = self.ahead
         self._left -= 1
-        return self.table[self._slot[:rows], (draw - self.first[:rows]).clamp(0, self.ahead - 1)]
+        return self.table[self._slot[:rows], (draw[:rows] - self.first[:rows]).clamp(0, self.ahead - 1)]
 
     def _fill(self, rows: slice, first: Tensor) -> None:
         _, ahead, tokens, bits = self.table.shape

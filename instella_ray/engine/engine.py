@@ -1,31 +1,30 @@
 """Step engine: requests of any size, step count, guidance, temperature, sampler and seed share one batch.
 
-Every image has the same latent shape, so a fixed table of slots holds all of them. Each :meth:`StepEngine.step`
-assigns waiting requests to free slots, runs one forward pass over the occupied slots, advances each row by its own
-schedule and releases finished rows. Occupied slots are always the first ones, so a pass uses the smallest *bucket* of
-rows that covers them. Independent of Ray: the server and the bulk job wrap the same engine.
+Every image has the same latent shape, so a fixed table of slots holds all of them. In each :meth:`StepEngine.step` the
+policy (:mod:`.scheduling`) chooses the requests to advance. Those that wait are assigned to free slots, one forward pass
+runs over the slots of the chosen ones, each row advances by its own schedule, and finished rows are released. Occupied
+slots are always the first ones, the chosen ones before the others, so a pass uses the smallest *bucket* of rows that
+covers them. Independent of Ray: the server and the bulk job wrap the same engine.
 
 A request's bits do not depend on the other requests in the batch: see :func:`.buckets.usable_buckets`.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models import rng
 from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache, TextKV
-from ..models.sampling import SamplingParams, ar_step, diffusion_step, timestep
+from ..models.sampling import SamplingParams
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
-from .draws import Draws
+from .scheduling import POLICIES, Schedulable, Scheduling, StepTimes
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Request:
     """Time of the engine's clock (``time.monotonic()``) after which the request expires; infinite by default."""
     preview_every: int = 0
     """Number of steps between two :class:`Progress` events with the current estimate; 0 reports none."""
+    arrival: float | None = None
+    """Time of the engine's clock at which the request arrived; None: when it is submitted, between two steps."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,23 @@ class EngineOptions:
     batch_invariant: bool = True
     """Use only buckets of rows that give the same bits as the full table on this device. False uses all buckets: faster
     on GPUs with few requests, but an image may then depend on the other requests in the batch."""
+    scheduling: Scheduling = "fifo"
+    """``fifo``: every step advances all slots, free ones are assigned in order of submission. ``deadline``: requests
+    that can end within :data:`.scheduling.ALLOWANCE` times the time they take alone come first, and the others may
+    pause meanwhile. The bits of an image are the same."""
+
+
+@dataclass(eq=False)
+class _Entry(Schedulable):
+    """Request in the engine."""
+
+    request: Request = field(kw_only=True)
+    guided: bool = field(kw_only=True)
+    """True if steps of the request need the rows without a prompt."""
 
 
 class StepEngine(ABC):
-    """Slot table and scheduling; :class:`DiffusionEngine` and :class:`AREngine` implement one step.
+    """Slot table and scheduling; :mod:`.kinds` implements one step.
 
     Rows of the network's batch are interleaved: row 2i is slot i with its prompt, row 2i + 1 slot i without a prompt. A
     step in which no request has guidance leaves out the rows without a prompt.
@@ -112,9 +126,10 @@ class StepEngine(ABC):
         slots, weight = options.slots, model.x_embedder.weight
         if slots < 1:
             raise UserError(f"slots {slots}: expected at least 1")
-        self.waiting: deque[Request] = deque()
-        self.requests: list[Request] = []
-        """Requests in slot order: ``requests[i]`` occupies slot i."""
+        self.waiting: deque[_Entry] = deque()
+        self._entries: list[_Entry] = []
+        """Entries in slot order."""
+        self.policy, self.times = POLICIES[options.scheduling], StepTimes()
         self.cancelled: set[str] = set()
         self.position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self.params = SamplingParams.of(slots).map(lambda value: value.to(weight.device))
@@ -129,17 +144,22 @@ class StepEngine(ABC):
         """Number of forward passes since the start."""
 
     @property
+    def requests(self) -> list[Request]:
+        """Requests in slot order: ``requests[i]`` occupies slot i."""
+        return [entry.request for entry in self._entries]
+
+    @property
     def active(self) -> int:
         """Number of occupied slots."""
-        return len(self.requests)
+        return len(self._entries)
 
     @property
     def idle(self) -> bool:
         """True when no request is waiting or in a slot."""
-        return not self.waiting and not self.requests
+        return not self.waiting and not self._entries
 
     def submit(self, request: Request) -> None:
-        """Queue a request; slots are assigned in the order of submission.
+        """Queue a request.
 
         Raises UserError for parameters of more than one row, features of a wrong shape and prompts over the limit.
         """
@@ -153,12 +173,16 @@ class StepEngine(ABC):
         length, limit = shape[1], self.options.text_length
         if length > limit:
             raise UserError(f"request {request.id}: prompt of {length} tokens, the limit is {limit}")
-        self.waiting.append(request)
+        steps = self._steps(request.params)
+        guided = bool(request.params.guidance_scale[0] != 0)
+        arrival = self.clock() if request.arrival is None else request.arrival
+        alone = steps * self.times.alone(guided)
+        self.waiting.append(_Entry(steps, arrival, alone, request.deadline, request=request, guided=guided))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request: its slot is released at the next step. Unknown ids are ignored."""
-        self.waiting = deque(r for r in self.waiting if r.id != request_id)
-        if any(r.id == request_id for r in self.requests):
+        self.waiting = deque(entry for entry in self.waiting if entry.request.id != request_id)
+        if any(entry.request.id == request_id for entry in self._entries):
             self.cancelled.add(request_id)
 
     def run(self, requests: Iterable[Request]) -> Generator[Event, None, None]:
@@ -182,87 +206,130 @@ class StepEngine(ABC):
         finally:
             for request_id in ids:
                 self.cancel(request_id)
-            self._release()
+            self._release(self.clock())
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Release cancelled and expired requests, admit waiting ones, run one forward pass and return the events."""
-        events: list[Event] = self._release()
-        self._admit()
-        if not self.requests:
+        """Release cancelled and expired requests, advance the chosen ones by one forward pass and return the events."""
+        began = self.clock()
+        events: list[Event] = self._release(began)
+        chosen = self._choose(began)
+        if not chosen:
             return events
-        rows, branches = self._batch()
+        self._admit(entry for entry in chosen if not entry.in_slot)
+        self._bring_forward(chosen)
+        rows, branches = self._batch(len(chosen))
         self._advance(rows, *self.forward(rows, branches).unflatten(0, (rows, branches)).unbind(1))
         self.steps += 1
         self.position[:rows] += 1
-        position, length = self.position.tolist(), self._length().tolist()
+        position = self.position.tolist()
         # In reverse order, because a released slot is filled with the last occupied one.
-        for slot in reversed(range(self.active)):
-            request = self.requests[slot]
-            if position[slot] >= length[slot]:
+        for slot in reversed(range(min(rows, self.active))):
+            entry = self._entries[slot]
+            entry.left = entry.steps - position[slot]
+            request = entry.request
+            if entry.left <= 0:
                 events.append(Finished(request.id, self.z[slot].to(torch.uint8).cpu()))
                 self._free(slot)
             elif request.preview_every and position[slot] % request.preview_every == 0:
                 estimate = self._estimate(slot).to(torch.uint8).cpu()
-                events.append(Progress(request.id, position[slot], length[slot], estimate))
+                events.append(Progress(request.id, position[slot], entry.steps, estimate))
+        self.times.observe(branches, rows, self.clock() - began)
         return events
 
     @torch.no_grad()
     def _prepare(self, text_width: int) -> tuple[Forward, dict[int, list[int]]]:
-        """Compile the network and determine the usable buckets, with noise in place of requests."""
-        slots, cfg = self.options.slots, self.model.cfg
-        sizes = bucket_sizes(slots)
+        """Compile the network, determine the usable buckets, and time them for policies that need it."""
+        sizes = bucket_sizes(self.options.slots)
         forward = compiled(self._network, sizes, self.options.compilation)
-        if not self.options.batch_invariant:
-            return forward, {1: sizes, 2: sizes}
+        buckets = self._same_bits(forward, sizes, text_width) if self.options.batch_invariant else {1: sizes, 2: sizes}
+        if self.options.scheduling != "fifo":
+            for branches, usable in buckets.items():
+                for rows in usable:
+                    forward(rows, branches)  # the first pass may compile
+                    began = self.clock()
+                    forward(rows, branches).sum().item()  # waits for the device
+                    self.times.observe(branches, rows, self.clock() - began)
+        return forward, buckets
+
+    def _same_bits(self, forward: Forward, sizes: list[int], text_width: int) -> dict[int, list[int]]:
+        """Return the usable buckets, measured with noise in the slots."""
+        slots, cfg = self.options.slots, self.model.cfg
         noise = torch.Generator().manual_seed(0)
         self.z.copy_(torch.rand(self.z.shape, generator=noise) < 0.5)
         self.position.copy_(torch.arange(slots) % min(cfg.num_tokens, int(self.params.num_inference_steps[0])))
         for slot in range(slots):
             features = torch.randn(cfg.layers, self.options.text_length, text_width, generator=noise)
             self.cache.put(2 * slot, self._text_kv(features))
-        return forward, usable_buckets(forward, sizes)
+        return usable_buckets(forward, sizes)
 
-    def _batch(self) -> tuple[int, int]:
-        """Return the rows and branches of the next pass: as few as the requests in the slots need."""
-        if not any(float(request.params.guidance_scale) for request in self.requests):
-            fitting = [bucket for bucket in self.buckets[1] if bucket >= self.active]
-            if fitting:
-                return fitting[0], 1
-        return next(bucket for bucket in self.buckets[2] if bucket >= self.active), 2
+    def _choose(self, now: float) -> list[_Entry]:
+        """Return the requests to advance; the policy knows the step times of the branches that all of them need."""
+        entries = [*self._entries, *self.waiting]
+        branches = 2 if any(entry.guided for entry in entries) or not self.buckets[1] else 1
+        seconds = self.times.seconds[branches]
+        return self.policy(entries, now, seconds, self.options.slots)  # type: ignore[return-value]
 
-    def _release(self) -> list[Event]:
-        now = self.clock()
-        expired = [r.id for r in (*self.waiting, *self.requests) if r.deadline <= now and r.id not in self.cancelled]
+    def _batch(self, count: int) -> tuple[int, int]:
+        """Return the rows and branches of the next pass: as few as the requests in the first ``count`` slots need.
+
+        Requests in further slots that the rows cover advance as well.
+        """
+        rows = next((bucket for bucket in self.buckets[1] if bucket >= count), 0)
+        if rows and not any(entry.guided for entry in self._entries[:rows]):
+            return rows, 1
+        return next(bucket for bucket in self.buckets[2] if bucket >= count), 2
+
+    def _release(self, now: float) -> list[Event]:
+        current = [entry.request for entry in (*self.waiting, *self._entries)]
+        expired = [r.id for r in current if r.deadline <= now and r.id not in self.cancelled]
         released = self.cancelled.union(expired)
         if released:
-            self.waiting = deque(r for r in self.waiting if r.id not in released)
+            self.waiting = deque(entry for entry in self.waiting if entry.request.id not in released)
             for slot in reversed(range(self.active)):
-                if self.requests[slot].id in released:
+                if self._entries[slot].request.id in released:
                     self._free(slot)
             self.cancelled.clear()
         return [Expired(name) for name in expired]
 
-    def _admit(self) -> None:
-        while self.waiting and self.active < self.options.slots:
-            request, slot = self.waiting.popleft(), self.active
-            self.requests.append(request)
+    def _admit(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            request, slot = entry.request, self.active
+            entry.in_slot = True
+            self.waiting.remove(entry)
+            self._entries.append(entry)
             self.position[slot] = 0
-            for field in fields(SamplingParams):
-                getattr(self.params, field.name)[slot] = getattr(request.params, field.name)[0]
+            for parameter in fields(SamplingParams):
+                getattr(self.params, parameter.name)[slot] = getattr(request.params, parameter.name)[0]
             self.cache.put(2 * slot, self._text_kv(request.features))
             self._start(slot)
+
+    def _bring_forward(self, chosen: list[_Entry]) -> None:
+        """Swap the rows of paused requests in the first slots with those of chosen ones behind them."""
+        count = len(chosen)
+        if count == self.active:
+            return
+        paused = [slot for slot in range(count) if self._entries[slot] not in chosen]
+        behind = [slot for slot in range(count, self.active) if self._entries[slot] in chosen]
+        for left, right in zip(paused, behind, strict=True):
+            self._entries[left], self._entries[right] = self._entries[right], self._entries[left]
+        if paused:
+            self._move(torch.tensor(behind + paused), torch.tensor(paused + behind))
 
     def _free(self, slot: int) -> None:
         """Release ``slot`` by moving the last occupied slot into it, so that occupied slots stay contiguous."""
         last = self.active - 1
         if slot < last:
-            self.requests[slot] = self.requests[last]
-            for table in (self.position, self.z, *self._row_tables(), *vars(self.params).values()):
-                table[slot] = table[last]
-            for branch in range(2):
-                self.cache.move(2 * last + branch, 2 * slot + branch)
-        self.requests.pop()
+            self._entries[slot] = self._entries[last]
+            self._move(last, slot)
+        self._entries.pop()
+
+    def _move(self, source: int | Tensor, target: int | Tensor) -> None:
+        """Copy the rows of the slots ``source`` to those of ``target``; both may hold the same slots."""
+        for table in (self.position, self.z, *self._row_tables(), *vars(self.params).values()):
+            table[target] = table[source]
+        for branch in range(2):
+            self.cache.move(2 * source + branch, 2 * target + branch)
 
     def _text_kv(self, features: Tensor) -> TextKV:
         """Project the text of one prompt, padded to the slot's length *before* the projection for a fixed shape."""
@@ -303,92 +370,5 @@ class StepEngine(ABC):
         """Return the most likely final bits of a slot after its last step, 0/1 ``[L, K]``."""
 
     @abstractmethod
-    def _length(self) -> Tensor:
-        """Return the total number of steps of each slot, ``[slots]``."""
-
-
-class DiffusionEngine(StepEngine):
-    """Step engine of a diffusion generator: each row has its own schedule and time step."""
-
-    def __init__(
-        self, model: DiffusionGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
-    ) -> None:
-        self.model: DiffusionGenerator = model
-        super().__init__(model, empty_prompt, options, clock)
-        self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
-        self.draws = Draws(self.params.seed, model.cfg.num_tokens, model.cfg.bits_per_token, rng.DIFFUSION)
-
-    def _row_tables(self) -> list[Tensor]:
-        return [self.x0_prob, *self.draws.row_tables]
-
-    def _start(self, slot: int) -> None:
-        self.z[slot] = self.draws.start(slot) < 0.5
-
-    def _network(self, rows: int, branches: int) -> Tensor:
-        params = self.params.map(lambda value: value[:rows])
-        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(branches)
-        return self.model(self.z[:rows].repeat_interleave(branches, dim=0), t, self._cached(rows, branches))
-
-    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
-        position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
-        u = self.draws.take(position + 1)
-        self.z[:rows], self.x0_prob[:rows] = diffusion_step(self.z[:rows], cond, uncond, position, params, u)
-
-    def _estimate(self, slot: int) -> Tensor:
-        return self.x0_prob[slot] > 0.5
-
-    def _length(self) -> Tensor:
-        return self.params.num_inference_steps
-
-
-class AREngine(StepEngine):
-    """Step engine of an autoregressive generator: each row is at its own token; slots hold the KV cache."""
-
-    def __init__(
-        self, model: ARGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
-    ) -> None:
-        self.model: ARGenerator = model
-        self.index = torch.arange(options.slots, device=model.x_embedder.weight.device)
-        super().__init__(model, empty_prompt, options, clock)
-        self.draws = Draws(self.params.seed, 1, model.cfg.bits_per_token, rng.AR)
-
-    def _row_tables(self) -> list[Tensor]:
-        return self.draws.row_tables
-
-    def _start(self, slot: int) -> None:
-        self.draws.start(slot)
-        # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
-        self.z[slot] = 0
-
-    def _token(self, rows: int) -> Tensor:
-        # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.
-        return self.position[:rows].clamp(max=self.z.shape[1] - 1)
-
-    def _network(self, rows: int, branches: int) -> Tensor:
-        position = self._token(rows)
-        previous = self.z[self.index[:rows], (position - 1).clamp(min=0)]
-        doubled = previous.repeat_interleave(branches, dim=0), position.repeat_interleave(branches)
-        return self.model.step(*doubled, self._cached(rows, branches))
-
-    def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
-        position, params = self._token(rows), self.params.map(lambda value: value[:rows])
-        u = self.draws.take(position)[:, 0]
-        self.z[self.index[:rows], position] = ar_step(cond, uncond, params, u).to(self.z.dtype)
-
-    def _estimate(self, slot: int) -> Tensor:
-        return self.z[slot]
-
-    def _length(self) -> Tensor:
-        return torch.full_like(self.position, self.z.shape[1])
-
-
-def build_engine(
-    model: DiffusionGenerator | ARGenerator,
-    empty_prompt: Tensor,
-    options: EngineOptions | None = None,
-    *,
-    clock: Clock = time.monotonic,
-) -> StepEngine:
-    """Build the engine for the kind of ``model``; ``empty_prompt [layers, T, width]``."""
-    kind = AREngine if isinstance(model, ARGenerator) else DiffusionEngine
-    return kind(model, empty_prompt, options or EngineOptions(), clock)  # type: ignore[arg-type]
+    def _steps(self, params: SamplingParams) -> int:
+        """Return the total number of steps of a request."""

@@ -14,7 +14,8 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
-from .engine import EngineOptions, StepEngine, build_engine
+from .engine import EngineOptions, StepEngine
+from .kinds import build_engine
 
 
 class Weights(Config):

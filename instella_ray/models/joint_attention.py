@@ -107,8 +107,8 @@ class JointCache:
             buffer[rows, :, : self.text_length] = part
         self.mask[rows] = text.mask
 
-    def move(self, source: int, target: int) -> None:
-        """Copy row ``source`` to row ``target``."""
+    def move(self, source: int | Tensor, target: int | Tensor) -> None:
+        """Copy the row ``source`` to the row ``target``, or rows ``[n]`` to rows ``[n]``, which may be the same ones."""
         for buffer in (*self.keys, *self.values, self.mask):
             buffer[target] = buffer[source]
 

@@ -11,6 +11,7 @@ from ..claims import Group, Needs
 from ..config import Config
 from ..engine.buckets import Compilation
 from ..engine.engine import EngineOptions
+from ..engine.scheduling import Scheduling
 from ..errors import UserError
 from ..models.sampling import SamplingConfig
 from .safety import SafetyConfig
@@ -86,6 +87,9 @@ class ModelArgs(StageArgs):
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
     """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
+    scheduling: Scheduling = "fifo"
+    """``fifo``: in order of arrival, all slots in every step. ``deadline``: requests that can end within three times the
+    time they take alone come first, and others may pause. An image is the same under both."""
     longest_step_s: Finite = Field(60.0, gt=0)
     """Seconds without a completed engine step after which a replica is replaced."""
 
@@ -103,7 +107,9 @@ class ModelArgs(StageArgs):
         return self.most_replicas * 2 * self.slots + self.queue
 
     def options(self, text_length: int) -> EngineOptions:
-        return EngineOptions(self.slots, text_length, self.compilation, self.batch_invariant)
+        return EngineOptions(
+            self.slots, text_length, self.compilation, self.batch_invariant, scheduling=self.scheduling
+        )
 
 
 class ServeArgs(Config):

@@ -101,8 +101,8 @@ class EngineRunner:
         Closing or cancelling the generator releases the slot at the next step. Raises UserError for an invalid request,
         :class:`DeadlineExceeded` after ``timeout_s`` seconds, and :class:`EngineFailed` if the engine fails.
         """
-        deadline = self.engine.clock() + timeout_s
-        request = Request(uuid.uuid4().hex, features, params, deadline, preview_every)
+        now = self.engine.clock()
+        request = Request(uuid.uuid4().hex, features, params, now + timeout_s, preview_every, now)
         caller = _Caller(asyncio.get_running_loop())
         self._inbox.put(lambda: self._submit(request, caller))
         if self._failure is not None or self._closing:

@@ -18,6 +18,7 @@ from instella_ray.bench.metrics import MetricsBench, run_metrics
 from instella_ray.bench.overhead import OverheadBench, TableSize, run_overhead
 from instella_ray.bench.report import SuiteResult
 from instella_ray.bench.run import BenchConfig, run_bench
+from instella_ray.bench.scheduling import SchedulingBench, run_scheduling
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
 from instella_ray.bench.training import RandomText, TrainingBench, run_training
 from instella_ray.evaluation.metric_settings import MetricsConfig
@@ -96,9 +97,18 @@ def test_what_caching_is_worth_is_measured_at_any_size() -> None:
 
 
 def test_what_the_engine_adds_is_measured_at_any_size() -> None:
-    result = run_overhead(OverheadBench(sizes={"tiny": TABLE}, steps_a_round=2), repeats=2)
-    assert [(row["generator"], row["rows"]) for row in result.rows] == [("diffusion", 6), ("ar", 6)]
-    assert [goal.kind for goal in result.goals] == ["<=", "<="]
+    result = run_overhead(OverheadBench(sizes={"tiny": TABLE}, steps_a_round=2, mixed_steps_a_round=2), repeats=2)
+    assert [(row["generator"], row["rows"]) for row in result.rows] == [("diffusion", 6), ("ar", 6), ("diffusion", 6)]
+    assert [goal.kind for goal in result.goals] == ["<=", "<=", ">="] and "rate mixed / alike" in result.rows[-1]
+
+
+def test_scheduling_policies_are_measured_at_any_size() -> None:
+    result = run_scheduling(SchedulingBench(size=TABLE, steps=(1, 4), seconds=0.4, seeds=1))
+    loads = [str(row["scheduling"]) for row in result.rows]
+    assert loads == ["fifo", "deadline", "fifo", "deadline", "static batches"]
+    assert all(int(row["images"]) > 0 for row in result.rows)
+    assert all(0 <= float(row["in time"]) <= 1 for row in result.rows[:2])
+    assert [goal.kind for goal in result.goals] == [">=", "<=", "<="]
 
 
 def test_a_run_prints_its_tables_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

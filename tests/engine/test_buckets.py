@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from instella_ray.engine.buckets import bucket_sizes, usable_buckets
-from instella_ray.engine.engine import EngineOptions, build_engine
+from instella_ray.engine.engine import EngineOptions
+from instella_ray.engine.kinds import build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 
@@ -65,8 +66,11 @@ def test_a_bucket_whose_numbers_differ_is_not_used() -> None:
     def network(rows: int, branches: int) -> Tensor:
         return torch.ones(branches * rows, 3) + (1e-7 if rows == 2 or (rows, branches) == (5, 1) else 0)
 
-    assert usable_buckets(network, bucket_sizes(5)) == {2: [1, 4, 5], 1: [1, 4]}
-    assert bucket_sizes(1) == [1] and bucket_sizes(8) == [1, 2, 4, 8]
+    assert usable_buckets(network, bucket_sizes(5)) == {2: [1, 3, 4, 5], 1: [1, 3, 4]}
+    assert bucket_sizes(1) == [1] and bucket_sizes(16) == [1, 2, 3, 4, 6, 8, 12, 16]
+    for slots in (1, 2, 3, 7, 16, 33):
+        sizes = bucket_sizes(slots)
+        assert all(next(size for size in sizes if size >= count) <= 1.5 * count for count in range(1, slots + 1))
 
 
 @pytest.mark.nightly

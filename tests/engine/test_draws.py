@@ -13,12 +13,12 @@ SLOTS, TOKENS, BITS = 3, 2, 3
 
 
 @given(
-    moves=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=5 * AHEAD),
+    moves=st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(1, SLOTS)), max_size=5 * AHEAD),
     stream=st.sampled_from([0, 1]),
     numbers=st.sampled_from([1, 3 * TOKENS * BITS, NUMBERS]),
 )
 def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
-    moves: list[tuple[int, bool]], stream: int, numbers: int
+    moves: list[tuple[int, bool, int]], stream: int, numbers: int
 ) -> None:
     seed, position = torch.tensor([5, -7, 2**40]), torch.zeros(SLOTS, dtype=torch.int64)
     draws = Draws(seed, TOKENS, BITS, stream, numbers)
@@ -34,10 +34,11 @@ def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
 
     for slot in range(SLOTS):
         join(slot)
-    for other, joins in moves:
-        taken = draws.take(position + 1)
-        position += 1
-        assert all(torch.equal(taken[i], expected(i, int(position[i]))) for i in range(SLOTS))
+    for other, joins, rows in moves:  # slots behind the rows pause
+        taken = draws.take(position + 1, rows)
+        position[:rows] += 1
+        assert len(taken) == rows
+        assert all(torch.equal(taken[i], expected(i, int(position[i]))) for i in range(rows))
         if joins:
             join(other)
         else:  # the last one moves here, and somebody new takes the last slot
@@ -48,5 +49,5 @@ def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
 
 def test_slots_that_nobody_has_may_stand_anywhere() -> None:
     draws = Draws(torch.arange(SLOTS), TOKENS, BITS, rng.AR)
-    assert draws.take(torch.tensor([3])).shape == (1, TOKENS, BITS)
-    assert draws.take(torch.tensor([4, 1000, 0])).shape == (SLOTS, TOKENS, BITS)
+    assert draws.take(torch.tensor([3]), 1).shape == (1, TOKENS, BITS)
+    assert draws.take(torch.tensor([4, 1000, 0]), SLOTS).shape == (SLOTS, TOKENS, BITS)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from instella_ray.serving.serve_settings import SETTINGS
+
 from ..kit.overlays import OVERLAYS, templates
 from ..kit.project import PROJECT, ROOT, tracked
 
@@ -165,3 +167,14 @@ def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_pa
 
 def test_the_files_of_the_folder_are_known() -> None:
     assert {path.name for path in tracked() if path.parent == FOLDER} == {*(p.name for p in FILES), "install.sh"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix[1:])
+def test_nodes_have_the_settings_of_serve(file: Path) -> None:
+    variables = {
+        name: value
+        for instruction, rest in instructions(file.read_text())
+        if instruction == "ENV"
+        for name, _, value in (pair.partition("=") for pair in rest.split())
+    }
+    assert SETTINGS.items() <= variables.items()

@@ -22,10 +22,12 @@ from torch import Tensor
 from ..errors import UserError
 from ..models import rng
 from ..models.generator import ARGenerator, DiffusionGenerator
-from ..models.joint_attention import JointCache, TextKV
-from ..models.sampling import SamplingParams, ar_step, diffusion_step, timestep
+from ..models.joint_attention import JointCache
+from ..models.sampling import SamplingParams, ar_step, diffusion_step
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
 from .draws import Draws
+from .modulations import ScheduleModulations
+from .prompts import PromptProjector
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Request:
     """Time of the engine's clock (``time.monotonic()``) after which the request expires; infinite by default."""
     preview_every: int = 0
     """Number of steps between two :class:`Progress` events with the current estimate; 0 reports none."""
+    prompt: str | None = None
+    """Prompt of the features: requests with the same prompt share the projection of its features."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class EngineOptions:
     batch_invariant: bool = True
     """Use only buckets of rows that give the same bits as the full table on this device. False uses all buckets: faster
     on GPUs with few requests, but an image may then depend on the other requests in the batch."""
+    prompt_cache_bytes: int = 256 << 20
+    """Maximum size of the cache of projected prompts; the latest one is kept whatever its size."""
 
 
 class StepEngine(ABC):
@@ -120,7 +126,8 @@ class StepEngine(ABC):
         self.params = SamplingParams.of(slots).map(lambda value: value.to(weight.device))
         cfg = model.cfg
         self.z = weight.new_zeros(slots, cfg.num_tokens, cfg.bits_per_token)
-        unconditional = self._text_kv(empty_prompt)
+        self.project = PromptProjector(model, options.text_length, options.prompt_cache_bytes)
+        unconditional = self.project(empty_prompt)
         self.cache = JointCache.empty(2 * slots, self.options.text_length, cfg.num_tokens, unconditional.keys)
         self.forward, self.buckets = self._prepare(empty_prompt.shape[-1])
         # Rows with a prompt are overwritten when a slot is assigned; rows without a prompt never change.
@@ -192,6 +199,7 @@ class StepEngine(ABC):
         if not self.requests:
             return events
         rows, branches = self._batch()
+        self._load(self.active)
         self._advance(rows, *self.forward(rows, branches).unflatten(0, (rows, branches)).unbind(1))
         self.steps += 1
         self.position[:rows] += 1
@@ -220,7 +228,8 @@ class StepEngine(ABC):
         self.position.copy_(torch.arange(slots) % min(cfg.num_tokens, int(self.params.num_inference_steps[0])))
         for slot in range(slots):
             features = torch.randn(cfg.layers, self.options.text_length, text_width, generator=noise)
-            self.cache.put(2 * slot, self._text_kv(features))
+            self.cache.put(2 * slot, self.project(features))
+        self._load(slots)
         return forward, usable_buckets(forward, sizes)
 
     def _batch(self) -> tuple[int, int]:
@@ -250,7 +259,7 @@ class StepEngine(ABC):
             self.position[slot] = 0
             for field in fields(SamplingParams):
                 getattr(self.params, field.name)[slot] = getattr(request.params, field.name)[0]
-            self.cache.put(2 * slot, self._text_kv(request.features))
+            self.cache.put(2 * slot, self.project(request.features, request.prompt))
             self._start(slot)
 
     def _free(self, slot: int) -> None:
@@ -264,19 +273,9 @@ class StepEngine(ABC):
                 self.cache.move(2 * last + branch, 2 * slot + branch)
         self.requests.pop()
 
-    def _text_kv(self, features: Tensor) -> TextKV:
-        """Project the text of one prompt, padded to the slot's length *before* the projection for a fixed shape."""
-        layers, count, width = features.shape
-        weight, length = self.model.x_embedder.weight, self.options.text_length
-        if count > length:
-            raise UserError(f"text_length {length}: the empty prompt alone has {count} tokens")
-        padded = torch.zeros(layers, 1, length, width, dtype=weight.dtype, device=weight.device)
-        mask = torch.zeros(1, length, dtype=torch.bool, device=weight.device)
-        if count:
-            padded[:, 0, length - count :] = features
-            mask[:, length - count :] = True
-        with torch.no_grad():
-            return self.model.text_kv(padded, mask)
+    @abstractmethod
+    def _load(self, rows: int) -> None:
+        """Fill the tables that depend on the position of the first ``rows`` slots; compiled code and graphs read them."""
 
     def _row_tables(self) -> list[Tensor]:
         """Additional tensors with one row per slot."""
@@ -314,6 +313,7 @@ class DiffusionEngine(StepEngine):
         self, model: DiffusionGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
     ) -> None:
         self.model: DiffusionGenerator = model
+        self.modulations = ScheduleModulations(model, options.slots)
         super().__init__(model, empty_prompt, options, clock)
         self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
         self.draws = Draws(self.params.seed, model.cfg.num_tokens, model.cfg.bits_per_token, rng.DIFFUSION)
@@ -325,9 +325,11 @@ class DiffusionEngine(StepEngine):
         self.z[slot] = self.draws.start(slot) < 0.5
 
     def _network(self, rows: int, branches: int) -> Tensor:
-        params = self.params.map(lambda value: value[:rows])
-        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(branches)
-        return self.model(self.z[:rows].repeat_interleave(branches, dim=0), t, self._cached(rows, branches))
+        z, modulations = (table[:rows].repeat_interleave(branches, dim=0) for table in (self.z, self.modulations.table))
+        return self.model(z, None, self._cached(rows, branches), modulations)
+
+    def _load(self, rows: int) -> None:
+        self.modulations.load(self.position[:rows], self.params.map(lambda value: value[:rows]))
 
     def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
@@ -359,6 +361,9 @@ class AREngine(StepEngine):
         self.draws.start(slot)
         # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
         self.z[slot] = 0
+
+    def _load(self, rows: int) -> None:
+        """Do nothing: the network reads the tables of the slots."""
 
     def _token(self, rows: int) -> Tensor:
         # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.

@@ -86,6 +86,8 @@ class ModelArgs(StageArgs):
     """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
     """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
+    prompt_cache_bytes: int = Field(256 << 20, ge=0)
+    """Maximum bytes per replica of text keys and values that requests with the same prompt share."""
     longest_step_s: Finite = Field(60.0, gt=0)
     """Seconds without a completed engine step after which a replica is replaced."""
 
@@ -100,7 +102,7 @@ class ModelArgs(StageArgs):
         return self.most_replicas * self.ongoing + self.queue
 
     def options(self, text_length: int) -> EngineOptions:
-        return EngineOptions(self.slots, text_length, self.compilation, self.batch_invariant)
+        return EngineOptions(self.slots, text_length, self.compilation, self.batch_invariant, self.prompt_cache_bytes)
 
 
 class ServeArgs(Config):

@@ -132,17 +132,22 @@ class GeneratorStage:
         return next(reversed(self._runners.values()))
 
     async def generate(
-        self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
+        self,
+        features: np.ndarray,
+        sampling: Mapping[str, Any],
+        timeout_s: float = float("inf"),
+        prompt: str | None = None,
     ) -> Generated:
         """Generate codes for ``features [layers, T, width]``; returns them with the hash of the weights.
 
         ``sampling`` holds the fields of :class:`SamplingParams`; ``timeout_s`` is the deadline in seconds from now.
+        Calls with the same ``prompt`` must have the same features, which are then projected once.
         """
         # torch.tensor copies: arrays from the object store are read-only.
-        prompt, params = torch.tensor(features), _params(sampling)
+        text, params = torch.tensor(features), _params(sampling)
         runner, weights = self.runner, self._hash  # read together: a swap may replace them during the call
         with self.times.measure("generate"):
-            codes = await runner.generate(prompt, params, timeout_s=timeout_s)
+            codes = await runner.generate(text, params, timeout_s=timeout_s, prompt=prompt)
         return Generated(codes.numpy(), weights)
 
     async def follow(
@@ -151,15 +156,16 @@ class GeneratorStage:
         sampling: Mapping[str, Any],
         timeout_s: float = float("inf"),
         preview_every: int = 1,
+        prompt: str | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Generate codes as :meth:`generate` and yield the progress.
 
         Yields ``{"step", "steps", "codes", "weights"}`` every ``preview_every`` steps, where codes are the current most
         likely bits, and ``{"codes", "weights", "done": True}`` at the end. With ``preview_every`` 0 only the latter.
         """
-        prompt, params = torch.tensor(features), _params(sampling)
+        text, params = torch.tensor(features), _params(sampling)
         weights = self._hash
-        events = self.runner.follow(prompt, params, timeout_s=timeout_s, preview_every=preview_every)
+        events = self.runner.follow(text, params, timeout_s=timeout_s, preview_every=preview_every, prompt=prompt)
         with self.times.measure("generate"):
             # Closed immediately if the caller disconnects, not at garbage collection, to release the slot.
             async with aclosing(events):

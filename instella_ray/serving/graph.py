@@ -81,7 +81,7 @@ class Graph:
             # Encoded again in each attempt: earlier features may be lost with the replica that stored them.
             async with _cancelling(self.text.encode.remote(image.prompt)) as features:
                 call = self.generators[image.model].generate.remote(
-                    features, dict(image.sampling), deadline - time.monotonic()
+                    features, dict(image.sampling), deadline - time.monotonic(), image.prompt
                 )
                 async with _cancelling(call) as answer:
                     return await answer
@@ -97,7 +97,7 @@ class Graph:
             generator = self.generators[image.model].options(stream=True)
             async with _cancelling(self.text.encode.remote(image.prompt)) as features:
                 call = generator.follow.remote(
-                    features, dict(image.sampling), deadline - time.monotonic(), preview_every
+                    features, dict(image.sampling), deadline - time.monotonic(), preview_every, image.prompt
                 )
                 async with _cancelling(call) as updates:
                     async for update in updates:

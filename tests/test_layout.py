@@ -15,7 +15,7 @@ from .kit.project import PACKAGE, ROOT, imports, python_files, room_of, texts
 
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
-    {"logs"},
+    {"logs", "memory"},
     {"errors", "retries", "lru"},
     {"transient", "urls"},
     {"config", "storage", "packages", "accelerator", "rendering", "claims"},

@@ -48,7 +48,11 @@ def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -
     if compilation == "none":
         return network
     if compilation == "compile":
-        # Compiled once per size and branches, so that the batch size is a constant of the compiled code.
+        from torch._dynamo import config
+
+        # Compiled once per size and branches, so that the batch size is a constant of the compiled code. The default
+        # limit of 8, which all engines of a process share, would leave further sizes uncompiled.
+        config.recompile_limit = config.accumulated_recompile_limit
         return torch.compile(network, dynamic=False)
     if not torch.cuda.is_available():
         raise UserError("compilation graphs: PyTorch sees no GPU here; expected none or compile")

@@ -26,6 +26,7 @@ from ..data.formats.images import OPTIONS, encode_image, to_pixels
 from ..engine.engine import EngineOptions, Progress
 from ..engine.weights import Identity, Weights, load_engine, serving_dtype
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from ..models.sampling import SamplingParams
@@ -62,6 +63,7 @@ class TextEncoderStage:
         differ in the last digits, so an image would depend on concurrent requests.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
         encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
@@ -110,6 +112,7 @@ class GeneratorStage:
         ``longest_step_s`` seconds, the health check fails and Serve replaces the replica.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "generator"})
         self.options = options or EngineOptions()
         self.longest_step_s = longest_step_s
@@ -287,6 +290,7 @@ class DecoderStage:
         With a ``batch`` above 1, pixels may differ in the last digit from those of an image decoded alone.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "decoder"})
         self.device = pick_device(device)
         self.bit = load_expected(path, BIT, device=self.device)

@@ -50,8 +50,8 @@ def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -
     if compilation == "compile":
         from torch._dynamo import config
 
-        # Compiled once per size and branches, so that the batch size is a constant of the compiled code. The default
-        # limit of 8, which all engines of a process share, would leave further sizes uncompiled.
+        # Compiled once per size and branches, so that the batch size is a constant of the compiled code. Engines
+        # of equal models share it, after a swap of weights too. The default limit of 8 would leave the rest uncompiled.
         config.recompile_limit = config.accumulated_recompile_limit
         return torch.compile(network, dynamic=False)
     if not torch.cuda.is_available():

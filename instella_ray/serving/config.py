@@ -83,7 +83,8 @@ class ModelArgs(StageArgs):
     slots: int = Field(8, ge=1)
     """Maximum images per forward pass of a replica."""
     compilation: Compilation = "none"
-    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
+    """``compile`` for torch.compile, which delays the first start of a replica by about 15 s per batch size and branches on a
+    CPU, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
     """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
     prompt_cache_bytes: int = Field(256 << 20, ge=0)

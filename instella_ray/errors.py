@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 from . import logs
+from .memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -44,6 +45,7 @@ def run_main(command: Callable[[], int | None]) -> int:
     Other exceptions propagate, or with JSON logging are logged with exit code 1.
     """
     logs.set_up({})
+    keep_freed_memory()
     try:
         return command() or 0
     except UserError as error:

@@ -79,6 +79,7 @@ class InstellaPipeline:
     ) -> None:
         """``transformer`` generates codes, ``batch_size`` images at once; ``source`` is its model folder.
 
+        The engine caches what it computes from the weights of ``transformer``, which must not change afterwards.
         Raises UserError if its codes do not have the size that ``tokenizer`` decodes.
         """
         sizes = [(m.cfg.num_tokens, m.cfg.bits_per_token) for m in (transformer, tokenizer)]

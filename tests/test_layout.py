@@ -15,8 +15,8 @@ from .kit.project import PACKAGE, ROOT, imports, python_files, room_of, texts
 
 # From the ground up: a room imports from the floors below its own, and from nothing beside it.
 FLOORS = [
-    {"logs"},
-    {"errors", "retries"},
+    {"logs", "memory"},
+    {"errors", "retries", "lru"},
     {"transient", "urls"},
     {"config", "storage", "packages", "accelerator", "rendering", "claims"},
     {"models", "runs", "job"},

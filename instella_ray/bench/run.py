@@ -21,14 +21,27 @@ from .scheduling import SchedulingBench, run_scheduling
 from .serving import ServingBench, run_serving
 from .simulation_settings import SimulationBench
 from .training import TrainingBench, run_training
+from .transport import TransportBench, run_transport
 
-Suite = Literal["caching", "overhead", "scheduling", "serving", "bulk", "metrics", "data", "training", "simulation"]
+Suite = Literal[
+    "caching", "overhead", "scheduling", "serving", "transport", "bulk", "metrics", "data", "training", "simulation"
+]
 
 
 class BenchConfig(Config):
     """Suites to run and their options."""
 
-    suites: tuple[Suite, ...] = ("caching", "overhead", "scheduling", "serving", "bulk", "metrics", "data", "training")
+    suites: tuple[Suite, ...] = (
+        "caching",
+        "overhead",
+        "scheduling",
+        "serving",
+        "transport",
+        "bulk",
+        "metrics",
+        "data",
+        "training",
+    )
     repeats: int = Field(5, ge=1)
     """Measured rounds of the suites without a server."""
     threads: int = Field(1, ge=1)
@@ -38,6 +51,7 @@ class BenchConfig(Config):
     overhead: OverheadBench = OverheadBench()
     scheduling: SchedulingBench = SchedulingBench()
     serving: ServingBench = ServingBench()
+    transport: TransportBench = TransportBench()
     bulk: BulkBench = BulkBench()
     metrics: MetricsBench = MetricsBench()
     data: DataBench = DataBench()
@@ -58,6 +72,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "overhead": lambda: run_overhead(cfg.overhead, 4 * cfg.repeats),
         "scheduling": lambda: run_scheduling(cfg.scheduling),
         "serving": lambda: run_serving(cfg.serving),
+        "transport": lambda: run_transport(cfg.transport),
         "bulk": lambda: run_bulk(cfg.bulk),
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),

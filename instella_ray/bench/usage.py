@@ -66,6 +66,14 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
     return used
 
 
+def command_of(pid: int) -> str:
+    """Return the command line of a process, or its title if it has set one; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def private_mb(pid: int) -> float:
     """Return the private memory (MB) of a process, 0 if it has ended."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -57,11 +58,11 @@ class Sampler:
         return codes
 
     def _requests(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> Iterator[Request]:
-        text, features = None, torch.empty(0)
-        for number, sample in enumerate(samples):
-            if sample.prompt.text != text:
-                text = sample.prompt.text
-                features = self.encoder.encode_prompt(text)
-            for name, sampling in settings.items():
-                params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
-                yield Request(f"{number} {name}", features, params)
+        for text, group in groupby(enumerate(samples), key=lambda numbered: numbered[1].prompt.text):
+            features, numbered = self.encoder.encode_prompt(text), list(group)
+            # A prompt that does not come again would only take memory in the engine's cache.
+            prompt = text if len(numbered) * len(settings) > 1 else None
+            for number, sample in numbered:
+                for name, sampling in settings.items():
+                    params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
+                    yield Request(f"{number} {name}", features, params, prompt=prompt)

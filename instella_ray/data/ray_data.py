@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 
 from .. import logs
 from ..errors import UserError, task_error
+from ..memory import keep_freed_memory
 from .stages import Pool, Source, Stage, Work
 
 TABLE = "table"
@@ -204,6 +205,7 @@ class StageActor:
     """Actor that runs an opened stage."""
 
     def __init__(self, stage: Stage) -> None:
+        keep_freed_memory()
         self.work = stage.open()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

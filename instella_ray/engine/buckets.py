@@ -52,7 +52,11 @@ def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -
     if compilation == "none":
         return network
     if compilation == "compile":
-        # Compiled once per size and branches, so that the batch size is a constant of the compiled code.
+        from torch._dynamo import config
+
+        # Compiled once per size and branches, so that the batch size is a constant of the compiled code. Engines
+        # of equal models share it, after a swap of weights too. The default limit of 8 would leave the rest uncompiled.
+        config.recompile_limit = config.accumulated_recompile_limit
         return torch.compile(network, dynamic=False)
     if not torch.cuda.is_available():
         raise UserError("compilation graphs: PyTorch sees no GPU here; expected none or compile")

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.generator import ARGenerator, DiffusionGenerator
-from ..models.joint_attention import JointCache, TextKV
+from ..models.joint_attention import JointCache
 from ..models.sampling import SamplingParams
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
+from .prompts import PromptProjector
 from .scheduling import POLICIES, Schedulable, Scheduling, StepTimes
 
 
@@ -40,6 +41,8 @@ class Request:
     """Time of the engine's clock (``time.monotonic()``) after which the request expires; infinite by default."""
     preview_every: int = 0
     """Number of steps between two :class:`Progress` events with the current estimate; 0 reports none."""
+    prompt: str | None = None
+    """Prompt of the features: requests with the same prompt share the projection of its features."""
     arrival: float | None = None
     """Time of the engine's clock at which the request arrived; None: when it is submitted, between two steps."""
 
@@ -94,6 +97,8 @@ class EngineOptions:
     """``fifo``: every step advances all slots, free ones are assigned in order of submission. ``deadline``: requests
     that can end within :data:`.scheduling.ALLOWANCE` times the time they take alone come first, and the others may
     pause meanwhile. The bits of an image are the same."""
+    prompt_cache_bytes: int = 256 << 20
+    """Maximum size of the cache of projected prompts; the latest one is kept whatever its size."""
 
 
 @dataclass(eq=False)
@@ -135,7 +140,8 @@ class StepEngine(ABC):
         self.params = SamplingParams.of(slots).map(lambda value: value.to(weight.device))
         cfg = model.cfg
         self.z = weight.new_zeros(slots, cfg.num_tokens, cfg.bits_per_token)
-        unconditional = self._text_kv(empty_prompt)
+        self.project = PromptProjector(model, options.text_length, options.prompt_cache_bytes)
+        unconditional = self.project(empty_prompt)
         self.cache = JointCache.empty(2 * slots, self.options.text_length, cfg.num_tokens, unconditional.keys)
         self.forward, self.buckets = self._prepare(empty_prompt.shape[-1])
         # Rows with a prompt are overwritten when a slot is assigned; rows without a prompt never change.
@@ -219,6 +225,7 @@ class StepEngine(ABC):
         self._admit(entry for entry in chosen if not entry.in_slot)
         self._bring_forward(chosen)
         rows, branches = self._batch(len(chosen))
+        self._load(min(rows, self.active))
         self._advance(rows, *self.forward(rows, branches).unflatten(0, (rows, branches)).unbind(1))
         self.steps += 1
         self.position[:rows] += 1
@@ -260,7 +267,8 @@ class StepEngine(ABC):
         self.position.copy_(torch.arange(slots) % min(cfg.num_tokens, int(self.params.num_inference_steps[0])))
         for slot in range(slots):
             features = torch.randn(cfg.layers, self.options.text_length, text_width, generator=noise)
-            self.cache.put(2 * slot, self._text_kv(features))
+            self.cache.put(2 * slot, self.project(features))
+        self._load(slots)
         return usable_buckets(forward, sizes)
 
     def _choose(self, now: float) -> list[_Entry]:
@@ -301,7 +309,7 @@ class StepEngine(ABC):
             self.position[slot] = 0
             for parameter in fields(SamplingParams):
                 getattr(self.params, parameter.name)[slot] = getattr(request.params, parameter.name)[0]
-            self.cache.put(2 * slot, self._text_kv(request.features))
+            self.cache.put(2 * slot, self.project(request.features, request.prompt))
             self._start(slot)
 
     def _bring_forward(self, chosen: list[_Entry]) -> None:
@@ -331,19 +339,9 @@ class StepEngine(ABC):
         for branch in range(2):
             self.cache.move(2 * source + branch, 2 * target + branch)
 
-    def _text_kv(self, features: Tensor) -> TextKV:
-        """Project the text of one prompt, padded to the slot's length *before* the projection for a fixed shape."""
-        layers, count, width = features.shape
-        weight, length = self.model.x_embedder.weight, self.options.text_length
-        if count > length:
-            raise UserError(f"text_length {length}: the empty prompt alone has {count} tokens")
-        padded = torch.zeros(layers, 1, length, width, dtype=weight.dtype, device=weight.device)
-        mask = torch.zeros(1, length, dtype=torch.bool, device=weight.device)
-        if count:
-            padded[:, 0, length - count :] = features
-            mask[:, length - count :] = True
-        with torch.no_grad():
-            return self.model.text_kv(padded, mask)
+    @abstractmethod
+    def _load(self, rows: int) -> None:
+        """Fill the tables that depend on the position of the first ``rows`` slots; compiled code and graphs read them."""
 
     def _row_tables(self) -> list[Tensor]:
         """Additional tensors with one row per slot."""

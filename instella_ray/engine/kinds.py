@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..models import rng
 from ..models.generator import ARGenerator, DiffusionGenerator
-from ..models.sampling import SamplingParams, ar_step, diffusion_step, timestep
+from ..models.sampling import SamplingParams, ar_step, diffusion_step
 from .draws import Draws
 from .engine import Clock, EngineOptions, StepEngine
+from .modulations import ScheduleModulations
 
 
 class DiffusionEngine(StepEngine):
@@ -21,6 +22,7 @@ class DiffusionEngine(StepEngine):
         self, model: DiffusionGenerator, empty_prompt: Tensor, options: EngineOptions, clock: Clock = time.monotonic
     ) -> None:
         self.model: DiffusionGenerator = model
+        self.modulations = ScheduleModulations(model, options.slots)
         super().__init__(model, empty_prompt, options, clock)
         self.x0_prob = torch.zeros(self.z.shape, device=self.z.device)
         self.draws = Draws(self.params.seed, model.cfg.num_tokens, model.cfg.bits_per_token, rng.DIFFUSION)
@@ -32,9 +34,11 @@ class DiffusionEngine(StepEngine):
         self.z[slot] = self.draws.start(slot) < 0.5
 
     def _network(self, rows: int, branches: int) -> Tensor:
-        params = self.params.map(lambda value: value[:rows])
-        t = timestep(self.position[:rows], params).to(self.z.dtype).repeat_interleave(branches)
-        return self.model(self.z[:rows].repeat_interleave(branches, dim=0), t, self._cached(rows, branches))
+        z, modulations = (table[:rows].repeat_interleave(branches, dim=0) for table in (self.z, self.modulations.table))
+        return self.model(z, None, self._cached(rows, branches), modulations)
+
+    def _load(self, rows: int) -> None:
+        self.modulations.load(self.position[:rows], self.params.map(lambda value: value[:rows]))
 
     def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
@@ -66,6 +70,9 @@ class AREngine(StepEngine):
         self.draws.start(slot)
         # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
         self.z[slot] = 0
+
+    def _load(self, rows: int) -> None:
+        """Do nothing: the network reads the tables of the slots."""
 
     def _token(self, rows: int) -> Tensor:
         # Positions of unoccupied slots may exceed the last token; clamping keeps their unused rows valid.

@@ -5,7 +5,7 @@ Block i reads the text encoder's layer i through its own projection; only image 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -66,8 +66,19 @@ class DiffusionBlock(GeneratorBlock):
         self.norm1 = Modulation(cfg.width, 6)
         self.ff = FeedForward(cfg.width)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: TextKV | JointCache, block: int, mask: Tensor) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.norm1(embedding)
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor | None,
+        modulation: Tensor | None,
+        context: TextKV | JointCache,
+        block: int,
+        mask: Tensor,
+    ) -> Tensor:
+        """Return the next ``x [B, L, width]``, given the timestep's ``embedding`` or its ``modulation`` by ``norm1``."""
+        # Computed here if not given, because FSDP gathers a block's weights for its forward pass alone.
+        modulation = self.norm1(embedding) if modulation is None else modulation
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation[:, :, None].unbind(1)
         # Positions are added after the modulation, and not to the residual stream.
         y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
         x = x + gate_1 * self.attn(y, context, block, mask)
@@ -164,18 +175,37 @@ class DiffusionGenerator(Generator):
                 if cfg.zero_init and ("norm1" in name or name in ("norm_out.linear", "proj_out")):
                     nn.init.zeros_(module.weight)
 
-    def forward(self, z: Tensor, t: Tensor, text: TextKV | JointCache) -> Tensor:
+    def modulations(self, t: Tensor) -> Tensor:
+        """Return the modulations of all blocks and of the output layer at timesteps ``t [B]``, ``[B, vectors, width]``.
+
+        They depend on nothing else, so all images and both branches of guidance share those of a timestep.
+        """
+        embedding = self.time_embed(t)
+        blocks = cast(list[DiffusionBlock], list(self.transformer_blocks))
+        return torch.cat([norm(embedding) for norm in (*(block.norm1 for block in blocks), self.norm_out)], dim=1)
+
+    def _parts(self, modulations: Tensor | None) -> Sequence[Tensor | None]:
+        """Split ``modulations`` into those of each block and of the output layer; Nones if there are none."""
+        counts = [6] * self.cfg.layers + [2]
+        return [None] * len(counts) if modulations is None else modulations.split(counts, dim=1)
+
+    def forward(
+        self, z: Tensor, t: Tensor | None, text: TextKV | JointCache, modulations: Tensor | None = None
+    ) -> Tensor:
         """Return logits ``[B, L, K]`` for noisy bits ``z [B, L, K]`` (0/1) at timesteps ``t [B]`` in [0, 1] (1: noise).
 
         With a :class:`JointCache` the image's keys and values are written to the cache: same result, without gradients.
+        With ``modulations`` of :meth:`modulations`, ``t`` is not used.
         """
         x = self.x_embedder(z)
-        embedding = self.time_embed(t)
+        embedding = self.time_embed(t) if modulations is None else None
+        *given, output = self._parts(modulations)
         image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
         mask = torch.cat((text.mask, image), dim=1)[:, None, None]
         for i, block in enumerate(self.transformer_blocks):
-            x = self._run(block, x, embedding, text, i, mask)
-        scale, shift = self.norm_out(embedding)
+            x = self._run(block, x, embedding, given[i], text, i, mask)
+        output = self.norm_out(embedding) if output is None else output
+        scale, shift = output[:, :, None].unbind(1)
         return self.proj_out(layer_norm(x) * (1 + scale) + shift)
 
 

@@ -38,6 +38,21 @@ class TextKV:
         """Select the rows at ``index``."""
         return TextKV([k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index])
 
+    def last(self, count: int) -> TextKV:
+        """Select the last ``count`` text positions."""
+        start = self.mask.shape[1] - count
+        keys, values = ([part[:, :, start:] for part in parts] for parts in (self.keys, self.values))
+        return TextKV(keys, values, self.mask[:, start:])
+
+    def clone(self) -> TextKV:
+        """Copy all tensors."""
+        return TextKV([k.clone() for k in self.keys], [v.clone() for v in self.values], self.mask.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(part.nbytes for part in (*self.keys, *self.values, self.mask))
+
     def expand(self, batch: int) -> TextKV:
         """Expand a single row to ``batch`` rows without copying."""
         keys = [k.expand(batch, -1, -1, -1) for k in self.keys]
@@ -102,10 +117,13 @@ class JointCache:
         return self.mask.shape[1]
 
     def put(self, rows: int | slice, text: TextKV) -> None:
-        """Write ``text`` in place; padded to this cache's length, with one row per row of ``rows`` or one for all."""
+        """Write ``text`` in place, padded to this cache's length; it has one row per row of ``rows``, or one for all."""
+        start = self.text_length - text.mask.shape[1]
         for buffer, part in zip(self.keys + self.values, text.keys + text.values, strict=True):
-            buffer[rows, :, : self.text_length] = part
-        self.mask[rows] = text.mask
+            buffer[rows, :, :start] = 0
+            buffer[rows, :, start : self.text_length] = part
+        self.mask[rows, :start] = False
+        self.mask[rows, start:] = text.mask
 
     def move(self, source: int | Tensor, target: int | Tensor) -> None:
         """Copy the row ``source`` to the row ``target``, or rows ``[n]`` to rows ``[n]``, which may be the same ones."""

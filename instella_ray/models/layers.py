@@ -112,12 +112,12 @@ class TimestepEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN modulation: timestep embedding to ``parts`` vectors, each ``[B, 1, width]`` to broadcast over tokens."""
+    """adaLN modulation: timestep embedding ``[B, width]`` to vectors of scale, shift or gate, ``[B, parts, width]``."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(width, parts * width)
 
-    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(embedding))[:, None].chunk(self.parts, dim=-1)
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.linear(F.silu(embedding)).unflatten(-1, (self.parts, -1))

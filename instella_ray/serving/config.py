@@ -84,12 +84,15 @@ class ModelArgs(StageArgs):
     slots: int = Field(8, ge=1)
     """Maximum images per forward pass of a replica."""
     compilation: Compilation = "none"
-    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
+    """``compile`` for torch.compile, which delays the first start of a replica by about 15 s per batch size and branches on a
+    CPU, ``graphs`` for recorded CUDA or HIP graphs."""
     batch_invariant: bool = True
     """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
     scheduling: Scheduling = "fifo"
     """``fifo``: in order of arrival, all slots in every step. ``deadline``: requests that can end within three times the
     time they take alone come first, and others may pause. An image is the same under both."""
+    prompt_cache_bytes: int = Field(256 << 20, ge=0)
+    """Maximum bytes per replica of text keys and values that requests with the same prompt share."""
     longest_step_s: Finite = Field(60.0, gt=0)
     """Seconds without a completed engine step after which a replica is replaced."""
 
@@ -108,7 +111,7 @@ class ModelArgs(StageArgs):
 
     def options(self, text_length: int) -> EngineOptions:
         return EngineOptions(
-            self.slots, text_length, self.compilation, self.batch_invariant, scheduling=self.scheduling
+            self.slots, text_length, self.compilation, self.batch_invariant, self.scheduling, self.prompt_cache_bytes
         )
 
 

@@ -26,6 +26,7 @@ from ..data.formats.images import OPTIONS, encode_image, to_pixels
 from ..engine.engine import EngineOptions, Progress
 from ..engine.weights import Identity, Weights, load_engine, serving_dtype
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from ..models.sampling import SamplingParams
@@ -61,6 +62,7 @@ class TextEncoderStage:
         an image would depend on concurrent requests.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "text"})
         where = pick_device(device)
         self.encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
@@ -108,6 +110,7 @@ class GeneratorStage:
         ``longest_step_s`` seconds, the health check fails and Serve replaces the replica.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "generator"})
         self.options = options or EngineOptions()
         self.longest_step_s = longest_step_s
@@ -130,17 +133,22 @@ class GeneratorStage:
         return next(reversed(self._runners.values()))
 
     async def generate(
-        self, features: np.ndarray, sampling: Mapping[str, Any], timeout_s: float = float("inf")
+        self,
+        features: np.ndarray,
+        sampling: Mapping[str, Any],
+        timeout_s: float = float("inf"),
+        prompt: str | None = None,
     ) -> Generated:
         """Generate codes for ``features [layers, T, width]``; returns them with the hash of the weights.
 
         ``sampling`` holds the fields of :class:`SamplingParams`; ``timeout_s`` is the deadline in seconds from now.
+        Calls with the same ``prompt`` must have the same features, which are then projected once.
         """
         # torch.tensor copies: arrays from the object store are read-only.
-        prompt, params = torch.tensor(features), _params(sampling)
+        text, params = torch.tensor(features), _params(sampling)
         runner, weights = self.runner, self._hash  # read together: a swap may replace them during the call
         with self.times.measure("generate"):
-            codes = await runner.generate(prompt, params, timeout_s=timeout_s)
+            codes = await runner.generate(text, params, timeout_s=timeout_s, prompt=prompt)
         return Generated(codes.numpy(), weights)
 
     async def follow(
@@ -149,15 +157,16 @@ class GeneratorStage:
         sampling: Mapping[str, Any],
         timeout_s: float = float("inf"),
         preview_every: int = 1,
+        prompt: str | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Generate codes as :meth:`generate` and yield the progress.
 
         Yields ``{"step", "steps", "codes", "weights"}`` every ``preview_every`` steps, where codes are the current most
         likely bits, and ``{"codes", "weights", "done": True}`` at the end. With ``preview_every`` 0 only the latter.
         """
-        prompt, params = torch.tensor(features), _params(sampling)
+        text, params = torch.tensor(features), _params(sampling)
         weights = self._hash
-        events = self.runner.follow(prompt, params, timeout_s=timeout_s, preview_every=preview_every)
+        events = self.runner.follow(text, params, timeout_s=timeout_s, preview_every=preview_every, prompt=prompt)
         with self.times.measure("generate"):
             # Closed immediately if the caller disconnects, not at garbage collection, to release the slot.
             async with aclosing(events):
@@ -279,6 +288,7 @@ class DecoderStage:
         With a ``batch`` above 1, pixels may differ in the last digit from those of an image decoded alone.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         logs.set_up({"job": "serve", "stage": "decoder"})
         self.device = pick_device(device)
         self.bit = load_expected(path, BIT, device=self.device)

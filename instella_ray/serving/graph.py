@@ -81,7 +81,9 @@ class Graph:
 
         async def attempt() -> Generated:
             features, sampling = await self.features(image.prompt), dict(image.sampling)
-            call = self.generators[image.model].generate.remote(features, sampling, deadline - time.monotonic())
+            call = self.generators[image.model].generate.remote(
+                features, sampling, deadline - time.monotonic(), image.prompt
+            )
             async with _cancelling(call) as answer:
                 return await answer
 
@@ -95,7 +97,7 @@ class Graph:
             nonlocal reported
             features, sampling = await self.features(image.prompt), dict(image.sampling)
             generator = self.generators[image.model].options(stream=True)
-            call = generator.follow.remote(features, sampling, deadline - time.monotonic(), preview_every)
+            call = generator.follow.remote(features, sampling, deadline - time.monotonic(), preview_every, image.prompt)
             async with _cancelling(call) as updates:
                 async for update in updates:
                     if update.get("done"):

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 
 import numpy as np
 
+from ..lru import LRUCache
+
 Encode = Callable[[str], Awaitable[np.ndarray]]
 
 
 class PromptFeatures:
-    """LRU cache of text features, limited to ``max_bytes``; concurrent requests with the same prompt share one call.
+    """LRU cache of text features (:class:`..lru.LRUCache`); concurrent requests with the same prompt share one call.
 
     A cached prompt saves a request the call of the text encoder stage. The features of a prompt must not depend on the
     call.
     """
 
     def __init__(self, encode: Encode, max_bytes: int = 256 << 20) -> None:
-        self.encode, self.max_bytes = encode, max_bytes
-        self.bytes = 0
-        self._features: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.encode = encode
+        self.cache: LRUCache[str, np.ndarray] = LRUCache(lambda features: features.nbytes, max_bytes)
         self._calls: dict[str, asyncio.Task[np.ndarray]] = {}
         self._waiting: Counter[str] = Counter()
 
@@ -31,9 +32,8 @@ class PromptFeatures:
 
         The call is cancelled when nobody waits for it any more.
         """
-        if (found := self._features.get(prompt)) is not None:
-            self._features.move_to_end(prompt)
-            return found
+        if prompt in self.cache.items:
+            return self.cache.many([prompt], lambda _: ())[0]
         if prompt not in self._calls:
             # In a context of its own: Serve cancels the calls of a request whose client leaves, and others may wait.
             self._calls[prompt] = asyncio.create_task(self._call(prompt), context=Context())
@@ -52,8 +52,4 @@ class PromptFeatures:
             features = await self.encode(prompt)
         finally:
             del self._calls[prompt]
-        self._features[prompt] = features
-        self.bytes += features.nbytes
-        while self.bytes > self.max_bytes:
-            self.bytes -= self._features.popitem(last=False)[1].nbytes
-        return features
+        return self.cache.get(prompt, lambda: features)

@@ -85,24 +85,37 @@ class EngineRunner:
         if (silence := self.stats.silence_s) > longest_step_s:
             raise EngineFailed(f"the step engine has not completed a step for {silence:.0f} s")
 
-    async def generate(self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf")) -> Tensor:
-        """Generate codes, uint8 0/1 ``[L, K]``; raises as :meth:`follow`."""
-        async with aclosing(self.follow(features, params, timeout_s=timeout_s)) as events:
+    async def generate(
+        self,
+        features: Tensor,
+        params: SamplingParams,
+        *,
+        timeout_s: float = float("inf"),
+        prompt: str | None = None,
+    ) -> Tensor:
+        """Generate codes, uint8 0/1 ``[L, K]``; arguments and exceptions as :meth:`follow`."""
+        async with aclosing(self.follow(features, params, timeout_s=timeout_s, prompt=prompt)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     return event.codes
         raise AssertionError("a request ends with Finished or an exception")
 
     async def follow(
-        self, features: Tensor, params: SamplingParams, *, timeout_s: float = float("inf"), preview_every: int = 0
+        self,
+        features: Tensor,
+        params: SamplingParams,
+        *,
+        timeout_s: float = float("inf"),
+        preview_every: int = 0,
+        prompt: str | None = None,
     ) -> AsyncGenerator[Progress | Finished, None]:
-        """Submit a request and yield its events, :class:`..engine.engine.Finished` last.
+        """Submit a :class:`..engine.engine.Request` and yield its events, :class:`..engine.engine.Finished` last.
 
         Closing or cancelling the generator releases the slot at the next step. Raises UserError for an invalid request,
         :class:`DeadlineExceeded` after ``timeout_s`` seconds, and :class:`EngineFailed` if the engine fails.
         """
         now = self.engine.clock()
-        request = Request(uuid.uuid4().hex, features, params, now + timeout_s, preview_every, now)
+        request = Request(uuid.uuid4().hex, features, params, now + timeout_s, preview_every, prompt, now)
         caller = _Caller(asyncio.get_running_loop())
         self._inbox.put(lambda: self._submit(request, caller))
         if self._failure is not None or self._closing:

@@ -9,6 +9,7 @@ from contextlib import closing
 import torch
 
 from ..data.loading.loader import Prefetcher
+from ..memory import keep_freed_memory
 from .checkpoints import Checkpointer
 from .distributed import Workers, ranks
 from .metrics_log import MetricsLog
@@ -29,6 +30,7 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
     """
     device, (rank, _) = workers.device, ranks()
     torch.set_num_threads(cfg.workers.threads)
+    keep_freed_memory()
     task = build_task(device)
     leaving = False
     with Checkpointer(cfg, attempt, workers) as checkpoints:

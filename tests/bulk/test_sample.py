@@ -111,6 +111,16 @@ def test_bits_depend_on_no_batch_size_and_no_company(folders: dict[str, str], tm
     assert len({codes.tobytes() for codes in made[16]["slow"]}) == len(PROMPTS) * 3
 
 
+def test_only_prompts_that_come_again_are_cached(folders: dict[str, str], tmp_path: Path) -> None:
+    job = plan_job(config(folders, tmp_path))
+    sampler = Sampler(job.sampler)
+    cached, first = sampler.engine.project.cache.items, job.samples[0]
+    sampler.run([first], {"slow": SETTINGS["slow"]})
+    assert not cached
+    sampler.run([first], SETTINGS)
+    assert list(cached) == [first.prompt.text]
+
+
 def test_bits_are_those_of_a_request_with_the_samples_seed(folders: dict[str, str], tmp_path: Path) -> None:
     job = plan_job(config(folders, tmp_path))
     sampler = Sampler(job.sampler)

@@ -74,6 +74,21 @@ def test_a_bucket_whose_numbers_differ_is_not_used() -> None:
 
 
 @pytest.mark.nightly
+def test_all_batch_sizes_are_compiled_once() -> None:
+    """By default Dynamo runs a function without notice uncompiled after 8 variants; five batch sizes make 10."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    before = counters["stats"]["unique_graphs"]
+    for _ in range(2):  # the second engine, after a swap of weights, uses the code of the first
+        torch.manual_seed(0)
+        model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()
+        build_engine(model, torch.zeros(2, 0, 8), EngineOptions(slots=16, text_length=6, compilation="compile"))
+    assert counters["stats"]["unique_graphs"] - before == 2 * len(bucket_sizes(16)) == 10
+
+
+@pytest.mark.nightly
 def test_a_compiled_engine_gives_the_same_images() -> None:
     torch.manual_seed(0)
     model = build_generator(GeneratorConfig(kind="diffusion", zero_init=False, **SIZES)).eval()

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from instella_ray.bench.usage import with_descendants
+from instella_ray.bench.usage import command_of, with_descendants
 from instella_ray.serving.config import ModelArgs, RequestLimits
 
 from ..kit.endpoint import HEADERS, events, generate, make_folders, serve_args
@@ -38,13 +38,6 @@ def killed_ingress_loses_nothing(client: httpx.Client, pid: int, steps: dict[str
     assert [response.status_code for response in answers] == [200] * 4
     for number, response in enumerate(answers):
         assert response.json()["data"] == alone[number % 2].json()["data"]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @pytest.mark.parametrize(

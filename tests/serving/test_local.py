@@ -152,6 +152,13 @@ def test_an_engine_that_breaks_is_told_and_makes_the_endpoint_ill(
     assert generate(client, model="diffusion").status_code == 200
 
 
+def test_images_of_a_prompt_share_its_projection(api: FastAPI, client: httpx.Client) -> None:
+    cached = api.state.graph.generators["ar"].stage.runner.engine.project.cache.items
+    assert generate(client, model="ar", prompt="one", n=2).status_code == 200 and list(cached) == ["one"]
+    list(events(client, model="ar", prompt="two"))
+    assert list(cached) == ["one", "two"]
+
+
 def test_it_ends_with_its_threads(folders: dict[str, str]) -> None:
     before = set(threading.enumerate())
     with in_process(build_local(serve_args(folders))) as client:

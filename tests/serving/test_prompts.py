@@ -96,7 +96,7 @@ def test_the_bound_holds_and_the_least_recent_prompts_go_first(prompts: list[str
             await features(prompt)
             assert (encoder.calls[prompt] == before) == (prompt in recent)
             recent = [other for other in recent if other != prompt] + [prompt]
-            recent = recent[len(recent) - max_bytes // 40 :] if max_bytes // 40 < len(recent) else recent
-            assert features.bytes == 40 * len(recent) <= max_bytes
+            recent = recent[-max(1, max_bytes // 40) :]
+            assert features.cache.used == 40 * len(recent)
 
     asyncio.run(run())

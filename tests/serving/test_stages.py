@@ -125,6 +125,21 @@ def test_weights_are_swapped_and_the_old_ones_are_freed(folders: dict[str, str])
     asyncio.run(run())
 
 
+def test_a_cached_prompt_is_projected_again_by_new_weights(folders: dict[str, str]) -> None:
+    async def run() -> None:
+        generator = stage(folders)
+        for version, name in enumerate(("old", "new", "old")):
+            await generator.reconfigure({"path": folders[name], "version": str(version)})
+            for _ in range(2):
+                codes = (await generator.generate(features(5), sampling(5), 60.0, "a prompt")).codes
+                assert np.array_equal(codes, codes_alone(folders[name], 5))
+            *_, last = [event async for event in generator.follow(features(5), sampling(5), 60.0, 1, "a prompt")]
+            assert np.array_equal(last["codes"], codes_alone(folders[name], 5))
+            assert list(generator.runner.engine.project.cache.items) == ["a prompt"]
+
+    asyncio.run(run())
+
+
 def test_a_generator_of_the_other_kind_can_take_over(folders: dict[str, str]) -> None:
     async def run() -> None:
         generator = stage(folders)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +15,12 @@ import pydantic
 from ... import storage
 from ...config import Config
 from ...errors import UserError
+from ...lru import LRUCache
 from .texts import both_captions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
 A = TypeVar("A", np.ndarray, "Tensor")
 
 SCHEMA = pa.schema(
@@ -106,34 +105,6 @@ def read_manifest(folder: str) -> CodesManifest:
         raise UserError(f"{path}: not a manifest of codes ({error.errors()[0]['msg']})") from None
 
 
-class LRUCache(Generic[T]):
-    """Least-recently-used cache of items loaded by number, limited to ``limit`` bytes in total.
-
-    ``load(numbers)`` returns one item per number, ``size(item)`` its size (bytes).
-    """
-
-    def __init__(self, load: Callable[[list[int]], Iterable[T]], size: Callable[[T], int], limit: int) -> None:
-        self.load, self.size, self.limit = load, size, limit
-        self.used = 0
-        self.items: OrderedDict[int, T] = OrderedDict()
-
-    def __getitem__(self, number: int) -> T:
-        return self.many([number])[0]
-
-    def many(self, numbers: Sequence[int]) -> list[T]:
-        """Return the items of ``numbers``; all that are not cached are loaded with one call."""
-        missing = [number for number in dict.fromkeys(numbers) if number not in self.items]
-        for number, item in zip(missing, self.load(missing) if missing else (), strict=True):
-            self.items[number] = item
-            self.used += self.size(item)
-        found = [self.items[number] for number in numbers]
-        for number in numbers:
-            self.items.move_to_end(number)
-        while self.used > self.limit and len(self.items) > 1:
-            self.used -= self.size(self.items.popitem(last=False)[1])
-        return found
-
-
 class CodesReader:
     """Random access to the rows of a folder of codes, in the order of the manifest.
 
@@ -151,7 +122,7 @@ class CodesReader:
             raise UserError(f"{folder}: {mismatch}; encode the images again")
         self.starts = np.cumsum([0, *(file.rows for file in self.manifest.files)])
         """Index of the first row of each file, followed by the number of all rows."""
-        self._files = LRUCache(lambda numbers: map(self._load, numbers), lambda file: file.bytes, cache_bytes)
+        self._files: LRUCache[int, _File] = LRUCache(lambda file: file.bytes, cache_bytes)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -161,14 +132,14 @@ class CodesReader:
         cfg = self.manifest
         packed = np.empty((len(index), (cfg.num_tokens * cfg.bits_per_token + 7) // 8), np.uint8)
         for number, places, rows in self._by_file(index):
-            packed[places] = self._files[number].packed[rows]
+            packed[places] = self._file(number).packed[rows]
         return _unpack(packed, cfg.num_tokens, cfg.bits_per_token)
 
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
         """Return the values of ``key``, ``caption_long`` or ``caption_short`` of the rows at ``index``."""
         values = np.empty(len(index), object)
         for number, places, rows in self._by_file(index):
-            column = self._files[number].text[name]
+            column = self._file(number).text[name]
             values[places] = [column[row].as_py() for row in rows.tolist()]
         return values.tolist()
 
@@ -180,6 +151,9 @@ class CodesReader:
         files = np.searchsorted(self.starts, rows, side="right") - 1
         groups = ((int(number), np.flatnonzero(files == number)) for number in np.unique(files))
         return [(number, places, rows[places] - self.starts[number]) for number, places in groups]
+
+    def _file(self, number: int) -> _File:
+        return self._files.get(number, lambda: self._load(number))
 
     def _load(self, number: int) -> _File:
         cfg, file = self.manifest, self.manifest.files[number]

@@ -8,11 +8,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from ... import logs, storage
 from ...errors import UserError
-from ..formats.codes import LRUCache
+from ...lru import LRUCache
 from ..formats.images import UndecodableError, crop_square, decode_rgb, fit_square, shrink_shorter_edge
 from ..formats.names import find_files, find_shards
 from ..formats.patterns import Pattern, pattern_text
@@ -63,16 +64,15 @@ class ImageData:
         self.sizes, self.largest, self.seed = tuple(sizes), max(sizes), seed
         shards = find_files(pattern)
         self.urls = [shard.url for shard in shards]
-        self._indexes = LRUCache(
-            lambda n: (read_index(self.urls[i], captions=captions) for i in n), lambda t: t.nbytes, 256 << 20
-        )
+        self._indexes: LRUCache[int, pa.Table] = LRUCache(lambda table: table.nbytes, 256 << 20)
+        self._captions = captions
         uncounted = sum(shard.rows is None for shard in shards)
         numbered = enumerate(
             logs.progress_bar(shards, desc="counting images", unit="shard", disable=uncounted < PROGRESS_BAR_TARS)
         )
-        counts = (self._indexes[i].num_rows if shard.rows is None else shard.rows for i, shard in numbered)
+        counts = (self._index(i).num_rows if shard.rows is None else shard.rows for i, shard in numbered)
         self._starts = np.cumsum([0, *counts])
-        self._pixels = LRUCache(self._decoded, lambda item: item[1].nbytes, cache_bytes)
+        self._pixels: LRUCache[int, tuple[str, np.ndarray]] = LRUCache(lambda item: item[1].nbytes, cache_bytes)
         self._threads = ThreadPoolExecutor(DECODERS)
         self.order: Callable[[int], EpochOrder] = lru_cache(2)(
             lambda epoch: FileOrder(self._starts, seed, epoch, window)
@@ -87,7 +87,7 @@ class ImageData:
         """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
         epochs, index = split_epochs(len(self), epoch, samples)
         offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
-        items = self._pixels.many(index.tolist())
+        items = self._pixels.many(index.tolist(), self._decoded)
         crops = [_square(item[1], self.largest, (dx, dy)) for item, (dx, dy) in zip(items, offsets, strict=True)]
         pixels = {size: np.stack([_resized(crop, size) for crop in crops]) for size in self.sizes}
         return ImageBatch(pixels, [key for key, _ in items])
@@ -96,11 +96,14 @@ class ImageData:
         """Return a column of the indexes of the tars (:data:`..formats.tar_index.SCHEMA`) for the samples at ``index``."""
         return [row[name] for _, row in self._rows(index)]
 
+    def _index(self, shard: int) -> pa.Table:
+        return self._indexes.get(shard, lambda: read_index(self.urls[shard], captions=self._captions))
+
     def _rows(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, dict[str, Any]]]:
         """Return (shard number, index row) of each image."""
         shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
         places = [number - int(self._starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
-        found = [self._indexes[shard].slice(place, 1) for shard, place in zip(shards, places, strict=True)]
+        found = [self._index(shard).slice(place, 1) for shard, place in zip(shards, places, strict=True)]
         return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
 
     def _decoded(self, numbers: list[int]) -> list[tuple[str, np.ndarray]]:

@@ -17,7 +17,7 @@ from ..models.bit import BITConfig
 from ..models.generator import GeneratorConfig
 from ..models.sampling import SamplingConfig
 from ..models.text_encoder import TextEncoderConfig
-from ..serving.app import ModelArgs, ServeArgs
+from ..serving.config import ModelArgs, ServeArgs
 from ..training.generator import GeneratorRunConfig, PreviewConfig
 from ..training.losses import PerceptualConfig, TokenizerLossConfig
 from ..training.settings import OptimizerConfig, TrainConfig, WorkersConfig

@@ -15,6 +15,7 @@ from ..config import dump_yaml
 from ..data.provenance import shard_provenance
 from ..errors import UserError
 from ..runs import recorded
+from ..serving.serve_settings import set_up_serve
 from ..training.generator import try_text_encoder
 from ..training.ray_train import check_resources
 from . import stages
@@ -102,6 +103,7 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    set_up_serve()
     from ..data.ray_data import start_local_ray
 
     start_local_ray(num_cpus=_cpus(), log_to_driver=False)

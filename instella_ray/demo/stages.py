@@ -15,7 +15,6 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import torch
-from ray import serve
 
 from .. import logs, storage
 from ..data.curation.job import run_curate
@@ -29,8 +28,6 @@ from ..data.scenes import parse_caption, scene_rows
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png
-from ..serving.app import build
-from ..serving.shutdown import shut_down_serve
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
@@ -147,6 +144,12 @@ def train_generator(
 
 def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generators: dict[str, str]) -> Facts:
     """Deploy the endpoint, request every prompt from both generators, and save the PNG files."""
+    # Not earlier: Serve reads its settings, which the demo sets before it starts Ray, when it is imported.
+    from ray import serve
+
+    from ..serving.app import build
+    from ..serving.shutdown import shut_down_serve
+
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     facts: Facts = {}

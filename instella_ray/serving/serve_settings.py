@@ -24,9 +24,5 @@ def set_up_serve() -> None:
 
     To be called before the first import of Serve, which then reads the environment.
     """
-    given = {**SETTINGS, **os.environ}
-    # This process calls its handles outside of event loops, which needs the router's own.
-    os.environ.update({**given, ROUTER_LOOP: "1"})
-    import ray.serve  # noqa: F401
-
-    os.environ.update(given)
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)

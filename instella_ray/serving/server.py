@@ -80,6 +80,8 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     try:
         serve.start(http_options={"host": host, "port": port})
         handle = serve.run(app, name=APP, route_prefix="/")
+        # Called outside of an event loop, which needs a router with its own, whatever the setting for replicas.
+        handle._init(_run_router_in_separate_loop=True)
         started()
         try:
             while True:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from instella_ray.bench.memory import peak_memory
 
+from instella_ray.bench.usage import peak_memory
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.formats.shards import write_tar
 

@@ -19,7 +19,7 @@ from ..kit.operations import counted
 
 SLOTS = 4
 Kind = Literal["diffusion", "ar"]
-OUTSIDE = {"diffusion": 70, "ar": 30}
+OUTSIDE = {"diffusion": 75, "ar": 25}
 """Most operations of a step outside the network, as launched on a GPU one by one."""
 
 

@@ -226,7 +226,7 @@ def _assumptions(cfg: SimulateConfig) -> Iterator[str]:
         yield from _sources("serving.times", times)
         yield f"serving.times.hop_s: {times.hop_s:g} s ({times.hop_source}); every time varies by {times.variation:.0%}"
         yield "serving: steady load, a fixed number of replicas, no deadlines and no lost replicas"
-        yield "serving: an endpoint has one ingress replica, so several of them stand for several endpoints"
+        yield "serving: replicas.ingress stands for ingress_replicas of the endpoint, one as long as it is not set"
     if cfg.data is not None:
         yield from _sources("data", cfg.data)
         yield f"data.storage: {cfg.data.storage.bytes_per_s / 1e9:g} GB/s in total ({cfg.data.storage.source})"

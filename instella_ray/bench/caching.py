@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Finished, Request, StepEngine
+from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.events import Finished
 from ..engine.kinds import build_engine
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.joint_attention import JointCache, TextKV

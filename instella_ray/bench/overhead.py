@@ -71,6 +71,8 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
                 for _ in range(cfg.steps_a_round):
                     # Keep all slots occupied: a bare pass has neither admissions nor finished images.
                     engine.position.zero_()
+                    for entry in engine.entries:
+                        entry.left = entry.steps
                     engine.step()
 
             timings = race({"bare": bare, "step": step}, repeats=repeats)

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Finished, Request, StepEngine
+from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.events import Finished
 from ..engine.kinds import build_engine
 from ..engine.scheduling import ALLOWANCE, Scheduling
 from ..models.generator import GeneratorConfig, build_generator

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..accelerator import Precision, pick_device
-from ..engine.engine import EngineOptions, Finished, Request
+from ..engine.engine import EngineOptions, Request
+from ..engine.events import Finished
 from ..engine.weights import load_engine, serving_dtype
 from ..models.sampling import SamplingConfig, SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig

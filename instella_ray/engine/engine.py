@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache
 from ..models.sampling import SamplingParams
 from .buckets import Compilation, Forward, bucket_sizes, compiled, usable_buckets
+from .events import Event, Expired, Finished, Outbox, Progress
+from .modulations import Schedule
 from .prompts import PromptProjector
 from .scheduling import POLICIES, Schedulable, Scheduling, StepTimes
 
@@ -47,36 +50,6 @@ class Request:
     """Time of the engine's clock at which the request arrived; None: when it is submitted, between two steps."""
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Event: a request is complete."""
-
-    id: str
-    codes: Tensor
-    """Bits of the image, uint8 0/1 ``[L, K]``."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Event: a request has advanced."""
-
-    id: str
-    step: int
-    """Completed steps."""
-    steps: int
-    """Total number of steps."""
-    estimate: Tensor
-    """Current most likely final bits, uint8 0/1 ``[L, K]``; tokens that AR has not generated yet are 0."""
-
-
-@dataclass(frozen=True)
-class Expired:
-    """Event: the deadline of a request passed before it was complete."""
-
-    id: str
-
-
-Event = Finished | Progress | Expired
 Clock = Callable[[], float]
 
 
@@ -102,12 +75,18 @@ class EngineOptions:
 
 
 @dataclass(eq=False)
-class _Entry(Schedulable):
+class Entry(Schedulable):
     """Request in the engine."""
 
     request: Request = field(kw_only=True)
     guided: bool = field(kw_only=True)
     """True if steps of the request need the rows without a prompt."""
+    rho: float = field(kw_only=True)
+
+    @property
+    def done(self) -> int:
+        """Completed steps. Counted here, because a read from the device would wait for it."""
+        return self.steps - self.left
 
 
 class StepEngine(ABC):
@@ -131,9 +110,9 @@ class StepEngine(ABC):
         slots, weight = options.slots, model.x_embedder.weight
         if slots < 1:
             raise UserError(f"slots {slots}: expected at least 1")
-        self.waiting: deque[_Entry] = deque()
-        self._entries: list[_Entry] = []
-        """Entries in slot order."""
+        self.waiting: deque[Entry] = deque()
+        self.entries: list[Entry] = []
+        """Requests in slot order."""
         self.policy, self.times = POLICIES[options.scheduling], StepTimes()
         self.cancelled: set[str] = set()
         self.position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
@@ -146,23 +125,24 @@ class StepEngine(ABC):
         self.forward, self.buckets = self._prepare(empty_prompt.shape[-1])
         # Rows with a prompt are overwritten when a slot is assigned; rows without a prompt never change.
         self.cache.put(slice(None), unconditional)
+        self.outbox = Outbox(late=weight.device.type == "cuda")
         self.steps = 0
         """Number of forward passes since the start."""
 
     @property
     def requests(self) -> list[Request]:
         """Requests in slot order: ``requests[i]`` occupies slot i."""
-        return [entry.request for entry in self._entries]
+        return [entry.request for entry in self.entries]
 
     @property
     def active(self) -> int:
         """Number of occupied slots."""
-        return len(self._entries)
+        return len(self.entries)
 
     @property
     def idle(self) -> bool:
-        """True when no request is waiting or in a slot."""
-        return not self.waiting and not self._entries
+        """True when no request is waiting or in a slot and all events were returned."""
+        return not self.waiting and not self.entries and not self.outbox.pending
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -183,12 +163,13 @@ class StepEngine(ABC):
         guided = bool(request.params.guidance_scale[0] != 0)
         arrival = self.clock() if request.arrival is None else request.arrival
         alone = steps * self.times.alone(guided)
-        self.waiting.append(_Entry(steps, arrival, alone, request.deadline, request=request, guided=guided))
+        rho = float(request.params.rho[0])
+        self.waiting.append(Entry(steps, arrival, alone, request.deadline, request=request, guided=guided, rho=rho))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request: its slot is released at the next step. Unknown ids are ignored."""
         self.waiting = deque(entry for entry in self.waiting if entry.request.id != request_id)
-        if any(entry.request.id == request_id for entry in self._entries):
+        if any(entry.request.id == request_id for entry in self.entries):
             self.cancelled.add(request_id)
 
     def run(self, requests: Iterable[Request]) -> Generator[Event, None, None]:
@@ -221,26 +202,25 @@ class StepEngine(ABC):
         events: list[Event] = self._release(began)
         chosen = self._choose(began)
         if not chosen:
-            return events
+            return events + self.outbox.take(everything=True)
         self._admit(entry for entry in chosen if not entry.in_slot)
         self._bring_forward(chosen)
         rows, branches = self._batch(len(chosen))
-        self._load(min(rows, self.active))
+        self._load([(entry.steps, entry.rho, entry.done) for entry in self.entries[:rows]])
         self._advance(rows, *self.forward(rows, branches).unflatten(0, (rows, branches)).unbind(1))
         self.steps += 1
         self.position[:rows] += 1
-        position = self.position.tolist()
         # In reverse order, because a released slot is filled with the last occupied one.
         for slot in reversed(range(min(rows, self.active))):
-            entry = self._entries[slot]
-            entry.left = entry.steps - position[slot]
+            entry = self.entries[slot]
+            entry.left -= 1
             request = entry.request
-            if entry.left <= 0:
-                events.append(Finished(request.id, self.z[slot].to(torch.uint8).cpu()))
+            if not entry.left:
+                self.outbox.put(self.z[slot], partial(Finished, request.id))
                 self._free(slot)
-            elif request.preview_every and position[slot] % request.preview_every == 0:
-                estimate = self._estimate(slot).to(torch.uint8).cpu()
-                events.append(Progress(request.id, position[slot], entry.steps, estimate))
+            elif request.preview_every and entry.done % request.preview_every == 0:
+                self.outbox.put(self._estimate(slot), partial(Progress, request.id, entry.done, entry.steps))
+        events += self.outbox.take(everything=not self.entries)
         self.times.observe(branches, rows, self.clock() - began)
         return events
 
@@ -264,16 +244,18 @@ class StepEngine(ABC):
         slots, cfg = self.options.slots, self.model.cfg
         noise = torch.Generator().manual_seed(0)
         self.z.copy_(torch.rand(self.z.shape, generator=noise) < 0.5)
-        self.position.copy_(torch.arange(slots) % min(cfg.num_tokens, int(self.params.num_inference_steps[0])))
+        steps = int(self.params.num_inference_steps[0])
+        position = [slot % min(cfg.num_tokens, steps) for slot in range(slots)]
+        self.position.copy_(torch.tensor(position))
         for slot in range(slots):
             features = torch.randn(cfg.layers, self.options.text_length, text_width, generator=noise)
             self.cache.put(2 * slot, self.project(features))
-        self._load(slots)
+        self._load([(steps, 1.0, done) for done in position])
         return usable_buckets(forward, sizes)
 
-    def _choose(self, now: float) -> list[_Entry]:
+    def _choose(self, now: float) -> list[Entry]:
         """Return the requests to advance; the policy knows the step times of the branches that all of them need."""
-        entries = [*self._entries, *self.waiting]
+        entries = [*self.entries, *self.waiting]
         branches = 2 if any(entry.guided for entry in entries) or not self.buckets[1] else 1
         seconds = self.times.seconds[branches]
         return self.policy(entries, now, seconds, self.options.slots)  # type: ignore[return-value]
@@ -284,43 +266,43 @@ class StepEngine(ABC):
         Requests in further slots that the rows cover advance as well.
         """
         rows = next((bucket for bucket in self.buckets[1] if bucket >= count), 0)
-        if rows and not any(entry.guided for entry in self._entries[:rows]):
+        if rows and not any(entry.guided for entry in self.entries[:rows]):
             return rows, 1
         return next(bucket for bucket in self.buckets[2] if bucket >= count), 2
 
     def _release(self, now: float) -> list[Event]:
-        current = [entry.request for entry in (*self.waiting, *self._entries)]
+        current = [entry.request for entry in (*self.waiting, *self.entries)]
         expired = [r.id for r in current if r.deadline <= now and r.id not in self.cancelled]
         released = self.cancelled.union(expired)
         if released:
             self.waiting = deque(entry for entry in self.waiting if entry.request.id not in released)
             for slot in reversed(range(self.active)):
-                if self._entries[slot].request.id in released:
+                if self.entries[slot].request.id in released:
                     self._free(slot)
             self.cancelled.clear()
         return [Expired(name) for name in expired]
 
-    def _admit(self, entries: Iterable[_Entry]) -> None:
+    def _admit(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             request, slot = entry.request, self.active
             entry.in_slot = True
             self.waiting.remove(entry)
-            self._entries.append(entry)
+            self.entries.append(entry)
             self.position[slot] = 0
             for parameter in fields(SamplingParams):
                 getattr(self.params, parameter.name)[slot] = getattr(request.params, parameter.name)[0]
             self.cache.put(2 * slot, self.project(request.features, request.prompt))
             self._start(slot)
 
-    def _bring_forward(self, chosen: list[_Entry]) -> None:
+    def _bring_forward(self, chosen: list[Entry]) -> None:
         """Swap the rows of paused requests in the first slots with those of chosen ones behind them."""
         count = len(chosen)
         if count == self.active:
             return
-        paused = [slot for slot in range(count) if self._entries[slot] not in chosen]
-        behind = [slot for slot in range(count, self.active) if self._entries[slot] in chosen]
+        paused = [slot for slot in range(count) if self.entries[slot] not in chosen]
+        behind = [slot for slot in range(count, self.active) if self.entries[slot] in chosen]
         for left, right in zip(paused, behind, strict=True):
-            self._entries[left], self._entries[right] = self._entries[right], self._entries[left]
+            self.entries[left], self.entries[right] = self.entries[right], self.entries[left]
         if paused:
             self._move(torch.tensor(behind + paused), torch.tensor(paused + behind))
 
@@ -328,9 +310,9 @@ class StepEngine(ABC):
         """Release ``slot`` by moving the last occupied slot into it, so that occupied slots stay contiguous."""
         last = self.active - 1
         if slot < last:
-            self._entries[slot] = self._entries[last]
+            self.entries[slot] = self.entries[last]
             self._move(last, slot)
-        self._entries.pop()
+        self.entries.pop()
 
     def _move(self, source: int | Tensor, target: int | Tensor) -> None:
         """Copy the rows of the slots ``source`` to those of ``target``; both may hold the same slots."""
@@ -340,8 +322,8 @@ class StepEngine(ABC):
             self.cache.move(2 * source + branch, 2 * target + branch)
 
     @abstractmethod
-    def _load(self, rows: int) -> None:
-        """Fill the tables that depend on the position of the first ``rows`` slots; compiled code and graphs read them."""
+    def _load(self, schedules: Sequence[Schedule]) -> None:
+        """Fill the tables that depend on the next step of the first slots; compiled code and graphs read them."""
 
     def _row_tables(self) -> list[Tensor]:
         """Additional tensors with one row per slot."""

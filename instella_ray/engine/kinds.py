@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.sampling import SamplingParams, ar_step, diffusion_step
 from .draws import Draws
 from .engine import Clock, EngineOptions, StepEngine
-from .modulations import ScheduleModulations
+from .modulations import Schedule, ScheduleModulations
 
 
 class DiffusionEngine(StepEngine):
@@ -37,8 +38,8 @@ class DiffusionEngine(StepEngine):
         z, modulations = (table[:rows].repeat_interleave(branches, dim=0) for table in (self.z, self.modulations.table))
         return self.model(z, None, self._cached(rows, branches), modulations)
 
-    def _load(self, rows: int) -> None:
-        self.modulations.load(self.position[:rows], self.params.map(lambda value: value[:rows]))
+    def _load(self, schedules: Sequence[Schedule]) -> None:
+        self.modulations.load(schedules)
 
     def _advance(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         position, params = self.position[:rows], self.params.map(lambda value: value[:rows])
@@ -71,7 +72,7 @@ class AREngine(StepEngine):
         # Positions after the current one are masked, so the slot's previous keys and values need no clearing.
         self.z[slot] = 0
 
-    def _load(self, rows: int) -> None:
+    def _load(self, schedules: Sequence[Schedule]) -> None:
         """Do nothing: the network reads the tables of the slots."""
 
     def _token(self, rows: int) -> Tensor:

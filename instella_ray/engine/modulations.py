@@ -6,6 +6,8 @@ smallest buckets become usable, and a pass reads a third fewer weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ CHUNK = 16
 LIMIT = 256 << 20
 """Maximum size of the cache in bytes."""
 
+Schedule = tuple[int, float, int]
+"""Step count and rho of an image, and its next step."""
 Key = tuple[int, float, int]
 """Step count, rho and number of the chunk."""
 Chunk = tuple[Tensor, ...]
@@ -43,13 +47,11 @@ class ScheduleModulations:
         """Chunks of the last pass, kept whatever the limit: otherwise many slots could evict each other's every step."""
 
     @torch.no_grad()
-    def load(self, position: Tensor, params: SamplingParams) -> None:
-        """Write the modulations at step ``position [rows]`` of each row's schedule to the first rows of the table."""
-        steps = position.tolist()
-        counts, rhos = params.num_inference_steps.tolist(), params.rho.tolist()
-        keys = [(count, rho, step // CHUNK) for step, count, rho in zip(steps, counts, rhos, strict=True)]
+    def load(self, schedules: Sequence[Schedule]) -> None:
+        """Write the modulations of each slot's next step to the first rows of the table."""
+        keys = [(count, rho, step // CHUNK) for count, rho, step in schedules]
         self.in_use = {key: self.in_use.get(key) or self._chunk(key) for key in dict.fromkeys(keys)}
-        rows = [self.in_use[key][step % CHUNK] for key, step in zip(keys, steps, strict=True)]
+        rows = [self.in_use[key][step % CHUNK] for key, (_, _, step) in zip(keys, schedules, strict=True)]
         torch.stack(rows, out=self.table[: len(rows)])
 
     def _chunk(self, key: Key) -> Chunk:

@@ -13,7 +13,8 @@ from contextlib import aclosing
 
 from torch import Tensor
 
-from ..engine.engine import Event, Expired, Finished, Progress, Request, StepEngine
+from ..engine.engine import Request, StepEngine
+from ..engine.events import Event, Expired, Finished, Progress
 from ..errors import UserError
 from ..models.sampling import SamplingParams
 

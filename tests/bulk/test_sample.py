@@ -28,7 +28,8 @@ from instella_ray.bulk.sample import plan_job, run_sample
 from instella_ray.bulk.sample_set import BadFile, SampleSet, find_sample_sets, write_block
 from instella_ray.bulk.sampler import Sampler
 from instella_ray.data.formats.images import read_metadata
-from instella_ray.engine.engine import EngineOptions, Finished, Request
+from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, save_model

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from instella_ray.engine.engine import EngineOptions, Expired, Finished, Progress, Request
+from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.events import Expired, Finished, Progress
 from instella_ray.engine.kinds import build_engine
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator

@@ -36,8 +36,7 @@ def counted(model: DiffusionGenerator) -> list[Tensor]:
 def loaded(rows: list[tuple[int, int, float]], dtype: torch.dtype = torch.float32) -> Tensor:
     """The table for rows of position, step count and rho."""
     modulations = ScheduleModulations(network(dtype), SLOTS, LIMIT)
-    position, steps, rho = zip(*rows, strict=True)
-    modulations.load(torch.tensor(position), SamplingParams.of(len(rows), num_inference_steps=steps, rho=rho))
+    modulations.load([(steps, rho, position) for position, steps, rho in rows])
     return modulations.table[: len(rows)].clone()
 
 
@@ -105,8 +104,6 @@ def test_the_cache_stays_bounded_whatever_rho_clients_choose() -> None:
     modulations = ScheduleModulations(network(), SLOTS, LIMIT // 8)
     chunk = CHUNK * modulations.table[0].nbytes
     for number in range(200):
-        position = torch.arange(SLOTS) * CHUNK
-        rho = [1 + (SLOTS * number + slot) / 1000 for slot in range(SLOTS)]
-        modulations.load(position, SamplingParams.of(SLOTS, num_inference_steps=1000, rho=rho))
+        modulations.load([(1000, 1 + (SLOTS * number + slot) / 1000, CHUNK * slot) for slot in range(SLOTS)])
         assert modulations.chunks.used <= LIMIT // 8 and len(modulations.in_use) == SLOTS
     assert modulations.chunks.used == len(modulations.chunks.items) * chunk > LIMIT // 8 - chunk

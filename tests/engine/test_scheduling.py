@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instella_ray.engine.draws import AHEAD
-from instella_ray.engine.engine import EngineOptions, Expired, Finished, Request, StepEngine
+from instella_ray.engine.engine import EngineOptions, Request, StepEngine
+from instella_ray.engine.events import Expired, Finished
 from instella_ray.engine.kinds import build_engine
 from instella_ray.engine.scheduling import (
     ALLOWANCE,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from instella_ray.engine.engine import EngineOptions, Finished, Request
+from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
 from instella_ray.models.checkpoint import load_model
 from instella_ray.models.sampling import SamplingParams

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -151,7 +150,8 @@ class Service:
         name, (width, height) = self._model(request.model), self._size(request.size)
         sampling = {**self.args.models[name].defaults.model_dump(), **request.sampling()}
         self._check(request, sampling)
-        seed = secrets.randbelow(2**62) if request.seed is None else request.seed
+        assert request.seed is not None, "drawn when the request was read"
+        seed = request.seed
         return [
             GeneratedImage(
                 i, name, prompt, {**sampling, "seed": (seed + i) % 2**63}, height, width, request.output_format
@@ -270,7 +270,7 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
             events = service.stream(request)
             # The first item marks admission: failures before it can still set the HTTP status.
             await anext(events)
-        return EventStream(events)
+        return EventStream(events, request.seed)
 
     @api.post("/v1/codes/decode", response_model=ImageResponse, response_model_exclude_none=True)
     async def decode(request: DecodeRequest) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import deque
 
 from starlette.middleware import Middleware
@@ -19,15 +20,17 @@ from .api_error import ApiError, overloaded, replica_lost
 TRIES = 4
 WAIT_S = 0.25
 """Seconds before the second try, doubled for each further one: Serve's router must notice that the replica is gone."""
-REPLAYED_BYTES = 1 << 20
+REPEATED_BYTES = 1 << 20
 """Largest body that is kept for another try."""
+SEED_HEADER = b"x-seed"
+"""Header of a stream with the seed of its request, which may have been drawn."""
 
 
 class KeepRequests:
-    """ASGI middleware that repeats a request whose replica died before its response began.
+    """ASGI middleware that repeats a request whose replica died before its response was complete.
 
-    The requests of the API can be repeated: an image is a function of its request and seed. If the response has begun, a
-    stream of events ends with an error event.
+    The requests of the API can be repeated: an image is a function of its request and seed. A stream that has begun goes
+    on with the events that were not sent; any other response that has begun breaks off.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -36,14 +39,14 @@ class KeepRequests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        body = _Body(receive)
+        body, answer = _Body(receive), _Answer(send)
         for attempt in range(TRIES):
             if attempt:
                 await asyncio.sleep(WAIT_S * 2 ** (attempt - 1))
-            answer = _Answer(send)
             # A copy: the application changes the path and the headers of its scope.
-            await self.app({**scope, "headers": list(scope["headers"])}, body.replay(), answer.send)
-            if not answer.lost or answer.started or not body.whole:
+            headers = [(name, value) for name, value in scope["headers"] if not attempt or name != b"content-length"]
+            await self.app({**scope, "headers": headers}, body.again(answer.seed), answer.attempt())
+            if not answer.lost or not body.whole:
                 break
         await answer.finish(scope, receive)
 
@@ -58,15 +61,16 @@ class _Body:
     @property
     def whole(self) -> bool:
         """Whether all messages can be received again and the client still waits."""
-        return self._bytes <= REPLAYED_BYTES and not self._disconnected
+        return self._bytes <= REPEATED_BYTES and not self._disconnected
 
-    def replay(self) -> Receive:
-        """Return a ``receive`` that begins with the first message."""
-        again = deque(self._kept)
+    def again(self, seed: int | None) -> Receive:
+        """Return a ``receive`` that begins with the first message; ``seed`` is set in the JSON of a complete body."""
+        kept = self._kept if seed is None else [_with_seed(self._kept, seed)]
+        left = deque(kept)
 
         async def receive() -> Message:
-            if again:
-                return again.popleft()
+            if left:
+                return left.popleft()
             message = await self._receive()
             self._disconnected |= message["type"] == "http.disconnect"
             self._bytes += len(message.get("body", b""))
@@ -78,43 +82,113 @@ class _Body:
 
 
 class _Answer:
-    """Response of one try. Plain text with an error status, which only Serve itself sends, is kept back."""
+    """Response of a request over all of its tries.
+
+    Plain text with an error status, which only Serve itself sends, is kept back.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.started = self._ended = False
-        self._events = False
+        self._events: _Events | None = None
+        self._started = self._ended = False
         self._status: int | None = None
         """Status of a response that is kept back."""
 
     @property
     def lost(self) -> bool:
-        """Whether no replica has answered."""
-        return not self._ended and self._status in (None, 500, 503)
+        """Whether no replica has answered completely, so that another try may."""
+        repeatable = not self._started or (self._events is not None and not self._events.done)
+        return not self._ended and repeatable and self._status in (None, 500, 503)
 
-    async def send(self, message: Message) -> None:
-        """Send a message of the application to the client."""
-        if message["type"] == "http.response.start":
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            if message["status"] >= 400 and kind.startswith(b"text/plain"):
-                self._status = message["status"]
+    @property
+    def seed(self) -> int | None:
+        """Seed of a stream that has begun."""
+        return self._events.seed if self._events is not None else None
+
+    def attempt(self) -> Send:
+        """Return the ``send`` of another try."""
+        self._status = None
+        first = not self._started
+        passing = first
+
+        async def send(message: Message) -> None:
+            nonlocal passing
+            if message["type"] == "http.response.start":
+                headers = dict(message["headers"])
+                kind = headers.get(b"content-type", b"")
+                events = kind.startswith(b"text/event-stream")
+                if message["status"] >= 400 and (kind.startswith(b"text/plain") or not first):
+                    self._status, passing = message["status"], False
+                    return
+                passing = first or events
+                if not first:
+                    return
+                self._started = True
+                if events:
+                    self._events = _Events(headers)
+            if not passing:
                 return
-            self.started, self._events = True, kind.startswith(b"text/event-stream")
-        if self.started:
-            self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if self._events is not None and message["type"] == "http.response.body":
+                message = {**message, "body": self._events.unsent(message.get("body", b""), first=first)}
+            self._ended = ended
             await self._send(message)
+
+        return send
 
     async def finish(self, scope: Scope, receive: Receive) -> None:
         """Send an error if the application has sent no response, or not all of it."""
         if self._ended:
             return
         error = _error(self._status)
-        if not self.started:
+        if not self._started:
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, self._send)
-        elif self._events:
+        elif self._events is not None and self._events.done:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif self._events is not None:
             event = f"event: error\ndata: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
             await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
         # Any other response breaks off, which its client sees by its length.
+
+
+class _Events:
+    """Events of a stream that were sent, so that those of another try go on after them."""
+
+    _KIND = re.compile(rb"event: image_generation\.(\w+)\n")
+    _NUMBER = re.compile(rb'"(index|step|partial_image_index)": (\d+)')
+
+    def __init__(self, headers: dict[bytes, bytes]) -> None:
+        seed = headers.get(SEED_HEADER, b"")
+        self.seed = int(seed) if seed.isdigit() else None
+        self.done = False
+        """Whether the last event was sent."""
+        self._latest: dict[tuple[int, bytes], int] = {}
+        """The largest number that was sent, by image and kind of event."""
+
+    def unsent(self, body: bytes, *, first: bool) -> bytes:
+        """Return the events of ``body`` that were not sent; of the ``first`` try all, which are noted."""
+        parts = body.split(b"\n\n")
+        kept = [part for part in parts[:-1] if self._note(part) or first]
+        return b"".join(part + b"\n\n" for part in kept) + parts[-1]
+
+    def _note(self, event: bytes) -> bool:
+        self.done |= event == b"data: [DONE]"
+        kind = self._KIND.match(event)
+        if kind is None:
+            return True
+        # The numbers stand before the image.
+        numbers = {name: int(value) for name, value in self._NUMBER.findall(event[:400])}
+        number = numbers.get(b"partial_image_index" if kind[1] == b"partial_image" else b"step", 0)
+        key = (numbers.get(b"index", 0), kind[1])
+        if number <= self._latest.get(key, -1):
+            return False
+        self._latest[key] = number
+        return True
+
+
+def _with_seed(messages: list[Message], seed: int) -> Message:
+    body = b"".join(message.get("body", b"") for message in messages)
+    return {"type": "http.request", "body": json.dumps({**json.loads(body), "seed": seed}).encode(), "more_body": False}
 
 
 def _error(status: int | None) -> ApiError:

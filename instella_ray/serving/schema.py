@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -54,7 +55,9 @@ class ImageRequest(RequestBody):
     stream: bool = Field(False, description="Answer with server-sent events")
     partial_images: int = Field(0, ge=0, le=8, description="Previews per image; requires stream")
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Deadline of the whole request (s)")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Image i uses seed + i; random by default")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, validate_default=True, description="Image i uses seed + i; random by default"
+    )
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="The paper's alpha; 0 disables guidance"
@@ -75,6 +78,11 @@ class ImageRequest(RequestBody):
         for prompt in prompts:
             _encodable(prompt)
         return value
+
+    @field_validator("seed")
+    @classmethod
+    def _drawn(cls, value: int | None) -> int:
+        return secrets.randbelow(2**62) if value is None else value
 
     @field_validator("partial_images")
     @classmethod

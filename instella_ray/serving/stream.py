@@ -17,6 +17,7 @@ from .codes import Generated, pack
 from .failures import api_error
 from .graph import GeneratedImage, Graph, all_or_none
 
+SEED_HEADER = "X-Seed"
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still there\n\n"
 KEEP_ALIVE_S = 15.0
@@ -144,8 +145,9 @@ class ImageStream:
 class EventStream(StreamingResponse):
     """Server-sent event response that closes its source when the client disconnects, not at garbage collection."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    def __init__(self, source: AsyncGenerator[bytes, None], seed: int | None) -> None:
+        """``seed`` of the request: whoever makes it again gets the same events (:mod:`.proxy`)."""
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", SEED_HEADER: str(seed)}
         super().__init__(source, media_type="text/event-stream", headers=headers)
         self.source = source
 

@@ -27,15 +27,22 @@ from ..kit.serve_process import rest_until_the_end, serve_process
 def killed_ingress_loses_nothing(client: httpx.Client, pid: int, steps: dict[str, Any]) -> None:
     """Requests of a dead ingress replica are answered by the other one, with the same images."""
     alone = [generate(client, seed=seed, **steps) for seed in range(2)]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(generate, client, seed=seed % 2, **steps) for seed in range(4)]
-        while not all(future.running() for future in asked):
+        streams = [pool.submit(lambda: list(events(client, n=2, **steps))) for _ in range(2)]
+        while not all(future.running() for future in (*asked, *streams)):
             time.sleep(0.01)
         time.sleep(0.3)  # on their way, if not at the ingress
         victim = next(each for each in with_descendants(pid) if ":Ingress" in command_of(each))
         os.kill(victim, signal.SIGKILL)
         answers = [future.result() for future in asked]
+        streamed = [future.result() for future in streams]
     assert [response.status_code for response in answers] == [200] * 4
+    for found in streamed:
+        ends = {event["index"]: event["seed"] for event in found if event["type"].endswith("completed")}
+        assert sorted(ends) == [0, 1] and ends[1] == ends[0] + 1 and "error" not in {event["type"] for event in found}
+        reported = [(event["index"], event["step"]) for event in found if event["type"].endswith("progress")]
+        assert len(reported) == len(set(reported))
     for number, response in enumerate(answers):
         assert response.json()["data"] == alone[number % 2].json()["data"]
 

@@ -6,11 +6,13 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from instella_ray.serving import proxy
@@ -19,9 +21,11 @@ from instella_ray.serving.proxy import KeepRequests
 Try = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "WAIT_S", 0.0)
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxy, "WAIT_S", 0.0)
+        yield
 
 
 class Serve:
@@ -87,7 +91,7 @@ def test_when_no_try_is_answered_the_failure_has_openai_s_form() -> None:
 
 
 def test_a_body_too_large_to_keep_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "REPLAYED_BYTES", 10)
+    monkeypatch.setattr(proxy, "REPEATED_BYTES", 10)
     serve = Serve(nothing)
     assert post(serve).status_code == 503 and len(serve.bodies) == 1
 
@@ -107,12 +111,54 @@ def test_refusals_of_serve_itself_have_openai_s_form(status: int, expected: int,
     assert response.status_code == expected and response.json()["error"]["code"] == code
 
 
-def test_a_stream_whose_replica_is_lost_ends_with_an_error_event() -> None:
-    response = post(Serve(answer(200, b"event: a\ndata: {}\n\n", "text/event-stream", cut=True)))
-    first, error, done, _ = response.text.split("\n\n")
-    assert first == "event: a\ndata: {}" and done == "data: [DONE]"
-    name, data = error.splitlines()
-    assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == "replica_failed"
+def part(name: str, index: int, **numbers: int) -> bytes:
+    return f"event: image_generation.{name}\ndata: {json.dumps({'type': name, 'index': index, **numbers})}\n\n".encode()
+
+
+EVENTS = [
+    part("progress", 0, step=1),
+    part("progress", 1, step=1),
+    part("partial_image", 0, partial_image_index=0, step=1),
+    part("progress", 0, step=2),
+    part("completed", 0),
+    b": still there\n\n",
+    part("progress", 1, step=2),
+    part("completed", 1),
+    b"data: [DONE]\n\n",
+]
+
+
+def streamed(events: list[bytes], *, cut: bool = False, seed: bytes = b"7") -> Try:
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-seed", seed)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if not cut:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return run
+
+
+@given(st.integers(0, len(EVENTS)), st.integers(0, len(EVENTS)))
+def test_a_stream_whose_replica_is_lost_goes_on_with_what_was_not_sent(first: int, second: int) -> None:
+    cut = [streamed(EVENTS[:count], cut=True) for count in (first, second)]
+    serve = Serve(*cut, streamed(EVENTS))
+    events = [event for event in post(serve).content.split(b"\n\n") if b"still there" not in event]
+    assert events == [event for event in b"".join(EVENTS).split(b"\n\n") if b"still there" not in event]
+    # The seed that the first replica drew makes the same images.
+    tries = 1 if first == len(EVENTS) else 2 if second == len(EVENTS) else 3
+    assert [json.loads(body).get("seed") for body in serve.bodies] == [None, 7, 7][:tries]
+
+
+def test_a_stream_that_no_replica_ends_gets_an_error_event() -> None:
+    lost = streamed(EVENTS[:1], cut=True)
+    full = answer(429, b'{"error": {}}')
+    for tries, code in (([lost] * proxy.TRIES, "replica_failed"), ([lost, full], "overloaded")):
+        progress, error, done, _ = post(Serve(*tries)).text.split("\n\n")
+        assert f"{progress}\n\n".encode() == EVENTS[0] and done == "data: [DONE]"
+        name, data = error.splitlines()
+        assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == code
 
 
 def test_a_client_that_has_left_is_not_served_again() -> None:

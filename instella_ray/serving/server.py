@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ..errors import UserError
 from .access import ApiKeys, check_address, require_free_port
 from .config import ServeArgs
 from .draining import wait_until_drained
+from .ray_errors import is_loss
 from .serve_settings import set_up_serve
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ APP = "instella-ray"
 """Name of the endpoint's application on Serve."""
 ANSWER_S = 5.0
 """Seconds that the replicas of the ingress have to answer."""
+ANSWER_TRIES = 5
 
 
 def serve_forever(args: ServeArgs, host: str, port: int, grace_s: float, *, local: bool) -> None:
@@ -96,14 +99,18 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
 
 def _drain(handle: DeploymentHandle, grace_s: float) -> None:
     """Refuse new requests on all replicas of the ingress, and wait for those in progress."""
-    from ray.exceptions import RayError
 
     def ask() -> list[int]:
-        try:
-            counts: list[int] = handle.broadcast("drain").results(timeout_s=ANSWER_S)
-        except (RayError, TimeoutError):  # a replica that has died has no request in progress
-            return []
-        return counts
+        for _ in range(ANSWER_TRIES):
+            try:
+                counts: list[int] = handle.broadcast("drain").results(timeout_s=ANSWER_S)
+            except Exception as error:
+                if not is_loss(error) and not isinstance(error, TimeoutError):
+                    raise
+                time.sleep(1)  # one of the replicas has died; Serve soon knows, and the others are asked again
+            else:
+                return counts
+        return []
 
     print("stopping after the requests in progress; Ctrl-C stops at once", flush=True)
     if left := wait_until_drained(ask, grace_s):

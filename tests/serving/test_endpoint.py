@@ -180,8 +180,8 @@ def full_graph() -> Any:
 
     @serve.deployment(max_ongoing_requests=1, max_queued_requests=1, **options)
     class Busy:
-        async def generate(self, prompt: str, *_: Any) -> None:
-            Path(prompt).touch()
+        async def generate(self, *arguments: Any) -> None:
+            Path(arguments[-1]).touch()  # the prompt
             await asyncio.Event().wait()
 
         async def follow(self, *arguments: Any) -> Any:
@@ -189,8 +189,8 @@ def full_graph() -> Any:
 
     @serve.deployment(**options)
     class Text:
-        async def encode(self, prompt: str) -> str:
-            return prompt
+        async def encode(self, prompt: str) -> np.ndarray:
+            return np.zeros((1, 1, 1), dtype=np.float32)
 
     @serve.deployment(**options)
     class Caller:

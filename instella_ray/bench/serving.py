@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ..models.checkpoint import save_model, weight_hash
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.text_encoder import TextEncoderConfig
 from ..rendering import Cell, Goal
+from ..serving.access import free_port
 from ..serving.serve_settings import set_up_serve
 from .load import Load, closed_loop, mixed_requests, open_loop, percentile
 from .report import SuiteResult
@@ -145,9 +145,7 @@ def endpoints(
         STATIC: lambda: static_batches(cfg.batch, cfg.batch_wait_s, **baseline),
     }
     init_ray(log_to_driver=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         urls = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from ..config import Config
 from ..data.scenes import scene_prompts
 from ..errors import UserError
 from ..rendering import Cell, Goal
+from ..serving.access import free_port
 from .load import Load, closed_loop
 from .report import SuiteResult
 from .serving import GRAPH, ServingBench, endpoints, graph_args, save_models
@@ -165,9 +165,7 @@ def servers(cfg: TransportBench, folder: Path) -> Iterator[dict[str, Contestant]
 
 @contextmanager
 def _process(command: list[str]) -> Iterator[Contestant]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *(part.format(port=port) for part in command)])
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from ..data.scenes import parse_caption, scene_rows
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..rendering import encode_png
+from ..serving.access import free_port
 from ..training.generator import run_generator
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
@@ -150,7 +150,7 @@ def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generat
     from ..serving.app import build
     from ..serving.shutdown import shut_down_serve
 
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     facts: Facts = {}
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -211,9 +211,3 @@ def _scores(captions: Sequence[str], images: Sequence[np.ndarray] | np.ndarray, 
 def _resuming(train: Any, resume: bool) -> Any:
     """Set ``resume`` if requested and if the run has been started."""
     return train.model_copy(update={"resume": resume and Path(train.run_dir, "config.yaml").exists()})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

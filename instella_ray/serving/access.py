@@ -11,7 +11,6 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UserError
@@ -79,6 +78,14 @@ def check_address(host: str, keys: ApiKeys) -> None:
         )
 
 
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def require_free_port(host: str, port: int) -> None:
     """Raise UserError if ``port`` cannot be bound. Serve reports this only from an actor, after loading all models."""
     try:
@@ -97,7 +104,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self.app(scope, receive, send) if refusal is None else _answer(refusal, scope, receive, send))
+        await (self.app(scope, receive, send) if refusal is None else refusal.response(scope, receive, send))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if not self.keys:
@@ -133,10 +140,10 @@ class BodyLimit:
             async with asyncio.timeout(self.timeout_s):
                 body = await self._read(scope, receive)
         except ApiError as refusal:
-            await _answer(refusal, scope, receive, send)
+            await refusal.response(scope, receive, send)
         except TimeoutError:
             message = f"body: not complete within {self.timeout_s:g} s"
-            await _answer(ApiError(408, message, code="body_timeout"), scope, receive, send)
+            await ApiError(408, message, code="body_timeout").response(scope, receive, send)
         else:
             if body is not None:
                 await self.app(scope, _first({"type": "http.request", "body": body}, receive), send)
@@ -173,7 +180,3 @@ def _first(message: Message, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
-
-
-async def _answer(refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send)

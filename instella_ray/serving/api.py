@@ -283,7 +283,7 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
 def _add_error_answers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def _expected(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status, error.headers)
+        return error.response
 
     @api.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -291,7 +291,7 @@ def _add_error_answers(api: FastAPI) -> None:
         location = [] if first["type"] == "json_invalid" else [str(part) for part in first["loc"] if part != "body"]
         param = ".".join(location)[:200] or "body"
         message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(refused(param, message).body, 400)
+        return refused(param, message).response
 
     @api.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -299,8 +299,7 @@ def _add_error_answers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        answer = api_error(error)
-        return JSONResponse(answer.body, answer.status, answer.headers)
+        return api_error(error).response
 
 
 def _json(answer: ImageResponse) -> Response:

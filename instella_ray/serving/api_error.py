@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 
 class ApiError(Exception):
     """HTTP error response: status, OpenAI's message, type (``kind``), param and code, and Retry-After in seconds."""
@@ -36,6 +38,11 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
+
+    @property
+    def response(self) -> JSONResponse:
+        """The response, which is also an ASGI application."""
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 def refused(param: str, message: str, *, code: str | None = None) -> ApiError:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .api_error import ApiError
@@ -40,7 +39,7 @@ class Drain:
             error = ApiError(
                 503, "the endpoint is shutting down", kind="server_error", code="shutting_down", retry_after_s=5
             )
-            return await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            return await error.response(scope, receive, send)
         self.requests.count += 1
         try:
             return await self.app(scope, receive, send)

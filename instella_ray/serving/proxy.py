@@ -12,18 +12,16 @@ import re
 from collections import deque
 
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .api_error import ApiError, overloaded, replica_lost
+from .event_stream import DONE, SEED_HEADER, event
 
 TRIES = 4
 WAIT_S = 0.25
 """Seconds before the second try, doubled for each further one: Serve's router must notice that the replica is gone."""
 REPEATED_BYTES = 1 << 20
 """Largest body that is kept for another try."""
-SEED_HEADER = b"x-seed"
-"""Header of a stream with the seed of its request, which may have been drawn."""
 
 
 class KeepRequests:
@@ -142,12 +140,13 @@ class _Answer:
             return
         error = _error(self._status)
         if not self._started:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, self._send)
+            await error.response(scope, receive, self._send)
         elif self._events is not None and self._events.done:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         elif self._events is not None:
-            event = f"event: error\ndata: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
-            await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+            await self._send(
+                {"type": "http.response.body", "body": event("error", error.body) + DONE, "more_body": False}
+            )
         # Any other response breaks off, which its client sees by its length.
 
 
@@ -158,7 +157,7 @@ class _Events:
     _NUMBER = re.compile(rb'"(index|step|partial_image_index)": (\d+)')
 
     def __init__(self, headers: dict[bytes, bytes]) -> None:
-        seed = headers.get(SEED_HEADER, b"")
+        seed = headers.get(SEED_HEADER.encode(), b"")
         self.seed = int(seed) if seed.isdigit() else None
         self.done = False
         """Whether the last event was sent."""
@@ -171,13 +170,13 @@ class _Events:
         kept = [part for part in parts[:-1] if self._note(part) or first]
         return b"".join(part + b"\n\n" for part in kept) + parts[-1]
 
-    def _note(self, event: bytes) -> bool:
-        self.done |= event == b"data: [DONE]"
-        kind = self._KIND.match(event)
+    def _note(self, part: bytes) -> bool:
+        self.done |= part + b"\n\n" == DONE
+        kind = self._KIND.match(part)
         if kind is None:
             return True
         # The numbers stand before the image.
-        numbers = {name: int(value) for name, value in self._NUMBER.findall(event[:400])}
+        numbers = {name: int(value) for name, value in self._NUMBER.findall(part[:400])}
         number = numbers.get(b"partial_image_index" if kind[1] == b"partial_image" else b"step", 0)
         key = (numbers.get(b"index", 0), kind[1])
         if number <= self._latest.get(key, -1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -14,21 +13,15 @@ from starlette.types import Receive, Scope, Send
 
 from .api_error import ApiError
 from .codes import Generated, pack
+from .event_stream import DONE, SEED_HEADER, event
 from .failures import api_error
 from .graph import GeneratedImage, Graph, all_or_none
 
-SEED_HEADER = "X-Seed"
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still there\n\n"
 KEEP_ALIVE_S = 15.0
 """Seconds without an event before a keep-alive, because proxies close idle connections while an image is queued."""
 REPORTS = 20
 """Approximate number of progress events per image, independent of its steps."""
-
-
-def event(name: str, data: dict[str, Any]) -> bytes:
-    """Encode one server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def report_every(steps: int, partial_images: int) -> int:

@@ -91,6 +91,14 @@ AMD_OLMO_1B = TextEncoderSizes(16, 2048, 2048, 16 * (4 * 2048**2 + 3 * 2048 * 81
 """The paper's text encoder, for plans without hub access: 16 layers, feed-forward 8192, vocabulary of 50,304."""
 
 
+class DeviceWork(NamedTuple):
+    """Arithmetic and memory traffic of a computation."""
+
+    flop: float
+    bytes: float
+    """Bytes that must be read and written at least: weights and caches, without activations."""
+
+
 class Accelerator(NamedTuple):
     """Accelerator with peak FLOP/s and memory."""
 
@@ -100,20 +108,26 @@ class Accelerator(NamedTuple):
     """Peak dense bf16 FLOP/s."""
     memory: float
     """Bytes."""
+    bandwidth: float
+    """Peak bytes/s of the memory."""
     source: str
+
+    def least_seconds(self, work: DeviceWork) -> tuple[float, str]:
+        """Return the fewest seconds that ``work`` can take, and what bounds it: ``compute`` or ``memory``."""
+        return max((work.flop / self.peak, "compute"), (work.bytes / self.bandwidth, "memory"))
 
 
 ACCELERATORS = {
-    "mi300x": Accelerator("AMD Instinct MI300X", 1307.4e12, 192e9, "AMD Instinct MI300X data sheet"),
-    "mi325x": Accelerator("AMD Instinct MI325X", 1307.4e12, 256e9, "AMD Instinct MI325X data sheet"),
-    "mi350x": Accelerator("AMD Instinct MI350X", 2306.9e12, 288e9, "AMD Instinct MI350X data sheet"),
-    "mi355x": Accelerator("AMD Instinct MI355X", 2516.6e12, 288e9, "AMD Instinct MI355X data sheet"),
-    "h100pcie": Accelerator("NVIDIA H100 PCIe", 756e12, 80e9, "NVIDIA H100 data sheet, without sparsity"),
-    "h100": Accelerator("NVIDIA H100", 989.4e12, 80e9, "NVIDIA H100 SXM data sheet, without sparsity"),
-    "h200": Accelerator("NVIDIA H200", 989.4e12, 141e9, "NVIDIA H200 SXM data sheet, without sparsity"),
-    "a100": Accelerator("NVIDIA A100", 312e12, 80e9, "NVIDIA A100 data sheet, without sparsity"),
+    "mi300x": Accelerator("AMD Instinct MI300X", 1307.4e12, 192e9, 5.3e12, "AMD Instinct MI300X data sheet"),
+    "mi325x": Accelerator("AMD Instinct MI325X", 1307.4e12, 256e9, 6.0e12, "AMD Instinct MI325X data sheet"),
+    "mi350x": Accelerator("AMD Instinct MI350X", 2306.9e12, 288e9, 8.0e12, "AMD Instinct MI350X data sheet"),
+    "mi355x": Accelerator("AMD Instinct MI355X", 2516.6e12, 288e9, 8.0e12, "AMD Instinct MI355X data sheet"),
+    "h100pcie": Accelerator("NVIDIA H100 PCIe", 756e12, 80e9, 2.0e12, "NVIDIA H100 data sheet, without sparsity"),
+    "h100": Accelerator("NVIDIA H100", 989.4e12, 80e9, 3.35e12, "NVIDIA H100 SXM data sheet, without sparsity"),
+    "h200": Accelerator("NVIDIA H200", 989.4e12, 141e9, 4.8e12, "NVIDIA H200 SXM data sheet, without sparsity"),
+    "a100": Accelerator("NVIDIA A100", 312e12, 80e9, 2.039e12, "NVIDIA A100 data sheet, without sparsity"),
 }
-"""Peaks and memory from the vendors' data sheets. CPUs are not included."""
+"""Peaks, memory and its bandwidth from the vendors' data sheets. CPUs are not included."""
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:
@@ -185,6 +199,21 @@ def generator_text(cfg: GeneratorConfig, text_tokens: int) -> Work:
     """Return the part of :func:`generator_forward` that depends only on the prompt: text projections, keys and values."""
     projection = cfg.layers * linear(text_tokens, cfg.text_width, cfg.width)
     return Work(projection + cfg.layers * linear(text_tokens, cfg.width, 2 * cfg.width), projection)
+
+
+def generator_pass(cfg: GeneratorConfig, rows: int, text_tokens: int, bytes_per_value: int) -> DeviceWork:
+    """Return the work of one sampling step on ``rows`` rows of the network, two for an image with guidance.
+
+    Text keys and values, and the modulations of the timestep, are given. AR computes one token and reads the keys and
+    values of all ``text_tokens`` and image tokens, masked ones included; diffusion computes all tokens.
+    """
+    d, bits, keys = cfg.width, cfg.bits_per_token, text_tokens + cfg.num_tokens
+    count = cfg.num_tokens if cfg.kind == "diffusion" else 1
+    block = linear(count, d, 12 * d) + attention(count, keys, d)
+    flop = rows * (cfg.layers * block + 2 * linear(count, d, bits))
+    weights = cfg.layers * 12 * d**2 + 2 * bits * d
+    cached = rows * cfg.layers * 2 * d * (keys + count)
+    return DeviceWork(flop, bytes_per_value * (weights + cached))
 
 
 def text_encoder_forward(sizes: TextEncoderSizes, text_tokens: int) -> float:

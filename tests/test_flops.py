@@ -15,6 +15,7 @@ from instella_ray import flops
 from instella_ray.flops import AMD_OLMO_1B, TextEncoderSizes, TrainingFlops
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
+from instella_ray.models.joint_attention import JointCache
 
 from .kit.models import BIT_SIZES
 
@@ -100,6 +101,38 @@ def test_generators_cost_what_pytorch_counts(cfg: GeneratorConfig) -> None:
     assert counted(lambda: forward(model, text_tokens, 3).sum().backward()) == 3 * step.model
     again = flops.generator_training(cfg, text_tokens, gradient_checkpointing=True)
     assert again.hardware == step.hardware + step.forward and again.model == step.model == step.hardware
+
+
+@pytest.mark.parametrize("cfg", GENERATORS.values(), ids=GENERATORS)
+def test_a_sampling_step_costs_what_pytorch_counts(cfg: GeneratorConfig) -> None:
+    rows, text_tokens = 6, 48
+    model = on_meta(lambda: build_generator(cfg)).bfloat16()
+    with torch.device("meta"), torch.no_grad():
+        features = torch.zeros(cfg.layers, rows, text_tokens, cfg.text_width)
+        text = model.text_kv(features, torch.ones(rows, text_tokens, dtype=torch.bool))
+        cache = JointCache.of(text, cfg.num_tokens)
+        codes = torch.zeros(rows, cfg.num_tokens, cfg.bits_per_token, dtype=torch.bfloat16)
+        position = torch.zeros(rows, dtype=torch.int64)
+        if isinstance(model, DiffusionGenerator):
+            modulations = model.modulations(torch.zeros(rows, dtype=torch.bfloat16))
+            found = counted(lambda: model(codes, None, cache, modulations))
+        else:
+            found = counted(lambda: model.step(codes[:, 0], position, cache))
+    work = flops.generator_pass(cfg, rows, text_tokens, 2)
+    assert work.flop == found
+    # What does not grow with the rows is the weights; the rest is keys and values, read and in part written.
+    more = flops.generator_pass(cfg, 2 * rows, text_tokens, 2).bytes - work.bytes
+    written = cache.keys[0][:, :, : cfg.num_tokens if cfg.kind == "diffusion" else 1].nbytes * 2 * cfg.layers
+    assert more == sum(part.nbytes for part in (*cache.keys, *cache.values)) + written
+    used = ("q_proj", "k_proj", "v_proj", "o_proj", "ff", "mlp", "x_embedder", "proj_out")
+    weights = sum(p.nbytes for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in used))
+    assert work.bytes - more == weights
+
+
+def test_a_device_is_bound_by_what_takes_it_longer() -> None:
+    chip = flops.ACCELERATORS["h200"]
+    assert chip.least_seconds(flops.DeviceWork(chip.peak, 0.5 * chip.bandwidth)) == (1.0, "compute")
+    assert chip.least_seconds(flops.DeviceWork(chip.peak, 2 * chip.bandwidth)) == (2.0, "memory")
 
 
 @pytest.mark.parametrize(

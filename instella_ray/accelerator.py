@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 
@@ -51,6 +52,26 @@ def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     except KeyError:
         raise UserError(f"precision '{precision}': expected auto, fp32 or bf16") from None
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``; from a CPU it is copied without waiting for the device's work."""
+    if tensor.device.type == device.type:
+        return tensor
+    # From memory that the device can read by itself: a copy from pageable memory may wait for the work queued before it.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def use_stable_kernels() -> None:
+    """Make PyTorch choose GPU kernels by shape and device as little as it can, in this process.
+
+    So that rows of a batch have the same bits whatever its size: matrix products without sums in bfloat16 or half
+    precision, and the memory-efficient attention, the only fused one that takes a mask on both CUDA and ROCm.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def precision_of_actors(precision: Precision, gpus_per_actor: float) -> Precision:

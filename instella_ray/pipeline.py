@@ -19,9 +19,11 @@ from . import storage
 from .accelerator import Precision, pick_device
 from .config import validate
 from .data.formats.images import fit_square, to_pixels, to_tensor
-from .engine.engine import Compilation, EngineOptions, Request, StepEngine
+from .engine.compilation import Compilation
+from .engine.engine import Request, StepEngine
 from .engine.events import Event, Finished, Progress
 from .engine.kinds import build_engine
+from .engine.slots import EngineOptions
 from .engine.weights import serving_dtype
 from .errors import UserError
 from .models.bit import BIT

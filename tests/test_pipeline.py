@@ -20,7 +20,7 @@ from instella_ray import InstellaPipeline
 from instella_ray.bulk.plan import Planned
 from instella_ray.bulk.sampler import Sampler, SamplerOptions
 from instella_ray.data.prompts import Prompt
-from instella_ray.engine.engine import EngineOptions
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.errors import UserError
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.models.text_encoder import TextEncoderConfig

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.engine import Request, StepEngine
 from ..engine.events import Finished
 from ..engine.kinds import build_engine
+from ..engine.slots import EngineOptions
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.joint_attention import JointCache, TextKV
 from ..models.sampling import SamplingParams, generate_ar, generate_diffusion

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.engine import Request, StepEngine
 from ..engine.kinds import build_engine
+from ..engine.slots import EngineOptions
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.sampling import SamplingParams
 from ..rendering import Cell, Goal
@@ -65,13 +66,13 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
             def bare(engine: StepEngine = engine) -> None:
                 for _ in range(cfg.steps_a_round):
                     with torch.no_grad():
-                        engine.forward(engine.options.slots, 2)
+                        engine.slots.forward(engine.options.slots, 2)
 
             def step(engine: StepEngine = engine) -> None:
                 for _ in range(cfg.steps_a_round):
                     # Keep all slots occupied: a bare pass has neither admissions nor finished images.
-                    engine.position.zero_()
-                    for entry in engine.entries:
+                    engine.slots.position.zero_()
+                    for entry in filter(None, engine.entries):
                         entry.left = entry.steps
                     engine.step()
 
@@ -91,7 +92,7 @@ def run_overhead(cfg: OverheadBench, repeats: int) -> SuiteResult:
                     "step ms": times["step"].text(each),
                     "step / forward": more["wall"].text(digits=3),
                     "by processor time": more["cpu"].text(digits=3),
-                    "buckets": " ".join(map(str, engine.buckets[2])),
+                    "buckets": " ".join(map(str, engine.slots.buckets[2])),
                 }
             )
             goals.append(Goal(f"{name} {kind}, step against forward", more["wall"].median, GOAL, "<="))

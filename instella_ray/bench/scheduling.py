@@ -13,10 +13,11 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..engine.engine import EngineOptions, Request, StepEngine
+from ..engine.engine import Request, StepEngine
 from ..engine.events import Finished
 from ..engine.kinds import build_engine
 from ..engine.scheduling import ALLOWANCE, Scheduling
+from ..engine.slots import EngineOptions
 from ..models.generator import GeneratorConfig, build_generator
 from ..models.joint_attention import TextKV
 from ..models.sampling import SamplingParams, generate
@@ -179,7 +180,7 @@ def _closed(engine: StepEngine, cfg: SchedulingBench, in_flight: int, seconds: f
 
 def _static(engine: StepEngine, cfg: SchedulingBench, seconds: float) -> list[float]:
     """Return the latencies (s) of batches with as many requests as slots, one batch after the other."""
-    model, source, slots = engine.model, _requests(cfg, 0), cfg.size.slots
+    model, source, slots = engine.slots.model, _requests(cfg, 0), cfg.size.slots
     latencies: list[float] = []
     end = time.perf_counter() + seconds
     with torch.no_grad():

@@ -34,7 +34,7 @@ class Stages:
     def __init__(self, cfg: ServingBench, models: dict[str, str], repeats: int) -> None:
         import torch
 
-        from ..engine.engine import EngineOptions
+        from ..engine.slots import EngineOptions
         from ..engine.weights import load_engine
         from ..models.text_encoder import TextEncoder
         from ..serving.deployments import DecoderStage, TextEncoderStage
@@ -77,7 +77,7 @@ class Stages:
                 file[name] = median_seconds(partial(self.decoder._to_file, image, "png", {}), self.repeats)
         text = median_seconds(encode, self.repeats)
         return {
-            "buckets": self.engine.buckets[2],
+            "buckets": self.engine.slots.buckets[2],
             "text": text,
             "admit": admit,
             "step": step,

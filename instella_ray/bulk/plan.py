@@ -14,8 +14,9 @@ from ..accelerator import Precision
 from ..config import Config
 from ..data.formats.parts import Mode
 from ..data.prompts import Prompt
-from ..engine.buckets import Compilation
+from ..engine.compilation import Compilation
 from ..errors import UserError
+from ..models.eight_bit import Quantization
 from ..models.sampling import Guidance, Sampler, SamplingConfig, Temperature
 
 
@@ -66,8 +67,10 @@ class SampleConfig(Config):
     """Maximum prompt tokens; longer prompts are truncated, with a warning."""
     precision: Precision = "auto"
     """Precision of weights and arithmetic; auto: bfloat16 on GPUs, float32 on CPUs."""
+    quantization: Quantization = "none"
+    """Rounding of the generator's large matrices and their inputs to eight bits; faster, at some cost in quality."""
     compilation: Compilation = "none"
-    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs."""
+    """``compile`` for torch.compile, ``graphs`` for recorded CUDA or HIP graphs, ``compile+graphs`` for both."""
     actors: int | None = Field(None, ge=1)
     """Number of actors; none means one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)

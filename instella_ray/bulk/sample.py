@@ -18,7 +18,7 @@ from ..data.model_provenance import model_provenance
 from ..data.pipeline import pool_size, run_rows
 from ..data.prompts import prompts_hash, read_prompts
 from ..data.stages import Pool, Stage
-from ..engine.engine import EngineOptions
+from ..engine.slots import EngineOptions
 from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.checkpoint import read_checkpoint_config, weight_hash
@@ -132,6 +132,7 @@ def plan_job(cfg: SampleConfig) -> SampleJob:
         "text_encoder": identity.text_encoder.model_dump(mode="json"),
         "text_length": encoder.max_length,
         "precision": precision,
+        "quantization": cfg.quantization,
         "num_tokens": identity.num_tokens,
         "bits_per_token": identity.bits_per_token,
         "seed": cfg.seed,
@@ -147,7 +148,7 @@ def plan_job(cfg: SampleConfig) -> SampleJob:
         sampler=SamplerOptions(
             model,
             encoder,
-            EngineOptions(cfg.batch_size, encoder.max_length, cfg.compilation),
+            EngineOptions(cfg.batch_size, encoder.max_length, cfg.compilation, quantization=cfg.quantization),
             precision,
             cfg.threads,
             "auto" if cfg.gpus_per_actor else "cpu",

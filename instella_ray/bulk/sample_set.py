@@ -22,6 +22,7 @@ from ..config import Config
 from ..data.formats.codes import pack_codes, unpack_codes
 from ..data.formats.parts import finished_file
 from ..errors import UserError
+from ..models.eight_bit import Quantization
 from ..models.sampling import SamplingConfig
 from ..runs import Provenance, read_record
 
@@ -66,6 +67,7 @@ class SampleRun(Config):
     text_length: int
     """Maximum prompt tokens; longer prompts were truncated."""
     precision: str
+    quantization: Quantization = "none"
     num_tokens: int
     bits_per_token: int
     seed: int
@@ -78,7 +80,9 @@ class SampleRun(Config):
     @property
     def id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all fields except ``model`` and ``prompts``."""
-        about = self.model_dump(mode="json", exclude={"model", "prompts"})
+        # Sets from before this setting existed keep their id.
+        unset = {"quantization"} if self.quantization == "none" else set()
+        about = self.model_dump(mode="json", exclude={"model", "prompts", *unset})
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

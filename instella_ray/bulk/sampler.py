@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..accelerator import Precision, pick_device
-from ..engine.engine import EngineOptions, Request
+from ..engine.engine import Request
 from ..engine.events import Finished
+from ..engine.slots import EngineOptions
 from ..engine.weights import load_engine, serving_dtype
 from ..models.sampling import SamplingConfig, SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
@@ -50,7 +51,7 @@ class Sampler:
 
     def run(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> dict[str, np.ndarray]:
         """Return codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` with each of the ``settings``, by setting name."""
-        cfg = self.engine.model.cfg
+        cfg = self.engine.slots.model.cfg
         codes = {name: np.zeros((len(samples), cfg.num_tokens, cfg.bits_per_token), np.uint8) for name in settings}
         for event in self.engine.run(self._requests(samples, settings)):
             if isinstance(event, Finished):

@@ -1,22 +1,25 @@
-"""Execution of an engine's network: batch-size buckets, torch.compile and recorded GPU graphs."""
+"""Buckets: numbers of slots that a pass may have, so that an image's bits do not depend on the others in the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-from ..errors import UserError
-
-Compilation = Literal["none", "compile", "graphs"]
 
 Forward = Callable[[int, int], Tensor]
 """Computes outputs ``[branches * rows, ..., K]`` of the first ``rows`` slots from tensors with fixed addresses.
 
 With 2 ``branches`` every slot has a row with its prompt and one without; with 1 only that with its prompt.
 """
+Size = tuple[int, int]
+"""Rows and branches of a pass."""
+Passes = Mapping[Size, tuple[int, ...]]
+"""Buckets, each with the numbers of slots that its consecutive passes have; usually one pass for all."""
+
+KNEE = 256
+"""Tokens up to which a pass takes as long as reading the weights, by the data sheets: an H200 does 206 multiply-adds while
+it reads one bfloat16 weight, an MI300X 247."""
 
 
 def bucket_sizes(slots: int) -> list[int]:
@@ -28,58 +31,79 @@ def bucket_sizes(slots: int) -> list[int]:
     return [*sorted(size for power in powers for size in (power, 3 * power) if size < slots), slots]
 
 
-def usable_buckets(forward: Forward, sizes: Sequence[int]) -> dict[int, list[int]]:
-    """Return the ``sizes``, by branches, at which every row's output is exactly that of the largest size with 2 branches.
+def agreeing_sizes(forward: Forward, sizes: Sequence[int]) -> list[list[Size]]:
+    """Partition the ``sizes``, with 1 and 2 branches, into groups at which every row's output is exactly the same.
 
     A matrix library may change its order of summation with the number of rows, and a difference in the last digit can
     flip sampled bits. Whether it does depends on the device, the shapes and the number of threads, so it is measured,
-    on the current content of the tables. If only the largest size remains, every step costs as much as a full batch.
+    on the current content of the tables. Every group starts with its largest size.
     """
-    whole = forward(sizes[-1], 2).clone()
+    groups: list[tuple[Tensor, list[Size]]] = []
+    for rows in reversed(sizes):
+        for branches in (2, 1):
+            output = forward(rows, branches).unflatten(0, (rows, branches))
+            for first, group in groups:
+                if branches <= first.shape[1] and torch.equal(first[:rows, :branches], output):
+                    group.append((rows, branches))
+                    break
+            else:
+                groups.append((output, [(rows, branches)]))
+    return [group for _, group in groups]
 
-    def same(rows: int, branches: int) -> bool:
-        return torch.equal(forward(rows, branches), whole[: 2 * rows : 2 // branches])
 
-    guided = [rows for rows in sizes if rows == sizes[-1] or same(rows, 2)]
-    return {2: guided, 1: [rows for rows in sizes if same(rows, 1)]}
+def plan_passes(groups: Sequence[Sequence[Size]], sizes: Sequence[int], tokens: int) -> Passes:
+    """Return the buckets of the group that makes the ``sizes`` fastest; ``tokens`` of a slot are computed in a pass.
 
-
-def compiled(network: Forward, sizes: Sequence[int], compilation: Compilation) -> Forward:
-    """Return ``network`` unchanged, compiled with torch.compile, or recorded as graphs, one by size and branches.
-
-    Raises UserError for ``graphs`` without a GPU.
+    Sizes outside of the group are split into several of its passes, so that neither one image nor a full table costs
+    much more than its own. The choice rests on the sizes alone and not on measured times, by which replicas would differ.
     """
-    if compilation == "none":
-        return network
-    if compilation == "compile":
-        from torch._dynamo import config
-
-        # Compiled once per size and branches, so that the batch size is a constant of the compiled code. Engines
-        # of equal models share it, after a swap of weights too. The default limit of 8 would leave the rest uncompiled.
-        config.recompile_limit = config.accumulated_recompile_limit
-        return torch.compile(network, dynamic=False)
-    if not torch.cuda.is_available():
-        raise UserError("compilation graphs: PyTorch sees no GPU here; expected none or compile")
-    graphs = {(rows, branches): _record(network, rows, branches) for rows in sizes for branches in (1, 2)}
-
-    def replay(rows: int, branches: int) -> Tensor:
-        graph, output = graphs[rows, branches]
-        graph.replay()
-        return output
-
-    return replay
+    plans = [_split(group, sizes) for group in groups]
+    return min((plan for plan in plans if (sizes[-1], 2) in plan), key=lambda plan: _slowdown(plan, sizes, tokens))
 
 
-def _record(network: Forward, rows: int, branches: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    # Warm-up: the first passes choose kernels and allocate workspace, which is not allowed while a graph is recorded.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            network(rows, branches)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # The default mode would also reject CUDA calls of another engine's thread, which runs while weights are swapped.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = network(rows, branches)
-    return graph, output
+def each_by_itself(sizes: Sequence[int]) -> Passes:
+    """Return all ``sizes`` as buckets of one pass."""
+    return {(rows, branches): (rows,) for rows in sizes for branches in (1, 2)}
+
+
+def buckets_of(passes: Passes) -> dict[int, list[int]]:
+    """Return the rows of the buckets by branches, ascending."""
+    return {branches: sorted(rows for rows, count in passes if count == branches) for branches in (2, 1)}
+
+
+def described(passes: Passes) -> str:
+    """Describe the buckets: ``with guidance 1 2 4 (8 = 4 + 4), without 2 4``."""
+    texts = []
+    for branches, name in ((2, "with guidance"), (1, "without")):
+        found = [(rows, passes[rows, branches]) for rows in buckets_of(passes)[branches]]
+        names = [str(rows) if len(parts) == 1 else f"({rows} = {' + '.join(map(str, parts))})" for rows, parts in found]
+        texts.append(f"{name} {' '.join(names) or 'none'}")
+    return ", ".join(texts)
+
+
+def _split(group: Sequence[Size], sizes: Sequence[int]) -> dict[Size, tuple[int, ...]]:
+    found = {}
+    for branches in (1, 2):
+        usable = sorted((rows for rows, count in group if count == branches), reverse=True)
+        for rows in sizes:
+            left, parts = rows, []
+            for part in usable:
+                parts += [part] * (left // part)
+                left %= part
+            if not left:
+                found[rows, branches] = tuple(parts)
+    return found
+
+
+def _slowdown(plan: Passes, sizes: Sequence[int], tokens: int) -> float:
+    """Return the mean time over all sizes, relative to that of one pass of just that size."""
+
+    def cost(rows: int, branches: int) -> float:
+        return KNEE + rows * branches * tokens
+
+    def least(rows: int, branches: int) -> float:
+        """Return the time of the fastest bucket that covers ``rows`` slots."""
+        covering = [size for size in plan if size[0] >= rows and size[1] >= branches]
+        return min(sum(cost(part, size[1]) for part in plan[size]) for size in covering)
+
+    return sum(least(rows, branches) / cost(rows, branches) for rows in sizes for branches in (1, 2))

@@ -36,18 +36,24 @@ class Draws:
         self._fill(slice(slot, slot + 1), torch.zeros_like(self.first[:1]))
         return self.table[slot, 0]
 
-    def take(self, draw: Tensor, rows: int) -> Tensor:
-        """Return draws of the first ``rows`` slots, ``[rows, tokens, bits]``.
+    def due(self) -> bool:
+        """Count a step and return whether :meth:`fill` must precede it: since its last call, all draws were taken."""
+        self._left = (self._left or self.ahead) - 1
+        return self._left == self.ahead - 1
 
-        ``draw [n]``: index of each slot's next draw; n covers the rows and all slots with a request. From call to call a
-        slot's index advances by one if it was among the rows, else it stays. Slots without a request get arbitrary values.
+    def fill(self, draw: Tensor) -> None:
+        """Buffer the draws of the first slots, given the index ``draw [n]`` of each one's next draw.
+
+        All in one call, those included that started later and still have draws.
         """
-        if self._left == 0:
-            # Refills all slots in one call, including those that started later and still have draws.
-            self._fill(slice(len(draw)), draw)
-            self._left = self.ahead
-        self._left -= 1
-        return self.table[self._slot[:rows], (draw[:rows] - self.first[:rows]).clamp(0, self.ahead - 1)]
+        self._fill(slice(len(draw)), draw)
+
+    def take(self, draw: Tensor) -> Tensor:
+        """Return the draws ``draw [n]`` of the first slots, ``[n, tokens, bits]``.
+
+        A slot's index advances by at most one from step to step. Slots without a request get arbitrary values.
+        """
+        return self.table[self._slot[: len(draw)], (draw - self.first[: len(draw)]).clamp(0, self.ahead - 1)]
 
     def _fill(self, rows: slice, first: Tensor) -> None:
         _, ahead, tokens, bits = self.table.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..lru import LRUCache
 from ..models.generator import DiffusionGenerator
-from ..models.sampling import SamplingParams, timestep
+from ..models.sampling import grid_time
 
 CHUNK = 16
 """Consecutive steps computed at once. Fixed, because the last digits of a matrix product depend on its number of rows."""
@@ -60,5 +60,6 @@ class ScheduleModulations:
     def _compute(self, count: int, rho: float, chunk: int) -> Chunk:
         device, dtype = self.table.device, self.table.dtype
         step = torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, device=device)
-        params = SamplingParams.of(CHUNK, num_inference_steps=count, rho=rho).map(lambda value: value.to(device))
-        return self.model.modulations(timestep(step, params).to(dtype)).unbind()
+        # Tensors on the device, because numbers might take another path through the power and end in other digits.
+        counts, rhos = torch.full_like(step, count), torch.full((CHUNK,), rho, device=device)
+        return self.model.modulations(grid_time(step, counts, rhos).to(dtype)).unbind()

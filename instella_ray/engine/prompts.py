@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..accelerator import upload
 from ..errors import UserError
 from ..lru import LRUCache
 from ..models.generator import ARGenerator, DiffusionGenerator
@@ -37,6 +38,6 @@ class PromptProjector:
             raise UserError(f"text_length {self.length}: the empty prompt alone has {count} tokens")
         padded = torch.zeros(layers, 1, self.length, width, dtype=weight.dtype, device=weight.device)
         mask = torch.zeros(1, self.length, dtype=torch.bool, device=weight.device)
-        padded[:, 0, start:] = features
+        padded[:, 0, start:] = upload(features, weight.device)
         mask[:, start:] = True
         return self.model.text_kv(padded, mask).last(count)

@@ -14,8 +14,9 @@ from ..models.bit import BIT
 from ..models.checkpoint import load_model, read_checkpoint_config
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig
-from .engine import EngineOptions, StepEngine
+from .engine import StepEngine
 from .kinds import build_engine
+from .slots import EngineOptions
 
 
 class Weights(Config):

@@ -119,6 +119,10 @@ class SamplingParams:
     def __len__(self) -> int:
         return len(self.seed)
 
+    def numbers(self) -> dict[str, float]:
+        """Return the parameters of the only row as numbers, by field."""
+        return {field.name: getattr(self, field.name).item() for field in fields(self)}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> SamplingParams:
         """Apply ``function`` to every field, for example to index rows or to move to a device."""
         return SamplingParams(*[function(getattr(self, field.name)) for field in fields(self)])
@@ -126,8 +130,13 @@ class SamplingParams:
 
 def timestep(step: Tensor, params: SamplingParams) -> Tensor:
     """Return the timestep ``[B]`` of each row's network call ``step [B]``: 1 at step 0, 0 after the last step."""
-    left = (1 - step.double() / params.num_inference_steps).clamp(min=0)
-    return (left**params.rho).float()
+    return grid_time(step, params.num_inference_steps, params.rho)
+
+
+def grid_time(step: Tensor, num_inference_steps: Tensor, rho: Tensor) -> Tensor:
+    """Return ``(1 - step / num_inference_steps)^rho``, float32 ``[B]``, 0 after the last step; all arguments ``[B]``."""
+    left = (1 - step.double() / num_inference_steps).clamp(min=0)
+    return (left**rho).float()
 
 
 def guided_probability(cond: Tensor, uncond: Tensor | None, params: SamplingParams) -> Tensor:

@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from ..accelerator import Precision
 from ..claims import Group, Needs
 from ..config import Config
-from ..engine.buckets import Compilation
-from ..engine.engine import EngineOptions
+from ..engine.compilation import Compilation
 from ..engine.scheduling import Scheduling
+from ..engine.slots import EngineOptions
 from ..errors import UserError
+from ..models.eight_bit import Quantization
 from ..models.sampling import SamplingConfig
 from .safety import SafetyConfig
 
@@ -85,7 +86,9 @@ class ModelArgs(StageArgs):
     """Maximum images per forward pass of a replica."""
     compilation: Compilation = "none"
     """``compile`` for torch.compile, which delays the first start of a replica by about 15 s per batch size and branches on a
-    CPU, ``graphs`` for recorded CUDA or HIP graphs."""
+    CPU, ``graphs`` for recorded CUDA or HIP graphs, ``compile+graphs`` for graphs of compiled code."""
+    quantization: Quantization = "none"
+    """``int8`` or ``fp8``: round the large matrices and their inputs to eight bits; faster, at some cost in quality."""
     batch_invariant: bool = True
     """Give an image the same bits whatever else is in the batch, even at the cost of throughput."""
     scheduling: Scheduling = "fifo"
@@ -111,7 +114,13 @@ class ModelArgs(StageArgs):
 
     def options(self, text_length: int) -> EngineOptions:
         return EngineOptions(
-            self.slots, text_length, self.compilation, self.batch_invariant, self.scheduling, self.prompt_cache_bytes
+            slots=self.slots,
+            text_length=text_length,
+            compilation=self.compilation,
+            batch_invariant=self.batch_invariant,
+            scheduling=self.scheduling,
+            prompt_cache_bytes=self.prompt_cache_bytes,
+            quantization=self.quantization,
         )
 
 
@@ -172,8 +181,10 @@ class ServeArgs(Config):
                     f"limits.images {self.limits.images}: models.{name} admits at most {model.capacity} images at once "
                     "(replicas * 2 * slots + queue), so the largest request could never be admitted"
                 )
-            if model.compilation == "graphs" and not self.gpus(model):
-                raise UserError(f"models.{name}.compilation graphs: needs a GPU, expected num_gpus above 0")
+            if "graphs" in model.compilation and not self.gpus(model):
+                raise UserError(
+                    f"models.{name}.compilation {model.compilation}: needs a GPU, expected num_gpus above 0"
+                )
             if model.defaults.num_inference_steps > self.limits.steps:
                 raise UserError(
                     f"models.{name}.defaults.num_inference_steps: more than limits.steps {self.limits.steps}"

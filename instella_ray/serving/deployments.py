@@ -23,8 +23,8 @@ import torch
 from .. import logs
 from ..accelerator import Precision, pick_device
 from ..data.formats.images import OPTIONS, encode_image, to_pixels
-from ..engine.engine import EngineOptions
 from ..engine.events import Progress
+from ..engine.slots import EngineOptions
 from ..engine.weights import Identity, Weights, load_engine, serving_dtype
 from ..errors import UserError
 from ..memory import keep_freed_memory

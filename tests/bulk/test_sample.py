@@ -28,9 +28,10 @@ from instella_ray.bulk.sample import plan_job, run_sample
 from instella_ray.bulk.sample_set import BadFile, SampleSet, find_sample_sets, write_block
 from instella_ray.bulk.sampler import Sampler
 from instella_ray.data.formats.images import read_metadata
-from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.engine import Request
 from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model, save_model
 from instella_ray.models.sampling import SamplingConfig, SamplingParams
@@ -115,7 +116,7 @@ def test_bits_depend_on_no_batch_size_and_no_company(folders: dict[str, str], tm
 def test_only_prompts_that_come_again_are_cached(folders: dict[str, str], tmp_path: Path) -> None:
     job = plan_job(config(folders, tmp_path))
     sampler = Sampler(job.sampler)
-    cached, first = sampler.engine.project.cache.items, job.samples[0]
+    cached, first = sampler.engine.slots.project.cache.items, job.samples[0]
     sampler.run([first], {"slow": SETTINGS["slow"]})
     assert not cached
     sampler.run([first], SETTINGS)

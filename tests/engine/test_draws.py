@@ -35,7 +35,9 @@ def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
     for slot in range(SLOTS):
         join(slot)
     for other, joins, rows in moves:  # slots behind the rows pause
-        taken = draws.take(position + 1, rows)
+        if draws.due():
+            draws.fill(position + 1)
+        taken = draws.take(position[:rows] + 1)
         position[:rows] += 1
         assert len(taken) == rows
         assert all(torch.equal(taken[i], expected(i, int(position[i]))) for i in range(rows))
@@ -49,5 +51,6 @@ def test_numbers_drawn_ahead_are_those_of_the_seed_and_the_draw(
 
 def test_slots_that_nobody_has_may_stand_anywhere() -> None:
     draws = Draws(torch.arange(SLOTS), TOKENS, BITS, rng.AR)
-    assert draws.take(torch.tensor([3]), 1).shape == (1, TOKENS, BITS)
-    assert draws.take(torch.tensor([4, 1000, 0]), SLOTS).shape == (SLOTS, TOKENS, BITS)
+    draws.fill(torch.tensor([3]))
+    assert draws.take(torch.tensor([3])).shape == (1, TOKENS, BITS)
+    assert draws.take(torch.tensor([4, 1000, 0])).shape == (SLOTS, TOKENS, BITS)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.engine import Request
 from instella_ray.engine.events import Expired, Finished, Progress
 from instella_ray.engine.kinds import build_engine
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.errors import UserError
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.joint_attention import TextKV
@@ -47,7 +48,7 @@ def test_the_engine_samples_what_the_plain_loop_samples(kind: str) -> None:
     e = engine(kind)
     wanted = request(4)
     e.submit(wanted)
-    model = e.model
+    model = e.slots.model
     kv = model.text_kv(wanted.features[:, None], torch.ones(1, wanted.features.shape[1], dtype=torch.bool))
     empty = model.text_kv(torch.zeros(2, 1, 1, 8), torch.zeros(1, 1, dtype=torch.bool))
     assert torch.equal(drain(e)["4"], generate(model, kv, TextKV.cat([empty]), wanted.params)[0])

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from instella_ray.engine.engine import EngineOptions, Request
-from instella_ray.engine.kinds import DiffusionEngine, build_engine
+from instella_ray.engine.engine import Request
+from instella_ray.engine.kinds import DiffusionSlots, build_engine
 from instella_ray.engine.modulations import CHUNK, ScheduleModulations
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.models.generator import DiffusionGenerator, GeneratorConfig
 from instella_ray.models.joint_attention import TextKV
 from instella_ray.models.sampling import SamplingParams, generate, timestep
@@ -71,8 +72,8 @@ def test_schedules_longer_than_a_chunk_are_computed_chunk_by_chunk(limit: int) -
     """Each chunk once, even if the slots' chunks together exceed the limit; slots move when shorter schedules end."""
     model = network()
     engine = build_engine(model, torch.zeros(2, 0, 8), EngineOptions(SLOTS, 6))
-    assert isinstance(engine, DiffusionEngine)
-    engine.modulations.chunks.limit = limit
+    assert isinstance(engine.slots, DiffusionSlots)
+    engine.slots.modulations.chunks.limit = limit
     lengths = {"short": 3, "long": 2 * CHUNK + 5, "middle": CHUNK, "longer": 3 * CHUNK + 1, "late": CHUNK + 2}
     params = {name: SamplingParams.of(1, seed=n, num_inference_steps=n, rho=1 + n / 10) for name, n in lengths.items()}
     features = torch.randn(2, 3, 8)

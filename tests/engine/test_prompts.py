@@ -19,8 +19,8 @@ def test_requests_with_the_same_prompt_share_its_projection_and_keep_their_bits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     e, other = engine(kind), engine(kind)
-    calls, project = list[int](), e.model.text_kv
-    monkeypatch.setattr(e.model, "text_kv", lambda *given: calls.append(1) or project(*given))  # type: ignore[func-returns-value]
+    calls, project = list[int](), e.slots.model.text_kv
+    monkeypatch.setattr(e.slots.model, "text_kv", lambda *given: calls.append(1) or project(*given))  # type: ignore[func-returns-value]
     done, expected = {}, {}
     for number in range(12):  # four prompts, in slots that had other prompts before
         given = replace(request(number), features=features(number % 4))
@@ -34,12 +34,12 @@ def test_requests_with_the_same_prompt_share_its_projection_and_keep_their_bits(
     assert len(calls) == 4
     e.submit(replace(request(3), prompt=None))
     drain(e)
-    assert len(calls) == 5 and len(e.project.cache.items) == 4
+    assert len(calls) == 5 and len(e.slots.project.cache.items) == 4
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
 def test_the_cache_holds_the_latest_prompts_within_its_limit(kind: str) -> None:
-    project = engine(kind).project
+    project = engine(kind).slots.project
     # Two blocks, keys and values, 32 numbers of 4 bytes, and the mask: 513 bytes a token of the prompt, not of the slot.
     size = project(features(3), "measured").nbytes
     assert size == 3 * 513 == project.cache.used

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instella_ray.engine.draws import AHEAD
-from instella_ray.engine.engine import EngineOptions, Request, StepEngine
+from instella_ray.engine.engine import Request, StepEngine
 from instella_ray.engine.events import Expired, Finished
 from instella_ray.engine.kinds import build_engine
 from instella_ray.engine.scheduling import (
@@ -24,6 +24,7 @@ from instella_ray.engine.scheduling import (
     by_deadline,
     fifo,
 )
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.sampling import SamplingParams
 
@@ -218,7 +219,7 @@ def test_more_steps_than_are_drawn_ahead_survive_pauses() -> None:
 
 def test_a_paused_request_can_be_cancelled_and_expires() -> None:
     e = deadline_engine("diffusion", 4)
-    narrow = e.buckets[2][0]
+    narrow = e.slots.buckets[2][0]
     if narrow == 4:
         pytest.skip("only the full table gives the same bits on this processor")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from instella_ray.engine.engine import EngineOptions, Request, StepEngine
+from instella_ray.engine.engine import Request, StepEngine
 from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.models.sampling import SamplingParams
 

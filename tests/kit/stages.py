@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from instella_ray.engine.engine import EngineOptions, Request
+from instella_ray.engine.engine import Request
 from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
+from instella_ray.engine.slots import EngineOptions
 from instella_ray.models.checkpoint import load_model
 from instella_ray.models.sampling import SamplingParams
 

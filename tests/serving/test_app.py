@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -85,8 +86,9 @@ def test_an_occupied_port_is_refused_in_one_line_before_anything_is_loaded(
 def test_settings_that_contradict_are_refused(folders: dict[str, str], build: Callable[[ServeArgs], object]) -> None:
     with pytest.raises(UserError, match=r"limits.images 64: models.diffusion admits at most 4 images"):
         build(serve_args(folders, model={"slots": 2, "queue": 0}))
-    with pytest.raises(UserError, match="compilation graphs: needs a GPU"):
-        build(serve_args(folders, model={"compilation": "graphs"}))
+    for compilation in ("graphs", "compile+graphs"):
+        with pytest.raises(UserError, match=re.escape(f"compilation {compilation}: needs a GPU")):
+            build(serve_args(folders, model={"compilation": compilation}))
     with pytest.raises(UserError, match=r"more than limits\.steps 10"):
         build(serve_args(folders, limits=RequestLimits(steps=10)))
     with pytest.raises(UserError, match="expected at least one generator"):

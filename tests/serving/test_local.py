@@ -153,7 +153,7 @@ def test_an_engine_that_breaks_is_told_and_makes_the_endpoint_ill(
 
 
 def test_images_of_a_prompt_share_its_projection(api: FastAPI, client: httpx.Client) -> None:
-    cached = api.state.graph.generators["ar"].stage.runner.engine.project.cache.items
+    cached = api.state.graph.generators["ar"].stage.runner.engine.slots.project.cache.items
     assert generate(client, model="ar", prompt="one", n=2).status_code == 200 and list(cached) == ["one"]
     list(events(client, model="ar", prompt="two"))
     assert list(cached) == ["one", "two"]

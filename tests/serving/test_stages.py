@@ -135,7 +135,7 @@ def test_a_cached_prompt_is_projected_again_by_new_weights(folders: dict[str, st
                 assert np.array_equal(codes, codes_alone(folders[name], 5))
             *_, last = [event async for event in generator.follow(features(5), sampling(5), 60.0, 1, "a prompt")]
             assert np.array_equal(last["codes"], codes_alone(folders[name], 5))
-            assert list(generator.runner.engine.project.cache.items) == ["a prompt"]
+            assert list(generator.runner.engine.slots.project.cache.items) == ["a prompt"]
 
     asyncio.run(run())
 
@@ -222,7 +222,7 @@ def test_half_precision_is_for_gpus_unless_asked_for(folders: dict[str, str]) ->
 
     async def run() -> None:
         generator = stage(folders, precision="bf16")
-        assert generator.runner.engine.model.x_embedder.weight.dtype == torch.bfloat16
+        assert generator.runner.engine.slots.model.x_embedder.weight.dtype == torch.bfloat16
         alone = (await generator.generate(features(5), sampling(5), 60.0)).codes
         jobs = [generator.generate(features(n), sampling(n), 60.0) for n in range(12)]
         assert np.array_equal((await asyncio.gather(*jobs))[5].codes, alone)

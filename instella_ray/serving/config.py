@@ -60,7 +60,7 @@ class StageArgs(Config):
     autoscaling: Autoscaling | None = None
     num_cpus: float | None = Field(None, ge=0)
     """Logical CPUs per replica of this stage; none means the endpoint's ``num_cpus``."""
-    num_gpus: float | None = Field(None, ge=0)
+    num_gpus: float | None = Field(None, ge=0, le=1)
     """GPU share per replica of this stage; none means the endpoint's ``num_gpus``."""
     queue: int = Field(64, ge=0)
     """Maximum queued images beyond those in replicas; further ones are refused with 429."""
@@ -142,8 +142,8 @@ class ServeArgs(Config):
     """Logical CPUs reserved per replica."""
     threads: int = Field(1, ge=1)
     """CPU threads per replica."""
-    num_gpus: float = Field(0.0, ge=0)
-    """GPU share per replica."""
+    num_gpus: float = Field(0.0, ge=0, le=1)
+    """GPU share per replica, at most 1, as it computes on one GPU; 0 computes on CPUs."""
     precision: Precision = "auto"
     """Precision of weights and arithmetic; auto is bf16 on GPUs."""
 

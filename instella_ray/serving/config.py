@@ -115,6 +115,14 @@ class ModelArgs(StageArgs):
         )
 
 
+class DecoderArgs(StageArgs):
+    """Decoder stage."""
+
+    file_threads: int = Field(2, ge=1)
+    """Threads per replica that check and write image files while the next ones are decoded; each writes about 100 PNG or 20
+    WebP of 1024 px a second. More need ``num_cpus`` as well."""
+
+
 class ServeArgs(Config):
     """Endpoint: one tokenizer, one text encoder and any number of generators over the tokenizer's codes."""
 
@@ -132,8 +140,7 @@ class ServeArgs(Config):
     images of a model, and at least ``limits.images``."""
     text: StageArgs = StageArgs()
     """Text encoder stage."""
-    decoder: StageArgs = StageArgs()
-    """Decoder stage."""
+    decoder: DecoderArgs = DecoderArgs()
     safety: SafetyConfig | None = None
     """Safety checker applied to every image; requires the extra ``safety``. None: no check."""
     api_keys_file: str | None = None

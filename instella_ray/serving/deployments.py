@@ -293,6 +293,7 @@ class DecoderStage:
         """Load the tokenizer in the folder ``path``.
 
         With a ``batch`` above 1, pixels may differ in the last digit from those of an image decoded alone.
+        ``file_threads``: threads that check and write image files.
         """
         torch.set_num_threads(threads)
         keep_freed_memory()

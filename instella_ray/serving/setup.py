@@ -66,6 +66,7 @@ class Setup:
             "threads": args.threads,
             "device": self._device(args.decoder),
             "precision": args.precision,
+            "file_threads": args.decoder.file_threads,
             "safety": args.safety,
         }
 

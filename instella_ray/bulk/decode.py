@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
@@ -41,6 +43,8 @@ class DecodeConfig(Config):
     """Number of actors; none means one per GPU, or one per two CPUs."""
     gpus_per_actor: float = Field(0.0, ge=0)
     """GPU share of each actor; 0 decodes on the CPU."""
+    file_threads: int = Field(2, ge=1)
+    """Threads of each actor that encode image files while the next batch is decoded."""
 
 
 class SampleDecoder:
@@ -77,7 +81,7 @@ class DecodeWorker:
 
     def __init__(self, cfg: DecodeConfig, folder: str, size: int) -> None:
         assert cfg.tokenizer is not None and cfg.format is not None
-        self.format, self.sets = cfg.format, find_sample_sets(folder)
+        self.format, self.sets, self.file_threads = cfg.format, find_sample_sets(folder), cfg.file_threads
         device = "auto" if cfg.gpus_per_actor else "cpu"
         self.decoder = SampleDecoder(cfg.tokenizer, size, batch_size=cfg.batch_size, device=device)
 
@@ -100,10 +104,21 @@ class DecodeWorker:
     def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
         kind = "png" if self.format == "tar" else self.format
         sampling = samples.run.sampling.model_dump(mode="json")
-        for i, image in enumerate(self.decoder.images(block.codes)):
-            about = {"model": samples.run.model_hash, "prompt": block.prompts[i], **sampling, "seed": block.seeds[i]}
-            about["weights"] = {"generator": samples.run.model_hash, "tokenizer": samples.run.tokenizer_hash}
-            yield encode_image(image, kind, about)
+        pending: deque[Future[bytes]] = deque()
+        with ThreadPoolExecutor(self.file_threads, thread_name_prefix="image-files") as threads:
+            for i, image in enumerate(self.decoder.images(block.codes)):
+                about = {
+                    "model": samples.run.model_hash,
+                    "prompt": block.prompts[i],
+                    **sampling,
+                    "seed": block.seeds[i],
+                }
+                about["weights"] = {"generator": samples.run.model_hash, "tokenizer": samples.run.tokenizer_hash}
+                pending.append(threads.submit(encode_image, image, kind, about))
+                # At most one batch waits, beside the one that is decoded.
+                if len(pending) > self.decoder.batch_size:
+                    yield pending.popleft().result()
+            yield from (file.result() for file in pending)
 
 
 def image_name(block: SampleBlock, row: int) -> str:

@@ -1,4 +1,4 @@
-"""Predict the cost of a training run."""
+"""Predict the cost of a training run, or what an endpoint needs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 
 from .. import logs
 from ..config import ArgumentParser, add_overrides, load_config, read_yaml, validate
+from ..errors import UserError
+from ..planning.endpoint import plan_endpoint
 from ..planning.plan import PlanOptions, plan_run
 from ..training.generator import GeneratorRunConfig
 from ..training.stages import TokenizerStagesConfig
 from ..training.tokenizer import TokenizerConfig
+from .serve import ServeJobConfig
 
 
 def parser(prog: str = "instella-ray plan") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        description="Predict a run of jobs/train_generator.py or jobs/train_tokenizer.py from its configuration: FLOP per "
-        "sample from the networks' sizes, time from a measured throughput or MFU. All assumptions are printed.",
+        description="Predict what a job needs from its configuration. A run of jobs/train_generator.py or "
+        "jobs/train_tokenizer.py: FLOP per sample from the networks' sizes, time from a measured throughput or MFU, memory. "
+        "An endpoint (jobs/serve.py): memory of each stage, which replicas fit on a GPU together, the number of GPUs, and "
+        "the least times of a step and an image; of the options only --device has an effect. All assumptions are printed.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the job")
     add_overrides(parser)
@@ -36,9 +41,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray plan") -> 
     logs.begin_job("plan")
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(args, name)) is not None}
     options = validate(PlanOptions, given, None, {name: f"{_flag(name)} {value}" for name, value in given.items()})
+    keys = read_yaml(args.config)
+    if "app" in keys:
+        if unused := [_flag(name) for name in (*given, *(["gpus"] if args.gpus else [])) if name != "device"]:
+            raise UserError(f"{unused[0]}: has no effect on the plan of an endpoint")
+        endpoint = plan_endpoint(load_config(ServeJobConfig, args.config, args.overrides).app, options)
+        print(json.dumps(endpoint.as_dict(), indent=1) if args.json else endpoint.text())
+        return 0
+    if "applications" in keys:
+        raise UserError(f"{args.config}: in the form of Ray Serve; expected its args under app, as in serve/paper")
     overrides = [*args.overrides, *([f"train.workers.count={args.gpus}"] if args.gpus else [])]
     runs: Mapping[str, TokenizerConfig | GeneratorRunConfig]
-    if "data" in read_yaml(args.config):
+    if "data" in keys:
         tokenizer = load_config(TokenizerStagesConfig, args.config, overrides)
         runs = tokenizer.each() or {"": tokenizer}
     else:

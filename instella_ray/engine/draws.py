@@ -13,13 +13,18 @@ NUMBERS = 16_384
 """Maximum number of random values buffered per slot: for large draws the values, not the calls, dominate the cost."""
 
 
+def draws_ahead(tokens: int, bits: int, numbers: int = NUMBERS) -> int:
+    """Return how many draws of ``tokens x bits`` values are buffered per slot."""
+    return max(1, min(AHEAD, numbers // (tokens * bits)))
+
+
 class Draws:
     """Buffer of consecutive draws for each slot's seed, identical to the values of :func:`..models.rng.uniforms`."""
 
     def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int, numbers: int = NUMBERS) -> None:
         """``seed [slots]``: the engine's table, updated in place when a slot is assigned; ``numbers``: see NUMBERS."""
         self.seed, self.stream = seed, stream
-        self.ahead = max(1, min(AHEAD, numbers // (tokens * bits)))
+        self.ahead = draws_ahead(tokens, bits, numbers)
         self.first = torch.zeros_like(seed)
         """Index of the first buffered draw of each slot, ``[slots]``."""
         self.table = torch.zeros(len(seed), self.ahead, tokens, bits, device=seed.device)

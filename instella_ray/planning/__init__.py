@@ -1,1 +1,1 @@
-"""Resource plans of training runs, and simulations of serving, data jobs and training."""
+"""Resource plans of training runs and endpoints, and simulations of serving, data jobs and training."""

@@ -13,6 +13,9 @@ from ..models.generator import GeneratorConfig
 from ..training.learner import BUCKET
 from ..training.settings import Sharding
 
+USABLE = 0.9
+"""Share of a GPU's memory that a run may need; the rest is reserved for the allocator and libraries."""
+
 
 class Bytes(NamedTuple):
     """Bytes per saved value."""

@@ -35,7 +35,7 @@ from ..models.text_encoder import TextEncoderConfig, resolve_name
 from ..training.generator import GeneratorRunConfig
 from ..training.settings import TrainConfig
 from ..training.tokenizer import TokenizerConfig
-from .memory import generator_activations, states, tokenizer_activations
+from .memory import USABLE, generator_activations, states, tokenizer_activations
 
 PAPER_IMAGES_PER_SECOND = 120.0
 """Training throughput of the paper's generators on one MI300X (section 1)."""
@@ -118,7 +118,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a worker fits into a GPU's memory, with a tenth reserved for the allocator and libraries."""
-        return self.memory_total <= 0.9 * self.device_memory
+        return self.memory_total <= USABLE * self.device_memory
 
     def text(self) -> str:
         """Format the plan for a terminal."""

@@ -61,7 +61,7 @@ class StageArgs(Config):
     autoscaling: Autoscaling | None = None
     num_cpus: float | None = Field(None, ge=0)
     """Logical CPUs per replica of this stage; none means the endpoint's ``num_cpus``."""
-    num_gpus: float | None = Field(None, ge=0)
+    num_gpus: float | None = Field(None, ge=0, le=1)
     """GPU share per replica of this stage; none means the endpoint's ``num_gpus``."""
     queue: int = Field(64, ge=0)
     """Maximum queued images beyond those in replicas; further ones are refused with 429."""
@@ -124,6 +124,14 @@ class ModelArgs(StageArgs):
         )
 
 
+class DecoderArgs(StageArgs):
+    """Decoder stage."""
+
+    file_threads: int = Field(2, ge=1)
+    """Threads per replica that check and write image files while the next ones are decoded; each writes about 100 PNG or 20
+    WebP of 1024 px a second. More need ``num_cpus`` as well."""
+
+
 class ServeArgs(Config):
     """Endpoint: one tokenizer, one text encoder and any number of generators over the tokenizer's codes."""
 
@@ -141,8 +149,7 @@ class ServeArgs(Config):
     images of a model, and at least ``limits.images``."""
     text: StageArgs = StageArgs()
     """Text encoder stage."""
-    decoder: StageArgs = StageArgs()
-    """Decoder stage."""
+    decoder: DecoderArgs = DecoderArgs()
     safety: SafetyConfig | None = None
     """Safety checker applied to every image; requires the extra ``safety``. None: no check."""
     api_keys_file: str | None = None
@@ -151,8 +158,8 @@ class ServeArgs(Config):
     """Logical CPUs reserved per replica."""
     threads: int = Field(1, ge=1)
     """CPU threads per replica."""
-    num_gpus: float = Field(0.0, ge=0)
-    """GPU share per replica."""
+    num_gpus: float = Field(0.0, ge=0, le=1)
+    """GPU share per replica, at most 1, as it computes on one GPU; 0 computes on CPUs."""
     precision: Precision = "auto"
     """Precision of weights and arithmetic; auto is bf16 on GPUs."""
 

@@ -41,6 +41,10 @@ from .scaling import ACTIVE, SLOTS, WAITING
 
 log = logging.getLogger(__name__)
 
+ENCODE_BATCH = 32
+"""Maximum number of prompts that are encoded at once if features may depend on the batch."""
+DECODE_BATCH = 8
+"""Maximum number of images that are decoded at once."""
 REPORT_EVERY_S = 1.0
 """Seconds between two updates of the engine's metrics."""
 
@@ -68,7 +72,9 @@ class TextEncoderStage:
         where = pick_device(device)
         self.encoder = TextEncoder.from_config(cfg, device=where, dtype=serving_dtype(where, precision))
         self.times = StageTimes()
-        self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(self._encode, size=1 if batch_invariant else 32)
+        self.batcher: MicroBatcher[str, np.ndarray] = MicroBatcher(
+            self._encode, size=1 if batch_invariant else ENCODE_BATCH
+        )
 
     async def encode(self, prompt: str) -> np.ndarray:
         """Encode ``prompt``; returns float32 ``[layers, T, width]`` without padding."""
@@ -280,13 +286,14 @@ class DecoderStage:
         device: str = "auto",
         *,
         precision: Precision = "auto",
-        batch: int = 8,
+        batch: int = DECODE_BATCH,
         file_threads: int = 2,
         safety: SafetyConfig | None = None,
     ) -> None:
         """Load the tokenizer in the folder ``path``.
 
         With a ``batch`` above 1, pixels may differ in the last digit from those of an image decoded alone.
+        ``file_threads``: threads that check and write image files.
         """
         torch.set_num_threads(threads)
         keep_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def serve_forever(args: ServeArgs, host: str, port: int, grace_s: float, *, loca
 
     Requests that are then in progress have ``grace_s`` seconds to finish; new ones are refused. ``local`` serves without
     Ray. Raises UserError before anything has started for an address that cannot be used, models that cannot be
-    loaded, resources that the cluster lacks, and a Ray whose Serve runs another endpoint.
+    loaded, resources that the cluster lacks, and a Ray whose Serve runs another endpoint; after the start for replicas that
+    refuse it, such as one with a share of a GPU on a node where PyTorch sees none.
     """
     keys = ApiKeys.load(args.api_keys_file)
     check_address(host, keys)
@@ -82,7 +84,10 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.start(http_options={"host": host, "port": port})
-        handle = serve.run(app, name=APP, route_prefix="/")
+        try:
+            handle = serve.run(app, name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise _refusal() or error from None
         # Called outside of an event loop, which needs a router with its own, whatever the setting for replicas.
         handle._init(_run_router_in_separate_loop=True)
         started()
@@ -95,6 +100,16 @@ def _on_serve(args: ServeArgs, host: str, port: int, grace_s: float, started: Ca
         print("stopping at once", flush=True)
     finally:
         shut_down_serve()
+
+
+def _refusal() -> UserError | None:
+    """Return the UserError for which replicas of the application have not started, such as a missing GPU; None if none."""
+    from ray import serve
+
+    for name, deployment in serve.status().applications[APP].deployments.items():
+        if found := re.search(rf"{UserError.__module__}\.{UserError.__name__}: (.*)", deployment.message):
+            return UserError(f"{name}: {found[1]}")
+    return None
 
 
 def _drain(handle: DeploymentHandle, grace_s: float) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engine.weights import Identity
 from ..errors import UserError
-from ..models.bit import BIT
+from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import check_weights, load_expected, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
@@ -38,7 +38,7 @@ class Setup:
         Raises UserError for missing folders, generators of another tokenizer and contradictory settings.
         """
         args.check()
-        args = _located(args)
+        args = located(args)
         keys = ApiKeys.load(args.api_keys_file)
         served, text_config = _read_folders(args)
         # Longer prompts are truncated, with a warning, to the length of a slot.
@@ -66,6 +66,7 @@ class Setup:
             "threads": args.threads,
             "device": self._device(args.decoder),
             "precision": args.precision,
+            "file_threads": args.decoder.file_threads,
             "safety": args.safety,
         }
 
@@ -89,13 +90,35 @@ class Setup:
         return Service(self.args, self.served, graph, count)
 
     def _device(self, stage: StageArgs) -> str:
-        return "auto" if self.args.gpus(stage) else "cpu"
+        # Not auto: a replica that reserves a GPU and finds none would compute on the CPU unnoticed.
+        return "cuda" if self.args.gpus(stage) else "cpu"
 
 
-def _located(args: ServeArgs) -> ServeArgs:
+def located(args: ServeArgs) -> ServeArgs:
     """Return ``args`` with the absolute paths of its model folders, which all stages then load, whatever is saved later."""
     models = {name: model.model_copy(update={"path": find_model(model.path)}) for name, model in args.models.items()}
     return args.model_copy(update={"tokenizer": find_model(args.tokenizer), "models": models})
+
+
+def check_sizes(args: ServeArgs, tokenizer: BITConfig) -> None:
+    """Raise UserError for a size at which ``tokenizer`` cannot decode."""
+    multiple = tokenizer.decode_multiple
+    wrong = next((size for size in args.sizes if size % multiple), None)
+    if wrong is not None:
+        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} requires")
+
+
+def one_text_encoder(args: ServeArgs) -> TextEncoderConfig:
+    """Return the text encoder of all generators; UserError if a model folder names none, or they differ."""
+    encoders = []
+    for name, model in args.models.items():
+        encoder = Identity.of(model.path).text_encoder
+        if encoder is None:
+            raise UserError(f"models.{name}: {model.path} names no text encoder")
+        encoders.append(encoder)
+    if any(encoder != encoders[0] for encoder in encoders):
+        raise UserError("models: the generators use different text encoders, expected the same one for all")
+    return encoders[0]
 
 
 def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:
@@ -115,11 +138,9 @@ def _count_tokens(tokenizer: Any, prompt: str) -> int:
 
 def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
     bit = load_expected(args.tokenizer, BIT)
-    bit_hash, multiple = weight_hash(bit), bit.cfg.decode_multiple
-    wrong = next((size for size in args.sizes if size % multiple), None)
-    if wrong is not None:
-        raise UserError(f"sizes {wrong}: not a multiple of {multiple}, as tokenizer {args.tokenizer} requires")
-    encoders, kinds = [], {}
+    bit_hash = weight_hash(bit)
+    check_sizes(args, bit.cfg)
+    kinds = {}
     for name, model in args.models.items():
         config = read_checkpoint_config(model.path)
         if config.get("tokenizer_hash") != bit_hash:
@@ -134,7 +155,4 @@ def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
                 f"tokenizer {args.tokenizer} has {bit.cfg.num_tokens} of {bit.cfg.bits_per_token}"
             )
         kinds[name] = str(config["model"].get("kind"))
-        encoders.append(TextEncoderConfig.model_validate(config["text_encoder"]))
-    if any(encoder != encoders[0] for encoder in encoders):
-        raise UserError("models: the generators use different text encoders, expected the same one for all")
-    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), encoders[0]
+    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), one_text_encoder(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
+from instella_ray.bulk import decode
 from instella_ray.bulk.decode import DecodeConfig, run_decode
 from instella_ray.bulk.decode import DecodeWorker as Decoding
 from instella_ray.bulk.plan import SampleConfig, Sweep
@@ -283,6 +287,31 @@ def test_images_that_are_there_are_not_decoded_again(finished: Path, folders: di
     assert len(made) == 18
     assert run_decode(cfg, str(out), local=True) == 18
     assert {path: path.stat().st_mtime_ns for path in (out / "images-32").iterdir()} == made
+
+
+def test_the_next_batch_is_decoded_while_files_are_encoded(
+    finished: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of the first batch is done before a second one is decoded; the number of threads changes no file."""
+    one, two = (shutil.copytree(finished, tmp_path / name) for name in ("one", "two"))
+    given = {"format": "png", "tokenizer": folders["bit"], "batch_size": 1}
+    run_decode(DecodeConfig.model_validate({**given, "file_threads": 1}), str(one), local=True)
+    encode, to_pixels, second, batches = decode.encode_image, decode.to_pixels, threading.Event(), itertools.count(1)
+
+    def waiting(*args: Any) -> bytes:
+        assert second.wait(20)
+        return encode(*args)
+
+    def counting(images: Tensor) -> np.ndarray:
+        if next(batches) == 2:
+            second.set()
+        return to_pixels(images)
+
+    monkeypatch.setattr(decode, "encode_image", waiting)
+    monkeypatch.setattr(decode, "to_pixels", counting)
+    run_decode(DecodeConfig.model_validate(given), str(two), local=True)
+    first, again = ({path.name: path.read_bytes() for path in (out / "images-32").iterdir()} for out in (one, two))
+    assert len(first) == 18 and first == again
 
 
 # --- and with kill -9

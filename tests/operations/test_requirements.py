@@ -62,6 +62,21 @@ def test_what_a_cluster_lacks_is_said_in_one_line() -> None:
     assert lacking(workers, []) == "needs 16 GPUs and 128 CPUs, the cluster has 0 GPUs and 0 CPUs"
 
 
+def test_shares_that_do_not_fit_on_the_gpus_are_said() -> None:
+    """Ray would wait for room without end, although the sum of the shares is there."""
+    two = [{"CPU": 9.0, "GPU": 1.0}] * 2
+    assert lacking((Group(2, 1, 0.6), Group(2, 1, 0.4)), two) is None
+    three = (Group(3, 1, 0.6), Group(1, 1, 0.2))
+    assert lacking(three, two) == "needs at least 3 GPUs for 3 x 0.6, 1 x 0.2, the cluster has 2 GPUs"
+    assert lacking(three, [*two, two[0]]) is None
+    assert lacking((Group(1, 1, 0.7), Group(2, 1, 0.51)), two) == (
+        "needs at least 3 GPUs for 1 x 0.7, 2 x 0.51, the cluster has 2 GPUs"
+    )
+    # Two of 0.4 at most on each; of exactly a half or a third there are two or three.
+    assert lacking((Group(5, 1, 0.4),), two) == "needs at least 3 GPUs for 5 x 0.4, the cluster has 2 GPUs"
+    assert lacking((Group(4, 1, 0.5),), two) is None and lacking((Group(6, 1, 0.3333),), two) is None
+
+
 def test_a_worker_that_fits_on_no_node_is_said() -> None:
     nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
     expected = "needs 1 GPU and 6 CPUs on one node, nodes of the cluster have 1 GPU and 4 CPUs"

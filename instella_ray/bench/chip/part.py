@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import traceback
-from typing import Any, cast
+from textwrap import shorten
+from typing import cast
 
 import torch
 
@@ -70,8 +71,7 @@ def main(name: Part) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return shorten(f"{type(error).__name__}: {error}", 160)
 
 
 def _end_with_parent() -> None:

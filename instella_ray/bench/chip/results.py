@@ -42,9 +42,11 @@ class GpuBenchResults:
     def __init__(self, cfg: GpuBenchConfig, device: torch.device) -> None:
         """Read the file, if there is one.
 
-        Raises UserError if it has measurements of another device, with other versions or settings.
+        Raises UserError if it has measurements of another device, with other versions or settings, or is not local.
         """
         self.path = cfg.output
+        if not storage.is_local(self.path):
+            raise UserError(f"output {self.path}: expected a local file")
         settings = cfg.model_dump(mode="json")
         self.content: dict[str, Any] = {"machine": machine(device), "settings": settings, "parts": {}}
         if not storage.exists(self.path):
@@ -54,12 +56,15 @@ class GpuBenchResults:
             self._same(found[section], self.content[section])
         self.content["parts"] = found["parts"]
 
-    def _same(self, found: dict[str, Any], here: dict[str, Any]) -> None:
+    def _same(self, found: dict[str, Any], here: dict[str, Any], prefix: str = "") -> None:
         for key in dict.fromkeys([*found, *here]):
             old, new = found.get(key), here.get(key)
-            if key not in FREE and old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                self._same(old, new, f"{prefix}{key}.")
+            elif key not in FREE and old != new:
                 raise UserError(
-                    f"{self.path}: has measurements with {key} = {old!r}, here it is {new!r}; expected another output"
+                    f"{self.path}: has measurements with {prefix}{key} = {old!r}, here it is {new!r}; "
+                    f"expected another output"
                 )
 
     @property

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from ...accelerator import pick_device
+from ...errors import UserError
 from .results import CUT, FAILED, WHOLE, GpuBenchResults
 from .settings import GpuBenchConfig, Part
 
@@ -22,9 +23,15 @@ from .settings import GpuBenchConfig, Part
 def run_gpu_bench(cfg: GpuBenchConfig) -> bool:
     """Measure the parts that ``cfg.output`` lacks, print the table, and return whether all parts are whole.
 
-    Raises UserError for an unavailable device, and for a file with other measurements.
+    Raises UserError for an unavailable device, for full size without a GPU unless ``cfg.device`` is cpu, and for a file
+    with other measurements.
     """
-    results = GpuBenchResults(cfg, pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    if device.type == "cpu" and cfg.device == "auto" and not cfg.tiny:
+        raise UserError(
+            "device auto: PyTorch sees no GPU on this machine; expected --tiny, or device=cpu for full size"
+        )
+    results = GpuBenchResults(cfg, device)
     missing = [part for part in cfg.parts if not results.is_whole(part)]
     began = time.monotonic()
     for number, part in enumerate(missing, start=1):

@@ -102,7 +102,7 @@ class GpuBenchConfig(Config):
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Images that are generated together, ascending: powers of two, or three times one. The last is the number of slots."""
     compiled_buckets: tuple[int, ...] = Field((1, 64), min_length=1)
-    """The same for ``torch.compile``, an engine each, because a compilation takes long."""
+    """The same for ``torch.compile``, each in an engine of its own."""
     steps: int = Field(20, ge=1)
     """Steps of a diffusion image, with guidance."""
     image_sizes: tuple[int, ...] = Field((512, 768, 1024), min_length=1)

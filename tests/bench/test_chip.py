@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from instella_ray.bench.chip.part import FUNCTIONS
-from instella_ray.bench.chip.rows import LAUNCHES, Bench, Row, bound_by, cells
+from instella_ray.bench.chip.rows import LAUNCHES, Bench, ChipRow, bound_by, cells
 from instella_ray.bench.chip.run import run_gpu_bench
 from instella_ray.bench.chip.settings import PARTS, GpuBenchConfig, Part
 from instella_ray.bench.measure import Spread
@@ -84,7 +84,7 @@ def test_what_took_about_as_long_as_the_chip_needs_is_bound_by_it() -> None:
 
 
 def test_a_row_says_its_shares_of_the_chip_and_a_dash_where_it_knows_none() -> None:
-    rows: list[Row] = []
+    rows: list[ChipRow] = []
     bench = Bench(settings(Path("none.json")), CPU, rows.append, {})
     goal = Goal("alone", 2.0, 1.0, "<=")
     bench.add("on a CPU", Spread(2, 2, 2), DeviceWork(4e12, 2e12), images=8, goal=goal)
@@ -126,7 +126,7 @@ def rows_of(tmp_path: Path) -> Callable[[Part], list[dict[str, Any]]]:
     def measure(part: Part) -> list[dict[str, Any]]:
         import importlib
 
-        rows: list[Row] = []
+        rows: list[ChipRow] = []
         module, function = FUNCTIONS[part]
         bench = Bench(settings(tmp_path / "out.json"), CPU, rows.append, {})
         getattr(importlib.import_module(f"instella_ray.bench.chip.{module}"), function)(bench)

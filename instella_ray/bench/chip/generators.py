@@ -18,7 +18,7 @@ from ...data.formats.codes import CodesManifest
 from ...models import rng
 from ...models.bit import BIT
 from ...models.checkpoint import save_model, weight_hash
-from ...models.generator import DiffusionGenerator, build_generator
+from ...models.generator import DiffusionGenerator
 from ...models.text_encoder import TextFeatureCache
 from ...training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
 from ...training.learner import Learner, ZeroLearner
@@ -26,8 +26,8 @@ from ...training.trainer import LEARNERS
 from ..data import write_codes
 from ..training import run_training
 from ..training_settings import TrainingBench
-from .rows import Bench, Row
-from .steps import WARMUP, Sweep, TrainingSteps, timed_steps, train_config, trained
+from .rows import Bench, ChipRow
+from .steps import WARMUP, TrainingSteps, TrainingSweep, timed_steps, train_config, trained
 
 
 class GeneratorRuns:
@@ -48,7 +48,7 @@ class GeneratorRuns:
         words = " ".join(["1"] * (cfg.text_length - 1))
         write_codes(folder / "codes", [f"{number} {words}" for number in range(samples)], manifest)
         self.text = cfg.text.saved(folder / "text", bench.device)
-        self.task = GeneratorTask(self.run(1), bench.device)
+        self.task = GeneratorTask(self.run(1), bench.device, self._model())
 
     def run(self, micro_batch: int, *, checkpointing: bool = False) -> GeneratorRunConfig:
         """Return the configuration of a run."""
@@ -65,9 +65,7 @@ class GeneratorRuns:
 
     def renew(self, *, checkpointing: bool = False, compiled: bool = False) -> DiffusionGenerator:
         """Give the task a new model, and an empty cache of text features; returns the model."""
-        with self.bench.device:
-            model = build_generator(self.bench.cfg.generator("diffusion"))
-        assert isinstance(model, DiffusionGenerator)
+        model = self._model()
         model.gradient_checkpointing = checkpointing
         if compiled:
             # A block's number is a constant of its code: more variants than the default limit, which compile fast, because
@@ -79,7 +77,13 @@ class GeneratorRuns:
         self.task.text = TextFeatureCache(self.task.text.encoder)
         return model
 
-    def row(self, sweep: Sweep, micro_batch: int, *, checkpointing: bool = False, compiled: bool = False) -> None:
+    def _model(self) -> DiffusionGenerator:
+        with self.bench.device:  # where the random weights of a large one take less time
+            return DiffusionGenerator(self.bench.cfg.generator("diffusion"))
+
+    def row(
+        self, sweep: TrainingSweep, micro_batch: int, *, checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         """Add a row to ``sweep``."""
         run = self.run(micro_batch, checkpointing=checkpointing)
 
@@ -102,7 +106,7 @@ def measure_training(bench: Bench) -> None:
     """Measure training steps of a diffusion generator by micro-batch, with and without gradient checkpointing."""
     cfg = bench.cfg
     with generator_runs(bench, max(*cfg.micro_batches, *cfg.checkpointed_micro_batches)) as runs:
-        sweep = Sweep(bench)
+        sweep = TrainingSweep(bench)
         for size in cfg.micro_batches:
             runs.row(sweep, size)
         for size in cfg.checkpointed_micro_batches:
@@ -112,7 +116,7 @@ def measure_training(bench: Bench) -> None:
 def measure_compiled_training(bench: Bench) -> None:
     """Measure training steps with compiled blocks, and without, at the same micro-batch."""
     with generator_runs(bench, bench.cfg.micro_batch) as runs:
-        sweep = Sweep(bench)
+        sweep = TrainingSweep(bench)
         for checkpointing in (False, True):
             for compiled in (False, True):
                 runs.row(sweep, bench.cfg.micro_batch, checkpointing=checkpointing, compiled=compiled)
@@ -125,11 +129,11 @@ def measure_sharding(bench: Bench) -> None:
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     size = bench.cfg.micro_batch
     with generator_runs(bench, size) as runs:
-        sweep, run = Sweep(bench), runs.run(size)
+        sweep, run = TrainingSweep(bench), runs.run(size)
         for name, learner in LEARNERS.items():
             what = f"diffusion, {name}, micro-batch {size}"
             if learner is ZeroLearner and importlib.util.find_spec("deepspeed") is None:
-                bench.emit(Row(what, note="not measured: DeepSpeed is not installed"))
+                bench.emit(ChipRow(what, note="not measured: DeepSpeed is not installed"))
                 continue
 
             def measure(learner: type[Learner] = learner) -> TrainingSteps:
@@ -178,4 +182,4 @@ def measure_loop(bench: Bench) -> None:
     result = run_training(suite, cfg.repeats, cfg.threads)
     for row in result.rows:
         figures = (f"{name} {value}" for name, value in row.items() if name != "what")
-        bench.emit(Row(str(row["what"]).strip(), note=", ".join(figures)))
+        bench.emit(ChipRow(str(row["what"]).strip(), note=", ".join(figures)))

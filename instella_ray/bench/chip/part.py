@@ -20,7 +20,7 @@ import torch
 from ... import logs
 from ...accelerator import pick_device
 from ...memory import keep_freed_memory
-from .rows import Bench, Row
+from .rows import Bench, ChipRow
 from .settings import GpuBenchConfig, Part
 
 FUNCTIONS: dict[Part, tuple[str, str]] = {
@@ -51,7 +51,7 @@ def main(name: Part) -> int:
     logs.set_up({"job": "bench_gpu", "part": name})
     keep_freed_memory()
 
-    def emit(row: Row) -> None:
+    def emit(row: ChipRow) -> None:
         print(json.dumps({"row": row.as_dict()}), file=lines)
 
     try:

@@ -13,7 +13,7 @@ from ... import __version__, storage
 from ...accelerator import device_label, hardware_summary
 from ...errors import UserError
 from ...rendering import Cell, Goal, table
-from .rows import Row, cells
+from .rows import ChipRow, cells
 from .settings import GpuBenchConfig, Part
 
 WHOLE, RUNNING, CUT, FAILED = "whole", "running", "cut", "failed"
@@ -82,7 +82,7 @@ class GpuBenchResults:
         self._write()
 
     def add(self, part: Part, row: dict[str, Any]) -> None:
-        """Add a measured row, from :meth:`.rows.Row.as_dict`."""
+        """Add a measured row, from :meth:`.rows.ChipRow.as_dict`."""
         self.parts[part]["rows"].append(row)
         self._write()
 
@@ -106,7 +106,10 @@ class GpuBenchResults:
                 yield {"part": part, **cells(row)}
             if found["state"] != WHOLE:
                 reason = found.get("reason") or "not measured yet"
-                yield {"part": part, **cells(Row("(the rest)" if found["rows"] else "(all)", note=reason).as_dict())}
+                yield {
+                    "part": part,
+                    **cells(ChipRow("(the rest)" if found["rows"] else "(all)", note=reason).as_dict()),
+                }
 
     def goals(self) -> list[Goal]:
         """Return the goals of all rows."""

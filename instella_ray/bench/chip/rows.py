@@ -39,7 +39,7 @@ def bound_by(seconds: float, work: DeviceWork, chip: Accelerator | None, launche
 
 
 @dataclass(frozen=True)
-class Row:
+class ChipRow:
     """Measurement of one setting."""
 
     what: str
@@ -95,7 +95,7 @@ class Bench:
         self,
         cfg: GpuBenchConfig,
         device: torch.device,
-        emit: Callable[[Row], None],
+        emit: Callable[[ChipRow], None],
         earlier: Mapping[str, Sequence[Mapping[str, Any]]],
     ) -> None:
         """``emit`` takes each row as it is measured; ``earlier`` has the rows of the parts before, as JSON, by part."""
@@ -127,13 +127,13 @@ class Bench:
         note: str = "",
         goal: Goal | None = None,
     ) -> None:
-        """Emit a row of ``work`` on ``images`` that took ``seconds``; other arguments as :func:`bound_by` and :class:`Row`.
+        """Emit a row of ``work`` on ``images`` that took ``seconds``.
 
-        ``forecast`` is in bytes. Small sizes have no goals.
+        Other arguments as :func:`bound_by` and :class:`ChipRow`; ``forecast`` is in bytes. Small sizes have no goals.
         """
         flop, moved = work.flop / seconds.median, work.bytes / seconds.median
         self.emit(
-            Row(
+            ChipRow(
                 what,
                 seconds,
                 images / seconds.median,

@@ -17,7 +17,7 @@ from ...flops import DeviceWork, generator_pass
 from ...models.generator import build_generator
 from ...models.sampling import SamplingParams
 from ...rendering import Goal
-from .rows import Bench, Row
+from .rows import Bench, ChipRow
 from .settings import GpuBenchConfig
 
 Kind = Literal["diffusion", "ar"]
@@ -81,7 +81,7 @@ def _by_bucket(bench: Bench, kind: Kind) -> None:
     for compilation in PLAIN:
         what = f"{kind}, {compilation}"
         if reason := lacking(compilation, bench.device):
-            bench.emit(Row(what, note=reason))
+            bench.emit(ChipRow(what, note=reason))
             continue
         options = EngineOptions(bench.cfg.slots, bench.cfg.text_length, compilation, batch_invariant=False)
         _buckets(bench, engine_of(bench, kind, options), kind, bench.cfg.buckets, what)
@@ -95,7 +95,7 @@ def measure_compiled_sampling(bench: Bench) -> None:
     for compilation in COMPILED:
         what = f"diffusion, {compilation}"
         if reason := lacking(compilation, bench.device):
-            bench.emit(Row(what, note=reason))
+            bench.emit(ChipRow(what, note=reason))
             continue
         for slots in bench.cfg.compiled_buckets[: 1 if "graphs" in compilation else None]:
             options = EngineOptions(slots, bench.cfg.text_length, compilation, batch_invariant=False)
@@ -131,12 +131,12 @@ def measure_bits(bench: Bench) -> None:
         digests = digests_of(bench.cfg, engine)
         largest = digests[str(bench.cfg.slots)]
         other = [bucket for bucket, digest in digests.items() if digest != largest]
-        bench.emit(Row(what, digests=digests, note=_differences(f"bucket {bench.cfg.slots}", other)))
+        bench.emit(ChipRow(what, digests=digests, note=_differences(f"bucket {bench.cfg.slots}", other)))
     for kind in get_args(Kind):
         engine = engine_of(bench, kind, EngineOptions(bench.cfg.slots, bench.cfg.text_length))
         guided, plain = (" ".join(map(str, engine.buckets[branches])) for branches in (2, 1))
         note = f"with guidance {guided}; without {plain or 'none'}"
-        bench.emit(Row(f"{kind}, buckets that an engine with batch_invariant uses", note=note))
+        bench.emit(ChipRow(f"{kind}, buckets that an engine with batch_invariant uses", note=note))
 
 
 def measure_restart(bench: Bench) -> None:
@@ -145,10 +145,10 @@ def measure_restart(bench: Bench) -> None:
     for what, engine in _plain_engines(bench):
         digests = digests_of(bench.cfg, engine)
         if (others := before.get(what)) is None:
-            bench.emit(Row(what, digests=digests, note="not compared: the part bits has no such row"))
+            bench.emit(ChipRow(what, digests=digests, note="not compared: the part bits has no such row"))
             continue
         other = [bucket for bucket, digest in digests.items() if digest != others.get(bucket)]
-        bench.emit(Row(what, digests=digests, note=_differences("the process of the part bits", other)))
+        bench.emit(ChipRow(what, digests=digests, note=_differences("the process of the part bits", other)))
 
 
 def _differences(reference: str, buckets: Sequence[str]) -> str:

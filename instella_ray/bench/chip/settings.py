@@ -127,7 +127,7 @@ class GpuBenchConfig(Config):
     """Perceptual loss of the tokenizer."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig(weights="random")
     """Discriminator of the tokenizer's third stage."""
-    loop_steps: int = Field(3, ge=1)
+    loop_steps: int = Field(2, ge=1)
     """Steps of a round in the comparison with a bare training loop, which has the batch ``micro_batch``."""
 
     @model_validator(mode="before")

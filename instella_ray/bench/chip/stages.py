@@ -25,7 +25,7 @@ from ...rendering import Goal
 from ...serving.deployments import DecoderStage
 from ...serving.runner import EngineRunner
 from ..measure import Spread
-from .rows import Bench, Row
+from .rows import Bench, ChipRow
 from .sampling import engine_of, fastest
 
 MIXED_GOAL = 25.0
@@ -102,7 +102,7 @@ def _files(bench: Bench) -> None:
                 pooled = bench.time(lambda many=many, name=name: list(pool.map(encode_image, many, [name] * len(many))))  # type: ignore[misc]
                 rate = len(many) / pooled.median
                 note = f"images/s of {cfg.threads} threads; {len(encode_image(image, name)) / 1e3:.0f} kB"
-                bench.emit(Row(f"{name.upper()} file, {size} px", alone, rate, note=note))
+                bench.emit(ChipRow(f"{name.upper()} file, {size} px", alone, rate, note=note))
 
 
 def measure_mixed(bench: Bench) -> None:

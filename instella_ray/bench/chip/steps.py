@@ -21,7 +21,7 @@ from ...training.tokenizer import TokenizerConfig
 from ...training.trainer import Trainer, TrainingTask
 from ..measure import Spread
 from ..training_tasks import now
-from .rows import Bench, Row
+from .rows import Bench, ChipRow
 
 WARMUP = 2
 """Steps before the measured ones: the first allocate the optimizer's state and choose kernels."""
@@ -68,7 +68,7 @@ def trained(bench: Bench, task: TrainingTask, train: TrainConfig) -> TrainingSte
         return timed_steps(bench, steps, parameters)
 
 
-class Sweep:
+class TrainingSweep:
     """Rows of one network's training steps. The seconds of the first are taken for those of the launches alone."""
 
     def __init__(self, bench: Bench) -> None:
@@ -91,7 +91,7 @@ class Sweep:
         try:
             seconds, flop, parameters = measure()
         except torch.OutOfMemoryError:
-            bench.emit(Row(what, forecast_gb=forecast / 1e9, note="out of memory"))
+            bench.emit(ChipRow(what, forecast_gb=forecast / 1e9, note="out of memory"))
             return
         self.first = self.first or seconds.median
         held = states(parameters, "ddp", 1, bf16=compute_dtype(bench.device) == torch.bfloat16)

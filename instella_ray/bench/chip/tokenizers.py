@@ -11,7 +11,7 @@ from ...training.adversarial import AdversarialConfig
 from ...training.losses import TokenizerLossConfig
 from ...training.tokenizer import TokenizerConfig, TokenizerTask
 from .rows import Bench
-from .steps import Sweep, train_config, trained
+from .steps import TrainingSweep, train_config, trained
 
 IMAGES = 64
 """Different images: all are decoded, and cached, before the measured steps."""
@@ -31,8 +31,8 @@ def measure_tokenizer(bench: Bench) -> None:
         shared = {"model": cfg.bit, "data": f"{name}/*.tar", "loss": TokenizerLossConfig(perceptual=cfg.perceptual)}
         run = TokenizerConfig(**shared, train=train_config(bench, folder, first))
         what = f"tokenizer, stage 1, {cfg.bit.image_size} px, micro-batch {first}"
-        Sweep(bench).row(what, run, lambda: trained(bench, TokenizerTask(run), run.train), note=note)
-        sweep = Sweep(bench)
+        TrainingSweep(bench).row(what, run, lambda: trained(bench, TokenizerTask(run), run.train), note=note)
+        sweep = TrainingSweep(bench)
         for size in cfg.image_sizes:
             adversarial = AdversarialConfig(discriminator=cfg.discriminator, start_step=1)
             late = TokenizerConfig(

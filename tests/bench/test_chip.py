@@ -59,7 +59,7 @@ def whole_parts(cfg: GpuBenchConfig) -> list[str]:
     return [name for name, part in parts_of(cfg).items() if part["state"] == "whole"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests that kill things run later than the others
 def measured(tmp_path_factory: pytest.TempPathFactory) -> GpuBenchConfig:
     """A finished run of few parts."""
     cfg = settings(tmp_path_factory.mktemp("chip") / "out.json", "diffusion", "bits", "restart")
@@ -85,7 +85,7 @@ def test_what_took_about_as_long_as_the_chip_needs_is_bound_by_it() -> None:
 
 def test_a_row_says_its_shares_of_the_chip_and_a_dash_where_it_knows_none() -> None:
     rows: list[ChipRow] = []
-    bench = Bench(settings(Path("none.json")), CPU, rows.append, {})
+    bench = Bench(settings(Path("none.json")), CPU, rows.append, {}, Path("none"))
     goal = Goal("alone", 2.0, 1.0, "<=")
     bench.add("on a CPU", Spread(2, 2, 2), DeviceWork(4e12, 2e12), images=8, goal=goal)
     chip = bench.chip = ACCELERATORS["h200"]
@@ -128,7 +128,8 @@ def rows_of(tmp_path: Path) -> Callable[[Part], list[dict[str, Any]]]:
 
         rows: list[ChipRow] = []
         module, function = FUNCTIONS[part]
-        bench = Bench(settings(tmp_path / "out.json"), CPU, rows.append, {})
+        (tmp_path / part).mkdir()
+        bench = Bench(settings(tmp_path / "out.json"), CPU, rows.append, {}, tmp_path / part)
         getattr(importlib.import_module(f"instella_ray.bench.chip.{module}"), function)(bench)
         return [row.as_dict() for row in rows]
 

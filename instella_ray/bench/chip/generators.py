@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +21,7 @@ from ...training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTa
 from ...training.learner import Learner, ZeroLearner
 from ...training.trainer import LEARNERS
 from ..data import write_codes
-from ..training import run_training
+from ..training import CODES, IMAGES, TrainingRuns, checkpoint_row, loop_rows, source_rows
 from ..training_settings import TrainingBench
 from .rows import Bench, ChipRow
 from .steps import WARMUP, TrainingSteps, TrainingSweep, timed_steps, train_config, trained
@@ -33,10 +30,10 @@ from .steps import WARMUP, TrainingSteps, TrainingSweep, timed_steps, train_conf
 class GeneratorRuns:
     """Diffusion generator, frozen text encoder and packed codes; every measurement begins with new weights."""
 
-    def __init__(self, bench: Bench, folder: Path, samples: int) -> None:
-        """Write ``samples`` codes with different captions of the full length, and load the text encoder."""
-        self.bench, self.folder = bench, folder
-        cfg = bench.cfg
+    def __init__(self, bench: Bench, largest: int) -> None:
+        """Write codes, enough that no caption comes twice up to the micro-batch ``largest``; load the text encoder."""
+        self.bench = bench
+        cfg, folder = bench.cfg, bench.folder
         torch.manual_seed(0)
         with bench.device:
             bit = BIT(cfg.bit)
@@ -46,7 +43,11 @@ class GeneratorRuns:
         manifest = CodesManifest(tokenizer_hash=weight_hash(bit), **sizes, rows=0, files=())
         (folder / "codes").mkdir()
         words = " ".join(["1"] * (cfg.text_length - 1))
-        write_codes(folder / "codes", [f"{number} {words}" for number in range(samples)], manifest)
+        write_codes(
+            folder / "codes",
+            [f"{number} {words}" for number in range(largest * (WARMUP + cfg.training_steps))],
+            manifest,
+        )
         self.text = cfg.text.saved(folder / "text", bench.device)
         self.task = GeneratorTask(self.run(1), bench.device, self._model())
 
@@ -54,13 +55,13 @@ class GeneratorRuns:
         """Return the configuration of a run."""
         return GeneratorRunConfig(
             model=self.bench.cfg.generator("diffusion"),
-            codes=str(self.folder / "codes"),
-            tokenizer=str(self.folder / "bit"),
+            codes=str(self.bench.folder / "codes"),
+            tokenizer=str(self.bench.folder / "bit"),
             text_encoder=self.text,
             short_caption_probability=0.0,
             caption_drop_probability=0.0,
             gradient_checkpointing=checkpointing,
-            train=train_config(self.bench, self.folder, micro_batch),
+            train=train_config(self.bench, micro_batch),
         )
 
     def renew(self, *, checkpointing: bool = False, compiled: bool = False) -> DiffusionGenerator:
@@ -95,31 +96,24 @@ class GeneratorRuns:
         sweep.row("diffusion, " + ", ".join(names), run, measure)
 
 
-@contextmanager
-def generator_runs(bench: Bench, largest: int) -> Iterator[GeneratorRuns]:
-    """Yield runs with enough samples that none has a caption twice, up to the micro-batch ``largest``."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield GeneratorRuns(bench, Path(folder), largest * (WARMUP + bench.cfg.training_steps))
-
-
 def measure_training(bench: Bench) -> None:
     """Measure training steps of a diffusion generator by micro-batch, with and without gradient checkpointing."""
     cfg = bench.cfg
-    with generator_runs(bench, max(*cfg.micro_batches, *cfg.checkpointed_micro_batches)) as runs:
-        sweep = TrainingSweep(bench)
-        for size in cfg.micro_batches:
-            runs.row(sweep, size)
-        for size in cfg.checkpointed_micro_batches:
-            runs.row(sweep, size, checkpointing=True)
+    runs = GeneratorRuns(bench, max(*cfg.micro_batches, *cfg.checkpointed_micro_batches))
+    sweep = TrainingSweep(bench, smallest_first=True)
+    for size in cfg.micro_batches:
+        runs.row(sweep, size)
+    for size in cfg.checkpointed_micro_batches:
+        runs.row(sweep, size, checkpointing=True)
 
 
 def measure_compiled_training(bench: Bench) -> None:
     """Measure training steps with compiled blocks, and without, at the same micro-batch."""
-    with generator_runs(bench, bench.cfg.micro_batch) as runs:
-        sweep = TrainingSweep(bench)
-        for checkpointing in (False, True):
-            for compiled in (False, True):
-                runs.row(sweep, bench.cfg.micro_batch, checkpointing=checkpointing, compiled=compiled)
+    runs = GeneratorRuns(bench, bench.cfg.micro_batch)
+    sweep = TrainingSweep(bench)
+    for checkpointing in (False, True):
+        for compiled in (False, True):
+            runs.row(sweep, bench.cfg.micro_batch, checkpointing=checkpointing, compiled=compiled)
 
 
 def measure_sharding(bench: Bench) -> None:
@@ -128,18 +122,18 @@ def measure_sharding(bench: Bench) -> None:
     backend = "nccl" if bench.device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     size = bench.cfg.micro_batch
-    with generator_runs(bench, size) as runs:
-        sweep, run = TrainingSweep(bench), runs.run(size)
-        for name, learner in LEARNERS.items():
-            what = f"diffusion, {name}, micro-batch {size}"
-            if learner is ZeroLearner and importlib.util.find_spec("deepspeed") is None:
-                bench.emit(ChipRow(what, note="not measured: DeepSpeed is not installed"))
-                continue
+    runs = GeneratorRuns(bench, size)
+    sweep, run = TrainingSweep(bench), runs.run(size)
+    for name, learner in LEARNERS.items():
+        what = f"diffusion, {name}, micro-batch {size}"
+        if learner is ZeroLearner and importlib.util.find_spec("deepspeed") is None:
+            bench.emit(ChipRow(what, note="not measured: DeepSpeed is not installed"))
+            continue
 
-            def measure(learner: type[Learner] = learner) -> TrainingSteps:
-                return _learned(bench, runs, learner)
+        def measure(learner: type[Learner] = learner) -> TrainingSteps:
+            return _learned(bench, runs, learner)
 
-            sweep.row(what, run, measure, note="captions cached, no EMA")
+        sweep.row(what, run, measure, note="captions cached, no EMA")
     torch.distributed.destroy_process_group()
 
 
@@ -179,7 +173,12 @@ def measure_loop(bench: Bench) -> None:
         gpu=bench.device.type == "cuda",
         ray=False,
     )
-    result = run_training(suite, cfg.repeats, cfg.threads)
-    for row in result.rows:
-        figures = (f"{name} {value}" for name, value in row.items() if name != "what")
-        bench.emit(ChipRow(str(row["what"]).strip(), note=", ".join(figures)))
+    runs = TrainingRuns(suite, bench.folder, cfg.threads, cfg.repeats)
+    for source in (CODES, IMAGES):
+        measured = [runs.measured(source)]
+        rows = source_rows(suite, source, measured)
+        if source == CODES:
+            rows = [*loop_rows(suite, measured)[0], *rows, checkpoint_row(measured)]
+        for row in rows:
+            figures = (f"{name} {value}" for name, value in row.items() if name != "what")
+            bench.emit(ChipRow(str(row["what"]).strip(), note=", ".join(figures)))

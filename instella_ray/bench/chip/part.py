@@ -1,7 +1,8 @@
 """Process of one part: ``python -m instella_ray.bench.chip.part NAME``, started by :mod:`.run`.
 
-The first line of standard input is a JSON object with ``settings`` and the ``rows`` of earlier parts; its end means that
-the starting process has ended, so this one ends too. Each line of standard output is a JSON object: ``row`` or ``failed``.
+The first line of standard input is a JSON object with ``settings``, the ``rows`` of earlier parts and an empty ``folder``.
+Its end means that the starting process has ended, so this one ends too. Each line of standard output is a JSON object with
+a ``row``, or with the reason for which the part ``failed``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import traceback
+from pathlib import Path
 from textwrap import shorten
 from typing import cast
 
@@ -62,7 +64,7 @@ def main(name: Part) -> int:
             torch.cuda.set_device(device)
         module, function = FUNCTIONS[name]
         measure = getattr(importlib.import_module(f".{module}", __package__), function)
-        measure(Bench(cfg, device, emit, request["rows"]))
+        measure(Bench(cfg, device, emit, request["rows"], Path(request["folder"])))
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"failed": _one_line(error)}), file=lines)

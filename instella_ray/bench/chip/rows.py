@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 class Bench:
-    """What a part needs: settings, device, rows of earlier parts, and where its own rows go."""
+    """What a part needs: settings, device, rows of earlier parts, and where its own rows and files go."""
 
     def __init__(
         self,
@@ -97,9 +98,13 @@ class Bench:
         device: torch.device,
         emit: Callable[[ChipRow], None],
         earlier: Mapping[str, Sequence[Mapping[str, Any]]],
+        folder: Path,
     ) -> None:
-        """``emit`` takes each row as it is measured; ``earlier`` has the rows of the parts before, as JSON, by part."""
-        self.cfg, self.device, self.emit, self.earlier = cfg, device, emit, earlier
+        """``emit`` takes each row as it is measured; ``earlier`` has the rows of the parts before, as JSON, by part.
+
+        ``folder`` is empty, for files of this part.
+        """
+        self.cfg, self.device, self.emit, self.earlier, self.folder = cfg, device, emit, earlier, folder
         self.chip = find_accelerator(device_label(device))
 
     def fresh(self) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -53,10 +54,7 @@ def run_gpu_bench(cfg: GpuBenchConfig) -> bool:
 def _measure(part: Part, cfg: GpuBenchConfig, results: GpuBenchResults, limit: float) -> None:
     """Run one part's process for at most ``limit`` seconds; its standard error is appended to a file beside the results."""
     began = time.monotonic()
-    request = {
-        "settings": cfg.model_dump(mode="json"),
-        "rows": {name: found["rows"] for name, found in results.parts.items()},
-    }
+    rows = {name: found["rows"] for name, found in results.parts.items()}
     results.begin(part)
     failures: list[str] = []
 
@@ -70,7 +68,9 @@ def _measure(part: Part, cfg: GpuBenchConfig, results: GpuBenchResults, limit: f
                 failures.append(said["failed"])
 
     state, reason = CUT, "interrupted"
-    with Path(cfg.output).with_suffix(".log").open("a") as log:
+    # A process that is ended leaves its files, a checkpoint of many GB among them: the folder is this process's.
+    with tempfile.TemporaryDirectory() as folder, Path(cfg.output).with_suffix(".log").open("a") as log:
+        request = {"settings": cfg.model_dump(mode="json"), "rows": rows, "folder": folder}
         process = subprocess.Popen(
             [sys.executable, "-m", "instella_ray.bench.chip.part", part],
             stdin=subprocess.PIPE,

@@ -113,16 +113,17 @@ def measure_precisions(bench: Bench) -> None:
 
 
 def _buckets(bench: Bench, engine: StepEngine, kind: Kind, buckets: Sequence[int], what: str) -> None:
-    """Measure complete images; the first bucket's seconds are those of the launches alone, where the host launches."""
-    first: float | None = None
+    """Measure complete images; the seconds of one alone are taken for those of the launches, where the host launches."""
+    launches: float | None = None
     for count in buckets:
         batch = requests(bench.cfg, count)
         seconds = bench.time(lambda batch=batch: list(engine.run(batch)))  # type: ignore[misc]
-        if "graphs" not in engine.options.compilation:
-            first = first or seconds.median
-        goal = Goal(f"{what}, image alone", seconds.median, LATENCY_GOALS[kind], "<=", "s") if count == 1 else None
+        goal = None
+        if count == 1:
+            launches = None if "graphs" in engine.options.compilation else seconds.median
+            goal = Goal(f"{what}, image alone", seconds.median, LATENCY_GOALS[kind], "<=", "s")
         work = image_work(bench, engine, count)
-        bench.add(f"{what}, {count} together", seconds, work, images=count, launches=first, goal=goal)
+        bench.add(f"{what}, {count} together", seconds, work, images=count, launches=launches, goal=goal)
 
 
 def measure_bits(bench: Bench) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,17 +30,15 @@ PROMPTS = 16
 """Different prompts of the mixed requests."""
 
 
-@contextmanager
-def decoder_of(bench: Bench) -> Iterator[DecoderStage]:
-    """Yield the decoder of serving, with random weights."""
-    cfg = bench.cfg
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        with bench.device:
-            bit = BIT(cfg.bit)
-        save_model(Path(folder), bit)
-        del bit
-        yield DecoderStage(folder, cfg.threads, str(bench.device), batch=cfg.decode_batch, file_threads=cfg.threads)
+def decoder_of(bench: Bench) -> DecoderStage:
+    """Build the decoder of serving, with random weights."""
+    cfg, folder = bench.cfg, bench.folder / "decoder"
+    torch.manual_seed(0)
+    with bench.device:
+        bit = BIT(cfg.bit)
+    folder.mkdir()
+    save_model(folder, bit)
+    return DecoderStage(str(folder), cfg.threads, str(bench.device), batch=cfg.decode_batch, file_threads=cfg.threads)
 
 
 def measure_stages(bench: Bench) -> None:
@@ -57,16 +51,16 @@ def measure_stages(bench: Bench) -> None:
 def _decoding(bench: Bench) -> None:
     cfg = bench.cfg
     bench.fresh()
-    with decoder_of(bench) as stage:
-        weights = sum(p.numel() for p in stage.bit.decoder.parameters()) * 4
-        first: float | None = None
-        for size in cfg.image_sizes:
-            for count in (1, cfg.decode_batch):
-                codes = _codes(bench, count)
-                seconds = bench.time(lambda codes=codes, size=size: stage._decode(codes, size, size))  # type: ignore[misc]
-                first = first or seconds.median
-                work = DeviceWork(count * bit_decode(cfg.bit, size, size).forward, weights)
-                bench.add(f"decoding, {size} px, {count} together", seconds, work, images=count, launches=first)
+    stage = decoder_of(bench)
+    weights = sum(p.numel() for p in stage.bit.decoder.parameters()) * 4
+    first: float | None = None
+    for size in cfg.image_sizes:
+        for count in (1, cfg.decode_batch):
+            codes = _codes(bench, count)
+            seconds = bench.time(lambda codes=codes, size=size: stage._decode(codes, size, size))  # type: ignore[misc]
+            first = first or seconds.median
+            work = DeviceWork(count * bit_decode(cfg.bit, size, size).forward, weights)
+            bench.add(f"decoding, {size} px, {count} together", seconds, work, images=count, launches=first)
 
 
 def _codes(bench: Bench, count: int) -> list[np.ndarray]:
@@ -115,9 +109,7 @@ def measure_mixed(bench: Bench) -> None:
     compilation = fastest(bench.device)
     engine = engine_of(bench, "diffusion", EngineOptions(cfg.slots, cfg.text_length, compilation))
     runner = EngineRunner(engine)
-    with decoder_of(bench) as decoder:
-        stages = _MixedRequests(bench, runner, decoder)
-        latencies, ended = asyncio.run(stages.run(cfg.mixed_images))
+    latencies, ended = asyncio.run(_MixedRequests(bench, runner, decoder_of(bench)).run(cfg.mixed_images))
     quarter = len(ended) // 4
     rate = 2 * quarter / (ended[3 * quarter] - ended[quarter])
     each = generator_pass(engine.model.cfg, 2 * cfg.slots, cfg.text_length, engine.z.element_size())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,11 +36,11 @@ class TrainingSteps(NamedTuple):
     """Number of trained weights."""
 
 
-def train_config(bench: Bench, folder: Path, micro_batch: int) -> TrainConfig:
+def train_config(bench: Bench, micro_batch: int) -> TrainConfig:
     """Return the settings of a run in this process, with one micro-batch a step."""
     cfg = bench.cfg
     return TrainConfig(
-        run_dir=str(folder / "run"),
+        run_dir=str(bench.folder / "run"),
         steps=WARMUP + cfg.training_steps,
         global_batch=micro_batch,
         micro_batch_size=micro_batch,
@@ -69,11 +68,12 @@ def trained(bench: Bench, task: TrainingTask, train: TrainConfig) -> TrainingSte
 
 
 class TrainingSweep:
-    """Rows of one network's training steps. The seconds of the first are taken for those of the launches alone."""
+    """Rows of one network's training steps."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.first: float | None = None
+    def __init__(self, bench: Bench, *, smallest_first: bool = False) -> None:
+        """``smallest_first``: the seconds of the first row are taken for those of the launches alone."""
+        self.bench, self.smallest_first = bench, smallest_first
+        self.launches: float | None = None
 
     def row(
         self,
@@ -93,9 +93,10 @@ class TrainingSweep:
         except torch.OutOfMemoryError:
             bench.emit(ChipRow(what, forecast_gb=forecast / 1e9, note="out of memory"))
             return
-        self.first = self.first or seconds.median
+        if self.smallest_first:
+            self.launches = self.launches or seconds.median
         held = states(parameters, "ddp", 1, bf16=compute_dtype(bench.device) == torch.bfloat16)
         # Weights, gradients, optimizer state and EMA are read and written once.
         work = DeviceWork(flop, 2 * (held.weights + held.gradients + held.optimizer + held.ema))
         count = run.train.global_batch
-        bench.add(what, seconds, work, images=count, launches=self.first, forecast=forecast, note=note)
+        bench.add(what, seconds, work, images=count, launches=self.launches, forecast=forecast, note=note)

@@ -13,12 +13,16 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ...accelerator import pick_device
 from ...errors import UserError
 from .results import CUT, FAILED, WHOLE, GpuBenchResults
 from .settings import GpuBenchConfig, Part
+
+ENDING_S = 10.0
+"""Seconds to wait for a killed process: one that hangs in the GPU's driver may never end."""
 
 
 def run_gpu_bench(cfg: GpuBenchConfig) -> bool:
@@ -94,8 +98,9 @@ def _measure(part: Part, cfg: GpuBenchConfig, results: GpuBenchResults, limit: f
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            reader.join()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
+            reader.join(ENDING_S)
             if state == FAILED:
                 reason = failures[0] if failures else f"ended with code {process.returncode}, see {log.name}"
             results.end(part, state, time.monotonic() - began, reason)

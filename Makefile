@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-all | bench | lint | format | docs | wheel | venv | constraints | clean
+# make demo | test | test-fast | test-all | bench | bench-gpu | lint | format | docs | wheel | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +10,14 @@ BENCH ?=
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast test-all bench lint format docs wheel venv constraints clean
+.PHONY: demo test test-fast test-all bench bench-gpu lint format docs wheel venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       captioned images in, images out, on this machine (DEMO='--fresh' passes flags on)"
 	@echo "make test       what a change must pass; make test-fast: those tests without Ray; make test-all: every test"
 	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
+	@echo "make bench-gpu  what one GPU gives, in at most 8 minutes (BENCH=--tiny rehearses it, also without a GPU)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
 	@echo "make docs       build the documentation into site/    make wheel     build a wheel into dist/"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
@@ -44,6 +45,9 @@ test-all: venv
 
 bench: venv
 	$(BIN)/python jobs/bench.py --config configs/bench/full.yaml $(BENCH)
+
+bench-gpu: venv
+	$(BIN)/python jobs/bench_gpu.py --config configs/bench/gpu.yaml $(BENCH)
 
 lint: venv
 	$(BIN)/ruff check .

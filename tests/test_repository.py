@@ -49,6 +49,7 @@ JOB_OF = {
     "serve": ("serve", []),
     "sample": ("sample", []),
     "bench": ("bench", []),
+    "bench/gpu": ("bench_gpu", []),
     "evaluation": ("evaluate", ["samples=a", "output=b"]),
     "evaluation/reconstruction": ("evaluate", ["images=a", "tokenizer=b", "output=c"]),
 }

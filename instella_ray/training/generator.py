@@ -25,10 +25,10 @@ from ..errors import UserError
 from ..flops import TextEncoderSizes, bit_encode, generator_training, text_encoder_forward
 from ..models import rng
 from ..models.bit import BIT, BITConfig
-from ..models.checkpoint import Model, build_model, load_expected, weight_hash
+from ..models.checkpoint import Model, load_expected, weight_hash
 from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusion_loss, flip_noise, timesteps, x0_logits
 from ..models.folders import find_model
-from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
+from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.sampling import Guidance, SamplingConfig, Temperature
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..pipeline import InstellaPipeline
@@ -166,7 +166,10 @@ class GeneratorTask:
     The text encoder runs on ``device``.
     """
 
-    def __init__(self, cfg: GeneratorRunConfig, device: torch.device) -> None:
+    def __init__(
+        self, cfg: GeneratorRunConfig, device: torch.device, model: DiffusionGenerator | ARGenerator | None = None
+    ) -> None:
+        """Open the data and load the frozen networks; ``model`` None: a new one, built on the CPU from the run's seed."""
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
@@ -188,8 +191,7 @@ class GeneratorTask:
         self.encoded = 0
         """Token positions that the text encoder has processed for the current step's captions."""
         self.text_sizes: TextEncoderSizes | None = None
-        model = build_model(cfg.model.model_dump())
-        assert not isinstance(model, BIT)
+        model = model or build_generator(cfg.model)
         model.gradient_checkpointing = cfg.gradient_checkpointing
         self.model: Model = model
         self.discriminator = None

@@ -6,7 +6,7 @@ DDP replicates everything on every rank, ZeRO-2 shards gradients and optimizer s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Learner:
     averages gradients (DistributedDataParallel); subclasses shard it. All methods are collective.
     """
 
+    shards_one_rank: ClassVar[bool] = False
+    """Whether the step module is wrapped even if there is a single rank."""
+
     def __init__(
         self,
         step_module: nn.Module,
@@ -38,7 +41,7 @@ class Learner:
         self.cfg, self.device, self.dtype, self.model = cfg, device, dtype, model.to(device)
         self.step_module = step_module.to(device)
         self._forward = self.step_module
-        if ranks()[1] > 1:
+        if ranks()[1] > 1 or self.shards_one_rank:
             broadcast(model)
             self._forward = self._distributed()
         self.optimizers = build_optimizers(model, cfg)
@@ -206,6 +209,8 @@ class ZeroLearner(Learner):
 
 class FSDPLearner(Learner):
     """Learner with FSDP2: weights are gathered block by block in the compute dtype, in forward and backward."""
+
+    shards_one_rank = True
 
     def _distributed(self) -> nn.Module:
         # Inputs are not cast, because timesteps would lose precision; autocast chooses the compute dtypes.

@@ -20,7 +20,8 @@ from instella_ray.bench.report import SuiteResult
 from instella_ray.bench.run import BenchConfig, run_bench
 from instella_ray.bench.scheduling import SchedulingBench, run_scheduling
 from instella_ray.bench.serving import GRAPH, SINGLE, STATIC, ServingBench, _goals, _row, run_serving
-from instella_ray.bench.training import RandomText, TrainingBench, run_training
+from instella_ray.bench.training import run_training
+from instella_ray.bench.training_settings import RandomText, TrainingBench
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.models.text_encoder import TextEncoderConfig

@@ -18,11 +18,13 @@ import torch
 from instella_ray.bench.chip.part import FUNCTIONS
 from instella_ray.bench.chip.rows import LAUNCHES, Bench, ChipRow, bound_by, cells
 from instella_ray.bench.chip.run import run_gpu_bench
+from instella_ray.bench.chip.sampling import PRECISIONS
 from instella_ray.bench.chip.settings import PARTS, GpuBenchConfig, Part
 from instella_ray.bench.measure import Spread
 from instella_ray.bench.usage import command_of, with_descendants
 from instella_ray.commands.bench_gpu import job
-from instella_ray.engine.buckets import Compilation, bucket_sizes
+from instella_ray.engine.buckets import bucket_sizes
+from instella_ray.engine.compilation import Compilation
 from instella_ray.errors import UserError
 from instella_ray.flops import ACCELERATORS, AMD_OLMO_1B, DeviceWork, bit_decode, generator_pass, generator_training
 from instella_ray.rendering import Goal
@@ -143,7 +145,7 @@ def test_ar_and_precisions_have_a_row_for_each_bucket(rows_of: Callable[[Part], 
     assert ar[2]["note"] == "not measured: graphs need a GPU"
     assert all(row["seconds"]["median"] > 0 and row["flop_per_second"] > 0 for row in ar[:2])
     names = [row["what"] for row in rows_of("precisions")]
-    assert names == [f"diffusion, none, {name}, {count} together" for name in ("bf16", "fp16") for count in (1, 2)]
+    assert names == [f"diffusion, none, {name}, {count} together" for name in PRECISIONS for count in (1, 2)]
 
 
 @pytest.mark.process
@@ -219,12 +221,14 @@ def test_the_documentation_has_the_estimates_of_today() -> None:
 @pytest.mark.process
 def test_a_seed_has_the_same_bits_in_another_process(measured: GpuBenchConfig) -> None:
     first, second = (parts_of(measured)[name]["rows"] for name in ("bits", "restart"))
-    assert [row["what"] for row in first[:2]] == [row["what"] for row in second]
-    for before, after in zip(first, second, strict=False):
+    assert [row["what"] for row in first] == [row["what"] for row in second]
+    for before, after in zip(first, second, strict=True):
         assert before["digests"] == after["digests"] and set(before["digests"]) == {"1", "2"}
         assert after["note"] == "same bits as the process of the part bits in every bucket"
-    assert first[2]["what"] == "diffusion, buckets that an engine with batch_invariant uses"
-    assert re.fullmatch(r"with guidance [12 ]+; without ([12 ]+|none)", first[2]["note"])
+    assert re.fullmatch(
+        r"diffusion, buckets of equal bits: with guidance [12 ]+, without ([12 ]+|none)", first[2]["what"]
+    )
+    assert [row["note"] for row in first[2:]] == ["same bits as bucket 2 in every bucket"] * 2
 
 
 @pytest.mark.process

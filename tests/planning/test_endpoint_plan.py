@@ -151,7 +151,7 @@ def test_everything_is_printed_and_as_json_too(models: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     assert found["gpus"] == {"least": 3, "most": 12} and found["fits"] and found["warnings"] == []
     stage = found["stages"]["Generator-diffusion"]
-    assert stage["memory"]["total"] == found["heaviest"]["memory"] and stage["times"]["bound_of_all"] == "compute"
+    assert found["heaviest"]["memory"] >= stage["memory"]["total"] and stage["times"]["bound_of_all"] == "compute"
     assert stage["share_of_memory"] == pytest.approx(stage["memory"]["total"] / 0.9 / 141e9)
 
 

@@ -8,12 +8,16 @@ from typing import Literal, get_args
 
 import torch
 
-from ...engine.buckets import Compilation
-from ...engine.engine import EngineOptions, Request, StepEngine
+from ...engine.buckets import described
+from ...engine.compilation import Compilation
+from ...engine.engine import Request, StepEngine
 from ...engine.events import Finished
 from ...engine.kinds import build_engine
+from ...engine.slots import EngineOptions
 from ...engine.weights import serving_dtype
+from ...errors import UserError
 from ...flops import DeviceWork, generator_pass
+from ...models.eight_bit import Quantization
 from ...models.generator import build_generator
 from ...models.sampling import SamplingParams
 from ...rendering import Goal
@@ -27,7 +31,12 @@ LATENCY_GOALS: dict[Kind, float] = {"diffusion": 0.10, "ar": 0.20}
 COMPILATIONS: tuple[Compilation, ...] = get_args(Compilation)
 PLAIN = tuple(name for name in COMPILATIONS if "compile" not in name)
 COMPILED = tuple(name for name in COMPILATIONS if "compile" in name)
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, tuple[torch.dtype, Quantization]] = {
+    "bf16": (torch.bfloat16, "none"),
+    "fp16": (torch.float16, "none"),
+    "fp8": (torch.bfloat16, "fp8"),
+    "int8": (torch.bfloat16, "int8"),
+}
 """Weights and activations that are compared."""
 
 
@@ -61,8 +70,8 @@ def requests(cfg: GpuBenchConfig, count: int) -> list[Request]:
 
 def image_work(bench: Bench, engine: StepEngine, count: int) -> DeviceWork:
     """Return the work of generating ``count`` guided images together."""
-    cfg, model = bench.cfg, engine.model.cfg
-    work = generator_pass(model, 2 * count, cfg.text_length, engine.z.element_size())
+    cfg, model = bench.cfg, engine.slots.model.cfg
+    work = generator_pass(model, 2 * count, cfg.text_length, engine.slots.z.element_size())
     steps = cfg.steps if model.kind == "diffusion" else model.num_tokens
     return DeviceWork(steps * work.flop, steps * work.bytes)
 
@@ -106,10 +115,17 @@ def measure_precisions(bench: Bench) -> None:
     """Measure diffusion in each precision, as recorded graphs where there are any."""
     compilation = fastest(bench.device)
     buckets = (bench.cfg.buckets[0], bench.cfg.buckets[-1])
-    for name, dtype in PRECISIONS.items():
-        options = EngineOptions(bench.cfg.slots, bench.cfg.text_length, compilation, batch_invariant=False)
-        engine = engine_of(bench, "diffusion", options, dtype)
-        _buckets(bench, engine, "diffusion", buckets, f"diffusion, {compilation}, {name}")
+    for name, (dtype, quantization) in PRECISIONS.items():
+        what = f"diffusion, {compilation}, {name}"
+        options = EngineOptions(
+            bench.cfg.slots, bench.cfg.text_length, compilation, batch_invariant=False, quantization=quantization
+        )
+        try:
+            engine = engine_of(bench, "diffusion", options, dtype)
+        except UserError as error:  # a chip without fp8
+            bench.emit(ChipRow(what, note=f"not measured: {error}"))
+            continue
+        _buckets(bench, engine, "diffusion", buckets, what)
 
 
 def _buckets(bench: Bench, engine: StepEngine, kind: Kind, buckets: Sequence[int], what: str) -> None:
@@ -128,22 +144,17 @@ def _buckets(bench: Bench, engine: StepEngine, kind: Kind, buckets: Sequence[int
 
 def measure_bits(bench: Bench) -> None:
     """Compare the bits of one seed in every bucket, and tell which buckets the engine uses for equal bits."""
-    for what, engine in _plain_engines(bench):
+    for what, engine in _engines(bench):
         digests = digests_of(bench.cfg, engine)
         largest = digests[str(bench.cfg.slots)]
         other = [bucket for bucket, digest in digests.items() if digest != largest]
         bench.emit(ChipRow(what, digests=digests, note=_differences(f"bucket {bench.cfg.slots}", other)))
-    for kind in get_args(Kind):
-        engine = engine_of(bench, kind, EngineOptions(bench.cfg.slots, bench.cfg.text_length))
-        guided, plain = (" ".join(map(str, engine.buckets[branches])) for branches in (2, 1))
-        note = f"with guidance {guided}; without {plain or 'none'}"
-        bench.emit(ChipRow(f"{kind}, buckets that an engine with batch_invariant uses", note=note))
 
 
 def measure_restart(bench: Bench) -> None:
     """Compare the bits of one seed with those of :func:`measure_bits`, which ran in another process."""
     before = {row["what"]: row.get("digests") for row in bench.earlier.get("bits", ())}
-    for what, engine in _plain_engines(bench):
+    for what, engine in _engines(bench):
         digests = digests_of(bench.cfg, engine)
         if (others := before.get(what)) is None:
             bench.emit(ChipRow(what, digests=digests, note="not compared: the part bits has no such row"))
@@ -158,13 +169,17 @@ def _differences(reference: str, buckets: Sequence[str]) -> str:
     return f"OTHER bits than {reference} in buckets {' '.join(buckets)}"
 
 
-def _plain_engines(bench: Bench) -> Iterator[tuple[str, StepEngine]]:
-    """Yield an engine with all buckets for each kind and way of launching, with its name."""
+def _engines(bench: Bench) -> Iterator[tuple[str, StepEngine]]:
+    """Yield engines of each kind with their names: with all buckets, launched in each way, and with those of equal bits."""
+    slots, length = bench.cfg.slots, bench.cfg.text_length
     for kind in get_args(Kind):
         for compilation in PLAIN:
             if not lacking(compilation, bench.device):
-                options = EngineOptions(bench.cfg.slots, bench.cfg.text_length, compilation, batch_invariant=False)
+                options = EngineOptions(slots, length, compilation, batch_invariant=False)
                 yield f"{kind}, {compilation}: bits of seed 0", engine_of(bench, kind, options)
+    for kind in get_args(Kind):
+        engine = engine_of(bench, kind, EngineOptions(slots, length, fastest(bench.device)))
+        yield f"{kind}, buckets of equal bits: {described(engine.slots.passes)}", engine
 
 
 def digests_of(cfg: GpuBenchConfig, engine: StepEngine) -> dict[str, str]:

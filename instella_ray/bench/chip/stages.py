@@ -11,7 +11,7 @@ import torch
 
 from ...data.formats.images import OPTIONS, encode_image
 from ...data.scenes import render, scene_at
-from ...engine.engine import EngineOptions
+from ...engine.slots import EngineOptions
 from ...engine.weights import serving_dtype
 from ...flops import DeviceWork, TextEncoderSizes, bit_decode, generator_pass, text_encoder_forward
 from ...models.bit import BIT
@@ -112,7 +112,7 @@ def measure_mixed(bench: Bench) -> None:
     latencies, ended = asyncio.run(_MixedRequests(bench, runner, decoder_of(bench)).run(cfg.mixed_images))
     quarter = len(ended) // 4
     rate = 2 * quarter / (ended[3 * quarter] - ended[quarter])
-    each = generator_pass(engine.model.cfg, 2 * cfg.slots, cfg.text_length, engine.z.element_size())
+    each = generator_pass(engine.slots.model.cfg, 2 * cfg.slots, cfg.text_length, engine.slots.z.element_size())
     steps = sum(cfg.mixed_steps) / 2
     decoded = sum(bit_decode(cfg.bit, size, size).forward for size in cfg.image_sizes) / len(cfg.image_sizes)
     work = DeviceWork(steps * each.flop / cfg.slots + decoded, steps * each.bytes / cfg.slots)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from .errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+REDUCED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+"""PyTorch's settings of sums in the precision of the inputs, and of splitting them."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -62,16 +66,40 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def use_stable_kernels() -> None:
-    """Make PyTorch choose GPU kernels by shape and device as little as it can, in this process.
+@contextmanager
+def sampling_on(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current device, and let PyTorch choose its kernels by the number of rows as little as it can.
 
-    So that rows of a batch have the same bits whatever its size: matrix products without sums in bfloat16 or half
-    precision, and the memory-efficient attention, the only fused one that takes a mask on both CUDA and ROCm.
+    A row's bits then depend less on the size of its batch: matrix products without sums in bfloat16 or half precision and
+    without splits of the summed dimension, and the memory-efficient attention, the only fused one that takes a mask on both
+    CUDA and ROCm. Settings of the process, so they are restored for what else computes in it. Nothing on CPUs.
     """
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        yield
+        return
+    cuda = torch.backends.cuda
+    attention = {
+        cuda.enable_flash_sdp: cuda.flash_sdp_enabled(),
+        cuda.enable_cudnn_sdp: cuda.cudnn_sdp_enabled(),
+    }
+    sums = {name: getattr(cuda.matmul, name) for name in REDUCED_SUMS}
+    library = cuda.preferred_blas_library()
+    try:
+        for enable in attention:
+            enable(False)
+        if torch.version.hip is None:
+            cuda.preferred_blas_library("cublaslt")  # the only one that can be kept from splitting
+            for name in REDUCED_SUMS:
+                setattr(cuda.matmul, name, (False, False))
+        with torch.cuda.device(device):
+            yield
+    finally:
+        for enable, before in attention.items():
+            enable(before)
+        if torch.version.hip is None:
+            cuda.preferred_blas_library(library)
+            for name, allowed in sums.items():
+                setattr(cuda.matmul, name, allowed)
 
 
 def precision_of_actors(precision: Precision, gpus_per_actor: float) -> Precision:

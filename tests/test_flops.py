@@ -122,8 +122,8 @@ def test_a_sampling_step_costs_what_pytorch_counts(cfg: GeneratorConfig) -> None
     assert work.flop == found
     # What does not grow with the rows is the weights; the rest is keys and values, read and in part written.
     more = flops.generator_pass(cfg, 2 * rows, text_tokens, 2).bytes - work.bytes
-    written = cache.buffer[..., : cfg.num_tokens if cfg.kind == "diffusion" else 1, :]
-    assert more == cache.buffer.nbytes + written.nbytes
+    written = cache.keys[0][:, :, : cfg.num_tokens if cfg.kind == "diffusion" else 1].nbytes * 2 * cfg.layers
+    assert more == sum(part.nbytes for part in (*cache.keys, *cache.values)) + written
     used = ("q_proj", "k_proj", "v_proj", "o_proj", "ff", "mlp", "x_embedder", "proj_out")
     weights = sum(p.nbytes for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in used))
     assert work.bytes - more == weights

@@ -37,7 +37,8 @@ class Sampler:
     """Sampler of one model: a text encoder and a step engine.
 
     Bits are identical to those of the endpoint for the same seed and settings: each prompt is encoded separately, and
-    the engine's rows do not depend on the other rows of the batch.
+    the engine's rows do not depend on the other rows of the batch. Where the device gives sizes of batches different bits,
+    engines of another number of slots may choose other sizes: :func:`..engine.buckets.plan_passes`.
     """
 
     def __init__(self, options: SamplerOptions) -> None:

@@ -31,24 +31,47 @@ def bucket_sizes(slots: int) -> list[int]:
     return [*sorted(size for power in powers for size in (power, 3 * power) if size < slots), slots]
 
 
-def agreeing_sizes(forward: Forward, sizes: Sequence[int]) -> list[list[Size]]:
+def agreeing_sizes(forward: Forward, sizes: Sequence[int], period: int) -> list[list[Size]]:
     """Partition the ``sizes``, with 1 and 2 branches, into groups at which every row's output is exactly the same.
 
     A matrix library may change its order of summation with the number of rows, and a difference in the last digit can
     flip sampled bits. Whether it does depends on the device, the shapes and the number of threads, so it is measured,
-    on the current content of the tables. Every group starts with its largest size.
+    on the current content of the tables, which must repeat after ``period`` slots: a size at which a row's output depends
+    on its position is in no group, except for the largest if there is no other.
     """
-    groups: list[tuple[Tensor, list[Size]]] = []
+    groups: list[_Group] = []
     for rows in reversed(sizes):
         for branches in (2, 1):
             output = forward(rows, branches).unflatten(0, (rows, branches))
-            for first, group in groups:
-                if branches <= first.shape[1] and torch.equal(first[:rows, :branches], output):
-                    group.append((rows, branches))
-                    break
-            else:
-                groups.append((output, [(rows, branches)]))
-    return [group for _, group in groups]
+            if not torch.equal(output, output[torch.arange(rows, device=output.device) % period]):
+                continue
+            group = next((group for group in groups if group.agrees(output)), None)
+            if group is None:
+                group = _Group()
+                groups.append(group)
+            group.add(output)
+    return [group.sizes for group in groups if any(branches == 2 for _, branches in group.sizes)] or [[(sizes[-1], 2)]]
+
+
+class _Group:
+    """Sizes with the same bits, and the outputs of the first, and so largest, size of each branch."""
+
+    def __init__(self) -> None:
+        self.sizes: list[Size] = []
+        self.outputs: dict[int, Tensor] = {}
+
+    def agrees(self, output: Tensor) -> bool:
+        """Return whether ``output [rows, branches, ...]`` is that of the first rows, in all branches that are known."""
+        known = (
+            (self.outputs[branch], output[:, branch]) for branch in range(output.shape[1]) if branch in self.outputs
+        )
+        return all(torch.equal(first[: len(part)], part) for first, part in known)
+
+    def add(self, output: Tensor) -> None:
+        rows, branches = output.shape[:2]
+        self.sizes.append((rows, branches))
+        for branch in range(branches):
+            self.outputs.setdefault(branch, output[:, branch])
 
 
 def plan_passes(groups: Sequence[Sequence[Size]], sizes: Sequence[int], tokens: int) -> Passes:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from ..accelerator import sampling_on
 from ..errors import UserError
 from ..models.sampling import SamplingParams
 from .events import Event, Expired, Finished, Outbox, Progress
@@ -81,7 +83,8 @@ class StepEngine:
         self.steps = 0
         """Number of forward passes since the start."""
         if self.options.scheduling != "fifo":
-            self._measure_steps()
+            with sampling_on(slots.device):
+                self._measure_steps()
 
     @property
     def requests(self) -> list[Request]:
@@ -147,9 +150,14 @@ class StepEngine:
             for request_id in ids:
                 self.cancel(request_id)
             self._release(self.clock())
+            self.outbox.take(everything=True)  # of a caller that stopped early
 
     def step(self) -> list[Event]:
         """Release cancelled and expired requests, advance the chosen ones by one forward pass and return the events."""
+        with sampling_on(self.slots.device):
+            return self._step()
+
+    def _step(self) -> list[Event]:
         began = self.clock()
         events: list[Event] = self._release(began)
         chosen = self._choose(began)
@@ -175,13 +183,16 @@ class StepEngine:
         self.times.observe(branches, rows, self.clock() - began)
         return events
 
+    @torch.no_grad()
     def _measure_steps(self) -> None:
-        """Time the buckets, for policies that need it."""
+        """Time the buckets in free slots, for policies that need it."""
         for branches, usable in self.slots.buckets.items():
             for rows in usable:
-                self.slots.forward(rows, branches)  # the first pass may compile
+                self.slots.advance(rows, branches)  # the first pass may compile
+                self.slots.z.sum().item()  # waits for the device
                 began = self.clock()
-                self.slots.forward(rows, branches).sum().item()  # waits for the device
+                self.slots.advance(rows, branches)
+                self.slots.z.sum().item()
                 self.times.observe(branches, rows, self.clock() - began)
 
     def _choose(self, now: float) -> list[Entry]:

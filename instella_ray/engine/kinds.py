@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..accelerator import sampling_on
 from ..models import rng
 from ..models.eight_bit import quantize
 from ..models.generator import ARGenerator, DiffusionGenerator
@@ -117,6 +118,7 @@ def build_engine(
     options = options or EngineOptions()
     quantize(model, options.quantization)
     kind = ARSlots if isinstance(model, ARGenerator) else DiffusionSlots
-    slots = kind(model, empty_prompt, options)  # type: ignore[arg-type]
-    slots.prepare()
+    with sampling_on(model.x_embedder.weight.device):
+        slots = kind(model, empty_prompt, options)  # type: ignore[arg-type]
+        slots.prepare()
     return StepEngine(slots, clock)

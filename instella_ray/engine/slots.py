@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..accelerator import upload, use_stable_kernels
+from ..accelerator import upload
 from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.generator import ARGenerator, DiffusionGenerator
@@ -24,6 +24,9 @@ from .prompts import PromptProjector
 from .scheduling import Scheduling
 
 log = logging.getLogger(__name__)
+
+PERIOD = 3
+"""Slots after which the content repeats while the buckets are determined: odd, unlike the tiles of kernels."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ class Slots(ABC):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Determine the buckets and record their graphs. With noise in all slots, which must be free."""
+        """Determine the buckets, with noise in all slots, which must be free, and record their graphs.
+
+        As all other computations, within :func:`..accelerator.sampling_on`.
+        """
         options, sizes = self.options, bucket_sizes(self.count)
         self._fill_with_noise()
         self.passes: Passes = each_by_itself(sizes)
         if options.batch_invariant:
-            if self.device.type == "cuda":
-                use_stable_kernels()
-            groups = agreeing_sizes(self.forward, sizes)
+            groups = agreeing_sizes(self.forward, sizes, PERIOD)
             self.passes = plan_passes(groups, sizes, self.z.shape[1] if self.model.cfg.kind == "diffusion" else 1)
         self.buckets = buckets_of(self.passes)
         log.info("buckets of %d slots: %s", self.count, described(self.passes))
@@ -154,14 +158,19 @@ class Slots(ABC):
         self.draws.fill(self._draw(rows))
 
     def _fill_with_noise(self) -> None:
+        """Fill the slots with noise, every ``PERIOD``-th one with the same."""
         cfg, noise = self.model.cfg, torch.Generator().manual_seed(0)
-        self.z.copy_(torch.rand(self.z.shape, generator=noise) < 0.5)
+        rows = [slot % PERIOD for slot in range(self.count)]
+        self.z.copy_((torch.rand(PERIOD, *self.z.shape[1:], generator=noise) < 0.5)[rows])
         steps = SamplingConfig().num_inference_steps
-        position = [slot % min(cfg.num_tokens, steps) for slot in range(self.count)]
+        position = [row % min(cfg.num_tokens, steps) for row in rows]
         self.position.copy_(torch.tensor(position))
-        for slot in range(self.count):
-            features = torch.randn(cfg.layers, self.options.text_length, cfg.text_width, generator=noise)
-            self.cache.put(2 * slot, self.project(features))
+        texts = [
+            self.project(torch.randn(cfg.layers, self.options.text_length, cfg.text_width, generator=noise))
+            for _ in range(PERIOD)
+        ]
+        for slot, row in enumerate(rows):
+            self.cache.put(2 * slot, texts[row])
         self._load([(steps, 1.0, done) for done in position])
 
     @abstractmethod

@@ -64,10 +64,11 @@ class EightBitLinear(nn.Module):
 
 
 def quantize(model: Generator, quantization: Quantization) -> None:
-    """Replace the linear layers of attention and feed-forward, which hold nine tenths of the weights, in place.
+    """Replace the linear layers of attention and feed-forward in place.
 
-    The layers that read the text, the timestep and the bits, and the output layer keep their precision. Raises UserError for
-    widths that are no multiple of :data:`MULTIPLE`, and for fp8 on a GPU without it.
+    They have nearly all of the weights that a step reads. The projections of text features, the layers that read the
+    timestep and the bits, and the output layer keep their precision. Raises UserError for widths that are no multiple of
+    :data:`MULTIPLE`, and for fp8 on a GPU without it.
     """
     if quantization == "none":
         return
@@ -84,8 +85,13 @@ def _float8(device: torch.device) -> torch.dtype:
     """Return the float8 with three bits of mantissa that ``device`` multiplies."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip and "gfx94" in properties.gcnArchName:  # MI300 has a format of its own
-            return torch.float8_e4m3fnuz
-        if not torch.version.hip and (properties.major, properties.minor) < (8, 9):
+        if torch.version.hip:
+            name = properties.gcnArchName
+            if "gfx94" in name:  # MI300 has a format of its own
+                return torch.float8_e4m3fnuz
+            known = name.startswith(("gfx95", "gfx12"))
+        else:
+            known = (properties.major, properties.minor) >= (8, 9)
+        if not known:
             raise UserError(f"quantization fp8: {properties.name} has no fp8, expected none or int8")
     return torch.float8_e4m3fn

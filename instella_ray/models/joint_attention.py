@@ -85,20 +85,22 @@ class JointCache:
     """Preallocated keys and values of [text; image], so that steps do not concatenate.
 
     Each step writes image positions: diffusion all of them, AR one per row. Rows can be written, moved and viewed
-    (:meth:`view`) while the buffer keeps its address, as CUDA graphs require.
+    (:meth:`view`) while the buffers keep their addresses, as CUDA graphs require. Each block has buffers of its own: compiled
+    code would copy one that is common to all for every block that writes to it.
     """
 
-    buffer: Tensor
-    """``[blocks, 2, rows, heads, T + L, D]``, keys and values; one tensor, so that a row is written or moved at once."""
+    keys: list[Tensor]
+    """For each block ``[rows, heads, T + L, D]``."""
+    values: list[Tensor]
     mask: Tensor
     """Bool ``[rows, T]``, true at real text tokens."""
 
     @classmethod
     def empty(cls, rows: int, text_length: int, tokens: int, like: Sequence[Tensor]) -> JointCache:
-        """Allocate ``rows`` zero rows; ``like`` has a tensor ``[*, heads, *, D]`` per block, all of one dtype."""
-        _, heads, _, size = like[0].shape
-        buffer = like[0].new_zeros(len(like), 2, rows, heads, text_length + tokens, size)
-        return cls(buffer, torch.zeros(rows, text_length, dtype=torch.bool, device=buffer.device))
+        """Allocate ``rows`` zero rows; ``like`` are tensors ``[*, heads, *, D]`` with each block's shape and dtype."""
+        shapes = [(rows, k.shape[1], text_length + tokens, k.shape[3]) for k in like]
+        keys, values = ([k.new_zeros(s) for k, s in zip(like, shapes, strict=True)] for _ in range(2))
+        return cls(keys, values, torch.zeros(rows, text_length, dtype=torch.bool, device=like[0].device))
 
     @classmethod
     def of(cls, text: TextKV, tokens: int) -> JointCache:
@@ -117,37 +119,34 @@ class JointCache:
 
     def put(self, rows: int | slice, text: TextKV) -> None:
         """Write ``text`` in place, padded to this cache's length; it has one row per row of ``rows``, or one for all."""
-        rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
         start = self.text_length - text.mask.shape[1]
-        parts = torch.stack((*text.keys, *text.values)).unflatten(0, (2, -1)).transpose(0, 1)
-        self.buffer[:, :, rows, :, :start] = 0
-        self.buffer[:, :, rows, :, start : self.text_length] = parts
+        for buffer, part in zip(self.keys + self.values, text.keys + text.values, strict=True):
+            buffer[rows, :, :start] = 0
+            buffer[rows, :, start : self.text_length] = part
         self.mask[rows, :start] = False
         self.mask[rows, start:] = text.mask
 
     def move(self, source: int | Tensor, target: int | Tensor) -> None:
         """Copy the row ``source`` to the row ``target``, or rows ``[n]`` to rows ``[n]``, which may be the same ones."""
-        self.buffer[:, :, target] = self.buffer[:, :, source]
-        self.mask[target] = self.mask[source]
+        for buffer in (*self.keys, *self.values, self.mask):
+            buffer[target] = buffer[source]
 
     def view(self, rows: slice) -> JointCache:
         """Return a view of ``rows``; writes change this cache."""
-        return JointCache(self.buffer[:, :, rows], self.mask[rows])
+        return JointCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
     def join(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write image keys and values to all image positions of ``block``; returns those of [text; image]."""
-        keys, values = self.buffer[block, 0], self.buffer[block, 1]
-        keys[:, :, self.text_length :] = k
-        values[:, :, self.text_length :] = v
-        return keys, values
+        self.keys[block][:, :, self.text_length :] = k
+        self.values[block][:, :, self.text_length :] = v
+        return self.keys[block], self.values[block]
 
     def write(self, block: int, position: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one image token ``[rows, heads, 1, D]`` at each row's ``position [rows]``; returns the whole buffers."""
-        keys, values = self.buffer[block, 0], self.buffer[block, 1]
         row = torch.arange(len(position), device=position.device)
-        keys[row, :, self.text_length + position] = k[:, :, 0]
-        values[row, :, self.text_length + position] = v[:, :, 0]
-        return keys, values
+        self.keys[block][row, :, self.text_length + position] = k[:, :, 0]
+        self.values[block][row, :, self.text_length + position] = v[:, :, 0]
+        return self.keys[block], self.values[block]
 
 
 class JointAttention(Attention):

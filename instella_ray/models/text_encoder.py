@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..accelerator import sampling_on
 from ..config import Config
 from ..errors import UserError
 
@@ -108,9 +109,10 @@ class TextEncoder:
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
             visible[i, : len(row)] = 1
         options = {"use_cache": False} if self._takes_cache else {}
-        out = self.model(
-            input_ids=ids.to(device), attention_mask=visible.to(device), output_hidden_states=True, **options
-        )
+        with sampling_on(device):  # the same kernels in training, serving and sampling
+            out = self.model(
+                input_ids=ids.to(device), attention_mask=visible.to(device), output_hidden_states=True, **options
+            )
         # The first entry is the embedding, the last one includes the final norm, if any.
         features = torch.stack(out.hidden_states[1:])
         return pad_features([features[:, i, : len(row)] for i, row in enumerate(rows)])

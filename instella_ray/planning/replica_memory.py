@@ -72,8 +72,8 @@ def generator_replica(cfg: GeneratorConfig, options: EngineOptions, size: int) -
     draws = slots * draws_ahead(tokens, bits) * tokens * bits * 4
     # Residual stream before and after attention, a norm's output, modulated twice, and the feed-forward around its GELU.
     row = tokens * (12 * cfg.width + bits) + modulations
-    # An int8 product of the feed-forward in int32, and in float32.
-    rounded = tokens * 4 * cfg.width * (4 + 4) if options.quantization == "int8" else 0
+    # Of the feed-forward: an int8 product in int32 and in float32, or its input twice in float32 before it is rounded.
+    rounded = tokens * 4 * cfg.width * (4 + 4) if options.quantization != "none" else 0
     activations = 2 * slots * (row * size + rounded)
     return ReplicaMemory(weights, joint + tables + draws, caches, activations, loading=loaded - weights)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -76,8 +78,9 @@ def test_sizes_are_grouped_by_the_bits_of_every_row() -> None:
     def network(rows: int, branches: int) -> Tensor:
         return torch.ones(branches * rows, 3) + (1e-7 if rows == 2 or (rows, branches) == (5, 1) else 0)
 
-    groups = agreeing_sizes(network, bucket_sizes(5))
-    assert groups == [[(5, 2), (4, 2), (4, 1), (3, 2), (3, 1), (1, 2), (1, 1)], [(5, 1), (2, 1)], [(2, 2)]]
+    groups = agreeing_sizes(network, bucket_sizes(5), 3)
+    # Sizes without guidance go with those whose rows with a prompt have the same bits.
+    assert groups == [[(5, 2), (4, 2), (4, 1), (3, 2), (3, 1), (1, 2), (1, 1)], [(5, 1), (2, 2), (2, 1)]]
     # Two slots as two passes of one, and five without guidance as four and one.
     passes = plan_passes(groups, bucket_sizes(5), 8)
     assert buckets_of(passes) == {2: [1, 2, 3, 4, 5], 1: [1, 2, 3, 4, 5]}
@@ -87,6 +90,28 @@ def test_sizes_are_grouped_by_the_bits_of_every_row() -> None:
         (5, 1): (4, 1),
     }
     assert described(passes) == "with guidance 1 (2 = 1 + 1) 3 4 5, without 1 (2 = 1 + 1) 3 4 (5 = 4 + 1)"
+
+
+def test_kernels_that_change_with_the_rows_of_both_branches_make_two_groups() -> None:
+    """(8, 1) has the kernels of (4, 2): a group may begin with a size without guidance."""
+    sizes = bucket_sizes(32)
+    groups = agreeing_sizes(lambda rows, branches: torch.full((branches * rows, 2), rows * branches >= 9), sizes, 3)
+    assert sorted(map(sorted, groups)) == sorted(
+        [sorted(sizes_below(sizes, 9)), [(r, b) for r in sizes for b in (1, 2) if r * b >= 9]]
+    )
+
+
+def test_a_size_whose_rows_depend_on_their_position_is_not_used() -> None:
+    def network(rows: int, branches: int) -> Tensor:
+        content = torch.arange(rows) % 3
+        tile = torch.arange(rows) // 4 if rows == 8 else torch.zeros(rows)
+        return (content + 1e-5 * tile).repeat_interleave(branches)[:, None]
+
+    (group,) = agreeing_sizes(network, bucket_sizes(12), 3)
+    assert {rows for rows, _ in group} == {1, 2, 3, 4, 6, 12}
+    # Where that is so of every size, the largest remains.
+    everywhere = agreeing_sizes(lambda rows, branches: torch.rand(branches * rows, 9), bucket_sizes(12)[4:], 3)
+    assert everywhere == [[(12, 2)]]
 
 
 def test_sizes_leave_few_rows_unused() -> None:
@@ -155,7 +180,7 @@ def test_the_buckets_are_logged_and_a_single_one_is_warned_of(
     caplog.set_level("INFO")
     engine("diffusion", slots=2)
     assert "buckets of 2 slots: with guidance " in caplog.text and "only one" not in caplog.text
-    monkeypatch.setattr(slots, "agreeing_sizes", lambda forward, sizes: [[(sizes[-1], 2)]])
+    monkeypatch.setattr(slots, "agreeing_sizes", lambda forward, sizes, period: [[(sizes[-1], 2)]])
     engine("ar", slots=1)
     assert "only one" not in caplog.text
     engine("ar", slots=2)
@@ -190,3 +215,19 @@ def test_a_compiled_engine_gives_the_same_images() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU"):
             build_engine(model, torch.zeros(2, 0, 8), EngineOptions(text_length=6, compilation="graphs"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+def test_compiled_code_copies_no_keys_and_values(kind: Literal["diffusion", "ar"]) -> None:
+    """Long prompts and a narrow network: all that a step computes is smaller than the keys of a block."""
+    torch.manual_seed(0)
+    model = build_generator(GeneratorConfig(kind=kind, zero_init=False, **SIZES)).eval()
+    options = EngineOptions(slots=2, text_length=2048, compilation="compile", batch_invariant=False)
+    table = build_engine(model, torch.zeros(2, 0, 8), options).slots
+    table.forward(2, 2)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
+        table.forward(2, 2)
+    assert profiler.profiler and profiler.profiler.kineto_results
+    allocated = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert 0 < max(allocated) < table.cache.keys[0].nbytes

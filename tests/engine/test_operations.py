@@ -29,7 +29,7 @@ OUTSIDE = {"diffusion": 75, "ar": 25}
 """Most operations of a step outside the network, as launched on a GPU one by one."""
 RECORDED = {"diffusion": 2, "ar": 1}
 """Launches of a step with graphs: its recording, and for diffusion the modulations of each slot's timestep."""
-ADMITTED = 140
+ADMITTED = 150
 """Most operations of an admission beside the projection of the prompt."""
 
 

@@ -62,7 +62,7 @@ def test_weights_and_slots_are_those_of_a_real_engine(kind: Literal["diffusion",
     memory = generator_replica(real.model.cfg, OPTIONS, dtype.itemsize)
     assert memory.weights == nbytes(real.model.parameters())
     assert memory.weights + memory.loading == 4 * sum(p.numel() for p in real.model.parameters())
-    tables = [real.cache.buffer, real.cache.mask, real.z, real.draws.table]
+    tables = [*real.cache.keys, *real.cache.values, real.cache.mask, real.z, real.draws.table]
     if isinstance(real, DiffusionSlots):
         tables += [real.x0_prob, real.modulations.table]
         real.modulations.load([(20, 1.0, 0)])
@@ -87,12 +87,17 @@ def test_weights_of_eight_bits_are_those_of_a_real_engine(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
-def test_activations_of_a_pass_are_as_measured(kind: Literal["diffusion", "ar"], dtype: torch.dtype) -> None:
-    real = slots_of(kind, dtype)
+@pytest.mark.parametrize("quantization", ["none", "int8"])  # fp8 is emulated on a CPU, with copies of the weights
+def test_activations_of_a_pass_are_as_measured(
+    kind: Literal["diffusion", "ar"], dtype: torch.dtype, quantization: Quantization
+) -> None:
+    options = dataclasses.replace(OPTIONS, quantization=quantization)
+    real = slots_of(kind, dtype, options)
     measured = peak(lambda: real.forward(OPTIONS.slots, 2))
-    estimate = generator_replica(real.model.cfg, OPTIONS, dtype.itemsize).activations
+    estimate = generator_replica(real.model.cfg, options, dtype.itemsize).activations
+    print(f"{kind} {quantization}: {measured / estimate:.2f} of the estimate")
     if kind == "diffusion":
-        assert measured == pytest.approx(estimate, rel=0.02)
+        assert measured == pytest.approx(estimate, rel=0.02 if quantization == "none" else 0.3)
     else:  # one token a row: what the processor's kernels of attention take is more, and does not grow with the width
         assert measured < estimate + 100_000
 

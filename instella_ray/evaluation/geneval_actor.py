@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from ..config import Config
+from ..config import Config, InputPath
 from ..errors import UserError
 from .metrics.geneval import Detector, DetectorInfo, colored_classes
 from .metrics.geneval_rules import COLORS, Detection
@@ -47,11 +47,11 @@ PACKAGES = (
 class GenEvalConfig(Config):
     """Weights and environment of the official detector."""
 
-    weights: str
+    weights: InputPath
     """Path of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``, the same on every node."""
     color_weights: str = "openai"
     """CLIP ViT-L-14 weights: a local file, or an open_clip tag, which is downloaded."""
-    mmcv_wheel: str | None = None
+    mmcv_wheel: InputPath | None = None
     """Path or URL of an mmcv-full 1.7 wheel, which Ray installs together with :data:`PACKAGES`."""
     image_uri: str | None = None
     """Container image with all packages, instead of the wheel."""

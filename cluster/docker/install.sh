@@ -8,14 +8,9 @@ if [ "${KEEP_TORCH:-0}" = 1 ]; then
     constraints=$(mktemp)
     grep -viE '^(torch|torchvision|triton|cuda-[a-z0-9-]+|nvidia-[a-z0-9-]+)==' constraints.txt >"$constraints"
 fi
-# Not by an import, which may need packages that come only now.
-torch_version() {
-    python3 -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || echo none
-}
-before=$(torch_version)
+before=$(python3 -c 'import torch; print(torch.__version__)' 2>/dev/null || echo none)
 python3 -m pip install --no-cache-dir --constraint "$constraints" ".[$extras]"
-python3 -c 'import torch'
-after=$(torch_version)
+after=$(python3 -c 'import torch; print(torch.__version__)')
 if [ "${KEEP_TORCH:-0}" = 1 ] && [ "$before" != "$after" ]; then
     echo "error: torch $before became $after" >&2
     exit 1

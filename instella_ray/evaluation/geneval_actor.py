@@ -32,7 +32,7 @@ PACKAGES = (
     "numpy==1.23.5",
     "mmdet==2.27.0",
     "open-clip-torch==2.20.0",
-    "clip-benchmark==1.4.0",
+    "clip-benchmark==1.5.0",
     "timm==0.9.2",
     "transformers==4.36.1",
     "pandas==1.5.3",
@@ -40,8 +40,8 @@ PACKAGES = (
     "opencv-python-headless==4.7.0.72",
     "yapf==0.33.0",
 )
-"""Packages installed in addition to mmcv-full: the official versions, except torch, torchvision and numpy (officially
-1.12.1, 0.13.1, 1.23.1)."""
+"""Packages installed in addition to mmcv-full: the official versions, except torch, torchvision, numpy and clip-benchmark
+(officially 1.12.1, 0.13.1, 1.23.1 and 1.4.0, which excludes torch 2; the functions used here are the same)."""
 
 
 class GenEvalConfig(Config):

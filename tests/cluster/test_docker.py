@@ -17,7 +17,9 @@ from ..kit.overlays import OVERLAYS, templates
 from ..kit.project import PROJECT, ROOT, tracked
 
 FOLDER = ROOT / "cluster" / "docker"
-FILES = sorted(FOLDER.glob("Dockerfile.*"))
+ON_TOP = FOLDER / "Dockerfile.image-reward"
+"""An image on top of another of this folder."""
+FILES = sorted(set(FOLDER.glob("Dockerfile.*")) - {ON_TOP})
 INSTALLER = FOLDER / "install.sh"
 KNOWN = {"ARG", "FROM", "SHELL", "RUN", "ENV", "WORKDIR", "COPY", "USER"}
 
@@ -37,7 +39,7 @@ def problems(text: str) -> list[str]:
     for name, rest in steps:
         if name not in KNOWN:
             found.append(f"{name}: not used here (COPY in place of ADD)")
-        if name == "FROM":
+        if name == "FROM" and arguments:
             image = re.sub(r"\$\{(\w+)\}", lambda match: arguments.get(match[1], ""), rest)
             tag = image.rpartition(":")[2] if ":" in image else ""
             if not re.search(r"\d+\.\d+", tag):
@@ -70,7 +72,8 @@ def problems_of_command(command: str) -> list[str]:
     without_packages = re.sub(r"apt-get install [^&|;]*", "", command)
     if re.search(r"\bsudo\b|\bcurl\b|\bwget\b|\bapt \b|apt-get (dist-)?upgrade", without_packages):
         found.append(f"RUN {command}: sudo, downloads, apt and upgrades are not for images")
-    if "pip install" in command and ("--no-cache-dir" not in command or "--constraint" not in command):
+    pinned = "--constraint" in command or "--no-deps --requirement" in command
+    if "pip install" in command and ("--no-cache-dir" not in command or not pinned):
         found.append("pip install without --no-cache-dir or without the constraints")
     return found
 
@@ -85,7 +88,7 @@ def in_context(source: str) -> bool:
     return inside
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+@pytest.mark.parametrize("path", [*FILES, ON_TOP], ids=lambda path: path.suffix[1:])
 @pytest.mark.process
 def test_the_dockerfile_keeps_the_rules(path: Path) -> None:
     assert problems(path.read_text()) == []
@@ -163,7 +166,7 @@ def test_opencv_loads_the_libraries_that_images_install_for_it() -> None:
     assert "libGL.so.1" in linked and "libglib-2.0.so.0" in linked
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+@pytest.mark.parametrize("path", [*FILES, ON_TOP], ids=lambda path: path.suffix[1:])
 @pytest.mark.process
 def test_every_command_of_a_dockerfile_is_a_line_for_bash(path: Path) -> None:
     for name, rest in instructions(path.read_text()):
@@ -180,9 +183,9 @@ def test_bases_are_those_of_the_pinned_torch() -> None:
     assert bases["cuda"].startswith(f"nvidia/cuda:{cuda}.")
     assert bases["rocm"].endswith(f"_pytorch_release_{pins['torch']}")
     cpu = (FOLDER / "Dockerfile.cpu").read_text()
-    assert cpu.index('--constraint constraints.txt --index-url "${TORCH_INDEX}" torch torchvision') < cpu.index(
-        "KEEP_TORCH=1 sh /usr/local/bin/install-instella-ray"
-    )
+    assert "ARG UV_TORCH_BACKEND=cpu\n" in cpu
+    pair = "uv pip install --system --no-cache --constraint constraints.txt torch torchvision"
+    assert cpu.index(pair) < cpu.index("KEEP_TORCH=1 sh /usr/local/bin/install-instella-ray")
 
 
 def test_a_rocm_image_keeps_its_torch_and_lets_ray_hand_out_gpus() -> None:
@@ -215,7 +218,18 @@ def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_pa
 
 
 def test_the_files_of_the_folder_are_known() -> None:
-    assert {path.name for path in tracked() if path.parent == FOLDER} == {*(p.name for p in FILES), "install.sh"}
+    assert {path.name for path in tracked() if path.parent == FOLDER} == {
+        *(path.name for path in (*FILES, ON_TOP)),
+        *("install.sh", "image-reward.txt"),
+    }
+
+
+def test_the_packages_of_image_reward_have_exact_versions() -> None:
+    """They are installed without their dependencies, so nothing else would keep them together."""
+    lines = (FOLDER / "image-reward.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins and all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in pins)
+    assert any(pin.startswith("transformers==4.") for pin in pins)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix[1:])

@@ -24,7 +24,7 @@ Scorer = Callable[[str, bytes], float]
 """Function from (prompt, PNG bytes) to the score."""
 HINT = (
     "pip install image-reward; its 2023 release needs transformers 4 (for apply_chunking_to_forward): "
-    "install it in a separate environment, or from its repository"
+    "install it in a separate environment, or an image (cluster/docker/Dockerfile.image-reward)"
 )
 
 
@@ -43,7 +43,7 @@ def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> 
 
     def score(prompt: str, png: bytes) -> float:
         with torch.no_grad():
-            return float(network.score(prompt, io.BytesIO(png)))
+            return float(network.score(prompt, Image.open(io.BytesIO(png))))
 
     return score
 

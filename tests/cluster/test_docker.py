@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from fnmatch import fnmatch
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -215,6 +219,34 @@ def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_pa
     assert {line.split("==")[0] for line in left_out} >= {"torch", "torchvision"}
     assert all(re.match(r"torch|torchvision|triton|cuda-|nvidia-", line) for line in left_out)
     assert "ray==" in kept and "transformers==" in kept
+
+
+@pytest.mark.process
+@pytest.mark.nightly
+def test_the_installer_installs_the_package_beside_a_torch_that_is_there(tmp_path: Path) -> None:
+    """For real, in a virtual environment that has this one's packages but not this one's own package."""
+    venv, source = tmp_path / "venv", tmp_path / "source"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    source.mkdir()
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        PROJECT["project"]["readme"],
+        *PROJECT["project"]["license-files"],
+    ):
+        shutil.copy(ROOT / name, source)
+    for name in ("instella_ray", "jobs", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PATH": f"{venv}/bin:{os.environ['PATH']}", "KEEP_TORCH": "1"}
+    subprocess.run(["sh", str(INSTALLER), "gguf"], cwd=source, env=environment, check=True)
+    assert not (source / "instella_ray").exists()
+    where = "import instella_ray, torch; print(instella_ray.__file__, torch.__version__)"
+    command = [f"{venv}/bin/python", "-c", where]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    module, torch = done.stdout.split()
+    assert module == str(site / "instella_ray" / "__init__.py") and torch.startswith(version("torch"))
 
 
 def test_the_files_of_the_folder_are_known() -> None:

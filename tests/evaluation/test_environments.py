@@ -28,8 +28,9 @@ BERT = {
 }
 """``med_config.json`` of the release."""
 SCORE = """
-import importlib, io, torch
-from PIL import Image
+import importlib
+import numpy as np
+import torch
 from instella_ray.evaluation.metrics.image_reward import load_image_reward
 
 network = importlib.import_module("ImageReward.ImageReward").ImageReward(med_config="med_config.json")
@@ -38,9 +39,8 @@ for weights in network.mlp.parameters():  # as they begin, the score would be th
     torch.nn.init.normal_(weights, std=0.1)
 torch.save(network.state_dict(), "ImageReward.pt")
 score = load_image_reward("ImageReward.pt", "med_config.json")
-png = io.BytesIO()
-Image.new("RGB", (64, 64), "red").save(png, "PNG")
-values = [score(prompt, png.getvalue()) for prompt in ("a red circle", "a blue square", "a red circle")]
+image = np.full((64, 64, 3), (255, 0, 0), np.uint8)
+values = [score(prompt, image) for prompt in ("a red circle", "a blue square", "a red circle")]
 assert values[0] == values[2] != values[1], values
 """
 

@@ -10,11 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from .errors import UserError
@@ -37,6 +39,31 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
+
+
+@dataclass(frozen=True)
+class PathKind:
+    """Annotation of a key that holds a path or URL; ``submit`` checks such keys before it sends a job to a cluster."""
+
+    written: bool = False
+    """Whether the job writes there; otherwise it reads what is there."""
+    names: tuple[str, ...] = ()
+    """Values that are no paths but names with a meaning of their own."""
+
+
+OutputPath = Annotated[str, PathKind(written=True)]
+"""Path or URL that a job writes."""
+InputPath = Annotated[str, PathKind()]
+"""Path or URL that a job reads."""
+
+
+class PathValue(NamedTuple):
+    """Path or URL in a configuration, or text that :mod:`instella_ray.data.formats.patterns` takes for several."""
+
+    key: str
+    """Dotted key, with the number of a list's item."""
+    value: str
+    kind: PathKind
 
 
 def load_config(
@@ -129,6 +156,24 @@ def describe(cls: type[Config], prefix: str = "", default: Config | None = None)
             continue
         summary = (field.description or "").split("\n")[0]
         yield f"  {prefix}{name} ({'required' if required else repr(value)})  {summary}".rstrip()
+
+
+def path_kind(field: FieldInfo) -> PathKind | None:
+    """Return the :class:`PathKind` that a key is annotated with; None if it holds no path."""
+    annotations = [*field.metadata, *_metadata(field.annotation)]
+    return next((each for each in annotations if isinstance(each, PathKind)), None)
+
+
+def path_values(config: Config, prefix: str = "") -> Iterator[PathValue]:
+    """Yield the paths and URLs that ``config`` holds, also in nested configurations and dicts or lists of them."""
+    for name, field in type(config).model_fields.items():
+        value, kind = getattr(config, name), path_kind(field)
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+        for key, part in [(name, value), *((f"{name}.{inner}", part) for inner, part in parts)]:
+            if isinstance(part, Config):
+                yield from path_values(part, f"{prefix}{key}.")
+            elif kind is not None and isinstance(part, str) and part not in kind.names:
+                yield PathValue(f"{prefix}{key}", part, kind)
 
 
 def recipes() -> dict[str, Path]:
@@ -263,6 +308,14 @@ def _keys_at(cls: type[Config], location: Sequence[str]) -> list[str]:
             here = arguments[1] if typing.get_origin(here) is dict else arguments[0]
     found = _config_class(here)
     return list(found.model_fields) if found else []
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    """Yield what the types within ``annotation`` are annotated with."""
+    if typing.get_origin(annotation) is Annotated:
+        yield from annotation.__metadata__
+    for inner in typing.get_args(annotation):
+        yield from _metadata(inner)
 
 
 def _config_class(annotation: Any) -> type[Config] | None:

@@ -23,6 +23,11 @@ def is_local(url: str) -> bool:
     return found["protocol"] in ("file", "local") and "::" not in url
 
 
+def is_relative(path: str) -> bool:
+    """Return whether ``path`` means something else in another working directory, or in another user's home (``~``)."""
+    return is_local(path) and not os.path.isabs(_without_protocol(path))
+
+
 def absolute(path: str) -> str:
     """Return a path or URL that means the same in another working directory; workers run in directories of their own.
 
@@ -30,7 +35,11 @@ def absolute(path: str) -> str:
     """
     if not is_local(path):
         return path
-    return os.path.abspath(os.path.expanduser(re.sub("^(file|local)://", "", path)))
+    return os.path.abspath(os.path.expanduser(_without_protocol(path)))
+
+
+def _without_protocol(path: str) -> str:
+    return re.sub("^(file|local)://", "", path)
 
 
 def encoded_link(link: str) -> str:

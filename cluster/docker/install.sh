@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the package of this folder with the versions of constraints.txt and the extras given: install.sh gcs,gguf
-# With KEEP_TORCH=1 the base image's own torch stays, and what hangs on it: a ROCm torch is not among those versions.
+# With KEEP_TORCH=1 the torch that is there stays, without those of CUDA's libraries that it does not ask for.
 set -eu
 extras=$1
 constraints=constraints.txt
@@ -12,7 +12,7 @@ before=$(python3 -c 'import torch; print(torch.__version__)' 2>/dev/null || echo
 python3 -m pip install --no-cache-dir --constraint "$constraints" ".[$extras]"
 after=$(python3 -c 'import torch; print(torch.__version__)')
 if [ "${KEEP_TORCH:-0}" = 1 ] && [ "$before" != "$after" ]; then
-    echo "error: torch $before of the base image became $after" >&2
+    echo "error: torch $before became $after" >&2
     exit 1
 fi
 # The jobs run from here and import what was installed, so that there is one copy of the code.

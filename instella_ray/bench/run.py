@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from ..accelerator import hardware_summary
-from ..config import Config
+from ..config import Config, OutputPath
 from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
@@ -47,7 +47,7 @@ class BenchConfig(Config):
     """Measured rounds of the suites without a server."""
     threads: int = Field(1, ge=1)
     """PyTorch threads of the suites without a server."""
-    output: str = "runs/bench.json"
+    output: OutputPath = "runs/bench.json"
     caching: CachingBench = CachingBench()
     overhead: OverheadBench = OverheadBench()
     scheduling: SchedulingBench = SchedulingBench()

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from .. import logs, storage
 from ..accelerator import pick_device
-from ..config import Config
+from ..config import Config, InputPath
 from ..data.formats.images import encode_image, to_pixels
 from ..data.formats.shards import write_tar
 from ..data.pipeline import run_rows
@@ -33,7 +33,7 @@ class DecodeConfig(Config):
 
     format: Literal["png", "jpeg", "webp", "tar"] | None = None
     """One file per image, or a WebDataset tar of PNGs per file of codes; none disables decoding."""
-    tokenizer: str | None = None
+    tokenizer: InputPath | None = None
     """Model folder of the BIT that defines the codes."""
     size: int | None = Field(None, ge=1)
     """Edge of the images (px); none means the tokenizer's ``image_size``."""

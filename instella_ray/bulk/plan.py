@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from ..accelerator import Precision
-from ..config import Config
+from ..config import Config, InputPath, OutputPath
 from ..data.formats.parts import Mode
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, PromptFile
 from ..engine.compilation import Compilation
 from ..errors import UserError
 from ..models.eight_bit import Quantization
@@ -41,11 +41,11 @@ class Sweep(Config):
 class SampleConfig(Config):
     """Configuration of a sampling job."""
 
-    model: str
+    model: InputPath
     """Model folder of a diffusion or AR generator."""
-    prompts: str = "scenes"
+    prompts: PromptFile = "scenes"
     """A .txt, .jsonl, .parquet or (COCO) .json file; ``scenes`` means the prompts of the procedural scenes."""
-    output: str
+    output: OutputPath
     """Folder for the parquet files and ``manifest.json``; a sweep writes one subfolder per setting."""
     mode: Mode = "new"
     """If the output exists: new fails, resume continues it, fresh starts over."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from .. import storage
 from ..accelerator import pick_device
+from ..config import InputPath, OutputPath
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
@@ -33,11 +34,11 @@ class EncodeConfig(DataJobConfig):
 
     input: Pattern
     """Curated WebDataset tars, or other images as for curation: paths, globs or lists of shards, comma-separated."""
-    output: str
+    output: OutputPath
     """Output folder of the parquet files, ``manifest.json`` and ``ledger.json``."""
     caption_keys: CaptionKeys = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
-    tokenizer: str
+    tokenizer: InputPath
     """Model folder of the BIT tokenizer."""
     size: int | None = Field(None, ge=1)
     """Input resolution of the encoder (px); null: the image size of the tokenizer."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from .. import logs, storage
-from ..config import Config
+from ..config import Config, OutputPath
 from ..errors import UserError
 from ..runs import Provenance, recorded
 from .formats.names import part_entries, write_shard_list
@@ -48,7 +48,7 @@ class AbortConfig(Config):
 class DataJobConfig(Config):
     """Configuration common to all data jobs: output folder and execution."""
 
-    output: str
+    output: OutputPath
     """Output folder of the data files, ``ledger.json`` and ``run.json``."""
     mode: Mode = "new"
     """If the output exists: ``new`` fails, ``resume`` continues it, ``fresh`` deletes it and starts over."""

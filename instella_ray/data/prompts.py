@@ -8,11 +8,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 
 from .. import storage
+from ..config import PathKind
 from ..errors import UserError
 from .formats.metadata import json_value
 from .formats.parquet_source import read_records
@@ -20,6 +21,8 @@ from .formats.texts import PROMPT_NAMES, TextError, decode_line, text_of, trimme
 from .scenes import CATEGORIES, scene_prompts
 
 SCENES = "scenes"
+PromptFile = Annotated[str, PathKind(names=(SCENES,))]
+"""Path or URL of a prompt file, or ``scenes``."""
 SCENES_PER_CATEGORY = 40
 ID_KEYS = ("id", "key", "prompt_id")
 

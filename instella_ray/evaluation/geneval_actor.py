@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from ..config import Config
+from ..config import Config, InputPath
 from ..errors import UserError
 from .metrics.geneval import Detector, DetectorInfo, colored_classes
 from .metrics.geneval_rules import COLORS, Detection
@@ -32,7 +32,7 @@ PACKAGES = (
     "numpy==1.23.5",
     "mmdet==2.27.0",
     "open-clip-torch==2.20.0",
-    "clip-benchmark==1.4.0",
+    "clip-benchmark==1.5.0",
     "timm==0.9.2",
     "transformers==4.36.1",
     "pandas==1.5.3",
@@ -40,18 +40,18 @@ PACKAGES = (
     "opencv-python-headless==4.7.0.72",
     "yapf==0.33.0",
 )
-"""Packages installed in addition to mmcv-full: the official versions, except torch, torchvision and numpy (officially
-1.12.1, 0.13.1, 1.23.1)."""
+"""Packages installed in addition to mmcv-full: the official versions, except torch, torchvision, numpy and clip-benchmark
+(officially 1.12.1, 0.13.1, 1.23.1 and 1.4.0, which excludes torch 2; the functions used here are the same)."""
 
 
 class GenEvalConfig(Config):
     """Weights and environment of the official detector."""
 
-    weights: str
+    weights: InputPath
     """Path of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``, the same on every node."""
     color_weights: str = "openai"
     """CLIP ViT-L-14 weights: a local file, or an open_clip tag, which is downloaded."""
-    mmcv_wheel: str | None = None
+    mmcv_wheel: InputPath | None = None
     """Path or URL of an mmcv-full 1.7 wheel, which Ray installs together with :data:`PACKAGES`."""
     image_uri: str | None = None
     """Container image with all packages, instead of the wheel."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .. import storage
 from ..bulk.sample_set import SampleSet, find_sample_sets
-from ..config import Config
+from ..config import Config, InputPath, OutputPath
 from ..data.formats.parts import Mode
 from ..data.formats.patterns import Pattern, absolute_pattern, pattern_text
 from ..data.formats.texts import CAPTION_NAMES, CaptionKeys
@@ -27,15 +27,15 @@ PLAIN_SIZE = 256
 class EvaluateConfig(Config):
     """Inputs, metrics and output of an evaluation job."""
 
-    output: str
+    output: OutputPath
     """Output folder for ``report.html``, ``results.json`` and the metrics' states."""
-    samples: str | None = None
+    samples: InputPath | None = None
     """Folder of generated samples: one sample set, or a sweep of several."""
     images: Pattern | None = None
     """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files or folders."""
     caption_keys: CaptionKeys = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
-    tokenizer: str | None = None
+    tokenizer: InputPath | None = None
     """Model folder of the BIT. None measures samples as codes only, and images without reconstruction (an upper bound)."""
     size: int | None = Field(None, ge=16)
     """Pixels a side of the measured images; none means the tokenizer's image size."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
-from ..config import Config
+from ..config import Config, InputPath
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..errors import UserError
 from ..models.clip import load_clip
@@ -117,7 +117,7 @@ class LPIPS(Images):
 
     needs = frozenset({"images", "references"})
     net: Net = "vgg"
-    weights: str | None = None
+    weights: InputPath | None = None
     """torchvision weights file of the trunk."""
 
     def load(self, tools: Tools) -> Maker:
@@ -129,7 +129,7 @@ class FeatureMetric(Images):
 
     network: Network = "inception"
     """Feature network: ``inception`` is FID's standard; with any other the metric has another name."""
-    weights: str | None = None
+    weights: InputPath | None = None
     """Weights file of the network; none uses the weights packaged with efficientnet_lite0."""
 
     def features(self, device: str) -> Features:
@@ -189,9 +189,9 @@ class ImageReward(Images):
     """ImageReward human-preference score, by the official network."""
 
     needs = frozenset({"images", "prompts"})
-    weights: str
+    weights: InputPath
     """Path of ``ImageReward.pt``."""
-    med_config: str
+    med_config: InputPath
     """Path of ``med_config.json``."""
 
     def load(self, tools: Tools) -> Maker:

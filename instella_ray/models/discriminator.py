@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
-from .perceptual import PUBLISHED, RANDOM
+from .perceptual import PUBLISHED, RANDOM, WeightsFile
 
 
 class DiscriminatorConfig(Config):
@@ -20,7 +20,7 @@ class DiscriminatorConfig(Config):
 
     backbone: str = "vit_small_patch16_224.dino"
     """timm's name of a vision transformer; the default is the paper's DINO-S."""
-    weights: str = PUBLISHED
+    weights: WeightsFile = PUBLISHED
     """``published``: from the hub; ``random``: untrained, for tests; or a local file (safetensors, pth)."""
     size: int = Field(224, ge=8)
     """Side in pixels of the backbone's input: the resized whole image, and a crop of larger ones."""

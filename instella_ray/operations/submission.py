@@ -21,6 +21,7 @@ from ..logs import PACKAGE, RUN_ID, new_run_id
 from .cluster import ClusterClient, named_address
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes
+from .paths import require_lasting_outputs, require_packed_inputs, shared_outputs
 from .requirements import least
 from .waiting import queued
 
@@ -51,8 +52,8 @@ class Submission(NamedTuple):
 def submit(order: Submission) -> int:
     """Submit a job and return the shell exit code: the job's own if its log is followed.
 
-    Raises UserError if the job's configuration is invalid, if its files are too large or not in the package, if the
-    cluster lacks resources and ``order.queue`` is not set, and if the cluster cannot be reached.
+    Raises UserError if the job's configuration is invalid, if it writes to a relative path, if its files are too large or
+    not in the package, if the cluster lacks resources and ``order.queue`` is not set, and if the cluster cannot be reached.
     """
     root = Path(order.working_dir).absolute()
     name, *arguments = _without_interpreter(order.command)
@@ -68,7 +69,10 @@ def submit(order: Submission) -> int:
         job = script_job(root, name)
         command = ["python", name, *arguments]
     with chdir(root):
-        needs = least(job.load(arguments))
+        config = job.load(arguments)
+        require_lasting_outputs(config)
+        require_packed_inputs(config, package)
+    needs = least(config)
     _require_config(arguments, package)
     if order.dry_run:
         print(f"packs {len(package.sizes)} files, {mebibytes(package.total)}; the largest: {package.largest()}")
@@ -85,6 +89,8 @@ def submit(order: Submission) -> int:
         print(f"has   {amounts(have, have)} on {len(nodes)} nodes, {cluster.address}")
     if short and not order.queue:
         raise UserError(f"{name}: {short}; --queue lets the job wait until the cluster has scaled up")
+    if len(nodes) > 1 and (shared := shared_outputs(config)):
+        print(f"note: {', '.join(shared)}: expected on storage that all nodes share", flush=True)
     if order.dry_run:
         return 0
     job_id = new_id(order.name or PurePosixPath(name).stem)

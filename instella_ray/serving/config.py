@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..accelerator import Precision
 from ..claims import Group, Needs
-from ..config import Config
+from ..config import Config, InputPath
 from ..engine.compilation import Compilation
 from ..engine.scheduling import Scheduling
 from ..engine.slots import EngineOptions
@@ -78,7 +78,7 @@ class StageArgs(Config):
 class ModelArgs(StageArgs):
     """One generator of the endpoint."""
 
-    path: str
+    path: InputPath
     """Model folder of a diffusion or AR generator."""
     defaults: SamplingConfig = SamplingConfig()
     """Defaults of the sampling parameters that a request omits."""
@@ -135,7 +135,7 @@ class DecoderArgs(StageArgs):
 class ServeArgs(Config):
     """Endpoint: one tokenizer, one text encoder and any number of generators over the tokenizer's codes."""
 
-    tokenizer: str
+    tokenizer: InputPath
     """Model folder of the BIT."""
     models: dict[str, ModelArgs]
     """Generators by the name used in requests; the first is the default."""
@@ -152,7 +152,7 @@ class ServeArgs(Config):
     decoder: DecoderArgs = DecoderArgs()
     safety: SafetyConfig | None = None
     """Safety checker applied to every image; requires the extra ``safety``. None: no check."""
-    api_keys_file: str | None = None
+    api_keys_file: InputPath | None = None
     """File with one API key per line, in addition to the variable INSTELLA_API_KEYS. No keys: loopback only."""
     num_cpus: float = Field(1.0, ge=0)
     """Logical CPUs reserved per replica."""

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from ..config import Config
+from ..config import Config, InputPath
 from ..models.open_nsfw import PACKAGED, load_open_nsfw
 
 
@@ -19,7 +19,7 @@ class Flagged(Exception):
 class SafetyConfig(Config):
     """Model and threshold of the safety checker."""
 
-    model: str = PACKAGED
+    model: InputPath = PACKAGED
     """ONNX file, or ``package:module/file`` within an installed package: a graph with Open-NSFW's input (Caffe's BGR
     means, 224 px) and two outputs, the second being the score."""
     threshold: float = Field(0.8, gt=0, le=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..accelerator import compute_dtype
-from ..config import Config
+from ..config import Config, InputPath
 from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
@@ -55,7 +55,7 @@ class PreviewConfig(SamplingConfig):
 class CodesSource(Config):
     """One folder of packed codes of a data mixture."""
 
-    folder: str
+    folder: InputPath
     weight: int = Field(1, ge=1)
     """Sampling weight: of as many samples as the sum of all weights, this many come from this folder (LAION : synthetic
     = 3 : 1)."""
@@ -65,12 +65,12 @@ class GeneratorRunConfig(TrainingRun):
     """Configuration of a generator run. The model's sizes are filled in from ``tokenizer`` and ``text_encoder``."""
 
     model: GeneratorConfig
-    codes: str | tuple[CodesSource, ...] | None = None
+    codes: InputPath | tuple[CodesSource, ...] | None = None
     """Folder of packed codes encoded by ``tokenizer``, or several with weights."""
     images: Pattern | None = None
     """Instead of codes: curated WebDataset tars, whose images ``tokenizer`` encodes on the worker's device during
     training, with different crops in each epoch."""
-    tokenizer: str
+    tokenizer: InputPath
     """Model folder of the BIT that encodes the data and decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     short_caption_probability: float = 0.5

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..bulk.plan import SampleConfig
 from ..bulk.sample import run_sample
-from ..data.prompts import SCENES
+from ..data.prompts import SCENES, PromptFile
 from ..evaluation.evaluate import EvaluateConfig, run_evaluate
 from ..evaluation.metric_settings import MetricsConfig
 from ..evaluation.results import Evaluation
@@ -21,7 +21,7 @@ from .validation_report import EVALUATION
 class GeneratorValidation(ValidationSchedule):
     """Prompts, sampling and metrics of a generator's validation."""
 
-    prompts: str = SCENES
+    prompts: PromptFile = SCENES
     """Prompts, as in jobs/sample.py."""
     count: int | None = Field(240, ge=1)
     images_per_prompt: int = Field(1, ge=1)

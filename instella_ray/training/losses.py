@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data.formats.codes import dead_bits
-from ..models.perceptual import PUBLISHED, PerceptualNetwork, load_perceptual
+from ..models.perceptual import PUBLISHED, PerceptualNetwork, WeightsFile, load_perceptual
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class PerceptualConfig(Config):
     network: PerceptualNetwork | Literal["none"] = "vgg"
     """``vgg``: LPIPS; ``efficientnet_lite0``: an alternative with weights from an installed package; ``none``: no
     perceptual loss."""
-    weights: str = PUBLISHED
+    weights: WeightsFile = PUBLISHED
     """``published`` (VGG downloaded from torchvision), ``random`` (for tests), or a local file."""
     size: int = Field(448, ge=16)
     """Side in pixels that both images are resized to for the whole-image distance."""

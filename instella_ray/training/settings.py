@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..accelerator import Precision
-from ..config import Config
+from ..config import Config, OutputPath
 from .loggers import LoggerName
 
 
@@ -86,7 +86,7 @@ class BestConfig(Config):
 class TrainConfig(Config):
     """Settings of a training run: steps, batches and intervals. A run directory holds exactly one run."""
 
-    run_dir: str
+    run_dir: OutputPath
     """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
     resume: bool = False
     """Resume an interrupted run in ``run_dir`` with its original settings."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import logs, storage
+from ..config import InputPath
 from ..data.formats.codes import dead_bits
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
@@ -52,7 +53,7 @@ class TokenizerConfig(TrainingRun):
     model: BITConfig
     data: Pattern
     """Curated WebDataset tars (path or glob, or several separated by commas)."""
-    start_from: str | None = None
+    start_from: InputPath | None = None
     """Model folder of the same sizes whose (EMA) weights initialize the model; none means random initialization."""
     output_sizes: tuple[int, ...] = ()
     """Output sizes in pixels, of which each step uses one (512, 768 and 1024 in the paper's second stage); none means

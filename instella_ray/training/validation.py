@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from .. import storage
-from ..config import Config
+from ..config import Config, OutputPath
 from ..errors import UserError
 from ..evaluation.metrics.base import better
 from ..models.checkpoint import CONFIG, EMA, WEIGHTS
@@ -44,7 +44,7 @@ class ValidationSchedule(Config):
     """Minimum number of steps between validated checkpoints; the last checkpoint is always validated."""
     best_by: str
     """Metric that selects the best checkpoint."""
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Shared folder of all nodes for validation outputs, with a subfolder per run. None means ``RUN_DIR/validation``,
     which is not possible if the run directory is a URL."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from fnmatch import fnmatch
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,9 @@ from ..kit.overlays import OVERLAYS, templates
 from ..kit.project import PROJECT, ROOT, tracked
 
 FOLDER = ROOT / "cluster" / "docker"
-FILES = sorted(FOLDER.glob("Dockerfile.*"))
+ON_TOP = FOLDER / "Dockerfile.image-reward"
+"""An image on top of another of this folder."""
+FILES = sorted(set(FOLDER.glob("Dockerfile.*")) - {ON_TOP})
 INSTALLER = FOLDER / "install.sh"
 KNOWN = {"ARG", "FROM", "SHELL", "RUN", "ENV", "WORKDIR", "COPY", "USER"}
 
@@ -36,7 +43,7 @@ def problems(text: str) -> list[str]:
     for name, rest in steps:
         if name not in KNOWN:
             found.append(f"{name}: not used here (COPY in place of ADD)")
-        if name == "FROM":
+        if name == "FROM" and arguments:
             image = re.sub(r"\$\{(\w+)\}", lambda match: arguments.get(match[1], ""), rest)
             tag = image.rpartition(":")[2] if ":" in image else ""
             if not re.search(r"\d+\.\d+", tag):
@@ -66,9 +73,11 @@ def problems_of_command(command: str) -> list[str]:
             found.append("apt-get install without update before it, or with the lists left behind")
         if "--no-install-recommends" not in command or not re.search(r"--yes|-y\b", command):
             found.append("apt-get install without --yes --no-install-recommends")
-    if re.search(r"\bsudo\b|\bcurl\b|\bwget\b|\bapt \b|apt-get (dist-)?upgrade", command):
+    without_packages = re.sub(r"apt-get install [^&|;]*", "", command)
+    if re.search(r"\bsudo\b|\bcurl\b|\bwget\b|\bapt \b|apt-get (dist-)?upgrade", without_packages):
         found.append(f"RUN {command}: sudo, downloads, apt and upgrades are not for images")
-    if "pip install" in command and ("--no-cache-dir" not in command or "--constraint" not in command):
+    pinned = "--constraint" in command or "--no-deps --requirement" in command
+    if "pip install" in command and ("--no-cache-dir" not in command or not pinned):
         found.append("pip install without --no-cache-dir or without the constraints")
     return found
 
@@ -83,7 +92,7 @@ def in_context(source: str) -> bool:
     return inside
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+@pytest.mark.parametrize("path", [*FILES, ON_TOP], ids=lambda path: path.suffix[1:])
 @pytest.mark.process
 def test_the_dockerfile_keeps_the_rules(path: Path) -> None:
     assert problems(path.read_text()) == []
@@ -104,6 +113,7 @@ def test_the_rules_find_what_they_are_for() -> None:
         ("COPY jobs jobs", "COPY jobz jobs"): "COPY jobz: not there",
         ("COPY jobs jobs", "COPY tests tests"): "COPY tests: kept out",
         (" && rm -rf /var/lib/apt/lists/*", ""): "lists left behind",
+        ("apt-get update ", "wget https://example.org/x && apt-get update "): "downloads",
         ("--no-install-recommends", ""): "without --yes",
         ("WORKDIR /opt", "WORKDIR opt"): "not absolute",
     }.items():
@@ -136,6 +146,52 @@ def test_images_and_manifests_name_the_same_user(path: Path) -> None:
             assert f"{context['runAsUser']}:{context['runAsGroup']}" == user
 
 
+def packages(text: str) -> set[str]:
+    """The Debian packages that a Dockerfile installs."""
+    commands = [rest for name, rest in instructions(text) if name == "RUN"]
+    installed = re.findall(r"apt-get install ([^&]*)", " ".join(commands))
+    return {word for words in installed for word in words.split() if not word.startswith("-")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.suffix[1:])
+def test_an_image_has_what_probes_and_filters_call(path: Path) -> None:
+    """KubeRay 1.7 probes a RayService's workers with ``wget`` in ``bash``; OpenCV of the OCR filter loads libGL and GLib."""
+    assert packages(path.read_text()) >= {"wget", "libgl1", "libglib2.0-0"}
+
+
+@pytest.mark.process
+def test_opencv_loads_the_libraries_that_images_install_for_it() -> None:
+    """If it no longer does, the images need them no longer."""
+    module = find_spec("cv2")
+    if module is None or module.origin is None:
+        pytest.skip("the extra 'curate' is not installed")
+    (library,) = Path(module.origin).parent.glob("cv2*.so") if module.origin.endswith(".py") else [module.origin]
+    linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libGL.so.1" in linked and "libglib-2.0.so.0" in linked
+
+
+@pytest.mark.parametrize("path", [*FILES, ON_TOP], ids=lambda path: path.suffix[1:])
+@pytest.mark.process
+def test_every_command_of_a_dockerfile_is_a_line_for_bash(path: Path) -> None:
+    for name, rest in instructions(path.read_text()):
+        if name == "RUN":
+            done = subprocess.run(["bash", "-n", "-c", rest], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+def test_bases_are_those_of_the_pinned_torch() -> None:
+    """A CUDA base of torch's own version, a ROCm base with the pinned torch, and wheels without CUDA for CPUs."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    bases = {path.suffix[1:]: re.findall(r"^ARG BASE=(.*)$", path.read_text(), re.M)[0] for path in FILES}
+    cuda = ".".join(pins["cuda-toolkit"].split(".")[:2])
+    assert bases["cuda"].startswith(f"nvidia/cuda:{cuda}.")
+    assert bases["rocm"].endswith(f"_pytorch_release_{pins['torch']}")
+    cpu = (FOLDER / "Dockerfile.cpu").read_text()
+    assert "ARG UV_TORCH_BACKEND=cpu\n" in cpu
+    pair = "uv pip install --system --no-cache --constraint constraints.txt torch torchvision"
+    assert cpu.index(pair) < cpu.index("KEEP_TORCH=1 sh /usr/local/bin/install-instella-ray")
+
+
 def test_a_rocm_image_keeps_its_torch_and_lets_ray_hand_out_gpus() -> None:
     text = (FOLDER / "Dockerfile.rocm").read_text()
     assert "KEEP_TORCH=1 sh /usr/local/bin/install-instella-ray" in text
@@ -165,8 +221,47 @@ def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_pa
     assert "ray==" in kept and "transformers==" in kept
 
 
+@pytest.mark.process
+@pytest.mark.nightly
+def test_the_installer_installs_the_package_beside_a_torch_that_is_there(tmp_path: Path) -> None:
+    """For real, in a virtual environment that has this one's packages but not this one's own package."""
+    venv, source = tmp_path / "venv", tmp_path / "source"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    source.mkdir()
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        PROJECT["project"]["readme"],
+        *PROJECT["project"]["license-files"],
+    ):
+        shutil.copy(ROOT / name, source)
+    for name in ("instella_ray", "jobs", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PATH": f"{venv}/bin:{os.environ['PATH']}", "KEEP_TORCH": "1"}
+    subprocess.run(["sh", str(INSTALLER), "gguf"], cwd=source, env=environment, check=True)
+    assert not (source / "instella_ray").exists()
+    where = "import instella_ray, torch; print(instella_ray.__file__, torch.__version__)"
+    command = [f"{venv}/bin/python", "-c", where]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    module, torch = done.stdout.split()
+    assert module == str(site / "instella_ray" / "__init__.py") and torch.startswith(version("torch"))
+
+
 def test_the_files_of_the_folder_are_known() -> None:
-    assert {path.name for path in tracked() if path.parent == FOLDER} == {*(p.name for p in FILES), "install.sh"}
+    assert {path.name for path in tracked() if path.parent == FOLDER} == {
+        *(path.name for path in (*FILES, ON_TOP)),
+        *("install.sh", "image-reward.txt"),
+    }
+
+
+def test_the_packages_of_image_reward_have_exact_versions() -> None:
+    """They are installed without their dependencies, so nothing else would keep them together."""
+    lines = (FOLDER / "image-reward.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins and all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in pins)
+    assert any(pin.startswith("transformers==4.") for pin in pins)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.suffix[1:])

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from instella_ray.operations.checks import DRIVERS
+
 from ..kit.project import ROOT
 
 FILES = sorted((ROOT / "cluster" / "vm").glob("*.yaml"))
@@ -68,6 +70,15 @@ def test_the_cluster_asks_for_a_token_and_its_dashboard_listens_on_loopback(path
     assert data["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     (start,) = [command for command in data["head_start_ray_commands"] if "--head" in command]
     assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_machines_on_google_cloud_have_a_driver_for_the_pinned_torch() -> None:
+    """The image family names its driver; CUDA itself comes with the container."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for node_type in load(ROOT / "cluster" / "vm" / "gcp.yaml")[NODE_TYPES].values():
+        (disk,) = node_type["node_config"]["disks"]
+        driver = int(disk["initializeParams"]["sourceImage"].rpartition("-nvidia-")[2])
+        assert driver >= DRIVERS[int(pins["cuda-toolkit"].split(".")[0])]
 
 
 def test_mi300x_machines_give_their_devices_to_the_container() -> None:

@@ -278,8 +278,8 @@ def test_image_reward_is_the_mean_of_what_the_scorer_says(tmp_path: Path) -> Non
     (tmp_path / "ImageReward.pt").write_bytes(b"weights")
     images, prompts = random_images(3, 32), ["a", "bb", "ccc"]
 
-    def scorer(prompt: str, png: bytes) -> float:
-        assert png.startswith(b"\x89PNG")
+    def scorer(prompt: str, image: np.ndarray) -> float:
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
         return float(len(prompt))
 
     metric = image_reward.image_reward(scorer, weights=str(tmp_path / "ImageReward.pt"), name="prompt_length")

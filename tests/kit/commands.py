@@ -11,6 +11,7 @@ import pytest
 from instella_ray import commands
 from instella_ray.config import ArgumentParser
 from instella_ray.demo.recipe import DemoConfig
+from instella_ray.operations import submission
 from instella_ray.operations.submission import Submission
 
 from .project import ROOT, job, job_config
@@ -29,7 +30,10 @@ def check_job(words: Sequence[str], variables: Mapping[str, str] | None = None) 
 
 
 def check_submission(words: Sequence[str]) -> None:
-    """SystemExit or UserError for a line of ``jobs/submit.py`` whose flags, or whose job, would be refused."""
+    """SystemExit or UserError for a line of ``jobs/submit.py`` whose flags, or whose job, would be refused.
+
+    The job is submitted for real but without an address, which asks no cluster.
+    """
     orders: list[Submission] = []
     main = job("submit")
 
@@ -43,9 +47,10 @@ def check_submission(words: Sequence[str]) -> None:
         main(list(words[2:]))
     finally:
         patch.undo()
-    first, *rest = [word for word in orders[0].command if word not in ("python", "instella-ray")]
-    check = check_job if first.endswith(".py") else check_cli
-    check(["python" if check is check_job else "instella-ray", first, *rest])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        submission.submit(orders[0]._replace(address=None, dry_run=True, working_dir=str(ROOT)))
 
 
 def check_cli(words: Sequence[str]) -> None:

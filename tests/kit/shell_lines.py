@@ -84,6 +84,9 @@ def _make(words: Sequence[str]) -> None:
 
 
 def _instella_ray(words: Sequence[str]) -> None:
+    if words[1] == "submit":
+        check_submission(["python", "jobs/submit.py", *words[2:]])
+        return
     check_cli(words)
     if words[1] in ("plan", "simulate"):
         _exist([words[2]])
@@ -93,7 +96,7 @@ def _ray(words: Sequence[str]) -> None:
     if words[1] in ("up", "down", "attach", "exec", "dashboard"):
         _exist(words[2:3])
     if words[1:3] == ["job", "submit"]:
-        check_command(words[words.index("--") + 1 :])
+        check_submission(["python", "jobs/submit.py", *words[words.index("--") :]])
     known = ("up", "down", "attach", "exec", "dashboard", "status", "job", "stack", "get-auth-token")
     assert words[1] in known, words[1]
 

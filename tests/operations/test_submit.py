@@ -68,7 +68,7 @@ if __name__ == "__main__":
 TRAINING = [
     "jobs/wide.py",
     "--set",
-    "train.run_dir=r",
+    "train.run_dir=/r",
     "--set",
     "train.global_batch=6",
     "--set",
@@ -135,6 +135,10 @@ def test_an_address_where_nothing_answers_is_named(head: Head, trial: list[str],
         (["jobs/trail.py"], "jobs/trail.py: the job is not among the files to pack"),
         (["jobs/trial.py", "--set", "code=1"], "key 'notes' is required"),
         (["jobs/trial.py", "--config", "a.yaml"], "a.yaml: cannot read the configuration"),
+        (
+            ["jobs/wide.py", "--set", "train.run_dir=r"],
+            "train.run_dir=r: would be written to Ray's copy of the working",
+        ),
         (["echo", "hello"], "expected a job after --, such as jobs/curate.py --config FILE, got echo hello"),
     ],
 )

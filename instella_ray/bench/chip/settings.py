@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from ...config import Config
+from ...config import Config, OutputPath
 from ...models.bit import BITConfig
 from ...models.discriminator import DiscriminatorConfig
 from ...models.generator import GeneratorConfig
@@ -76,7 +76,7 @@ class GpuBenchConfig(Config):
 
     parts: tuple[Part, ...] = PARTS
     """Parts to measure, in this order."""
-    output: str = "runs/bench-gpu.json"
+    output: OutputPath = "runs/bench-gpu.json"
     """Results. Parts that it has whole are not measured again."""
     part_limit_s: float = Field(120, gt=0)
     """Seconds after which a part is ended; its rows up to then are kept."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ... import storage
+from ...config import OutputPath
 from ...errors import UserError
 from ..formats.parts import DUPLICATES, Ledger, PartWriter, Row
 from ..formats.patterns import Pattern, pattern_text
@@ -41,7 +42,7 @@ class CurateConfig(DataJobConfig):
     relative to their folder, or links. Local or any fsspec URL; several are a list, or separated by commas.
     ``instella-ray shards`` writes lists of shards.
     """
-    output: str
+    output: OutputPath
     """Output folder of the curated tars, their list, ``quarantine/``, ``ledger.json`` and ``curation.html``."""
     caption_keys: CaptionKeys = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""

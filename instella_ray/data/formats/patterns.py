@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
 from ... import storage
+from ...config import PathKind
 
-Pattern = str | tuple[str, ...]
+Pattern = Annotated[str | tuple[str, ...], PathKind()]
 """Text with parts separated by commas, or a list of parts, whose commas are those of names."""
 FOLDER_CHARACTERS, NAME_CHARACTERS = 40, 60
 """Readable characters of a label, from the ends of the names of the folder and of the file: suffixes keep it below 200."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ... import storage
 from ...accelerator import Precision, pick_device, precision_of_actors
+from ...config import OutputPath
 from ...runs import Provenance
 from ..formats.images import UndecodableError
 from ..formats.metadata import json_object
@@ -46,7 +47,7 @@ class RecaptionConfig(DataJobConfig):
 
     input: Pattern
     """Curated tars, or other images as for curation: paths, globs or lists, comma-separated; without captions too."""
-    output: str
+    output: OutputPath
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     caption_keys: CaptionKeys = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""

@@ -17,12 +17,13 @@ from pydantic import Field
 
 from ... import storage
 from ...accelerator import precision_of_actors
+from ...config import OutputPath
 from ...runs import Provenance
 from ..formats.parts import KEPT, Ledger, PartWriter
 from ..formats.rows import SCHEMA
 from ..formats.shards import write_samples
 from ..job import DataJobConfig, data_job
-from ..prompts import Prompt, prompts_hash, read_prompts
+from ..prompts import Prompt, PromptFile, prompts_hash, read_prompts
 from ..stages import Pool, Stage, row_table
 from .diffusers_pipeline import DiffusersPipeline, PipelineConfig, check_pipeline
 from .pretrained import located, short_name
@@ -35,9 +36,9 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 class SynthesizeConfig(DataJobConfig):
     """Configuration of the synthesize job: prompts, models and image format."""
 
-    prompts: str
+    prompts: PromptFile
     """Prompts: a .txt, .jsonl, .parquet (DiffusionDB) or (COCO) .json file, or ``scenes`` for those of the scenes dataset."""
-    output: str
+    output: OutputPath
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     models: dict[ModelName, PipelineConfig] = Field(min_length=1)
     """Pipelines by their name in keys and metadata; they run one after another."""

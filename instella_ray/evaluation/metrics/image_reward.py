@@ -6,7 +6,6 @@ transformers 4.x. It is therefore not among this project's requirements; an impo
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -20,11 +19,11 @@ from .features import local_weights
 from .images import ImageSettings
 from .samples import SampleMetric
 
-Scorer = Callable[[str, bytes], float]
-"""Function from (prompt, PNG bytes) to the score."""
+Scorer = Callable[[str, np.ndarray], float]
+"""Function from (prompt, image uint8 ``[H, W, 3]``) to the score."""
 HINT = (
     "pip install image-reward; its 2023 release needs transformers 4 (for apply_chunking_to_forward): "
-    "install it in a separate environment, or from its repository"
+    "install it in a separate environment, or an image (cluster/docker/Dockerfile.image-reward)"
 )
 
 
@@ -41,9 +40,9 @@ def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> 
         raise UserError(f"metric image_reward: {path}: no {loaded.missing_keys[0]}; expected ImageReward.pt")
     network.eval()
 
-    def score(prompt: str, png: bytes) -> float:
+    def score(prompt: str, image: np.ndarray) -> float:
         with torch.no_grad():
-            return float(network.score(prompt, io.BytesIO(png)))
+            return float(network.score(prompt, Image.fromarray(image)))
 
     return score
 
@@ -55,14 +54,8 @@ def image_reward(
 
     def score(batch: Batch) -> np.ndarray:
         prepared = images.prepare(batch.need("images"))
-        return np.array([scorer(p, _png(x)) for p, x in zip(batch.need("prompts"), prepared, strict=True)])
+        return np.array([scorer(p, x) for p, x in zip(batch.need("prompts"), prepared, strict=True)])
 
     settings = {"images": images.describe(), "network_input": "224 px, bicubic, centre crop"}
     info = Info(name, version_of("image-reward"), weights.rsplit("/", 1)[-1], file_sha256(weights), settings)
     return SampleMetric(info, score)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .... import storage
+from ....config import InputPath
 from ....errors import UserError
 from .base import LONGEST, ImageFilter, Scale, ScoreLimits, Scorer, Scores
 
@@ -34,7 +35,7 @@ class Aesthetic(ImageFilter):
     """open_clip name of the model; for a local file of OpenAI's weights: ``ViT-L-14-quickgelu``."""
     weights: str = "openai"
     """Local file, or open_clip tag of weights, which may be downloaded."""
-    head: str
+    head: InputPath
     """Path or URL of the head for that model: safetensors, or a PyTorch file of plain tensors.
 
     LAION's are ``sa_0_4_vit_l_14_linear.pth`` (V1) and ``sac+logos+ava1-l14-linearMSE.pth`` (V2).

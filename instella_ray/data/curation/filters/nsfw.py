@@ -8,6 +8,7 @@ from typing import ClassVar
 from PIL import Image
 from pydantic import Field
 
+from ....config import InputPath
 from ....models.open_nsfw import PACKAGE, PACKAGED, load_open_nsfw
 from .base import Scale, ScoreLimits, Scorer, Scores
 from .onnx import CPU, CUDA, OnnxFilter
@@ -21,7 +22,7 @@ class Nsfw(OnnxFilter):
     decode_size: ClassVar[int] = 512
     files: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = PACKAGED
+    model: InputPath = PACKAGED
     """ONNX file, or ``package:module/file`` in an installed package, with the inputs and outputs of Open-NSFW."""
     maximum: float = Field(0.5, ge=0, le=1)
     """Maximum score; Yahoo calls scores below 0.2 safe and above 0.8 unsafe."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the stages and their engines, in addition to Serve's own.
+"""Prometheus metrics of requests, stages and their engines, in addition to Serve's own.
 
 Metrics are exported only within a Serve replica; elsewhere they have no reader, and Ray need not be imported. Ray adds
 the prefix ``ray_``, the suffix ``_total`` of counters, and the tags deployment, replica and application.
@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-from .runner import EngineStats
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.serve.metrics import Counter, Histogram
+
+    from .runner import EngineStats
 
 BOUNDARIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 """Upper bounds of the histogram's bins, in seconds."""
@@ -56,6 +56,40 @@ def _stage_seconds() -> Histogram:
         description="Duration of one call or batch of a stage, including queueing within the stage.",
         boundaries=BOUNDARIES,
         tag_keys=("stage",),
+    )
+
+
+class UsageMetrics:
+    """Counters ``instella_requests`` by key and status, ``instella_key_images`` and ``instella_key_steps`` by key and model.
+
+    Images and steps are those of complete responses. The tag ``key`` is the name of an API key, never the key.
+    """
+
+    def __init__(self) -> None:
+        self._counters = _usage_counters() if in_replica() else None
+
+    def count(self, key: str | None, model: str | None, status: int, images: int, steps: int) -> None:
+        """Count a request of ``images`` images of ``steps`` steps each; ``key`` is None for one without a valid key."""
+        if self._counters is None:
+            return
+        requests, key_images, key_steps = self._counters
+        requests.inc(tags={"key": key or "none", "status": str(status)})
+        if status == 200 and model is not None:
+            tags = {"key": key or "none", "model": model}
+            for counter, amount in ((key_images, images), (key_steps, images * steps)):
+                if amount:  # Ray raises for 0
+                    counter.inc(amount, tags=tags)
+
+
+def _usage_counters() -> tuple[Counter, Counter, Counter]:
+    from ray.serve.metrics import Counter
+
+    by_status: Any = ("key", "status")  # Ray annotates tuples of one tag only
+    by_model: Any = ("key", "model")
+    return (
+        Counter("instella_requests", description="Requests by API key and status.", tag_keys=by_status),
+        Counter("instella_key_images", description="Images by API key and model.", tag_keys=by_model),
+        Counter("instella_key_steps", description="Steps of images by API key and model.", tag_keys=by_model),
     )
 
 

@@ -25,6 +25,8 @@ UNNAMED = "unnamed"
 """Name of keys without an entry: those of the variable and of a plain list."""
 ANONYMOUS = "anonymous"
 """Name of callers without a key, where there are no keys."""
+NO_KEY = "none"
+"""Name in metrics of requests that were refused for lack of a valid key."""
 RELOAD_S = 2.0
 """Seconds between two looks at the file."""
 log = logging.getLogger(__name__)
@@ -181,8 +183,8 @@ def _entry(value: Any, source: str, models: Collection[str] | None) -> ApiKey:
     if not re.fullmatch(r"[0-9a-f]{64}", str(value.get("sha256"))):
         raise UserError(f"{source}: sha256: expected the key's SHA-256, 64 hexadecimal digits in small letters")
     entry = validate(ApiKey, value, source)
-    if entry.name in (UNNAMED, ANONYMOUS):
-        raise UserError(f"{source}: name: {entry.name} stands for keys without a name, expected another one")
+    if entry.name in (UNNAMED, ANONYMOUS, NO_KEY):
+        raise UserError(f"{source}: name: {entry.name} stands for requests without a named key, expected another one")
     for name in entry.models or ():
         if models is not None and name not in models:
             raise UserError(f"{source}: models: '{name}' is not served, expected one of {', '.join(models)}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .keys import NO_KEY
+
 if TYPE_CHECKING:
     from ray.serve.metrics import Counter, Histogram
 
@@ -60,37 +62,40 @@ def _stage_seconds() -> Histogram:
 
 
 class UsageMetrics:
-    """Counters ``instella_requests`` by key and status, ``instella_key_images`` and ``instella_key_steps`` by key and model.
+    """Counters of requests, images and steps by API key, and a histogram of the seconds of answered requests for images.
 
     Images and steps are those of complete responses. The tag ``key`` is the name of an API key, never the key.
     """
 
     def __init__(self) -> None:
-        self._counters = _usage_counters() if in_replica() else None
-
-    def count(self, key: str | None, model: str | None, status: int, images: int, steps: int) -> None:
-        """Count a request of ``images`` images of ``steps`` steps each; ``key`` is None for one without a valid key."""
-        if self._counters is None:
+        self._in_replica = in_replica()
+        if not self._in_replica:
             return
-        requests, key_images, key_steps = self._counters
-        requests.inc(tags={"key": key or "none", "status": str(status)})
-        if status == 200 and model is not None:
-            tags = {"key": key or "none", "model": model}
-            for counter, amount in ((key_images, images), (key_steps, images * steps)):
-                if amount:  # Ray raises for 0
-                    counter.inc(amount, tags=tags)
+        from ray.serve.metrics import Counter, Histogram
 
+        by_status: Any = ("key", "status")  # Ray annotates tuples of one tag only
+        by_model: Any = ("key", "model")
+        self._requests = Counter("instella_requests", description="Requests by key and status.", tag_keys=by_status)
+        self._images = Counter("instella_key_images", description="Images by key and model.", tag_keys=by_model)
+        self._steps = Counter("instella_key_steps", description="Steps of images by key and model.", tag_keys=by_model)
+        self._seconds = Histogram(
+            "instella_request_seconds",
+            description="Duration of answered requests for images, of streams to their end.",
+            boundaries=BOUNDARIES,
+        )
 
-def _usage_counters() -> tuple[Counter, Counter, Counter]:
-    from ray.serve.metrics import Counter
-
-    by_status: Any = ("key", "status")  # Ray annotates tuples of one tag only
-    by_model: Any = ("key", "model")
-    return (
-        Counter("instella_requests", description="Requests by API key and status.", tag_keys=by_status),
-        Counter("instella_key_images", description="Images by API key and model.", tag_keys=by_model),
-        Counter("instella_key_steps", description="Steps of images by API key and model.", tag_keys=by_model),
-    )
+    def count(self, key: str | None, model: str | None, status: int, images: int, steps: int, seconds: float) -> None:
+        """Count a request of ``images`` images of ``steps`` steps each; ``key`` is None for one without a valid key."""
+        if not self._in_replica:
+            return
+        self._requests.inc(tags={"key": key or NO_KEY, "status": str(status)})
+        if status != 200 or model is None:
+            return
+        tags = {"key": key or NO_KEY, "model": model}
+        self._images.inc(images, tags=tags)
+        if steps:  # Ray raises for 0, which decoding takes
+            self._steps.inc(images * steps, tags=tags)
+        self._seconds.observe(seconds)
 
 
 class EngineMetrics:

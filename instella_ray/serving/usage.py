@@ -81,7 +81,8 @@ class Usage:
             usage.path = getattr(scope.get("route"), "path", None)
             usage.seconds = round(time.perf_counter() - began, 3)
             audit.info("request", extra=asdict(usage))
-            self.metrics.count(usage.key, usage.model, int(usage.status), usage.images or 0, usage.steps or 0)
+            images, steps = usage.images or 0, usage.steps or 0
+            self.metrics.count(usage.key, usage.model, int(usage.status), images, steps, usage.seconds)
 
 
 def path_of(scope: Scope) -> Any:

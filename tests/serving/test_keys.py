@@ -83,7 +83,7 @@ def test_keys_come_from_entries(dump: Callable[[Any], str], tmp_path: Path) -> N
         (yaml.safe_dump([entry("a", requests_per_minute=0)]), "'requests_per_minute' = 0: Input should be greater"),
         (yaml.safe_dump([entry("a", rpm=1)]), "line 1: unknown key 'rpm'"),
         (yaml.safe_dump([entry("a b")]), "line 1: 'name' = 'a b': String should match"),
-        (yaml.safe_dump([entry(UNNAMED)]), "line 1: name: unnamed stands for keys without a name"),
+        (yaml.safe_dump([entry(UNNAMED)]), "line 1: name: unnamed stands for requests without a named key"),
         ("- name: alice\n  sha256: [\n", "line 3: expected a YAML or JSON list of entries"),
         ("---\nname: alice\n", "line 1: expected a list of entries with name and sha256"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -141,6 +142,15 @@ def promtool(*arguments: str) -> None:
 
 def test_prometheus_takes_the_rules(rule_file: Path) -> None:
     promtool("check", "rules", "--lint-fatal", str(rule_file))
+
+
+def test_prometheus_takes_the_queries_of_the_dashboard(rule_file: Path, tmp_path: Path) -> None:
+    board = json.loads((ROOT / "cluster" / "monitoring" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    rules = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(queries)]
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", str(file))
 
 
 def test_every_alert_has_a_case() -> None:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .api_error import ApiError
 from .caller import CallerLimits
 from .keys import ANONYMOUS, KEYS_VARIABLE, ApiKey, ApiKeys
-from .usage import path_of
+from .usage import RequestUsage, path_of
 
 OPEN_PATHS = ("/", "/healthz")
 """Paths without a key check: the page, which asks its user for the key, and health probes, which have none."""
@@ -66,12 +66,15 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            usage: RequestUsage | None = scope.get("usage")
             try:
                 key = self._key(scope)
-                if usage := scope.get("usage"):
+                if usage is not None:
                     usage.key = key.name if key else ANONYMOUS
                 scope["caller"] = self.limits.caller(key, counted=scope["method"] == "POST")
             except ApiError as refusal:
+                if usage is not None:
+                    usage.code = refusal.code
                 return await refusal.response(scope, receive, send)
         await self.app(scope, receive, send)
 

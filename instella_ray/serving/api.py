@@ -126,7 +126,7 @@ class Service:
             async with aclosing(stream.events()) as events:
                 async for item in events:
                     if stream.error is not None:
-                        usage.status = stream.error.status
+                        usage.status, usage.code = stream.error.status, stream.error.code
                     yield item
 
     async def decode(self, request: DecodeRequest, caller: Caller, usage: RequestUsage) -> ImageResponse:
@@ -333,6 +333,8 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
 def _add_error_answers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def _expected(request: Request, error: ApiError) -> JSONResponse:
+        if usage := request.scope.get("usage"):  # the page and health probes have none
+            usage.code = error.code
         return error.response
 
     @api.exception_handler(RequestValidationError)

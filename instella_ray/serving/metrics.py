@@ -73,9 +73,9 @@ class UsageMetrics:
             return
         from ray.serve.metrics import Counter, Histogram
 
-        by_status: Any = ("key", "status")  # Ray annotates tuples of one tag only
+        by_outcome: Any = ("key", "status", "code")  # Ray annotates tuples of one tag only
         by_model: Any = ("key", "model")
-        self._requests = Counter("instella_requests", description="Requests by key and status.", tag_keys=by_status)
+        self._requests = Counter("instella_requests", description="Requests by key and outcome.", tag_keys=by_outcome)
         self._images = Counter("instella_key_images", description="Images by key and model.", tag_keys=by_model)
         self._steps = Counter("instella_key_steps", description="Steps of images by key and model.", tag_keys=by_model)
         self._seconds = Histogram(
@@ -84,11 +84,23 @@ class UsageMetrics:
             boundaries=BOUNDARIES,
         )
 
-    def count(self, key: str | None, model: str | None, status: int, images: int, steps: int, seconds: float) -> None:
-        """Count a request of ``images`` images of ``steps`` steps each; ``key`` is None for one without a valid key."""
+    def count(
+        self,
+        key: str | None,
+        model: str | None,
+        outcome: tuple[int, str | None],
+        images: int,
+        steps: int,
+        seconds: float,
+    ) -> None:
+        """Count a request of ``images`` images of ``steps`` steps each, which ended with a status and an error's code.
+
+        ``key`` is None for a request without a valid key.
+        """
         if not self._in_replica:
             return
-        self._requests.inc(tags={"key": key or NO_KEY, "status": str(status)})
+        status, code = outcome
+        self._requests.inc(tags={"key": key or NO_KEY, "status": str(status), "code": code or ""})
         if status != 200 or model is None:
             return
         tags = {"key": key or NO_KEY, "model": model}

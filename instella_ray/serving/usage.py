@@ -38,6 +38,8 @@ class RequestUsage:
     """Steps of each image."""
     status: int = 0
     """Status of the response, or of the error with which its stream ended."""
+    code: str | None = None
+    """OpenAI's code of the error, such as ``overloaded`` or ``rate_limit_exceeded``; None if it has none."""
     seconds: float = 0.0
 
 
@@ -82,7 +84,8 @@ class Usage:
             usage.seconds = round(time.perf_counter() - began, 3)
             audit.info("request", extra=asdict(usage))
             images, steps = usage.images or 0, usage.steps or 0
-            self.metrics.count(usage.key, usage.model, int(usage.status), images, steps, usage.seconds)
+            outcome = (int(usage.status), usage.code)
+            self.metrics.count(usage.key, usage.model, outcome, images, steps, usage.seconds)
 
 
 def path_of(scope: Scope) -> Any:

@@ -55,8 +55,9 @@ RUNNING, STEP = f"ray_instella_training_running{{{RUN}}}", f"ray_instella_traini
 STATE = 'ray_train_controller_state{ray_train_run_id="a", ray_train_controller_state="ERRORED"}'
 ROWS, TASKS = 'ray_data_output_rows{dataset="a"}', 'ray_data_num_tasks_running{dataset="a"}'
 FAILED, FINISHED = 'ray_data_num_tasks_failed{dataset="a"}', 'ray_data_num_tasks_finished{dataset="a"}'
-TURNED = f'ray_serve_num_http_error_requests_total{{error_code="429", {APP}, {WHERE}}}'
-REQUESTS = f"ray_serve_num_http_requests_total{{{APP}, {WHERE}}}"
+TURNED = f'ray_instella_requests_total{{code="overloaded", {APP}, {WHERE}}}'
+LIMITED = f'ray_instella_requests_total{{code="rate_limit_exceeded", {APP}, {WHERE}}}'
+ANSWERED = f'ray_instella_requests_total{{code="", {APP}, {WHERE}}}'
 REPLICA = f'ray_serve_deployment_replica_healthy{{deployment="Decoder", {APP}, {WHERE}}}'
 WAITING, SLOTS = f"ray_instella_waiting_rows{{{WHERE}}}", f"ray_instella_slots{{{WHERE}}}"
 FREE, CLAIM = (
@@ -86,7 +87,11 @@ CASES = {
         {'ray_data_spilled_bytes{SessionName="a"}': "0+1000000000x90"},
         60,
     ),
-    "EndpointTurnsAway": Case({TURNED: "0+10x60", REQUESTS: "0+100x60"}, {TURNED: "0+1x60", REQUESTS: "0+100x60"}, 30),
+    "EndpointTurnsAway": Case(
+        {TURNED: "0+10x60", ANSWERED: "0+100x60"},
+        {TURNED: "0+1x60", LIMITED: "0+50x60", ANSWERED: "0+100x60"},  # a key at its own limit pages nobody
+        30,
+    ),
     "ReplicaUnhealthy": level(REPLICA, 0, 1, 30, 20),
     "ImagesWait": level(WAITING, 9, 8, 30, 20, **{SLOTS: "8x30"}),
     "CallsQueue": level(

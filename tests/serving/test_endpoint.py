@@ -102,8 +102,8 @@ def test_usage_is_counted_by_key(real: Endpoint, client: httpx.Client) -> None:
     def counted() -> list[float]:
         of_model = {"key": "unnamed", "model": "diffusion", "application": APP}
         return [
-            value("requests_total", key="unnamed", status="200"),
-            value("requests_total", key="none", status="401"),
+            value("requests_total", key="unnamed", status="200", code=""),
+            value("requests_total", key="none", status="401", code="invalid_api_key"),
             value("key_images_total", **of_model),
             value("key_steps_total", **of_model),
             value("request_seconds_count", application=APP),

@@ -26,7 +26,7 @@ from ..kit.project import ROOT
 from ..kit.serve_process import serve_process
 
 SECRET = "a photo of a secret prompt"
-FIELDS = {"request_id", "key", "path", "model", "images", "size", "steps", "status", "seconds"}
+FIELDS = {"request_id", "key", "path", "model", "images", "size", "steps", "status", "code", "seconds"}
 
 
 def key_of(name: str) -> str:
@@ -96,7 +96,7 @@ def test_a_key_sees_and_uses_its_models_only(endpoint: Endpoint) -> None:
             assert "diffusion, " not in answer.json()["error"]["message"]
 
 
-def test_a_request_over_the_rate_gets_429_with_the_wait(endpoint: Endpoint) -> None:
+def test_a_request_over_the_rate_gets_429_with_the_wait(endpoint: Endpoint, lines: list[dict[str, Any]]) -> None:
     with client(endpoint, "slow") as slow:
         assert generate(slow, response_format="codes").status_code == 200
         assert generate(slow, n=0).status_code == 400, "counts as well"
@@ -104,6 +104,7 @@ def test_a_request_over_the_rate_gets_429_with_the_wait(endpoint: Endpoint) -> N
         assert answer.status_code == 429 and 50 < int(answer.headers["retry-after"]) <= 60
         error = answer.json()["error"]
         assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "rate_limit_exceeded", None)
+        assert (lines[-1]["key"], lines[-1]["code"]) == ("slow", "rate_limit_exceeded")
         assert slow.get("/v1/models").status_code == 200, "only requests for images count"
     with client(endpoint, "all") as every:
         assert generate(every, response_format="codes").status_code == 200, "another key is not concerned"
@@ -149,16 +150,17 @@ def test_each_request_leaves_one_line_that_holds_neither_prompt_nor_key(
     assert wait_until(lambda: len(lines) == 7, 10), lines
     here = "/v1/images/generations"
     shown = [
-        tuple(line[name] for name in ("key", "path", "model", "images", "size", "steps", "status")) for line in lines
+        tuple(line[name] for name in ("key", "path", "model", "images", "size", "steps", "status", "code"))
+        for line in lines
     ]
     assert shown == [
-        ("all", here, "diffusion", 2, "64x32", 3, 200),
-        ("all", here, "ar", 2, "64x32", 4, 200),
-        ("all", here, "diffusion", 1, "32x32", LONG, 504),
-        ("all", here, "diffusion", 1, "32x32", LONG, 499),
-        ("all", here, None, None, None, None, 400),
-        ("all", "/v1/models/{name}", None, None, None, None, 404),
-        (None, None, None, None, None, None, 401),
+        ("all", here, "diffusion", 2, "64x32", 3, 200, None),
+        ("all", here, "ar", 2, "64x32", 4, 200, None),
+        ("all", here, "diffusion", 1, "32x32", LONG, 504, "deadline_exceeded"),
+        ("all", here, "diffusion", 1, "32x32", LONG, 499, None),
+        ("all", here, None, None, None, None, 400, None),
+        ("all", "/v1/models/{name}", None, None, None, None, 404, "model_not_found"),
+        (None, None, None, None, None, None, 401, "invalid_api_key"),
     ]
     assert lines[0]["request_id"] == "from-the-client" and lines[-1]["request_id"] == answered.headers["x-request-id"]
     assert len({line["request_id"] for line in lines}) == 7

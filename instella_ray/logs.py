@@ -23,6 +23,8 @@ from tqdm import tqdm
 FORMAT, FILE = "INSTELLA_RAY_LOG", "INSTELLA_RAY_LOG_FILE"
 RUN_ID, JOB = "INSTELLA_RAY_RUN_ID", "INSTELLA_RAY_JOB"
 PACKAGE = __name__.partition(".")[0]
+AUDIT = f"{PACKAGE}.audit"
+"""Logger whose records are JSON in every format, because programs read them."""
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 """Attributes of Python's log records; all others were logged with ``extra``."""
 
@@ -232,6 +234,8 @@ class TextFormatter(logging.Formatter):
     """Formatter of plain messages, prefixed with the level from warning on, and the rank of other ranks than 0."""
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.name == AUDIT:
+            return JsonFormatter().format(record)
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         rank = f"rank {_context['rank']}: " if _context.get("rank") else ""
         trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""

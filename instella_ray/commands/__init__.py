@@ -29,6 +29,7 @@ COMMANDS = {
         "compare": "compare two evaluations, with the significance of differences",
         "lineage": "print the provenance of an image, model, run or data set",
         "serve": "serve text to image over HTTP",
+        "api-key": "make an API key of an endpoint, and its entry in the file of keys",
     },
     "clusters": {
         "submit": "run a job on a cluster and follow its log",

@@ -1,64 +1,22 @@
-"""Access control: API keys, the listening address, and the limit on the size of a request body."""
+"""Access control: check of API keys, the listening address, and the limit on the size of a request body."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
-import os
 import socket
-from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UserError
 from .api_error import ApiError
+from .caller import CallerLimits
+from .keys import ANONYMOUS, KEYS_VARIABLE, ApiKey, ApiKeys
+from .usage import RequestUsage, path_of
 
-KEYS_VARIABLE = "INSTELLA_API_KEYS"
-SHORTEST_KEY = 16
 OPEN_PATHS = ("/", "/healthz")
 """Paths without a key check: the page, which asks its user for the key, and health probes, which have none."""
 BODY_TIMEOUT_S = 30.0
-
-
-class ApiKeys:
-    """Set of valid API keys. Stores digests only, so that Serve's state and logs contain no secret."""
-
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        self.digests = tuple(_digest(key.encode()) for key in keys)
-
-    @classmethod
-    def load(cls, file: str | None = None) -> ApiKeys:
-        """Load the keys of the variable INSTELLA_API_KEYS, comma-separated, and of ``file``, one per line.
-
-        Lines of ``file`` that begin with # are comments. Raises UserError for a file that cannot be read or holds no
-        key, and for a key that is short, contains spaces or is not ASCII.
-        """
-        keys = os.environ.get(KEYS_VARIABLE, "").split(",")
-        if file is not None:
-            try:
-                lines = Path(file).read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"api_keys_file {file}: cannot be read ({error})") from None
-            keys += [line for line in lines if not line.lstrip().startswith("#")]
-        keys = [key.strip() for key in keys if key.strip()]
-        if any(len(key) < SHORTEST_KEY or not key.isascii() or " " in key for key in keys):
-            # The message omits the key, because it is written to logs.
-            raise UserError(f"API keys: expected at least {SHORTEST_KEY} ASCII characters each, without spaces")
-        if file is not None and not keys:
-            raise UserError(f"api_keys_file {file}: holds no key")
-        return cls(keys)
-
-    def __bool__(self) -> bool:
-        return bool(self.digests)
-
-    def accept(self, key: bytes) -> bool:
-        """Return whether ``key`` is valid, in constant time."""
-        given = _digest(key)
-        # any() would stop at the first match and so reveal by its timing which key matched.
-        return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0
 
 
 def is_loopback(host: str) -> bool:
@@ -97,30 +55,45 @@ def require_free_port(host: str, port: int) -> None:
 
 
 class KeyCheck:
-    """ASGI middleware: 401 without a valid ``Authorization: Bearer KEY``; without any keys, 403 for other machines."""
+    """ASGI middleware: 401 without a valid ``Authorization: Bearer KEY``; without any keys, 403 for other machines.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: Collection[str] = OPEN_PATHS) -> None:
-        self.app, self.keys, self.open_paths = app, keys, open_paths
+    POST requests over the rate of their key get 429. The application finds the :class:`.caller.Caller` of other requests
+    as ``scope["caller"]``.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: CallerLimits) -> None:
+        self.app, self.keys, self.limits = app, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self.app(scope, receive, send) if refusal is None else refusal.response(scope, receive, send))
+        if scope["type"] == "http":
+            usage: RequestUsage | None = scope.get("usage")
+            try:
+                key = self._key(scope)
+                if usage is not None:
+                    usage.key = key.name if key else ANONYMOUS
+                scope["caller"] = self.limits.caller(key, counted=scope["method"] == "POST")
+            except ApiError as refusal:
+                if usage is not None:
+                    usage.code = refusal.code
+                return await refusal.response(scope, receive, send)
+        await self.app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _key(self, scope: Scope) -> ApiKey | None:
+        """Return the key of a request, None if it needs none; raises ApiError for a request that is refused."""
         if not self.keys:
             # jobs/serve.py checks the address before it listens; `serve deploy` listens on the address of its file.
             client = scope.get("client")
             if client and is_loopback(client[0]):
                 return None
             message = f"no API keys are set ({KEYS_VARIABLE}), so only requests from this machine are accepted"
-            return ApiError(403, message, kind="authentication_error", code="no_api_keys")
-        if (scope["path"].removeprefix(scope.get("root_path", "")) or "/") in self.open_paths:
+            raise ApiError(403, message, kind="authentication_error", code="no_api_keys")
+        if path_of(scope) in OPEN_PATHS:
             return None
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and self.keys.accept(key.strip()):
-            return None
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and (key := self.keys.find(given.strip())):
+            return key
         message = "expected the header 'Authorization: Bearer KEY' with a valid API key"
-        return ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
 
 
 class BodyLimit:
@@ -166,10 +139,6 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"body: expected at most {self.max_bytes} bytes", param="body", code="body_too_large")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def _first(message: Message, receive: Receive) -> Receive:

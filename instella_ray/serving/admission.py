@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .api_error import overloaded
+from .api_error import ApiError, overloaded
 
 WINDOW = 64
 LONGEST_RETRY_AFTER_S = 60.0
@@ -20,18 +20,26 @@ class Gate:
     it would admit a burst, reject part of a request, and reject an image that is being retried.
     """
 
-    def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.capacity, self.clock = capacity, clock
+    def __init__(
+        self,
+        capacity: float,
+        clock: Callable[[], float] = time.monotonic,
+        refusal: Callable[[float], ApiError] = overloaded,
+    ) -> None:
+        """``refusal`` makes the error of a rejected request, of the seconds after which it may be made again."""
+        self.capacity, self.clock, self.refusal = capacity, clock, refusal
+        self.largest = capacity
+        """Images of the largest request, which is admitted even over the capacity while no other is in progress."""
         self.inside = 0
         """Number of images in progress."""
         self._finished: deque[float] = deque(maxlen=WINDOW)
 
     @contextmanager
     def enter(self, images: int) -> Iterator[None]:
-        """Admit ``images`` for the duration of the block; raises :class:`.failures.ApiError` 429 over the capacity."""
+        """Admit ``images`` for the duration of the block; raises :class:`.api_error.ApiError` 429 over the capacity."""
         excess = self.inside + images - self.capacity
-        if excess > 0:
-            raise overloaded(self._seconds_for(excess))
+        if excess > 0 and (self.inside or images > self.largest):
+            raise self.refusal(self._seconds_for(excess))
         self.inside += images
         try:
             yield
@@ -39,7 +47,7 @@ class Gate:
             self.inside -= images
             self._finished.extend([self.clock()] * min(images, WINDOW))
 
-    def _seconds_for(self, images: int) -> float:
+    def _seconds_for(self, images: float) -> float:
         """Estimate the seconds until ``images`` images have finished, from the rate of the last ``WINDOW`` ones."""
         if not self._finished:
             return 1.0

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -20,15 +20,18 @@ from starlette.types import Lifespan
 
 from ..errors import UserError
 from ..rendering import render
-from .access import ApiKeys, BodyLimit, KeyCheck
+from .access import OPEN_PATHS, BodyLimit, KeyCheck
 from .admission import Gate
 from .api_error import ApiError, refused
+from .caller import Caller, CallerLimits
 from .codes import pack, unpack
 from .config import ServeArgs
 from .failures import answering, api_error
 from .graph import GeneratedImage, Graph, all_or_none
+from .keys import ApiKeys
 from .schema import DecodeRequest, ImageRequest, ImageResponse, ImageResult
 from .stream import EventStream, ImageStream
+from .usage import RequestUsage, Usage
 
 PAGE = Path(__file__).with_name("playground.html")
 PAGE_POLICY = (
@@ -52,6 +55,20 @@ class Served:
     tokenizer_hash: str
 
 
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.scope["caller"]
+    return caller
+
+
+def _usage(request: Request) -> RequestUsage:
+    usage: RequestUsage = request.scope["usage"]
+    return usage
+
+
+CallerOfRequest = Annotated[Caller, Depends(_caller)]
+UsageOfRequest = Annotated[RequestUsage, Depends(_usage)]
+
+
 class Service:
     """Handler of parsed requests: checks them against the limits and runs them on the graph."""
 
@@ -67,9 +84,10 @@ class Service:
 
     # --- called by the routes
 
-    async def generate(self, request: ImageRequest) -> ImageResponse:
-        """Generate all images of a request; raises the first failure."""
-        images, deadline = self._images(request), self._deadline(request.timeout_s)
+    async def generate(self, request: ImageRequest, caller: Caller, usage: RequestUsage) -> ImageResponse:
+        """Generate all images of a request; raises the first failure. ``usage`` is filled in."""
+        images, deadline = self._images(request, caller), self._deadline(request.timeout_s)
+        self._note(usage, images)
         as_codes = request.response_format == "codes"
 
         async def one(image: GeneratedImage) -> ImageResult:
@@ -81,14 +99,18 @@ class Service:
             return ImageResult(b64_json=_base64(await self.graph.file(image, made, deadline)), **seen)
 
         model = images[0].model
-        with self.gates[model].enter(len(images)):
+        with caller.images.enter(len(images)), self.gates[model].enter(len(images)):
             await self._check_tokens(images)
             data = await self._by(deadline, all_or_none(one(image) for image in images))
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
-    async def stream(self, request: ImageRequest) -> AsyncGenerator[bytes, None]:
-        """Yield server-sent events, after one empty item that marks the admission of the request."""
-        images, deadline = self._images(request), self._deadline(request.timeout_s)
+    async def stream(self, request: ImageRequest, caller: Caller, usage: RequestUsage) -> AsyncGenerator[bytes, None]:
+        """Yield server-sent events, after one empty item that marks the admission of the request.
+
+        ``usage`` is filled in, at the end with the status of an error that ended the stream.
+        """
+        images, deadline = self._images(request, caller), self._deadline(request.timeout_s)
+        self._note(usage, images)
         model = images[0].model
         stream = ImageStream(
             self.graph,
@@ -98,35 +120,39 @@ class Service:
             as_codes=request.response_format == "codes",
             deadline=deadline,
         )
-        with self.gates[model].enter(len(images)):
+        with caller.images.enter(len(images)), self.gates[model].enter(len(images)):
             await self._check_tokens(images)
             yield b""
             async with aclosing(stream.events()) as events:
                 async for item in events:
+                    if stream.error is not None:
+                        usage.status, usage.code = stream.error.status, stream.error.code
                     yield item
 
-    async def decode(self, request: DecodeRequest) -> ImageResponse:
-        """Decode the codes of images that were generated earlier."""
-        model, (width, height) = self._model(request.model), self._size(request.size)
+    async def decode(self, request: DecodeRequest, caller: Caller, usage: RequestUsage) -> ImageResponse:
+        """Decode the codes of images that were generated earlier. ``usage`` is filled in."""
+        model, (width, height) = self._model(request.model, caller), self._size(request.size)
+        self._check_images(len(request.all_codes), "codes", caller)
         codes = self._codes(request.all_codes)
+        usage.model, usage.images, usage.size, usage.steps = model, len(codes), f"{width}x{height}", 0
         deadline = self._deadline(request.timeout_s)
 
         async def one(row: np.ndarray) -> ImageResult:
             file = await self.graph.decode(row, height, width, request.output_format, None, deadline)
             return ImageResult(b64_json=_base64(file))
 
-        with self.decoding.enter(len(codes)):
+        with caller.images.enter(len(codes)), self.decoding.enter(len(codes)):
             data = await self._by(deadline, all_or_none(one(row) for row in codes))
         return ImageResponse(created=int(time.time()), model=model, data=data)
 
-    def models(self) -> dict[str, Any]:
-        """Return the served models in the format of OpenAI's list."""
-        return {"object": "list", "data": [self.model(name) for name in self.args.models]}
+    def models(self, caller: Caller) -> dict[str, Any]:
+        """Return the models that ``caller`` may use in the format of OpenAI's list."""
+        return {"object": "list", "data": [self.model(name, caller) for name in self._models(caller)]}
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str, caller: Caller) -> dict[str, Any]:
         """Return OpenAI's entry of a model, with its settings and limits under the additional key ``instella_ray``."""
         about = {
-            "kind": self.served.kinds[self._model(name)],
+            "kind": self.served.kinds[self._model(name, caller)],
             "defaults": self.args.models[name].defaults.model_dump(),
             "sizes": list(self.args.sizes),
             "limits": self.args.limits.model_dump(),
@@ -146,10 +172,10 @@ class Service:
 
     # --- validation
 
-    def _images(self, request: ImageRequest) -> list[GeneratedImage]:
-        name, (width, height) = self._model(request.model), self._size(request.size)
+    def _images(self, request: ImageRequest, caller: Caller) -> list[GeneratedImage]:
+        name, (width, height) = self._model(request.model, caller), self._size(request.size)
         sampling = {**self.args.models[name].defaults.model_dump(), **request.sampling()}
-        self._check(request, sampling)
+        self._check(request, sampling, caller)
         assert request.seed is not None, "drawn when the request was read"
         seed = request.seed
         return [
@@ -159,18 +185,21 @@ class Service:
             for i, prompt in enumerate(request.prompts)
         ]
 
-    def _check(self, request: ImageRequest, sampling: dict[str, Any]) -> None:
+    def _check(self, request: ImageRequest, sampling: dict[str, Any], caller: Caller) -> None:
         limits = self.args.limits
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         if request.n > limits.n:
             raise refused("n", f"{request.n} images a prompt, expected at most {limits.n}")
-        if (images := request.n * len(prompts)) > limits.images:
-            param = "n" if len(prompts) == 1 else "prompt"
-            raise refused(param, f"{images} images in all (n times prompts), expected at most {limits.images}")
+        self._check_images(request.n * len(prompts), "n" if len(prompts) == 1 else "prompt", caller)
         if (longest := max(map(len, prompts))) > limits.prompt_characters:
             raise refused("prompt", f"{longest} characters, expected at most {limits.prompt_characters}")
         if (steps := sampling["num_inference_steps"]) > limits.steps:
             raise refused("num_inference_steps", f"{steps}, expected at most {limits.steps}")
+
+    def _check_images(self, images: int, param: str, caller: Caller) -> None:
+        limit = min(self.args.limits.images, caller.images.largest)
+        if images > limit:
+            raise refused(param, f"{images} images in all, expected at most {limit}")
 
     async def _check_tokens(self, images: list[GeneratedImage]) -> None:
         # After admission and in a thread, because it takes longer than all other checks together.
@@ -182,12 +211,16 @@ class Service:
         if tokens > limit:
             raise refused("prompt", f"{tokens} tokens, expected at most {limit}")
 
-    def _model(self, name: str | None) -> str:
-        if name is None:
-            return next(iter(self.args.models))
-        if name not in self.args.models:
-            served = ", ".join(self.args.models)
-            message = f"model: '{name[:100]}' is not served here, expected one of {served}"
+    def _models(self, caller: Caller) -> list[str]:
+        return [name for name in self.args.models if caller.may_use(name)]
+
+    def _model(self, name: str | None, caller: Caller) -> str:
+        models = self._models(caller)
+        if name is None and models:
+            return models[0]
+        if name not in models:
+            # As at OpenAI, a model that the key may not use is answered as one that there is not.
+            message = f"model: '{(name or '')[:100]}' is not served here, expected one of {', '.join(models)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
@@ -201,8 +234,6 @@ class Service:
         return width, height
 
     def _codes(self, texts: list[str]) -> list[np.ndarray]:
-        if len(texts) > self.args.limits.images:
-            raise refused("codes", f"{len(texts)} images, expected at most {self.args.limits.images}")
         try:
             return [unpack(text, self.served.tokens, self.served.bits) for text in texts]
         except UserError as error:
@@ -213,6 +244,11 @@ class Service:
         if timeout_s is not None and timeout_s > longest:
             raise refused("timeout_s", f"{timeout_s:g}, expected at most {longest:g}")
         return time.monotonic() + (timeout_s or longest)
+
+    def _note(self, usage: RequestUsage, images: list[GeneratedImage]) -> None:
+        first = images[0]
+        usage.model, usage.images, usage.steps = first.model, len(images), self._steps(first)
+        usage.size = f"{first.width}x{first.height}"
 
     def _steps(self, image: GeneratedImage) -> int:
         ar = self.served.kinds[image.model] == "ar"
@@ -225,18 +261,32 @@ class Service:
 
 
 def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """Build the FastAPI application over ``service``, protected by ``keys``; ``lifespan`` as FastAPI defines it."""
+    """Build the FastAPI application over ``service``, protected by ``keys``, which it watches while it runs.
+
+    ``lifespan`` as FastAPI defines it.
+    """
+
+    @asynccontextmanager
+    async def watching(api: FastAPI) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(keys.watch())
+        try:
+            async with lifespan(api) if lifespan is not None else nullcontext():
+                yield
+        finally:
+            watcher.cancel()
+
     api = FastAPI(
         title="instella-ray",
         description="Text to image over binary tokens.",
         # The documentation pages load scripts from other sites. /openapi.json remains available.
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=watching,
     )
     api.add_middleware(BodyLimit, max_bytes=service.args.limits.body_bytes)
-    # Added last, so it runs first: the body of a request without a key is never read.
-    api.add_middleware(KeyCheck, keys=keys)
+    # Added later, so it runs earlier: the body of a request without a key is never read.
+    api.add_middleware(KeyCheck, keys=keys, limits=CallerLimits(service.args.ingress_replicas))
+    api.add_middleware(Usage, open_paths=OPEN_PATHS)
     _add_error_answers(api)
     playground = render(PAGE) if PAGE.is_file() else None
 
@@ -255,27 +305,27 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
         return JSONResponse({"status": "ok"})
 
     @api.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return service.models()
+    def models(caller: CallerOfRequest) -> dict[str, Any]:
+        return service.models(caller)
 
     @api.get("/v1/models/{name}")
-    def model(name: str) -> dict[str, Any]:
-        return service.model(name)
+    def model(name: str, caller: CallerOfRequest) -> dict[str, Any]:
+        return service.model(name, caller)
 
     @api.post("/v1/images/generations", response_model=ImageResponse, response_model_exclude_none=True)
-    async def generations(request: ImageRequest) -> Any:
+    async def generations(request: ImageRequest, caller: CallerOfRequest, usage: UsageOfRequest) -> Any:
         with answering():
             if not request.stream:
-                return _json(await service.generate(request))
-            events = service.stream(request)
+                return _json(await service.generate(request, caller, usage))
+            events = service.stream(request, caller, usage)
             # The first item marks admission: failures before it can still set the HTTP status.
             await anext(events)
         return EventStream(events, request.seed)
 
     @api.post("/v1/codes/decode", response_model=ImageResponse, response_model_exclude_none=True)
-    async def decode(request: DecodeRequest) -> Any:
+    async def decode(request: DecodeRequest, caller: CallerOfRequest, usage: UsageOfRequest) -> Any:
         with answering():
-            return _json(await service.decode(request))
+            return _json(await service.decode(request, caller, usage))
 
     return api
 
@@ -283,6 +333,8 @@ def make_api(service: Service, keys: ApiKeys, lifespan: Lifespan[FastAPI] | None
 def _add_error_answers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def _expected(request: Request, error: ApiError) -> JSONResponse:
+        if usage := request.scope.get("usage"):  # the page and health probes have none
+            usage.code = error.code
         return error.response
 
     @api.exception_handler(RequestValidationError)

@@ -56,6 +56,12 @@ def overloaded(retry_after_s: float) -> ApiError:
     return ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
 
 
+def rate_limited(limit: str, retry_after_s: float) -> ApiError:
+    """Return a 429: the API key has reached its ``limit``."""
+    message = f"this API key has reached its limit: {limit}; try again later"
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
+
+
 def replica_lost() -> ApiError:
     """Return a 503: the replicas that processed the request have failed."""
     message = "the replica that processed this request failed, and so did all retries; try again"

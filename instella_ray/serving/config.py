@@ -153,7 +153,9 @@ class ServeArgs(Config):
     safety: SafetyConfig | None = None
     """Safety checker applied to every image; requires the extra ``safety``. None: no check."""
     api_keys_file: InputPath | None = None
-    """File with one API key per line, in addition to the variable INSTELLA_API_KEYS. No keys: loopback only."""
+    """File of API keys, in addition to the variable INSTELLA_API_KEYS: one per line, or a YAML or JSON list of entries with
+    ``name``, ``sha256``, ``requests_per_minute``, ``concurrent_images`` and ``models`` (`instella-ray api-key` makes one).
+    It is read again when it changes. No keys: loopback only."""
     num_cpus: float = Field(1.0, ge=0)
     """Logical CPUs reserved per replica."""
     threads: int = Field(1, ge=1)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the stages and their engines, in addition to Serve's own.
+"""Prometheus metrics of requests, stages and their engines, in addition to Serve's own.
 
 Metrics are exported only within a Serve replica; elsewhere they have no reader, and Ray need not be imported. Ray adds
 the prefix ``ray_``, the suffix ``_total`` of counters, and the tags deployment, replica and application.
@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .runner import EngineStats
+from .keys import NO_KEY
 
 if TYPE_CHECKING:
     from ray.serve.metrics import Counter, Histogram
+
+    from .runner import EngineStats
 
 BOUNDARIES = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 """Upper bounds of the histogram's bins, in seconds."""
@@ -57,6 +59,55 @@ def _stage_seconds() -> Histogram:
         boundaries=BOUNDARIES,
         tag_keys=("stage",),
     )
+
+
+class UsageMetrics:
+    """Counters of requests, images and steps by API key, and a histogram of the seconds of answered requests for images.
+
+    Images and steps are those of complete responses. The tag ``key`` is the name of an API key, never the key.
+    """
+
+    def __init__(self) -> None:
+        self._in_replica = in_replica()
+        if not self._in_replica:
+            return
+        from ray.serve.metrics import Counter, Histogram
+
+        by_outcome: Any = ("key", "status", "code")  # Ray annotates tuples of one tag only
+        by_model: Any = ("key", "model")
+        self._requests = Counter("instella_requests", description="Requests by key and outcome.", tag_keys=by_outcome)
+        self._images = Counter("instella_key_images", description="Images by key and model.", tag_keys=by_model)
+        self._steps = Counter("instella_key_steps", description="Steps of images by key and model.", tag_keys=by_model)
+        self._seconds = Histogram(
+            "instella_request_seconds",
+            description="Duration of answered requests for images, of streams to their end.",
+            boundaries=BOUNDARIES,
+        )
+
+    def count(
+        self,
+        key: str | None,
+        model: str | None,
+        outcome: tuple[int, str | None],
+        images: int,
+        steps: int,
+        seconds: float,
+    ) -> None:
+        """Count a request of ``images`` images of ``steps`` steps each, which ended with a status and an error's code.
+
+        ``key`` is None for a request without a valid key.
+        """
+        if not self._in_replica:
+            return
+        status, code = outcome
+        self._requests.inc(tags={"key": key or NO_KEY, "status": str(status), "code": code or ""})
+        if status != 200 or model is None:
+            return
+        tags = {"key": key or NO_KEY, "model": model}
+        self._images.inc(images, tags=tags)
+        if steps:  # Ray raises for 0, which decoding takes
+            self._steps.inc(images * steps, tags=tags)
+        self._seconds.observe(seconds)
 
 
 class EngineMetrics:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..claims import lacking
 from ..errors import UserError
-from .access import ApiKeys, check_address, require_free_port
+from .access import check_address, require_free_port
 from .config import ServeArgs
 from .draining import wait_until_drained
+from .keys import ApiKeys
 from .ray_errors import is_loss
 from .serve_settings import set_up_serve
 
@@ -35,7 +36,7 @@ def serve_forever(args: ServeArgs, host: str, port: int, grace_s: float, *, loca
     loaded, resources that the cluster lacks, and a Ray whose Serve runs another endpoint; after the start for replicas that
     refuse it, such as one with a share of a GPU on a node where PyTorch sees none.
     """
-    keys = ApiKeys.load(args.api_keys_file)
+    keys = ApiKeys.load(args.api_keys_file, args.models)
     check_address(host, keys)
     require_free_port(host, port)
     message = f"listening on http://{host}:{port} ({'with' if keys else 'without'} API keys)"

@@ -14,10 +14,10 @@ from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import check_weights, load_expected, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
-from .access import ApiKeys
 from .api import Served, Service
 from .config import ServeArgs, StageArgs
 from .graph import Graph
+from .keys import ApiKeys
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Setup:
         """
         args.check()
         args = located(args)
-        keys = ApiKeys.load(args.api_keys_file)
+        keys = ApiKeys.load(args.api_keys_file, args.models)
         served, text_config = _read_folders(args)
         # Longer prompts are truncated, with a warning, to the length of a slot.
         limit = min(text_config.max_length, args.text_length)

@@ -50,6 +50,8 @@ class ImageStream:
         self.graph, self.images, self.deadline = graph, images, deadline
         self.partial_images, self.as_codes = partial_images, as_codes
         self.every = report_every(steps, partial_images)
+        self.error: ApiError | None = None
+        """Error that has ended the stream."""
         self._events: asyncio.Queue[bytes | ApiError | None] = asyncio.Queue()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -57,7 +59,9 @@ class ImageStream:
         work = asyncio.create_task(self._run())
         try:
             while (item := await self._next()) is not None:
-                yield event("error", item.body) if isinstance(item, ApiError) else item
+                if isinstance(item, ApiError):
+                    self.error, item = item, event("error", item.body)
+                yield item
             yield DONE
         finally:
             work.cancel()

@@ -212,6 +212,7 @@ GAUGES = {
     "flops_per_second": "Model FLOP/s of all workers.",
     "mfu": "Model FLOP/s as a fraction of the peak.",
     "memory_gb": "Peak memory of rank 0 in GB.",
+    "checkpoint_age_seconds": "Seconds since the last checkpoint of this attempt, or since its start.",
 }
 
 

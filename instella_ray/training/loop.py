@@ -53,6 +53,7 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
                 if final or leaving or done % cfg.checkpoint_every == 0:
                     log.sync()
                     checkpoints.save(done, log.last, trainer.save)
+                    log.saved()
                 if leaving:
                     break
                 waited = time.perf_counter()

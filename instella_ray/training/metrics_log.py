@@ -93,7 +93,7 @@ class MetricsLog:
         self.peak = bf16_peak(device, cfg.precision)
         _, self.world = ranks()
         self.loggers = open_loggers(cfg.loggers, cfg.run_dir, start) if rank == 0 else []
-        self.since = time.perf_counter()
+        self.since = self.saved_at = time.perf_counter()
 
     def step(self, step: int, found: Stepped, data_wait: float) -> None:
         """Record a step, and log if it is due; ``data_wait`` is the time spent waiting for its batch, in seconds."""
@@ -118,6 +118,8 @@ class MetricsLog:
         if self.file is not None:
             self.file.add(self.last)
         figures = {name: value for name, value in self.last.items() if name != "step"}
+        # Not in the file, whose rows are the same after a run was resumed.
+        figures["checkpoint_age_seconds"] = round(time.perf_counter() - self.saved_at, 1)
         for logger in self.loggers:
             logger.scalars(step + 1, figures)
 
@@ -131,6 +133,10 @@ class MetricsLog:
         """Write metrics.jsonl; called before each checkpoint, so that a resumed run has all rows up to it."""
         if self.file is not None:
             self.file.sync()
+
+    def saved(self) -> None:
+        """Note that a checkpoint has been saved."""
+        self.saved_at = time.perf_counter()
 
     def close(self) -> None:
         self.sync()

@@ -23,9 +23,11 @@ WORDS = re.compile(
 )
 FUNCTIONS = {
     *("sum", "avg", "min", "max", "count", "rate", "increase", "changes", "histogram_quantile"),
-    *("avg_over_time", "max_over_time", "count_over_time", "last_over_time", "label_values"),
+    *("avg_over_time", "max_over_time", "count_over_time", "last_over_time", "label_values", "absent"),
 }
-OPERATORS = {"and", "or", "unless"}
+OPERATORS = {"and", "or", "unless", "offset"}
+OF_OTHERS = {"up", "kubelet_volume_stats_available_bytes", "kubelet_volume_stats_capacity_bytes"}
+"""Series of Prometheus itself and of Kubernetes."""
 
 
 def objects() -> dict[str, dict[str, Any]]:
@@ -39,6 +41,15 @@ def dashboard() -> dict[str, Any]:
 
 def rules() -> list[dict[str, Any]]:
     return [rule for group in objects()["PrometheusRule"]["spec"]["groups"] for rule in group["rules"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for rule in rules() if "alert" in rule]
+
+
+def recorded() -> set[str]:
+    """Words of the names that rules record."""
+    return {word for rule in rules() if "record" in rule for word in rule["record"].split(":")}
 
 
 def queries() -> list[str]:
@@ -71,7 +82,8 @@ def names_in(query: str) -> set[str]:
 
 
 def problems(query: str) -> list[str]:
-    found = [f"unknown: {name}" for name in sorted(names_in(query) - FUNCTIONS - OPERATORS - series() - {"run"})]
+    known = FUNCTIONS | OPERATORS | OF_OTHERS | series() | recorded() | {"run", "namespace", "ray_io_cluster"}
+    found = [f"unknown: {name}" for name in sorted(names_in(query) - known)]
     opened: list[str] = []
     pairs = {")": "(", "]": "[", "}": "{"}
     for sign in re.sub(r"\"[^\"]*\"", "", query):
@@ -122,18 +134,29 @@ def test_the_objects_are_valid_and_scrape_ports_that_pods_have() -> None:
 
 
 def test_every_subject_of_the_house_has_its_alerts() -> None:
-    alerts = [rule["alert"] for rule in rules()]
-    assert len(set(alerts)) == len(alerts)
+    names = [rule["alert"] for rule in alerts()]
+    assert len(set(names)) == len(names)
     assert {group["name"] for group in objects()["PrometheusRule"]["spec"]["groups"]} == {
-        *("training", "data", "serving", "machines")
+        *("training", "data", "serving", "slo", "machines", "targets")
     }
-    for rule in rules():
+    whole = {"VolumeNearlyFull": "persistentvolumeclaim", "DiskNearlyFull": "instance", "TargetDown": "instance"}
+    whole |= dict.fromkeys(("EndpointFails", "ErrorBudgetSpent", "EndpointSlow", "LatencyBudgetSpent"), "application")
+    for rule in alerts():
         used = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
         grouped = re.search(r"by \(([^)]*)\)", rule["expr"])
         if grouped:
             assert used <= set(re.split(r",\s*", grouped[1])), rule["alert"]
         else:
-            assert used <= {"run"}, rule["alert"]
+            assert used <= {whole.get(rule["alert"], "run")}, rule["alert"]
+
+
+def test_every_alert_has_its_section_in_the_runbook() -> None:
+    page, _, _ = alerts()[0]["annotations"]["runbook_url"].partition("#")
+    titles = re.findall(r"^### (\w+)$", (ROOT / page).read_text(), re.M)
+    assert [rule["annotations"]["runbook_url"] for rule in alerts()] == [
+        f"{page}#{rule['alert'].lower()}" for rule in alerts()
+    ]
+    assert titles == [rule["alert"] for rule in alerts()]
 
 
 def test_the_dashboard_is_one_that_grafana_draws() -> None:
@@ -157,6 +180,14 @@ def test_the_dashboard_is_one_that_grafana_draws() -> None:
             assert references and len(set(references)) == len(references)
     variables = {variable["name"] for variable in board["templating"]["list"]}
     assert set(re.findall(r"\$\{?(\w+)", json.dumps(panels))) <= variables
+    # One cluster, or all: every series is chosen by both.
+    chosen = '{namespace=~"$namespace", ray_io_cluster=~"$cluster"'
+    for panel in panels:
+        for target in panel.get("targets", []):
+            assert target["expr"].count(chosen) == len(
+                re.findall(r"\b(?:ray_[a-z]+_\w+|instella:\S+?)\{", target["expr"])
+            )
+            assert chosen in target["expr"]
     assert {panel["title"] for panel in panels if panel["type"] == "row"} == {"Training", "Data", "Serving", "Machines"}
 
 

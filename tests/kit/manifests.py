@@ -133,20 +133,26 @@ class PodSelector(Strict):
 class PodMonitorSpec(Strict):
     namespaceSelector: NamespaceSelector
     selector: PodSelector
+    podTargetLabels: list[str]
     podMetricsEndpoints: list[Endpoint] = Field(min_length=1)
 
 
-class Rule(Strict):
+class Recording(Strict):
+    record: str = Field(pattern=r"^[a-z_]+:[a-z_]+:[a-z0-9_]+$")
+    expr: str
+
+
+class Alert(Strict):
     alert: str = Field(pattern=r"^[A-Z][A-Za-z0-9]+$")
     expr: str
     for_: Duration = Field(alias="for")
     labels: dict[Literal["severity"], Literal["page", "ticket"]] = Field(min_length=1)
-    annotations: dict[Literal["summary", "action"], str] = Field(min_length=2)
+    annotations: dict[Literal["summary", "action", "runbook_url"], str] = Field(min_length=3)
 
 
 class RuleGroup(Strict):
     name: Name
-    rules: list[Rule] = Field(min_length=1)
+    rules: list[Alert | Recording] = Field(min_length=1)
 
 
 class PrometheusRuleSpec(Strict):

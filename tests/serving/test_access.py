@@ -7,7 +7,6 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +16,12 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from instella_ray.errors import UserError
-from instella_ray.serving.access import KEYS_VARIABLE, ApiKeys, BodyLimit, KeyCheck, check_address
+from instella_ray.serving.access import BodyLimit, KeyCheck, check_address
 from instella_ray.serving.admission import Gate
+from instella_ray.serving.caller import CallerLimits
 from instella_ray.serving.codes import pack, unpack
 from instella_ray.serving.failures import ApiError, api_error
+from instella_ray.serving.keys import KEYS_VARIABLE, ApiKeys
 from instella_ray.serving.retry import CALLS, replica_failed
 from instella_ray.serving.runner import DeadlineExceeded, EngineFailed
 from instella_ray.serving.safety import Flagged
@@ -34,33 +35,7 @@ def of_a_stage(error: Exception) -> RayTaskError:
     return RayTaskError("generate", "Traceback ...", pickle.loads(pickle.dumps(error))).as_instanceof_cause()
 
 
-# --- keys
-
-
-def test_keys_come_from_the_environment_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text(f"# of the team\n{OTHER}\n\n")
-    monkeypatch.setenv(KEYS_VARIABLE, f" {KEY}, ,")
-    keys = ApiKeys.load(str(file))
-    assert keys and keys.accept(KEY.encode()) and keys.accept(OTHER.encode())
-    for wrong in (b"", KEY[:-1].encode(), KEY.upper().encode(), b"\xff", b"# of the team"):
-        assert not keys.accept(wrong)
-    assert KEY.encode() not in pickle.dumps(keys), "what Serve records must not hold the key"
-    monkeypatch.delenv(KEYS_VARIABLE)
-    assert not ApiKeys.load()
-
-
-def test_keys_that_are_none_are_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(KEYS_VARIABLE, "hunter2")
-    with pytest.raises(UserError, match="at least 16") as caught:
-        ApiKeys.load()
-    assert "hunter2" not in str(caught.value)
-    monkeypatch.delenv(KEYS_VARIABLE)
-    with pytest.raises(UserError, match="cannot be read"):
-        ApiKeys.load(str(tmp_path / "none"))
-    (tmp_path / "empty").write_text("# nothing\n")
-    with pytest.raises(UserError, match="holds no key"):
-        ApiKeys.load(str(tmp_path / "empty"))
+# --- who may call
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
@@ -113,7 +88,7 @@ def ask(app: Any, path: str = "/v1/models", client: str = "127.0.0.1", **request
     ],
 )
 def test_only_a_key_opens(headers: dict[str, str], status: int) -> None:
-    response = ask(KeyCheck(reads_all, ApiKeys([KEY, OTHER])), headers=headers)
+    response = ask(KeyCheck(reads_all, ApiKeys([KEY, OTHER]), CallerLimits(1)), headers=headers)
     assert response.status_code == status
     if status == 401:
         assert response.headers["www-authenticate"] == "Bearer"
@@ -121,13 +96,13 @@ def test_only_a_key_opens(headers: dict[str, str], status: int) -> None:
 
 
 def test_the_page_and_the_probe_need_no_key_and_nothing_that_looks_like_them() -> None:
-    app = KeyCheck(reads_all, ApiKeys([KEY]))
+    app = KeyCheck(reads_all, ApiKeys([KEY]), CallerLimits(1))
     assert [ask(app, path).status_code for path in ("/", "/healthz")] == [200, 200]
     assert [ask(app, path).status_code for path in ("/healthz/", "/v1", "/openapi.json")] == [401, 401, 401]
 
 
 def test_without_keys_other_machines_are_refused_whatever_they_ask() -> None:
-    app = KeyCheck(reads_all, ApiKeys())
+    app = KeyCheck(reads_all, ApiKeys(), CallerLimits(1))
     assert [ask(app, client=here).status_code for here in ("127.0.0.1", "::1")] == [200, 200]
     response = ask(app, "/", client="10.0.0.7")
     assert response.status_code == 403 and KEYS_VARIABLE in response.json()["error"]["message"]

@@ -89,6 +89,37 @@ def test_the_openai_client_works(real: Endpoint) -> None:
             api.models.list()
 
 
+def test_usage_is_counted_by_key(real: Endpoint, client: httpx.Client) -> None:
+    import ray
+    from ray._common.test_utils import fetch_prometheus_metrics
+
+    addresses = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
+
+    def value(name: str, **tags: str) -> float:
+        samples = fetch_prometheus_metrics(addresses).get(f"ray_instella_{name}", [])
+        return sum(s.value for s in samples if tags.items() <= s.labels.items())
+
+    def counted() -> list[float]:
+        of_model = {"key": "unnamed", "model": "diffusion", "application": APP}
+        return [
+            value("requests_total", key="unnamed", status="200", code=""),
+            value("requests_total", key="none", status="401", code="invalid_api_key"),
+            value("key_images_total", **of_model),
+            value("key_steps_total", **of_model),
+            value("request_seconds_count", application=APP),
+            value("request_seconds_bucket", application=APP, le="10.0"),
+        ]
+
+    before = counted()
+    answer = generate(client, n=2, num_inference_steps=501, response_format="codes")
+    assert answer.status_code == 200 and len(answer.headers.get_list("x-request-id")) == 1
+    with httpx.Client(base_url=real.url) as stranger:
+        assert generate(stranger).status_code == 401
+    # At least: what earlier requests counted may come late. So many steps only this one takes.
+    expected = [was + new for was, new in zip(before, [1, 1, 2, 1002, 1, 1], strict=True)]
+    eventually(lambda: all(now >= then for now, then in zip(counted(), expected, strict=True)))
+
+
 def test_the_page_works_with_the_endpoint(browser: Browser, real: Endpoint, client: httpx.Client) -> None:
     with browser.page() as page:
         page.look()

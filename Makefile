@@ -75,4 +75,4 @@ constraints: .uv/bin/uv
 	@cat .uv/header.txt .uv/resolved.txt > constraints.txt
 
 clean:
-	rm -rf $(VENV) .uv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .uv .tools site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from instella_ray.errors import UserError
 
-from ..kit.kustomize import Object
+from ..kit.kubernetes import Object
 from ..kit.manifests import check_object, crd_validator
 from ..kit.overlays import OVERLAYS, objects, of_kind
 

@@ -58,7 +58,6 @@ class Pool(Strict):
     minReplicas: int = Field(ge=0)
     maxReplicas: int = Field(ge=1)
     labels: Texts
-    rayStartParams: Texts
     template: dict[str, Any]
 
     @pydantic.model_validator(mode="after")

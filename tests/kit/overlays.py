@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from .kustomize import Object, build
+from .kubernetes import Object, build
 from .project import ROOT
 
 FOLDER = ROOT / "cluster" / "kuberay"

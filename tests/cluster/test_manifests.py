@@ -55,6 +55,7 @@ def misspelt(target: Object, seed: int) -> tuple[str, Object]:
         "rayStartParams",
         "requests",
         "limits",
+        "hard",
         "metadata",
     )
 

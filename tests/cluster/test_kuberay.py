@@ -30,6 +30,8 @@ from ..kit.overlays import (
 )
 from ..kit.project import ROOT, tracked
 
+pytestmark = pytest.mark.process  # kubectl builds what they look at
+
 # --- no copies
 
 
@@ -312,7 +314,6 @@ def test_training_finds_its_workers_places_when_it_starts(overlay: str) -> None:
         assert workers.count * workers.cpus <= int(limits["cpu"]) * pool["minReplicas"]
 
 
-@pytest.mark.process
 def test_a_pod_that_ends_tells_ray_so(tmp_path: Path) -> None:
     """Its command, run with a ``ray`` and a ``sleep`` that only write down what they are asked for."""
     from ray.scripts.scripts import drain_node

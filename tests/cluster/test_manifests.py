@@ -21,6 +21,8 @@ from ..kit.kubernetes import Object
 from ..kit.manifests import check_object, crd_validator
 from ..kit.overlays import OVERLAYS, objects, of_kind
 
+pytestmark = pytest.mark.process  # kubectl builds what they look at
+
 REFUSED = (
     pydantic.ValidationError,
     kubernetes_validate.ValidationError,

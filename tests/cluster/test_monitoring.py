@@ -17,6 +17,8 @@ from ..kit.manifests import check_object
 from ..kit.overlays import clusters
 from ..kit.project import PACKAGE, ROOT, texts
 
+pytestmark = pytest.mark.process  # kubectl builds what they look at
+
 FOLDER = ROOT / "cluster" / "monitoring"
 WORDS = re.compile(
     r"\b(?:by|on|without|ignoring|group_left|group_right)\s*\([^)]*\)"  # labels

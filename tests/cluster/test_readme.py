@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,11 @@ from instella_ray.planning.simulation.run import SimulateConfig
 from instella_ray.planning.simulation.serving import simulate_serving
 
 from ..kit.discovery import discovery
-from ..kit.kubernetes import build, program
+from ..kit.kubernetes import build, load_documents, program
 from ..kit.manifests import as_text
 from ..kit.overlays import FOLDER, objects
 from ..kit.project import ROOT
-from ..kit.shell_lines import shell_lines
+from ..kit.shell_lines import commands, shell_lines
 
 SITE = FOLDER / "components" / "site" / "site.env"
 MONITORING = ROOT / "cluster" / "monitoring"
@@ -141,6 +142,22 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.process
 def test_kubectl_takes_every_line_that_creates_or_applies(typed: dict[str, list[str]]) -> None:
     assert len(typed) > 12 and all(typed.values())
+
+
+@pytest.mark.process
+def test_helm_takes_the_lines_that_install_and_render(tmp_path: Path) -> None:
+    """Rendered, which is all of an installation that needs no cluster."""
+    (tmp_path / "cluster").symlink_to(ROOT / "cluster")
+    (tmp_path / "site.yaml").write_text("image: registry/instella-ray:1\n")
+    lines = [line for line in shell_lines(README) if "cluster/helm" in line]
+    assert len(lines) == 3
+    for line in lines:
+        words = next(commands(line))
+        words[:2] = [program("helm"), "template"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        kinds = [target["kind"] for target in load_documents(done.stdout)]
+        assert kinds == ["RayJob"] if "--show-only" in words else "RayJob" not in kinds
 
 
 @pytest.mark.process

@@ -10,6 +10,8 @@ import pytest
 from ..kit.manifests import as_text, check_object, crd_validator, serve_args
 from ..kit.overlays import FOLDER, GPUS, clusters, of_kind, options, with_options
 
+pytestmark = pytest.mark.process  # kubectl builds what they look at
+
 SITE = dict(
     line.split("=", 1)
     for line in (FOLDER / "components" / "site" / "site.env").read_text().splitlines()

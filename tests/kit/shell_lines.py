@@ -110,6 +110,11 @@ def _kubectl(words: Sequence[str]) -> None:
     _exist([*paths, *(words[2:3] if words[1] == "kustomize" else [])])
 
 
+def _helm(words: Sequence[str]) -> None:
+    _of_others(words)
+    _exist([word for word in words if word.startswith("cluster/")])
+
+
 def _docker(words: Sequence[str]) -> None:
     _exist([value for flag, value in pairwise(words) if flag == "--file"])
 
@@ -135,11 +140,12 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
     ".": _script,
     "bash": _script,
     "docker": _docker,
+    "helm": _helm,
     "instella-ray": _instella_ray,
     "kubectl": _kubectl,
     "make": _make,
     "python": _python,
     "ray": _ray,
     "serve": _serve,
-    **dict.fromkeys(("curl", "gcloud", "helm", "kind", "openssl", "pip", "sed"), _of_others),
+    **dict.fromkeys(("curl", "gcloud", "kind", "openssl", "pip", "sed"), _of_others),
 }

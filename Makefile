@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-all | bench | bench-gpu | lint | format | docs | wheel | venv | constraints | clean
+# make demo | test | test-fast | test-all | bench | bench-gpu | lint | format | docs | wheel | chart | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ BENCH ?=
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast test-all bench bench-gpu lint format docs wheel venv constraints clean
+.PHONY: demo test test-fast test-all bench bench-gpu lint format docs wheel chart venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-gpu  what one GPU gives, in at most 8 minutes (BENCH=--tiny rehearses it, also without a GPU)"
 	@echo "make lint       ruff and mypy    make format     let ruff rewrite"
 	@echo "make docs       build the documentation into site/    make wheel     build a wheel into dist/"
+	@echo "make chart      write the Helm chart of cluster/helm anew from cluster/kuberay"
 	@echo "make venv       set-up alone     make clean      remove .venv and caches"
 	@echo "make constraints   write constraints.txt anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
 
@@ -66,6 +67,9 @@ docs: venv
 wheel: .uv/bin/uv
 	.uv/bin/uv build --wheel --out-dir dist
 
+chart: venv
+	$(BIN)/python cluster/helm/generate.py
+
 .uv/bin/uv:
 	PYTHON="$(PYTHON)" bash .ci/setup.sh --uv
 
@@ -79,4 +83,4 @@ constraints: .uv/bin/uv
 	@cat .uv/header.txt .uv/resolved.txt > constraints.txt
 
 clean:
-	rm -rf $(VENV) .uv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .uv .tools site .pytest_cache .mypy_cache .ruff_cache .hypothesis

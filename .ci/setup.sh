@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned dependencies, through uv, which is fetched into .uv first.
-# EXTRAS=docs installs further extras of pyproject.toml.
+# The programs of .ci/tools.sh come last. EXTRAS=docs installs further extras of pyproject.toml.
 #   --plan  print what would be done and change nothing     --uv  fetch uv and stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -96,3 +96,6 @@ fi
 
 # Compiled here once: where Python is told to write no bytecode, every worker of Ray would compile torch and Ray anew.
 "$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,jxl,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"
+
+# The programs that the tests of cluster/ run; without them those tests skip.
+bash .ci/tools.sh

@@ -11,11 +11,11 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -86,10 +86,11 @@ def kind(url: str) -> str | None:
         return None
 
 
-def is_empty(url: str) -> bool:
-    """Return whether a folder does not exist or is empty."""
+def is_empty(url: str, besides: Collection[str] = ()) -> bool:
+    """Return whether a folder does not exist or holds nothing but the names ``besides``."""
     fs, path = filesystem(url)
-    return not fs.exists(path) or not retry(lambda: fs.ls(path, detail=False))
+    found = retry(lambda: fs.ls(path, detail=False)) if fs.exists(path) else []
+    return {PurePosixPath(name).name for name in found} <= set(besides)
 
 
 def glob(pattern: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from .distributed import SingleProcess
 from .learner import require_deepspeed
 from .loggers import check_loggers
 from .loop import train_worker
-from .run_dir import CONFIG, Attempt, last_metrics, located
+from .run_dir import ATTEMPTS, CONFIG, Attempt, last_metrics, located
 from .settings import TrainConfig, TrainingRun, WorkersConfig, first_difference
 from .trainer import BuildTask
 
@@ -53,7 +53,7 @@ def launch(
         require_deepspeed()
     check_run_dir(run)
     launcher = _launcher(cfg.workers)
-    attempt = Attempt.begin(cfg.run_dir, resume=cfg.resume)
+    attempt = Attempt.begin(cfg.run_dir, resume=bool(cfg.resume))
     storage.write_text(storage.join(cfg.run_dir, CONFIG), dump_yaml(run))
 
     fields = {"job": job, "run": logs.run_id(job), **logs.context(), "attempt": attempt.number}
@@ -77,23 +77,27 @@ def _launcher(workers: WorkersConfig) -> Launcher:
 
 def check_run_dir(run: TrainingRun) -> None:
     """Raise UserError unless ``run.train.run_dir`` is empty or, with ``resume``, holds the same run."""
-    run_dir = run.train.run_dir
+    run_dir, resume = run.train.run_dir, run.train.resume
     config_file = storage.join(run_dir, CONFIG)
-    if not run.train.resume:
+    if not resume:
         check_free(run_dir)
         return
     storage.invalidate_listing(config_file)
     if not storage.exists(config_file):
+        if resume == "auto":
+            # An attempt that ended before it wrote the configuration has left its mark alone.
+            check_free(run_dir, besides=(ATTEMPTS,))
+            return
         raise UserError(f"run_dir {run_dir}: nothing to resume (no {CONFIG})")
     if different := first_difference(load_config(type(run), config_file), run):
         key, old, new = different
         raise UserError(f"run_dir {run_dir}: cannot resume with {key} = {new!r}, the run was started with {old!r}")
 
 
-def check_free(run_dir: str) -> None:
-    """Raise UserError unless ``run_dir`` does not exist or is empty."""
+def check_free(run_dir: str, besides: Collection[str] = ()) -> None:
+    """Raise UserError unless ``run_dir`` does not exist or holds nothing but the names ``besides``."""
     storage.invalidate_listing(run_dir)
-    if not storage.is_empty(run_dir):
+    if not storage.is_empty(run_dir, besides):
         raise UserError(
             f"run_dir {run_dir}: already holds a run; set resume=true to continue it, or choose another folder"
         )

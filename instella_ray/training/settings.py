@@ -88,8 +88,8 @@ class TrainConfig(Config):
 
     run_dir: OutputPath
     """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
-    resume: bool = False
-    """Resume an interrupted run in ``run_dir`` with its original settings."""
+    resume: bool | Literal["auto"] = False
+    """Resume an interrupted run in ``run_dir`` with its original settings; auto: if there is one, else start it."""
     seed: int = 0
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the whole run. A resumed run cannot change them: the schedules depend on them."""

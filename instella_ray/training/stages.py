@@ -57,8 +57,9 @@ class TokenizerStagesConfig(TokenizerConfig):
 def run_stages(cfg: TokenizerStagesConfig) -> str:
     """Train all stages and return the final checkpoint of the last stage, a model folder.
 
-    ``train.resume`` skips finished stages and resumes an interrupted one. All stages are validated before the first
-    one starts; the checkpoints of finished ones are validated too, where validation was interrupted.
+    ``train.resume`` skips finished stages and resumes an interrupted one; auto starts the first one if none has begun. All
+    stages are validated before the first one starts; the checkpoints of finished ones are validated too, where validation
+    was interrupted.
     """
     if not cfg.stages:
         return run_tokenizer(cfg.single())
@@ -66,13 +67,14 @@ def run_stages(cfg: TokenizerStagesConfig) -> str:
     run_dir = located(cfg.train.run_dir)
     storage.invalidate_listing(run_dir)
     begun = [name for name in stages if storage.exists(storage.join(run_dir, name, CONFIG))]
-    if cfg.train.resume and not begun:
+    if cfg.train.resume is True and not begun:
         raise UserError(f"run_dir {run_dir}: nothing to resume (no stage has started)")
     if not cfg.train.resume:
         check_free(run_dir)
     previous: str | None = None
     for name, stage in stages.items():
-        train = stage.train.model_copy(update={"resume": name in begun, "run_dir": storage.join(run_dir, name)})
+        resume = "auto" if cfg.train.resume == "auto" else name in begun
+        train = stage.train.model_copy(update={"resume": resume, "run_dir": storage.join(run_dir, name)})
         start_from = stage.start_from if previous is None else previous
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
         previous = _finished(stage)

@@ -20,6 +20,8 @@ from instella_ray.serving.serve_settings import SETTINGS
 from ..kit.overlays import OVERLAYS, templates
 from ..kit.project import PROJECT, ROOT, tracked
 
+pytestmark = pytest.mark.process  # kubectl builds what they look at
+
 FOLDER = ROOT / "cluster" / "docker"
 ON_TOP = FOLDER / "Dockerfile.image-reward"
 """An image on top of another of this folder."""
@@ -93,7 +95,6 @@ def in_context(source: str) -> bool:
 
 
 @pytest.mark.parametrize("path", [*FILES, ON_TOP], ids=lambda path: path.suffix[1:])
-@pytest.mark.process
 def test_the_dockerfile_keeps_the_rules(path: Path) -> None:
     assert problems(path.read_text()) == []
     if hadolint := shutil.which("hadolint"):
@@ -198,7 +199,6 @@ def test_a_rocm_image_keeps_its_torch_and_lets_ray_hand_out_gpus() -> None:
     assert re.search(r"RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES= ", text) and "ROCR_VISIBLE_DEVICES=" not in text
 
 
-@pytest.mark.process
 def test_the_installer_leaves_torch_and_its_libraries_out_where_they_stay(tmp_path: Path) -> None:
     """Run with a python that only tells what it was asked for."""
     for name in ("constraints.txt", "pyproject.toml"):

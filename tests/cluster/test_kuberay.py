@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,10 +13,24 @@ from typing import Any
 import pytest
 
 from ..kit.commands import check_job
-from ..kit.kustomize import KustomizeError, build, load_documents, walk
+from ..kit.kubernetes import load_documents, walk
 from ..kit.manifests import as_text, serve_args
-from ..kit.overlays import FOLDER, GPUS, OVERLAYS, clusters, objects, of_kind, templates
+from ..kit.overlays import (
+    FOLDER,
+    GPUS,
+    OVERLAYS,
+    applied,
+    clusters,
+    created,
+    objects,
+    of_kind,
+    options,
+    templates,
+    with_options,
+)
 from ..kit.project import ROOT, tracked
+
+pytestmark = pytest.mark.process  # kubectl builds what they look at
 
 # --- no copies
 
@@ -23,15 +38,16 @@ from ..kit.project import ROOT, tracked
 def test_overlays_hold_patches_and_no_object_of_their_own() -> None:
     names = {path.name for path in (FOLDER / "overlays").rglob("*") if path.is_file()}
     assert names == {"kustomization.yaml"}
-    for path in (FOLDER / "overlays").glob("*/kustomization.yaml"):
+    for path in (FOLDER / "overlays").rglob("kustomization.yaml"):
         (settings_of,) = load_documents(path.read_text())
-        assert settings_of["resources"] == ["../../base"]
+        assert settings_of["resources"] == (["../../../jobs"] if path.parent.name == "jobs" else ["../../base"])
 
 
 def test_the_gpu_overlays_differ_in_the_accelerator_alone() -> None:
     amd, nvidia = (as_text(objects(name)) for name in ("mi300x", "nvidia"))
     amd = amd.replace(', "supplementalGroups": [44, 109]', "")
-    assert amd.replace("amd.com/gpu", "nvidia.com/gpu").replace("TAG-rocm", "TAG-cuda") == nvidia
+    amd, nvidia = (text.replace("amd.com/gpu", "nvidia.com/gpu") for text in (amd, nvidia))
+    assert json.loads(amd) == json.loads(nvidia)
 
 
 def test_every_file_is_part_of_some_overlay() -> None:
@@ -43,31 +59,32 @@ def test_every_file_is_part_of_some_overlay() -> None:
         (found,) = load_documents(path.read_text())
         names = [*found.get("resources", []), *found.get("components", [])]
         names += [patch["path"] for patch in found.get("patches", []) if "path" in patch]
+        names += [name for generator in found.get("configMapGenerator", []) for name in generator["envs"]]
         for name in names:
             here = (folder / name).resolve()
             collect(here) if here.is_dir() else used.add(here)
 
     for overlay in OVERLAYS:
         collect(FOLDER / "overlays" / overlay)
+        collect(FOLDER / "overlays" / overlay / "jobs")
+        for option in options(overlay):
+            collect(FOLDER / "components" / option)
     assert {path for path in tracked() if path.is_relative_to(FOLDER)} == used
 
 
-def test_what_kustomize_does_not_know_is_an_error(tmp_path: Path) -> None:
-    head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-    (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\ndata: {x: y}\n")
-    patch = "resources: [a.yaml]\npatches: [{target: {kind: ConfigMap}, patch: '[%s]'}]\n"
-    for text, message in {
-        "resource: [a.yaml]\n": "resource",
-        "resources: [../a.yaml]\n": "outside",
-        "resources: [a.yaml, a.yaml]\n": "more than once",
-        "resources: [a.yaml]\npatches: [{target: {kind: Secret}, patch: '[]'}]\n": "finds nothing",
-        patch % "{op: replace, path: /data/z, value: 1}": "nothing at /data/z",
-        patch % "{op: test, path: /data/x, value: 1}": "test: not known",
-        "resources: [a.yaml]\nimages: [{name: b, newName: c, newTag: d}]\n": "no container",
-    }.items():
-        (tmp_path / "kustomization.yaml").write_text(head + text)
-        with pytest.raises(KustomizeError, match=message):
-            build(tmp_path)
+def test_every_patch_finds_something_to_change(tmp_path: Path) -> None:
+    """kustomize says nothing about a target, or an image, that no object has."""
+    built = [target for overlay in OVERLAYS for target in objects(overlay)]
+    built += with_options("mi300x", set(options("mi300x")), tmp_path)
+    for path in FOLDER.rglob("kustomization.yaml"):
+        (found,) = load_documents(path.read_text())
+        for entry in found.get("patches", []):
+            if "target" in entry and "$patch: delete" not in entry.get("patch", ""):
+                kind, name = entry["target"]["kind"], entry["target"].get("name", ".*")
+                hit = [t for t in built if t["kind"] == kind and re.fullmatch(name, t["metadata"]["name"])]
+                assert hit, (path, entry["target"])
+    images = {c["image"] for overlay in OVERLAYS for t in templates(overlay) for c in t["spec"]["containers"]}
+    assert images == {"REGISTRY/instella-ray:TAG", "instella-ray:cpu"}
 
 
 # --- what they promise
@@ -77,20 +94,17 @@ def test_what_kustomize_does_not_know_is_an_error(tmp_path: Path) -> None:
 def test_every_stage_is_a_command_that_its_job_reads(overlay: str) -> None:
     paths = of_kind(overlay, "ConfigMap")["paths"]["data"]
     for name, job in of_kind(overlay, "RayJob").items():
-        commands = job["spec"]["entrypoint"].split(" || ")
-        configs = [check_job(shlex.split(command), paths) for command in commands]
-        assert [command.split()[1] for command in commands] == [f"jobs/{name.replace('-', '_')}.py"] * len(commands)
-        assert resumes(configs), f"{name}: a second attempt would be refused"
-        assert not re.search(r"MODEL_FOLDER|_FOLDER\b", as_text([c.model_dump(mode="json") for c in configs]))
+        words = shlex.split(job["spec"]["entrypoint"], comments=False)
+        config = check_job(words, paths)
+        assert words[1] == f"jobs/{name.replace('-', '_')}.py"
+        assert resumes(config), f"{name}: a second attempt would be refused"
+        assert not re.search(r"MODEL_FOLDER|_FOLDER\b", as_text(config.model_dump(mode="json")))
 
 
-def resumes(configs: list[Any]) -> bool:
-    """Whether a command goes on with the output of an earlier attempt: by its mode, or its second half does."""
-    if hasattr(configs[0], "train"):
-        first, second = (config.model_dump(mode="json") for config in configs)
-        resume = [config["train"].pop("resume") for config in (first, second)]
-        return first == second and resume == [False, True]
-    (config,) = configs
+def resumes(config: Any) -> bool:
+    """Whether a command goes on with the output of an earlier attempt, and begins without one."""
+    if hasattr(config, "train"):
+        return config.train.resume == "auto"
     return getattr(config, "sample", config).mode == "resume"
 
 
@@ -102,9 +116,29 @@ def test_there_is_a_job_for_every_stage_of_the_house() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_starts_by_being_applied_but_the_head_and_the_endpoint(overlay: str) -> None:
-    assert all(job["spec"]["suspend"] for job in of_kind(overlay, "RayJob").values())
+    """Nor does applying touch a job that runs: jobs are not part of it, and creating one again is refused by its name."""
+    assert "RayJob" not in {target["kind"] for target in applied(overlay)}
+    assert {target["kind"] for target in created(overlay)} == {"RayJob"}
+    for name, job in of_kind(overlay, "RayJob").items():
+        assert job["metadata"]["labels"]["app.kubernetes.io/component"] == name  # create -k DIR -l picks one
+        assert "suspend" not in job["spec"]
     (development,) = of_kind(overlay, "RayCluster").values()
-    assert [pool["replicas"] for pool in development["spec"]["workerGroupSpecs"]] == [0, 0]
+    assert [pool["replicas"] for pool in development["spec"]["workerGroupSpecs"]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_job_has_its_nodes_from_its_beginning_to_its_end_and_not_longer(overlay: str) -> None:
+    """KubeRay deletes workers alone only where no autoscaler would make them anew."""
+    for name, job in of_kind(overlay, "RayJob").items():
+        spec = job["spec"]
+        for pool in spec["rayClusterSpec"]["workerGroupSpecs"]:
+            assert pool["minReplicas"] == pool["replicas"] == pool["maxReplicas"] > 0, name
+        assert "enableInTreeAutoscaling" not in spec["rayClusterSpec"]
+        rules = spec["deletionStrategy"]["deletionRules"]
+        at_once = [rule["condition"] for rule in rules if rule["policy"] == "DeleteWorkers"]
+        assert at_once == [{"jobStatus": "SUCCEEDED"}, {"jobDeploymentStatus": "Failed"}]
+        heads = {rule["condition"]["ttlSeconds"] for rule in rules if rule["policy"] == "DeleteCluster"}
+        assert min(heads) >= 3600, name  # time to read the log
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -113,7 +147,8 @@ def test_pods_claim_the_nodes_gpus_and_no_other_resource_of_that_kind(overlay: s
         for pool in cluster["workerGroupSpecs"]:
             limits = pool["template"]["spec"]["containers"][0]["resources"]["limits"]
             gpus = {key: value for key, value in limits.items() if key.endswith("gpu")}
-            expected = {GPUS[overlay]: "8"} if pool["groupName"] == "gpu" and GPUS[overlay] else {}
+            count = {"gpu": "8", "single-gpu": "1"}.get(pool["groupName"])
+            expected = {GPUS[overlay]: count} if count and GPUS[overlay] else {}
             assert gpus == expected, name
 
 
@@ -144,8 +179,14 @@ def test_no_container_has_more_rights_than_it_needs(overlay: str) -> None:
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert all(container["securityContext"] == bounds for container in pod["containers"])
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-        worker = template["metadata"]["labels"]["instella-ray/role"] == "worker"
-        assert pod.get("automountServiceAccountToken") is (False if worker else None)
+        # Kubernetes' own API is for heads with an autoscaler.
+        assert pod["serviceAccountName"] in ("head", "worker")
+        assert pod.get("automountServiceAccountToken") is (False if pod["serviceAccountName"] == "worker" else None)
+    for name, cluster in clusters(overlay).items():
+        accounts = {cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"]}
+        assert accounts == {"head" if "enableInTreeAutoscaling" in cluster else "worker"}, name
+        accounts = {pool["template"]["spec"]["serviceAccountName"] for pool in cluster["workerGroupSpecs"]}
+        assert accounts == {"worker"}, name
     for target in objects(overlay):
         walk(target, lambda node: [] if not node.get("privileged") else pytest.fail("privileged"))
     assert [target for target in objects(overlay) if target["kind"] == "Secret"] == []
@@ -158,7 +199,7 @@ def test_every_cluster_asks_for_the_token_and_the_version_of_the_image(overlay: 
         assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
         assert cluster["rayVersion"] == pins["ray"]
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-        assert cluster["autoscalerOptions"]["version"] == "v2"
+        assert cluster.get("autoscalerOptions", {"version": "v2"})["version"] == "v2"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -167,8 +208,13 @@ def test_names_that_objects_give_each_other_exist(overlay: str) -> None:
         pod, (container,) = template["spec"], template["spec"]["containers"]
         assert pod["serviceAccountName"] in of_kind(overlay, "ServiceAccount")
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        for source in container["envFrom"]:
-            assert source["configMapRef"]["name"] in of_kind(overlay, "ConfigMap")
+        assert container["envFrom"] == [
+            {"configMapRef": {"name": "paths"}},
+            {"secretRef": {"name": "bucket", "optional": True}},  # README.md makes it where it is needed
+        ]
+        assert "paths" in of_kind(overlay, "ConfigMap")
+        secrets = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
+        assert secrets == [{"secretName": "bucket-key", "optional": True}]
         claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
         assert set(claims) <= set(of_kind(overlay, "PersistentVolumeClaim"))
     (binding,) = of_kind(overlay, "RoleBinding").values()
@@ -200,6 +246,8 @@ def test_only_the_gateway_comes_to_serves_port_and_only_clients_to_the_head(over
         assert reached_by(overlay, head) == everywhere | {("clients", 8265)}
     serving = endpoint["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
     assert reached_by(overlay, serving) == everywhere | {("gateway", 8000)}
+    prometheus = of_kind(overlay, "NetworkPolicy")["monitoring"]["spec"]["ingress"][0]["from"]
+    assert [set(peer) for peer in prometheus] == [{"namespaceSelector", "podSelector"}]  # not all of its namespace
     denied = of_kind(overlay, "NetworkPolicy")["default-deny"]["spec"]
     assert denied == {"podSelector": {}, "policyTypes": ["Ingress"]}
 
@@ -219,10 +267,13 @@ def test_the_endpoint_has_keys_budgets_and_time_to_finish(overlay: str) -> None:
         for pool in cluster["workerGroupSpecs"]:
             assert pool["template"]["spec"]["terminationGracePeriodSeconds"] >= args.limits.timeout_s + 10
         assert service["spec"]["rayClusterDeletionDelaySeconds"] > args.limits.timeout_s
-    for budget in of_kind(overlay, "PodDisruptionBudget").values():
+    for name, budget in of_kind(overlay, "PodDisruptionBudget").items():
         wanted = budget["spec"]["selector"]["matchLabels"].items()
-        matches = [group for group in groups if wanted <= group["template"]["metadata"]["labels"].items()]
-        assert len(matches) == 1
+        held = [template for template in templates(overlay) if wanted <= template["metadata"]["labels"].items()]
+        if name == "job-heads":
+            assert held == [job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"] for job in created(overlay)]
+        else:
+            assert len(held) == 1 and held[0] in [group["template"] for group in groups]
 
 
 @pytest.mark.parametrize("overlay", ["mi300x", "nvidia"])
@@ -230,10 +281,23 @@ def test_the_endpoints_largest_size_fits_its_largest_pool(overlay: str) -> None:
     service = of_kind(overlay, "RayService")["endpoint"]
     args, (pool,) = serve_args(service), service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     stages = [args.text, args.decoder, *args.models.values()]
-    container = pool["template"]["spec"]["containers"][0]
-    assert sum(s.most_replicas * args.gpus(s) for s in stages) <= 8 * pool["maxReplicas"]
-    assert sum(s.most_replicas * args.cpus(s) for s in stages) <= 88 * pool["maxReplicas"]
-    assert container["resources"]["limits"]["cpu"] == "88"
+    limits = pool["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (pool["groupName"], limits[GPUS[overlay]], limits["cpu"]) == ("single-gpu", "1", "11")
+    for size, replicas in {"minReplicas": "least_replicas", "maxReplicas": "most_replicas"}.items():
+        asked = [(args.gpus(s), args.cpus(s)) for s in stages for _ in range(getattr(s, replicas))]
+        assert pods_for(asked, 1, 11) == pool[size]
+
+
+def pods_for(asked: list[tuple[float, float]], gpus: float, cpus: float) -> int:
+    """The number of pods that replicas (GPUs, CPUs) fill, the largest placed first."""
+    pods: list[list[float]] = []
+    for gpu, cpu in sorted(asked, reverse=True):
+        place = next((pod for pod in pods if pod[0] >= gpu and pod[1] >= cpu), None)
+        if place is None:
+            pods.append(place := [gpus, cpus])
+        place[0] -= gpu
+        place[1] -= cpu
+    return len(pods)
 
 
 @pytest.mark.parametrize("overlay", ["mi300x", "nvidia"])
@@ -242,7 +306,7 @@ def test_training_finds_its_workers_places_when_it_starts(overlay: str) -> None:
     paths = of_kind(overlay, "ConfigMap")["paths"]["data"]
     for name in ("train-tokenizer", "train-generator"):
         spec = of_kind(overlay, "RayJob")[name]["spec"]
-        config = check_job(shlex.split(spec["entrypoint"].split(" || ")[0]), paths)
+        config = check_job(shlex.split(spec["entrypoint"]), paths)
         (pool,) = spec["rayClusterSpec"]["workerGroupSpecs"]
         workers = config.train.workers
         assert workers.gpu and workers.count <= 8 * pool["minReplicas"]
@@ -250,7 +314,6 @@ def test_training_finds_its_workers_places_when_it_starts(overlay: str) -> None:
         assert workers.count * workers.cpus <= int(limits["cpu"]) * pool["minReplicas"]
 
 
-@pytest.mark.process
 def test_a_pod_that_ends_tells_ray_so(tmp_path: Path) -> None:
     """Its command, run with a ``ray`` and a ``sleep`` that only write down what they are asked for."""
     from ray.scripts.scripts import drain_node

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from instella_ray.errors import UserError
 
-from ..kit.kustomize import Object
+from ..kit.kubernetes import Object
 from ..kit.manifests import check_object, crd_validator
 from ..kit.overlays import OVERLAYS, objects, of_kind
+
+pytestmark = pytest.mark.process  # kubectl builds what they look at
 
 REFUSED = (
     pydantic.ValidationError,
@@ -55,6 +57,7 @@ def misspelt(target: Object, seed: int) -> tuple[str, Object]:
         "rayStartParams",
         "requests",
         "limits",
+        "hard",
         "metadata",
     )
 

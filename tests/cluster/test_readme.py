@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +16,15 @@ from instella_ray.config import load_config
 from instella_ray.planning.simulation.run import SimulateConfig
 from instella_ray.planning.simulation.serving import simulate_serving
 
+from ..kit.discovery import discovery
+from ..kit.kubernetes import build, load_documents, program
+from ..kit.manifests import as_text
 from ..kit.overlays import FOLDER, objects
 from ..kit.project import ROOT
-from ..kit.shell_lines import shell_lines
+from ..kit.shell_lines import commands, shell_lines
 
+SITE = FOLDER / "components" / "site" / "site.env"
+MONITORING = ROOT / "cluster" / "monitoring"
 README = (ROOT / "cluster" / "README.md").read_text()
 SIMULATIONS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray simulate")]
 PLANS = [shlex.split(line)[1:] for line in shell_lines(README) if line.startswith("instella-ray plan")]
@@ -102,14 +110,102 @@ def test_the_endpoint_of_the_readme_meets_its_limits_and_not_with_a_generator_le
     assert not cfg.slo.met(simulate_serving(cfg.serving.model_copy(update={"replicas": fewer}), cfg.seed))
 
 
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What kubectl would create or change by each line of the README that needs this checkout alone, in their order."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "cluster").symlink_to(ROOT / "cluster")
+    (folder / "key.json").write_text("{}")
+    certificate = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=host -keyout tls.key -out tls.crt"
+    subprocess.run(shlex.split(certificate), cwd=folder, check=True, capture_output=True)
+    kinds = [target for overlay in ("mi300x", "kind") for target in objects(overlay)] + build(MONITORING)
+    found: dict[str, list[str]] = {}
+    with discovery(kinds, folder / "kubeconfig"):
+        environment = {**os.environ, "KUBECONFIG": str(folder / "kubeconfig"), "HOME": str(folder)}
+        environment |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        dry = 'kubectl() { verb=$1; shift; "$PROGRAM" "$verb" --dry-run=client --output name "$@"; }'
+        for line in shell_lines(README):
+            if re.match(r"kubectl (apply|create) ", line) and "https://" not in line:
+                valid = "" if " create secret " in line else " --validate=false"
+                done = subprocess.run(
+                    ["bash", "-c", f"set -eu; . {SITE}; {dry.replace('$PROGRAM', program('kubectl'))}; {line}{valid}"],
+                    cwd=folder,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                )
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                found[line] = done.stdout.split()
+    return found
+
+
+@pytest.mark.process
+def test_kubectl_takes_every_line_that_creates_or_applies(typed: dict[str, list[str]]) -> None:
+    assert len(typed) > 12 and all(typed.values())
+
+
+@pytest.mark.process
+def test_helm_takes_the_lines_that_install_and_render(tmp_path: Path) -> None:
+    """Rendered, which is all of an installation that needs no cluster."""
+    (tmp_path / "cluster").symlink_to(ROOT / "cluster")
+    (tmp_path / "site.yaml").write_text("image: registry/instella-ray:1\n")
+    lines = [line for line in shell_lines(README) if "cluster/helm" in line]
+    assert len(lines) == 3
+    for line in lines:
+        words = next(commands(line))
+        words[:2] = [program("helm"), "template"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        kinds = [target["kind"] for target in load_documents(done.stdout)]
+        assert kinds == ["RayJob"] if "--show-only" in words else "RayJob" not in kinds
+
+
+@pytest.mark.process
+def test_a_line_that_starts_a_stage_starts_that_one_alone(typed: dict[str, list[str]]) -> None:
+    started = {line: names for line, names in typed.items() if line.startswith("kubectl create -k")}
+    assert len(started) == 2  # a cluster's, and kind's
+    for line, names in started.items():
+        assert names == [f"rayjob.ray.io/{line.rpartition('=')[2]}"]
+
+
+@pytest.mark.process
+def test_begin_makes_what_pods_ask_for_before_they_start(typed: dict[str, list[str]]) -> None:
+    """In the order of the lines: the namespace, the secrets, then what needs them, and the endpoint last."""
+    for overlay, section in {"mi300x": README, "kind": README[README.index("### On one machine") :]}.items():
+        lines = [line for line in shell_lines(section) if line in typed]
+        first = next(i for i, line in enumerate(lines) if f"apply -k cluster/kuberay/overlays/{overlay}" in line)
+        before = {name for line in lines[:first] for name in typed[line]}
+        needed = set(
+            re.findall(r'"(?:secretName|secretKeyRef)": (?:{[^}]*"name": )?"([a-z-]+)"', as_text(objects(overlay)))
+        )
+        needed |= {"endpoint-tls"} if overlay != "kind" else set()
+        assert {f"secret/{name}" for name in needed - {"bucket-key"}} | {"namespace/instella-ray"} <= before
+        assert not {name for name in typed[lines[first]] if name.endswith("/endpoint")}
+        assert any("rayservice.ray.io/endpoint" in typed[line] for line in lines[first:]) or overlay == "kind"
+
+
+def test_the_lines_fill_in_what_they_name_from_one_file() -> None:
+    """Capitals that a reader would have to replace are in site.env; what a line reads is set there or by a line before."""
+    begin = README[README.index("## Begin") : README.index("A job on a cluster that runs already")]
+    known = {line.split("=", 1)[0] for line in SITE.read_text().splitlines() if "=" in line and line[0] != "#"}
+    for line in shell_lines(begin):
+        known |= set(re.findall(r"^(\w+)=", line))
+        read = set(re.findall(r"\$(\w+)", line))
+        assert read <= known | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}, line
+        words = set(re.findall(r"(?<![\w$-])[A-Z][A-Z_]{3,}\b", line))
+        assert words <= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS"}, line
+
+
 def test_files_secrets_and_components_that_it_names_exist() -> None:
     for name in re.findall(r"`((?:kuberay|vm|docker|components)/[\w./{},-]+)`", README):
         head, _, options = name.partition("{")
         names = [head + option for option in options.rstrip("}").split(",")] if options else [head]
         for path in names:
             assert (ROOT / "cluster" / path).exists() or (FOLDER / path).exists(), path
-    built = json.dumps(objects("mi300x"))
-    for secret in re.findall(r"create secret generic (\S+)", README):
-        assert f'"{secret}"' in built
-    assert {path.name for path in (FOLDER / "components").iterdir()} <= set(re.findall(r"[a-z-]+", README))
+    written = "".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
+    for secret in re.findall(r"create secret (?:generic|tls) (\S+)", README):
+        assert re.search(rf"\b{secret}\b", written), secret
+    table = rows("component")
+    named = {name for cell in table for name in re.findall(r"`([\w-]+)`", cell)}
+    assert {path.name for path in (FOLDER / "components").iterdir()} == named
     assert "## Sizes by simulation" in README.splitlines()

@@ -31,7 +31,11 @@ def shell_lines(text: str) -> Iterator[str]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """The commands of a line, variables set before them and redirections left out; ValueError for open quotes."""
+    """The commands of a line, variables set before them and redirections left out; ValueError for open quotes.
+
+    Of a line that keeps what a command prints (``a=$(command)``), that command.
+    """
+    line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line)
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -104,8 +108,14 @@ def _ray(words: Sequence[str]) -> None:
 def _kubectl(words: Sequence[str]) -> None:
     if "--" in words:
         check_command(words[words.index("--") + 1 :])
-    paths = [value for flag, value in pairwise(words) if flag in ("-k", "-f") and value != "-"]
+    given = [value for flag, value in pairwise(words) if flag in ("-k", "-f") and value != "-"]
+    paths = [value for value in given if not value.startswith("https://")]
     _exist([*paths, *(words[2:3] if words[1] == "kustomize" else [])])
+
+
+def _helm(words: Sequence[str]) -> None:
+    _of_others(words)
+    _exist([word for word in words if word.startswith("cluster/")])
 
 
 def _docker(words: Sequence[str]) -> None:
@@ -130,13 +140,15 @@ def _exist(paths: Sequence[str]) -> None:
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
+    ".": _script,
     "bash": _script,
     "docker": _docker,
+    "helm": _helm,
     "instella-ray": _instella_ray,
     "kubectl": _kubectl,
     "make": _make,
     "python": _python,
     "ray": _ray,
     "serve": _serve,
-    **dict.fromkeys(("curl", "helm", "openssl", "pip", "sed"), _of_others),
+    **dict.fromkeys(("curl", "gcloud", "kind", "openssl", "pip", "sed"), _of_others),
 }

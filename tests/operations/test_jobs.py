@@ -112,6 +112,12 @@ def test_captions_images_and_measurements_are_made_at_the_same_time(head: Head, 
                 **{"caching__width": 32, "caching__heads": 1, "caching__layers": 1, "caching__steps": 1},
             )
         ),
+        head.submit(
+            *words(
+                *("bench_gpu", "bench/gpu.yaml"),
+                **{"tiny": True, "device": "cpu", "parts": ["ar"], "output": f"{folder}/bench-gpu.json"},
+            )
+        ),
     ]
     for order in orders:
         assert order.wait() == 0, order.output

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError, run_main
+from instella_ray.training.launch import check_run_dir
 from instella_ray.training.settings import TrainConfig, WorkersConfig, first_difference
 from instella_ray.training.tokenizer import run_tokenizer
 
@@ -92,6 +95,27 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
     assert changed(seed=3) == ("train.seed", 0, 3)
     assert changed(optimizer={**run.train.optimizer.model_dump(), "lr": 0.5}) == ("train.optimizer.lr", 0.001, 0.5)
     assert first_difference(run, run.model_copy(update={"data": "other"})) == ("data", "data", "other")
+
+
+@pytest.mark.parametrize(
+    ("left", "refusals"),
+    [
+        ((), {True: "nothing to resume"}),
+        (("attempts/0001.json",), {False: "already holds a run", True: "nothing to resume"}),  # ended before it began
+        (("config.yaml", "attempts/0001.json"), {False: "already holds a run"}),
+        (("photo.jpg",), {False: "already holds a run", True: "nothing to resume", "auto": "already holds a run"}),
+    ],
+)
+def test_which_folders_a_run_may_begin_or_go_on_in(
+    left: Sequence[str], refusals: dict[object, str], tmp_path: Path
+) -> None:
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(dump_yaml(tokenizer_config("data", tmp_path)) if name == "config.yaml" else "")
+    for resume in (False, True, "auto"):
+        run = tokenizer_config("data", tmp_path, resume=resume)
+        with pytest.raises(UserError, match=refusals[resume]) if resume in refusals else nullcontext():
+            check_run_dir(run)
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 5), ("steps", 13), ("global_batch", 32)])

@@ -57,10 +57,11 @@ def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("first", "second"), [(False, True), ("auto", "auto")])
 def test_ctrl_c_leaves_a_run_that_goes_on_as_if_it_had_never_stopped(
-    whole: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: object, second: object
 ) -> None:
-    cfg = tokenizer_config(shards, tmp_path / "run", loggers=())
+    cfg = tokenizer_config(shards, tmp_path / "run", loggers=(), resume=first)
 
     def interrupt(step: int) -> None:
         if step == 9:
@@ -75,7 +76,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_as_if_it_had_never_stopped(
     assert record is not None and record.attempts[-1].status == "interrupted"
     assert [checkpoint_step(folder) for folder in finished_checkpoints(tmp_path / "run")] == [6]
 
-    final = run_tokenizer(cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": True})}))
+    final = run_tokenizer(cfg.model_copy(update={"train": cfg.train.model_copy(update={"resume": second})}))
     assert untimed(read_metrics(tmp_path / "run")) == untimed(read_metrics(whole))
     for name in ("model", "ema", "optimizer"):
         file = f"{name}.safetensors"

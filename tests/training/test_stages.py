@@ -175,8 +175,8 @@ def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
     with monkeypatch.context() as patch:
         patch.setattr(module, "TokenizerTask", Failing)
         with pytest.raises(RuntimeError, match="stopped on purpose"):
-            run_stages(chain(shards, stopped, resume=True))
-    again = run_stages(chain(shards, stopped, resume=True))
+            run_stages(chain(shards, stopped, resume="auto"))
+    again = run_stages(chain(shards, stopped, resume="auto"))
     assert not list(tmp_path.glob("*/first/metrics.jsonl"))  # what was finished was not trained again
     one, other = ({row["step"]: row for row in read_metrics(folder / "third")} for folder in (whole, stopped))
     assert set(one) == set(other) == set(range(1, 9))

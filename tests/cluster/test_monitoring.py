@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from ..kit.kubernetes import KubernetesError, build, run
+from ..kit.kubernetes import build
 from ..kit.manifests import check_object
 from ..kit.overlays import clusters
 from ..kit.project import PACKAGE, ROOT, texts
@@ -122,28 +121,6 @@ def test_every_query_is_well_formed_and_asks_for_series_that_exist() -> None:
 )
 def test_a_slip_in_a_query_is_found(query: str, problem: str) -> None:
     assert problem in problems(query)
-
-
-def test_promtool_takes_the_rules(tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(objects()["PrometheusRule"]["spec"]))
-    count = len(rules())
-    assert f"SUCCESS: {count} rules found" in run("promtool", "check", "rules", "--lint-fatal", tmp_path / "rules.yaml")
-
-
-def test_promtool_reads_the_queries_of_the_dashboard(tmp_path: Path) -> None:
-    """Panels are queries too: as rules they are parsed by Prometheus itself, their variables filled in."""
-    panels = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-    filled = [re.sub(r"\$__rate_interval|\$__interval", "5m", expression) for expression in panels]
-    recorded = [{"record": f"panel_{number}", "expr": expression} for number, expression in enumerate(filled)]
-    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": recorded}]}))
-    assert f"SUCCESS: {len(panels)} rules found" in run("promtool", "check", "rules", tmp_path / "panels.yaml")
-
-
-def test_promtool_refuses_a_slip(tmp_path: Path) -> None:
-    rule = {"alert": "A", "expr": "sum(rate(a[5m])"}
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "a", "rules": [rule]}]}))
-    with pytest.raises(KubernetesError, match="unclosed left parenthesis"):
-        run("promtool", "check", "rules", tmp_path / "rules.yaml")
 
 
 def test_the_objects_are_valid_and_scrape_ports_that_pods_have() -> None:

@@ -273,7 +273,7 @@ def test_full_size_needs_a_gpu_and_results_a_local_file() -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_a_run_that_was_killed_goes_on_with_what_it_lacks(tmp_path: Path, how: signal.Signals) -> None:
     cfg = settings(tmp_path / "out.json", "bits", "mixed")
     run = subprocess.Popen(command_line(cfg), cwd=ROOT, stdout=subprocess.DEVNULL)

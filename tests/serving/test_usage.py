@@ -26,6 +26,8 @@ from ..kit.project import ROOT
 from ..kit.serve_process import serve_process
 
 SECRET = "a photo of a secret prompt"
+SOME = 10_000
+"""Steps of a stream that is left: its first event comes after a twentieth of them."""
 FIELDS = {"request_id", "key", "path", "model", "images", "size", "steps", "status", "code", "seconds"}
 
 
@@ -115,7 +117,7 @@ def test_a_stream_holds_its_images_until_it_ends(endpoint: Endpoint) -> None:
         answer = generate(narrow, n=3)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
         assert "3 images in all, expected at most 2" in answer.json()["error"]["message"]
-        stream = events(narrow, n=2, num_inference_steps=LONG)
+        stream = events(narrow, n=2, num_inference_steps=SOME)
         next(stream)
         answer = generate(narrow)
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "rate_limit_exceeded"
@@ -136,7 +138,7 @@ def test_each_request_leaves_one_line_that_holds_neither_prompt_nor_key(
         assert len(list(events(every, **same, model="ar"))) > 2
         failed = list(events(every, prompt=SECRET, num_inference_steps=LONG, timeout_s=0.2))
         assert failed[-1]["error"]["code"] == "deadline_exceeded"
-        begun = events(every, prompt=SECRET, num_inference_steps=LONG)
+        begun = events(every, prompt=SECRET, num_inference_steps=SOME)
         next(begun)
         begun.close()
         assert wait_until(lambda: len(lines) == 4, 10)
@@ -157,7 +159,7 @@ def test_each_request_leaves_one_line_that_holds_neither_prompt_nor_key(
         ("all", here, "diffusion", 2, "64x32", 3, 200, None),
         ("all", here, "ar", 2, "64x32", 4, 200, None),
         ("all", here, "diffusion", 1, "32x32", LONG, 504, "deadline_exceeded"),
-        ("all", here, "diffusion", 1, "32x32", LONG, 499, None),
+        ("all", here, "diffusion", 1, "32x32", SOME, 499, None),
         ("all", here, None, None, None, None, 400, None),
         ("all", "/v1/models/{name}", None, None, None, None, 404, "model_not_found"),
         (None, None, None, None, None, None, 401, "invalid_api_key"),

@@ -53,6 +53,7 @@ def check_placed(found: dict[str, Any], variable: str, folder: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_replicas_share_gpus_as_planned(tmp_path: Path) -> None:
     check_placed(placed(tmp_path, "told"), "CUDA_VISIBLE_DEVICES", tmp_path)
 

@@ -23,7 +23,7 @@ class Draws:
 
     def __init__(self, seed: Tensor, tokens: int, bits: int, stream: int, numbers: int = NUMBERS) -> None:
         """``seed [slots]``: the engine's table, updated in place when a slot is assigned; ``numbers``: see NUMBERS."""
-        self.seed, self.stream = seed, stream
+        self.seed, self.stream, self.tokens = seed, stream, tokens
         self.ahead = draws_ahead(tokens, bits, numbers)
         self.first = torch.zeros_like(seed)
         """Index of the first buffered draw of each slot, ``[slots]``."""

@@ -74,6 +74,7 @@ class Slots(ABC):
         weight, cfg = model.x_embedder.weight, model.cfg
         if self.count < 1:
             raise UserError(f"slots {self.count}: expected at least 1")
+        self.sizes = bucket_sizes(self.count)
         self.device = weight.device
         self.position = torch.zeros(self.count, dtype=torch.int64, device=self.device)
         self.params = SamplingParams.of(self.count).map(lambda value: value.to(self.device))
@@ -91,12 +92,13 @@ class Slots(ABC):
 
         As all other computations, within :func:`..accelerator.sampling_on`.
         """
-        options, sizes = self.options, bucket_sizes(self.count)
+        options, sizes = self.options, self.sizes
         self._fill_with_noise()
         self.passes: Passes = each_by_itself(sizes)
         if options.batch_invariant:
             groups = agreeing_sizes(self.forward, sizes, PERIOD)
-            self.passes = plan_passes(groups, sizes, self.z.shape[1] if self.model.cfg.kind == "diffusion" else 1)
+            # A pass computes the tokens for which its step draws.
+            self.passes = plan_passes(groups, sizes, self.draws.tokens)
         self.buckets = buckets_of(self.passes)
         log.info("buckets of %d slots: %s", self.count, described(self.passes))
         if len(self.buckets[2]) == 1 < self.count:
@@ -125,7 +127,7 @@ class Slots(ABC):
         """
         self._load(schedules)
         if self.draws.due():
-            self.draw_ahead(next(size for size in bucket_sizes(self.count) if size >= max(rows, occupied)))
+            self.draw_ahead(next(size for size in self.sizes if size >= max(rows, occupied)))
         self.advance(rows, branches)
 
     @torch.no_grad()

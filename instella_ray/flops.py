@@ -189,6 +189,10 @@ def generator_forward(cfg: GeneratorConfig, text_tokens: int) -> Work:
     # The AR network's first token is the learned split token, which needs no embedding.
     embedding = linear(count if cfg.kind == "diffusion" else count - 1, bits, d)
     total, data = embedding + linear(count, d, bits), embedding
+    if hidden := cfg.bit_head_width:
+        # A bit's state is a sum over the bits before it, computed as a product with a triangular matrix of data.
+        states = linear(count * bits, bits, hidden)
+        total, data = total + linear(count, d, hidden) + states + linear(count * bits, hidden, 1), data + states
     if cfg.kind == "diffusion":
         time, block = linear(1, 1, d), block + linear(1, d, 6 * d)
         total, data = total + time + linear(1, d, d) + linear(1, d, 2 * d), data + time
@@ -212,6 +216,9 @@ def generator_pass(cfg: GeneratorConfig, rows: int, text_tokens: int, bytes_per_
     block = linear(count, d, 12 * d) + attention(count, keys, d)
     flop = rows * (cfg.layers * block + 2 * linear(count, d, bits))
     weights = cfg.layers * 12 * d**2 + 2 * bits * d
+    if hidden := cfg.bit_head_width:
+        flop += rows * linear(1, d, hidden)  # all else of the head is elementwise
+        weights += (d + 2 * bits) * hidden
     cached = rows * cfg.layers * 2 * d * (keys + count)
     return DeviceWork(flop, bytes_per_value * (weights + cached))
 

@@ -38,6 +38,9 @@ GENERATORS = {
     "small, AR": GeneratorConfig(
         kind="ar", num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40
     ),
+    "bit head": GeneratorConfig(
+        kind="ar", num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40, bit_head_width=24
+    ),
 }
 
 
@@ -62,7 +65,7 @@ def forward(model: DiffusionGenerator | ARGenerator, text_tokens: int, batch: in
         codes = torch.zeros(batch, cfg.num_tokens, cfg.bits_per_token)
         if isinstance(model, DiffusionGenerator):
             return model(codes, torch.rand(batch), text)
-        return model(codes[:, :-1], text)
+        return model(codes[:, :-1], text, codes)
 
 
 @pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -124,7 +127,7 @@ def test_a_sampling_step_costs_what_pytorch_counts(cfg: GeneratorConfig) -> None
     more = flops.generator_pass(cfg, 2 * rows, text_tokens, 2).bytes - work.bytes
     written = cache.keys[0][:, :, : cfg.num_tokens if cfg.kind == "diffusion" else 1].nbytes * 2 * cfg.layers
     assert more == sum(part.nbytes for part in (*cache.keys, *cache.values)) + written
-    used = ("q_proj", "k_proj", "v_proj", "o_proj", "ff", "mlp", "x_embedder", "proj_out")
+    used = ("q_proj", "k_proj", "v_proj", "o_proj", "ff", "mlp", "x_embedder", "proj_out", "bit_head")
     weights = sum(p.nbytes for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in used))
     assert work.bytes - more == weights
 

@@ -99,7 +99,7 @@ class ARSlots(Slots):
 
     def _sample(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         token, params = self._draw(rows), self.params.map(lambda value: value[:rows])
-        bits = ar_step(cond, uncond, params, self.draws.take(token)[:, 0])
+        bits, _ = ar_step(cond, uncond, params, self.draws.take(token)[:, 0], self.model.bit_head)
         self.z[self.index[:rows], token] = bits.to(self.z.dtype)
 
 

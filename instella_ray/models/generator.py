@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
 from ..errors import UserError
+from .bit_head import BitHead
 from .joint_attention import JointAttention, JointCache, TextKV
 from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_norm
 
@@ -36,11 +37,16 @@ class GeneratorConfig(Config):
     """adaLN-Zero: modulation and output weights are initialized to zero (diffusion). False: Xavier, as published."""
     unused_time_embed: bool = False
     """Include the timestep embedding that the published AR checkpoint contains but does not use."""
+    bit_head_width: int = Field(0, ge=0)
+    """Hidden width of a head that draws the bits of a token one after another (AR); 0 draws them independently of each
+    other, as the paper does."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GeneratorConfig:
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.bit_head_width and self.kind != "ar":
+            raise ValueError(f"bit_head_width {self.bit_head_width}: only kind ar has a bit head, expected 0")
         return self
 
 
@@ -219,9 +225,22 @@ class ARGenerator(Generator):
             self.time_embed = TimestepEmbedding(cfg.width)
         self.transformer_blocks = nn.ModuleList([ARBlock(cfg) for _ in range(cfg.layers)])
         self.norm_out = RMSNorm(cfg.width)
+        self.bit_head = BitHead(cfg.width, cfg.bits_per_token, cfg.bit_head_width) if cfg.bit_head_width else None
 
-    def forward(self, z: Tensor | None, text: TextKV) -> Tensor:
-        """Return logits ``[B, n + 1, K]`` given the bits of the first ``n`` tokens, ``z [B, n, K]`` (None: n = 0)."""
+    def forward(self, z: Tensor | None, text: TextKV, bits: Tensor | None = None) -> Tensor:
+        """Return logits ``[B, n + 1, K]`` given the bits of the first ``n`` tokens, ``z [B, n, K]`` (None: n = 0).
+
+        With a bit head, whose logits depend on a token's own bits, these must be given: ``bits [B, n + 1, K]``.
+        """
+        x = self.hidden(z, text)
+        logits: Tensor = self.proj_out(x)
+        if self.bit_head is None:
+            return logits
+        assert bits is not None
+        return self.bit_head(logits, x, bits)
+
+    def hidden(self, z: Tensor | None, text: TextKV) -> Tensor:
+        """Return the hidden states ``[B, n + 1, width]`` that :meth:`forward` computes logits from."""
         x = self.split_token.expand(len(text), -1, -1)
         if z is not None:
             x = torch.cat((x, self.x_embedder(z)), dim=1)
@@ -232,13 +251,21 @@ class ARGenerator(Generator):
         mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
         for i, block in enumerate(self.transformer_blocks):
             x = self._run(block, x, text, i, mask)
-        return self.proj_out(self.norm_out(x))
+        return self.norm_out(x)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return what a token is drawn from, ``[B, K + bit_head_width]``, of hidden states ``[B, width]``.
+
+        Logits of independent bits, and the context of the bit head.
+        """
+        logits: Tensor = self.proj_out(x)
+        return logits if self.bit_head is None else torch.cat((logits, self.bit_head.context(x)), dim=-1)
 
     def step(self, previous: Tensor, position: Tensor, cache: JointCache) -> Tensor:
-        """Return logits ``[B, K]`` of token ``position [B]``, given the bits ``previous [B, K]`` of the preceding token.
+        """Return :meth:`outputs` of token ``position [B]``, given the bits ``previous [B, K]`` of the preceding token.
 
         Updates ``cache``, which holds the text and the preceding tokens. Rows may be at different positions; at position 0
-        the split token replaces ``previous``. Equals :meth:`forward` on the whole prefix.
+        the split token replaces ``previous``. Equals :meth:`hidden` on the whole prefix.
         """
         first = (position == 0)[:, None, None]
         x = torch.where(first, self.split_token, self.x_embedder(previous)[:, None])
@@ -250,7 +277,7 @@ class ARGenerator(Generator):
             keys, values = cache.write(i, position, *module.attn.key_value(y))
             x = x + module.attn.attend_token(module.attn.query(y), keys, values, mask)
             x = x + module.mlp(module.post_attention_layernorm(x))
-        return self.proj_out(self.norm_out(x))[:, 0]
+        return self.outputs(self.norm_out(x)[:, 0])
 
 
 def build_generator(cfg: GeneratorConfig) -> DiffusionGenerator | ARGenerator:

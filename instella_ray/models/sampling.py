@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from . import rng
+from .bit_head import BitHead
 from .diffusion import noise_probability, per_row
 from .generator import ARGenerator, DiffusionGenerator
 from .joint_attention import JointCache, TextKV
@@ -190,9 +191,32 @@ def diffusion_step(
     return torch.where(last, final, drawn).to(z.dtype), x0_prob
 
 
-def ar_step(cond: Tensor, uncond: Tensor | None, params: SamplingParams, u: Tensor) -> Tensor:
-    """Sample the next token's bits ``[B, K]``, float 0/1, from logits and uniforms ``[B, K]`` (Eq. 8)."""
-    return (u < guided_probability(cond, uncond, params)).to(cond.dtype)
+def ar_step(
+    cond: Tensor, uncond: Tensor | None, params: SamplingParams, u: Tensor, head: BitHead | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample the next token's bits, float 0/1, and return them with their probabilities, both ``[B, K]`` (Eq. 8).
+
+    ``cond`` and ``uncond`` are :meth:`.generator.ARGenerator.outputs`; ``u [B, K]`` are uniforms. With a bit head each
+    bit's probability is that given the bits drawn before it.
+    """
+    if head is None:
+        probability = guided_probability(cond, uncond, params)
+        return (u < probability).to(cond.dtype), probability
+    count = u.shape[-1]
+    outputs = torch.stack([cond] if uncond is None else [cond, uncond]).float()
+    logits, state = outputs[..., :count], outputs[..., count:]
+    bits, probabilities = [], []
+    for bit in range(count):
+        probability = guided_probability(*_branches(head.logit(bit, logits, state)), params)
+        bits.append((u[:, bit] < probability).float())
+        probabilities.append(probability)
+        state = head.given(bit, state, bits[-1])
+    return torch.stack(bits, dim=1).to(cond.dtype), torch.stack(probabilities, dim=1)
+
+
+def _branches(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Split ``[branches, B]`` into the logits with and without a prompt."""
+    return logits[0], logits[1] if len(logits) > 1 else None
 
 
 @torch.no_grad()
@@ -260,10 +284,11 @@ def generate_ar(
             position = torch.full((2 * batch,), index, device=z.device)
             out = model.step(doubled[:, max(index - 1, 0)], position, cache)
         else:
-            out = model(doubled[:, :index] if index else None, text)[:, -1]
-        z[:, index] = ar_step(out[:batch], out[batch:], params, draw(index).reshape(batch, -1))
+            out = model.outputs(model.hidden(doubled[:, :index] if index else None, text)[:, -1])
+        u = draw(index).reshape(batch, -1)
+        z[:, index], probability = ar_step(out[:batch], out[batch:], params, u, model.bit_head)
         if on_step is not None:
-            on_step(index, z, guided_probability(out[:batch], out[batch:], params))
+            on_step(index, z, probability)
     return z.to(torch.uint8)
 
 

@@ -156,7 +156,7 @@ class ARLoss(nn.Module):
 
     def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts; arguments as :class:`DiffusionLoss`, with ``seeds`` unused."""
-        out = self.model(codes[:, :-1], self.model.text_kv(features, mask))
+        out = self.model(codes[:, :-1], self.model.text_kv(features, mask), codes)
         return ar_loss(out, codes), {"bit_accuracy": bit_accuracy(out, codes).mean()}
 
 

@@ -14,13 +14,17 @@ from instella_ray.models.joint_attention import TextKV
 from instella_ray.models.sampling import SamplingParams, generate, generate_ar, generate_diffusion
 
 L, K, LAYERS, TEXT_WIDTH = 5, 3, 2, 8
-KINDS = ["diffusion", "ar"]
+KINDS: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {}, "bit head": {"kind": "ar", "bit_head_width": 7}}
 
 
 def tiny(kind: str) -> DiffusionGenerator | ARGenerator:
     torch.manual_seed(0)
     config = {"num_tokens": L, "bits_per_token": K, "width": 16, "layers": LAYERS, "heads": 2, "text_width": TEXT_WIDTH}
-    return build_generator(GeneratorConfig.model_validate({"kind": kind, "zero_init": False, **config})).eval()
+    given = {"kind": kind, "zero_init": False, **config, **KINDS[kind]}
+    model = build_generator(GeneratorConfig.model_validate(given)).eval()
+    if isinstance(model, ARGenerator) and model.bit_head is not None:
+        torch.nn.init.normal_(model.bit_head.bits_out)  # zero at first: bits would be independent
+    return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -103,8 +107,9 @@ def test_given_uniforms_replay_as_tensor_or_function(model: DiffusionGenerator |
         generate(model, cond, uncond, params, uniforms=u[:-1])
 
 
-def test_cached_and_recomputed_prefixes_give_the_same_bits() -> None:
-    model = tiny("ar")
+@pytest.mark.parametrize("kind", ["ar", "bit head"])
+def test_cached_and_recomputed_prefixes_give_the_same_bits(kind: str) -> None:
+    model = tiny(kind)
     assert isinstance(model, ARGenerator)
     cond, uncond = prompts(model, 4)
     params = SamplingParams.of(4, **mixed())

@@ -9,6 +9,9 @@ from .. import logs
 from ..config import ArgumentParser, add_config_arguments, describe, load_config
 from ..demo.recipe import TINY, DemoConfig
 from ..demo.run import run_demo
+from ..demo.seeds import parse_seeds, result_rows, run_seeds
+from ..errors import UserError
+from ..rendering import table
 
 
 def parser(prog: str = "instella-ray demo") -> ArgumentParser:
@@ -32,6 +35,15 @@ def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="seed of all stages (default: 0)")
     parser.add_argument(
+        "--seeds",
+        metavar="LIST",
+        help="run the demo of several seeds one after another, such as 0-4 or 0,2,5, each in FOLDER/seed-N; finished ones "
+        "are kept, interrupted ones resumed",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="with --seeds: print their results as a table, with 95%% intervals"
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="run the same stages in a few minutes, with meaningless images"
     )
     existing = parser.add_mutually_exclusive_group()
@@ -47,5 +59,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
     names = ("folder", "size", "shards", "images", "seed")
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
+    if args.table and not args.seeds:
+        raise UserError("--table: tabulates the demos of --seeds, such as --seeds 0-4")
+    if args.seeds:
+        results = run_seeds(config, parse_seeds(args.seeds), _flags(args), "fresh" if args.fresh else "new")
+        if args.table:
+            print(table(result_rows(results)))
+        return 0
     run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
     return 0
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that every seed's demo has in common."""
+    flags = ["--tiny"] * args.tiny
+    for name in ("config", "size", "shards", "images"):
+        if (value := getattr(args, name)) is not None:
+            flags += [f"--{name}", str(value)]
+    return flags + [word for override in args.overrides for word in ("--set", override)]

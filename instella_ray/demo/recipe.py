@@ -152,16 +152,26 @@ def encode_config(demo: DemoConfig, data: str, tokenizer: str) -> EncodeConfig:
 def generator_config(
     demo: DemoConfig, kind: Literal["diffusion", "ar"], tokenizer: str, prompts: tuple[str, ...]
 ) -> GeneratorRunConfig:
-    model = GeneratorConfig(kind=kind, width=demo.generator_width, heads=demo.generator_width // HEAD, position_std=0.3)
+    model = GeneratorConfig(
+        kind=kind,
+        width=demo.generator_width,
+        heads=demo.generator_width // HEAD,
+        position_std=0.3,
+        bit_head_width=64 if kind == "ar" else 0,
+    )
     steps = demo.steps.diffusion if kind == "diffusion" else demo.steps.ar
+    threads = max(1, demo.workers.threads // len(KINDS))  # the generators are trained side by side
+    beside = demo.model_copy(update={"workers": demo.workers.model_copy(update={"threads": threads})})
     return GeneratorRunConfig(
         model=model,
         codes=demo.path("codes"),
         tokenizer=tokenizer,
         text_encoder=demo.text_encoder,
         calibrate_text=True,
+        # With so few bits an image is decided at much noise: below t = 0.6 the noisy bits tell it, and not the prompt.
+        timestep_shift=2.0,
         preview=PreviewConfig(prompts=prompts, **sampling_defaults(kind).model_dump()),
-        train=_train(demo, kind, steps, global_batch=64, lr=2e-3, warmup=50),
+        train=_train(beside, kind, steps, global_batch=64, lr=2e-3, warmup=50),
     )
 
 

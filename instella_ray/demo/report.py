@@ -19,6 +19,7 @@ from ..rendering import Goal, render, svg_curves, thumbnail
 from . import stages
 from .recipe import KINDS, DemoConfig
 from .stages import RECONSTRUCTIONS, Prompts
+from .state import REPORT
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SHOWN = 8
@@ -55,7 +56,7 @@ def write_report(demo: DemoConfig, prompts: Prompts, results: dict[str, dict[str
         hardware=hardware_summary(),
         versions={name: version(name) for name in ("instella-ray", "torch", "ray", "transformers")},
     )
-    path = Path(demo.path("report.html"))
+    path = Path(demo.path(REPORT))
     path.write_text(page)
     return path
 
@@ -66,10 +67,11 @@ def goals(demo: DemoConfig, results: dict[str, dict[str, Any]]) -> list[Goal]:
         return []
     diffusion, ar = (results["score"][kind] for kind in KINDS)
     return [
-        Goal("held-out PSNR", results["tokenizer quality"]["psnr_after"], 24, ">=", "dB"),
-        Goal("diffusion: scene score", diffusion["overall"], 0.8, ">="),
-        Goal("diffusion: lowest category", min(diffusion[name] for name in CATEGORIES), 0.6, ">="),
-        Goal("ar: scene score", ar["overall"], 0.7, ">="),
+        Goal("held-out PSNR", results["tokenizer quality"]["psnr_after"], 26, ">=", "dB"),
+        Goal("diffusion: scene score", diffusion["overall"], 0.9, ">="),
+        Goal("diffusion: lowest category", min(diffusion[name] for name in CATEGORIES), 0.75, ">="),
+        Goal("ar: scene score", ar["overall"], 0.85, ">="),
+        Goal("ar: lowest category", min(ar[name] for name in CATEGORIES), 0.6, ">="),
     ]
 
 

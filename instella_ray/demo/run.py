@@ -6,6 +6,7 @@ import functools
 import os
 import shlex
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from ..training.generator import try_text_encoder
 from ..training.ray_train import check_resources
 from . import stages
 from .images import HeldOutImages, demo_prompts, held_out_boundary, own_images, written_images
-from .recipe import KINDS, DemoConfig
-from .report import write_report
+from .recipe import DemoConfig
+from .report import goals, write_report
 from .state import DemoState, Mode
 
 
@@ -31,6 +32,7 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     ``mode``: ``new`` fails if the folder contains a demo, ``resume`` continues it, ``fresh`` starts over. Raises UserError
     for input that a later stage would reject.
     """
+    began = time.perf_counter()
     state = DemoState(demo, mode)
     images, boundary = _check_input(demo, state)
     pattern = demo.shards or demo.images
@@ -46,7 +48,10 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
             import ray
 
             ray.shutdown()
+        state.add_rest(began)
         path = write_report(demo, prompts, state.stages)
+    for goal in goals(demo, state.stages):
+        print(goal.text())
     folder, prompt = shlex.quote(demo.folder), shlex.quote(prompts[0][0])
     print(f"\nreport: {path.absolute()}")
     print(f"serve:  instella-ray serve {folder}")
@@ -71,10 +76,8 @@ def _run_stages(
     tokenizer = state.run("tokenizer", lambda: stages.train_tokenizer(demo, resume))["checkpoint"]
     state.run("tokenizer quality", lambda: stages.measure_tokenizer(demo, images, tokenizer))
     state.run("encode", lambda: stages.encode(demo, tokenizer, again))
-    generators: dict[str, str] = {}
-    for kind in KINDS:
-        train = functools.partial(stages.train_generator, demo, kind, prompts, tokenizer, resume)
-        generators[kind] = state.run(f"{kind} generator", train)["checkpoint"]
+    train = functools.partial(stages.train_generators, demo, prompts, tokenizer, resume)
+    generators = state.run("generators", train)["checkpoints"]
     state.run("endpoint", lambda: stages.sample_over_http(demo, prompts, tokenizer, generators))
     state.run("score", lambda: stages.score_samples(demo, prompts))
     return prompts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from ..data.scene_score import score, score_table
 from ..data.scenes import parse_caption, scene_rows
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
+from ..models.folders import checkpoint_step, finished_checkpoints
 from ..rendering import encode_png
 from ..serving.access import free_port
 from ..training.generator import run_generator
@@ -133,13 +135,24 @@ def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
     return {"rows": manifest.rows, "code_bytes": code_bytes}
 
 
-def train_generator(
-    demo: DemoConfig, kind: Literal["diffusion", "ar"], prompts: Prompts, tokenizer: str, resume: bool
-) -> Facts:
+def train_generators(demo: DemoConfig, prompts: Prompts, tokenizer: str, resume: bool) -> Facts:
+    """Train all generators side by side; those of an interrupted demo that are trained are kept."""
+    train = functools.partial(_train_generator, demo, prompts, tokenizer, resume)
+    # Steps this small gain little from a second thread: two runs of one thread each end sooner than one after the other
+    # with two. In the calling process runs would share PyTorch's random numbers.
+    with ThreadPoolExecutor(len(KINDS) if demo.workers.count else 1) as pool:
+        return {"checkpoints": dict(zip(KINDS, pool.map(train, KINDS), strict=True))}
+
+
+def _train_generator(
+    demo: DemoConfig, prompts: Prompts, tokenizer: str, resume: bool, kind: Literal["diffusion", "ar"]
+) -> str:
     shown = prompts[:: -(-len(prompts) // PREVIEWS)]
     cfg = generator_config(demo, kind, tokenizer, tuple(prompt for prompt, _ in shown))
-    checkpoint = run_generator(cfg.model_copy(update={"train": _resuming(cfg.train, resume)}))
-    return {"checkpoint": str(checkpoint)}
+    done = finished_checkpoints(cfg.train.run_dir) if resume else []
+    if done and checkpoint_step(done[-1]) == cfg.train.steps:
+        return str(done[-1])
+    return str(run_generator(cfg.model_copy(update={"train": _resuming(cfg.train, resume)})))
 
 
 def sample_over_http(demo: DemoConfig, prompts: Prompts, tokenizer: str, generators: dict[str, str]) -> Facts:

@@ -13,6 +13,8 @@ from .recipe import DemoConfig
 
 Mode = Literal["new", "resume", "fresh"]
 STATE = "state.json"
+REPORT = "report.html"
+LAST_STAGE = "score"
 
 
 class DemoState:
@@ -24,6 +26,8 @@ class DemoState:
     def __init__(self, demo: DemoConfig, mode: Mode) -> None:
         self.folder, self.path, self.mode = demo.folder, demo.path(STATE), mode
         self.stages: dict[str, dict[str, Any]] = {}
+        self._spent = 0.0
+        """Seconds of the stages that this process has run."""
         self.settings = demo.model_dump(mode="json", exclude={"folder"})
         if not storage.is_empty(demo.folder):
             if not storage.exists(self.path):
@@ -38,6 +42,11 @@ class DemoState:
         elif mode == "resume":
             raise UserError(f"folder {demo.folder}: contains no demo to resume")
 
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are finished and the report is written."""
+        return LAST_STAGE in self.stages and storage.exists(storage.join(self.folder, REPORT))
+
     def begin(self) -> None:
         """Start writing to the folder; mode ``fresh`` deletes its contents first."""
         if self.mode == "fresh":
@@ -50,9 +59,18 @@ class DemoState:
             print(f"\n== {name}", flush=True)
             began = time.perf_counter()
             result = stage()
-            self.stages[name] = {**result, "seconds": round(time.perf_counter() - began, 1)}
+            seconds = time.perf_counter() - began
+            self._spent += seconds
+            self.stages[name] = {**result, "seconds": round(seconds, 1)}
             self._save()
         return self.stages[name]
+
+    def add_rest(self, began: float) -> None:
+        """Count what has passed since ``began`` (``time.perf_counter``) beside the stages of this process as ``rest``."""
+        seconds = time.perf_counter() - began - self._spent
+        earlier = self.stages.get("rest", {"seconds": 0.0})["seconds"]
+        self.stages["rest"] = {"seconds": round(earlier + seconds, 1)}
+        self._save()
 
     def _save(self) -> None:
         storage.write_json(self.path, {"settings": self.settings, "stages": self.stages})

@@ -17,10 +17,14 @@ def per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def timesteps(u: Tensor, kind: TimeDistribution = "logit_normal") -> Tensor:
-    """Map uniforms ``u`` to training timesteps in (0, 1): sigmoid of a standard normal (Esser et al., 2024), or ``u``."""
+def timesteps(u: Tensor, kind: TimeDistribution = "logit_normal", shift: float = 1.0) -> Tensor:
+    """Map uniforms ``u`` to training timesteps in (0, 1): sigmoid of a standard normal (Esser et al., 2024), or ``u``.
+
+    A ``shift`` above 1 moves them towards noise, ``t -> shift t / (1 + (shift - 1) t)`` (Eq. 23 there).
+    """
     u = u.clamp(1e-7, 1 - 1e-7)
-    return u if kind == "uniform" else torch.special.ndtri(u).sigmoid()
+    t = u if kind == "uniform" else torch.special.ndtri(u).sigmoid()
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def noise_probability(z: Tensor, t: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ class GeneratorRunConfig(TrainingRun):
     caption_drop_probability: float = 0.1
     """Probability of training a sample without its caption, for classifier-free guidance."""
     timesteps: TimeDistribution = "logit_normal"
+    timestep_shift: float = Field(1.0, gt=0)
+    """Shift of the training timesteps towards noise, where the prompt decides: 1 leaves them as drawn, 2 doubles the odds
+    of noise."""
     calibrate_text: bool = False
     """Whiten the initial text projections on :data:`CALIBRATION_CAPTIONS` captions, so that word order is learned sooner."""
     gradient_checkpointing: bool = False
@@ -98,19 +101,20 @@ class GeneratorRunConfig(TrainingRun):
 
 
 class DiffusionLoss(nn.Module):
-    """Diffusion loss (Eq. 5) of one micro-batch at timesteps drawn from ``times``."""
+    """Diffusion loss (Eq. 5) of one micro-batch at timesteps drawn from ``times``, shifted by ``shift``."""
 
-    def __init__(self, model: DiffusionGenerator, times: TimeDistribution = "logit_normal") -> None:
+    def __init__(self, model: DiffusionGenerator, times: TimeDistribution = "logit_normal", shift: float = 1.0) -> None:
         super().__init__()
         self.model = model
         self.times: TimeDistribution = times
+        self.shift = shift
 
     def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts for ``codes [B, L, K]`` 0/1 and text ``features [layers, B, T, W]``.
 
         ``mask`` bool ``[B, T]`` is true at real tokens; ``seeds [B]`` determine each sample's timestep and noise.
         """
-        t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times)
+        t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times, self.shift)
         z_t = flip_noise(codes, t, u)
         out = self.model(z_t, t, self.model.text_kv(features, mask))
         accuracy = bit_accuracy(x0_logits(out, z_t), codes)
@@ -118,10 +122,10 @@ class DiffusionLoss(nn.Module):
         return diffusion_loss(out, z_t, codes), facts
 
 
-def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution) -> tuple[Tensor, Tensor]:
+def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution, shift: float = 1.0) -> tuple[Tensor, Tensor]:
     """Draw timesteps ``[B]`` and uniforms ``[B, tokens, bits]`` from ``seeds [B]``."""
     first = torch.zeros_like(seeds)
-    t = timesteps(rng.uniforms(seeds, first, 1, 1, stream=rng.TRAINING)[:, 0, 0], times)
+    t = timesteps(rng.uniforms(seeds, first, 1, 1, stream=rng.TRAINING)[:, 0, 0], times, shift)
     return t, rng.uniforms(seeds, first + 1, tokens, bits, stream=rng.TRAINING)
 
 
@@ -199,7 +203,7 @@ class GeneratorTask:
         if isinstance(model, ARGenerator):
             self.step_module = ARLoss(model)
         else:
-            self.step_module = DiffusionLoss(model, cfg.timesteps)
+            self.step_module = DiffusionLoss(model, cfg.timesteps, cfg.timestep_shift)
 
     def micro_batches(self, batch: CodesBatch | CaptionedImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         before, parts = self.text.positions, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from instella_ray import cli, storage
 from instella_ray.commands import serve
 from instella_ray.demo.recipe import DemoConfig
+from instella_ray.demo.seeds import read_result
 from instella_ray.demo.state import DemoState, read_demo
 from instella_ray.errors import UserError
 from instella_ray.operations.lineage import trace
@@ -94,7 +96,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("demo") / "a first try"  # no name that ignore files know
+    folder = tmp_path_factory.mktemp("demo") / "a first try" / "seed-0"  # no name that ignore files know
     # Trained in the demo's own process: tests/training shows that a worker of Ray Train learns the same.
     demo = start(folder, "--set", "workers.count=0")
     output, _ = demo.communicate(timeout=900)
@@ -110,6 +112,23 @@ def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path
     command = finished.command("more")
     assert command[0] == "generate" and command[-4:] == ["--model", str(finished.folder), "-o", "out.png"]
     assert cli.main([*command[:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
+
+
+@pytest.mark.ray
+def test_finished_demos_of_several_seeds_are_tabulated(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tiny", "--set", "workers.count=0", "--folder", str(finished.folder.parent)]
+    assert cli.main(["demo", "--seeds", "0", "--table", *flags]) == 0
+    head, _, row, mean = capsys.readouterr().out.strip().splitlines()
+    assert head.split("|")[1].strip() == "seed" and row.split("|")[1].strip() == "0" and "mean" in mean
+    (result,) = [read_result(str(finished.folder))]
+    assert f"| {result.seconds:.0f} " in row and result.seconds > 0
+    # Twelve images of a generator: 0 right of 12 is anything up to a quarter.
+    assert all(re.search(r"0\.\d\d \[0\.\d\d, \d\.\d\d\]", cell) for cell in row.split("|")[4:8])
+
+    assert cli.main(["demo", "--seeds", "0", "--folder", str(finished.folder.parent)]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert cli.main(["demo", "--seeds", "0", *flags[:3], "--folder", str(finished.folder)]) == 2
+    assert "contains a demo" in capsys.readouterr().err
 
 
 @pytest.mark.ray

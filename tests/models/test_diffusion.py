@@ -77,3 +77,6 @@ def test_timesteps_follow_their_distribution(kind: str) -> None:
     value, name = (t.logit(), "norm") if kind == "logit_normal" else (t, "uniform")
     assert stats.kstest(value.numpy(), name).pvalue > 1e-3
     assert torch.equal(t.sort().values, timesteps(u.sort().values, kind))
+    shifted = timesteps(u, kind, shift=2.0)
+    torch.testing.assert_close(shifted / (1 - shifted), 2 * t / (1 - t), rtol=1e-3, atol=0)
+    assert torch.equal(timesteps(u, kind, shift=1.0), t)

@@ -6,7 +6,7 @@ from instella_ray import InstellaPipeline
 
 model, *prompts = sys.argv[1:]
 pipe = InstellaPipeline.from_pretrained(model)
-output = pipe(prompts, num_inference_steps=20, guidance_scale=2.0, temperature=0.5, seed=7)
+output = pipe(prompts, num_inference_steps=20, guidance_scale=1.0, temperature=0.3, seed=7)
 for number, image in enumerate(output.images):
     image.save(f"out-{number}.png")
     print(f"out-{number}.png: '{prompts[number]}', seed {output.seeds[number]}")

@@ -33,9 +33,9 @@ HEAD = 32
 class StepsConfig(Config):
     """Number of training steps of each training stage."""
 
-    tokenizer: int = Field(700, ge=1)
-    diffusion: int = Field(1700, ge=1)
-    ar: int = Field(1500, ge=1)
+    tokenizer: int = Field(600, ge=1)
+    diffusion: int = Field(1300, ge=1)
+    ar: int = Field(1000, ge=1)
 
 
 class DemoConfig(Config):
@@ -179,7 +179,7 @@ def sampling_defaults(kind: Literal["diffusion", "ar"]) -> SamplingConfig:
     """Return sampling settings tuned for the demo's small models."""
     if kind == "ar":
         return SamplingConfig(guidance_scale=1.0, temperature=0.1)
-    return SamplingConfig(num_inference_steps=20, guidance_scale=2.0, temperature=0.5)
+    return SamplingConfig(num_inference_steps=20, guidance_scale=1.0, temperature=0.3)
 
 
 def serve_args(demo: DemoConfig, tokenizer: str, generators: dict[str, str]) -> ServeArgs:

@@ -15,21 +15,19 @@ class BitHead(nn.Module):
     ``w`` is initialized to zero: training starts with independent bits.
     """
 
-    tril: Tensor
-
     def __init__(self, width: int, bits: int, hidden: int) -> None:
         super().__init__()
         self.context = nn.Linear(width, hidden)
         self.bits_in = nn.Parameter(torch.randn(bits, hidden) * bits**-0.5)
         self.bits_out = nn.Parameter(torch.zeros(bits, hidden))
-        self.register_buffer("tril", torch.ones(bits, bits).tril(-1), persistent=False)
 
     def forward(self, logits: Tensor, x: Tensor, bits: Tensor) -> Tensor:
         """Return logits ``[B, n, K]``, each given the true bits before it (teacher forcing), of known ``bits`` 0/1.
 
         ``logits [B, n, K]`` are those of independent bits, ``x [B, n, width]`` hidden states.
         """
-        before = ((2 * bits - 1)[..., None, :] * self.tril) @ self.bits_in
+        earlier = bits.new_ones(bits.shape[-1], bits.shape[-1]).tril(-1)
+        before = ((2 * bits - 1)[..., None, :] * earlier) @ self.bits_in
         hidden = F.gelu(self.context(x)[..., None, :] + before)
         return logits + torch.einsum("bnkh,kh->bnk", hidden, self.bits_out)
 

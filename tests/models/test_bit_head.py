@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from instella_ray.models.bit_head import BitHead
+from instella_ray.models.checkpoint import load_expected, save_model
 from instella_ray.models.diffusion import ar_loss
 from instella_ray.models.generator import ARGenerator, GeneratorConfig
 from instella_ray.models.sampling import SamplingParams, ar_step
@@ -84,6 +87,19 @@ def test_it_learns_bits_that_depend_on_each_other() -> None:
     torch.testing.assert_close(
         word_probabilities(made, bias[None], x[:1, 0]).detach()[[0, -1]], torch.tensor([0.5, 0.5]), atol=0.05, rtol=0
     )
+
+
+@torch.no_grad()
+def test_a_saved_model_has_it(tmp_path: Path) -> None:
+    sizes = {"num_tokens": 2, "bits_per_token": BITS, "width": 8, "layers": 1, "heads": 1, "text_width": 4}
+    model = ARGenerator(GeneratorConfig(kind="ar", bit_head_width=HIDDEN, **sizes)).eval()
+    assert model.bit_head is not None
+    torch.nn.init.normal_(model.bit_head.bits_out)
+    save_model(tmp_path, model)
+    loaded = load_expected(str(tmp_path), ARGenerator)
+    text = model.text_kv(torch.randn(1, 3, 2, 4), torch.ones(3, 2, dtype=torch.bool))
+    bits = torch.randint(0, 2, (3, 2, BITS)).float()
+    assert torch.equal(loaded(bits[:, :-1], text, bits), model(bits[:, :-1], text, bits))
 
 
 def test_only_ar_has_one() -> None:

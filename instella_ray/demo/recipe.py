@@ -33,7 +33,7 @@ HEAD = 32
 class StepsConfig(Config):
     """Number of training steps of each training stage."""
 
-    tokenizer: int = Field(600, ge=1)
+    tokenizer: int = Field(700, ge=1)
     diffusion: int = Field(1300, ge=1)
     ar: int = Field(1000, ge=1)
 

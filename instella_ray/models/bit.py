@@ -110,7 +110,7 @@ class BITOutput(NamedTuple):
     images: Tensor
     """Reconstruction ``[B, 3, height, width]``, about [-1, 1], not clamped."""
     logits: Tensor
-    """Quantizer logits ``[B, L, K]``."""
+    """Quantizer logits, float32 ``[B, L, K]``."""
     code_loss: Tensor
     """``mean(s (1 - s))`` with s = sigmoid(logits): small if bit probabilities are near 0 or 1."""
 
@@ -217,7 +217,7 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Return quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1].
+        """Return quantizer logits, float32 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1].
 
         UserError for sides that are not multiples of :attr:`BITConfig.encode_multiple`.
         """
@@ -235,7 +235,7 @@ class BIT(nn.Module):
 
         UserError for sides that are not multiples of :attr:`BITConfig.decode_multiple`.
         """
-        return self._decode(codes.to(self.quantizer.embed.dtype), height, width).float()
+        return self._decode(codes, height, width).float()
 
     def forward(
         self,
@@ -259,7 +259,8 @@ class BIT(nn.Module):
     def _decode(self, bits: Tensor, height: int, width: int) -> Tensor:
         _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
-        images: Tensor = self.to_pixel(self.decoder(bits @ self.quantizer.embed, height // patch, width // patch))
+        latents = bits.to(self.quantizer.embed.dtype) @ self.quantizer.embed
+        images: Tensor = self.to_pixel(self.decoder(latents, height // patch, width // patch))
         return images
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import Config
 from ..errors import UserError
 from .joint_attention import JointAttention, JointCache, TextKV
-from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_norm
+from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, modulated_norm, residual
 
 
 class GeneratorConfig(Config):
@@ -80,9 +80,9 @@ class DiffusionBlock(GeneratorBlock):
         modulation = self.norm1(embedding) if modulation is None else modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation[:, :, None].unbind(1)
         # Positions are added after the modulation, and not to the residual stream.
-        y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
+        y = modulated_norm(x, scale_1, shift_1) + self.pos_emb
         x = x + gate_1 * self.attn(y, context, block, mask)
-        return x + gate_2 * self.ff(layer_norm(x) * (1 + scale_2) + shift_2)
+        return x + gate_2 * self.ff(modulated_norm(x, scale_2, shift_2))
 
 
 class ARBlock(GeneratorBlock):
@@ -197,7 +197,7 @@ class DiffusionGenerator(Generator):
         With a :class:`JointCache` the image's keys and values are written to the cache: same result, without gradients.
         With ``modulations`` of :meth:`modulations`, ``t`` is not used.
         """
-        x = self.x_embedder(z)
+        x = residual(self.x_embedder(z))
         embedding = self.time_embed(t) if modulations is None else None
         *given, output = self._parts(modulations)
         image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
@@ -206,7 +206,7 @@ class DiffusionGenerator(Generator):
             x = self._run(block, x, embedding, given[i], text, i, mask)
         output = self.norm_out(embedding) if output is None else output
         scale, shift = output[:, :, None].unbind(1)
-        return self.proj_out(layer_norm(x) * (1 + scale) + shift)
+        return self.proj_out(modulated_norm(x, scale, shift))
 
 
 class ARGenerator(Generator):
@@ -216,7 +216,8 @@ class ARGenerator(Generator):
         super().__init__(cfg)
         self.split_token = nn.Parameter(torch.randn(1, 1, cfg.width) * 0.02)
         if cfg.unused_time_embed:
-            self.time_embed = TimestepEmbedding(cfg.width)
+            # Frozen: DistributedDataParallel would wait for gradients that never come.
+            self.time_embed = TimestepEmbedding(cfg.width).requires_grad_(False)
         self.transformer_blocks = nn.ModuleList([ARBlock(cfg) for _ in range(cfg.layers)])
         self.norm_out = RMSNorm(cfg.width)
 

@@ -25,9 +25,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, EPS).to(x.dtype) * self.weight
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Apply layer norm without affine parameters; adaLN provides scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+def residual(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 under autocast, else as it is: a sum in bfloat16 loses terms below 1/256 of it."""
+    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Apply adaLN: ``layer_norm(x) * (1 + scale) + shift``, in the dtype of the residual stream ``x``."""
+    x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    # In bfloat16 ``1 + scale`` would be rounded to a multiple of 1/128.
+    return x * (1 + scale.to(x.dtype)) + shift
 
 
 class Attention(nn.Module):
@@ -108,7 +115,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(t[:, None])))
+        with torch.autocast(t.device.type, enabled=False):  # which would round t to 8 bits
+            return self.linear_2(F.silu(self.linear_1(t[:, None])))
 
 
 class Modulation(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ..models.layers import TimestepEmbedding
 from ..packages import extra_import
 from .distributed import broadcast, gather, part_of, ranks, whole
 from .optim import build_optimizers, lr_scale
@@ -215,6 +216,9 @@ class FSDPLearner(Learner):
     def _distributed(self) -> nn.Module:
         # Inputs are not cast, because timesteps would lose precision; autocast chooses the compute dtypes.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for module in self.model.modules():
+            if isinstance(module, TimestepEmbedding):  # computed in float32 without autocast
+                fully_shard(module)
         for blocks in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
             for block in blocks:
                 fully_shard(block, mp_policy=policy)

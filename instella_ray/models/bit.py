@@ -75,8 +75,9 @@ class BITConfig(Config):
         if any(size % 2 for size in self.rope_axes):
             raise ValueError(f"rope_axes must be even numbers, got {self.rope_axes}")
         for name, layers in (("downsample_after", self.encoder_layers), ("upsample_after", self.decoder_layers)):
-            if any(not 0 <= i < layers for i in getattr(self, name)):
-                raise ValueError(f"{name} must be block indices 0..{layers - 1}, got {getattr(self, name)}")
+            places = getattr(self, name)
+            if any(not 0 <= i < layers for i in places) or len(set(places)) < len(places):
+                raise ValueError(f"{name} must be different block indices 0..{layers - 1}, got {places}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
         if self.image_size % self.encode_multiple:
@@ -127,6 +128,9 @@ class BITEncoder(nn.Module):
         blocks = [BITBlock(width, cfg.encoder_heads, cfg.rope) for _ in range(cfg.encoder_layers)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.down_layers = nn.ModuleList([DOWN[cfg.resample](width) for _ in cfg.downsample_after])
+        if cfg.encoder_layers - 1 in cfg.downsample_after:
+            # Image tokens are discarded after the last block, so that DistributedDataParallel would wait for gradients.
+            self.down_layers[-1].requires_grad_(False)
         self.norm_out = RMSNorm(width)
         self.proj_out = nn.Linear(width, width)
 

@@ -22,7 +22,8 @@ class OptimizerConfig(Config):
     matrix_lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon."""
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW and Muon, on weights of linear and convolutional layers alone."""
     warmup_steps: int = Field(1000, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(0.0, ge=0, le=1)

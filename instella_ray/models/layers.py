@@ -5,6 +5,8 @@ Parameter names follow the published checkpoints, so that a published file loads
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +25,6 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, EPS)
         return F.rms_norm(x.float(), self.weight.shape, None, EPS).to(x.dtype) * self.weight
-
-
-def residual(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 under autocast, else as it is: a sum in bfloat16 loses terms below 1/256 of it."""
-    return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -115,7 +112,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):  # which would round t to 8 bits
+        # Autocast would round t to 8 bits; meta tensors have none.
+        with nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False):
             return self.linear_2(F.silu(self.linear_1(t[:, None])))
 
 

@@ -75,8 +75,9 @@ class BITConfig(Config):
         if any(size % 2 for size in self.rope_axes):
             raise ValueError(f"rope_axes must be even numbers, got {self.rope_axes}")
         for name, layers in (("downsample_after", self.encoder_layers), ("upsample_after", self.decoder_layers)):
-            if any(not 0 <= i < layers for i in getattr(self, name)):
-                raise ValueError(f"{name} must be block indices 0..{layers - 1}, got {getattr(self, name)}")
+            places = getattr(self, name)
+            if any(not 0 <= i < layers for i in places) or len(set(places)) < len(places):
+                raise ValueError(f"{name} must be different block indices 0..{layers - 1}, got {places}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
         if self.image_size % self.encode_multiple:
@@ -110,7 +111,7 @@ class BITOutput(NamedTuple):
     images: Tensor
     """Reconstruction ``[B, 3, height, width]``, about [-1, 1], not clamped."""
     logits: Tensor
-    """Quantizer logits ``[B, L, K]``."""
+    """Quantizer logits, float32 ``[B, L, K]``."""
     code_loss: Tensor
     """``mean(s (1 - s))`` with s = sigmoid(logits): small if bit probabilities are near 0 or 1."""
 
@@ -127,6 +128,9 @@ class BITEncoder(nn.Module):
         blocks = [BITBlock(width, cfg.encoder_heads, cfg.rope) for _ in range(cfg.encoder_layers)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.down_layers = nn.ModuleList([DOWN[cfg.resample](width) for _ in cfg.downsample_after])
+        if cfg.encoder_layers - 1 in cfg.downsample_after:
+            # Image tokens are discarded after the last block, so that DistributedDataParallel would wait for gradients.
+            self.down_layers[-1].requires_grad_(False)
         self.norm_out = RMSNorm(width)
         self.proj_out = nn.Linear(width, width)
 
@@ -217,7 +221,7 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Return quantizer logits ``[B, L, K]``, in the weights' dtype, of ``images [B, 3, H, W]`` in [-1, 1].
+        """Return quantizer logits, float32 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1].
 
         UserError for sides that are not multiples of :attr:`BITConfig.encode_multiple`.
         """
@@ -235,7 +239,7 @@ class BIT(nn.Module):
 
         UserError for sides that are not multiples of :attr:`BITConfig.decode_multiple`.
         """
-        return self._decode(codes.to(self.quantizer.embed.dtype), height, width).float()
+        return self._decode(codes, height, width).float()
 
     def forward(
         self,
@@ -259,7 +263,8 @@ class BIT(nn.Module):
     def _decode(self, bits: Tensor, height: int, width: int) -> Tensor:
         _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
-        images: Tensor = self.to_pixel(self.decoder(bits @ self.quantizer.embed, height // patch, width // patch))
+        latents = bits.to(self.quantizer.embed.dtype) @ self.quantizer.embed
+        images: Tensor = self.to_pixel(self.decoder(latents, height // patch, width // patch))
         return images
 
 

@@ -135,15 +135,21 @@ class BinaryQuantizer(nn.Module):
         self.norm = nn.BatchNorm1d(normalized_tokens * bits, affine=False, momentum=0.05) if normalized_tokens else None
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return logits ``[B, L, K]`` of encoder tokens ``[B, L, width]``."""
+        """Return logits, float32 ``[B, L, K]``, of encoder tokens ``[B, L, width]``."""
         logits = self.proj(tokens)
-        return logits if self.norm is None else self.norm(logits.flatten(1)).view_as(logits)
+        if self.norm is not None:
+            statistics = self.norm.running_mean
+            assert statistics is not None
+            logits = self.norm(logits.flatten(1).to(statistics.dtype)).view_as(logits)
+        return logits.float()
 
     def quantize(self, logits: Tensor, temperature: float, u: Tensor | None = None) -> Tensor:
-        """Quantize ``logits [B, L, K]`` to bits 0/1, with the straight-through gradient of ``sigmoid(logits)``.
+        """Quantize ``logits [B, L, K]`` to bits, float32 0/1, with the straight-through gradient of ``sigmoid(logits)``.
 
         A positive temperature samples with uniforms ``u`` of the same shape, or with torch's generator if None.
         """
+        # In bfloat16 a sigmoid over 0.998 would be 1: a set bit's gradient would vanish where a cleared one's does not.
+        logits = logits.float()
         soft = logits.sigmoid()
         if temperature > 0:
             # Not torch.bernoulli, which raises on NaN: the training loop reports a loss that is not finite.
@@ -151,4 +157,4 @@ class BinaryQuantizer(nn.Module):
             bits = (u < (logits / temperature).sigmoid()).to(logits.dtype)
         else:
             bits = (soft > 0.5).to(logits.dtype)
-        return bits + soft - soft.detach()
+        return bits + (soft - soft.detach())  # the difference is 0, so bits are exactly 0 or 1

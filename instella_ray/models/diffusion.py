@@ -48,12 +48,12 @@ def x0_logits(out: Tensor, z_t: Tensor, target: Target = "flip") -> Tensor:
 
 def diffusion_loss(out: Tensor, z_t: Tensor, z: Tensor, target: Target = "flip") -> Tensor:
     """Return the mean binary cross-entropy between ``sigma(out) xor z_t`` and the clean bits ``z [B, L, K]`` (Eq. 5)."""
-    return F.binary_cross_entropy_with_logits(x0_logits(out, z_t, target), z)
+    return F.binary_cross_entropy_with_logits(x0_logits(out, z_t, target).float(), z)
 
 
 def ar_loss(out: Tensor, z: Tensor) -> Tensor:
     """Return the mean binary cross-entropy of logits ``out`` and bits ``z``, both ``[B, L, K]`` (Eq. 7)."""
-    return F.binary_cross_entropy_with_logits(out, z)
+    return F.binary_cross_entropy_with_logits(out.float(), z)
 
 
 def bit_accuracy(logits: Tensor, z: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..config import Config
 from ..errors import UserError
 from .bit_head import BitHead
 from .joint_attention import JointAttention, JointCache, TextKV
-from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, layer_norm
+from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, modulated_norm
 
 
 class GeneratorConfig(Config):
@@ -78,17 +78,19 @@ class DiffusionBlock(GeneratorBlock):
         embedding: Tensor | None,
         modulation: Tensor | None,
         context: TextKV | JointCache,
-        block: int,
         mask: Tensor,
     ) -> Tensor:
-        """Return the next ``x [B, L, width]``, given the timestep's ``embedding`` or its ``modulation`` by ``norm1``."""
+        """Return the next ``x [B, L, width]``, given the timestep's ``embedding`` or its ``modulation`` by ``norm1``.
+
+        ``context`` is this block's alone: with an index into that of all blocks each would compile to other code.
+        """
         # Computed here if not given, because FSDP gathers a block's weights for its forward pass alone.
         modulation = self.norm1(embedding) if modulation is None else modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation[:, :, None].unbind(1)
         # Positions are added after the modulation, and not to the residual stream.
-        y = layer_norm(x) * (1 + scale_1) + shift_1 + self.pos_emb
-        x = x + gate_1 * self.attn(y, context, block, mask)
-        return x + gate_2 * self.ff(layer_norm(x) * (1 + scale_2) + shift_2)
+        y = modulated_norm(x, scale_1, shift_1) + self.pos_emb
+        x = x + gate_1 * self.attn(y, context, mask)
+        return x + gate_2 * self.ff(modulated_norm(x, scale_2, shift_2))
 
 
 class ARBlock(GeneratorBlock):
@@ -100,8 +102,9 @@ class ARBlock(GeneratorBlock):
         self.post_attention_layernorm = RMSNorm(cfg.width)
         self.mlp = FeedForward(cfg.width)
 
-    def forward(self, x: Tensor, text: TextKV, block: int, mask: Tensor) -> Tensor:
-        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, block, mask)
+    def forward(self, x: Tensor, text: TextKV, mask: Tensor) -> Tensor:
+        """Return the next ``x [B, n, width]``, given the text of this block."""
+        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -203,16 +206,17 @@ class DiffusionGenerator(Generator):
         With a :class:`JointCache` the image's keys and values are written to the cache: same result, without gradients.
         With ``modulations`` of :meth:`modulations`, ``t`` is not used.
         """
-        x = self.x_embedder(z)
+        # Under autocast the residual stream would else be bfloat16, which loses terms below 1/256 of a sum.
+        x = self.x_embedder(z).to(z.dtype)
         embedding = self.time_embed(t) if modulations is None else None
         *given, output = self._parts(modulations)
         image = text.mask.new_ones(1, x.shape[1]).expand(len(x), -1)
         mask = torch.cat((text.mask, image), dim=1)[:, None, None]
         for i, block in enumerate(self.transformer_blocks):
-            x = self._run(block, x, embedding, given[i], text, i, mask)
+            x = self._run(block, x, embedding, given[i], text.of_block(i), mask)
         output = self.norm_out(embedding) if output is None else output
         scale, shift = output[:, :, None].unbind(1)
-        return self.proj_out(layer_norm(x) * (1 + scale) + shift)
+        return self.proj_out(modulated_norm(x, scale, shift))
 
 
 class ARGenerator(Generator):
@@ -222,7 +226,8 @@ class ARGenerator(Generator):
         super().__init__(cfg)
         self.split_token = nn.Parameter(torch.randn(1, 1, cfg.width) * 0.02)
         if cfg.unused_time_embed:
-            self.time_embed = TimestepEmbedding(cfg.width)
+            # Frozen: DistributedDataParallel would wait for gradients that never come.
+            self.time_embed = TimestepEmbedding(cfg.width).requires_grad_(False)
         self.transformer_blocks = nn.ModuleList([ARBlock(cfg) for _ in range(cfg.layers)])
         self.norm_out = RMSNorm(cfg.width)
         self.bit_head = BitHead(cfg.width, cfg.bits_per_token, cfg.bit_head_width) if cfg.bit_head_width else None
@@ -250,7 +255,7 @@ class ARGenerator(Generator):
         seen_text = text.mask[:, None, None].expand(-1, -1, count, -1)
         mask = torch.cat((seen_text, causal.expand(len(x), 1, -1, -1)), dim=-1)
         for i, block in enumerate(self.transformer_blocks):
-            x = self._run(block, x, text, i, mask)
+            x = self._run(block, x, text.of_block(i), mask)
         return self.norm_out(x)
 
     def outputs(self, x: Tensor) -> Tensor:

@@ -30,9 +30,14 @@ class TextKV:
     def __len__(self) -> int:
         return len(self.mask)
 
-    def join(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Concatenate text with image keys and values ``[B, heads, n, D]`` for ``block``."""
-        return torch.cat((self.keys[block], k), dim=2), torch.cat((self.values[block], v), dim=2)
+    def of_block(self, block: int) -> TextKV:
+        """Select one block's keys and values."""
+        return TextKV([self.keys[block]], [self.values[block]], self.mask)
+
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenate the text of the only block with image keys and values ``[B, heads, n, D]``."""
+        (keys,), (values,) = self.keys, self.values
+        return torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
 
     def rows(self, index: Tensor | slice) -> TextKV:
         """Select the rows at ``index``."""
@@ -135,11 +140,16 @@ class JointCache:
         """Return a view of ``rows``; writes change this cache."""
         return JointCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
-    def join(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write image keys and values to all image positions of ``block``; returns those of [text; image]."""
-        self.keys[block][:, :, self.text_length :] = k
-        self.values[block][:, :, self.text_length :] = v
-        return self.keys[block], self.values[block]
+    def of_block(self, block: int) -> JointCache:
+        """Select one block's buffers; writes change this cache."""
+        return JointCache([self.keys[block]], [self.values[block]], self.mask)
+
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write image keys and values to all image positions of the only block; returns those of [text; image]."""
+        (keys,), (values,) = self.keys, self.values
+        keys[:, :, self.text_length :] = k
+        values[:, :, self.text_length :] = v
+        return keys, values
 
     def write(self, block: int, position: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one image token ``[rows, heads, 1, D]`` at each row's ``position [rows]``; returns the whole buffers."""
@@ -152,12 +162,12 @@ class JointCache:
 class JointAttention(Attention):
     """Attention of image queries to [text; image] keys; text and image share the key and value projections."""
 
-    def forward(self, y: Tensor, context: TextKV | JointCache, block: int, mask: Tensor) -> Tensor:
-        """Attend from ``y [B, n, width]`` to the text of ``context`` in ``block`` and to ``y``; returns ``[B, n, width]``.
+    def forward(self, y: Tensor, context: TextKV | JointCache, mask: Tensor) -> Tensor:
+        """Attend from ``y [B, n, width]`` to the text of one block, ``context``, and to ``y``; returns ``[B, n, width]``.
 
         ``mask`` bool, broadcastable to ``[B, 1, n, T + n]``, is true for visible keys.
         """
-        k, v = context.join(block, *self.key_value(y))
+        k, v = context.join(*self.key_value(y))
         return self.attend(self.query(y), k, v, mask)
 
     def attend_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Parameter names follow the published checkpoints, so that a published file loads
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +27,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, EPS).to(x.dtype) * self.weight
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Apply layer norm without affine parameters; adaLN provides scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Apply adaLN: ``layer_norm(x) * (1 + scale) + shift``, in the dtype of the residual stream ``x``."""
+    x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    # In bfloat16 ``1 + scale`` would be rounded to a multiple of 1/128.
+    return x * (1 + scale.to(x.dtype)) + shift
 
 
 class Attention(nn.Module):
@@ -108,7 +112,9 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(t[:, None])))
+        # Autocast would round t to 8 bits; meta tensors have none.
+        with nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False):
+            return self.linear_2(F.silu(self.linear_1(t[:, None])))
 
 
 class Modulation(nn.Module):

@@ -20,7 +20,7 @@ from ..rendering import digits, table
 from ..serving.config import ModelArgs, ServeArgs, StageArgs
 from ..serving.deployments import DECODE_BATCH, ENCODE_BATCH
 from ..serving.setup import check_sizes, located, one_text_encoder
-from .memory import USABLE
+from ..training.memory import USABLE
 from .plan import PlanOptions, text_encoder_sizes
 from .replica_memory import (
     CONTEXT,

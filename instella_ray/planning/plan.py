@@ -28,21 +28,27 @@ from ..flops import (
     tokenizer_training,
 )
 from ..models.bit import BITConfig
-from ..models.checkpoint import build_model, parse_model, read_checkpoint_config
+from ..models.checkpoint import parse_model, read_checkpoint_config
 from ..models.folders import find_model
 from ..models.generator import GeneratorConfig
 from ..models.text_encoder import TextEncoderConfig, resolve_name
 from ..training.generator import GeneratorRunConfig
+from ..training.memory import (
+    USABLE,
+    Memory,
+    choose_checkpointing,
+    generator_memory,
+    parameter_count,
+    states,
+    tokenizer_activations,
+)
 from ..training.settings import TrainConfig
 from ..training.tokenizer import TokenizerConfig
-from .memory import USABLE, generator_activations, states, tokenizer_activations
 
 PAPER_IMAGES_PER_SECOND = 120.0
 """Training throughput of the paper's generators on one MI300X (section 1)."""
 CAPTION_BYTES = 500
 """Bytes of an image's long and short caption together."""
-FEATURE_CACHE = float(1 << 30)
-"""Capacity (bytes) of :class:`..models.text_encoder.TextFeatureCache`."""
 
 
 class PlanOptions(Config):
@@ -52,6 +58,8 @@ class PlanOptions(Config):
     """Accelerator."""
     mfu: float | None = Field(None, gt=0, le=1)
     """Model FLOP utilization: share of the bf16 peak, without recomputation, as in metrics.jsonl."""
+    hfu: float | None = Field(None, gt=0, le=1)
+    """Hardware FLOP utilization, instead of mfu: also counts recomputation, so that gradient checkpointing costs time."""
     images_per_second: float | None = Field(None, gt=0)
     """Measured throughput of one GPU, instead of mfu."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
@@ -67,8 +75,9 @@ class PlanOptions(Config):
 
     @model_validator(mode="after")
     def _one_speed(self) -> PlanOptions:
-        if self.mfu is not None and self.images_per_second is not None:
-            raise ValueError("mfu and images_per_second both define the throughput: expected one of them")
+        given = [name for name in ("mfu", "hfu", "images_per_second") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both define the throughput: expected one of them")
         return self
 
 
@@ -150,12 +159,10 @@ class _PlannedRun(NamedTuple):
     flops: TrainingFlops
     frozen: dict[str, float]
     """FLOP per sample of each frozen network, by name."""
-    frozen_bytes: float
-    """Memory of frozen networks and caches (bytes)."""
-    inputs: float
-    """Memory of a step's inputs (bytes)."""
-    activations: float
-    """Activations of a micro-batch (bytes)."""
+    memory: Memory
+    """Memory of a worker (bytes)."""
+    checkpointing: str
+    """Whether blocks are recomputed, and why."""
     data: dict[str, float]
     """Size of the data set by kind (bytes)."""
     sample_bytes: float
@@ -173,12 +180,12 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
     elif options.mfu is not None:
         speed, source = options.mfu * device.peak / planned.flops.model, f"MFU {options.mfu:.3g}, as given"
     else:
-        speed = paper_mfu() * device.peak / planned.flops.model
-        source = f"MFU {paper_mfu():.3g}: the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw images"
+        hfu = options.hfu or paper_hfu()
+        speed = hfu * device.peak / planned.flops.hardware
+        paper = f": the paper's {PAPER_IMAGES_PER_SECOND:g} images/s on an MI300X from raw images, with recomputation"
+        source = f"HFU {hfu:.3g}{', as given' if options.hfu else paper}"
     samples = train.steps * train.global_batch
     hours = samples / speed / 3600
-    held = states(planned.parameters, train.sharding, gpus, bf16=bf16)
-    memory = held._replace(frozen=planned.frozen_bytes, inputs=planned.inputs, activations=planned.activations)
     recomputed = {"recomputed": planned.flops.recomputed} if planned.flops.recomputed else {}
     flops = {"forward": planned.flops.forward, "backward": planned.flops.backward, **planned.frozen, **recomputed}
     # Weights, EMA and AdamW's two moments, all float32; a new checkpoint is written before an old one is deleted.
@@ -194,7 +201,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
         mfu=speed * planned.flops.model / device.peak,
         hfu=speed * planned.flops.hardware / device.peak,
         gpu_hours=hours,
-        memory=memory._asdict(),
+        memory=planned.memory._asdict(),
         device_memory=device.memory,
         storage=planned.data | {"checkpoints": checkpoints},
         network={
@@ -205,7 +212,7 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
         assumptions=[
             f"speed: {source}",
             f"{device.label}: {device.peak / 1e12:,.0f} TFLOP/s bf16 dense, {device.memory / 1e9:.0f} GB ({device.source})",
-            f"{train.sharding}, {'with' if planned.flops.recomputed else 'without'} gradient checkpointing, "
+            f"{train.sharding}, {planned.checkpointing}, "
             f"{'bf16 autocast' if bf16 else 'float32 (slower than the bf16 peak that MFU is a share of)'}, "
             f"micro-batch {_micro_batch(train)}",
             "fits means within nine tenths of the memory; restarts, previews and validation are not in the time",
@@ -214,10 +221,13 @@ def plan_run(run: GeneratorRunConfig | TokenizerConfig, options: PlanOptions) ->
     )
 
 
-def paper_mfu() -> float:
-    """What the paper's throughput means on its hardware, when captions and raw images are encoded within the loop."""
-    sample = generator_training(GeneratorConfig(), 128, AMD_OLMO_1B, tokenizer=BITConfig())
-    return PAPER_IMAGES_PER_SECOND * sample.model / ACCELERATORS["mi300x"].peak
+def paper_hfu() -> float:
+    """Return the HFU of the paper's throughput on its hardware, when captions and raw images are encoded within the loop.
+
+    With gradient checkpointing, without which its micro-batch of 512 does not fit.
+    """
+    sample = generator_training(GeneratorConfig(), 128, AMD_OLMO_1B, tokenizer=BITConfig(), gradient_checkpointing=True)
+    return PAPER_IMAGES_PER_SECOND * sample.hardware / ACCELERATORS["mi300x"].peak
 
 
 def text_encoder_sizes(cfg: TextEncoderConfig) -> TextEncoderSizes:
@@ -251,16 +261,19 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _PlannedRun:
     given = run.model.model_fields_set
     model = run.model.model_copy(update={name: value for name, value in facts.items() if name not in given})
     tokens = options.text_tokens or run.text_encoder.max_length
-    again, bf16 = run.gradient_checkpointing, run.train.precision != "fp32"
     online = bit if options.from_images or run.images else None
+
+    def memory(again: bool) -> Memory:
+        world, bf16 = run.train.workers.ranks, run.train.precision != "fp32"
+        return generator_memory(
+            *(model, encoder, tokens, run.train), world=world, bf16=bf16, tokenizer=online, gradient_checkpointing=again
+        )
+
+    device = ACCELERATORS[options.device]
+    again, reason = choose_checkpointing(run.gradient_checkpointing, memory(False), device.memory)
     flops = generator_training(model, tokens, encoder, tokenizer=online, gradient_checkpointing=again)
     text = text_encoder_forward(encoder, tokens)
     frozen = {"text encoder": text} | ({"tokenizer": flops.frozen - text} if online else {})
-    size, micro = 2 if bf16 else 4, _micro_batch(run.train)
-    features = model.layers * tokens * model.text_width
-    accumulation = run.train.global_batch // run.train.workers.ranks // micro
-    # Features of all micro-batches; for the current one also a copy without padding, and one in the weights' dtype.
-    inputs = micro * features * (size * accumulation + (size + 4 if bf16 else 4))
     rows = _rows(run)
     count = rows or options.images
     kind, each = ("images", options.image_bytes) if online else ("codes", bit.code_bytes)
@@ -272,12 +285,11 @@ def _generator(run: GeneratorRunConfig, options: PlanOptions) -> _PlannedRun:
     assumptions.append(f"{each:,} bytes of {kind} per sample, and {CAPTION_BYTES} of captions")
     return _PlannedRun(
         name=f"{model.kind} generator",
-        parameters=_count(model),
+        parameters=parameter_count(model),
         flops=flops,
         frozen=frozen,
-        frozen_bytes=size * (encoder.parameters + (_count(bit) if online else 0)) + FEATURE_CACHE,
-        inputs=inputs,
-        activations=micro * generator_activations(model, tokens, bf16=bf16, gradient_checkpointing=again),
+        memory=memory(again),
+        checkpointing=f"{'with' if again else 'without'} gradient checkpointing ({reason})",
         data={kind: float(count * (each + CAPTION_BYTES))},
         sample_bytes=float(each + CAPTION_BYTES),
         assumptions=assumptions,
@@ -288,17 +300,19 @@ def _tokenizer(run: TokenizerConfig, options: PlanOptions) -> _PlannedRun:
     if options.from_images:
         raise UserError("from_images: expected none for a tokenizer, which is always trained from images")
     size, largest, bf16 = run.model.image_size, max(run.sizes), run.train.precision != "fp32"
-    micro, frozen = _micro_batch(run.train), run.freeze_encoder
+    micro, frozen, parameters = _micro_batch(run.train), run.freeze_encoder, parameter_count(run.model)
     each = [tokenizer_training(run.model, size, output, frozen_encoder=frozen) for output in run.sizes]
     flops = TrainingFlops(*(sum(parts) / len(each) for parts in zip(*each, strict=True)))
     return _PlannedRun(
         name=f"tokenizer at {', '.join(map(str, run.sizes))} px",
-        parameters=_count(run.model),
+        parameters=parameters,
         flops=flops,
         frozen={"encoder": flops.frozen} if frozen else {},
-        frozen_bytes=0.0,
-        inputs=micro * 3.0 * (size**2 + largest**2) * 4,
-        activations=micro * tokenizer_activations(run.model, size, largest, bf16=bf16, frozen_encoder=frozen),
+        memory=states(parameters, run.train.sharding, run.train.workers.ranks, bf16=bf16)._replace(
+            inputs=micro * 3.0 * (size**2 + largest**2) * 4,
+            activations=micro * tokenizer_activations(run.model, size, largest, bf16=bf16, frozen_encoder=frozen),
+        ),
+        checkpointing="without gradient checkpointing",
         data={"images": float(options.images * options.image_bytes)},
         sample_bytes=float(options.image_bytes),
         assumptions=[
@@ -344,9 +358,3 @@ def _rows(run: GeneratorRunConfig) -> int | None:
     if not all(storage.exists(file) for file in files):
         return None
     return sum(storage.read_json(file)["rows"] for file in files)
-
-
-def _count(cfg: BITConfig | GeneratorConfig) -> int:
-    with torch.device("meta"):
-        model = build_model(cfg.model_dump())
-    return sum(p.numel() for p in model.parameters())

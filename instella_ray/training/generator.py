@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,14 @@ from ..models.sampling import Guidance, SamplingConfig, Temperature
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..pipeline import InstellaPipeline
 from ..runs import Provenance
+from .distributed import ranks
 from .generator_validation import GeneratorValidation, GeneratorValidator
 from .launch import launch
+from .memory import Checkpointing, choose_checkpointing, generator_memory
 from .settings import TrainingRun
 from .validation import validating
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_CAPTIONS = 512
 TIME_BINS = 5
@@ -82,8 +87,10 @@ class GeneratorRunConfig(TrainingRun):
     of noise."""
     calibrate_text: bool = False
     """Whiten the initial text projections on :data:`CALIBRATION_CAPTIONS` captions, so that word order is learned sooner."""
-    gradient_checkpointing: bool = False
-    """Recompute block activations in the backward pass: larger micro-batches, slower steps."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Recompute block activations in the backward pass: larger micro-batches, slower steps (auto, true or false).
+
+    auto recomputes only where the planned memory of a micro-batch does not fit the GPU; never on a CPU."""
     preview: PreviewConfig = PreviewConfig()
     validation: GeneratorValidation | None = None
     """Evaluation of checkpoints during training; None disables it."""
@@ -196,7 +203,7 @@ class GeneratorTask:
         """Token positions that the text encoder has processed for the current step's captions."""
         self.text_sizes: TextEncoderSizes | None = None
         model = model or build_generator(cfg.model)
-        model.gradient_checkpointing = cfg.gradient_checkpointing
+        model.gradient_checkpointing = self._checkpointing(device)
         self.model: Model = model
         self.discriminator = None
         self.step_module: nn.Module
@@ -204,6 +211,21 @@ class GeneratorTask:
             self.step_module = ARLoss(model)
         else:
             self.step_module = DiffusionLoss(model, cfg.timesteps, cfg.timestep_shift)
+
+    def _checkpointing(self, device: torch.device) -> bool:
+        """Resolve the configured gradient checkpointing for ``device``, and log the choice on rank 0."""
+        cfg, (rank, world) = self.cfg, ranks()
+        without = generator_memory(
+            *(cfg.model, TextEncoderSizes.of(self.text.encoder.model), cfg.text_encoder.max_length, cfg.train),
+            world=world,
+            bf16=compute_dtype(device, cfg.train.precision) == torch.bfloat16,
+            tokenizer=self.encoder.bit.cfg if self.encoder else None,
+        )
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        chosen, reason = choose_checkpointing(cfg.gradient_checkpointing, without, memory)
+        if rank == 0:
+            log.info("%s gradient checkpointing (%s)", "with" if chosen else "without", reason)
+        return chosen
 
     def micro_batches(self, batch: CodesBatch | CaptionedImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         before, parts = self.text.positions, []

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ..models.bit_layers import BITBlock
+from ..models.generator import GeneratorBlock
+from ..models.layers import TimestepEmbedding
 from ..packages import extra_import
 from .distributed import broadcast, gather, part_of, ranks, whole
 from .optim import build_optimizers, lr_scale
@@ -106,6 +109,16 @@ class Learner:
         ]
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each transformer block of ``model`` in place with torch.compile; the names of its state stay the same."""
+    # Each size of image and each caption length may be another variant of the code. Beyond Dynamo's default limit of 8 the
+    # rest would run uncompiled, without notice.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+    for module in model.modules():
+        if isinstance(module, (GeneratorBlock, BITBlock)):
+            module.compile()
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
@@ -183,6 +196,9 @@ class ZeroLearner(Learner):
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # DeepSpeed links the state of all groups after the first group's first step, when the others have none yet.
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
         steps = self._zero.optimizer.state[self._flat[0]]["step"]
         found: dict[str, Tensor] = {}
         for name, parameter in self._trainable():
@@ -197,7 +213,7 @@ class ZeroLearner(Learner):
         for flat in self._flat:
             # The optimizer creates its state in its first step, which has not run yet.
             empty = {key: torch.zeros_like(flat) for key in ADAM_STATE}
-            self._zero.optimizer.state[flat] = {"step": steps.to(flat.device), **empty}
+            self._zero.optimizer.state[flat] = {"step": steps.to(flat.device, copy=True), **empty}
         self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._trainable():
             for key in ADAM_STATE:
@@ -215,6 +231,9 @@ class FSDPLearner(Learner):
     def _distributed(self) -> nn.Module:
         # Inputs are not cast, because timesteps would lose precision; autocast chooses the compute dtypes.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for module in self.model.modules():
+            if isinstance(module, TimestepEmbedding):  # computed in float32 without autocast
+                fully_shard(module)
         for blocks in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
             for block in blocks:
                 fully_shard(block, mp_policy=policy)

@@ -67,6 +67,7 @@ class ReconstructionLoss(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor, places: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts; ``places [B, 2]`` in [0, 1) are the relative crop positions."""
+        images = images.float()  # under autocast the tokenizer's are bfloat16
         reconstruction = self.distance(images, targets)
         loss, parts = reconstruction, {"reconstruction": reconstruction, "psnr": psnr(images, targets).mean()}
         if self.cfg.gradient_weight:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .distributed import local
 from .settings import OptimizerConfig
@@ -49,13 +50,25 @@ class Optimizers:
 
 
 def build_optimizers(model: nn.Module, cfg: OptimizerConfig) -> Optimizers:
-    """Build AdamW for all trainable parameters; with ``muon``, Muon for the matrices inside the blocks."""
+    """Build AdamW for all trainable parameters; with ``muon``, Muon for the matrices inside the blocks.
+
+    Weights of linear and convolutional layers decay, norms, biases, positions, learned tokens and the quantizer's vectors of
+    bits do not: those are added or scale as they are, and decay would only draw them to zero.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in parameters.items() if cfg.name == "muon" and p.ndim == 2 and _is_inner(name)]
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters.values() if id(p) not in taken]
-    adamw = torch.optim.AdamW(rest, cfg.lr, betas=cfg.betas, eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
-    return Optimizers([adamw, Muon(matrices, cfg.matrix_lr)] if matrices else [adamw])
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))}
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    if cfg.weight_decay:
+        groups = [
+            {"params": [p for p in rest if (id(p) in decayed) == decays], "weight_decay": cfg.weight_decay * decays}
+            for decays in (True, False)
+        ]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, cfg.lr, betas=cfg.betas, eps=1e-8, weight_decay=0.0, fused=True)
+    return Optimizers([adamw, Muon(matrices, cfg.matrix_lr, weight_decay=cfg.weight_decay)] if matrices else [adamw])
 
 
 def _is_inner(name: str) -> bool:
@@ -99,15 +112,23 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Muon optimizer (Jordan et al., 2024): Nesterov momentum orthogonalized by Newton-Schulz iterations.
 
-    ``W <- W - lr sqrt(max(1, rows / columns)) O``, with O approximately the nearest orthogonal matrix to the momentum.
+    ``W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) O``, with O approximately the nearest orthogonal matrix to the
+    momentum.
     Matrices must not be sharded, because a shard has different singular values. The default is three iterations
     instead of the usual five: as accurate for matrices of the demo's size, and cheaper.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.02, *, momentum: float = 0.95, iterations: int = 3
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.02,
+        *,
+        momentum: float = 0.95,
+        iterations: int = 3,
+        weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "iterations": iterations})
+        defaults = {"lr": lr, "momentum": momentum, "iterations": iterations, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -121,6 +142,8 @@ class Muon(torch.optim.Optimizer):
                 directions = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]
                 updates = orthogonalize(torch.stack(directions), group["iterations"])
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate)
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:

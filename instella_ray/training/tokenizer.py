@@ -244,8 +244,8 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     """Return ``cfg`` with absolute paths, as workers need it.
 
-    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be loaded, and a
-    validation that cannot be run.
+    UserError for sizes that do not fit the model or the loss, micro-batches too small for normalize_logits, shards without
+    images, weights that cannot be loaded, and a validation that cannot be run.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
@@ -256,6 +256,12 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     look = cfg.loss.perceptual
     if look.network != "none" and look.crop > min(cfg.sizes):
         raise UserError(f"loss.perceptual.crop {look.crop}: images are decoded to {min(cfg.sizes)} px")
+    least = min(cfg.train.micro_batch_size or cfg.train.global_batch // n for n in cfg.train.worker_counts())
+    if cfg.model.normalize_logits and cfg.freeze_norm_fraction > 0 and least < 2:
+        raise UserError(
+            f"train.micro_batch_size {least}: model.normalize_logits takes statistics of a micro-batch, expected at least 2 "
+            "images on each worker, or freeze_norm_fraction 0"
+        )
     require_images(cfg.data)
     facts: dict[str, Any] = {"data": absolute_pattern(cfg.data)}
     if look.network != "none":

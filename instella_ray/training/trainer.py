@@ -17,7 +17,7 @@ from ..models import rng
 from ..models.checkpoint import Model, assemble
 from .checkpoints import Checkpoint, Discriminator, read_checkpoint, save_checkpoint
 from .distributed import fill, gather, ranks
-from .learner import FSDPLearner, Learner, ZeroLearner
+from .learner import FSDPLearner, Learner, ZeroLearner, compile_blocks
 from .optim import EMA
 from .settings import OptimizerConfig, TrainConfig
 
@@ -128,6 +128,8 @@ class Trainer:
         else:
             torch.manual_seed(cfg.seed)
             task.begin(task.data.batch(0, self.plan.samples(0)))
+        if cfg.compile:
+            compile_blocks(task.model)
         dtype = compute_dtype(device, cfg.precision)
         # A single rank needs no sharding.
         kind = LEARNERS[cfg.sharding] if world > 1 else Learner

@@ -224,7 +224,7 @@ def test_tensors_that_do_not_fit_are_named_and_a_second_try_works(
     assert "model.safetensors: not a complete safetensors file" in refused(capsys, source)
     path.write_bytes(whole)
     assert "model.safetensors: encoder_width / encoder_heads" in refused(capsys, source, "--rope-axes", "2,4,2")
-    assert "model.safetensors: downsample_after must be block indices" in refused(
+    assert "model.safetensors: downsample_after must be different block indices" in refused(
         capsys, source, "--downsample-after", "12"
     )
     assert "options: key 'rope_axes.2' is required" in refused(capsys, source, "--rope-axes", "8,56")

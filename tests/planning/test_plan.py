@@ -12,7 +12,7 @@ import pytest
 from instella_ray import cli
 from instella_ray.config import load_config
 from instella_ray.models.text_encoder import TextEncoderConfig
-from instella_ray.planning.plan import Plan, PlanOptions, paper_mfu, plan_run, text_encoder_sizes
+from instella_ray.planning.plan import Plan, PlanOptions, paper_hfu, plan_run, text_encoder_sizes
 from instella_ray.training.generator import GeneratorRunConfig
 from instella_ray.training.stages import TokenizerStagesConfig
 
@@ -20,6 +20,8 @@ from ..kit.project import ROOT
 
 GENERATOR, TOKENIZER = (str(ROOT / "configs" / kind / "paper.yaml") for kind in ("generator", "tokenizer"))
 AS_PUBLISHED: dict[str, Any] = {"from_images": True}
+MICRO_BATCH = "train.micro_batch_size=512"
+"""The paper's, of which an MI300X has room with gradient checkpointing only."""
 WITHOUT = "gradient_checkpointing=false"
 
 
@@ -33,30 +35,61 @@ def test_the_papers_gpu_days_follow_from_its_throughput() -> None:
     The paper says 177 (Table 3), 20 days on 8 GPUs = 160, and about 200, without a number of steps. 158 is within 2 % of
     160 and within 11 % of 177; 448,000 steps give 177 within 1 %.
     """
-    plan = paper(images_per_second=120, **AS_PUBLISHED)
+    plan = paper(MICRO_BATCH, images_per_second=120, **AS_PUBLISHED)
     assert plan.gpu_days == pytest.approx(4096 * 400_000 / 120 / 86_400) == pytest.approx(158.02, abs=0.01)
     assert plan.gpu_days == pytest.approx(20 * 8, rel=0.02) and plan.gpu_days == pytest.approx(177, rel=0.11)
     assert paper("train.steps=448000", images_per_second=120).gpu_days == pytest.approx(177, rel=0.01)
-    # And from the MFU that this throughput implies, which is what a plan takes when told nothing.
+    # And from the HFU that this throughput implies, which is what a plan takes when told nothing.
     assert (round(plan.mfu, 3), round(plan.hfu, 3)) == (0.118, 0.142)
     assert paper(mfu=plan.mfu, **AS_PUBLISHED).gpu_days == pytest.approx(plan.gpu_days)
-    assert paper(**AS_PUBLISHED).gpu_days == pytest.approx(plan.gpu_days) and paper_mfu() == pytest.approx(plan.mfu)
+    assert paper(MICRO_BATCH, **AS_PUBLISHED).gpu_days == pytest.approx(plan.gpu_days)
+    assert paper_hfu() == pytest.approx(plan.hfu)
     # The same arithmetic on packed codes needs no encoder.
     assert paper(mfu=plan.mfu).gpu_days == pytest.approx(plan.gpu_days * 1048 / 1288, rel=0.001)
 
 
 def test_the_papers_512_samples_fit_an_mi300x_with_checkpointing_only() -> None:
-    plan = paper(**AS_PUBLISHED)
+    plan = paper(MICRO_BATCH, **AS_PUBLISHED)
     assert plan.fits and plan.memory_total < 80e9 and plan.device_memory == 192e9
-    without = paper(WITHOUT, **AS_PUBLISHED)
+    without = paper(MICRO_BATCH, WITHOUT, **AS_PUBLISHED)
     assert not without.fits and without.memory["activations"] > 5 * plan.memory["activations"]
     assert without.memory["activations"] > 0.85 * plan.device_memory
     assert paper("train.micro_batch_size=256", WITHOUT, **AS_PUBLISHED).fits
     # What is shared out, and what is not.
     for sharding in ("ddp", "zero2", "fsdp2"):
-        shared = paper(f"train.sharding={sharding}", WITHOUT)
+        shared = paper(f"train.sharding={sharding}", MICRO_BATCH, WITHOUT)
         assert shared.memory["activations"] == without.memory["activations"]
     assert paper("train.sharding=ddp").memory["optimizer"] == 8 * plan.parameters
+
+
+def test_recomputation_costs_time_and_saves_memory() -> None:
+    for options in ({}, {"hfu": 0.4}, {"device": "h200"}, {"from_images": True}):
+        again, without = (paper(f"gradient_checkpointing={value}", **options) for value in ("true", "false"))
+        assert again.memory["activations"] < 0.2 * without.memory["activations"]
+        assert again.hfu == pytest.approx(without.hfu) == pytest.approx(without.mfu) and again.mfu < again.hfu
+        work = again.flop_per_sample
+        assert without.images_per_second / again.images_per_second == pytest.approx(work["hardware"] / work["model"])
+    assert paper(hfu=0.4).hfu == pytest.approx(0.4)
+    # From codes, one forward pass of four.
+    assert work["model"] + work["recomputed"] == work["hardware"]
+    codes = [paper(f"gradient_checkpointing={value}").images_per_second for value in ("false", "true")]
+    assert codes[0] / codes[1] == pytest.approx(1.25, abs=0.01)
+    # An MFU or a throughput that was measured holds as it is.
+    assert paper("gradient_checkpointing=true", mfu=0.2).mfu == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("device", "micro", "again"),
+    [("h200", 256, False), ("h200", 512, True), ("mi300x", 256, False), ("mi300x", 512, True), ("mi355x", 512, False)],
+)
+def test_blocks_are_recomputed_only_where_the_micro_batch_does_not_fit(device: str, micro: int, again: bool) -> None:
+    plan = paper(f"train.micro_batch_size={micro}", device=device)
+    assert plan.fits and ("recomputed" in plan.flop_per_sample) is again
+    asked = paper(f"train.micro_batch_size={micro}", WITHOUT, device=device)
+    assert asked.fits is not again
+    (line,) = (line for line in plan.assumptions if "gradient checkpointing" in line and "auto" in line)
+    assert f"zero2, {'with' if again else 'without'} gradient checkpointing (auto: " in line and "GB usable" in line
+    assert f"{asked.memory_total / 1e9:.0f} GB without" in line
 
 
 def test_network_storage_and_cost_follow_from_the_sizes() -> None:
@@ -135,6 +168,7 @@ def test_the_command_prints_everything_and_as_json_too(capsys: pytest.CaptureFix
     [
         (["--mfu", "2"], "--mfu 2: 'mfu' = '2'"),
         (["--mfu", "0.1", "--images-per-second", "5"], "expected one of them"),
+        (["--mfu", "0.1", "--hfu", "0.2"], "mfu and hfu both define the throughput: expected one of them"),
         (["--device", "b9"], "--device b9: 'device' = 'b9': Input should be 'mi300x'"),
         (["--gpus", "7"], "global_batch 4096 is not a multiple of 7 workers"),
         (["--set", "model.widht=4"], "unknown key 'model.widht', did you mean 'width'?"),

@@ -47,11 +47,23 @@ WHOLE = [case for case in CASES if case.precision == "fp32"]
 
 
 def run_config(case: Case, folder: Path, codes: str, tokenizer: str) -> GeneratorRunConfig:
-    """Two ranks take two micro-batches of two each."""
+    """Two ranks take two micro-batches of two each; diffusion with weight decay, AR with weights that are not trained."""
     cfg = generator_config(case.kind, codes, tokenizer, folder)
-    given = {"sharding": case.sharding, "precision": case.precision, "micro_batch_size": 2, "steps": STEPS}
-    train = TrainConfig.model_validate({**cfg.train.model_dump(), **given})
-    return cfg.model_copy(update={"train": train, "gradient_checkpointing": case.checkpointing})
+    given: dict[str, Any] = {
+        "sharding": case.sharding,
+        "precision": case.precision,
+        "micro_batch_size": 2,
+        "steps": STEPS,
+    }
+    train = cfg.train.model_dump() | given
+    if case.kind == "diffusion":
+        train["optimizer"]["weight_decay"] = 0.1
+    changes = {
+        "train": TrainConfig.model_validate(train),
+        "model": cfg.model.model_copy(update={"unused_time_embed": case.kind == "ar"}),
+        "gradient_checkpointing": case.checkpointing,
+    }
+    return cfg.model_copy(update=changes)
 
 
 def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[float]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch._dynamo import config
 
 from ...accelerator import compute_dtype
 from ...data.formats.codes import CodesManifest
@@ -51,7 +50,7 @@ class GeneratorRuns:
         self.text = cfg.text.saved(folder / "text", bench.device)
         self.task = GeneratorTask(self.run(1), bench.device, self._model())
 
-    def run(self, micro_batch: int, *, checkpointing: bool = False) -> GeneratorRunConfig:
+    def run(self, micro_batch: int, *, checkpointing: bool = False, compiled: bool = False) -> GeneratorRunConfig:
         """Return the configuration of a run."""
         return GeneratorRunConfig(
             model=self.bench.cfg.generator("diffusion"),
@@ -61,19 +60,13 @@ class GeneratorRuns:
             short_caption_probability=0.0,
             caption_drop_probability=0.0,
             gradient_checkpointing=checkpointing,
-            train=train_config(self.bench, micro_batch),
+            train=train_config(self.bench, micro_batch, compiled=compiled),
         )
 
-    def renew(self, *, checkpointing: bool = False, compiled: bool = False) -> DiffusionGenerator:
+    def renew(self, *, checkpointing: bool = False) -> DiffusionGenerator:
         """Give the task a new model, and an empty cache of text features; returns the model."""
         model = self._model()
         model.gradient_checkpointing = checkpointing
-        if compiled:
-            # A block's number is a constant of its code: more variants than the default limit, which compile fast, because
-            # their graphs are equal.
-            config.recompile_limit = config.accumulated_recompile_limit
-            for block in model.transformer_blocks:
-                block.compile()
         self.task.model, self.task.step_module = model, DiffusionLoss(model)
         self.task.text = TextFeatureCache(self.task.text.encoder)
         return model
@@ -86,14 +79,14 @@ class GeneratorRuns:
         self, sweep: TrainingSweep, micro_batch: int, *, checkpointing: bool = False, compiled: bool = False
     ) -> None:
         """Add a row to ``sweep``."""
-        run = self.run(micro_batch, checkpointing=checkpointing)
+        run = self.run(micro_batch, checkpointing=checkpointing, compiled=compiled)
 
         def measure() -> TrainingSteps:
-            self.renew(checkpointing=checkpointing, compiled=compiled)
+            self.renew(checkpointing=checkpointing)
             return trained(self.bench, self.task, run.train)
 
         names = [f"micro-batch {micro_batch}", *["checkpointing"] * checkpointing, *["compiled"] * compiled]
-        sweep.row("diffusion, " + ", ".join(names), run, measure)
+        sweep.row("diffusion, " + ", ".join(names), run, measure, aims=compiled and not checkpointing)
 
 
 def measure_training(bench: Bench) -> None:
@@ -108,7 +101,7 @@ def measure_training(bench: Bench) -> None:
 
 
 def measure_compiled_training(bench: Bench) -> None:
-    """Measure training steps with compiled blocks, and without, at the same micro-batch."""
+    """Measure training steps with ``train.compile``, and without, at the same micro-batch."""
     runs = GeneratorRuns(bench, bench.cfg.micro_batch)
     sweep = TrainingSweep(bench)
     for checkpointing in (False, True):

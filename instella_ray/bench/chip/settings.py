@@ -113,9 +113,9 @@ class GpuBenchConfig(Config):
     """Images of mixed sizes and steps."""
     mixed_steps: tuple[int, int] = (10, 30)
     """Fewest and most steps of these."""
-    micro_batches: tuple[int, ...] = (8, 32, 64, 128)
+    micro_batches: tuple[int, ...] = (8, 32, 64, 128, 256)
     """Micro-batches of a generator without gradient checkpointing."""
-    checkpointed_micro_batches: tuple[int, ...] = (128, 512)
+    checkpointed_micro_batches: tuple[int, ...] = (128, 256, 512)
     """The same with checkpointing."""
     micro_batch: int = Field(64, ge=1)
     """Micro-batch in the comparisons of compilation and of sharding."""

@@ -12,9 +12,10 @@ import torch
 from ...accelerator import compute_dtype
 from ...data.loading.loader import Prefetcher
 from ...flops import DeviceWork
-from ...planning.memory import states
 from ...planning.plan import PlanOptions, plan_run
+from ...rendering import Goal
 from ...training.generator import GeneratorRunConfig
+from ...training.memory import states
 from ...training.settings import TrainConfig, WorkersConfig
 from ...training.tokenizer import TokenizerConfig
 from ...training.trainer import Trainer, TrainingTask
@@ -24,6 +25,10 @@ from .rows import Bench, ChipRow
 
 WARMUP = 2
 """Steps before the measured ones: the first allocate the optimizer's state and choose kernels."""
+
+
+RATE_GOALS = {"NVIDIA H200": 350.0, "AMD Instinct MI300X": 250.0}
+"""Images per second of a compiled diffusion generator on a chip, by its label in :mod:`...flops`."""
 
 
 class TrainingSteps(NamedTuple):
@@ -36,7 +41,7 @@ class TrainingSteps(NamedTuple):
     """Number of trained weights."""
 
 
-def train_config(bench: Bench, micro_batch: int) -> TrainConfig:
+def train_config(bench: Bench, micro_batch: int, *, compiled: bool = False) -> TrainConfig:
     """Return the settings of a run in this process, with one micro-batch a step."""
     cfg = bench.cfg
     return TrainConfig(
@@ -44,6 +49,7 @@ def train_config(bench: Bench, micro_batch: int) -> TrainConfig:
         steps=WARMUP + cfg.training_steps,
         global_batch=micro_batch,
         micro_batch_size=micro_batch,
+        compile=compiled,
         workers=WorkersConfig(count=0, threads=cfg.threads, gpu=bench.device.type == "cuda"),
     )
 
@@ -82,8 +88,12 @@ class TrainingSweep:
         measure: Callable[[], TrainingSteps],
         *,
         note: str = "",
+        aims: bool = False,
     ) -> None:
-        """Add a row of ``measure``, with the memory planned for ``run``; one that lacks memory says so."""
+        """Add a row of ``measure``, with the memory planned for ``run``; one that lacks memory says so.
+
+        One that ``aims`` has the goal of :data:`RATE_GOALS`.
+        """
         bench = self.bench
         tokens = bench.cfg.text_length if isinstance(run, GeneratorRunConfig) else None
         forecast = plan_run(run, PlanOptions(text_tokens=tokens)).memory_total
@@ -99,4 +109,6 @@ class TrainingSweep:
         # Weights, gradients, optimizer state and EMA are read and written once.
         work = DeviceWork(flop, 2 * (held.weights + held.gradients + held.optimizer + held.ema))
         count = run.train.global_batch
-        bench.add(what, seconds, work, images=count, launches=self.launches, forecast=forecast, note=note)
+        least = RATE_GOALS.get(bench.chip.label) if aims and bench.chip else None
+        goal = Goal(f"{what}, images/s", count / seconds.median, least, ">=") if least else None
+        bench.add(what, seconds, work, images=count, launches=self.launches, forecast=forecast, note=note, goal=goal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,13 +12,21 @@ from torch import nn
 
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import GeneratorConfig, build_generator
-from instella_ray.planning.memory import generator_activations, states, tokenizer_activations
-from instella_ray.training.generator import ARLoss, DiffusionLoss
+from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask, complete_config
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
+from instella_ray.training.memory import (
+    USABLE,
+    Checkpointing,
+    choose_checkpointing,
+    generator_activations,
+    states,
+    tokenizer_activations,
+)
 from instella_ray.training.settings import Sharding
 from instella_ray.training.tokenizer import TokenizerLoss
 
 from ..kit.models import BIT_SIZES
+from ..kit.training import generator_config
 
 
 def saved_bytes(module: nn.Module, inputs: dict[str, Any], *, bf16: bool) -> float:
@@ -52,8 +61,7 @@ def test_a_generators_activations_are_within_two_per_cent_of_what_pytorch_keeps(
     features = torch.randn(cfg.layers, batch, text, cfg.text_width)
     inputs = {"codes": codes, "features": features, "mask": mask, "seeds": torch.arange(batch)}
     share = saved_bytes(module, inputs, bf16=bf16) / (batch * generator_activations(cfg, text, bf16=bf16))
-    # A processor keeps layer norms in bfloat16 where a GPU, which is what is estimated, takes float32.
-    assert 0.86 < share < 0.91 if kind == "diffusion" and bf16 else 0.98 < share < 1.02
+    assert 0.98 < share < 1.02
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -88,5 +96,29 @@ def test_checkpointing_keeps_little_more_than_one_block(kind: Literal["diffusion
         return generator_activations(cfg, 128, bf16=True, gradient_checkpointing=again)
 
     block: Callable[[bool], float] = lambda again: (of(16, again) - of(4, again)) / 12  # noqa: E731
-    assert block(True) < 0.12 * block(False)
+    assert block(True) < 0.14 * block(False)
     assert of(16, True) < of(2, False) + 16 * block(True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "again"),
+    [("auto", 1.01, False), ("auto", 0.99, True), ("auto", None, False), (True, 9.0, True), (False, 0.1, False)],
+)
+def test_auto_recomputes_where_the_gpu_is_too_small(asked: Checkpointing, memory: float | None, again: bool) -> None:
+    """``memory`` in multiples of what is needed without recomputation."""
+    without = states(1e9, "ddp", 1, bf16=True)
+    device_memory = memory and memory * without.total / USABLE
+    assert choose_checkpointing(asked, without, device_memory)[0] is again
+
+
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_a_run_says_whether_it_recomputes(
+    asked: Checkpointing, codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = complete_config(generator_config("diffusion", codes, tokenizer, tmp_path))
+    with caplog.at_level("INFO", logger="instella_ray.training.generator"):
+        task = GeneratorTask(cfg.model_copy(update={"gradient_checkpointing": asked}), torch.device("cpu"))
+    assert not isinstance(task.model, BIT) and task.model.gradient_checkpointing is (asked is True)
+    (line,) = caplog.messages
+    reason = "auto: not on a GPU" if asked == "auto" else "as set"
+    assert line == f"{'with' if asked is True else 'without'} gradient checkpointing ({reason})"

@@ -6,15 +6,23 @@ kernels save somewhat less. Allocator fragmentation and library buffers (a few G
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
+
+from ..flops import TextEncoderSizes
 from ..models.bit import BITConfig
+from ..models.checkpoint import build_model
 from ..models.generator import GeneratorConfig
-from ..training.learner import BUCKET
-from ..training.settings import Sharding
+from .learner import BUCKET
+from .settings import Sharding, TrainConfig
 
 USABLE = 0.9
 """Share of a GPU's memory that a run may need; the rest is reserved for the allocator and libraries."""
+FEATURE_CACHE = float(1 << 30)
+"""Capacity (bytes) of :class:`..models.text_encoder.TextFeatureCache`."""
+Checkpointing = bool | Literal["auto"]
+"""Gradient checkpointing; auto: where a micro-batch does not fit the GPU without."""
 
 
 class Bytes(NamedTuple):
@@ -73,6 +81,53 @@ def states(parameters: float, sharding: Sharding, world: int, *, bf16: bool) -> 
     return Memory(4 * n, 4 * n, 8 * n, 4 * n, copies + (4 * n if world > 1 else 0), 0, 0, 0)
 
 
+def generator_memory(
+    model: GeneratorConfig,
+    text: TextEncoderSizes,
+    text_tokens: int,
+    train: TrainConfig,
+    *,
+    world: int,
+    bf16: bool,
+    tokenizer: BITConfig | None = None,
+    gradient_checkpointing: bool = False,
+) -> Memory:
+    """Estimate the peak memory of one of ``world`` workers of a generator run, in bytes.
+
+    With a ``tokenizer`` images are encoded online.
+    """
+    size, share = 2 if bf16 else 4, train.global_batch // world
+    micro = train.micro_batch_size or share
+    features = model.layers * text_tokens * model.text_width
+    # Features of all micro-batches; for the current one also a copy without padding, and one in the weights' dtype.
+    inputs = micro * features * (size * (share // micro) + (size + 4 if bf16 else 4))
+    each = generator_activations(model, text_tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+    frozen = size * (text.parameters + (parameter_count(tokenizer) if tokenizer else 0)) + FEATURE_CACHE
+    held = states(parameter_count(model), train.sharding, world, bf16=bf16)
+    return held._replace(frozen=frozen, inputs=inputs, activations=micro * each)
+
+
+def choose_checkpointing(asked: Checkpointing, without: Memory, device_memory: float | None) -> tuple[bool, str]:
+    """Return whether to recompute, and the reason in words.
+
+    ``without`` is the memory without recomputation; ``device_memory`` in bytes, None where it is not a GPU's.
+    """
+    if asked != "auto":
+        return asked, "as set"
+    if device_memory is None:
+        return False, "auto: not on a GPU"
+    usable = USABLE * device_memory
+    needed = f"{without.total / 1e9:.0f} GB without, {usable / 1e9:.0f} GB usable"
+    return without.total > usable, f"auto: {needed}"
+
+
+def parameter_count(cfg: BITConfig | GeneratorConfig) -> int:
+    """Return the number of weights of a model."""
+    with torch.device("meta"):
+        model = build_model(cfg.model_dump())
+    return sum(p.numel() for p in model.parameters())
+
+
 def generator_activations(
     cfg: GeneratorConfig, text_tokens: int, *, bf16: bool, gradient_checkpointing: bool = False
 ) -> float:
@@ -92,7 +147,8 @@ def generator_activations(
     ends = n * (size.product * d + size.norm * 2 * d + size.norm * 4 * cfg.bits_per_token)
     if not gradient_checkpointing:
         return cfg.layers * (text + image) + ends
-    kept = size.product * (n * d + t * (2 * d + cfg.text_width))
+    # The residual stream is float32.
+    kept = size.norm * n * d + size.product * t * (2 * d + cfg.text_width)
     return cfg.layers * kept + text + image + ends
 
 

@@ -61,6 +61,8 @@ class Checkpoint(NamedTuple):
     optimizer_state: Mapping[str, Tensor]
     """Optimizer state in the format of :meth:`.learner.Learner.optimizer_state`."""
     discriminator: Discriminator | None
+    skipped: int = 0
+    """Skipped batches."""
 
 
 def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
@@ -71,7 +73,8 @@ def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extr
         save_file(dict(checkpoint.discriminator.weights), folder / DISCRIMINATOR)
         save_file(dict(checkpoint.discriminator.optimizer_state), folder / DISCRIMINATOR_OPTIMIZER)
     # Last, because a folder with its state counts as complete.
-    (folder / STATE).write_text(json.dumps({"step": checkpoint.step}, indent=1))
+    state = {"step": checkpoint.step, "skipped_batches": checkpoint.skipped}
+    (folder / STATE).write_text(json.dumps(state, indent=1))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -81,9 +84,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         discriminator = Discriminator(
             read_tensors(folder / DISCRIMINATOR), read_tensors(folder / DISCRIMINATOR_OPTIMIZER)
         )
-    step = json.loads((folder / STATE).read_text())["step"]
+    state = json.loads((folder / STATE).read_text())
     weights, ema, optimizer_state = (read_tensors(folder / name) for name in (WEIGHTS, EMA, OPTIMIZER))
-    return Checkpoint(step, weights, ema, optimizer_state, discriminator)
+    skipped = state.get("skipped_batches", 0)  # older checkpoints hold none
+    return Checkpoint(state["step"], weights, ema, optimizer_state, discriminator, skipped)
 
 
 class Checkpointer:

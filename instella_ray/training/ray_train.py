@@ -28,9 +28,10 @@ from .. import logs
 from ..data.ray_data import init_ray
 from ..errors import UserError
 from .loop import train_worker
+from .nonfinite import NonFiniteLoss
 from .run_dir import Attempt
 from .settings import TrainConfig, WorkersConfig
-from .trainer import BuildTask, NonFiniteLoss
+from .trainer import BuildTask
 
 T = TypeVar("T", bound=int | str)
 
@@ -51,7 +52,7 @@ class RayTrain:
     def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
         """Train to ``cfg.steps``, restarting from the last checkpoint after failures.
 
-        ``fields`` are added to the workers' log records. A worker's UserError or :class:`.trainer.NonFiniteLoss` is raised
+        ``fields`` are added to the workers' log records. A worker's UserError or :class:`.nonfinite.NonFiniteLoss` is raised
         unchanged, Ctrl-C as KeyboardInterrupt.
         """
 

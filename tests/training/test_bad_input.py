@@ -11,13 +11,13 @@ import pytest
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError, run_main
 from instella_ray.training.launch import check_run_dir
-from instella_ray.training.settings import TrainConfig, WorkersConfig, first_difference
+from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig, changes, first_difference
 from instella_ray.training.tokenizer import run_tokenizer
 
 from ..kit.models import TINY_BIT
 from ..kit.project import ROOT, job
 from ..kit.shards import image_bytes, tar_bytes
-from ..kit.training import tokenizer_config
+from ..kit.training import ADVERSARIAL, tokenizer_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], name: str, config: Path, *overrides: str) -> str:
@@ -92,8 +92,20 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
 
     assert changed(resume=True, log_every=7, checkpoint_every=7, preview_every=7, keep_checkpoints=7) is None
     assert changed(workers={"count": 4}, micro_batch_size=2, run_dir="elsewhere") is None
-    assert changed(seed=3) == ("train.seed", 0, 3)
-    assert changed(optimizer={**run.train.optimizer.model_dump(), "lr": 0.5}) == ("train.optimizer.lr", 0.001, 0.5)
+    assert changed(seed=3, steps=1000, precision="bf16", on_nonfinite="skip", max_skipped=3) is None
+    optimizer = run.train.optimizer.model_dump()
+    good = {"lr": 0.5, "matrix_lr": 0.5, "betas": (0.5, 0.9), "weight_decay": 0.5, "clip": 0.5}
+    assert changed(optimizer={**optimizer, **good, "warmup_steps": 5, "decay_fraction": 0.5}) is None
+    assert changed(optimizer={**optimizer, "name": "muon"}) == ("train.optimizer.name", "adamw", "muon")
+    assert changed(global_batch=8) == ("train.global_batch", 16, 8)
+    assert changed(ema_decay=0.5) == ("train.ema_decay", 0.999, 0.5)
+    assert first_difference(run, run.model_copy(update={"adversarial": ADVERSARIAL})) is not None
+    third, milder = (
+        run.model_copy(update={"adversarial": ADVERSARIAL.model_copy(update={"optimizer": OptimizerConfig(lr=lr)})})
+        for lr in (1e-3, 1e-4)
+    )
+    assert first_difference(third, milder) is None
+    assert changes(third, milder) == {"adversarial.optimizer.lr": (1e-3, 1e-4)}
     assert first_difference(run, run.model_copy(update={"data": "other"})) == ("data", "data", "other")
 
 
@@ -118,9 +130,9 @@ def test_which_folders_a_run_may_begin_or_go_on_in(
             check_run_dir(run)
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("steps", 13), ("global_batch", 32)])
+@pytest.mark.parametrize(("key", "value"), [("ema_decay", 0.5), ("global_batch", 32)])
 def test_a_run_is_not_resumed_with_other_settings(
-    key: str, value: int, no_ray: None, shards: str, tmp_path: Path
+    key: str, value: float, no_ray: None, shards: str, tmp_path: Path
 ) -> None:
     begun = tokenizer_config(shards, tmp_path / "run")
     (tmp_path / "run").mkdir()

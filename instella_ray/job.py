@@ -48,7 +48,7 @@ class Job(Generic[C]):
         for flag, key in self.flags.items():
             parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
         for flag, key in self.switches.items():
-            about = next(line for line in keys if line.startswith(f"  {key} ")).partition(")  ")[2]
+            about = next(line for line in keys if line.startswith(f"  {key} ")).partition(")  ")[2].replace("%", "%%")
             parser.add_argument(f"--{flag}", action="store_true", help=f"{about} (--set {key}=true)")
         return parser
 

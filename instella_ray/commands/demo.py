@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from collections.abc import Sequence
 
-from .. import logs
+from .. import logs, storage
 from ..config import ArgumentParser, add_config_arguments, describe, load_config
 from ..demo.recipe import TINY, DemoConfig
 from ..demo.run import run_demo
+from ..demo.state import STATE
+from ..job import resume_command
+
+log = logging.getLogger(__name__)
 
 
 def parser(prog: str = "instella-ray demo") -> ArgumentParser:
@@ -47,5 +53,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
     names = ("folder", "size", "shards", "images", "seed")
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
-    run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+    try:
+        run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+    except KeyboardInterrupt:
+        if storage.exists(config.path(STATE)):
+            words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--fresh"]
+            log.info("continue with: %s", resume_command(prog, words, ["--resume"]))
+        raise
     return 0

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models.folders import checkpoint_step, finished_checkpoints, latest_checkpoint
 from ..runs import Provenance, recorded
 from .distributed import SingleProcess
+from .interrupts import StopRequest, stopping_on_signals
 from .learner import require_deepspeed
 from .loggers import check_loggers
 from .loop import train_worker
@@ -30,8 +31,13 @@ log = logging.getLogger(__name__)
 class Launcher(Protocol):
     """Backend that runs the training loop; constructed after its resources were checked."""
 
-    def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
-        """Train to ``cfg.steps`` in every process of the run, with ``fields`` and the rank in its log records."""
+    def train(
+        self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any], stop: StopRequest
+    ) -> None:
+        """Train to ``cfg.steps`` in every process of the run, with ``fields`` and the rank in its log records.
+
+        KeyboardInterrupt if ``stop`` was made, after a checkpoint.
+        """
 
 
 def launch(
@@ -48,7 +54,7 @@ def launch(
     and its ``run.json`` lists the ``inputs``, as every checkpoint does. UserError if the directory already holds another
     run, there is nothing to resume or the run has other settings that may not be changed, a logger or the workers'
     resources are missing, a newer attempt has taken over the run, the last checkpoint cannot be written, or a worker found
-    bad input.
+    bad input. :class:`.errors.Interrupted` on Ctrl-C and SIGTERM, after a checkpoint.
     """
     cfg = run.train.model_copy(update={"run_dir": located(run.train.run_dir)})
     run = run.model_copy(update={"train": cfg})
@@ -62,8 +68,12 @@ def launch(
 
     fields = {"job": job, "run": logs.run_id(job), **logs.context(), "attempt": attempt.number}
     changed = _changed(begun, run) if begun is not None else {}
-    with recorded(cfg.run_dir, job, run, inputs, changed) as outputs, _Progress(cfg, description):
-        launcher.train(build_task, cfg, attempt, fields)
+    with (
+        stopping_on_signals() as stop,
+        recorded(cfg.run_dir, job, run, inputs, changed) as outputs,
+        _Progress(cfg, description),
+    ):
+        launcher.train(build_task, cfg, attempt, fields, stop)
         final = latest_checkpoint(cfg.run_dir)
         if checkpoint_step(final) < cfg.steps:
             raise UserError(f"run_dir {cfg.run_dir}: the run ended without the checkpoint of step {cfg.steps}")
@@ -177,14 +187,18 @@ class CallingProcess:
             raise UserError("train.workers.gpu: PyTorch sees no GPU on this machine, which count 0 trains on")
         self.device = torch.device("cuda", torch.cuda.current_device()) if workers.gpu else torch.device("cpu")
 
-    def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
+    def train(
+        self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any], stop: StopRequest
+    ) -> None:
         """Train to ``cfg.steps`` with ``fields`` in the log records; exceptions propagate unchanged."""
         with logs.carrying({**fields, "rank": 0}), _restored_threads():
             try:
-                train_worker(build_task, cfg, attempt, SingleProcess(self.device))
+                finished = train_worker(build_task, cfg, attempt, SingleProcess(self.device, stop))
             except Exception as error:
                 log.error("training failed on rank 0: %s", error, extra={"failed_rank": 0})
                 raise
+        if not finished:
+            raise KeyboardInterrupt
 
 
 @contextmanager

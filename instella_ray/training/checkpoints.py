@@ -124,14 +124,12 @@ class Checkpointer:
         """Save a checkpoint after ``step`` steps and upload it in the background.
 
         ``write(folder, step)`` is called on every rank, because shards may have to be gathered; only rank 0's folder is
-        uploaded. UserError if the metric of ``keep_best`` is not logged, or a newer attempt has taken over the run.
+        uploaded. UserError if a newer attempt has taken over the run.
         """
         if self.uploads is None:
             with tempfile.TemporaryDirectory() as unused:
                 write(Path(unused), step)
             return
-        if (best := self.cfg.keep_best) is not None and metrics and best.metric not in metrics:
-            raise UserError(f"train.keep_best: {best.metric} is not logged; expected one of {', '.join(metrics)}")
         folder = self.scratch / checkpoint_name(step)
         folder.mkdir(parents=True)
         write(folder, step)

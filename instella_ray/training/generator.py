@@ -35,6 +35,7 @@ from ..pipeline import InstellaPipeline
 from ..runs import Provenance
 from .generator_validation import GeneratorValidation, GeneratorValidator
 from .launch import launch
+from .logged import DIFFUSION, GENERATOR, check_keep_best
 from .settings import TrainingRun
 from .start_from import checked_generator, parent_provenance, trained_generator
 from .validation import validating
@@ -304,7 +305,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     """Return ``cfg`` with the model's sizes filled in and absolute paths, as workers need it.
 
     UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, sizes that do
-    not match them, or weights to start from that do not fit.
+    not match them, weights to start from that do not fit, or a ``keep_best`` metric that is not logged.
     """
     cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
     folders = None
@@ -320,6 +321,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
         "images": cfg.images and absolute_pattern(cfg.images),
         "text_encoder": cfg.text_encoder.absolute(),
     }
+    check_keep_best(cfg.train, DIFFUSION if facts["model"].kind == "diffusion" else GENERATOR)
     if cfg.start_from is not None:
         facts["start_from"] = checked_generator(cfg.start_from, facts["model"], cfg.tokenizer, facts["text_encoder"])
     return cfg.model_copy(update=facts)

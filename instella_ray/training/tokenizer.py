@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ from ..models.discriminator import DiscriminatorConfig
 from ..models.folders import find_model
 from .adversarial import DRAWS, AdversarialConfig, Adversary
 from .launch import launch
+from .logged import ADVERSARY, TOKENIZER, check_keep_best
 from .losses import (
     BIT_SHARE,
     CollapseWatch,
@@ -43,6 +45,7 @@ from .start_from import parent_provenance, trained_tokenizer
 from .tokenizer_validation import TokenizerValidation, TokenizerValidator, complete_validation
 from .validation import validating
 
+log = logging.getLogger(__name__)
 F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
 
@@ -233,8 +236,8 @@ def evaluate_tokenizer(bit: BIT, images: Tensor, batch_size: int = 64, *, title:
 def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     """Return ``cfg`` with absolute paths, as workers need it.
 
-    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be loaded, and a
-    validation that cannot be run.
+    UserError for sizes that do not fit the model or the loss, shards without images, weights that cannot be loaded, a
+    ``keep_best`` metric that is not logged, and a validation that cannot be run.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
@@ -259,10 +262,20 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
         in_process, multiple = cfg.train.workers.count == 0, cfg.model.decode_multiple
         facts["validation"] = complete_validation(cfg.validation, cfg.sizes, multiple, in_process=in_process)
     complete = cfg.model_copy(update=facts)
-    ReconstructionLoss(complete.loss)
+    check_keep_best(cfg.train, tokenizer_metrics(complete, ReconstructionLoss(complete.loss)))
     if complete.adversarial is not None:
+        if (start := complete.adversarial.start_step) >= cfg.train.steps:
+            log.warning("adversarial.start_step %d: the run ends after %d steps, without it", start, cfg.train.steps)
         Adversary(complete.adversarial, len(cfg.sizes), cfg.train.seed)
     return complete
+
+
+def tokenizer_metrics(cfg: TokenizerConfig, loss: ReconstructionLoss) -> tuple[str, ...]:
+    """Return the names of the logged loss parts and statistics."""
+    edges = ("edges",) if cfg.loss.gradient_weight else ()
+    perceptual = (loss.perceptual.name, f"{loss.perceptual.name}_crop") if loss.perceptual is not None else ()
+    size = ("output_size",) if len(cfg.sizes) > 1 else ()
+    return (*TOKENIZER, *edges, *perceptual, *(ADVERSARY if cfg.adversarial is not None else ()), *size)
 
 
 def _with_absolute_weights(cfg: F) -> F:

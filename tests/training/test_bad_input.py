@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +11,17 @@ import pytest
 
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError, run_main
+from instella_ray.training.generator_validation import GeneratorValidation, GeneratorValidator
 from instella_ray.training.launch import check_run_dir
-from instella_ray.training.settings import OptimizerConfig, TrainConfig, WorkersConfig, changes, first_difference
-from instella_ray.training.tokenizer import run_tokenizer
+from instella_ray.training.settings import (
+    BestConfig,
+    OptimizerConfig,
+    TrainConfig,
+    WorkersConfig,
+    changes,
+    first_difference,
+)
+from instella_ray.training.tokenizer import complete_tokenizer, run_tokenizer
 
 from ..kit.models import TINY_BIT
 from ..kit.project import ROOT, job
@@ -66,6 +75,13 @@ def test_a_tokenizer_without_images_is_refused(
         ("train.micro_batch_size=0", "'train.micro_batch_size' = 0"),
         ("preview.temperature=-1", "'preview.temperature' = -1"),
         ("preview.sampler=euler", "'preview.sampler' = 'euler'"),
+        (
+            "train.keep_best={metric: bit_acuracy, order: higher}",
+            "train.keep_best.metric 'bit_acuracy': not logged by this run, did you mean 'bit_accuracy'?",
+        ),
+        ("validation={every_steps: 2, prompts: gone.txt, best_by: psnr, metrics: {psnr: {}}}", "gone.txt"),
+        ("validation={every_steps: 2, best_by: psnr, metrics: {psnr: {}}}", "metrics.psnr: needs"),
+        ("validation={every_steps: 2, size: 36}", "validation.size 36: not a multiple of 8, as the tokenizer decodes"),
     ],
 )
 def test_a_generator_that_cannot_be_trained_is_refused(
@@ -107,6 +123,32 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
     assert first_difference(third, milder) is None
     assert changes(third, milder) == {"adversarial.optimizer.lr": (1e-3, 1e-4)}
     assert first_difference(run, run.model_copy(update={"data": "other"})) == ("data", "data", "other")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("psnr", None),
+        ("held_out_psnr", None),
+        ("held_out_los", "did you mean 'loss'"),
+        ("discriminator", "not logged by this run, expected one of loss, lr, "),
+    ],
+)
+def test_the_best_is_kept_by_a_metric_that_the_run_logs(
+    metric: str, message: str | None, shards: str, tmp_path: Path
+) -> None:
+    cfg = tokenizer_config(shards, tmp_path / "run", keep_best=BestConfig(metric=metric, order="higher"))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        complete_tokenizer(cfg)
+
+
+def test_a_validation_folder_that_cannot_be_written_is_refused(
+    codes: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    validation = GeneratorValidation(folder=str(tmp_path / "shared"))
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be written"):
+        GeneratorValidator(validation, str(tmp_path / "run"), tokenizer, here=True)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from instella_ray.errors import run_main
 from instella_ray.models.checkpoint import read_tensors
 from instella_ray.training import nonfinite
 from instella_ray.training import tokenizer as module
+from instella_ray.training.logged import logged_metrics
+from instella_ray.training.losses import ReconstructionLoss
 from instella_ray.training.nonfinite import FiniteCheck, NonFiniteLoss
 from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import TrainConfig
-from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
+from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer, tokenizer_metrics
 from instella_ray.training.trainer import Trainer
 
 from ..kit.training import ADVERSARIAL, CPU, Spike, tokenizer_config, untimed
@@ -103,6 +105,9 @@ def test_a_resumed_run_has_skipped_what_an_uninterrupted_one_does(
     rows = read_metrics(tmp_path / "whole")
     assert [row["skipped_batches"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
     assert [row["step"] for row in rows if "loss" not in row] == [3, 6, 9]
+    cfg = tokenizer_run(shards, tmp_path / "whole", on_nonfinite="skip")
+    own = tokenizer_metrics(cfg, ReconstructionLoss(cfg.loss))
+    assert set().union(*rows) == {"step", *logged_metrics(cfg.train, own)}
 
     # Stopped by the limit at step 8, with a checkpoint of 6 steps.
     with pytest.raises(NonFiniteLoss, match=r"step 8: .*; train.max_skipped = 2 batches have been skipped already"):

@@ -43,7 +43,7 @@ class StopRequest:
 def stopping_on_signals() -> Iterator[StopRequest]:
     """Handle :data:`SIGNALS` by the yielded request during the block.
 
-    KeyboardInterrupt becomes :class:`.errors.Interrupted`. Outside of the main thread, where Python allows no handlers,
+    KeyboardInterrupt becomes :class:`instella_ray.errors.Interrupted`. Outside of the main thread, where Python allows no handlers,
     signals are left alone.
     """
     request = StopRequest()

@@ -54,7 +54,7 @@ def launch(
     and its ``run.json`` lists the ``inputs``, as every checkpoint does. UserError if the directory already holds another
     run, there is nothing to resume or the run has other settings that may not be changed, a logger or the workers'
     resources are missing, a newer attempt has taken over the run, the last checkpoint cannot be written, or a worker found
-    bad input. :class:`.errors.Interrupted` on Ctrl-C and SIGTERM, after a checkpoint.
+    bad input. :class:`instella_ray.errors.Interrupted` on Ctrl-C and SIGTERM, after a checkpoint.
     """
     cfg = run.train.model_copy(update={"run_dir": located(run.train.run_dir)})
     run = run.model_copy(update={"train": cfg})

@@ -38,5 +38,7 @@ def check_keep_best(train: TrainConfig, own: Collection[str]) -> None:
     if train.keep_best is None:
         return
     name, known = train.keep_best.metric, logged_metrics(train, tuple(own))
-    if name.removeprefix(HELD_OUT) not in known:
+    if name.startswith(HELD_OUT):
+        known = tuple(HELD_OUT + each for each in known)
+    if name not in known:
         raise UserError(f"train.keep_best.metric '{name}': not logged by this run{did_you_mean(name, known)}")

@@ -130,7 +130,7 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
     [
         ("psnr", None),
         ("held_out_psnr", None),
-        ("held_out_los", "did you mean 'loss'"),
+        ("held_out_los", "did you mean 'held_out_loss'"),
         ("discriminator", "not logged by this run, expected one of loss, lr, "),
     ],
 )

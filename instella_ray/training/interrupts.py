@@ -43,8 +43,8 @@ class StopRequest:
 def stopping_on_signals() -> Iterator[StopRequest]:
     """Handle :data:`SIGNALS` by the yielded request during the block.
 
-    KeyboardInterrupt becomes :class:`instella_ray.errors.Interrupted`. Outside of the main thread, where Python allows no handlers,
-    signals are left alone.
+    KeyboardInterrupt becomes :class:`instella_ray.errors.Interrupted`. Outside of the main thread, where Python allows no
+    handlers, signals are left alone.
     """
     request = StopRequest()
     handled = SIGNALS if threading.current_thread() is threading.main_thread() else ()

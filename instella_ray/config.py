@@ -7,6 +7,9 @@ import difflib
 import importlib.metadata
 import itertools
 import re
+import shutil
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +32,8 @@ DATA = "share/instella_ray/configs"
 """Folder of the recipes in an installation, as pyproject.toml says it."""
 REMOVED = {"repa_layer", "repa_width"}
 """Keys before 0.1 that had no effect."""
+MIN_WIDTH = 40
+"""Least width in columns to which the help is wrapped."""
 PROBLEMS_SHOWN = 3
 """Problems of a configuration that an error message describes; further ones are only counted."""
 
@@ -146,7 +151,10 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def describe(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[str]:
-    """Yield one line per key: dotted name, value in ``default`` (None: its default), and first line of its docstring."""
+    """Yield one line per key: dotted name, value in ``default`` (None: its default), and its whole docstring.
+
+    On a terminal, the lines are wrapped to its width; elsewhere each stays one line, which tools such as grep find whole.
+    """
     for name, field in cls.model_fields.items():
         inner = _config_class(field.annotation)
         required = default is None and field.is_required()
@@ -154,8 +162,17 @@ def describe(cls: type[Config], prefix: str = "", default: Config | None = None)
         if inner is not None and inner.model_fields:
             yield from describe(inner, f"{prefix}{name}.", value if isinstance(value, inner) else None)
             continue
-        summary = (field.description or "").split("\n")[0]
-        yield f"  {prefix}{name} ({'required' if required else repr(value)})  {summary}".rstrip()
+        line = f"  {prefix}{name} ({'required' if required else repr(value)})  {plain_text(field.description or '')}".rstrip()
+        if sys.stdout.isatty():
+            width = max(MIN_WIDTH, shutil.get_terminal_size().columns - 1)
+            line = textwrap.fill(line, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
+        yield line
+
+
+def plain_text(docstring: str) -> str:
+    """Return a docstring in one line, without the markup of code and cross-references."""
+    text = re.sub(r":\w+:`~?\.?(?:[\w.]*\.)?(\w+)`", r"\1", " ".join(docstring.split()))
+    return text.replace("``", "")
 
 
 def path_kind(field: FieldInfo) -> PathKind | None:

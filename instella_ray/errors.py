@@ -21,6 +21,10 @@ class UserError(Exception):
     """Bad input, described in one line with the expected value. Commands print it and exit with code 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM in a run that can be resumed."""
+
+
 def path_problem(error: BaseException) -> str | None:
     """Describe in one line why a path cannot be used, if ``error`` says so and names the path; else None."""
     found = task_error(error)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from . import logs
 from .config import ArgumentParser, Config, add_config_arguments, describe, dump_yaml, load_config
+from .errors import Interrupted
 
 C = TypeVar("C", bound=Config)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Job(Generic[C]):
     """Flags with a value that are shorthands for ``--set``, and their dotted keys."""
     switches: Mapping[str, str] = field(default_factory=dict)
     """Flags without a value, and the dotted keys that they set to true."""
+    resume: str | None = None
+    """Override with which the job continues an interrupted run of the same configuration."""
     folder: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None
     """Help of an optional folder, and the function that returns the dotted keys for which it stands, with their values."""
 
@@ -48,7 +55,7 @@ class Job(Generic[C]):
         for flag, key in self.flags.items():
             parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the same as --set {key}=VALUE")
         for flag, key in self.switches.items():
-            about = next(line for line in keys if line.startswith(f"  {key} ")).partition(")  ")[2]
+            about = next(line for line in keys if line.startswith(f"  {key} ")).partition(")  ")[2].replace("%", "%%")
             parser.add_argument(f"--{flag}", action="store_true", help=f"{about} (--set {key}=true)")
         return parser
 
@@ -69,4 +76,19 @@ class Job(Generic[C]):
         logs.begin_job(self.name.replace("-", "_"))
         config = self.load(argv, prog)
         print(dump_yaml(config), end="", flush=True)
-        return self.run(config) or 0
+        try:
+            return self.run(config) or 0
+        except Interrupted:
+            if self.resume:
+                log.info("continue with: %s", resume_command(prog, argv, ["--set", self.resume]))
+            raise
+
+
+def resume_command(prog: str | None, argv: Sequence[str] | None, resuming: Sequence[str]) -> str:
+    """Return the shell command that continues an interrupted one: its words, and the words ``resuming`` where they lack.
+
+    ``prog`` and ``argv`` are those of the command's ``main``; None stands for the script and the words of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    program = ["python", sys.argv[0]] if prog is None else prog.split()
+    return shlex.join([*program, *words, *(resuming if resuming[-1] not in words else ())])

@@ -57,6 +57,8 @@ class RunAttempt(Config):
     """Run id of its log records."""
     command: tuple[str, ...]
     config: dict[str, Any]
+    changes: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    """Settings that differ from the attempt before it: old and new value by dotted key."""
     code: dict[str, Any]
     """Package version; for a git checkout also the commit and whether files differ from it."""
     versions: dict[str, str]
@@ -105,13 +107,21 @@ def read_record(folder: str) -> RunRecord | None:
 
 
 @contextmanager
-def recorded(folder: str, job: str, config: Config, inputs: Sequence[Provenance]) -> Iterator[list[Provenance]]:
+def recorded(
+    folder: str,
+    job: str,
+    config: Config,
+    inputs: Sequence[Provenance],
+    changes: Mapping[str, tuple[Any, Any]] | None = None,
+) -> Iterator[list[Provenance]]:
     """Record an attempt in ``folder``'s ``run.json`` during the block; append the job's outputs to the yielded list.
+
+    ``changes`` are the settings that the attempt changes, old and new value by dotted key.
 
     The folder must already belong to the job. Records of earlier attempts are kept.
     """
     begun = read_record(folder)
-    attempt = _attempt(job, config)
+    attempt = _attempt(job, config, changes or {})
     before = begun.attempts if begun is not None else ()
     record = RunRecord(job=job, inputs=tuple(inputs), attempts=(*before, attempt))
     path, outputs = storage.join(folder, RECORD), list[Provenance]()
@@ -143,12 +153,13 @@ def _end(folder: str, attempt: RunAttempt, end: Mapping[str, Any], outputs: Iter
         log.warning("%s: could not be written (%s: %s)", path, type(error).__name__, error)
 
 
-def _attempt(job: str, config: Config) -> RunAttempt:
+def _attempt(job: str, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> RunAttempt:
     return RunAttempt(
         id=uuid.uuid4().hex,
         run=logs.run_id(job),
         command=tuple(sys.argv),
         config=config.model_dump(mode="json"),
+        changes=dict(changes),
         code=code_version(),
         versions={"python": platform.python_version(), **{name: version(name) for name in ("ray", "torch")}},
         host=platform.node(),

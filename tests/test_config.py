@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from instella_ray import cli
-from instella_ray.config import Config, describe, dump_yaml, load_config, read_yaml, recipes
+from instella_ray.config import Config, describe, dump_yaml, load_config, plain_text, read_yaml, recipes
 from instella_ray.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +124,45 @@ def test_a_missing_file_is_named() -> None:
 
 def test_help_shows_every_key_with_its_default() -> None:
     assert list(describe(Outer)) == ["  name (required)  A name.", "  inner.width (8)  Hidden width."]
+
+
+class Documented(Config):
+    steps: int = 3
+    """Steps of the run, of which :data:`~.training.LEAST` are done
+    at least; ``0`` is for 5 % of :class:`Outer`.
+
+    One more sentence."""
+
+
+def test_help_says_whole_sentences_wrapped_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "  steps (3)  Steps of the run, of which LEAST are done at least; 0 is for 5 % of Outer. One more sentence."
+    assert list(describe(Documented)) == [whole]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    (text,) = describe(Documented)
+    assert len(text.splitlines()) == 2 and max(map(len, text.splitlines())) < 60
+    assert " ".join(text.split()) == " ".join(whole.split())
+
+
+def attribute_docstrings(file: Path) -> Iterator[tuple[str, str]]:
+    """The class, name and docstring of every annotated attribute: those of configurations are their help."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for attribute, text in pairwise(node.body):
+            if not isinstance(attribute, ast.AnnAssign) or not isinstance(text, ast.Expr):
+                continue
+            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                yield f"{file.name}: {node.name}.{ast.unparse(attribute.target)}", text.value.value
+
+
+def test_the_help_of_every_key_says_whole_sentences() -> None:
+    found = dict(pair for file in (ROOT / "instella_ray").rglob("*.py") for pair in attribute_docstrings(file))
+    assert len(found) > 500
+    for name, docstring in found.items():
+        text = plain_text(docstring)
+        assert text.endswith((".", ".)")), f"{name}: {text}"
+        assert "``" not in text and ":`" not in text, f"{name}: {text}"
 
 
 def test_commands_end_with_2_on_bad_input_and_130_on_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

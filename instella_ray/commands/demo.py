@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from collections.abc import Sequence
 
-from .. import logs
+from .. import logs, storage
 from ..config import ArgumentParser, add_config_arguments, describe, load_config
 from ..demo.recipe import TINY, DemoConfig
 from ..demo.run import run_demo
 from ..demo.seeds import parse_seeds, result_rows, run_seeds
+from ..demo.state import STATE
 from ..errors import UserError
+from ..job import resume_command
 from ..rendering import table
+
+log = logging.getLogger(__name__)
 
 
 def parser(prog: str = "instella-ray demo") -> ArgumentParser:
@@ -66,7 +72,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
         if args.table:
             print(table(result_rows(results)))
         return 0
-    run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+    try:
+        run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")
+    except KeyboardInterrupt:
+        if storage.exists(config.path(STATE)):
+            words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--fresh"]
+            log.info("continue with: %s", resume_command(prog, words, ["--resume"]))
+        raise
     return 0
 
 

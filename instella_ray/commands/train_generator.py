@@ -10,5 +10,6 @@ def run(cfg: GeneratorRunConfig) -> None:
     print(f"model: {run_generator(cfg)}")
 
 
-job = Job("train-generator", GeneratorRunConfig, run, "Train a generator, on Ray Train or in this process.")
+ABOUT = "Train a generator, on Ray Train or in this process."
+job = Job("train-generator", GeneratorRunConfig, run, ABOUT, resume="train.resume=true")
 parser, main = job.parser, job.main

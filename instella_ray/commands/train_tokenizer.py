@@ -11,5 +11,5 @@ def run(cfg: TokenizerStagesConfig) -> None:
 
 
 ABOUT = "Train a tokenizer in one or several stages, on Ray Train or in this process."
-job = Job("train-tokenizer", TokenizerStagesConfig, run, ABOUT)
+job = Job("train-tokenizer", TokenizerStagesConfig, run, ABOUT, resume="train.resume=true")
 parser, main = job.parser, job.main

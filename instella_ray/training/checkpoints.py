@@ -61,6 +61,8 @@ class Checkpoint(NamedTuple):
     optimizer_state: Mapping[str, Tensor]
     """Optimizer state in the format of :meth:`.learner.Learner.optimizer_state`."""
     discriminator: Discriminator | None
+    skipped: int = 0
+    """Skipped batches."""
 
 
 def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extra: Mapping[str, Any]) -> None:
@@ -71,7 +73,8 @@ def save_checkpoint(folder: Path, cfg: ModelConfig, checkpoint: Checkpoint, extr
         save_file(dict(checkpoint.discriminator.weights), folder / DISCRIMINATOR)
         save_file(dict(checkpoint.discriminator.optimizer_state), folder / DISCRIMINATOR_OPTIMIZER)
     # Last, because a folder with its state counts as complete.
-    (folder / STATE).write_text(json.dumps({"step": checkpoint.step}, indent=1))
+    state = {"step": checkpoint.step, "skipped_batches": checkpoint.skipped}
+    (folder / STATE).write_text(json.dumps(state, indent=1))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -81,9 +84,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         discriminator = Discriminator(
             read_tensors(folder / DISCRIMINATOR), read_tensors(folder / DISCRIMINATOR_OPTIMIZER)
         )
-    step = json.loads((folder / STATE).read_text())["step"]
+    state = json.loads((folder / STATE).read_text())
     weights, ema, optimizer_state = (read_tensors(folder / name) for name in (WEIGHTS, EMA, OPTIMIZER))
-    return Checkpoint(step, weights, ema, optimizer_state, discriminator)
+    skipped = state.get("skipped_batches", 0)  # older checkpoints hold none
+    return Checkpoint(state["step"], weights, ema, optimizer_state, discriminator, skipped)
 
 
 class Checkpointer:
@@ -120,14 +124,12 @@ class Checkpointer:
         """Save a checkpoint after ``step`` steps and upload it in the background.
 
         ``write(folder, step)`` is called on every rank, because shards may have to be gathered; only rank 0's folder is
-        uploaded. UserError if the metric of ``keep_best`` is not logged, or a newer attempt has taken over the run.
+        uploaded. UserError if a newer attempt has taken over the run.
         """
         if self.uploads is None:
             with tempfile.TemporaryDirectory() as unused:
                 write(Path(unused), step)
             return
-        if (best := self.cfg.keep_best) is not None and metrics and best.metric not in metrics:
-            raise UserError(f"train.keep_best: {best.metric} is not logged; expected one of {', '.join(metrics)}")
         folder = self.scratch / checkpoint_name(step)
         folder.mkdir(parents=True)
         write(folder, step)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .interrupts import StopRequest
+
 
 def ranks() -> tuple[int, int]:
     """Return this process's rank and the number of ranks; 0 and 1 without a process group."""
@@ -70,6 +72,9 @@ class Workers(Protocol):
     Rank and number of ranks are those of PyTorch's process group, see :func:`ranks`.
     """
 
+    poll_interval: float
+    """Seconds between two checks of :meth:`nodes_to_preempt` and :meth:`stop_requested`; 0 checks after every step."""
+
     @property
     def device(self) -> torch.device:
         """Compute device of this process."""
@@ -87,14 +92,18 @@ class Workers(Protocol):
     def nodes_to_preempt(self) -> Collection[str] | None:
         """Return ids of the group's nodes that are about to be preempted; None without a notice."""
 
+    def stop_requested(self) -> bool:
+        """Return whether the run was asked to stop; rank 0's answer counts."""
+
 
 class SingleProcess:
-    """Worker group of a single process on ``device``."""
+    """Worker group of a single process on ``device``, which ``stop`` may ask to stop."""
 
     local_rank = 0
+    poll_interval = 0.0
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, stop: StopRequest | None = None) -> None:
+        self.device, self.stop = device, stop
 
     def broadcast(self, value: T) -> T:
         return value
@@ -104,3 +113,6 @@ class SingleProcess:
 
     def nodes_to_preempt(self) -> None:
         return None
+
+    def stop_requested(self) -> bool:
+        return self.stop is not None and self.stop.made

@@ -37,8 +37,10 @@ from ..runs import Provenance
 from .distributed import ranks
 from .generator_validation import GeneratorValidation, GeneratorValidator
 from .launch import launch
+from .logged import DIFFUSION, GENERATOR, check_keep_best
 from .memory import Checkpointing, choose_checkpointing, generator_memory
 from .settings import TrainingRun
+from .start_from import checked_generator, parent_provenance, trained_generator
 from .validation import validating
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ class GeneratorRunConfig(TrainingRun):
     tokenizer: InputPath
     """Model folder of the BIT that encodes the data and decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
+    start_from: InputPath | None = None
+    """Model folder of the same sizes whose (EMA) weights initialize the model, for fine-tuning: a checkpoint, or imported
+    released weights. None means random initialization."""
     short_caption_probability: float = 0.5
     caption_drop_probability: float = 0.1
     """Probability of training a sample without its caption, for classifier-free guidance."""
@@ -202,7 +207,10 @@ class GeneratorTask:
         self.encoded = 0
         """Token positions that the text encoder has processed for the current step's captions."""
         self.text_sizes: TextEncoderSizes | None = None
-        model = model or build_generator(cfg.model)
+        if model is None:
+            model = build_generator(cfg.model)
+            if cfg.start_from is not None:
+                model.load_state_dict(trained_generator(cfg.start_from, cfg.model).state_dict())
         model.gradient_checkpointing = self._checkpointing(device)
         self.model: Model = model
         self.discriminator = None
@@ -245,8 +253,8 @@ class GeneratorTask:
         return self.encoder.encode(batch.pixels[rows])
 
     def begin(self, batch: CodesBatch | CaptionedImageBatch) -> None:
-        """Calibrate the text projections on captions spread over the data set, if configured."""
-        if not self.cfg.calibrate_text:
+        """Calibrate the text projections on captions spread over the data set, if configured, unless they are trained."""
+        if not self.cfg.calibrate_text or self.cfg.start_from is not None:
             return
         captions: set[str] = set()
         for source in self.sources:
@@ -322,8 +330,8 @@ def try_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     """Return ``cfg`` with the model's sizes filled in and absolute paths, as workers need it.
 
-    UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, or sizes that
-    do not match them.
+    UserError for codes of another tokenizer, shards without images, a text encoder that cannot be loaded, sizes that do
+    not match them, weights to start from that do not fit, or a ``keep_best`` metric that is not logged.
     """
     cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
     folders = None
@@ -333,12 +341,15 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
         folders = tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources)
     else:
         codes = require_encodable(cfg.images, cfg.tokenizer)
-    facts = {
+    facts: dict[str, Any] = {
         "model": generator_config(cfg.model, codes, try_text_encoder(cfg.text_encoder)),
         "codes": folders,
         "images": cfg.images and absolute_pattern(cfg.images),
         "text_encoder": cfg.text_encoder.absolute(),
     }
+    check_keep_best(cfg.train, DIFFUSION if facts["model"].kind == "diffusion" else GENERATOR)
+    if cfg.start_from is not None:
+        facts["start_from"] = checked_generator(cfg.start_from, facts["model"], cfg.tokenizer, facts["text_encoder"])
     return cfg.model_copy(update=facts)
 
 
@@ -362,10 +373,11 @@ def run_generator(cfg: GeneratorRunConfig) -> str:
 
 
 def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:
-    """Return the provenance of the data, tokenizer and text encoder of a complete configuration."""
+    """Return the provenance of the data, models and weights to start from of a complete configuration."""
     made = (data_provenance("codes", source.folder) for source in cfg.sources)
     data = tuple(made) if cfg.images is None else shard_provenance("shards", cfg.images)
-    return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder))
+    parent = () if cfg.start_from is None else (parent_provenance(cfg.start_from),)
+    return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder), *parent)
 
 
 ENCODE_BATCH = 64

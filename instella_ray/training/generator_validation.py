@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 
 from ..bulk.plan import SampleConfig
 from ..bulk.sample import run_sample
-from ..data.prompts import SCENES, PromptFile
+from ..data.prompts import SCENES, PromptFile, read_prompts
+from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, run_evaluate
-from ..evaluation.metric_settings import MetricsConfig
+from ..evaluation.metric_settings import MetricsConfig, choose
 from ..evaluation.results import Evaluation
+from ..models.bit import BITConfig
+from ..models.checkpoint import parse_model, read_checkpoint_config
 from ..models.sampling import SamplingConfig
 from .validation import Numbers, ValidationSchedule, Validator, numbers, require_best_by
 from .validation_report import EVALUATION
@@ -45,12 +48,26 @@ class GeneratorValidation(ValidationSchedule):
         return self
 
 
+def check_validation(cfg: GeneratorValidation, tokenizer: str, *, here: bool) -> None:
+    """Raise UserError for what would otherwise fail at the first checkpoint: prompts, metrics, or the size of the images."""
+    read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
+    offers = {"codes", "prompts", "meta", "images"} | ({"groups"} if cfg.images_per_prompt != 1 else set())
+    if "geneval" in choose(cfg.metrics, frozenset(offers), scenes=cfg.prompts == SCENES) and here:
+        raise UserError("validation.metrics.geneval: the detector runs on Ray, which workers.count 0 does not use")
+    bit = parse_model(read_checkpoint_config(tokenizer)["model"])
+    if cfg.size is not None and isinstance(bit, BITConfig) and cfg.size % bit.decode_multiple:
+        raise UserError(
+            f"validation.size {cfg.size}: not a multiple of {bit.decode_multiple}, as the tokenizer decodes"
+        )
+
+
 class GeneratorValidator(Validator):
     """Validator that runs the sampling job and the evaluation job on each checkpoint."""
 
     def __init__(self, cfg: GeneratorValidation, run_dir: str, tokenizer: str, *, here: bool) -> None:
-        """``here``: run both jobs in this process, like ``--local``."""
+        """``here``: run both jobs in this process, like ``--local``. Raises UserError as :func:`check_validation`."""
         super().__init__(cfg, run_dir)
+        check_validation(cfg, tokenizer, here=here)
         self.cfg, self.tokenizer = cfg, tokenizer
         self.spread: dict[str, Any] = {"actors": cfg.actors, "gpus_per_actor": cfg.gpus_per_actor, "local": here}
         """Execution options of both jobs."""

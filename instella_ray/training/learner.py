@@ -73,10 +73,25 @@ class Learner:
 
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
         """Update the weights at ``step`` of ``steps``; returns the gradient norm before clipping and the learning rate."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
-        share = lr_scale(step, steps, self.cfg)
-        self.optimizers.step(share)
-        return whole(norm), share * self.cfg.lr
+        norm = self.clip()
+        self.apply(step, steps)
+        return norm, self.rate(step, steps)
+
+    def clip(self) -> Tensor:
+        """Clip the gradients and return their norm before, a scalar that is the same on all ranks."""
+        return whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip))
+
+    def apply(self, step: int, steps: int) -> None:
+        """Update the weights by the clipped gradients, and clear these."""
+        self.optimizers.step(lr_scale(step, steps, self.cfg))
+
+    def discard(self) -> None:
+        """Clear the gradients without an update."""
+        self.model.zero_grad(set_to_none=True)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate at ``step`` of ``steps``."""
+        return lr_scale(step, steps, self.cfg) * self.cfg.lr
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the unsharded optimizer state on rank 0, with keys ``{parameter name}/{state name}``."""
@@ -186,12 +201,21 @@ class ZeroLearner(Learner):
         self._engine.backward(loss / count, scale_wrt_gas=False)
         return {"loss": loss, **facts}
 
-    def update(self, step: int, steps: int) -> tuple[Tensor, float]:
-        rate = lr_scale(step, steps, self.cfg) * self.cfg.lr
+    def clip(self) -> Tensor:
+        """Return the norm; DeepSpeed clips in its step. A norm that is not finite is infinite."""
+        return torch.as_tensor(self._zero.scaled_global_norm())
+
+    def apply(self, step: int, steps: int) -> None:
         for group in self._zero.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate(step, steps)
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm()), rate
+
+    def discard(self) -> None:
+        # In its step, DeepSpeed itself drops gradients that are not finite, and what belongs to them.
+        for gradients in self._zero.averaged_gradients.values():
+            for gradient in gradients:
+                gradient.fill_(torch.nan)
+        self._engine.step()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state

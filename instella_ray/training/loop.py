@@ -1,4 +1,4 @@
-"""Training loop of one rank and detection of node preemption. Independent of Ray."""
+"""Training loop of one rank, and what ends it early. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from .run_dir import Attempt
 from .settings import TrainConfig
 from .trainer import BuildTask, Trainer
 
-PREEMPTION_INTERVAL = 3.0
-"""Seconds between two checks for preemption: a check costs two barriers (18 ms on two CPU workers), and notices come
-half a minute ahead."""
 logger = logging.getLogger(__name__)
 
 
 def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, workers: Workers) -> bool:
     """Train to ``cfg.steps`` on this rank, starting from the run's last checkpoint if it has one.
 
-    Returns False if training stopped early, after saving a checkpoint, because a node is about to be preempted.
+    Returns False if training stopped early, after saving a checkpoint, because a node is about to be preempted or the run
+    was asked to stop.
     """
     device, (rank, _) = workers.device, ranks()
     torch.set_num_threads(cfg.workers.threads)
@@ -38,7 +36,7 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
             trainer = Trainer(task, cfg, device, folder)
         start = trainer.start
         log = MetricsLog(cfg, attempt, rank, task.summary, start, device)
-        notice = PreemptionNotice(workers, start)
+        notice = StopNotice(workers, start)
         with closing(Prefetcher(trainer.batch, start, cfg.steps)) as batches:
             waited = time.perf_counter()
             for step, batch in enumerate(batches, start):
@@ -64,25 +62,28 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
 log = logging.getLogger(__name__)
 
 
-class PreemptionNotice:
-    """Periodic check for nodes that are about to be preempted. All ranks check at the same steps."""
+class StopNotice:
+    """Periodic check for nodes that are about to be preempted, and for a request to stop, as Ctrl-C makes it.
+
+    All ranks check at the same steps.
+    """
 
     def __init__(self, workers: Workers, start: int) -> None:
         self.workers = workers
         self.step, self.next, self.since = start, start + 1, time.perf_counter()
 
     def given(self, step: int) -> bool:
-        """Return whether a preemption notice was received; call on every rank after each step.
+        """Return whether training is to stop; call on every rank after each step.
 
-        Checks about once every :data:`PREEMPTION_INTERVAL` seconds of rank 0's clock, and returns False in between.
+        Checks about once every ``workers.poll_interval`` seconds of rank 0's clock, and returns False in between.
         """
         if step < self.next:
             return False
         nodes = self.workers.nodes_to_preempt()
         now = time.perf_counter()
-        steps_in_interval = int(PREEMPTION_INTERVAL * (step - self.step) / max(now - self.since, 1e-9))
-        self.next = step + max(1, self.workers.broadcast(steps_in_interval))
-        self.step, self.since = step, now
+        wait = max(1, int(self.workers.poll_interval * (step - self.step) / max(now - self.since, 1e-9)))
+        wait = self.workers.broadcast(0 if self.workers.stop_requested() else wait)
+        self.next, self.step, self.since = step + wait, step, now
         if nodes is not None:
             logger.warning("step %d: node(s) %s will be preempted", step, ", ".join(nodes), extra={"step": step})
-        return nodes is not None
+        return nodes is not None or not wait

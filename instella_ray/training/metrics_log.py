@@ -102,18 +102,14 @@ class MetricsLog:
         self.work += found.flops
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
-        values = torch.cat([value.flatten() for value in found.means.values()])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)
-            values /= self.world
-        parts = values.split([value.numel() for value in found.means.values()])
-        means = {name: part.view_as(value) for (name, value), part in zip(found.means.items(), parts, strict=True)}
+        facts = self._facts(step, found) if found.means else {}  # a skipped batch has none
         elapsed = time.perf_counter() - self.since
-        facts = {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
         speed |= throughput(self.work / elapsed, self.world, self.peak)
         speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
-        self.last = {"step": step + 1, **facts, "lr": found.rate, "gradient_norm": round(float(found.norm), 5), **speed}
+        norm = {"gradient_norm": round(float(found.norm), 5)} if found.means else {}
+        skipped = {"skipped_batches": found.skipped} if found.skipped or self.cfg.on_nonfinite == "skip" else {}
+        self.last = {"step": step + 1, **facts, "lr": found.rate, **norm, **skipped, **speed}
         self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
         if self.file is not None:
             self.file.add(self.last)
@@ -122,6 +118,16 @@ class MetricsLog:
         figures["checkpoint_age_seconds"] = round(time.perf_counter() - self.saved_at, 1)
         for logger in self.loggers:
             logger.scalars(step + 1, figures)
+
+    def _facts(self, step: int, found: Stepped) -> dict[str, float]:
+        """Return the step's means over all ranks, rounded. Collective."""
+        values = torch.cat([value.flatten() for value in found.means.values()])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= self.world
+        parts = values.split([value.numel() for value in found.means.values()])
+        means = {name: part.view_as(value) for (name, value), part in zip(found.means.items(), parts, strict=True)}
+        return {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
 
     def preview(self, step: int, image: Any) -> None:
         if image is not None:

@@ -6,10 +6,12 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import ray
+import ray.exceptions
 import ray.train.torch
 import torch
 from ray._private.services import get_webui_url_from_internal_kv
@@ -27,10 +29,12 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from .. import logs
 from ..data.ray_data import init_ray
 from ..errors import UserError
+from .interrupts import StopRequest
 from .loop import train_worker
+from .nonfinite import NonFiniteLoss
 from .run_dir import Attempt
 from .settings import TrainConfig, WorkersConfig
-from .trainer import BuildTask, NonFiniteLoss
+from .trainer import BuildTask
 
 T = TypeVar("T", bound=int | str)
 
@@ -48,24 +52,25 @@ class RayTrain:
         init_ray()
         check_resources(workers, ray.cluster_resources())
 
-    def train(self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any]) -> None:
+    def train(
+        self, build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, fields: Mapping[str, Any], stop: StopRequest
+    ) -> None:
         """Train to ``cfg.steps``, restarting from the last checkpoint after failures.
 
-        ``fields`` are added to the workers' log records. A worker's UserError or :class:`.trainer.NonFiniteLoss` is raised
-        unchanged, Ctrl-C as KeyboardInterrupt.
+        ``fields`` are added to the workers' log records. A worker's UserError or :class:`.nonfinite.NonFiniteLoss` is raised
+        unchanged. Workers look for a request to stop in the run directory.
         """
+        stop.on_first = attempt.request_stop
 
         def worker() -> bool:
             logs.set_up_worker({**fields, "rank": ray.train.get_context().get_world_rank()})
-            return train_worker(build_task, cfg, attempt, WorkerGroup())
+            return train_worker(build_task, cfg, attempt, WorkerGroup(attempt))
 
         try:
-            while not _fit(worker, cfg):
+            while not _fit(worker, cfg, stop):
+                if stop.made:
+                    raise KeyboardInterrupt
                 # The workers stopped on a preemption notice before Ray Train detected it: restart on other nodes.
-                continue
-        except SystemExit:
-            # Ray Train exits the process on Ctrl-C; the exit code is the caller's decision.
-            raise KeyboardInterrupt from None
         except WorkerGroupError as error:
             for rank, failure in error.worker_failures.items():
                 log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
@@ -77,7 +82,15 @@ class RayTrain:
 
 
 class WorkerGroup:
-    """Worker group of Ray Train; implements :class:`.distributed.Workers`."""
+    """Worker group of Ray Train; implements :class:`.distributed.Workers`.
+
+    A check for preemption costs two barriers (18 ms on two CPU workers), and notices come half a minute ahead.
+    """
+
+    poll_interval = 3.0
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +110,9 @@ class WorkerGroup:
         info = ray.train.get_preemption_info()
         return None if info is None else info.preempted_node_ids
 
+    def stop_requested(self) -> bool:
+        return ray.train.get_context().get_world_rank() == 0 and self.attempt.stop_requested()
+
 
 def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
     """Raise UserError if the cluster cannot place the workers, because the run would wait forever without a message."""
@@ -107,7 +123,7 @@ def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
             raise UserError(f"{count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
 
 
-def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
+def _fit(worker: Callable[[], bool], cfg: TrainConfig, stop: StopRequest) -> bool:
     """Run ``worker`` on every rank, with restarts after failures and preemptions; returns rank 0's result."""
     resources: dict[str, float] = {"CPU": cfg.workers.cpus}
     if cfg.workers.gpu:
@@ -118,6 +134,7 @@ def _fit(worker: Callable[[], bool], cfg: TrainConfig) -> bool:
         trainer = DivisorTrainer(
             worker,
             counts=counts,
+            stop=stop,
             torch_config=RocmTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
@@ -157,15 +174,15 @@ class UserErrorFailurePolicy(DefaultFailurePolicy):
 
 
 class DivisorTrainer(TorchTrainer):
-    """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`.
+    """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`, ended by ``stop``.
 
     Without a dashboard it has no cleaner of placement groups, which asks the dashboard once a second whether the controller
     is alive. A local Ray has none, and ends with the driver.
     """
 
-    def __init__(self, *args: Any, counts: Sequence[int], **options: Any) -> None:
+    def __init__(self, *args: Any, counts: Sequence[int], stop: StopRequest, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.counts = counts
+        self.counts, self.stop = counts, stop
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()
@@ -178,6 +195,15 @@ class DivisorTrainer(TorchTrainer):
         if len(self.counts) > 1:
             parts["scaling_policy"] = DivisorPolicy(cast(ScalingConfig, self.scaling_config), self.counts)
         return super()._initialize_and_run_controller(**parts)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave the first Ctrl-C to ``stop``, where Ray's handler would abort the run."""
+
+        def abort() -> None:
+            with suppress(ray.exceptions.RayActorError):
+                ray.get(controller.abort.remote())
+
+        self.stop.on_second = abort
 
 
 def mirror_visible_devices() -> None:

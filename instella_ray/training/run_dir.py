@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -24,6 +25,7 @@ from .. import storage
 from ..errors import UserError
 from ..models.folders import STATE
 
+log = logging.getLogger(__name__)
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 SCORES = "metrics.json"
 """File of a checkpoint with the last logged metrics at the time of saving."""
@@ -136,6 +138,25 @@ class Attempt:
                 f"run_dir {self.run_dir}: attempt {self.number + 1} has taken over the run "
                 f"(process {place['process']} on {place['host']}, {place['begun']}); attempt {self.number} stops"
             )
+
+    def request_stop(self) -> None:
+        """Ask this attempt's workers to stop, by a file that they look for. A failed write is only logged."""
+        try:
+            storage.write_text(self._stop_file, "")
+        except Exception as error:  # stores raise unrelated error types
+            log.error("%s: could not be written, so that the run goes on (%s)", self._stop_file, error)
+
+    def stop_requested(self) -> bool:
+        """Return whether :meth:`request_stop` was called in any process. A failed read counts as no."""
+        try:
+            storage.invalidate_listing(self._stop_file)
+            return storage.exists(self._stop_file)
+        except Exception:
+            return False
+
+    @property
+    def _stop_file(self) -> str:
+        return storage.join(self.run_dir, ATTEMPTS, f"{self.number:04d}.stop")
 
     def check_storage(self) -> None:
         """Raise UserError if the run directory on this machine is not the driver's, because it is not shared."""

@@ -90,10 +90,13 @@ class TrainConfig(Config):
     run_dir: OutputPath
     """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
     resume: bool | Literal["auto"] = False
-    """Resume an interrupted run in ``run_dir`` with its original settings; auto: if there is one, else start it."""
+    """Resume an interrupted run in ``run_dir``; auto: if there is one, else start it.
+
+    The settings of the optimizer, steps, seed, precision, placement and intervals may be changed, others may not."""
     seed: int = 0
+    """Seed of the initial weights, the order of the samples and all random draws."""
     steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run. A resumed run cannot change them: the schedules depend on them."""
+    """Optimizer steps of the whole run. A resumed run may extend it; schedules that are fractions of it follow."""
     global_batch: int = Field(64, ge=1)
     """Samples per optimizer step = micro-batch x accumulation x workers."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -106,6 +109,13 @@ class TrainConfig(Config):
     """Compile the transformer blocks with torch.compile: faster steps after a minute or more of compiling in each process.
     Losses agree with those of uncompiled blocks to about three digits."""
     workers: WorkersConfig = WorkersConfig()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Whether a loss or gradient that is NaN or infinite stops the run, or its batch is skipped, on all workers.
+
+    A skipped batch changes neither weights nor optimizer state; the schedules go on. ``skip`` makes the CPU wait for the
+    GPU once a step."""
+    max_skipped: int = Field(100, ge=1)
+    """Maximum number of skipped batches of the whole run, with ``on_nonfinite`` skip; one more stops it."""
     sharding: Sharding = "ddp"
     """Distribution of weights, gradients and optimizer state over workers: ddp, zero2 or fsdp2. The sharded ones are for
     generators with AdamW only; a checkpoint can be resumed with any of them."""
@@ -150,24 +160,44 @@ class TrainingRun(Config):
     train: TrainConfig
 
 
+SCHEDULE = {"lr", "matrix_lr", "betas", "weight_decay", "warmup_steps", "decay_fraction", "clip"}
+"""All settings of an optimizer but its name, on which its state depends."""
 MAY_CHANGE: dict[str, Any] = {
     "train": {
-        *("run_dir", "resume", "micro_batch_size", "compile", "workers", "sharding"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "preview_every", "loggers"),
+        **dict.fromkeys(("run_dir", "resume", "micro_batch_size", "compile", "workers", "sharding"), True),
+        **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints", "keep_best"), True),
+        **dict.fromkeys(
+            ("preview_every", "loggers", "steps", "seed", "precision", "on_nonfinite", "max_skipped"), True
+        ),
+        "optimizer": SCHEDULE,
     },
+    "adversarial": {"optimizer": SCHEDULE},
     "gradient_checkpointing": True,
     "preview": True,
     "validation": True,
     "collapse_limit": True,
 }
-"""Settings that a resumed run may change: those of placement, speed, logging and retention, not of the result."""
+"""Settings that a resumed run may change: those of placement, speed, logging, retention and optimization.
+
+Those of the model, the data and the loss, which would make it another run, may not."""
+UNNAMED = {"train": {"run_dir", "resume"}}
+"""Settings that :func:`changes` leaves out: how the attempt was started, not how it trains."""
 
 
 def first_difference(old: TrainingRun, new: TrainingRun) -> tuple[str, Any, Any] | None:
-    """Return the dotted key, old value and new value of the first setting that differs and affects the result."""
-    before, after = (_flat(run.model_dump(mode="json", exclude=MAY_CHANGE)) for run in (old, new))
+    """Return the dotted key, old value and new value of the first setting that differs and may not be changed."""
+    return next(((key, *values) for key, values in _differences(old, new, MAY_CHANGE).items()), None)
+
+
+def changes(old: TrainingRun, new: TrainingRun) -> dict[str, tuple[Any, Any]]:
+    """Return old and new values of all settings that differ, by dotted key."""
+    return _differences(old, new, UNNAMED)
+
+
+def _differences(old: TrainingRun, new: TrainingRun, exclude: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    before, after = (_flat(run.model_dump(mode="json", exclude=exclude)) for run in (old, new))
     keys = dict.fromkeys([*before, *after])
-    return next(((key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)), None)
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

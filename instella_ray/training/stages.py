@@ -71,7 +71,7 @@ def run_stages(cfg: TokenizerStagesConfig) -> str:
         raise UserError(f"run_dir {run_dir}: nothing to resume (no stage has started)")
     if not cfg.train.resume:
         check_free(run_dir)
-    previous: str | None = None
+    previous, names = None, list(stages)
     for name, stage in stages.items():
         resume = "auto" if cfg.train.resume == "auto" else name in begun
         train = stage.train.model_copy(update={"resume": resume, "run_dir": storage.join(run_dir, name)})
@@ -79,6 +79,10 @@ def run_stages(cfg: TokenizerStagesConfig) -> str:
         stage = stage.model_copy(update={"train": train, "start_from": start_from})
         previous = _finished(stage)
         if previous is None:
+            if later := [other for other in begun if names.index(other) > names.index(name)]:
+                raise UserError(
+                    f"stages.{name}: no checkpoint of step {stage.train.steps}, but stage {later[0]} has started from it"
+                )
             previous = run_tokenizer(stage, f"tokenizer, {name}")
         else:
             with validating(tokenizer_validator(stage)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,17 +19,17 @@ from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
-from ..data.model_provenance import model_provenance
 from ..data.provenance import shard_provenance
 from ..errors import UserError
 from ..flops import tokenizer_training
 from ..models import rng
 from ..models.bit import BIT, BITConfig
-from ..models.checkpoint import Model, build_model, load_expected
+from ..models.checkpoint import Model, build_model
 from ..models.discriminator import DiscriminatorConfig
 from ..models.folders import find_model
 from .adversarial import DRAWS, AdversarialConfig, Adversary
 from .launch import launch
+from .logged import ADVERSARY, TOKENIZER, check_keep_best
 from .losses import (
     BIT_SHARE,
     CollapseWatch,
@@ -39,11 +40,12 @@ from .losses import (
     bit_summary,
     psnr,
 )
-from .run_dir import local_folder
 from .settings import TrainingRun
+from .start_from import parent_provenance, trained_tokenizer
 from .tokenizer_validation import TokenizerValidation, TokenizerValidator, complete_validation
 from .validation import validating
 
+log = logging.getLogger(__name__)
 F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
 
@@ -135,7 +137,7 @@ class TokenizerTask:
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
         if cfg.start_from is not None:
-            model.load_state_dict(trained_model(cfg.start_from, cfg.model).state_dict())
+            model.load_state_dict(trained_tokenizer(cfg.start_from, cfg.model).state_dict())
         if cfg.freeze_encoder:
             model.encoder.requires_grad_(False)
         self.model: Model = model
@@ -204,16 +206,6 @@ class TokenizerTask:
         return {}
 
 
-def trained_model(folder: str, expected: BITConfig) -> BIT:
-    """Load the tokenizer to start from; UserError if ``folder`` holds none, or one of other sizes."""
-    with local_folder(folder) as here:
-        bit = load_expected(here, BIT)
-    for name in BITConfig.model_fields:
-        if (found := getattr(bit.cfg, name)) != (asked := getattr(expected, name)):
-            raise UserError(f"start_from {folder}: its model.{name} is {found!r}, this run's is {asked!r}")
-    return bit
-
-
 def reconstruct(bit: BIT, images: Tensor) -> Tensor:
     """Encode ``images [B, 3, H, W]`` to hard bits and decode them; returns float32 on the CPU."""
     device = next(bit.parameters()).device
@@ -245,7 +237,7 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
     """Return ``cfg`` with absolute paths, as workers need it.
 
     UserError for sizes that do not fit the model or the loss, micro-batches too small for normalize_logits, shards without
-    images, weights that cannot be loaded, and a validation that cannot be run.
+    images, weights that cannot be loaded, a ``keep_best`` metric that is not logged, and a validation that cannot be run.
     """
     for name, size, multiple in (
         ("model.image_size", cfg.model.image_size, cfg.model.size_multiple),
@@ -271,15 +263,25 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
         facts["adversarial"] = cfg.adversarial.model_copy(update={"discriminator": discriminator})
     if cfg.start_from is not None:
         facts["start_from"] = find_model(cfg.start_from)
-        trained_model(facts["start_from"], cfg.model)
+        trained_tokenizer(facts["start_from"], cfg.model)
     if cfg.validation is not None:
         in_process, multiple = cfg.train.workers.count == 0, cfg.model.decode_multiple
         facts["validation"] = complete_validation(cfg.validation, cfg.sizes, multiple, in_process=in_process)
     complete = cfg.model_copy(update=facts)
-    ReconstructionLoss(complete.loss)
+    check_keep_best(cfg.train, tokenizer_metrics(complete, ReconstructionLoss(complete.loss)))
     if complete.adversarial is not None:
+        if (start := complete.adversarial.start_step) >= cfg.train.steps:
+            log.warning("adversarial.start_step %d: the run ends after %d steps, without it", start, cfg.train.steps)
         Adversary(complete.adversarial, len(cfg.sizes), cfg.train.seed)
     return complete
+
+
+def tokenizer_metrics(cfg: TokenizerConfig, loss: ReconstructionLoss) -> tuple[str, ...]:
+    """Return the names of the logged loss parts and statistics."""
+    edges = ("edges",) if cfg.loss.gradient_weight else ()
+    perceptual = (loss.perceptual.name, f"{loss.perceptual.name}_crop") if loss.perceptual is not None else ()
+    size = ("output_size",) if len(cfg.sizes) > 1 else ()
+    return (*TOKENIZER, *edges, *perceptual, *(ADVERSARY if cfg.adversarial is not None else ()), *size)
 
 
 def _with_absolute_weights(cfg: F) -> F:
@@ -291,9 +293,7 @@ def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
     cfg = complete_tokenizer(cfg)  # validates before anything is written and any worker starts
     inputs = shard_provenance("shards", cfg.data)
     if cfg.start_from is not None:
-        with local_folder(cfg.start_from) as here:
-            parent = model_provenance("parent", here)
-        inputs = (*inputs, parent.model_copy(update={"path": cfg.start_from}))
+        inputs = (*inputs, parent_provenance(cfg.start_from))
     with validating(tokenizer_validator(cfg)):
         return launch(
             cfg, lambda device: TokenizerTask(cfg), description=description, job="train_tokenizer", inputs=inputs

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import storage
 from ..accelerator import compute_dtype
 from ..data.loading.loader import Data
 from ..data.loading.order import BatchPlan
@@ -18,27 +17,26 @@ from ..models.checkpoint import Model, assemble
 from .checkpoints import Checkpoint, Discriminator, read_checkpoint, save_checkpoint
 from .distributed import fill, gather, ranks
 from .learner import FSDPLearner, Learner, ZeroLearner, compile_blocks
+from .nonfinite import FiniteCheck
 from .optim import EMA
 from .settings import OptimizerConfig, TrainConfig
 
 LEARNERS: dict[str, type[Learner]] = {"ddp": Learner, "zero2": ZeroLearner, "fsdp2": FSDPLearner}
 
 
-class NonFiniteLoss(RuntimeError):
-    """Error for a loss or gradient that is NaN or infinite; nothing of that step is saved."""
-
-
 class Stepped(NamedTuple):
     """Results of a training step on this rank."""
 
     means: dict[str, Tensor]
-    """Loss and further parts of the step modules, means over this rank's share of the batch."""
+    """Loss and further parts of the step modules, means over this rank's share of the batch; empty if it was skipped."""
     rate: float
     """Learning rate."""
     norm: Tensor
     """Norm of the model's gradient before clipping."""
     flops: float
     """Model FLOP of this rank."""
+    skipped: int
+    """Batches that the run has skipped so far, because their loss or gradient was not finite."""
 
 
 class DiscriminatorTask(Protocol):
@@ -138,6 +136,7 @@ class Trainer:
         if (second := task.discriminator) is not None:
             self.learners.append(Learner(second.step_module, second.model, second.optimizer, device, dtype))
         self.ema = EMA(task.model, cfg.ema_decay)
+        self.finite = FiniteCheck(cfg, device, saved.skipped if saved else 0)
         if saved is not None:
             fill(self.ema.state, saved.ema)
             self.learner.load_optimizer_state(saved.optimizer_state)
@@ -151,36 +150,51 @@ class Trainer:
         return self.task.data.batch(self.plan.place(step).epoch, self.plan.samples(step))
 
     def step(self, step: int, batch: Any) -> Stepped:
-        """Run forward, backward and update.
+        """Run forward, backward and update, or skip a batch whose loss or gradient is not finite (``on_nonfinite``).
 
-        Raises :class:`NonFiniteLoss` if the loss or gradient is not finite, and writes the batch's keys to a file.
+        A skipped batch changes no weight, statistic or optimizer state; the schedules go on. Raises
+        :class:`.nonfinite.NonFiniteLoss` if the run is to stop instead.
         """
         task = self.task
         task.model.train()
         task.before_step(step)
+        # Statistics of the batch, which the forward pass updates.
+        buffers = (
+            [buffer for learner in self.learners for buffer in learner.model.buffers()] if self.finite.skips else []
+        )
+        before = [buffer.clone() for buffer in buffers]
         # Random numbers are a function of (seed, step, position in the batch): a resumed run draws the same ones.
         parts = task.micro_batches(batch, self.size, rng.sample_seeds(self.cfg.seed, step, self.positions))
         means: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for number, inputs in enumerate(parts, start=1):
             last = number == len(parts)
             found = self.learner.backward(inputs, len(parts), last)
+            losses.append(found["loss"])
             if task.discriminator is not None:
                 facts = self.learners[1].backward(task.discriminator.inputs(), len(parts), last)
+                losses.append(facts["loss"])
                 found |= {name: value for name, value in facts.items() if name != "loss"}
             for name, value in found.items():
                 means[name] = means.get(name, 0) + value.detach().float() / len(parts)
         if task.discriminator is not None:
             task.discriminator.after_backward()
-        (norm, rate), *others = [learner.update(step, self.cfg.steps) for learner in self.learners]
-        if not all(torch.isfinite(each) for each in (norm, *(other for other, _ in others))):
-            path = storage.join(self.cfg.run_dir, f"nonfinite-step{step}-rank{self.rank}.json")
-            storage.write_json(path, {"step": step, "keys": task.keys(batch)})
-            raise NonFiniteLoss(f"step {step}: loss or gradient is not finite; the batch's keys are in {path}")
-        self.ema.update(task.model, step)
-        return Stepped(means, rate, norm, task.flops(parts))
+        norms = [learner.clip() for learner in self.learners]
+        if self.finite.passed(step, [*losses, *norms], task.keys(batch)):
+            for learner in self.learners:
+                learner.apply(step, self.cfg.steps)
+            self.ema.update(task.model, step)
+        else:
+            means = {}
+            for learner in self.learners:
+                learner.discard()
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        return Stepped(means, self.learner.rate(step, self.cfg.steps), norms[0], task.flops(parts), self.finite.skipped)
 
     def preview(self) -> Any:
         """Return the task's preview of the EMA weights on rank 0, None on other ranks."""
+        self.finite.check()
         shared = isinstance(self.learner, FSDPLearner)
         state = gather(self.ema.state) if shared else self.ema.state
         if self.rank != 0:
@@ -189,10 +203,11 @@ class Trainer:
 
     def save(self, folder: Path, step: int) -> None:
         """Gather the training state after ``step`` steps and write it to ``folder`` on rank 0."""
+        self.finite.check()
         weights, ema = gather(self.task.model.state_dict()), gather(self.ema.state)
         optimizer_state, discriminator = self.learner.optimizer_state(), None
         for other in self.learners[1:]:
             discriminator = Discriminator(gather(other.model.state_dict()), other.optimizer_state())
         if self.rank == 0:
-            checkpoint = Checkpoint(step, weights, ema, optimizer_state, discriminator)
+            checkpoint = Checkpoint(step, weights, ema, optimizer_state, discriminator, self.finite.skipped)
             save_checkpoint(folder, self.task.model.cfg, checkpoint, self.task.extra())

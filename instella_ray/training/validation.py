@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
@@ -63,6 +64,9 @@ class Validator(ABC):
                 "expected a folder that all nodes share as validation.folder"
             )
         self.folder = Path(validation_folder(self.run_dir, schedule.folder))
+        above = next(folder for folder in self.folder.parents if folder.exists())
+        if not os.access(above, os.W_OK):
+            raise UserError(f"validation.folder {self.folder}: {above} cannot be written")
         self.error: BaseException | None = None
         self.given_up = threading.Event()
 

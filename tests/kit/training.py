@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from instella_ray.models.discriminator import DiscriminatorConfig
 from instella_ray.models.folders import latest_checkpoint
@@ -36,6 +37,23 @@ ADVERSARIAL = AdversarialConfig(
     weight=0.5,
     optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
 )
+
+
+class Spike(nn.Module):
+    """The loss of ``inner``, whose images are multiplied by ``images``, times ``factor``, plus ``offset``.
+
+    An infinite offset gives an infinite loss a finite gradient.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.images, self.factor, self.offset = inner, 1.0, 1.0, 0.0
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.images != 1:
+            inputs["images"] = inputs["images"] * self.images
+        loss, parts = self.inner(**inputs)
+        return loss * self.factor + self.offset, parts
 
 
 def generator_config(

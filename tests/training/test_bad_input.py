@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,14 +11,22 @@ import pytest
 
 from instella_ray.config import dump_yaml
 from instella_ray.errors import UserError, run_main
+from instella_ray.training.generator_validation import GeneratorValidation, GeneratorValidator
 from instella_ray.training.launch import check_run_dir
-from instella_ray.training.settings import TrainConfig, WorkersConfig, first_difference
-from instella_ray.training.tokenizer import run_tokenizer
+from instella_ray.training.settings import (
+    BestConfig,
+    OptimizerConfig,
+    TrainConfig,
+    WorkersConfig,
+    changes,
+    first_difference,
+)
+from instella_ray.training.tokenizer import complete_tokenizer, run_tokenizer
 
 from ..kit.models import TINY_BIT
 from ..kit.project import ROOT, job
 from ..kit.shards import image_bytes, tar_bytes
-from ..kit.training import tokenizer_config
+from ..kit.training import ADVERSARIAL, tokenizer_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], name: str, config: Path, *overrides: str) -> str:
@@ -66,6 +75,13 @@ def test_a_tokenizer_without_images_is_refused(
         ("train.micro_batch_size=0", "'train.micro_batch_size' = 0"),
         ("preview.temperature=-1", "'preview.temperature' = -1"),
         ("preview.sampler=euler", "'preview.sampler' = 'euler'"),
+        (
+            "train.keep_best={metric: bit_acuracy, order: higher}",
+            "train.keep_best.metric 'bit_acuracy': not logged by this run, did you mean 'bit_accuracy'?",
+        ),
+        ("validation={every_steps: 2, prompts: gone.txt, best_by: psnr, metrics: {psnr: {}}}", "gone.txt"),
+        ("validation={every_steps: 2, best_by: psnr, metrics: {psnr: {}}}", "metrics.psnr: needs"),
+        ("validation={every_steps: 2, size: 36}", "validation.size 36: not a multiple of 8, as the tokenizer decodes"),
     ],
 )
 def test_a_generator_that_cannot_be_trained_is_refused(
@@ -92,9 +108,47 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
 
     assert changed(resume=True, log_every=7, checkpoint_every=7, preview_every=7, keep_checkpoints=7) is None
     assert changed(workers={"count": 4}, micro_batch_size=2, run_dir="elsewhere") is None
-    assert changed(seed=3) == ("train.seed", 0, 3)
-    assert changed(optimizer={**run.train.optimizer.model_dump(), "lr": 0.5}) == ("train.optimizer.lr", 0.001, 0.5)
+    assert changed(seed=3, steps=1000, precision="bf16", on_nonfinite="skip", max_skipped=3) is None
+    optimizer = run.train.optimizer.model_dump()
+    good = {"lr": 0.5, "matrix_lr": 0.5, "betas": (0.5, 0.9), "weight_decay": 0.5, "clip": 0.5}
+    assert changed(optimizer={**optimizer, **good, "warmup_steps": 5, "decay_fraction": 0.5}) is None
+    assert changed(optimizer={**optimizer, "name": "muon"}) == ("train.optimizer.name", "adamw", "muon")
+    assert changed(global_batch=8) == ("train.global_batch", 16, 8)
+    assert changed(ema_decay=0.5) == ("train.ema_decay", 0.999, 0.5)
+    assert first_difference(run, run.model_copy(update={"adversarial": ADVERSARIAL})) is not None
+    third, milder = (
+        run.model_copy(update={"adversarial": ADVERSARIAL.model_copy(update={"optimizer": OptimizerConfig(lr=lr)})})
+        for lr in (1e-3, 1e-4)
+    )
+    assert first_difference(third, milder) is None
+    assert changes(third, milder) == {"adversarial.optimizer.lr": (1e-3, 1e-4)}
     assert first_difference(run, run.model_copy(update={"data": "other"})) == ("data", "data", "other")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("psnr", None),
+        ("held_out_psnr", None),
+        ("held_out_los", "did you mean 'held_out_loss'"),
+        ("discriminator", "not logged by this run, expected one of loss, lr, "),
+    ],
+)
+def test_the_best_is_kept_by_a_metric_that_the_run_logs(
+    metric: str, message: str | None, shards: str, tmp_path: Path
+) -> None:
+    cfg = tokenizer_config(shards, tmp_path / "run", keep_best=BestConfig(metric=metric, order="higher"))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        complete_tokenizer(cfg)
+
+
+def test_a_validation_folder_that_cannot_be_written_is_refused(
+    codes: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    validation = GeneratorValidation(folder=str(tmp_path / "shared"))
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be written"):
+        GeneratorValidator(validation, str(tmp_path / "run"), tokenizer, here=True)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +172,9 @@ def test_which_folders_a_run_may_begin_or_go_on_in(
             check_run_dir(run)
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("steps", 13), ("global_batch", 32)])
+@pytest.mark.parametrize(("key", "value"), [("ema_decay", 0.5), ("global_batch", 32)])
 def test_a_run_is_not_resumed_with_other_settings(
-    key: str, value: int, no_ray: None, shards: str, tmp_path: Path
+    key: str, value: float, no_ray: None, shards: str, tmp_path: Path
 ) -> None:
     begun = tokenizer_config(shards, tmp_path / "run")
     (tmp_path / "run").mkdir()

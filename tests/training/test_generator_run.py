@@ -22,6 +22,7 @@ from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, res
 from instella_ray.pipeline import InstellaPipeline
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
+from instella_ray.training.logged import DIFFUSION, GENERATOR, logged_metrics
 from instella_ray.training.run_dir import read_metrics
 
 from ..kit.training import generator_config, stop_a_generator_run
@@ -51,6 +52,8 @@ def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(0 < row["loss"] < 2 and 0 <= row["bit_accuracy"] <= 1 for row in metrics)
     assert all(row["flops_per_second"] > 0 and row["memory_gb"] > 0 and "mfu" not in row for row in metrics)
+    own = DIFFUSION if kind == "diffusion" else GENERATOR
+    assert set().union(*metrics) == {"step", *logged_metrics(going_on.train, own)}
     by_time = {name for row in metrics for name in row if name.startswith("bit_accuracy_t")}
     assert len(by_time) == 5 if kind == "diffusion" else not by_time
     if importlib.util.find_spec("tensorboard"):

@@ -20,10 +20,10 @@ from instella_ray.errors import UserError
 from instella_ray.models.folders import checkpoint_folders, finished_checkpoints, latest_checkpoint
 from instella_ray.training.checkpoints import Uploads, best_checkpoint
 from instella_ray.training.metrics_log import MetricsFile
+from instella_ray.training.nonfinite import NonFiniteLoss
 from instella_ray.training.ray_train import DivisorPolicy, UserErrorFailurePolicy
 from instella_ray.training.run_dir import SCORES, Attempt, last_metrics, local_folder, read_metrics
 from instella_ray.training.settings import BestConfig, TrainConfig, WorkersConfig
-from instella_ray.training.trainer import NonFiniteLoss
 
 
 @pytest.fixture(params=["disk", "memory"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,9 +19,13 @@ from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, c
 from instella_ray.training.settings import TrainConfig
 from instella_ray.training.trainer import Trainer
 
-from ..kit.training import generator_config
+from ..kit.training import Spike, generator_config
 
 STEPS, SAVED = 6, 3
+SPOILT = 1
+"""Step of short runs at which rank 1's loss is not finite."""
+HARMS = {"offset": math.inf, "factor": math.nan}
+"""An infinite loss with a finite gradient, and a gradient that is not finite either (:class:`Spike`)."""
 CPU = torch.device("cpu")
 Kind = Literal["diffusion", "ar"]
 
@@ -43,6 +48,7 @@ CASES = [
     Case("diffusion", "fsdp2", checkpointing=True),
     *(Case("diffusion", sharding, "bf16") for sharding in ("ddp", "zero2", "fsdp2")),
 ]
+SPOILED = [*(Case("diffusion", sharding) for sharding in ("ddp", "zero2", "fsdp2")), Case("diffusion", "zero2", "bf16")]
 WHOLE = [case for case in CASES if case.precision == "fp32"]
 
 
@@ -80,6 +86,20 @@ def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[floa
     return losses
 
 
+def skip_a_batch(cfg: GeneratorRunConfig, harm: str, save: Path) -> None:
+    """Three steps of a rank, of which one is skipped, with the states after each."""
+    train = cfg.train.model_copy(update={"on_nonfinite": "skip"})
+    task = GeneratorTask(cfg, CPU)
+    spike = task.step_module = Spike(task.step_module)
+    trainer, usual = Trainer(task, train, CPU, None), getattr(spike, harm)
+    for step in range(3):
+        setattr(spike, harm, HARMS[harm] if (trainer.rank, step) == (1, SPOILT) else usual)
+        stepped = trainer.step(step, trainer.batch(step))
+        assert (not stepped.means) == (step == SPOILT) and stepped.skipped == (step >= SPOILT)
+        (here := save / f"{harm}-{step}").mkdir(parents=True, exist_ok=True)
+        trainer.save(here, step)
+
+
 def rank_main(rank: int, folder: str, store: str) -> None:
     """Every case as one of two ranks, whole and again from its checkpoint in the middle."""
     torch.set_num_threads(1)
@@ -91,6 +111,8 @@ def rank_main(rank: int, folder: str, store: str) -> None:
         whole = trained(cfg, None, here / "whole")
         torch.distributed.barrier()  # rank 0 writes what the other one reads
         again = trained(cfg, here / "whole" / str(SAVED), here / "again")
+        for harm in HARMS if case in SPOILED else ():
+            skip_a_batch(cfg, harm, here)
         (here / f"rank{rank}.json").write_text(json.dumps({"whole": whole, "again": again}))
     torch.distributed.destroy_process_group()
 
@@ -160,6 +182,28 @@ def test_one_process_goes_on_with_what_two_ranks_have_saved(
 ) -> None:
     losses = alone(case, runs, runs / case.name / "whole" / str(SAVED), tmp_path)
     assert losses == pytest.approx(single[case.kind][0][SAVED:], rel=1e-6)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("case", SPOILED, ids=lambda case: case.name)
+def test_all_ranks_skip_a_batch_whose_loss_is_not_finite_on_one(case: Case, runs: Path) -> None:
+    last = []
+    for harm in HARMS:
+        states = [
+            {
+                f"{name}/{key}": value
+                for name in ("model.safetensors", "ema.safetensors", OPTIMIZER)
+                for key, value in read_tensors(runs / case.name / f"{harm}-{step}" / name).items()
+            }
+            for step in range(3)
+        ]
+        before, after, later = states
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        assert all(value.isfinite().all() for value in later.values())
+        assert any(not torch.equal(value, later[key]) for key, value in after.items())
+        assert {float(value) for key, value in later.items() if key.endswith("/step")} == {2}
+        last.append(later)
+    assert all(torch.equal(value, last[1][key]) for key, value in last[0].items())
 
 
 @pytest.mark.process

@@ -194,6 +194,18 @@ def test_a_chain_goes_on_where_it_was_stopped_as_if_it_never_had(
     assert json.loads(Path(final, "state.json").read_text())["step"] == 8
 
 
+def test_a_stage_that_another_has_started_from_is_not_extended(shards: str, tmp_path: Path) -> None:
+    cfg = chain(shards, tmp_path)
+    finish_first(cfg)
+    third = complete_tokenizer(cfg.each()["third"])
+    Path(third.train.run_dir).mkdir()
+    Path(third.train.run_dir, "config.yaml").write_text(dump_yaml(third))
+    longer = chain(shards, tmp_path, resume=True)
+    longer = longer.model_copy(update={"stages": {**longer.stages, "first": {"train": {"steps": 9}}}})
+    with pytest.raises(UserError, match=r"stages\.first: no checkpoint of step 9, but stage third has started from it"):
+        run_stages(longer)
+
+
 @pytest.mark.process
 @pytest.mark.nightly
 def test_held_out_emoji_are_restored_6_db_better_than_their_mean_colour(shared_dir: Path, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from instella_ray.training.checkpoints import Checkpoint, read_checkpoint, save_
 from instella_ray.training.launch import launch
 from instella_ray.training.learner import Learner
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig, bit_share, bit_summary, psnr
+from instella_ray.training.nonfinite import NonFiniteLoss
 from instella_ray.training.optim import EMA, build_optimizers, lr_scale, orthogonalize
 from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerLoss, TokenizerTask, run_tokenizer
-from instella_ray.training.trainer import NonFiniteLoss
 
 from ..kit.models import TINY_BIT
 from ..kit.training import HERE, PLAIN_LOSS, TWO, tokenizer_config, untimed

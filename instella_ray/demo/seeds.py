@@ -76,7 +76,7 @@ def read_result(folder: str) -> DemoResult:
     if not stages["score"]:
         raise UserError(f"{folder}: no scores to tabulate, which only the scenes have")
     seconds = sum(stage["seconds"] for stage in stages.values())
-    scores = {kind: stages["score"][kind] for kind in KINDS}
+    scores: dict[str, dict[str, float]] = {kind: stages["score"][kind] for kind in KINDS}
     psnr = stages["tokenizer quality"]["psnr_after"]
     return DemoResult(settings["seed"], seconds, psnr, scores, settings["prompts_per_category"])
 

@@ -31,6 +31,7 @@ from ..models.folders import checkpoint_step, finished_checkpoints
 from ..rendering import encode_png
 from ..serving.access import free_port
 from ..training.generator import run_generator
+from ..training.interrupts import stopping_on_signals
 from ..training.run_dir import read_metrics
 from ..training.tokenizer import evaluate_tokenizer, reconstruct, run_tokenizer
 from .images import HeldOutImages, digest, image_shards, read_images
@@ -140,8 +141,12 @@ def train_generators(demo: DemoConfig, prompts: Prompts, tokenizer: str, resume:
     train = functools.partial(_train_generator, demo, prompts, tokenizer, resume)
     # Steps this small gain little from a second thread: two runs of one thread each end sooner than one after the other
     # with two. In the calling process runs would share PyTorch's random numbers.
-    with ThreadPoolExecutor(len(KINDS) if demo.workers.count else 1) as pool:
-        return {"checkpoints": dict(zip(KINDS, pool.map(train, KINDS), strict=True))}
+    with stopping_on_signals() as stop, ThreadPoolExecutor(len(KINDS) if demo.workers.count else 1) as pool:
+        try:
+            return {"checkpoints": dict(zip(KINDS, pool.map(train, KINDS), strict=True))}
+        except BaseException:
+            stop.make()  # where one run fails, the other need not be waited for: it can be resumed
+            raise
 
 
 def _train_generator(

@@ -16,43 +16,58 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Request to stop a run after its current step, made by the first signal to this process."""
+    """Request to stop after the current step, of one run or of several side by side, made by the first signal."""
 
     def __init__(self) -> None:
         self.made = False
-        self.on_first: Callable[[], None] | None = None
-        """Passes the request on to workers in other processes; called in a thread."""
-        self.on_second: Callable[[], None] | None = None
-        """Ends workers in other processes."""
+        self.on_first: list[Callable[[], None]] = []
+        """Pass the request on to workers in other processes; called in threads."""
+        self.on_second: list[Callable[[], None]] = []
+        """End workers in other processes."""
+
+    def make(self) -> None:
+        """Make the request; once."""
+        if not self.made:
+            self.made = True
+            for pass_on in self.on_first:
+                # A signal may interrupt anything, also a write to the same store.
+                threading.Thread(target=pass_on, daemon=True, name="stop request").start()
 
     def signalled(self, number: int, _: Any) -> None:
         """Handle a signal; KeyboardInterrupt from the second one on."""
         if self.made:
-            if self.on_second is not None:
-                self.on_second()
+            for end in self.on_second:
+                end()
             raise KeyboardInterrupt
-        self.made = True
-        name = signal.Signals(number).name
-        log.info("%s: the run stops after this step, with a checkpoint; a second one stops it at once", name)
-        if self.on_first is not None:
-            # A handler may interrupt anything, also a write to the same store.
-            threading.Thread(target=self.on_first, daemon=True, name="stop request").start()
+        log.info(
+            "%s: stops after this step, with a checkpoint; a second one stops at once", signal.Signals(number).name
+        )
+        self.make()
+
+
+_current: StopRequest | None = None
+"""Request of the signals that the main thread handles now."""
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[StopRequest]:
     """Handle :data:`SIGNALS` by the yielded request during the block.
 
-    KeyboardInterrupt becomes :class:`instella_ray.errors.Interrupted`. Outside of the main thread, where Python allows no
-    handlers, signals are left alone.
+    KeyboardInterrupt becomes :class:`instella_ray.errors.Interrupted`. Other threads, to which Python gives no signals, share
+    the request of the main thread, if that is within such a block.
     """
-    request = StopRequest()
-    handled = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, request.signalled) for number in handled}
+    global _current
+    if threading.current_thread() is not threading.main_thread():
+        yield _current or StopRequest()
+        return
+    outer, request = _current, StopRequest()
+    before = {number: signal.signal(number, request.signalled) for number in SIGNALS}
+    _current = request
     try:
         yield request
     except KeyboardInterrupt as error:
         raise Interrupted(*error.args) from None
     finally:
+        _current = outer
         for number, handler in before.items():
             signal.signal(number, handler)

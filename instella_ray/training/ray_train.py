@@ -60,7 +60,7 @@ class RayTrain:
         ``fields`` are added to the workers' log records. A worker's UserError or :class:`.nonfinite.NonFiniteLoss` is raised
         unchanged. Workers look for a request to stop in the run directory.
         """
-        stop.on_first = attempt.request_stop
+        stop.on_first.append(attempt.request_stop)
 
         def worker() -> bool:
             logs.set_up_worker({**fields, "rank": ray.train.get_context().get_world_rank()})
@@ -203,7 +203,7 @@ class DivisorTrainer(TorchTrainer):
             with suppress(ray.exceptions.RayActorError):
                 ray.get(controller.abort.remote())
 
-        self.stop.on_second = abort
+        self.stop.on_second.append(abort)
 
 
 def mirror_visible_devices() -> None:

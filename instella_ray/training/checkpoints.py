@@ -37,7 +37,7 @@ from ..models.folders import (
 from ..runs import read_record
 from .distributed import Workers, ranks
 from .run_dir import SCORES, Attempt, download, remove_checkpoint, scratch_folder, upload
-from .settings import BestConfig, TrainConfig
+from .settings import HELD_OUT, BestConfig, TrainConfig
 
 OPTIMIZER = "optimizer.safetensors"
 DISCRIMINATOR, DISCRIMINATOR_OPTIMIZER = "discriminator.safetensors", "discriminator_optimizer.safetensors"
@@ -126,7 +126,10 @@ class Checkpointer:
             with tempfile.TemporaryDirectory() as unused:
                 write(Path(unused), step)
             return
-        if (best := self.cfg.keep_best) is not None and metrics and best.metric not in metrics:
+        best = self.cfg.keep_best
+        # Held-out metrics are logged less often, maybe after the first checkpoint.
+        awaited = best is not None and self.cfg.held_out is not None and best.metric.startswith(HELD_OUT)
+        if best is not None and not awaited and metrics and best.metric not in metrics:
             raise UserError(f"train.keep_best: {best.metric} is not logged; expected one of {', '.join(metrics)}")
         folder = self.scratch / checkpoint_name(step)
         folder.mkdir(parents=True)
@@ -229,7 +232,7 @@ class Uploads:
         kept = {*folders[-self.keep :]}
         try:
             if self.best is not None:
-                kept.update(best_checkpoint({folder: _scores(folder) for folder in folders}, self.best))
+                kept.update(best_checkpoint({folder: scores(folder) for folder in folders}, self.best))
             for folder in folders:
                 if folder not in kept:
                     remove_checkpoint(folder)
@@ -244,6 +247,7 @@ def best_checkpoint(scores: Mapping[str, Mapping[str, float]], best: BestConfig)
     return [min(known, key=lambda folder: known[folder])] if known else []
 
 
-def _scores(folder: str) -> dict[str, float]:
+def scores(folder: str) -> dict[str, float]:
+    """Return the metrics that were logged last before the checkpoint in ``folder`` was saved."""
     file = storage.join(folder, SCORES)
     return storage.read_json(file) if storage.exists(file) else {}

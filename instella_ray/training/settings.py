@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ..accelerator import Precision
 from ..config import Config, OutputPath
+from ..data.formats.patterns import Pattern
 from .loggers import LoggerName
 
 
@@ -83,11 +84,27 @@ class BestConfig(Config):
     """Whether lower or higher values are better."""
 
 
+HELD_OUT = "held_out_"
+"""Prefix of the names of held-out metrics."""
+
+
+class HeldOutConfig(Config):
+    """Held-out samples, and how often their loss is computed."""
+
+    samples: int = Field(512, ge=1)
+    """Number of held-out samples."""
+    data: Pattern | None = None
+    """Folder of codes, or tars of a run on images, whose first samples are held out; none: the last samples of the training
+    data, which are then not trained on."""
+    every: int = Field(500, ge=1)
+    """Steps between two evaluations, each with a line in metrics.jsonl; the last step is always evaluated."""
+
+
 class TrainConfig(Config):
     """Settings of a training run: steps, batches and intervals. A run directory holds exactly one run."""
 
     run_dir: OutputPath
-    """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
+    """Output folder of config.yaml, report.html, metrics.jsonl, checkpoints/, previews/: on all nodes, or a URL (gs://..)."""
     resume: bool | Literal["auto"] = False
     """Resume an interrupted run in ``run_dir`` with its original settings; auto: if there is one, else start it."""
     seed: int = 0
@@ -112,6 +129,8 @@ class TrainConfig(Config):
     """Number of latest checkpoints to keep."""
     keep_best: BestConfig | None = None
     """Also keep the best checkpoint by this criterion."""
+    held_out: HeldOutConfig | None = None
+    """Held-out loss, logged as held_out_loss (EMA weights) and held_out_loss_raw; none: it is not computed."""
     preview_every: int = Field(500, ge=1)
     loggers: tuple[LoggerName, ...] | None = None
     """Additional loggers of metrics and previews: tensorboard, wandb, mlflow, prometheus (gauges on Ray's metrics
@@ -148,8 +167,10 @@ class TrainingRun(Config):
 
 MAY_CHANGE: dict[str, Any] = {
     "train": {
-        *("run_dir", "resume", "micro_batch_size", "workers", "sharding"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "preview_every", "loggers"),
+        **dict.fromkeys(("run_dir", "resume", "micro_batch_size", "workers", "sharding"), True),
+        **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints", "keep_best"), True),
+        **dict.fromkeys(("preview_every", "loggers"), True),
+        "held_out": {"every"},
     },
     "gradient_checkpointing": True,
     "preview": True,

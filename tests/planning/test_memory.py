@@ -12,7 +12,7 @@ from torch import nn
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.planning.memory import generator_activations, states, tokenizer_activations
-from instella_ray.training.generator import ARLoss, DiffusionLoss
+from instella_ray.training.generator_loss import ARLoss, DiffusionLoss
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
 from instella_ray.training.settings import Sharding
 from instella_ray.training.tokenizer import TokenizerLoss

@@ -190,7 +190,7 @@ def svg_curves(
         return left + 6 + (width - left - 18) * along, 8 + (height - bottom - 8) * (1 - up)
 
     parts = []
-    for tick in np.linspace(low, high, 4):
+    for tick in np.linspace(low, high, 4 if high > low else 1):
         value = 10**tick if log else tick
         _, y = at(first, value)
         parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')

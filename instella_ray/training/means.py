@@ -95,7 +95,9 @@ class StepMeans:
         self._largest = None
 
     def add(self, means: Mapping[str, Tensor], norm: Tensor) -> None:
-        """Add a step's ``means`` and gradient ``norm``; a step without a finite norm counts for nothing."""
+        """Add a step's ``means`` and gradient ``norm``; a step without means or a finite norm counts for nothing."""
+        if not means:
+            return
         device = next(iter(means.values())).device
         norm = norm.detach().to(device, torch.float32)
         finite = norm.isfinite()
@@ -104,9 +106,13 @@ class StepMeans:
         self._largest = largest if self._largest is None else torch.maximum(largest, self._largest.to(device))
 
     def means(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the means of all parts over steps and ranks, and the gradient norm's mean and maximum; collective."""
+        """Return the means of all parts over steps and ranks, and the gradient norm's mean and maximum; collective.
+
+        Both are empty if no step counted.
+        """
+        if self._largest is None:
+            return {}, {}
         means = self._means.means()
-        assert self._largest is not None
         norms = {NORM: float(means.pop(NORM)), f"{NORM}_max": float(self._largest)}
         return means, norms
 
@@ -116,6 +122,8 @@ class StepMeans:
             return
         totals = self._means.totals()
         if ranks()[0] == 0:
-            counts = {WEIGHT + name: total.weight for name, total in totals.items()}
-            sums = {name: total.sum.contiguous() for name, total in totals.items()}
-            save_file({**sums, **counts, LARGEST + NORM: self._largest.cpu()}, folder / SUMS)
+            weights = {WEIGHT + name: total.weight for name, total in totals.items()}
+            sums = {name: total.sum for name, total in totals.items()}
+            # Cloned, because tensors of a file must not share memory.
+            found = {**sums, **weights, LARGEST + NORM: self._largest.cpu()}
+            save_file({name: value.clone() for name, value in found.items()}, folder / SUMS)

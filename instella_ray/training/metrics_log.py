@@ -133,7 +133,7 @@ class MetricsLog:
         means, norms = self.means.means()
         self.means.clear()
         elapsed = time.perf_counter() - self.since
-        facts = {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
+        facts = {name: round(float(value), 6) for name, value in (self.summary(step, means) if means else {}).items()}
         facts |= {"lr": found.rate, **{name: round(value, 5) for name, value in norms.items()}}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
         speed |= throughput(self.work / elapsed, self.world, self.peak)

@@ -123,7 +123,7 @@ class RunReport:
 
     def _write(self, state: RunState) -> None:
         """Write the page unless a newer attempt has taken over; a failed writing must not fail the run."""
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             self.attempt.check()
             config = read_yaml(storage.join(state.run_dir, CONFIG))
@@ -132,9 +132,8 @@ class RunReport:
             log.debug("%s", error)
         except Exception as error:  # stores raise unrelated error types
             log.error("%s: could not be written (%s)", self.path, error)
-        now = time.monotonic()
         every = EVERY if storage.is_local(self.path) else EVERY_REMOTE
-        self.next = now + max(every, (now - began) / SHARE)
+        self.next = time.monotonic() + max(every, (time.thread_time() - began) / SHARE)
 
 
 def _device_name(device: torch.device) -> str:

@@ -133,6 +133,8 @@ def render_run(state: RunState, config: Mapping[str, Any]) -> str:
 def data_text(config: Mapping[str, Any]) -> str:
     """Return what a run trains on, from its configuration."""
     codes = config.get("codes")
+    if isinstance(codes, list) and len(codes) == 1:
+        codes = codes[0]["folder"]
     if isinstance(codes, list):
         return ", ".join(f"{source['folder']} (weight {source.get('weight', 1)})" for source in codes)
     given = codes or config.get("images") or config.get("data") or ""
@@ -142,7 +144,7 @@ def data_text(config: Mapping[str, Any]) -> str:
 def time_left(state: RunState) -> str:
     """Return the time that the remaining steps take at the last logged throughput; empty if it is not known."""
     _, speeds = state.curves.get("images_per_second", ((), ()))
-    if state.status != "running" or not speeds or not speeds[-1]:
+    if state.status != "running" or state.step == state.cfg.steps or not speeds or not speeds[-1]:
         return ""
     seconds = (state.cfg.steps - state.step) * state.cfg.global_batch / speeds[-1]
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):

@@ -112,7 +112,7 @@ def _means(held_out: HeldOutSet, learner: Learner, size: int) -> dict[str, Tenso
                 loss, parts = learner.evaluate(held_out.module, held_out.inputs(batch, seeds))
                 values = {"loss": loss, **parts}
                 values = {name: v if v.ndim == 0 else v / len(index) for name, v in values.items()}
-                means.add(values, len(index) if turn * world + rank < batches else 0)
+                means.add(values, torch.tensor(len(index) if turn * world + rank < batches else 0))
     finally:
         held_out.module.train(training)
     return means.means()

@@ -15,14 +15,26 @@ from .distributed import ranks
 SUMS = "running_means.safetensors"
 """File of a checkpoint with the sums since the last logged line; absent if there are none."""
 NORM = "gradient_norm"
-WEIGHT, LARGEST = "weight of ", "largest "
+SUM, WEIGHT, LARGEST = "sum of ", "weight of ", "largest "
+AT_ONCE = 64
+"""Steps that are summed in one operation."""
 
 
 class Total(NamedTuple):
-    """Weighted sum of a value and the sum of its weights."""
+    """Weighted sum of a value, the sum of its weights, and the largest value of this rank."""
 
     sum: Tensor
     weight: Tensor
+    largest: Tensor
+
+    def plus(self, other: Total) -> Total:
+        """Return the total of both."""
+        largest = torch.maximum(self.largest, other.largest)
+        return Total(self.sum + other.sum, self.weight + other.weight, largest)
+
+
+Layout = tuple[tuple[str, Size], ...]
+"""Names and shapes of values that are added together."""
 
 
 class Means:
@@ -34,37 +46,50 @@ class Means:
     def __init__(self, before: Mapping[str, Total] | None = None) -> None:
         """``before``: totals, the same on every rank, that the new ones are added to."""
         self._before = dict(before or {})
-        self._rows: dict[tuple[tuple[str, Size], ...], Tensor] = {}
+        self._pending: dict[Layout, list[tuple[list[Tensor], Tensor]]] = {}
+        self._sums: dict[Layout, Total] = {}
 
-    def add(self, values: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> None:
-        """Add ``values``, which are on one device; with a ``weight`` of 0 they count for nothing, even if they are NaN."""
-        # One row for all values, because each operation on a GPU costs the host a launch.
-        row = torch.cat([value.detach().flatten() for value in values.values()]).double()
-        weight = torch.as_tensor(weight, device=row.device).double()
-        row = torch.where(weight > 0, torch.cat((row * weight, weight.reshape(1))), 0.0)
+    def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add ``values`` on one device; with a ``weight`` (a scalar) of 0 they count for nothing, even if they are NaN."""
         layout = tuple((name, value.shape) for name, value in values.items())
-        before = self._rows.get(layout)
-        self._rows[layout] = row if before is None else before + row
+        pending = self._pending.setdefault(layout, [])
+        pending.append(([value.detach() for value in values.values()], weight))
+        # Several at once, because each operation on a GPU costs the host a launch.
+        if len(pending) == AT_ONCE:
+            self._sum(layout)
+
+    def _sum(self, layout: Layout) -> None:
+        pending = self._pending.pop(layout)
+        rows = torch.cat([value.flatten() for values, _ in pending for value in values]).view(len(pending), -1).double()
+        weights = torch.stack([weight for _, weight in pending]).to(rows.device).double()[:, None]
+        total = Total(
+            torch.where(weights > 0, rows * weights, 0.0).sum(0),
+            weights.sum(0),
+            torch.where(weights > 0, rows, -torch.inf).amax(0),
+        )
+        self._sums[layout] = self._sums[layout].plus(total) if layout in self._sums else total
 
     def totals(self) -> dict[str, Total]:
         """Return the totals on the CPU, of which each rank has the mean over ranks; collective.
 
         The one operation that waits for the GPU.
         """
-        rows, (_, world) = dict(self._rows), ranks()
-        if rows and world > 1:
-            joint = torch.cat(list(rows.values()))
+        for layout in list(self._pending):
+            self._sum(layout)
+        sums, (_, world) = dict(self._sums), ranks()
+        if sums and world > 1:
+            joint = torch.cat([part for total in sums.values() for part in total[:2]])
             torch.distributed.all_reduce(joint)
-            parts = (joint / world).split([len(row) for row in rows.values()])
-            rows = dict(zip(rows, parts, strict=True))
+            parts = iter((joint / world).split([len(part) for total in sums.values() for part in total[:2]]))
+            sums = {layout: Total(next(parts), next(parts), total.largest) for layout, total in sums.items()}
         found = dict(self._before)
-        for layout, row in rows.items():
-            *values, count = row.cpu().split([*(shape.numel() for _, shape in layout), 1])
-            for (name, shape), value in zip(layout, values, strict=True):
-                total = Total(value.view(shape), count.squeeze())
-                if name in found:
-                    total = Total(total.sum + found[name].sum, total.weight + found[name].weight)
-                found[name] = total
+        for layout, total in sums.items():
+            lengths = [shape.numel() for _, shape in layout]
+            pairs = zip(total.sum.cpu().split(lengths), total.largest.cpu().split(lengths), strict=True)
+            weight = total.weight.cpu().squeeze()
+            for (name, shape), (value, largest) in zip(layout, pairs, strict=True):
+                new = Total(value.view(shape), weight, largest.view(shape))
+                found[name] = found[name].plus(new) if name in found else new
         return found
 
     def means(self) -> dict[str, Tensor]:
@@ -81,49 +106,42 @@ class StepMeans:
 
     def __init__(self, folder: Path | None) -> None:
         """Start with the sums in the checkpoint ``folder``; None: a new run."""
-        self._means = Means()
-        self._largest: Tensor | None = None
-        if folder is not None and (file := folder / SUMS).is_file():
-            found = load_file(file)
-            names = [name for name in found if WEIGHT + name in found]
-            self._means = Means({name: Total(found[name], found[WEIGHT + name]) for name in names})
-            self._largest = found[LARGEST + NORM]
+        found = load_file(folder / SUMS) if folder is not None and (folder / SUMS).is_file() else {}
+        names = [name.removeprefix(SUM) for name in found if name.startswith(SUM)]
+        before = {name: Total(*(found[part + name] for part in (SUM, WEIGHT, LARGEST))) for name in names}
+        self._means, self._empty = Means(before), not before
 
     def clear(self) -> None:
         """Forget all steps."""
-        self._means = Means()
-        self._largest = None
+        self._means, self._empty = Means(), True
 
     def add(self, means: Mapping[str, Tensor], norm: Tensor) -> None:
         """Add a step's ``means`` and gradient ``norm``; a step without means or a finite norm counts for nothing."""
-        if not means:
-            return
-        device = next(iter(means.values())).device
-        norm = norm.detach().to(device, torch.float32)
-        finite = norm.isfinite()
-        self._means.add({**means, NORM: norm}, finite)
-        largest = torch.where(finite, norm, 0.0)
-        self._largest = largest if self._largest is None else torch.maximum(largest, self._largest.to(device))
+        if means:
+            norm = norm.to(next(iter(means.values())).device)
+            self._means.add({**means, NORM: norm}, norm.isfinite())
+            self._empty = False
 
     def means(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the means of all parts over steps and ranks, and the gradient norm's mean and maximum; collective.
 
         Both are empty if no step counted.
         """
-        if self._largest is None:
+        if self._empty:
             return {}, {}
-        means = self._means.means()
-        norms = {NORM: float(means.pop(NORM)), f"{NORM}_max": float(self._largest)}
-        return means, norms
+        totals = self._means.totals()
+        means = {name: (total.sum / total.weight).float() for name, total in totals.items()}
+        return means, {NORM: float(means.pop(NORM)), f"{NORM}_max": float(totals[NORM].largest)}
 
     def save(self, folder: Path) -> None:
         """Write the sums to a checkpoint's ``folder`` on rank 0, unless a line has just been logged; collective."""
-        if self._largest is None:
+        if self._empty:
             return
         totals = self._means.totals()
         if ranks()[0] == 0:
-            weights = {WEIGHT + name: total.weight for name, total in totals.items()}
-            sums = {name: total.sum for name, total in totals.items()}
+            parts = (SUM, WEIGHT, LARGEST)
             # Cloned, because tensors of a file must not share memory.
-            found = {**sums, **weights, LARGEST + NORM: self._largest.cpu()}
-            save_file({name: value.clone() for name, value in found.items()}, folder / SUMS)
+            found = {
+                p + name: value.clone() for name, total in totals.items() for p, value in zip(parts, total, strict=True)
+            }
+            save_file(found, folder / SUMS)

@@ -21,7 +21,7 @@ from ..flops import find_accelerator
 from .distributed import ranks
 from .loggers import PREVIEWS, open_loggers
 from .means import StepMeans
-from .previews import Preview, draw_grid, draw_strip, encode_preview, preview_file
+from .previews import TrainingPreview, draw_grid, draw_strip, encode_preview, preview_file
 from .report import RunReport
 from .run_dir import METRICS, Attempt, read_metrics
 from .settings import HELD_OUT, TrainConfig
@@ -154,7 +154,7 @@ class MetricsLog:
         kept = {name: value for name, value in self.last.items() if name.startswith(HELD_OUT)}
         self.last = {**kept, **row}
 
-    def preview(self, step: int, preview: Preview | None) -> None:
+    def preview(self, step: int, preview: TrainingPreview | None) -> None:
         """Write and log the preview after ``step`` steps, and that of all steps so far."""
         if preview is None:
             return

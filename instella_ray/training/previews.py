@@ -1,4 +1,4 @@
-"""Preview images of a run: a labelled strip for each preview, and a grid of all steps so far."""
+"""TrainingPreview images of a run: a labelled strip for each preview, and a grid of all steps so far."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PreviewInputs(NamedTuple):
     """Images to reconstruct, uint8 ``[N, H, W, 3]``."""
 
 
-class Preview(NamedTuple):
+class TrainingPreview(NamedTuple):
     """Images that a run's weights make of the same inputs after some steps."""
 
     rows: dict[str, np.ndarray]
@@ -44,10 +44,12 @@ class Preview(NamedTuple):
     labels: tuple[str, ...]
     """A text for each of the N columns."""
 
-    def reduced(self) -> Preview:
+    def reduced(self) -> TrainingPreview:
         """Return the rows that a grid shows, with images of at most :data:`TILE` pixels a side."""
         shown = (name for name in (ORIGINALS, AVERAGED) if name in self.rows)
-        return Preview({name: np.stack([_reduced(image) for image in self.rows[name]]) for name in shown}, self.labels)
+        return TrainingPreview(
+            {name: np.stack([_reduced(image) for image in self.rows[name]]) for name in shown}, self.labels
+        )
 
 
 def preview_file(run_dir: str, step: int) -> str:
@@ -55,7 +57,7 @@ def preview_file(run_dir: str, step: int) -> str:
     return storage.join(run_dir, FOLDER, f"step-{step:07d}.png")
 
 
-def draw_strip(preview: Preview) -> np.ndarray:
+def draw_strip(preview: TrainingPreview) -> np.ndarray:
     """Draw a preview, uint8 ``[H, W, 3]``: its named rows one below the other, and the labels under them.
 
     Images keep their pixels; small ones are enlarged by a whole factor.
@@ -68,7 +70,7 @@ def draw_strip(preview: Preview) -> np.ndarray:
     return sheet.drawn()
 
 
-def draw_grid(previews: Mapping[int, Preview]) -> np.ndarray:
+def draw_grid(previews: Mapping[int, TrainingPreview]) -> np.ndarray:
     """Draw previews by step, reduced, as a grid with a row for each step and the labels under them.
 
     Previews of other labels than the last one's are left out: their prompts have been changed since.
@@ -86,7 +88,7 @@ def draw_grid(previews: Mapping[int, Preview]) -> np.ndarray:
     return sheet.drawn()
 
 
-def alike(previews: Mapping[int, Preview]) -> list[int]:
+def alike(previews: Mapping[int, TrainingPreview]) -> list[int]:
     """Return the steps to show, at most :data:`SHOWN_STEPS`, whose labels and sizes are those of the last one."""
     last = previews[max(previews)]
     same = [
@@ -106,7 +108,7 @@ def spread(steps: Sequence[int], count: int = SHOWN_STEPS) -> list[int]:
     return [steps[i] for i in sorted(nearest)]
 
 
-def encode_preview(preview: Preview, strip: np.ndarray) -> bytes:
+def encode_preview(preview: TrainingPreview, strip: np.ndarray) -> bytes:
     """Encode a drawn ``strip`` as a PNG that :func:`decode_preview` can read the images of."""
     place = _Sheet(preview, _factor(preview))
     tops = {}
@@ -121,7 +123,7 @@ def encode_preview(preview: Preview, strip: np.ndarray) -> bytes:
     return encode_image(strip, "png", facts)
 
 
-def decode_preview(data: bytes) -> Preview | None:
+def decode_preview(data: bytes) -> TrainingPreview | None:
     """Read a preview from a PNG of :func:`encode_preview`; None if it does not say where its images are."""
     facts: Any = read_metadata(data)
     if not facts or "tops" not in facts:
@@ -136,10 +138,10 @@ def decode_preview(data: bytes) -> Preview | None:
         )
         for name, top in facts["tops"].items()
     }
-    return Preview(rows, tuple(facts["labels"]))
+    return TrainingPreview(rows, tuple(facts["labels"]))
 
 
-def read_previews(run_dir: str, until: int) -> dict[int, Preview]:
+def read_previews(run_dir: str, until: int) -> dict[int, TrainingPreview]:
     """Read the previews of a run up to step ``until``, reduced; of many, as many as a grid shows."""
     found = {_step(path): path for path in storage.glob(storage.join(run_dir, FOLDER, "step-*.png"))}
     steps = spread(sorted(step for step in found if step <= until))
@@ -155,7 +157,7 @@ def joined(images: np.ndarray) -> np.ndarray:
 class _Sheet:
     """A drawing that grows downwards."""
 
-    def __init__(self, preview: Preview, factor: int) -> None:
+    def __init__(self, preview: TrainingPreview, factor: int) -> None:
         images = next(iter(preview.rows.values()))
         self.factor = factor
         self.size = (images.shape[1] * factor, images.shape[2] * factor)
@@ -231,7 +233,7 @@ def _font(size: int) -> Font:
         return ImageFont.load_default(size)
 
 
-def _factor(preview: Preview) -> int:
+def _factor(preview: TrainingPreview) -> int:
     return max(1, -(-TILE // next(iter(preview.rows.values())).shape[2]))
 
 

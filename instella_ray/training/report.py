@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import yaml
 
 from .. import storage
-from ..config import read_yaml
 from ..errors import UserError
 from .distributed import ranks
-from .previews import SHOWN_STEPS, Preview, decode_preview, preview_file, read_previews, spread
+from .previews import SHOWN_STEPS, TrainingPreview, decode_preview, preview_file, read_previews, spread
 from .report_page import REPORT, Curve, RunState, render_run
 from .run_dir import CONFIG, Attempt
 from .settings import TrainConfig
@@ -28,7 +28,7 @@ STARTS = "starts.json"
 """File of a run directory with every start of its workers: step, attempt, time, host and number of workers."""
 EVERY, EVERY_REMOTE = 10.0, 60.0
 """Seconds between two writings to a local disk, and to an object store."""
-SHARE = 0.005
+SHARE = 0.002
 """Largest share of the time that writing may take: a page that takes longer is written less often."""
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class RunReport:
         self.starts: list[dict[str, Any]] = []
         self.history: dict[str, Curve] = {}
         """Logged values by metric."""
-        self.previews: dict[int, Preview] = {}
+        self.previews: dict[int, TrainingPreview] = {}
         """Previews by step, reduced; of many, an even selection."""
-        self.latest: Preview | None = None
+        self.latest: TrainingPreview | None = None
         self.step = 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="report")
         self.pending: Future[None] | None = None
@@ -77,7 +77,7 @@ class RunReport:
         if time.monotonic() >= self.next and (self.pending is None or self.pending.done()):
             self.pending = self.thread.submit(self._write, self._state("running"))
 
-    def add_preview(self, step: int, preview: Preview) -> None:
+    def add_preview(self, step: int, preview: TrainingPreview) -> None:
         """Add the preview after ``step`` steps."""
         self.latest = preview
         self.previews[step] = preview.reduced()
@@ -126,7 +126,7 @@ class RunReport:
         began = time.thread_time()
         try:
             self.attempt.check()
-            config = read_yaml(storage.join(state.run_dir, CONFIG))
+            config = yaml.safe_load(storage.read_text(storage.join(state.run_dir, CONFIG)))
             storage.write_text(self.path, render_run(state, config))
         except UserError as error:
             log.debug("%s", error)

@@ -17,7 +17,7 @@ from ..data.formats.patterns import pattern_text
 from ..models.folders import checkpoint_step, finished_checkpoints
 from ..rendering import flat, render, svg_curves, thumbnail
 from .checkpoints import best_checkpoint, scores
-from .previews import AVERAGED, ORIGINALS, TILE, Preview, alike, joined
+from .previews import AVERAGED, ORIGINALS, TILE, TrainingPreview, alike, joined
 from .run_dir import CONFIG
 from .settings import HELD_OUT, TrainConfig
 
@@ -62,9 +62,9 @@ class RunState:
     """By metric."""
     starts: Sequence[Mapping[str, Any]]
     """Every start of the workers, in order."""
-    previews: Mapping[int, Preview]
+    previews: Mapping[int, TrainingPreview]
     """By step, reduced."""
-    latest: Preview | None
+    latest: TrainingPreview | None
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ def _binned(steps: np.ndarray, values: np.ndarray) -> Points:
     return [(float(steps[i : i + each][-1]), float(values[i : i + each].mean())) for i in starts]
 
 
-def _latest(preview: Preview) -> list[tuple[str, bytes]]:
+def _latest(preview: TrainingPreview) -> list[tuple[str, bytes]]:
     """Return the rows of the latest preview by name, as image files."""
     return [(name, thumbnail(joined(images), LATEST)) for name, images in preview.rows.items()]
 
 
-def _grid(previews: Mapping[int, Preview]) -> list[tuple[str, bytes]]:
+def _grid(previews: Mapping[int, TrainingPreview]) -> list[tuple[str, bytes]]:
     """Return a row of images for each step, after the originals if there are any, with its name."""
     steps = alike(previews)
     rows = [(f"step {step:,}", previews[step].rows[AVERAGED]) for step in steps]

@@ -21,7 +21,7 @@ from .distributed import fill, gather, ranks
 from .held_out import HeldOutSet, held_out_metrics
 from .learner import FSDPLearner, Learner, ZeroLearner
 from .optim import EMA
-from .previews import AVERAGED, ORIGINALS, RAW, Preview, PreviewInputs
+from .previews import AVERAGED, ORIGINALS, RAW, PreviewInputs, TrainingPreview
 from .settings import OptimizerConfig, TrainConfig
 
 LEARNERS: dict[str, type[Learner]] = {"ddp": Learner, "zero2": ZeroLearner, "fsdp2": FSDPLearner}
@@ -192,7 +192,7 @@ class Trainer:
         held_out = self.task.held_out
         return {} if held_out is None else held_out_metrics(held_out, self.learner, self.ema, self.size)
 
-    def preview(self) -> Preview | None:
+    def preview(self) -> TrainingPreview | None:
         """Return the task's previews of the EMA and the raw weights on rank 0; None on other ranks and without any."""
         shared, rows = isinstance(self.learner, FSDPLearner), {}
         inputs = self.task.preview_inputs() if self.rank == 0 else PreviewInputs(())
@@ -203,7 +203,7 @@ class Trainer:
                 rows[name] = self.task.preview(model, inputs)
         if inputs.originals is not None:
             rows = {ORIGINALS: inputs.originals, **rows}
-        return Preview(rows, inputs.labels) if rows else None
+        return TrainingPreview(rows, inputs.labels) if rows else None
 
     def save(self, folder: Path, step: int) -> None:
         """Gather the training state after ``step`` steps and write it to ``folder`` on rank 0."""

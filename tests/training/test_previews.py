@@ -19,7 +19,7 @@ from instella_ray.training.previews import (
     RAW,
     SHOWN_STEPS,
     TILE,
-    Preview,
+    TrainingPreview,
     alike,
     decode_preview,
     draw_grid,
@@ -34,9 +34,11 @@ from instella_ray.training.previews import (
 
 def preview(
     size: int = 32, labels: tuple[str, ...] = ("a red circle", ""), names: tuple[str, ...] = (AVERAGED, RAW)
-) -> Preview:
+) -> TrainingPreview:
     rng = np.random.default_rng(len(labels))
-    return Preview({name: rng.integers(0, 256, (len(labels), size, size, 3), np.uint8) for name in names}, labels)
+    return TrainingPreview(
+        {name: rng.integers(0, 256, (len(labels), size, size, 3), np.uint8) for name in names}, labels
+    )
 
 
 @pytest.mark.parametrize("size", [32, 200])

@@ -19,7 +19,7 @@ from instella_ray import storage
 from instella_ray.config import dump_yaml
 from instella_ray.training import report
 from instella_ray.training.launch import launch
-from instella_ray.training.previews import AVERAGED, RAW, Preview
+from instella_ray.training.previews import AVERAGED, RAW, TrainingPreview
 from instella_ray.training.report import RunReport
 from instella_ray.training.report_page import POINTS, Curve, data_text, points, running_mean
 from instella_ray.training.run_dir import Attempt
@@ -152,7 +152,7 @@ def test_many_previews_are_thinned_out_evenly(tmp_path: Path) -> None:
         one.begin(0, [])
         images = np.zeros((1, 8, 8, 3), np.uint8)
         for step in range(1, 200):
-            one.add_preview(step, Preview({AVERAGED: images, RAW: images}, ("a",)))
+            one.add_preview(step, TrainingPreview({AVERAGED: images, RAW: images}, ("a",)))
         assert len(one.previews) <= 48 and {1, 199} <= set(one.previews)
         steps = sorted(one.previews)
         assert max(np.diff(steps)) <= 12

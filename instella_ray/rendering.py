@@ -7,8 +7,9 @@ import hashlib
 import io
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,21 +56,27 @@ def render(template: Path, **values: Any) -> str:
 
     Reports extend ``base.html.j2``; their ``pages`` are links to other pages, by label.
     """
-    loader = jinja2.FileSystemLoader([template.parent, TEMPLATES])
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page.filters |= {"digits": digits, "uri": image_uri}
     sections: dict[str, str] = {}
-    script = (TEMPLATES / "script.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
     def section(title: str, label: str | None = None) -> Markup:
         anchor = f"section-{len(sections) + 1}"
         sections[anchor] = label or title
         return Markup('<h2 id="{}">{}</h2>').format(anchor, title)
 
-    page.globals |= {"section": section, "sections": sections, "pages": {}}
+    page = _environment(template.parent).get_template(template.name)
+    return page.render(**{"section": section, "sections": sections, "pages": {}, **values})
+
+
+@cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """Return the environment of the templates in ``folder``, which keeps them compiled."""
+    loader = jinja2.FileSystemLoader([folder, TEMPLATES])
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page.filters |= {"digits": digits, "uri": image_uri}
+    script = (TEMPLATES / "script.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
-    return page.get_template(template.name).render(**values)
+    return page
 
 
 def digits(value: float | None, unit: str = "", significant: int = 3) -> str:
@@ -90,6 +97,22 @@ def digits(value: float | None, unit: str = "", significant: int = 3) -> str:
         places = max(0, significant - 1 - math.floor(math.log10(size)))
         text = _without_zeros(f"{value:,.{places}f}")
     return f"{text} {unit}" if unit else text
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten nested values to rows of a run card: dotted name and text."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value_text(value)
+
+
+def value_text(value: Any) -> str:
+    """Format a value of a run card; numbers with up to six significant digits, a dash for None."""
+    if value is None or isinstance(value, float):
+        return digits(value, significant=6)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _without_zeros(text: str) -> str:
@@ -142,10 +165,12 @@ def svg_curves(
     log: bool = False,
     axis: str = "step",
     spans: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    marks: Sequence[float] = (),
 ) -> Markup:
     """Draw line charts of (x, value) points as inline SVG; ``log`` uses a logarithmic value axis.
 
-    ``spans`` are intervals (x, low, high) by series name, drawn as vertical bars.
+    ``spans`` are intervals (x, low, high) by series name, drawn as vertical bars. ``marks`` are places on the x axis, those
+    within the chart drawn as dashed lines.
     """
     width, height, left, bottom = 460, 200, 52, 24
     points = [point for line in series.values() for point in line]
@@ -165,13 +190,16 @@ def svg_curves(
         return left + 6 + (width - left - 18) * along, 8 + (height - bottom - 8) * (1 - up)
 
     parts = []
-    for tick in np.linspace(low, high, 4):
+    for tick in np.linspace(low, high, 4 if high > low else 1):
         value = 10**tick if log else tick
         _, y = at(first, value)
         parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{digits(value)}</text>')
     parts.append(f'<text x="{left + 6}" y="{height - 6}">{digits(first)}</text>')
     parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{escape(axis)} {digits(last)}</text>')
+    for mark in (mark for mark in marks if first <= mark <= last):
+        x, _ = at(mark, 10**low if log else low)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="{height - bottom}" class="limit"/>')
     for place, (name, line) in enumerate(series.items()):
         color = f'class="series-{place % COLORS}"'
         dots = [at(*point) for point in line]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from instella_ray import storage
+from instella_ray.config import dump_yaml
 from instella_ray.data.curation.filters.config import FilterConfig
 from instella_ray.data.curation.job import CurateConfig, run_curate
 from instella_ray.data.formats.shards import write_tar
@@ -27,6 +30,9 @@ from instella_ray.evaluation.compare import compare
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.rendering import TEMPLATES, encode_png
+from instella_ray.training.previews import TrainingPreview
+from instella_ray.training.report import RunReport
+from instella_ray.training.run_dir import Attempt
 from instella_ray.training.validation import Numbers, ValidationSchedule, Validator
 from instella_ray.training.validation_report import IMAGE
 
@@ -36,11 +42,13 @@ from .kit.models import write_tokenizer
 from .kit.project import PACKAGE
 from .kit.sample_sets import noise, write_samples, write_sweep
 from .kit.shards import image_bytes
+from .kit.training import CPU, tokenizer_config
 
 HACK = '<img src=x onerror="window.hacked=1">'
 HACK_NAME = HACK.replace(".", "")
 """The same as a key: dots end keys."""
-PAGES = ("demo", "curation", "evaluation", "sweep", "comparison", "validation")
+PAGES = ("demo", "curation", "evaluation", "sweep", "comparison", "validation", "training")
+START = {"attempt": 1, "time": "2026-01-01 00:00:00 UTC", "host": HACK, "process": 1, "workers": 1, "device": "CPU"}
 WITHOUT_END = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -104,6 +112,27 @@ def validation_page(folder: Path) -> Path:
     return validator.folder / "report.html"
 
 
+def open_report(folder: Path) -> RunReport:
+    cfg = tokenizer_config(HACK, folder, 400, keep_best={"metric": "loss", "order": "lower"})
+    storage.write_text(str(folder / "config.yaml"), dump_yaml(cfg))
+    return RunReport(cfg.train, Attempt.begin(str(folder), resume=True), CPU)
+
+
+def training_page(folder: Path) -> Path:
+    storage.write_json(str(folder / "starts.json"), [{**START, "step": 0}])
+    with suppress(RuntimeError), open_report(folder) as report:
+        report.begin(100, [])
+        for step in range(120, 320, 2):
+            report.add({"step": step, "loss": 40 / step, "held_out_loss": 41 / step, "code_loss": 0.1, "psnr": 20.0})
+            if step % 100 == 0:
+                images = np.full((2, 32, 32, 3), step % 256, np.uint8)
+                report.add_preview(
+                    step, TrainingPreview({"originals": images, "EMA": images, "raw weights": images}, (HACK, ""))
+                )
+        raise RuntimeError(HACK)
+    return folder / "report.html"
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One page of each kind, written by the code that writes it in a real run."""
@@ -126,6 +155,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sweep": folder / "sweep" / "report.html",
         "comparison": folder / "compare.html",
         "validation": validation_page(folder / "runs"),
+        "training": training_page(folder / "run"),
     }
 
 
@@ -240,11 +270,20 @@ def test_pages_beside_each_other_are_linked(pages: dict[str, Path]) -> None:
     validator = NothingMeasured(ValidationSchedule(best_by="psnr"), str(pages["validation"].parents[1]))
     validator.add(validator.rows()[0])
     assert linked("validation") == {"step-0001000/evaluation/report.html"}
+    assert linked("training") == {"config.yaml"}
+    # The pages of a run and of its validation lead to each other.
+    run = pages["validation"].parents[1]
+    shutil.copytree(pages["training"].parent, run, dirs_exist_ok=True)
+    validator.add(validator.rows()[0])
+    assert "../report.html" in linked("validation")
+    with open_report(run) as report:
+        report.begin(0, [])
+    assert '<a href="validation/report.html">' in (run / "report.html").read_text()
 
 
 def test_templates_share_base_style_and_script() -> None:
     reports = {path for path in PACKAGE.rglob("*.html.j2") if path.parent != TEMPLATES}
-    assert len(reports) == 5
+    assert len(reports) == 6
     for path in reports:
         text = path.read_text()
         assert text.startswith('{% extends "base.html.j2" %}') and '{% import "macros.html.j2" as ui %}' in text

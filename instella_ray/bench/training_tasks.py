@@ -19,7 +19,8 @@ from ..data.loading.order import BatchPlan
 from ..models.diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache
-from ..training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask, OnlineEncoder
+from ..training.generator import GeneratorRunConfig, GeneratorTask, OnlineEncoder
+from ..training.generator_loss import DiffusionLoss
 from ..training.learner import Learner
 from ..training.metrics_log import MetricsLog, bf16_peak, peak_memory
 from ..training.optim import EMA

@@ -15,12 +15,12 @@ import numpy as np
 
 from .. import storage
 from ..errors import UserError
-from ..rendering import Cell, digits, render, table
+from ..rendering import Cell, digits, render, table, value_text
 from .metrics.base import Info, Metric, better
 from .metrics.diversity import Diversity
 from .metrics.rates import RateMetric
 from .metrics.samples import SampleMetric
-from .report import REPORT, value_text
+from .report import REPORT
 from .results import Evaluation, Json
 from .statistics import paired_difference
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from .. import storage
-from ..rendering import Goal, digits, render, svg_curves
+from ..rendering import Goal, flat, render, svg_curves
 from .metrics.base import better
 from .metrics.presets import Preset, Published, preset
 from .results import Evaluation, Json
@@ -131,22 +130,6 @@ def about(result: Json) -> Iterator[tuple[str, str]]:
     if result["weights"]:
         yield "weights", f"{result['weights']} (sha256 {result['weights_hash']})"
     yield from flat(result["settings"])
-
-
-def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Flatten nested values to rows of a run card: dotted name and text."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value_text(value)
-
-
-def value_text(value: Any) -> str:
-    """Format a value of a run card; numbers with up to six significant digits, a dash for None."""
-    if value is None or isinstance(value, float):
-        return digits(value, significant=6)
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _names(settings: Sequence[Json]) -> list[str]:

@@ -231,7 +231,7 @@ class Uploads:
         kept = {*folders[-self.keep :]}
         try:
             if self.best is not None:
-                kept.update(best_checkpoint({folder: _scores(folder) for folder in folders}, self.best))
+                kept.update(best_checkpoint({folder: scores(folder) for folder in folders}, self.best))
             for folder in folders:
                 if folder not in kept:
                     remove_checkpoint(folder)
@@ -246,6 +246,7 @@ def best_checkpoint(scores: Mapping[str, Mapping[str, float]], best: BestConfig)
     return [min(known, key=lambda folder: known[folder])] if known else []
 
 
-def _scores(folder: str) -> dict[str, float]:
+def scores(folder: str) -> dict[str, float]:
+    """Return the metrics that were logged last before the checkpoint in ``folder`` was saved."""
     file = storage.join(folder, SCORES)
     return storage.read_json(file) if storage.exists(file) else {}

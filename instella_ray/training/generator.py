@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,15 @@ from ..data.formats.codes import CodesManifest, CodesReader
 from ..data.formats.images import to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
-from ..data.loading.loader import CaptionChoice, CodesBatch, CodesData, Data, Mixture
+from ..data.loading.loader import CAPTIONS, CaptionChoice, CodesBatch, CodesData, Data, Mixture
+from ..data.loading.split import FileData
 from ..data.model_provenance import model_provenance, text_encoder_provenance
 from ..data.provenance import data_provenance, shard_provenance
 from ..errors import UserError
 from ..flops import TextEncoderSizes, bit_encode, generator_training, text_encoder_forward
-from ..models import rng
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, load_expected, weight_hash
-from ..models.diffusion import TimeDistribution, ar_loss, bit_accuracy, diffusion_loss, flip_noise, timesteps, x0_logits
+from ..models.diffusion import TimeDistribution
 from ..models.folders import find_model
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.sampling import Guidance, SamplingConfig, Temperature
@@ -35,10 +34,13 @@ from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCac
 from ..pipeline import InstellaPipeline
 from ..runs import Provenance
 from .distributed import ranks
+from .generator_loss import BY_TIME, ARLoss, DiffusionLoss, accuracy_summary
 from .generator_validation import GeneratorValidation, GeneratorValidator
+from .held_out import complete_held_out, held_out_set, hold_out
 from .launch import launch
 from .logged import DIFFUSION, GENERATOR, check_keep_best
 from .memory import Checkpointing, choose_checkpointing, generator_memory
+from .previews import PreviewInputs
 from .settings import TrainingRun
 from .start_from import checked_generator, parent_provenance, trained_generator
 from .validation import validating
@@ -46,9 +48,6 @@ from .validation import validating
 log = logging.getLogger(__name__)
 
 CALIBRATION_CAPTIONS = 512
-TIME_BINS = 5
-"""Number of timestep bins for logged bit accuracy: t0 is nearly clean, t4 nearly pure noise."""
-BY_TIME = "accuracy_by_time"
 
 
 class PreviewConfig(SamplingConfig):
@@ -112,70 +111,6 @@ class GeneratorRunConfig(TrainingRun):
         return (CodesSource(folder=self.codes),) if isinstance(self.codes, str) else self.codes or ()
 
 
-class DiffusionLoss(nn.Module):
-    """Diffusion loss (Eq. 5) of one micro-batch at timesteps drawn from ``times``, shifted by ``shift``."""
-
-    def __init__(self, model: DiffusionGenerator, times: TimeDistribution = "logit_normal", shift: float = 1.0) -> None:
-        super().__init__()
-        self.model = model
-        self.times: TimeDistribution = times
-        self.shift = shift
-
-    def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts for ``codes [B, L, K]`` 0/1 and text ``features [layers, B, T, W]``.
-
-        ``mask`` bool ``[B, T]`` is true at real tokens; ``seeds [B]`` determine each sample's timestep and noise.
-        """
-        t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times, self.shift)
-        z_t = flip_noise(codes, t, u)
-        out = self.model(z_t, t, self.model.text_kv(features, mask))
-        accuracy = bit_accuracy(x0_logits(out, z_t), codes)
-        facts = {"bit_accuracy": accuracy.mean(), BY_TIME: accuracy_by_time(accuracy, t)}
-        return diffusion_loss(out, z_t, codes), facts
-
-
-def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw timesteps ``[B]`` and uniforms ``[B, tokens, bits]`` from ``seeds [B]``."""
-    first = torch.zeros_like(seeds)
-    t = timesteps(rng.uniforms(seeds, first, 1, 1, stream=rng.TRAINING)[:, 0, 0], times, shift)
-    return t, rng.uniforms(seeds, first + 1, tokens, bits, stream=rng.TRAINING)
-
-
-def accuracy_by_time(accuracy: Tensor, t: Tensor) -> Tensor:
-    """Return sums and counts ``[2, TIME_BINS + 1]`` of ``accuracy [B]`` in equal bins of ``t [B]``, and for t > 0.5.
-
-    Sums rather than means, because micro-batches and ranks have different numbers of samples in a bin.
-    """
-    place = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    bins = place[:, None] == torch.arange(TIME_BINS, device=t.device)
-    member = torch.cat((bins, (t > 0.5)[:, None]), dim=1).float()
-    # Not a matrix product: autocast would round the counts to bfloat16.
-    return torch.stack(((accuracy[:, None] * member).sum(0), member.sum(0)))
-
-
-def accuracy_summary(sums: Tensor) -> dict[str, Tensor]:
-    """Return ``bit_accuracy_t0``.. and ``bit_accuracy_noisy`` from sums or means of :func:`accuracy_by_time`.
-
-    Bins without samples are omitted.
-    """
-    names = [*(f"bit_accuracy_t{i}" for i in range(TIME_BINS)), "bit_accuracy_noisy"]
-    total, count = sums.cpu()
-    return {name: total[i] / count[i] for i, name in enumerate(names) if count[i] > 0}
-
-
-class ARLoss(nn.Module):
-    """AR loss (Eq. 7) of one micro-batch: all tokens at once under the causal mask."""
-
-    def __init__(self, model: ARGenerator) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, codes: Tensor, features: Tensor, mask: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts; arguments as :class:`DiffusionLoss`, with ``seeds`` unused."""
-        out = self.model(codes[:, :-1], self.model.text_kv(features, mask), codes)
-        return ar_loss(out, codes), {"bit_accuracy": bit_accuracy(out, codes).mean()}
-
-
 class GeneratorTask:
     """Training task of a generator, for a complete ``cfg``; implements :class:`.trainer.TrainingTask`.
 
@@ -190,15 +125,19 @@ class GeneratorTask:
         self.cfg = cfg
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
         self.encoder: OnlineEncoder | None = None
-        self.sources: Sequence[CodesData | CaptionedImageData]
         captions = CaptionChoice(cfg.short_caption_probability, cfg.caption_drop_probability)
         if cfg.images is not None:
             self.encoder = OnlineEncoder(cfg.tokenizer, device)
-            self.sources = [CaptionedImageData(cfg.images, self.encoder.size, cfg.train.seed, captions)]
-        else:
-            seeds = itertools.count(cfg.train.seed)
-            self.sources = [CodesData(reader, next(seeds), captions) for reader in open_codes(cfg)]
-        weights = [source.weight for source in cfg.sources]
+        weights = [source.weight for source in cfg.sources] or [1]
+
+        def load(data: Pattern, seed: int = cfg.train.seed) -> FileData:
+            if self.encoder is not None:
+                return CaptionedImageData(data, self.encoder.size, seed, captions)
+            return CodesData(CodesReader(str(data), tokenizer_hash=self.tokenizer_hash), seed, captions)
+
+        given = [cfg.images] if cfg.images is not None else [source.folder for source in cfg.sources]
+        sources = [load(each, seed) for seed, each in enumerate(given, cfg.train.seed)]
+        self.sources, held_out = hold_out(sources, weights, cfg.train.held_out, load)
         mixed = len(self.sources) > 1
         self.data: Data = Mixture(self.sources, weights, cfg.train.seed) if mixed else self.sources[0]
         # Always float32 on a CPU, so that the features do not depend on the CPU model.
@@ -219,6 +158,9 @@ class GeneratorTask:
             self.step_module = ARLoss(model)
         else:
             self.step_module = DiffusionLoss(model, cfg.timesteps, cfg.timestep_shift)
+        self.held_out = held_out_set(
+            cfg.train.held_out, held_out, self.step_module, self._held_out_inputs, self._reduced
+        )
 
     def _checkpointing(self, device: torch.device) -> bool:
         """Resolve the configured gradient checkpointing for ``device``, and log the choice on rank 0."""
@@ -259,7 +201,7 @@ class GeneratorTask:
         captions: set[str] = set()
         for source in self.sources:
             count = min(CALIBRATION_CAPTIONS // len(self.sources), len(source))
-            captions.update(source.long_captions(np.linspace(0, len(source) - 1, count).astype(int)))
+            captions.update(source.column(np.linspace(0, len(source) - 1, count).astype(int), CAPTIONS[0]))
         features, mask = self.text.encode(sorted(captions))
         assert not isinstance(self.model, BIT)
         device = next(self.model.parameters()).device
@@ -280,18 +222,28 @@ class GeneratorTask:
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the means, with bit accuracy by timestep for diffusion."""
+        return self._reduced(means)
+
+    def _reduced(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         by_time = means.pop(BY_TIME, None)
         return means if by_time is None else means | accuracy_summary(by_time)
 
-    def preview(self, ema_model: Model) -> np.ndarray | None:
-        """Generate one image per prompt, side by side; None without prompts."""
-        prompts, preview = list(self.cfg.preview.prompts), self.cfg.preview
-        if not prompts or isinstance(ema_model, BIT):
-            return None
-        bit = load_expected(self.cfg.tokenizer, BIT, device=next(ema_model.parameters()).device)
-        pipe = InstellaPipeline(ema_model, bit, self.text.encoder, batch_size=len(prompts))
-        sampling = preview.model_dump(exclude={"prompts"})
-        return np.concatenate(pipe(prompts, seed=range(len(prompts)), output_type="np", **sampling).images, axis=1)
+    def _held_out_inputs(self, batch: CodesBatch | CaptionedImageBatch, seeds: Tensor) -> dict[str, Any]:
+        # Not from the cache: what stands beside a caption in a batch changes its features' last digits.
+        features, mask = self.text.encoder.encode(batch.captions)
+        return {"codes": self._codes(batch, slice(None)), "features": features, "mask": mask, "seeds": seeds}
+
+    def preview_inputs(self) -> PreviewInputs:
+        return PreviewInputs(self.cfg.preview.prompts)
+
+    def preview(self, model: Model, inputs: PreviewInputs) -> np.ndarray:
+        """Generate one image per prompt."""
+        assert not isinstance(model, BIT)
+        prompts = list(inputs.labels)
+        bit = load_expected(self.cfg.tokenizer, BIT, device=next(model.parameters()).device)
+        pipe = InstellaPipeline(model, bit, self.text.encoder, batch_size=len(prompts))
+        sampling = self.cfg.preview.model_dump(exclude={"prompts"})
+        return np.stack(pipe(prompts, seed=range(len(prompts)), output_type="np", **sampling).images)
 
     def keys(self, batch: CodesBatch | CaptionedImageBatch) -> list[str]:
         return batch.keys
@@ -336,6 +288,13 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
     cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
     folders = None
     codes: CodesManifest | BITConfig
+
+    def check_data(data: Pattern) -> None:
+        if cfg.images is not None:
+            require_images(data)
+        else:
+            CodesReader(str(data), tokenizer_hash=weight_hash(cfg.tokenizer))
+
     if cfg.images is None:
         codes = open_codes(cfg)[0].manifest
         folders = tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources)
@@ -346,6 +305,7 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
         "codes": folders,
         "images": cfg.images and absolute_pattern(cfg.images),
         "text_encoder": cfg.text_encoder.absolute(),
+        "train": cfg.train.model_copy(update={"held_out": complete_held_out(cfg.train.held_out, check_data)}),
     }
     check_keep_best(cfg.train, DIFFUSION if facts["model"].kind == "diffusion" else GENERATOR)
     if cfg.start_from is not None:
@@ -376,6 +336,9 @@ def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:
     """Return the provenance of the data, models and weights to start from of a complete configuration."""
     made = (data_provenance("codes", source.folder) for source in cfg.sources)
     data = tuple(made) if cfg.images is None else shard_provenance("shards", cfg.images)
+    if cfg.train.held_out is not None and (other := cfg.train.held_out.data) is not None:
+        codes = cfg.images is None
+        data += (data_provenance("held_out", str(other)),) if codes else shard_provenance("held_out", other)
     parent = () if cfg.start_from is None else (parent_provenance(cfg.start_from),)
     return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder), *parent)
 

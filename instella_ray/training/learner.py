@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.bit_layers import BITBlock
@@ -70,6 +70,14 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss, facts = self._forward(**inputs)
         return loss, facts
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of one batch and its parts, without gradients, by a ``module`` that shares the weights."""
+        inputs = {name: _to(value, self.device) for name, value in inputs.items()}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss, parts = module(**inputs)
+        return loss, parts
 
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
         """Update the weights at ``step`` of ``steps``; returns the gradient norm before clipping and the learning rate."""
@@ -264,3 +272,10 @@ class FSDPLearner(Learner):
                 register_fsdp_forward_method(block, "text_kv")
         fully_shard(self.step_module, mp_policy=policy)
         return self.step_module
+
+    def evaluate(self, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        found = super().evaluate(module, inputs)
+        for each in module.modules():
+            if isinstance(each, FSDPModule):
+                each.reshard()  # weights that stay gathered would be used after they have changed
+        return found

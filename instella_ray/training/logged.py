@@ -6,9 +6,18 @@ from collections.abc import Collection, Sequence
 
 from ..config import did_you_mean
 from ..errors import UserError
-from .settings import TrainConfig
+from .settings import HELD_OUT, TrainConfig
 
-EVERY_RUN = ("loss", "lr", "gradient_norm", "images_per_second", "data_wait", "flops_per_second", "memory_gb")
+EVERY_RUN = (
+    "loss",
+    "lr",
+    "gradient_norm",
+    "gradient_norm_max",
+    "images_per_second",
+    "data_wait",
+    "flops_per_second",
+    "memory_gb",
+)
 GENERATOR = ("bit_accuracy",)
 DIFFUSION = (*GENERATOR, *(f"bit_accuracy_t{i}" for i in range(5)), "bit_accuracy_noisy")
 BITS = (
@@ -22,15 +31,14 @@ BITS = (
 )
 TOKENIZER = ("reconstruction", "psnr", "code_loss", *BITS)
 ADVERSARY = ("adversarial", "adversarial_weight", "discriminator", "logits_true", "logits_restored")
-HELD_OUT = "held_out_"
-"""Prefix of the metrics of held-out samples."""
 
 
 def logged_metrics(train: TrainConfig, own: Sequence[str]) -> tuple[str, ...]:
     """Return the names in ``metrics.jsonl`` of a run whose losses have the parts ``own``."""
     gpu = ("mfu",) if train.workers.gpu else ()
     skipped = ("skipped_batches",) if train.on_nonfinite == "skip" else ()
-    return (*EVERY_RUN, *own, *gpu, *skipped)
+    held_out = ("loss", "loss_raw", *own) if train.held_out is not None else ()
+    return (*EVERY_RUN, *own, *gpu, *skipped, *(HELD_OUT + name for name in held_out))
 
 
 def check_keep_best(train: TrainConfig, own: Collection[str]) -> None:
@@ -38,7 +46,5 @@ def check_keep_best(train: TrainConfig, own: Collection[str]) -> None:
     if train.keep_best is None:
         return
     name, known = train.keep_best.metric, logged_metrics(train, tuple(own))
-    if name.startswith(HELD_OUT):
-        known = tuple(HELD_OUT + each for each in known)
     if name not in known:
         raise UserError(f"train.keep_best.metric '{name}': not logged by this run{did_you_mean(name, known)}")

@@ -31,6 +31,8 @@ LoggerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 RUN_IDS = "loggers.json"
 """File of a run directory with the run's ids at Weights & Biases and MLflow."""
 PROJECT = "instella-ray"
+PREVIEW, PREVIEWS = "preview", "preview_over_time"
+"""Names of the latest preview, and of the grid of those of all steps so far."""
 COPY_EVERY = 60.0
 """Seconds between two copies of TensorBoard event files to an object store, where files cannot be appended to."""
 log = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ class Logger(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log metrics after ``step`` optimizer steps."""
 
-    def image(self, step: int, pixels: np.ndarray) -> None:
-        """Log the preview after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
+    def image(self, step: int, pixels: np.ndarray, name: str = PREVIEW) -> None:
+        """Log an image after ``step`` optimizer steps, uint8 ``[H, W, 3]``."""
 
     def close(self) -> None:
         """Flush and close the log."""
@@ -70,8 +72,8 @@ class TensorBoardLogger:
         if not self.local and time.monotonic() - self.copied > COPY_EVERY:
             self._copy()
 
-    def image(self, step: int, pixels: np.ndarray) -> None:
-        self.writer.add_image("preview", pixels, step, dataformats="HWC")
+    def image(self, step: int, pixels: np.ndarray, name: str = PREVIEW) -> None:
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -107,8 +109,8 @@ class WandbLogger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def image(self, step: int, pixels: np.ndarray) -> None:
-        self.run.log({"preview": self.wandb.Image(pixels)}, step=step)
+    def image(self, step: int, pixels: np.ndarray, name: str = PREVIEW) -> None:
+        self.run.log({name: self.wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -140,9 +142,9 @@ class MlflowLogger:
             metrics = [self.mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
             self.client.log_batch(self.run_id, metrics=metrics)
 
-    def image(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray, name: str = PREVIEW) -> None:
         if step > self.seen:
-            self.client.log_image(self.run_id, pixels, key="preview", step=step)
+            self.client.log_image(self.run_id, pixels, key=name, step=step)
 
     def close(self) -> None:
         self.client.set_terminated(self.run_id)
@@ -205,8 +207,9 @@ def _save_run_id(run_dir: str, tracker: str, run_id: str) -> None:
 
 
 GAUGES = {
-    "loss": "Training loss, mean over ranks.",
-    "gradient_norm": "Gradient norm before clipping.",
+    "loss": "Training loss, mean over ranks and over the steps since the last logged one.",
+    "held_out_loss": "Loss of the held-out samples with the EMA weights.",
+    "gradient_norm": "Gradient norm before clipping, mean over the steps since the last logged one.",
     "images_per_second": "Training throughput of all workers.",
     "data_wait": "Fraction of time that rank 0 waited for data.",
     "flops_per_second": "Model FLOP/s of all workers.",
@@ -238,7 +241,7 @@ class PrometheusLogger:
             if math.isfinite(value := values.get(name, math.nan)):
                 gauge.set(value, tags=self.tags)
 
-    def image(self, step: int, pixels: np.ndarray) -> None:
+    def image(self, step: int, pixels: np.ndarray, name: str = PREVIEW) -> None:
         """Do nothing: Prometheus stores only numbers; images are in the run directory."""
 
     def close(self) -> None:

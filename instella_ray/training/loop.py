@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,7 @@ from ..memory import keep_freed_memory
 from .checkpoints import Checkpointer
 from .distributed import Workers, ranks
 from .metrics_log import MetricsLog
+from .report import RunReport
 from .run_dir import Attempt
 from .settings import TrainConfig
 from .trainer import BuildTask, Trainer
@@ -31,26 +34,27 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
     keep_freed_memory()
     task = build_task(device)
     leaving = False
-    with Checkpointer(cfg, attempt, workers) as checkpoints:
+    with RunReport(cfg, attempt, device) as report, Checkpointer(cfg, attempt, workers) as checkpoints:
         with checkpoints.last() as folder:
             trainer = Trainer(task, cfg, device, folder)
-        start = trainer.start
-        log = MetricsLog(cfg, attempt, rank, task.summary, start, device)
+            start = trainer.start
+            log = MetricsLog(cfg, attempt, rank, task.summary, start, device, folder, report)
         notice = StopNotice(workers, start)
         with closing(Prefetcher(trainer.batch, start, cfg.steps)) as batches:
             waited = time.perf_counter()
             for step, batch in enumerate(batches, start):
                 data_wait = time.perf_counter() - waited
                 stepped = trainer.step(step, batch)
-                log.step(step, stepped, data_wait)
                 done = step + 1
                 final = done == cfg.steps
+                evaluated = cfg.held_out is not None and (final or done % cfg.held_out.every == 0)
+                log.step(step, stepped, data_wait, trainer.held_out() if evaluated else {})
                 if final or done % cfg.preview_every == 0:
                     log.preview(done, trainer.preview())
                 leaving = not final and notice.given(done)
                 if final or leaving or done % cfg.checkpoint_every == 0:
                     log.sync()
-                    checkpoints.save(done, log.last, trainer.save)
+                    checkpoints.save(done, log.last, partial(save, trainer, log))
                     log.saved()
                 if leaving:
                     break
@@ -59,7 +63,10 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
     return not leaving
 
 
-log = logging.getLogger(__name__)
+def save(trainer: Trainer, log: MetricsLog, folder: Path, step: int) -> None:
+    """Write the state of training and that of its log to a checkpoint's folder; collective."""
+    log.save(folder)
+    trainer.save(folder, step)
 
 
 class StopNotice:

@@ -149,7 +149,8 @@ class CollapseWatch:
         self.warned = True
         dead = dead_bits(share).float().mean(1)
         log.warning(
-            "step %d: code collapse: %.1f %% of all bits are constant over the batch (limit %.1f %%), "
+            "step %d: code collapse: %.1f %% of all bits are constant over all images since the last logged "
+            "line (limit %.1f %%), "
             "all bits are constant at %d of %d positions, mean entropy %.3f bits",
             *(step + 1, 100 * float(summary["dead_bits"]), 100 * self.limit),
             *(int((dead == 1).sum()), len(dead), float(summary["bit_entropy"])),

@@ -6,8 +6,9 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from .. import storage
 from ..accelerator import Precision, compute_dtype
 from ..errors import UserError
 from ..flops import find_accelerator
-from ..rendering import encode_png
 from .distributed import ranks
-from .loggers import open_loggers
+from .loggers import PREVIEWS, open_loggers
+from .means import StepMeans
+from .previews import TrainingPreview, draw_grid, draw_strip, encode_preview, preview_file
+from .report import RunReport
 from .run_dir import METRICS, Attempt, read_metrics
-from .settings import TrainConfig
+from .settings import HELD_OUT, TrainConfig
 from .trainer import Stepped
 
 Summary = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
@@ -79,14 +82,33 @@ class MetricsFile:
 
 
 class MetricsLog:
-    """Training log: rank 0 writes one JSON object per logged step to ``metrics.jsonl``, with means over ranks."""
+    """Training log: rank 0 writes one JSON object per line of the log to ``metrics.jsonl``.
+
+    Values are means over all steps since the last line and over ranks.
+    """
 
     def __init__(
-        self, cfg: TrainConfig, attempt: Attempt, rank: int, summary: Summary, start: int, device: torch.device
+        self,
+        cfg: TrainConfig,
+        attempt: Attempt,
+        rank: int,
+        summary: Summary,
+        start: int,
+        device: torch.device,
+        checkpoint: Path | None,
+        report: RunReport,
     ) -> None:
-        self.cfg, self.summary, self.device = cfg, summary, device
+        """Continue the log after step ``start``, whose ``checkpoint`` has the sums since the last line before it."""
+        self.cfg, self.summary, self.device, self.report = cfg, summary, device, report
         self.file = MetricsFile(attempt, start) if rank == 0 else None
         self.last: dict[str, Any] = {}
+        """Last logged row, with the last values of metrics that are logged less often."""
+        if self.file is not None:
+            rows = [row for row in read_metrics(attempt.run_dir) if row["step"] <= start]
+            for row in rows:
+                self._remember(row)
+            report.begin(start, rows)
+        self.means = StepMeans(checkpoint)
         self.seen = 0
         self.waited = 0.0
         self.work = 0.0
@@ -95,50 +117,64 @@ class MetricsLog:
         self.loggers = open_loggers(cfg.loggers, cfg.run_dir, start) if rank == 0 else []
         self.since = self.saved_at = time.perf_counter()
 
-    def step(self, step: int, found: Stepped, data_wait: float) -> None:
-        """Record a step, and log if it is due; ``data_wait`` is the time spent waiting for its batch, in seconds."""
+    def step(
+        self, step: int, found: Stepped, data_wait: float, held_out: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Record a step, and log if it is due or there are ``held_out`` metrics, so that every row has a loss.
+
+        ``data_wait`` is the time spent waiting for the step's batch, in seconds.
+        """
         self.seen += self.cfg.global_batch
         self.waited += data_wait
         self.work += found.flops
-        if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
+        self.means.add(found.means, found.norm)
+        if not held_out and (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
-        facts = self._facts(step, found) if found.means else {}  # a skipped batch has none
+        means, norms = self.means.means()
+        self.means.clear()
         elapsed = time.perf_counter() - self.since
+        facts = {name: round(float(value), 6) for name, value in (self.summary(step, means) if means else {}).items()}
+        facts |= {"lr": found.rate, **{name: round(value, 5) for name, value in norms.items()}}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}
         speed |= throughput(self.work / elapsed, self.world, self.peak)
         speed["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
-        norm = {"gradient_norm": round(float(found.norm), 5)} if found.means else {}
         skipped = {"skipped_batches": found.skipped} if found.skipped or self.cfg.on_nonfinite == "skip" else {}
-        self.last = {"step": step + 1, **facts, "lr": found.rate, **norm, **skipped, **speed}
+        row = {"step": step + 1, **facts, **held_out, **skipped, **speed}
         self.seen, self.waited, self.work, self.since = 0, 0.0, 0.0, time.perf_counter()
+        self._remember(row)
         if self.file is not None:
-            self.file.add(self.last)
-        figures = {name: value for name, value in self.last.items() if name != "step"}
+            self.file.add(row)
+            self.report.add(row)
+        figures = {name: value for name, value in row.items() if name != "step"}
         # Not in the file, whose rows are the same after a run was resumed.
         figures["checkpoint_age_seconds"] = round(time.perf_counter() - self.saved_at, 1)
         for logger in self.loggers:
             logger.scalars(step + 1, figures)
 
-    def _facts(self, step: int, found: Stepped) -> dict[str, float]:
-        """Return the step's means over all ranks, rounded. Collective."""
-        values = torch.cat([value.flatten() for value in found.means.values()])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(values)
-            values /= self.world
-        parts = values.split([value.numel() for value in found.means.values()])
-        means = {name: part.view_as(value) for (name, value), part in zip(found.means.items(), parts, strict=True)}
-        return {name: round(float(value), 6) for name, value in self.summary(step, means).items()}
+    def _remember(self, row: Mapping[str, Any]) -> None:
+        kept = {name: value for name, value in self.last.items() if name.startswith(HELD_OUT)}
+        self.last = {**kept, **row}
 
-    def preview(self, step: int, image: Any) -> None:
-        if image is not None:
-            storage.write_bytes(storage.join(self.cfg.run_dir, "previews", f"step-{step:07d}.png"), encode_png(image))
-            for logger in self.loggers:
-                logger.image(step, image)
+    def preview(self, step: int, preview: TrainingPreview | None) -> None:
+        """Write and log the preview after ``step`` steps, and that of all steps so far."""
+        if preview is None:
+            return
+        strip = draw_strip(preview)
+        storage.write_bytes(preview_file(self.cfg.run_dir, step), encode_preview(preview, strip))
+        self.report.add_preview(step, preview)
+        grid = draw_grid(self.report.previews)
+        for logger in self.loggers:
+            logger.image(step, strip)
+            logger.image(step, grid, PREVIEWS)
 
     def sync(self) -> None:
         """Write metrics.jsonl; called before each checkpoint, so that a resumed run has all rows up to it."""
         if self.file is not None:
             self.file.sync()
+
+    def save(self, folder: Path) -> None:
+        """Write the state of the log to a checkpoint's folder on rank 0; collective."""
+        self.means.save(folder)
 
     def saved(self) -> None:
         """Note that a checkpoint has been saved."""

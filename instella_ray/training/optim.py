@@ -5,7 +5,8 @@ Muon orthogonalizes the momentum of each weight matrix, so that all singular dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,6 +104,23 @@ class EMA:
             else:
                 self.state[name].copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Exchange the model's weights with their average during the block, one tensor at a time, and back exactly."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for name, value in model.state_dict().items():
+            mine, theirs = local(self.state[name]), local(value)
+            before = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(before)
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ..accelerator import Precision
 from ..config import Config, OutputPath
+from ..data.formats.patterns import Pattern
 from .loggers import LoggerName
 
 
@@ -84,11 +85,27 @@ class BestConfig(Config):
     """Whether lower or higher values are better."""
 
 
+HELD_OUT = "held_out_"
+"""Prefix of the names of held-out metrics."""
+
+
+class HeldOutConfig(Config):
+    """Held-out samples, and how often their loss is computed."""
+
+    samples: int = Field(512, ge=1)
+    """Number of held-out samples."""
+    data: Pattern | None = None
+    """Folder of codes, or tars of a run on images, whose first samples are held out; none: the last samples of the training
+    data, which are then not trained on."""
+    every: int = Field(500, ge=1)
+    """Steps between two evaluations, each with a line in metrics.jsonl; the last step is always evaluated."""
+
+
 class TrainConfig(Config):
     """Settings of a training run: steps, batches and intervals. A run directory holds exactly one run."""
 
     run_dir: OutputPath
-    """Output folder of config.yaml, metrics.jsonl, checkpoints/ and previews/: shared by all nodes, or a URL (gs://..)."""
+    """Output folder of config.yaml, report.html, metrics.jsonl, checkpoints/, previews/: on all nodes, or a URL (gs://..)."""
     resume: bool | Literal["auto"] = False
     """Resume an interrupted run in ``run_dir``; auto: if there is one, else start it.
 
@@ -126,6 +143,8 @@ class TrainConfig(Config):
     """Number of latest checkpoints to keep."""
     keep_best: BestConfig | None = None
     """Also keep the best checkpoint by this criterion."""
+    held_out: HeldOutConfig | None = None
+    """Held-out loss, logged as held_out_loss (EMA weights) and held_out_loss_raw; none: it is not computed."""
     preview_every: int = Field(500, ge=1)
     loggers: tuple[LoggerName, ...] | None = None
     """Additional loggers of metrics and previews: tensorboard, wandb, mlflow, prometheus (gauges on Ray's metrics
@@ -170,6 +189,7 @@ MAY_CHANGE: dict[str, Any] = {
             ("preview_every", "loggers", "steps", "seed", "precision", "on_nonfinite", "max_skipped"), True
         ),
         "optimizer": SCHEDULE,
+        "held_out": {"every"},
     },
     "adversarial": {"optimizer": SCHEDULE},
     "gradient_checkpointing": True,

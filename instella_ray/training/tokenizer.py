@@ -19,6 +19,7 @@ from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
+from ..data.loading.split import FileData
 from ..data.provenance import shard_provenance
 from ..errors import UserError
 from ..flops import tokenizer_training
@@ -28,6 +29,7 @@ from ..models.checkpoint import Model, build_model
 from ..models.discriminator import DiscriminatorConfig
 from ..models.folders import find_model
 from .adversarial import DRAWS, AdversarialConfig, Adversary
+from .held_out import complete_held_out, held_out_set, hold_out
 from .launch import launch
 from .logged import ADVERSARY, TOKENIZER, check_keep_best
 from .losses import (
@@ -40,12 +42,16 @@ from .losses import (
     bit_summary,
     psnr,
 )
+from .previews import PreviewInputs
 from .settings import TrainingRun
 from .start_from import parent_provenance, trained_tokenizer
 from .tokenizer_validation import TokenizerValidation, TokenizerValidator, complete_validation
 from .validation import validating
 
 log = logging.getLogger(__name__)
+SIZE = "output_size"
+PREVIEWED = 8
+"""Images of a preview."""
 F = TypeVar("F", PerceptualConfig, DiscriminatorConfig)
 
 
@@ -73,7 +79,8 @@ class TokenizerConfig(TrainingRun):
     freeze_norm_fraction: float = 0.5
     """Fraction of the run after which the batch statistics of the logits are frozen (with normalize_logits)."""
     collapse_limit: float = Field(0.25, ge=0, le=1)
-    """Fraction of dead bits in a batch above which one warning is logged, after the end of warm-up."""
+    """Fraction of bits that are constant over all images since the last logged line, above which one warning is logged,
+    after the end of warm-up."""
     loss: TokenizerLossConfig = TokenizerLossConfig()
     validation: TokenizerValidation | None = None
     """Evaluation of checkpoints during training; None disables it."""
@@ -113,7 +120,10 @@ class TokenizerLoss(nn.Module):
         height, width = targets.shape[-2:]
         out = self.bit(images, temperature=temperature, u=u, height=height, width=width)
         loss, parts = self.supervised(out.images, targets, draws[:, :2])
-        parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.logits)}
+        size = targets.new_full(
+            (), width
+        )  # logged if there are several: steps between two lines may have different ones
+        parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.logits), SIZE: size}
         if self.code_weight:
             loss = loss + self.code_weight * out.code_loss
         if self.adversary is not None:
@@ -127,13 +137,35 @@ def last_layer(bit: BIT) -> Tensor:
     return list(bit.to_pixel.parameters())[-2]
 
 
+class HeldOutReconstruction(nn.Module):
+    """Loss of reconstructions from hard bits, as the tokenizer is used, without regularization and discriminator."""
+
+    def __init__(self, bit: BIT, supervised: ReconstructionLoss) -> None:
+        super().__init__()
+        self.bit, self.supervised = bit, supervised
+
+    def forward(self, images: Tensor, seeds: Tensor, **targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its parts, means over the sizes of ``targets``; arguments as :class:`TokenizerLoss`."""
+        places = rng.uniforms(seeds, torch.zeros_like(seeds), 1, 2, stream=rng.TRAINING)[:, 0]
+        codes = self.bit.encode(images)
+        found = [self.supervised(self.bit.decode(codes, *t.shape[-2:]), t, places) for t in targets.values()]
+        parts = {name: torch.stack([each[name] for _, each in found]).mean() for name in found[0][1]}
+        return torch.stack([loss for loss, _ in found]).mean(), parts
+
+
 class TokenizerTask:
     """Training task of a :class:`BIT`; implements :class:`.trainer.TrainingTask`."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
-        self.data: Data = ImageData(cfg.data, sorted({cfg.model.image_size, *cfg.sizes}), cfg.train.seed)
+        sizes = sorted({cfg.model.image_size, *cfg.sizes})
+
+        def load(data: Pattern) -> FileData:
+            return ImageData(data, sizes, cfg.train.seed)
+
+        (data,), held_out = hold_out([load(cfg.data)], [1], cfg.train.held_out, load)
+        self.data: Data = data
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
         if cfg.start_from is not None:
@@ -145,7 +177,10 @@ class TokenizerTask:
         self.discriminator: Adversary | None = None
         if cfg.adversarial is not None:
             self.discriminator = Adversary(cfg.adversarial, len(cfg.sizes), cfg.train.seed)
-        self.step_module: nn.Module = TokenizerLoss(model, cfg.loss, self.discriminator)
+        loss = TokenizerLoss(model, cfg.loss, self.discriminator)
+        self.step_module: nn.Module = loss
+        measured = HeldOutReconstruction(model, loss.supervised)
+        self.held_out = held_out_set(cfg.train.held_out, held_out, measured, self._held_out_inputs)
         self.temperature = cfg.temperature
         self.size = cfg.sizes[0]
         self.watch = CollapseWatch(cfg.collapse_limit)
@@ -173,13 +208,14 @@ class TokenizerTask:
             self.discriminator.before_step(step, index)
 
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return scalars with bit usage statistics, and the output size if there are several; warn on code collapse."""
+        """Return scalars with bit usage statistics, and the mean output size if there are several; warn on collapse."""
         share = means.pop(BIT_SHARE)
+        size = means.pop(SIZE)
         bits = bit_summary(share)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first and step >= self.cfg.train.optimizer.warmup_steps:
             self.watch.look(step, bits, share)
-        sizes = {"output_size": torch.tensor(self.size)} if len(self.cfg.sizes) > 1 else {}
+        sizes = {SIZE: size} if len(self.cfg.sizes) > 1 else {}
         return {**means, **bits, **sizes}
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
@@ -188,13 +224,20 @@ class TokenizerTask:
         size, frozen = self.cfg.model.image_size, self.cfg.freeze_encoder
         return count * tokenizer_training(self.cfg.model, size, self.size, frozen_encoder=frozen).model
 
-    def preview(self, ema_model: Model) -> np.ndarray:
-        """Return original images in the first row and their reconstructions in the second."""
-        assert isinstance(ema_model, BIT)
-        originals = self._images(self.data.batch(0, np.arange(min(8, len(self.data)))))
-        restored = reconstruct(ema_model, originals)
-        rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (originals, restored)]
-        return np.concatenate(rows, axis=0)
+    def _held_out_inputs(self, batch: ImageBatch, seeds: Tensor) -> dict[str, Any]:
+        targets = {f"target_{size}": to_tensor(batch.pixels[size]) for size in self.cfg.sizes}
+        return {"images": to_tensor(batch.pixels[self.cfg.model.image_size]), "seeds": seeds, **targets}
+
+    def preview_inputs(self) -> PreviewInputs:
+        """Return the first held-out images, or without any the first images, with their keys."""
+        data = self.held_out.data if self.held_out else self.data
+        batch = data.batch(0, np.arange(min(PREVIEWED, len(data))))
+        return PreviewInputs(tuple(batch.keys), batch.pixels[self.cfg.model.image_size])
+
+    def preview(self, model: Model, inputs: PreviewInputs) -> np.ndarray:
+        """Return reconstructions of the originals."""
+        assert isinstance(model, BIT) and inputs.originals is not None
+        return to_pixels(reconstruct(model, to_tensor(inputs.originals)))
 
     def _images(self, batch: ImageBatch) -> Tensor:
         return to_tensor(batch.pixels[self.cfg.model.image_size])
@@ -255,7 +298,11 @@ def complete_tokenizer(cfg: TokenizerConfig) -> TokenizerConfig:
             "images on each worker, or freeze_norm_fraction 0"
         )
     require_images(cfg.data)
-    facts: dict[str, Any] = {"data": absolute_pattern(cfg.data)}
+    held_out = complete_held_out(cfg.train.held_out, require_images)
+    facts: dict[str, Any] = {
+        "data": absolute_pattern(cfg.data),
+        "train": cfg.train.model_copy(update={"held_out": held_out}),
+    }
     if look.network != "none":
         facts["loss"] = cfg.loss.model_copy(update={"perceptual": _with_absolute_weights(look)})
     if cfg.adversarial is not None:
@@ -292,6 +339,8 @@ def run_tokenizer(cfg: TokenizerConfig, description: str = "tokenizer") -> str:
     """Train on ``cfg.train.workers`` and return the final checkpoint's folder, a model folder."""
     cfg = complete_tokenizer(cfg)  # validates before anything is written and any worker starts
     inputs = shard_provenance("shards", cfg.data)
+    if cfg.train.held_out is not None and cfg.train.held_out.data is not None:
+        inputs += shard_provenance("held_out", cfg.train.held_out.data)
     if cfg.start_from is not None:
         inputs = (*inputs, parent_provenance(cfg.start_from))
     with validating(tokenizer_validator(cfg)):

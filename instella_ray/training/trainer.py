@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +17,11 @@ from ..models import rng
 from ..models.checkpoint import Model, assemble
 from .checkpoints import Checkpoint, Discriminator, read_checkpoint, save_checkpoint
 from .distributed import fill, gather, ranks
+from .held_out import HeldOutSet, held_out_metrics
 from .learner import FSDPLearner, Learner, ZeroLearner, compile_blocks
 from .nonfinite import FiniteCheck
 from .optim import EMA
+from .previews import AVERAGED, ORIGINALS, RAW, PreviewInputs, TrainingPreview
 from .settings import OptimizerConfig, TrainConfig
 
 LEARNERS: dict[str, type[Learner]] = {"ddp": Learner, "zero2": ZeroLearner, "fsdp2": FSDPLearner}
@@ -75,6 +78,10 @@ class TrainingTask(Protocol):
     def discriminator(self) -> DiscriminatorTask | None:
         """Discriminator trained in the same steps as ``model``, or None."""
 
+    @property
+    def held_out(self) -> HeldOutSet | None:
+        """Held-out samples, or None."""
+
     def micro_batches(self, batch: Any, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         """Split a batch into micro-batches of ``size`` samples; returns keyword arguments for the step module.
 
@@ -93,8 +100,11 @@ class TrainingTask(Protocol):
     def summary(self, step: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reduce the parts' means over a global batch to scalars to log; called on every rank at logged steps."""
 
-    def preview(self, ema_model: Model) -> Any:
-        """Return a preview image of the EMA model, uint8 ``[H, W, 3]``, or None; called on rank 0 only."""
+    def preview_inputs(self) -> PreviewInputs:
+        """Return what previews are made from, without labels if there are none; called on rank 0 only."""
+
+    def preview(self, model: Model, inputs: PreviewInputs) -> np.ndarray:
+        """Return the images that ``model`` makes from ``inputs``, uint8 ``[N, H, W, 3]``; called on rank 0 only."""
 
     def keys(self, batch: Any) -> list[str]:
         """Return the keys of the samples, reported for a loss that is not finite."""
@@ -192,14 +202,24 @@ class Trainer:
                 buffer.copy_(value)
         return Stepped(means, self.learner.rate(step, self.cfg.steps), norms[0], task.flops(parts), self.finite.skipped)
 
-    def preview(self) -> Any:
-        """Return the task's preview of the EMA weights on rank 0, None on other ranks."""
+    def held_out(self) -> dict[str, float]:
+        """Return the metrics of the task's held-out samples, the same on all ranks; empty if it has none."""
+        held_out = self.task.held_out
+        return {} if held_out is None else held_out_metrics(held_out, self.learner, self.ema, self.size)
+
+    def preview(self) -> TrainingPreview | None:
+        """Return the task's previews of the EMA and the raw weights on rank 0; None on other ranks and without any."""
         self.finite.check()
-        shared = isinstance(self.learner, FSDPLearner)
-        state = gather(self.ema.state) if shared else self.ema.state
-        if self.rank != 0:
-            return None
-        return self.task.preview(assemble(self.task.model.cfg, state, "EMA weights").to(self.device))
+        shared, rows = isinstance(self.learner, FSDPLearner), {}
+        inputs = self.task.preview_inputs() if self.rank == 0 else PreviewInputs(())
+        for name, state in ((AVERAGED, self.ema.state), (RAW, self.task.model.state_dict())):
+            whole = gather(state) if shared else state
+            if inputs.labels:
+                model = assemble(self.task.model.cfg, whole, name).to(self.device)
+                rows[name] = self.task.preview(model, inputs)
+        if inputs.originals is not None:
+            rows = {ORIGINALS: inputs.originals, **rows}
+        return TrainingPreview(rows, inputs.labels) if rows else None
 
     def save(self, folder: Path, step: int) -> None:
         """Gather the training state after ``step`` steps and write it to ``folder`` on rank 0."""

@@ -27,6 +27,7 @@ def write_report(folder: Path, run: str, rows: Sequence[Mapping[str, Any]], best
     page = render(
         TEMPLATE,
         run=run,
+        pages={"Training": "../report.html"} if (folder.parent / REPORT).exists() else {},
         rows=rows,
         metrics=names,
         best=best,

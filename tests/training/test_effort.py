@@ -16,14 +16,13 @@ from instella_ray.flops import (
     tokenizer_training,
 )
 from instella_ray.models.generator import DiffusionGenerator, GeneratorConfig
-from instella_ray.training.generator import (
+from instella_ray.training.generator import GeneratorTask, complete_config
+from instella_ray.training.generator_loss import (
     BY_TIME,
     TIME_BINS,
     DiffusionLoss,
-    GeneratorTask,
     accuracy_by_time,
     accuracy_summary,
-    complete_config,
     noise,
 )
 from instella_ray.training.metrics_log import bf16_peak, peak_memory, throughput

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.formats.codes import write_codes_file
@@ -23,6 +22,7 @@ from instella_ray.pipeline import InstellaPipeline
 from instella_ray.training import generator as module
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
 from instella_ray.training.logged import DIFFUSION, GENERATOR, logged_metrics
+from instella_ray.training.previews import decode_preview
 from instella_ray.training.run_dir import read_metrics
 
 from ..kit.training import generator_config, stop_a_generator_run
@@ -64,6 +64,9 @@ def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
             (row["step"], row["loss"]) for row in metrics
         ]
         assert [image.step for image in events.Images("preview")] == [3, 6]
+        # One row, and after the second preview two.
+        first, second = events.Images("preview_over_time")
+        assert (first.width, second.step) == (second.width, 6) and second.height > first.height + 128
     model = load_model(folder)
     assert isinstance(model, KINDS[kind]) and (model.cfg.num_tokens, model.cfg.layers) == (4, 2)
     assert read_checkpoint_config(folder)["text_encoder"] == going_on.text_encoder.model_dump(mode="json")
@@ -75,7 +78,9 @@ def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
     images = InstellaPipeline.from_pretrained(folder, device="cpu")(
         prompts, seed=range(len(prompts)), output_type="np", **settings
     ).images
-    assert np.array_equal(Image.open(tmp_path / "run" / "previews" / previews[-1]), np.concatenate(images, axis=1))
+    preview = decode_preview((tmp_path / "run" / "previews" / previews[-1]).read_bytes())
+    assert preview is not None and preview.labels == prompts and list(preview.rows) == ["EMA", "raw weights"]
+    assert np.array_equal(preview.rows["EMA"], np.stack(images))
     # What the run directory says is the run: all settings, and sizes as they were filled in.
     assert load_config(GeneratorRunConfig, str(tmp_path / "run" / "config.yaml")) == complete_config(going_on)
 

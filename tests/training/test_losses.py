@@ -115,5 +115,5 @@ def test_collapse_is_reported_once_and_with_numbers(caplog: pytest.LogCaptureFix
         watch.look(2, bit_summary(dead), dead)
         watch.look(3, bit_summary(dead), dead)
     (record,) = caplog.records
-    assert record.getMessage().startswith("step 3: code collapse: 62.5 % of all bits are constant over the batch")
+    assert record.getMessage().startswith("step 3: code collapse: 62.5 % of all bits are constant over all images")
     assert "all bits are constant at 2 of 4 positions" in record.getMessage()

@@ -13,7 +13,8 @@ from torch import Tensor
 from instella_ray.models import rng
 from instella_ray.models.diffusion import bit_accuracy, flip_noise, x0_logits
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig
-from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask, complete_config
+from instella_ray.training.generator import GeneratorTask, complete_config
+from instella_ray.training.generator_loss import ARLoss, DiffusionLoss
 from instella_ray.training.learner import Learner
 from instella_ray.training.settings import OptimizerConfig
 

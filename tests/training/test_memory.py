@@ -12,7 +12,8 @@ from torch import nn
 
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import GeneratorConfig, build_generator
-from instella_ray.training.generator import ARLoss, DiffusionLoss, GeneratorTask, complete_config
+from instella_ray.training.generator import GeneratorTask, complete_config
+from instella_ray.training.generator_loss import ARLoss, DiffusionLoss
 from instella_ray.training.losses import PerceptualConfig, TokenizerLossConfig
 from instella_ray.training.memory import (
     USABLE,

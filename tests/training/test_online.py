@@ -109,7 +109,7 @@ def test_captions_are_long_short_or_dropped_as_those_of_codes_and_the_crop_has_n
     assert sum(c.startswith("short") for c in captions) / 1800 == pytest.approx(0.9 * 0.25, abs=0.03)
     assert {c for c in captions if c[-1:] == "1"} == {"short 1", "long 1"}
     assert {c for c in captions if c[-1:] == "2"} == {"short 2", "caption 2"}
-    assert data.long_captions(np.array([5, 0])) == ["long 5", "caption 0"]
+    assert data.column(np.array([5, 0]), "caption_long") == ["long 5", "caption 0"]
     # Keys and pixels are those of ImageData; a batch that runs into the next epoch is that epoch's.
     plain = ImageData(images, (32,), 3).batch(4, np.array([2, 7]))
     mine = data.batch(4, np.array([2, 7]))

@@ -16,7 +16,7 @@ from instella_ray.config import dump_yaml, load_config
 from instella_ray.models.checkpoint import load_model, read_tensors
 from instella_ray.training.checkpoints import OPTIMIZER
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config
-from instella_ray.training.settings import TrainConfig
+from instella_ray.training.settings import HeldOutConfig, TrainConfig
 from instella_ray.training.trainer import Trainer
 
 from ..kit.training import Spike, generator_config
@@ -53,8 +53,11 @@ WHOLE = [case for case in CASES if case.precision == "fp32"]
 
 
 def run_config(case: Case, folder: Path, codes: str, tokenizer: str) -> GeneratorRunConfig:
-    """Two ranks take two micro-batches of two each; diffusion with weight decay, AR with weights that are not trained."""
-    cfg = generator_config(case.kind, codes, tokenizer, folder)
+    """Two ranks take two micro-batches of two each, and of the held-out samples one rank two and the other one.
+
+    Diffusion has weight decay, AR weights that are not trained.
+    """
+    cfg = generator_config(case.kind, codes, tokenizer, folder, held_out=HeldOutConfig(samples=5))
     given: dict[str, Any] = {
         "sharding": case.sharding,
         "precision": case.precision,
@@ -73,7 +76,10 @@ def run_config(case: Case, folder: Path, codes: str, tokenizer: str) -> Generato
 
 
 def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[float]:
-    """This rank's losses from the checkpoint ``last`` to the end; those after ``SAVED`` and all steps go to ``save``."""
+    """This rank's losses from the checkpoint ``last`` to the end; those after ``SAVED`` and all steps go to ``save``.
+
+    So does the held-out loss after ``SAVED`` steps, which a run from that checkpoint does not compute.
+    """
     trainer = Trainer(GeneratorTask(cfg, CPU), cfg.train, CPU, last)
     losses = []
     for step in range(trainer.start, STEPS):
@@ -81,6 +87,8 @@ def trained(cfg: GeneratorRunConfig, last: Path | None, save: Path) -> list[floa
         if step + 1 in (SAVED, STEPS):
             (save / str(step + 1)).mkdir(parents=True, exist_ok=True)
             trainer.save(save / str(step + 1), step + 1)
+        if step + 1 == SAVED:
+            (save / f"held_out{trainer.rank}.json").write_text(json.dumps(trainer.held_out()))
     image = trainer.preview()
     assert (image is None) == (trainer.rank != 0)
     return losses
@@ -165,6 +173,14 @@ def test_two_ranks_learn_what_one_process_does_however_it_is_shared_out(
     last = runs / case.name / "whole" / str(STEPS)
     for name in ("model.safetensors", "ema.safetensors", OPTIMIZER):
         close(read_tensors(last / name), read_tensors(folder / str(STEPS) / name))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_ranks_share_the_held_out_samples(case: Case, runs: Path, single: dict[Kind, tuple[list[float], Path]]) -> None:
+    one, other = (json.loads((runs / case.name / "whole" / f"held_out{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other and one["held_out_loss"] != one["held_out_loss_raw"]
+    assert one == pytest.approx(json.loads((single[case.kind][1] / "held_out0.json").read_text()), abs=3e-6)
 
 
 @pytest.mark.process

@@ -16,7 +16,8 @@ from ...models.bit import BIT
 from ...models.checkpoint import save_model, weight_hash
 from ...models.generator import DiffusionGenerator
 from ...models.text_encoder import TextFeatureCache
-from ...training.generator import DiffusionLoss, GeneratorRunConfig, GeneratorTask
+from ...training.generator import GeneratorRunConfig, GeneratorTask
+from ...training.generator_loss import DiffusionLoss
 from ...training.learner import Learner, ZeroLearner
 from ...training.trainer import LEARNERS
 from ..data import write_codes

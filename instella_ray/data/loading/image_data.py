@@ -61,7 +61,7 @@ class ImageData:
 
         Raises UserError if there is no usable image.
         """
-        self.sizes, self.largest, self.seed = tuple(sizes), max(sizes), seed
+        self.sizes, self.largest, self.seed, self.window = tuple(sizes), max(sizes), seed, window
         shards = find_files(pattern)
         self.urls = [shard.url for shard in shards]
         self._indexes: LRUCache[int, pa.Table] = LRUCache(lambda table: table.nbytes, 256 << 20)
@@ -71,17 +71,18 @@ class ImageData:
             logs.progress_bar(shards, desc="counting images", unit="shard", disable=uncounted < PROGRESS_BAR_TARS)
         )
         counts = (self._index(i).num_rows if shard.rows is None else shard.rows for i, shard in numbered)
-        self._starts = np.cumsum([0, *counts])
+        self.starts = np.cumsum([0, *counts])
+        """Number of the first image of each tar, and of all images."""
         self._pixels: LRUCache[int, tuple[str, np.ndarray]] = LRUCache(lambda item: item[1].nbytes, cache_bytes)
         self._threads = ThreadPoolExecutor(DECODERS)
         self.order: Callable[[int], EpochOrder] = lru_cache(2)(
-            lambda epoch: FileOrder(self._starts, seed, epoch, window)
+            lambda epoch: FileOrder(self.starts, seed, epoch, window)
         )
         if not len(self):
             raise UserError(f"{pattern_text(pattern)}: no usable image in these shards")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def batch(self, epoch: int, samples: np.ndarray) -> ImageBatch:
         """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
@@ -101,8 +102,8 @@ class ImageData:
 
     def _rows(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, dict[str, Any]]]:
         """Return (shard number, index row) of each image."""
-        shards = (np.searchsorted(self._starts, numbers, side="right") - 1).tolist()
-        places = [number - int(self._starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
+        shards = (np.searchsorted(self.starts, numbers, side="right") - 1).tolist()
+        places = [number - int(self.starts[shard]) for shard, number in zip(shards, numbers, strict=True)]
         found = [self._index(shard).slice(place, 1) for shard, place in zip(shards, places, strict=True)]
         return [(shard, row.to_pylist()[0]) for shard, row in zip(shards, found, strict=True)]
 
@@ -143,6 +144,7 @@ class CaptionedImageData:
         """Open the shards of ``pattern``; ``options`` are passed to :class:`ImageData`."""
         self.images = ImageData(pattern, (size,), seed, captions=True, **options)
         self.size, self.seed, self.captions, self.order = size, seed, captions, self.images.order
+        self.starts, self.window = self.images.starts, self.images.window
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,9 +157,9 @@ class CaptionedImageData:
         found = self.images.batch(epoch, samples)
         return CaptionedImageBatch(found.pixels[self.size], captions, found.keys)
 
-    def long_captions(self, index: np.ndarray) -> list[str]:
-        """Return the long captions of the samples at ``index``."""
-        return self.images.column(index, CAPTIONS[0])
+    def column(self, index: np.ndarray, name: str) -> list[str]:
+        """Return a column of the indexes of the tars, as :meth:`ImageData.column`."""
+        return self.images.column(index, name)
 
 
 def require_images(pattern: Pattern, caption_keys: Sequence[str] = CAPTION_NAMES) -> None:

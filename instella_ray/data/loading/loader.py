@@ -63,7 +63,7 @@ class CodesData:
         *,
         window: int = 64,
     ) -> None:
-        self.reader, self.seed, self.captions = reader, seed, captions
+        self.reader, self.seed, self.captions, self.window = reader, seed, captions, window
         self.order: Callable[[int], EpochOrder] = lru_cache(2)(
             lambda epoch: FileOrder(reader.starts, seed, epoch, window)
         )
@@ -78,9 +78,14 @@ class CodesData:
         captions = self.captions.choose(chance[:, :2], *(self.reader.column(index, name) for name in CAPTIONS))
         return CodesBatch(self.reader.codes(index), captions, self.reader.column(index, "key"))
 
-    def long_captions(self, index: np.ndarray) -> list[str]:
-        """Return the long captions of the samples at ``index``."""
-        return self.reader.column(index, CAPTIONS[0])
+    @property
+    def starts(self) -> np.ndarray:
+        """Number of the first sample of each file, and of all samples."""
+        return self.reader.starts
+
+    def column(self, index: np.ndarray, name: str) -> list[str]:
+        """Return the values of ``key``, ``caption_long`` or ``caption_short`` of the samples at ``index``."""
+        return self.reader.column(index, name)
 
 
 class Data(Protocol):

@@ -1,4 +1,4 @@
-"""TrainingPreview images of a run: a labelled strip for each preview, and a grid of all steps so far."""
+"""Preview images of a run: a labelled strip for each preview, and a grid of all steps so far."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ..accelerator import upload
 from ..packages import extra_import
 from .distributed import broadcast, gather, part_of, ranks, whole
 from .optim import build_optimizers, lr_scale
@@ -107,7 +108,7 @@ class Learner:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return upload(value, device) if isinstance(value, Tensor) else value
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")

@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import logs, storage
+from ..accelerator import upload
 from ..config import InputPath
 from ..data.formats.codes import dead_bits
-from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.images import channels_first, normalized, to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
-from ..data.loading.loader import Data
 from ..data.model_provenance import model_provenance
 from ..data.provenance import shard_provenance
 from ..errors import UserError
@@ -87,6 +87,10 @@ class TokenizerConfig(TrainingRun):
         """Sides of the decoded images in pixels."""
         return self.output_sizes or (self.model.image_size,)
 
+    def size_index(self, step: int) -> int:
+        """Return the index in :attr:`sizes` of the output size of ``step``, the same on any number of ranks."""
+        return int(np.random.default_rng((self.train.seed, step)).integers(len(self.sizes)))
+
 
 class TokenizerLoss(nn.Module):
     """Training loss of one micro-batch: forward pass at a temperature, loss and logged parts."""
@@ -101,10 +105,12 @@ class TokenizerLoss(nn.Module):
     def forward(
         self, images: Tensor, targets: Tensor, seeds: Tensor, temperature: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts of ``images [B, 3, H, W]`` in [-1, 1], reconstructed at the size of ``targets``.
+        """Return the loss and its parts of ``images [B, 3, H, W]``, reconstructed at the size of ``targets``.
 
+        Both are floats in [-1, 1] or, as the data are, uint8, which become such floats here, on the device.
         ``seeds [B]`` determine each sample's crop positions, discriminator augmentation and bit draws.
         """
+        images, targets = normalized(images), normalized(targets)
         first, sizes = torch.zeros_like(seeds), self.bit.cfg
         draws = rng.uniforms(seeds, first, 1, DRAWS, stream=rng.TRAINING)[:, 0]
         u = rng.uniforms(seeds, first + 1, sizes.num_tokens, sizes.bits_per_token, stream=rng.TRAINING)
@@ -131,7 +137,8 @@ class TokenizerTask:
     def __init__(self, cfg: TokenizerConfig) -> None:
         torch.manual_seed(cfg.train.seed)
         self.cfg = cfg
-        self.data: Data = ImageData(cfg.data, sorted({cfg.model.image_size, *cfg.sizes}), cfg.train.seed)
+        sizes = sorted({cfg.model.image_size, *cfg.sizes})
+        self.data = ImageData(cfg.data, sizes, cfg.train.seed, decoders=cfg.train.workers.decoders)
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
         if cfg.start_from is not None:
@@ -148,15 +155,20 @@ class TokenizerTask:
         self.size = cfg.sizes[0]
         self.watch = CollapseWatch(cfg.collapse_limit)
 
+    def batch(self, step: int, epoch: int, samples: np.ndarray) -> ImageBatch:
+        """Load the images at the two sizes that ``step`` needs."""
+        return self.data.batch(epoch, samples, {self.cfg.model.image_size, self.cfg.sizes[self.cfg.size_index(step)]})
+
     def micro_batches(self, batch: ImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
-        inputs = {"images": self._images(batch), "targets": to_tensor(batch.pixels[self.size]), "seeds": seeds}
+        images, targets = (channels_first(batch.pixels[side]) for side in (self.cfg.model.image_size, self.size))
+        inputs = {"images": images, "targets": targets, "seeds": seeds}
         parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
         return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
         """Calibrate the patch embedding on the first batch, unless the weights are pretrained."""
         if self.cfg.start_from is None:
-            self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
+            self.bit.calibrate(self._images(batch, self.bit))
 
     def before_step(self, step: int) -> None:
         done = step / self.cfg.train.steps
@@ -164,8 +176,7 @@ class TokenizerTask:
         self.temperature = self.cfg.late_temperature if late else self.cfg.temperature
         if self.bit.quantizer.norm is not None:
             self.bit.quantizer.norm.train(done < self.cfg.freeze_norm_fraction)
-        # All ranks decode to the same size, independent of their number.
-        index = int(np.random.default_rng((self.cfg.train.seed, step)).integers(len(self.cfg.sizes)))
+        index = self.cfg.size_index(step)
         self.size = self.cfg.sizes[index]
         if self.discriminator is not None:
             self.discriminator.before_step(step, index)
@@ -189,13 +200,16 @@ class TokenizerTask:
     def preview(self, ema_model: Model) -> np.ndarray:
         """Return original images in the first row and their reconstructions in the second."""
         assert isinstance(ema_model, BIT)
-        originals = self._images(self.data.batch(0, np.arange(min(8, len(self.data)))))
+        batch = self.data.batch(0, np.arange(min(8, len(self.data))), {self.cfg.model.image_size})
+        originals = self._images(batch, ema_model)
         restored = reconstruct(ema_model, originals)
         rows = [np.concatenate(list(to_pixels(x)), axis=1) for x in (originals, restored)]
         return np.concatenate(rows, axis=0)
 
-    def _images(self, batch: ImageBatch) -> Tensor:
-        return to_tensor(batch.pixels[self.cfg.model.image_size])
+    def _images(self, batch: ImageBatch, bit: BIT) -> Tensor:
+        """Return the images at the model's size, float32 ``[B, 3, H, W]`` on the device of ``bit``."""
+        pixels = torch.from_numpy(batch.pixels[self.cfg.model.image_size])
+        return to_tensor(upload(pixels, next(bit.parameters()).device))
 
     def keys(self, batch: ImageBatch) -> list[str]:
         return batch.keys

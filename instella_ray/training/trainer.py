@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,16 +67,24 @@ class DiscriminatorTask(Protocol):
 class TrainingTask(Protocol):
     """Model, data and loss of a training run."""
 
-    data: Data
-    """Training data; ``batch`` returns one rank's share of a global batch on the CPU, and is called in a thread."""
     model: Model
     step_module: nn.Module
     """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients are synchronized through it. Parts that
     are not scalars are reduced by :meth:`summary`."""
 
     @property
+    def data(self) -> Data:
+        """Training data."""
+
+    @property
     def discriminator(self) -> DiscriminatorTask | None:
         """Discriminator trained in the same steps as ``model``, or None."""
+
+    def batch(self, step: int, epoch: int, samples: np.ndarray) -> Any:
+        """Load one rank's share of the global batch of ``step`` on the CPU; called in a thread, so without PyTorch.
+
+        ``samples`` int64 ``[B]`` count from ``epoch``, as :meth:`.order.BatchPlan.samples` returns them.
+        """
 
     def micro_batches(self, batch: Any, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         """Split a batch into micro-batches of ``size`` samples; returns keyword arguments for the step module.
@@ -127,7 +136,7 @@ class Trainer:
             task.model.load_state_dict(saved.weights)
         else:
             torch.manual_seed(cfg.seed)
-            task.begin(task.data.batch(0, self.plan.samples(0)))
+            task.begin(self.batch(0))
         dtype = compute_dtype(device, cfg.precision)
         # A single rank needs no sharding.
         kind = LEARNERS[cfg.sharding] if world > 1 else Learner
@@ -146,7 +155,7 @@ class Trainer:
 
     def batch(self, step: int) -> Any:
         """Load this rank's share of the global batch of ``step``."""
-        return self.task.data.batch(self.plan.place(step).epoch, self.plan.samples(step))
+        return self.task.batch(step, self.plan.place(step).epoch, self.plan.samples(step))
 
     def step(self, step: int, batch: Any) -> Stepped:
         """Run forward, backward and update.

@@ -214,6 +214,9 @@ class TokenizerTask:
     def keys(self, batch: ImageBatch) -> list[str]:
         return batch.keys
 
+    def close(self) -> None:
+        """Do nothing: there is nothing to report at the end."""
+
     def extra(self) -> Mapping[str, Any]:
         return {}
 

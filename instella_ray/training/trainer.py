@@ -113,6 +113,9 @@ class TrainingTask(Protocol):
     def extra(self) -> Mapping[str, Any]:
         """Return further sections of the checkpoint's config.yaml."""
 
+    def close(self) -> None:
+        """Hook called once on every rank after the last step of this process."""
+
 
 BuildTask = Callable[[torch.device], TrainingTask]
 """Builds the task in each process of a run, from its device."""

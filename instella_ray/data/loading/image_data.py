@@ -148,6 +148,8 @@ class CaptionedImageBatch(NamedTuple):
     captions: list[str]
     """Captions; empty if dropped for guidance."""
     keys: list[str]
+    tokens: list[list[int]] | None = None
+    """Token ids of the captions, which the training task adds."""
 
 
 class CaptionedImageData:

@@ -240,13 +240,13 @@ def chunks(tokens: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
 
 def pad_features(rows: Sequence[Tensor]) -> TextFeatures:
     """Combine features ``[layers, T_i, width]`` into one left-padded batch."""
-    lengths = torch.tensor([row.shape[1] for row in rows])
-    length = max(1, int(lengths.max()))
+    lengths = [row.shape[1] for row in rows]
+    length = max(1, *lengths)
     layers, _, width = rows[0].shape
     features = rows[0].new_zeros(layers, len(rows), length, width)
     for i, row in enumerate(rows):
         features[:, i, length - row.shape[1] :] = row
-    mask = torch.arange(length) >= length - lengths[:, None]
+    mask = torch.arange(length) >= length - torch.tensor(lengths)[:, None]
     return TextFeatures(features, upload(mask, rows[0].device))
 
 

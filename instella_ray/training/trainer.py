@@ -139,7 +139,7 @@ class Trainer:
             task.model.load_state_dict(saved.weights)
         else:
             torch.manual_seed(cfg.seed)
-            task.begin(self.batch(0))
+            task.begin(task.data.batch(0, self.plan.samples(0)))
         dtype = compute_dtype(device, cfg.precision)
         # A single rank needs no sharding.
         kind = LEARNERS[cfg.sharding] if world > 1 else Learner

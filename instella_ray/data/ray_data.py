@@ -58,8 +58,6 @@ def start_local_ray(**options: Any) -> None:
     """Start a Ray on this machine that ends with this process; ``options`` are those of ``ray.init``."""
     # Its only node is never preempted, and Ray logs an error about the actor that would watch for that.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Ray Train's controller waits in this way; elsewhere, Ray Train sets it for a new process.
-    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     _init(include_dashboard=False, logging_level=logging.ERROR, **options)
 
 

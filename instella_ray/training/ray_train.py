@@ -193,6 +193,10 @@ class LocalController(TrainController):
 
     worker_group_cls = LocalWorkerGroup
 
+    def __init__(self, **parts: Any) -> None:
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # which Ray Train sets for a process of its own
+        super().__init__(**parts)
+
 
 class DivisorTrainer(TorchTrainer):
     """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`.
@@ -218,7 +222,7 @@ class DivisorTrainer(TorchTrainer):
         if len(self.counts) > 1:
             parts["scaling_policy"] = DivisorPolicy(scaling, self.counts)
         # What an idle process has found out about GPUs is not what a worker of theirs is to see.
-        elif not scaling.use_gpu and not get_webui_url_from_internal_kv():
+        elif not scaling.use_gpu and not get_webui_url_from_internal_kv() and not os.environ.get("RAY_ADDRESS"):
             return self._run_locally(**{**parts, "scaling_policy": LocalScalingPolicy(scaling)})
         return super()._initialize_and_run_controller(**parts)
 

@@ -24,6 +24,7 @@ from ..data.formats.names import find_shards
 from ..data.formats.shards import write_tar
 from ..data.formats.sources import shard_sources
 from ..data.formats.tar_source import read_samples
+from ..data.loading.image_data import ImageData
 from ..data.loading.loader import CodesData
 from ..data.loading.order import BatchPlan
 from ..data.ray_data import init_ray, tables_dataset, unwrapped
@@ -38,6 +39,8 @@ from .usage import peak_memory
 
 OURS = "this pipeline"
 PIPELINE_GOAL, READER_GOAL, MEMORY_GOAL = 0.8, 20_000, 1.2
+LOADER_GOAL = 150 / 8
+"""Images per second and core of the tokenizers' loader, of which eight cores feed a GPU."""
 
 
 class DataBench(Config):
@@ -55,6 +58,9 @@ class DataBench(Config):
     codes: int = Field(200_000, ge=1)
     """Number of full-size packed codes to read, in files of a thousand."""
     batch: int = Field(512, ge=1)
+    loader_sizes: tuple[int, int] = (512, 1024)
+    """Sizes (pixels) that the tokenizers' loader makes of each image, the larger one being that of the files."""
+    loader_images: int = Field(64, ge=1)
     memory_shards: tuple[int, int] = (8, 80)
     """Shards of a small and a large curation, whose peak memory is compared."""
 
@@ -103,6 +109,9 @@ def run_data(cfg: DataBench) -> SuiteResult:
         read = _codes(cfg, folder / "codes")
         rows.append({"contestant": "codes reader, one core", "samples/s": round(read)})
         goals.append(Goal("codes reader, samples/s a core", read, READER_GOAL, ">="))
+        loaded = _loader(cfg, folder / "loader")
+        rows.append({"contestant": "tokenizers' loader", "images/s/core": round(loaded, 1)})
+        goals.append(Goal("tokenizers' loader, images/s a core", loaded, LOADER_GOAL, ">="))
         small, large = (_curation_peak(cfg, folder / f"{count}", count) for count in cfg.memory_shards)
         few, many = cfg.memory_shards
         for count, found_peak in ((few, small), (many, large)):
@@ -213,6 +222,16 @@ def _codes(cfg: DataBench, folder: Path) -> float:
     for step in range(steps):
         data.batch(plan.place(step).epoch, plan.samples(step))
     return steps * plan.global_batch / (time.perf_counter() - began)
+
+
+def _loader(cfg: DataBench, folder: Path) -> float:
+    """Measure images per CPU second of the tokenizers' loader: decoded, cropped and resized, none of them twice."""
+    side, count = max(cfg.loader_sizes), cfg.loader_images
+    _write_shards(cfg.model_copy(update={"image_size": (side, side), "images_per_shard": count}), folder, 1)
+    data = ImageData(str(folder), cfg.loader_sizes, 0, decoders=cfg.workers)
+    began = time.process_time()
+    data.batch(0, np.arange(count))
+    return count / (time.process_time() - began)
 
 
 def _curation_peak(cfg: DataBench, folder: Path, shards: int) -> float:

@@ -19,10 +19,11 @@ from ..data.loading.order import BatchPlan
 from ..models.diffusion import flip_noise, timesteps, x0_logits
 from ..models.generator import DiffusionGenerator
 from ..models.text_encoder import TextFeatureCache
-from ..training.generator import GeneratorRunConfig, GeneratorTask, OnlineEncoder
+from ..training.generator import GeneratorRunConfig, GeneratorTask
 from ..training.generator_loss import DiffusionLoss
 from ..training.learner import Learner
 from ..training.metrics_log import MetricsLog, bf16_peak, peak_memory
+from ..training.online import OnlineEncoder
 from ..training.optim import EMA
 from ..training.trainer import Trainer
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 BOOTSTRAP = "cluster bootstrap over groups, expanded percentile"
 JACKKNIFE = "delete-a-group jackknife, Student t"
@@ -130,6 +129,8 @@ def jackknife(value: float, left_out: np.ndarray, sizes: np.ndarray, *, confiden
     corrected = count * value - ((1 - 1 / share) * left_out).sum()
     pseudo = share * value - (share - 1) * left_out
     error = float(np.sqrt(((pseudo - corrected) ** 2 / (share - 1)).mean()))
+    from scipy import stats  # here, because the import takes a second of each training process
+
     reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
     return Jackknife(value - reach, value + reach, error, float(value - corrected))
 
@@ -165,6 +166,8 @@ def rate(correct: np.ndarray, groups: Sequence[str] | None = None, *, confidence
 
 def wilson(share: float, size: float, confidence: float = 0.95) -> Interval:
     """Compute Wilson's score interval of a ``share`` observed in ``size`` trials."""
+    from scipy import stats
+
     z = float(stats.norm.ppf((1 + confidence) / 2))
     centre = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * np.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
@@ -209,5 +212,7 @@ def _chunks(total: int, width: int) -> list[int]:
 
 
 def _expanded_tail(count: int, confidence: float) -> float:
+    from scipy import stats
+
     quantile = stats.t.ppf((1 - confidence) / 2, count - 1)
     return float(stats.norm.cdf(np.sqrt(count / (count - 1)) * quantile))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import storage
-from ..accelerator import compute_dtype
+from ..accelerator import compute_dtype, upload
 from ..config import Config, InputPath
 from ..data.formats.codes import CodesManifest, CodesReader
-from ..data.formats.images import to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import CaptionedImageBatch, CaptionedImageData, require_images
 from ..data.loading.loader import CAPTIONS, CaptionChoice, CodesBatch, CodesData, Data, Mixture
@@ -23,7 +23,7 @@ from ..data.loading.split import FileData
 from ..data.model_provenance import model_provenance, text_encoder_provenance
 from ..data.provenance import data_provenance, shard_provenance
 from ..errors import UserError
-from ..flops import TextEncoderSizes, bit_encode, generator_training, text_encoder_forward
+from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
 from ..models.bit import BIT, BITConfig
 from ..models.checkpoint import Model, load_expected, weight_hash
 from ..models.diffusion import TimeDistribution
@@ -33,6 +33,7 @@ from ..models.sampling import Guidance, SamplingConfig, Temperature
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
 from ..pipeline import InstellaPipeline
 from ..runs import Provenance
+from .captions import CaptionTokenizer, longest_first
 from .distributed import ranks
 from .generator_loss import BY_TIME, ARLoss, DiffusionLoss, accuracy_summary
 from .generator_validation import GeneratorValidation, GeneratorValidator
@@ -40,6 +41,7 @@ from .held_out import complete_held_out, held_out_set, hold_out
 from .launch import launch
 from .logged import DIFFUSION, GENERATOR, check_keep_best
 from .memory import Checkpointing, choose_checkpointing, generator_memory
+from .online import OnlineEncoder, require_encodable
 from .previews import PreviewInputs
 from .settings import TrainingRun
 from .start_from import checked_generator, parent_provenance, trained_generator
@@ -126,13 +128,16 @@ class GeneratorTask:
         self.tokenizer_hash = weight_hash(cfg.tokenizer)
         self.encoder: OnlineEncoder | None = None
         captions = CaptionChoice(cfg.short_caption_probability, cfg.caption_drop_probability)
+        # The frozen networks: always float32 on a CPU, so that their outputs do not depend on the CPU model.
+        dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
         if cfg.images is not None:
-            self.encoder = OnlineEncoder(cfg.tokenizer, device)
+            self.encoder = OnlineEncoder(cfg.tokenizer, device, dtype)
+        decoders = cfg.train.workers.decoders
         weights = [source.weight for source in cfg.sources] or [1]
 
         def load(data: Pattern, seed: int = cfg.train.seed) -> FileData:
             if self.encoder is not None:
-                return CaptionedImageData(data, self.encoder.size, seed, captions)
+                return CaptionedImageData(data, self.encoder.size, seed, captions, decoders=decoders)
             return CodesData(CodesReader(str(data), tokenizer_hash=self.tokenizer_hash), seed, captions)
 
         given = [cfg.images] if cfg.images is not None else [source.folder for source in cfg.sources]
@@ -140,11 +145,11 @@ class GeneratorTask:
         self.sources, held_out = hold_out(sources, weights, cfg.train.held_out, load)
         mixed = len(self.sources) > 1
         self.data: Data = Mixture(self.sources, weights, cfg.train.seed) if mixed else self.sources[0]
-        # Always float32 on a CPU, so that the features do not depend on the CPU model.
-        dtype = torch.float32 if device.type == "cpu" else compute_dtype(device, cfg.train.precision)
+        self.device = device
         self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
-        self.encoded = 0
-        """Token positions that the text encoder has processed for the current step's captions."""
+        self.captions = CaptionTokenizer(self.text.encoder, quiet=ranks()[0] > 0)
+        self.encoded: Counter[int] = Counter()
+        """Number of the current step's captions that the text encoder has processed, by length with padding."""
         self.text_sizes: TextEncoderSizes | None = None
         if model is None:
             model = build_generator(cfg.model)
@@ -177,20 +182,27 @@ class GeneratorTask:
             log.info("%s gradient checkpointing (%s)", "with" if chosen else "without", reason)
         return chosen
 
+    def batch(self, step: int, epoch: int, samples: np.ndarray) -> CodesBatch | CaptionedImageBatch:
+        """Load the batch with its captions' tokens."""
+        found: CodesBatch | CaptionedImageBatch = self.data.batch(epoch, samples)
+        return found._replace(tokens=self.captions(found.captions))
+
     def micro_batches(self, batch: CodesBatch | CaptionedImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
-        before, parts = self.text.positions, []
-        for start in range(0, len(batch.captions), size):
-            rows = slice(start, start + size)
-            features, mask = self.text.encode(batch.captions[rows])
+        """Split as :meth:`.trainer.TrainingTask.micro_batches`; several micro-batches have captions of similar length."""
+        tokens = self.captions(batch.captions) if batch.tokens is None else batch.tokens
+        order = longest_first(tokens) if len(tokens) > size else np.arange(len(tokens))
+        before, parts = self.text.encoded.copy(), []
+        for rows in np.split(order, range(size, len(order), size)):
+            features, mask = self.text.encode([batch.captions[i] for i in rows], [tokens[i] for i in rows])
             codes = self._codes(batch, rows)
-            parts.append({"codes": codes, "features": features, "mask": mask, "seeds": seeds[rows]})
-        self.encoded = self.text.positions - before
+            parts.append({"codes": codes, "features": features, "mask": mask, "seeds": seeds[torch.from_numpy(rows)]})
+        self.encoded = self.text.encoded - before
         return parts
 
-    def _codes(self, batch: CodesBatch | CaptionedImageBatch, rows: slice) -> Tensor:
-        """Return codes 0/1, float32 ``[B, L, K]``, of the given rows."""
+    def _codes(self, batch: CodesBatch | CaptionedImageBatch, rows: np.ndarray) -> Tensor:
+        """Return codes 0/1, float32 ``[B, L, K]`` on the device, of the given rows."""
         if isinstance(batch, CodesBatch):
-            return torch.from_numpy(batch.codes[rows]).float()
+            return upload(torch.from_numpy(batch.codes[rows]), self.device).float()
         assert self.encoder is not None
         return self.encoder.encode(batch.pixels[rows])
 
@@ -202,7 +214,8 @@ class GeneratorTask:
         for source in self.sources:
             count = min(CALIBRATION_CAPTIONS // len(self.sources), len(source))
             captions.update(source.column(np.linspace(0, len(source) - 1, count).astype(int), CAPTIONS[0]))
-        features, mask = self.text.encode(sorted(captions))
+        prompts = sorted(captions)
+        features, mask = self.text.encode(prompts, self.text.encoder.tokenize(prompts).ids)
         assert not isinstance(self.model, BIT)
         device = next(self.model.parameters()).device
         self.model.calibrate_text(features.to(device), mask.to(device))
@@ -212,10 +225,9 @@ class GeneratorTask:
 
     def flops(self, parts: list[dict[str, Any]]) -> float:
         """Return the FLOP of the generator, of online encoding, and of the captions that the text encoder processed."""
-        length = parts[0]["features"].shape[2]
         if self.text_sizes is None:
             self.text_sizes = TextEncoderSizes.of(self.text.encoder.model)
-        text = text_encoder_forward(self.text_sizes, length) / length * self.encoded
+        text = sum(text_encoder_forward(self.text_sizes, length) * count for length, count in self.encoded.items())
         learning = [generator_training(self.cfg.model, p["features"].shape[2]).model * len(p["codes"]) for p in parts]
         each = self.encoder.flops if self.encoder else 0.0
         return text + sum(learning) + each * sum(len(p["codes"]) for p in parts)
@@ -231,7 +243,12 @@ class GeneratorTask:
     def _held_out_inputs(self, batch: CodesBatch | CaptionedImageBatch, seeds: Tensor) -> dict[str, Any]:
         # Not from the cache: what stands beside a caption in a batch changes its features' last digits.
         features, mask = self.text.encoder.encode(batch.captions)
-        return {"codes": self._codes(batch, slice(None)), "features": features, "mask": mask, "seeds": seeds}
+        return {
+            "codes": self._codes(batch, np.arange(len(batch.captions))),
+            "features": features,
+            "mask": mask,
+            "seeds": seeds,
+        }
 
     def preview_inputs(self) -> PreviewInputs:
         return PreviewInputs(self.cfg.preview.prompts)
@@ -247,6 +264,10 @@ class GeneratorTask:
 
     def keys(self, batch: CodesBatch | CaptionedImageBatch) -> list[str]:
         return batch.keys
+
+    def close(self) -> None:
+        """Log how many captions were truncated."""
+        self.captions.close()
 
     def extra(self) -> Mapping[str, Any]:
         encoder = self.cfg.text_encoder.model_dump(mode="json")
@@ -341,36 +362,3 @@ def generator_inputs(cfg: GeneratorRunConfig) -> tuple[Provenance, ...]:
         data += (data_provenance("held_out", str(other)),) if codes else shard_provenance("held_out", other)
     parent = () if cfg.start_from is None else (parent_provenance(cfg.start_from),)
     return (*data, model_provenance("tokenizer", cfg.tokenizer), text_encoder_provenance(cfg.text_encoder), *parent)
-
-
-ENCODE_BATCH = 64
-"""Images per tokenizer batch, independent of the micro-batch size; equals the encoding job's batch size."""
-
-
-class OnlineEncoder:
-    """Online image encoder: a tokenizer with EMA weights in float32, which gives the same codes as the encoding job."""
-
-    def __init__(self, folder: str, device: torch.device) -> None:
-        self.bit = load_expected(folder, BIT, device=device)
-        self.device, self.size = device, self.bit.cfg.image_size
-        self.flops = bit_encode(self.bit.cfg, self.size, self.size).forward
-        """FLOP per image."""
-
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """Encode pixels, uint8 ``[B, size, size, 3]``, to codes 0/1, float32 ``[B, L, K]``, on the device."""
-        parts = torch.from_numpy(pixels).split(ENCODE_BATCH)
-        return torch.cat([self.bit.encode(to_tensor(part.to(self.device))) for part in parts]).float()
-
-
-def require_encodable(pattern: Pattern, folder: str) -> BITConfig:
-    """Return the configuration of the tokenizer in ``folder``.
-
-    UserError if it cannot encode its own image_size, or the shards have no images.
-    """
-    cfg = load_expected(folder, BIT).cfg
-    if cfg.image_size % cfg.encode_multiple:
-        raise UserError(
-            f"tokenizer {folder}: its image_size {cfg.image_size} is not a multiple of {cfg.encode_multiple}"
-        )
-    require_images(pattern)
-    return cfg

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ..accelerator import upload
 from ..models.bit_layers import BITBlock
 from ..models.generator import GeneratorBlock
 from ..models.layers import TimestepEmbedding
@@ -143,7 +144,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return upload(value, device) if isinstance(value, Tensor) else value
 
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")

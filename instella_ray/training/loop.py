@@ -60,6 +60,7 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
                     break
                 waited = time.perf_counter()
         log.close()
+    task.close()
     return not leaving
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -18,10 +18,13 @@ from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup as RayWorkerGroup
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -30,16 +33,16 @@ from .. import logs
 from ..data.ray_data import init_ray
 from ..errors import UserError
 from .interrupts import StopRequest
-from .loop import train_worker
-from .nonfinite import NonFiniteLoss
 from .run_dir import Attempt
 from .settings import TrainConfig, WorkersConfig
-from .trainer import BuildTask
+
+if TYPE_CHECKING:
+    from .trainer import BuildTask
+
+# The loop and what it trains are imported where they run: Ray Train's controller imports this module, and nothing of them.
 
 T = TypeVar("T", bound=int | str)
 
-NOT_RETRIED = (UserError, NonFiniteLoss)
-"""Deterministic failures: another attempt would read the same input and draw the same random numbers."""
 CUDA, HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class RayTrain:
         stop.on_first.append(attempt.request_stop)
 
         def worker() -> bool:
+            from .loop import train_worker
+
             logs.set_up_worker({**fields, "rank": ray.train.get_context().get_world_rank()})
             return train_worker(build_task, cfg, attempt, WorkerGroup(attempt))
 
@@ -75,7 +80,7 @@ class RayTrain:
             for rank, failure in error.worker_failures.items():
                 log.error("training failed on rank %d: %s", rank, failure, extra={"failed_rank": rank})
             # Bad input found by a worker, such as an undecodable image, is reported in one line like any other.
-            hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, NOT_RETRIED)]
+            hopeless = [failure for failure in error.worker_failures.values() if isinstance(failure, UserError)]
             if hopeless:
                 raise hopeless[0] from None
             raise
@@ -164,20 +169,49 @@ class DivisorPolicy(ElasticScalingPolicy):
 
 
 class UserErrorFailurePolicy(DefaultFailurePolicy):
-    """Ray's failure policy without retries of :data:`NOT_RETRIED` failures."""
+    """Ray's failure policy without retries of a UserError: the next attempt would read and draw the same."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = training_failed_error.worker_failures if isinstance(training_failed_error, WorkerGroupError) else {}
-        if any(isinstance(failure, NOT_RETRIED) for failure in failures.values()):
+        if any(isinstance(failure, UserError) for failure in failures.values()):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+
+class LocalScalingPolicy(FixedScalingPolicy):
+    """Ray's policy for a fixed number of workers, without the process that asks an autoscaler for their resources."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Request nothing: :func:`check_resources` has found the resources on this machine."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Request nothing."""
+
+
+class LocalWorkerGroup(RayWorkerGroup):
+    """Worker group that uses idle processes: without variables of their own, which they inherit from the local Ray."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env
+
+
+class LocalController(TrainController):
+    """Ray Train's controller, with :class:`LocalWorkerGroup`."""
+
+    worker_group_cls = LocalWorkerGroup
+
+    def __init__(self, **parts: Any) -> None:
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # which Ray Train sets for a process of its own
+        super().__init__(**parts)
 
 
 class DivisorTrainer(TorchTrainer):
     """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`, ended by ``stop``.
 
-    Without a dashboard it has no cleaner of placement groups, which asks the dashboard once a second whether the controller
-    is alive. A local Ray has none, and ends with the driver.
+    It has no manager of Ray Data's datasets, which no run uses. Without a dashboard it has no cleaner of placement groups,
+    which asks the dashboard once a second whether the controller is alive: a local Ray has none, and ends with the driver.
+    There, a fixed number of CPU workers starts in fewer processes (:class:`LocalController`, :class:`LocalScalingPolicy`).
     """
 
     def __init__(self, *args: Any, counts: Sequence[int], stop: StopRequest, **options: Any) -> None:
@@ -185,15 +219,19 @@ class DivisorTrainer(TorchTrainer):
         self.counts, self.stop = counts, stop
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()
-        if get_webui_url_from_internal_kv():
-            return callbacks
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        dropped: tuple[type[RayTrainCallback], ...] = (DatasetsCallback,)
+        if not get_webui_url_from_internal_kv():
+            dropped += (PlacementGroupCleanerCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, dropped)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        scaling = cast(ScalingConfig, self.scaling_config)
         parts["failure_policy"] = UserErrorFailurePolicy(cast(FailureConfig, self.run_config.failure_config))
         if len(self.counts) > 1:
-            parts["scaling_policy"] = DivisorPolicy(cast(ScalingConfig, self.scaling_config), self.counts)
+            parts["scaling_policy"] = DivisorPolicy(scaling, self.counts)
+        # What an idle process has found out about GPUs is not what a worker of theirs is to see.
+        elif not scaling.use_gpu and not get_webui_url_from_internal_kv() and not os.environ.get("RAY_ADDRESS"):
+            return self._run_locally(**{**parts, "scaling_policy": LocalScalingPolicy(scaling)})
         return super()._initialize_and_run_controller(**parts)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -204,6 +242,13 @@ class DivisorTrainer(TorchTrainer):
                 ray.get(controller.abort.remote())
 
         self.stop.on_second.append(abort)
+
+    def _run_locally(self, **parts: Any) -> Any:
+        """Run the controller as the base class does, but in an idle process of a local Ray."""
+        controller: Any = ray.remote(num_cpus=0)(LocalController).remote(**parts)
+        self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 def mirror_visible_devices() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -48,7 +50,8 @@ class WorkersConfig(Config):
     """Minimum number of workers of an elastic run, which grows and shrinks with the cluster's resources: it uses the
     largest number up to ``count`` that divides the global batch into whole micro-batches. None: always ``count``."""
     cpus: float = Field(1.0, ge=0)
-    """Logical CPUs reserved per worker; the calling process (``count`` 0) reserves none."""
+    """Logical CPUs reserved per worker, and its threads that decode images; the calling process (``count`` 0) reserves
+    none, and decodes on all of the machine's."""
     threads: int = Field(1, ge=1)
     """CPU compute threads per worker."""
     gpu: bool = False
@@ -64,6 +67,11 @@ class WorkersConfig(Config):
         if self.min_count is not None and self.min_count > self.count:
             raise ValueError(f"min_count {self.min_count} is more than count {self.count}")
         return self
+
+    @property
+    def decoders(self) -> int:
+        """Number of threads that decode images: a worker's CPUs rounded up, or those of the calling process."""
+        return max(1, math.ceil(self.cpus)) if self.count else len(os.sched_getaffinity(0))
 
     @property
     def ranks(self) -> int:

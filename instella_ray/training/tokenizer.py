@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .. import logs, storage
+from ..accelerator import upload
 from ..config import InputPath
 from ..data.formats.codes import dead_bits
-from ..data.formats.images import to_pixels, to_tensor
+from ..data.formats.images import channels_first, normalized, to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
@@ -96,6 +97,10 @@ class TokenizerConfig(TrainingRun):
         """Sides of the decoded images in pixels."""
         return self.output_sizes or (self.model.image_size,)
 
+    def size_index(self, step: int) -> int:
+        """Return the index in :attr:`sizes` of the output size of ``step``, the same on any number of ranks."""
+        return int(np.random.default_rng((self.train.seed, step)).integers(len(self.sizes)))
+
 
 class TokenizerLoss(nn.Module):
     """Training loss of one micro-batch: forward pass at a temperature, loss and logged parts."""
@@ -110,10 +115,12 @@ class TokenizerLoss(nn.Module):
     def forward(
         self, images: Tensor, targets: Tensor, seeds: Tensor, temperature: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts of ``images [B, 3, H, W]`` in [-1, 1], reconstructed at the size of ``targets``.
+        """Return the loss and its parts of ``images [B, 3, H, W]``, reconstructed at the size of ``targets``.
 
+        Both are floats in [-1, 1] or, as the data are, uint8, which become such floats here, on the device.
         ``seeds [B]`` determine each sample's crop positions, discriminator augmentation and bit draws.
         """
+        images, targets = normalized(images), normalized(targets)
         first, sizes = torch.zeros_like(seeds), self.bit.cfg
         draws = rng.uniforms(seeds, first, 1, DRAWS, stream=rng.TRAINING)[:, 0]
         u = rng.uniforms(seeds, first + 1, sizes.num_tokens, sizes.bits_per_token, stream=rng.TRAINING)
@@ -147,10 +154,17 @@ class HeldOutReconstruction(nn.Module):
     def forward(self, images: Tensor, seeds: Tensor, **targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts, means over the sizes of ``targets``; arguments as :class:`TokenizerLoss`."""
         places = rng.uniforms(seeds, torch.zeros_like(seeds), 1, 2, stream=rng.TRAINING)[:, 0]
-        codes = self.bit.encode(images)
-        found = [self.supervised(self.bit.decode(codes, *t.shape[-2:]), t, places) for t in targets.values()]
+        codes = self.bit.encode(normalized(images))
+        wanted = map(normalized, targets.values())
+        found = [self.supervised(self.bit.decode(codes, *t.shape[-2:]), t, places) for t in wanted]
         parts = {name: torch.stack([each[name] for _, each in found]).mean() for name in found[0][1]}
         return torch.stack([loss for loss, _ in found]).mean(), parts
+
+
+class SizedImages(Data, Protocol):
+    """Dataset of images that makes only the sizes that are asked for."""
+
+    def batch(self, epoch: int, samples: np.ndarray, sizes: Collection[int] | None = None, /) -> Any: ...
 
 
 class TokenizerTask:
@@ -162,10 +176,10 @@ class TokenizerTask:
         sizes = sorted({cfg.model.image_size, *cfg.sizes})
 
         def load(data: Pattern) -> FileData:
-            return ImageData(data, sizes, cfg.train.seed)
+            return ImageData(data, sizes, cfg.train.seed, decoders=cfg.train.workers.decoders)
 
         (data,), held_out = hold_out([load(cfg.data)], [1], cfg.train.held_out, load)
-        self.data: Data = data
+        self.data = cast(SizedImages, data)  # all of the images, or those that are not held out
         model = build_model(cfg.model.model_dump())
         assert isinstance(model, BIT)
         if cfg.start_from is not None:
@@ -185,15 +199,20 @@ class TokenizerTask:
         self.size = cfg.sizes[0]
         self.watch = CollapseWatch(cfg.collapse_limit)
 
+    def batch(self, step: int, epoch: int, samples: np.ndarray) -> ImageBatch:
+        """Load the images at the two sizes that ``step`` needs."""
+        return self.data.batch(epoch, samples, {self.cfg.model.image_size, self.cfg.sizes[self.cfg.size_index(step)]})
+
     def micro_batches(self, batch: ImageBatch, size: int, seeds: Tensor) -> list[dict[str, Any]]:
-        inputs = {"images": self._images(batch), "targets": to_tensor(batch.pixels[self.size]), "seeds": seeds}
+        images, targets = (channels_first(batch.pixels[side]) for side in (self.cfg.model.image_size, self.size))
+        inputs = {"images": images, "targets": targets, "seeds": seeds}
         parts = zip(*(value.split(size) for value in inputs.values()), strict=True)
         return [{**dict(zip(inputs, part, strict=True)), "temperature": self.temperature} for part in parts]
 
     def begin(self, batch: ImageBatch) -> None:
         """Calibrate the patch embedding on the first batch, unless the weights are pretrained."""
         if self.cfg.start_from is None:
-            self.bit.calibrate(self._images(batch).to(next(self.bit.parameters()).device))
+            self.bit.calibrate(self._images(batch, self.bit))
 
     def before_step(self, step: int) -> None:
         done = step / self.cfg.train.steps
@@ -201,8 +220,7 @@ class TokenizerTask:
         self.temperature = self.cfg.late_temperature if late else self.cfg.temperature
         if self.bit.quantizer.norm is not None:
             self.bit.quantizer.norm.train(done < self.cfg.freeze_norm_fraction)
-        # All ranks decode to the same size, independent of their number.
-        index = int(np.random.default_rng((self.cfg.train.seed, step)).integers(len(self.cfg.sizes)))
+        index = self.cfg.size_index(step)
         self.size = self.cfg.sizes[index]
         if self.discriminator is not None:
             self.discriminator.before_step(step, index)
@@ -225,8 +243,8 @@ class TokenizerTask:
         return count * tokenizer_training(self.cfg.model, size, self.size, frozen_encoder=frozen).model
 
     def _held_out_inputs(self, batch: ImageBatch, seeds: Tensor) -> dict[str, Any]:
-        targets = {f"target_{size}": to_tensor(batch.pixels[size]) for size in self.cfg.sizes}
-        return {"images": to_tensor(batch.pixels[self.cfg.model.image_size]), "seeds": seeds, **targets}
+        targets = {f"target_{size}": channels_first(batch.pixels[size]) for size in self.cfg.sizes}
+        return {"images": channels_first(batch.pixels[self.cfg.model.image_size]), "seeds": seeds, **targets}
 
     def preview_inputs(self) -> PreviewInputs:
         """Return the first held-out images, or without any the first images, with their keys."""
@@ -239,11 +257,16 @@ class TokenizerTask:
         assert isinstance(model, BIT) and inputs.originals is not None
         return to_pixels(reconstruct(model, to_tensor(inputs.originals)))
 
-    def _images(self, batch: ImageBatch) -> Tensor:
-        return to_tensor(batch.pixels[self.cfg.model.image_size])
+    def _images(self, batch: ImageBatch, bit: BIT) -> Tensor:
+        """Return the images at the model's size, float32 ``[B, 3, H, W]`` on the device of ``bit``."""
+        pixels = torch.from_numpy(batch.pixels[self.cfg.model.image_size])
+        return to_tensor(upload(pixels, next(bit.parameters()).device))
 
     def keys(self, batch: ImageBatch) -> list[str]:
         return batch.keys
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to report at the end."""
 
     def extra(self) -> Mapping[str, Any]:
         return {}

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from .. import storage
-from ..accelerator import pick_device
+from ..accelerator import pick_device, upload
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.image_data import ImageData, require_images
@@ -115,7 +115,7 @@ def measure_restorations(model: str, cfg: TokenizerValidation) -> MeasuredRecons
     for start in range(0, min(cfg.count, len(data)), cfg.batch_size):
         index = np.arange(start, min(start + cfg.batch_size, cfg.count, len(data)))
         pixels = data.batch(0, index).pixels
-        codes = bit.encode(to_tensor(pixels[seen]).to(device))
+        codes = bit.encode(to_tensor(upload(torch.from_numpy(pixels[seen]), device)))
         for size in sizes:
             restored, originals = to_pixels(bit.decode(codes, size, size)), pixels[size]
             # Different sizes of one image are not independent, so they form one group of the bootstrap.

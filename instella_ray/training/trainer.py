@@ -67,12 +67,14 @@ class DiscriminatorTask(Protocol):
 class TrainingTask(Protocol):
     """Model, data and loss of a training run."""
 
-    data: Data
-    """Training data; ``batch`` returns one rank's share of a global batch on the CPU, and is called in a thread."""
     model: Model
     step_module: nn.Module
     """``forward(**inputs) -> (loss, parts)``; wraps ``model``, so that gradients are synchronized through it. Parts that
     are not scalars are reduced by :meth:`summary`."""
+
+    @property
+    def data(self) -> Data:
+        """Training data."""
 
     @property
     def discriminator(self) -> DiscriminatorTask | None:
@@ -81,6 +83,12 @@ class TrainingTask(Protocol):
     @property
     def held_out(self) -> HeldOutSet | None:
         """Held-out samples, or None."""
+
+    def batch(self, step: int, epoch: int, samples: np.ndarray) -> Any:
+        """Load one rank's share of the global batch of ``step`` on the CPU; called in a thread, so without PyTorch.
+
+        ``samples`` int64 ``[B]`` count from ``epoch``, as :meth:`.order.BatchPlan.samples` returns them.
+        """
 
     def micro_batches(self, batch: Any, size: int, seeds: Tensor) -> list[dict[str, Any]]:
         """Split a batch into micro-batches of ``size`` samples; returns keyword arguments for the step module.
@@ -111,6 +119,9 @@ class TrainingTask(Protocol):
 
     def extra(self) -> Mapping[str, Any]:
         """Return further sections of the checkpoint's config.yaml."""
+
+    def close(self) -> None:
+        """Hook called once on every rank after the last step of this process."""
 
 
 BuildTask = Callable[[torch.device], TrainingTask]
@@ -157,7 +168,7 @@ class Trainer:
 
     def batch(self, step: int) -> Any:
         """Load this rank's share of the global batch of ``step``."""
-        return self.task.data.batch(self.plan.place(step).epoch, self.plan.samples(step))
+        return self.task.batch(step, self.plan.place(step).epoch, self.plan.samples(step))
 
     def step(self, step: int, batch: Any) -> Stepped:
         """Run forward, backward and update, or skip a batch whose loss or gradient is not finite (``on_nonfinite``).

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,16 +175,18 @@ def test_a_bulk_job_is_measured_at_any_size(ray_session: None) -> None:
 @pytest.mark.nightly
 def test_the_data_path_is_measured_at_any_size(ray_session: None) -> None:
     sizes = {"shards": 2, "images_per_shard": 4, "image_size": (640, 512), "size": 16, "rounds": 1}
-    result = run_data(DataBench(**sizes, codes=2000, batch=64, memory_shards=(1, 2)))
+    loader: dict[str, Any] = {"loader_sizes": (32, 16), "loader_images": 4}
+    result = run_data(DataBench(**sizes, **loader, codes=2000, batch=64, memory_shards=(1, 2)))
     assert [row["contestant"] for row in result.rows] == [
         "decode and resize alone",
         "this pipeline",
         "DataLoader and webdataset",
         "codes reader, one core",
+        "tokenizers' loader",
         "curating 1 shards",
         "curating 2 shards",
     ]
-    assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 4
+    assert all(goal.value > 0 for goal in result.goals) and len(result.goals) == 5
 
 
 @pytest.mark.ray

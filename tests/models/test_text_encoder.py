@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from instella_ray.models.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
     TextFeatureCache,
+    chunks,
     pad_features,
     resolve_name,
 )
@@ -200,11 +202,13 @@ def test_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
 class Counting(TextEncoder):
     """Remembers what it was asked to encode."""
 
-    asked: list[str]
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.asked: list[list[int]] = []
 
-    def encode(self, prompts: Any) -> Any:
-        self.asked = [*getattr(self, "asked", []), *prompts]
-        return super().encode(prompts)
+    def rows(self, tokens: Any) -> Any:
+        self.asked += tokens
+        return super().rows(tokens)
 
 
 def counting() -> Counting:
@@ -216,7 +220,7 @@ def test_cache_equals_direct_encoding_and_encodes_once() -> None:
     cache = TextFeatureCache(encoder)
     cache.encode(PROMPTS[:2])
     features, mask = cache.encode([PROMPTS[1], *PROMPTS, PROMPTS[3]])
-    assert sorted(encoder.asked) == sorted(PROMPTS)
+    assert sorted(encoder.asked) == sorted(encoder.tokenize(PROMPTS).ids)
     direct = encoder.encode([PROMPTS[1], *PROMPTS, PROMPTS[3]])
     assert torch.equal(mask, direct.mask)
     torch.testing.assert_close(features, direct.features, atol=1e-5, rtol=0)
@@ -234,7 +238,7 @@ def test_cache_is_bounded_and_drops_the_least_recently_used() -> None:
     cache.encode([a])
     assert encoder.asked == []
     cache.encode([b])
-    assert encoder.asked == [b]
+    assert encoder.asked == encoder.tokenize([b]).ids
 
 
 def test_cache_serves_a_batch_larger_than_itself() -> None:
@@ -245,6 +249,63 @@ def test_cache_serves_a_batch_larger_than_itself() -> None:
     direct = encoder.encode(PROMPTS)
     assert torch.equal(mask, direct.mask)
     torch.testing.assert_close(features, direct.features, atol=1e-5, rtol=0)
+
+
+def test_chunks_have_prompts_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).permutation([*[128] * 90, *range(10, 31), *range(60, 90), 0]).tolist()
+    tokens = {f"{i}": [1] * length for i, length in enumerate(lengths)}
+    parts = list(chunks(tokens))
+    assert sorted(prompt for part in parts for prompt in part) == sorted(tokens)
+    inside = [[len(tokens[prompt]) for prompt in part] for part in parts]
+    assert [(part[0], part[-1], len(part)) for part in inside] == [
+        *((128, 128, 64), (128, 128, 26), (89, 67, 23), (66, 60, 7), (30, 14, 17), (13, 0, 5))
+    ]
+    assert sum(part[0] * len(part) for part in inside) < 1.1 * sum(lengths)
+    assert list(chunks({})) == []
+
+
+def test_a_mix_of_captions_costs_little_padding_and_its_features_are_those_of_each_alone(minilm: TextEncoder) -> None:
+    prompts = [" ".join(["cube"] * count) for count in (126, 3, 90, 18, 0, 17, 125, 200)]
+    cache = TextFeatureCache(minilm)
+    found, mask = cache.encode(prompts)
+    assert int(mask.sum()) <= cache.positions <= 1.1 * int(mask.sum())
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(real(found, mask, row), real(*minilm.encode([prompt]), 0), atol=1e-5, rtol=0)
+    # Given the tokens, nothing is tokenized.
+    again = TextFeatureCache(TextEncoder(minilm.model, None, minilm.cfg))
+    again.encoder.tokenizer = type("Padding", (), {"pad_token_id": minilm.tokenizer.pad_token_id})
+    assert torch.equal(again.encode(prompts, minilm.tokenize(prompts).ids).features, found)
+
+
+def test_prompts_are_tokenized_in_one_call_each_as_alone(encoder: TextEncoder) -> None:
+    prompts = [*PROMPTS, "a red cube " * 60, " ".join(["cube"] * encoder.cfg.max_length)]
+    ids, truncated = encoder.tokenize(prompts)
+    alone = [encoder.tokenizer(prompt, truncation=True, max_length=128)["input_ids"] for prompt in prompts]
+    whole = [encoder.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert ids == alone and max(map(len, ids)) == 128
+    assert truncated == [i for i, row in enumerate(whole) if len(row) > 128] and 4 in truncated
+
+
+def test_a_tokenizer_that_does_not_tell_is_asked_again_for_full_prompts_alone(minilm: TextEncoder) -> None:
+    from transformers import BatchEncoding
+
+    calls: list[int] = []
+
+    def slow(prompts: Any, **options: Any) -> Any:
+        calls.append(len(prompts) if isinstance(prompts, list) else 1)
+        return BatchEncoding({"input_ids": minilm.tokenizer(prompts, **options)["input_ids"]})
+
+    words = [3, 200, 126, 125]
+    prompts = [" ".join(["cube"] * count) for count in words]
+    assert TextEncoder(minilm.model, slow, minilm.cfg).tokenize(prompts) == minilm.tokenize(prompts)
+    assert calls == [4, 1, 1]  # of 200 words, and of 126 with the two tokens that frame each prompt
+
+
+def test_many_long_prompts_give_one_warning(minilm: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="instella_ray"):
+        TextFeatureCache(minilm).encode([f"{i} " + "cube " * 200 for i in range(5)] + ["a cube"])
+    (record,) = [record for record in caplog.records if record.name.startswith("instella_ray")]
+    assert record.getMessage().endswith("203 tokens, truncated to 128, and 4 more of 6 prompts")
 
 
 def test_padding_of_rows_keeps_their_order_and_dtype() -> None:

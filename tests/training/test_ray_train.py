@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import pytest
 
 from instella_ray import storage
@@ -147,3 +152,41 @@ def test_a_run_that_cannot_be_placed_says_so(ray_session: None, shards: str, tmp
     fewer = WorkersConfig(count=2, min_count=1, cpus=50, gpu=True)
     with pytest.raises(UserError, match="1 workers need 1 GPU, the cluster has 0"):
         check_resources(fewer, {"CPU": 64})
+
+
+CONTROLLER_IMPORTS = """
+import sys
+import ray.train.torch
+before = set(sys.modules)
+import instella_ray.training.ray_train
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}), "torch.distributed.tensor" in sys.modules)
+print(*sorted(name for name in sys.modules if name.startswith("instella_ray.training.")))
+"""
+
+
+def test_ray_trains_controller_imports_nothing_of_what_is_trained() -> None:
+    run = subprocess.run([sys.executable, "-c", CONTROLLER_IMPORTS], capture_output=True, text=True, check=True)
+    outside, ours = run.stdout.splitlines()
+    assert not any(name in outside for name in ("scipy", "transformers", "sympy", "True")), outside
+    assert not {"instella_ray.training.loop", "instella_ray.training.trainer"} & set(ours.split())
+
+
+def test_a_local_run_has_no_process_beside_workers_controller_and_their_synchronization(
+    ray_session: None, shards: str, tmp_path: Path
+) -> None:
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    seen.update(part.partition(".")[0] for part in process.cmdline()[:1] if part.startswith("ray::"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run_tokenizer(tokenizer_config(shards, tmp_path / "run", steps=2, workers=WorkersConfig(count=1, cpus=0.5)))
+    ended.set()
+    thread.join()
+    assert {"ray::RayTrainWorker", "ray::LocalController"} <= seen
+    assert not [name for name in seen if "Autoscaling" in name or "DatasetManager" in name], seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from instella_ray.config import dump_yaml, load_config
+from instella_ray.data.formats.images import normalized, to_tensor
 from instella_ray.data.loading.image_data import ImageData
 from instella_ray.errors import UserError
 from instella_ray.models import rng
@@ -22,7 +24,7 @@ from instella_ray.training import tokenizer as module
 from instella_ray.training.checkpoints import Checkpoint, save_checkpoint
 from instella_ray.training.learner import Learner
 from instella_ray.training.run_dir import read_metrics
-from instella_ray.training.settings import OptimizerConfig
+from instella_ray.training.settings import OptimizerConfig, WorkersConfig
 from instella_ray.training.stages import TokenizerStagesConfig, run_stages
 from instella_ray.training.tokenizer import TokenizerTask, complete_tokenizer, evaluate_tokenizer, psnr
 
@@ -114,13 +116,17 @@ def test_weights_of_another_model_are_not_trained_on(shards: str, tmp_path: Path
 def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_path: Path) -> None:
     cfg = tokenizer_config(shards, tmp_path, steps=40).model_copy(update={"output_sizes": (32, 40, 48)})
     tasks = [TokenizerTask(cfg) for _ in range(2)]  # of two ranks, or before and after a restart
-    batch = tasks[0].data.batch(0, np.arange(2))
+    whole = tasks[0].data.batch(0, np.arange(2))
     seen = set()
     for step in range(40):
         for task in tasks:
             task.before_step(step)
         assert tasks[0].size == tasks[1].size
+        batch = tasks[0].batch(step, 0, np.arange(2))
+        assert set(batch.pixels) == {32, tasks[0].size}, "no other size is made"
+        assert all(np.array_equal(batch.pixels[size], whole.pixels[size]) for size in batch.pixels)
         (inputs,) = tasks[0].micro_batches(batch, 2, torch.arange(2))
+        assert inputs["images"].dtype == inputs["targets"].dtype == torch.uint8
         assert inputs["images"].shape[-2:] == (32, 32) and inputs["targets"].shape[-2:] == (tasks[0].size,) * 2
         seen.add(tasks[0].size)
         if step < 3:
@@ -129,6 +135,25 @@ def test_every_step_has_one_output_size_and_all_sizes_come_up(shards: str, tmp_p
     assert seen == {32, 40, 48}
     codes = tasks[0].bit.eval().encode(inputs["images"])
     assert [tasks[0].bit.decode(codes, size, size).shape[-1] for size in (32, 40, 48)] == [32, 40, 48]
+
+
+def test_pixels_become_floats_in_the_step_and_nothing_else_does(shards: str, tmp_path: Path) -> None:
+    task = TokenizerTask(tokenizer_config(shards, tmp_path))
+    batch = task.batch(0, 0, np.arange(4))
+    (inputs,) = task.micro_batches(batch, 4, torch.arange(4))
+    pixels = torch.from_numpy(batch.pixels[32])
+    assert inputs["images"].data_ptr() == inputs["targets"].data_ptr() == pixels.data_ptr(), "no copy on the host"
+    floats = to_tensor(pixels)
+    given = task.step_module(**inputs)
+    expected = task.step_module(**{**inputs, "images": floats, "targets": floats})
+    assert torch.equal(given[0], expected[0]) and floats.min() >= -1 and floats.max() <= 1
+
+
+def test_images_are_decoded_in_as_many_threads_as_a_worker_has_cpus(shards: str, tmp_path: Path) -> None:
+    for count, cpus, threads in ((1, 0.5, 1), (1, 1, 1), (2, 7.5, 8), (0, 3, len(os.sched_getaffinity(0)))):
+        workers = WorkersConfig(count=count, cpus=cpus)
+        task = TokenizerTask(tokenizer_config(shards, tmp_path, workers=workers))
+        assert workers.decoders == task.data._threads._max_workers == threads
 
 
 @pytest.mark.process
@@ -147,7 +172,7 @@ def test_a_handful_of_images_is_learned_by_heart_to_30_db(shards: str, tmp_path:
         (inputs,) = task.micro_batches(batch, 4, rng.sample_seeds(0, step, torch.arange(4)))
         learner.backward(inputs, 1, True)
         learner.update(step, OVERFIT)
-    images = task.micro_batches(batch, 4, torch.arange(4))[0]["images"]
+    images = normalized(task.micro_batches(batch, 4, torch.arange(4))[0]["images"])
     assert evaluate_tokenizer(task.bit.eval(), images, title="overfitted").psnr >= 30
 
 

@@ -205,10 +205,20 @@ def crop_square(pixels: np.ndarray, size: int, offset: tuple[float, float] = (0.
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Tensor:
-    """Convert uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    """Convert uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1], on its device."""
+    return normalized(channels_first(pixels))
+
+
+def channels_first(pixels: np.ndarray | Tensor) -> Tensor:
+    """View ``[B, H, W, 3]`` as a tensor ``[B, 3, H, W]`` of the same dtype."""
     import torch  # here, because the import would cost workers that only decode seconds
 
-    return torch.as_tensor(pixels).movedim(-1, 1).float() / 127.5 - 1
+    return torch.as_tensor(pixels).movedim(-1, 1)
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """Convert uint8 pixels to float32 in [-1, 1], on their device; floats are returned unchanged."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from .loader import CAPTIONS, CaptionChoice
 from .order import EpochOrder, FileOrder, sample_uniforms, split_epochs
 
 DECODERS = 4
-"""Threads that decode images; Pillow releases the GIL while decoding."""
+"""Default number of threads that decode and resize images; Pillow releases the GIL meanwhile."""
 PROGRESS_BAR_TARS = 20
 """Minimum number of tars to count for which a progress bar is shown."""
 
@@ -34,7 +35,7 @@ class ImageBatch(NamedTuple):
     """Training batch of a tokenizer."""
 
     pixels: dict[int, np.ndarray]
-    """Size -> uint8 ``[B, size, size, 3]``, of the same crops at each size."""
+    """Size -> uint8 ``[B, size, size, 3]``, of the same crops at each size that was asked for."""
     keys: list[str]
 
 
@@ -56,8 +57,11 @@ class ImageData:
         captions: bool = False,
         cache_bytes: int = 2 << 30,
         window: int = 256,
+        decoders: int = DECODERS,
     ) -> None:
         """Open the shards of ``pattern``; ``captions`` includes captions in :meth:`column`.
+
+        Crops are made at the largest of ``sizes`` and resized to the others, in ``decoders`` threads.
 
         Raises UserError if there is no usable image.
         """
@@ -74,7 +78,8 @@ class ImageData:
         self.starts = np.cumsum([0, *counts])
         """Number of the first image of each tar, and of all images."""
         self._pixels: LRUCache[int, tuple[str, np.ndarray]] = LRUCache(lambda item: item[1].nbytes, cache_bytes)
-        self._threads = ThreadPoolExecutor(DECODERS)
+        self._threads = ThreadPoolExecutor(decoders)
+        self._reading = Lock()  # of the cache: previews read while the next batches are loaded
         self.order: Callable[[int], EpochOrder] = lru_cache(2)(
             lambda epoch: FileOrder(self.starts, seed, epoch, window)
         )
@@ -84,13 +89,24 @@ class ImageData:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def batch(self, epoch: int, samples: np.ndarray) -> ImageBatch:
-        """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs."""
+    def batch(self, epoch: int, samples: np.ndarray, sizes: Collection[int] | None = None) -> ImageBatch:
+        """Return the batch of ``samples``, counted from ``epoch``, with the random choices of their epochs.
+
+        Only the given ``sizes`` are made, of those of the dataset; None: all.
+        """
         epochs, index = split_epochs(len(self), epoch, samples)
         offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
-        items = self._pixels.many(index.tolist(), self._decoded)
-        crops = [_square(item[1], self.largest, (dx, dy)) for item, (dx, dy) in zip(items, offsets, strict=True)]
-        pixels = {size: np.stack([_resized(crop, size) for crop in crops]) for size in self.sizes}
+        with self._reading:
+            items = self._pixels.many(index.tolist(), self._decoded)
+        pixels = {size: np.empty((len(items), size, size, 3), np.uint8) for size in sizes or self.sizes}
+
+        def crop(number: int) -> None:
+            dx, dy = offsets[number]
+            square = _square(items[number][1], self.largest, (dx, dy))
+            for size, rows in pixels.items():
+                rows[number] = _resized(square, size)
+
+        list(self._threads.map(crop, range(len(items))))
         return ImageBatch(pixels, [key for key, _ in items])
 
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
@@ -133,6 +149,8 @@ class CaptionedImageBatch(NamedTuple):
     captions: list[str]
     """Captions; empty if dropped for guidance."""
     keys: list[str]
+    tokens: list[list[int]] | None = None
+    """Token ids of the captions, which the training task adds."""
 
 
 class CaptionedImageData:

@@ -32,6 +32,8 @@ class CodesBatch(NamedTuple):
     captions: list[str]
     """Captions; empty if dropped for guidance."""
     keys: list[str]
+    tokens: list[list[int]] | None = None
+    """Token ids of the captions, which the training task adds."""
 
 
 class CaptionChoice(NamedTuple):
@@ -195,6 +197,8 @@ def _joined(batches: Sequence[Any], order: list[int]) -> Any:
     for values in zip(*batches, strict=True):
         if isinstance(values[0], np.ndarray):
             fields.append(np.concatenate(values)[order])
+        elif values[0] is None:
+            fields.append(None)
         elif isinstance(values[0], Mapping):
             fields.append({key: np.concatenate([value[key] for value in values])[order] for key in values[0]})
         else:

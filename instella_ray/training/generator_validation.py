@@ -54,11 +54,12 @@ def check_validation(cfg: GeneratorValidation, tokenizer: str, *, here: bool) ->
     offers = {"codes", "prompts", "meta", "images"} | ({"groups"} if cfg.images_per_prompt != 1 else set())
     if "geneval" in choose(cfg.metrics, frozenset(offers), scenes=cfg.prompts == SCENES) and here:
         raise UserError("validation.metrics.geneval: the detector runs on Ray, which workers.count 0 does not use")
-    bit = parse_model(read_checkpoint_config(tokenizer)["model"])
-    if cfg.size is not None and isinstance(bit, BITConfig) and cfg.size % bit.decode_multiple:
-        raise UserError(
-            f"validation.size {cfg.size}: not a multiple of {bit.decode_multiple}, as the tokenizer decodes"
-        )
+    if cfg.size is not None:
+        bit = parse_model(read_checkpoint_config(tokenizer)["model"])
+        if isinstance(bit, BITConfig) and cfg.size % bit.decode_multiple:
+            raise UserError(
+                f"validation.size {cfg.size}: not a multiple of {bit.decode_multiple}, as the tokenizer decodes"
+            )
 
 
 class GeneratorValidator(Validator):

@@ -50,8 +50,9 @@ class WorkersConfig(Config):
     """Minimum number of workers of an elastic run, which grows and shrinks with the cluster's resources: it uses the
     largest number up to ``count`` that divides the global batch into whole micro-batches. None: always ``count``."""
     cpus: float = Field(1.0, ge=0)
-    """Logical CPUs reserved per worker, and its threads that decode images; the calling process (``count`` 0) reserves
-    none, and decodes on all of the machine's."""
+    """Logical CPUs reserved per worker, which are also its threads that decode images.
+
+    The calling process (``count`` 0) reserves none, and decodes on all cores that it may use."""
     threads: int = Field(1, ge=1)
     """CPU compute threads per worker."""
     gpu: bool = False

@@ -39,9 +39,8 @@ class StopRequest:
             for end in self.on_second:
                 end()
             raise KeyboardInterrupt
-        log.info(
-            "%s: stops after this step, with a checkpoint; a second one stops at once", signal.Signals(number).name
-        )
+        name = signal.Signals(number).name
+        log.info("%s: the run stops after this step, with a checkpoint; a second one stops it at once", name)
         self.make()
 
 

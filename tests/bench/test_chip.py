@@ -28,6 +28,7 @@ from instella_ray.engine.compilation import Compilation
 from instella_ray.errors import UserError
 from instella_ray.flops import ACCELERATORS, AMD_OLMO_1B, DeviceWork, bit_decode, generator_pass, generator_training
 from instella_ray.rendering import Goal
+from instella_ray.training.memory import generator_activations
 
 from ..kit.processes import wait_until
 from ..kit.project import MAKEFILE, ROOT
@@ -204,6 +205,16 @@ def estimates() -> list[str]:
     training = generator_training(cfg.generator("diffusion"), cfg.text_length, AMD_OLMO_1B)
     found = [f"{chip.peak / training.model:.0f} images/s" for chip in chips]
     rows.append(["training from codes, MFU 1", "peak / `generator_training`", *found])
+    again = generator_training(cfg.generator("diffusion"), cfg.text_length, AMD_OLMO_1B, gradient_checkpointing=True)
+    found = [f"{chip.peak / again.hardware:.0f} images/s" for chip in chips]
+    rows.append(["with gradient checkpointing, HFU 1", "peak / its FLOP with recomputation", *found])
+    kept = generator_activations(cfg.generator("diffusion"), cfg.text_length, bf16=True)
+    products, traffic = ([2 * training.hardware / c.peak for c in chips], [4 * kept / c.bandwidth for c in chips])
+    found = [f"{1 / (a + b):.0f} images/s" for a, b in zip(products, traffic, strict=True)]
+    formula = "2 FLOP / peak + 4 `generator_activations` / bandwidth"
+    rows.append(["training from codes, products at half the peak", formula, *found])
+    found = [f"{1 / (5 / 4 * a + 4 / 3 * b):.0f} images/s" for a, b in zip(products, traffic, strict=True)]
+    rows.append(["with gradient checkpointing", "5/4 of the first, 4/3 of the second term", *found])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 

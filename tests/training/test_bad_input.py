@@ -15,6 +15,7 @@ from instella_ray.training.generator_validation import GeneratorValidation, Gene
 from instella_ray.training.launch import check_run_dir
 from instella_ray.training.settings import (
     BestConfig,
+    HeldOutConfig,
     OptimizerConfig,
     TrainConfig,
     WorkersConfig,
@@ -126,18 +127,21 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
 
 
 @pytest.mark.parametrize(
-    ("metric", "message"),
+    ("metric", "held_out", "message"),
     [
-        ("psnr", None),
-        ("held_out_psnr", None),
-        ("held_out_los", "did you mean 'held_out_loss'"),
-        ("discriminator", "not logged by this run, expected one of loss, lr, "),
+        ("psnr", False, None),
+        ("held_out_psnr", True, None),
+        ("held_out_loss_raw", True, None),
+        ("held_out_los", True, "did you mean 'held_out_loss'"),
+        ("held_out_loss", False, "not logged by this run"),
+        ("discriminator", True, "not logged by this run, expected one of loss, lr, "),
     ],
 )
 def test_the_best_is_kept_by_a_metric_that_the_run_logs(
-    metric: str, message: str | None, shards: str, tmp_path: Path
+    metric: str, held_out: bool, message: str | None, shards: str, tmp_path: Path
 ) -> None:
-    cfg = tokenizer_config(shards, tmp_path / "run", keep_best=BestConfig(metric=metric, order="higher"))
+    train = {"held_out": HeldOutConfig(samples=2) if held_out else None}
+    cfg = tokenizer_config(shards, tmp_path / "run", keep_best=BestConfig(metric=metric, order="higher"), **train)
     with pytest.raises(UserError, match=message) if message else nullcontext():
         complete_tokenizer(cfg)
 

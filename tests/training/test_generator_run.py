@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -136,7 +137,10 @@ def test_the_text_encoder_computes_where_the_worker_does(
 ) -> None:
     cfg = complete_config(generator_config("diffusion", codes, tokenizer, tmp_path))
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(TextEncoder, "from_config", lambda cfg, **options: asked.update(options))
+    encoder = TextEncoder.from_config(cfg.text_encoder)
+    monkeypatch.setattr(TextEncoder, "from_config", lambda cfg, **options: asked.update(options) or encoder)
+    gpu = SimpleNamespace(total_memory=10**11)  # which decides on gradient checkpointing
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     train = cfg.train.model_copy(update={"precision": precision})
     GeneratorTask(cfg.model_copy(update={"train": train}), torch.device(device))
     assert asked == {"device": torch.device(device), "dtype": dtype}

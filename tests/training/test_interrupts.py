@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from instella_ray.errors import Interrupted
 from instella_ray.job import resume_command
 from instella_ray.models.folders import checkpoint_step, finished_checkpoints
 from instella_ray.runs import read_record
-from instella_ray.training.interrupts import SIGNALS, stopping_on_signals
+from instella_ray.training.interrupts import SIGNALS, StopRequest, stopping_on_signals
 from instella_ray.training.run_dir import Attempt, read_metrics
 
 from ..kit.processes import wait_until
@@ -121,11 +122,19 @@ def test_ctrl_c_on_ray_saves_the_last_step_and_ends_all_processes(shards: str, t
     assert shown_command(said)[-1] == "train.resume=true"
 
 
+def _request_of_a_thread() -> StopRequest:
+    with stopping_on_signals() as stop:
+        return stop
+
+
 def test_the_first_signal_asks_and_the_second_stops() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     asked: list[str] = []
     with pytest.raises(Interrupted), stopping_on_signals() as stop:
-        stop.on_first, stop.on_second = (lambda: asked.append("first")), (lambda: asked.append("second"))
+        stop.on_first.append(lambda: asked.append("first"))
+        stop.on_second.append(lambda: asked.append("second"))
+        with ThreadPoolExecutor(1) as pool:  # a run beside it, in a thread, to which no signal comes
+            assert pool.submit(_request_of_a_thread).result() is stop
         os.kill(os.getpid(), signal.SIGINT)
         assert wait_until(lambda: asked == ["first"], 10) and stop.made
         os.kill(os.getpid(), signal.SIGTERM)

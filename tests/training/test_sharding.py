@@ -157,9 +157,11 @@ def single(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, t
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Equal but for the order of sums: captions stand beside others in a rank's batch of the text encoder, whose last digits
+    the first steps of Adam enlarge where a gradient is nearly 0, since they divide by its size."""
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.process

@@ -33,9 +33,9 @@ HEAD = 32
 class StepsConfig(Config):
     """Number of training steps of each training stage."""
 
-    tokenizer: int = Field(700, ge=1)
-    diffusion: int = Field(1300, ge=1)
-    ar: int = Field(1000, ge=1)
+    tokenizer: int = Field(650, ge=1)
+    diffusion: int = Field(1250, ge=1)
+    ar: int = Field(850, ge=1)
 
 
 class DemoConfig(Config):
@@ -129,10 +129,10 @@ def tokenizer_config(demo: DemoConfig, data: Pattern) -> TokenizerConfig:
         num_tokens=8,
         bits_per_token=16,
         encoder_width=demo.width,
-        encoder_layers=3,
+        encoder_layers=2,
         encoder_heads=heads,
         decoder_width=demo.width,
-        decoder_layers=4,
+        decoder_layers=3,
         decoder_heads=heads,
         rope_axes=(8, 12, 12),
         downsample_after=(),

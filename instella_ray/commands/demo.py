@@ -11,7 +11,7 @@ from .. import logs, storage
 from ..config import ArgumentParser, add_config_arguments, describe, load_config
 from ..demo.recipe import TINY, DemoConfig
 from ..demo.run import run_demo
-from ..demo.seeds import parse_seeds, result_rows, run_seeds
+from ..demo.seeds import parse_seeds, read_results, result_rows, run_seeds
 from ..demo.state import STATE
 from ..errors import UserError
 from ..job import resume_command
@@ -24,7 +24,7 @@ def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description="Draw captioned scenes, or take your own images, curate them, train a tokenizer and two generators, "
-        "serve them, sample over HTTP, evaluate, and write report.html. Takes about 13 minutes on two CPU cores.",
+        "serve them, sample over HTTP, evaluate, and write report.html. Takes about eight minutes on two CPU cores.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,10 +67,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
     if args.table and not args.seeds:
         raise UserError("--table: tabulates the demos of --seeds, such as --seeds 0-4")
+    if args.table and not config.draws_scenes:
+        raise UserError("--table: only images of the scenes are scored, expected neither shards nor images")
     if args.seeds:
-        results = run_seeds(config, parse_seeds(args.seeds), _flags(args), "fresh" if args.fresh else "new")
+        seeds = parse_seeds(args.seeds)
+        run_seeds(config, seeds, _flags(args), "fresh" if args.fresh else "new")
         if args.table:
-            print(table(result_rows(results)))
+            print(table(result_rows(read_results(config, seeds))))
         return 0
     try:
         run_demo(config, "resume" if args.resume else "fresh" if args.fresh else "new")

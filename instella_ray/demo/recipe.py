@@ -39,7 +39,7 @@ class StepsConfig(Config):
 
 
 class DemoConfig(Config):
-    """Configuration of the demo. The defaults take about 13 minutes on two CPU cores."""
+    """Configuration of the demo. The defaults take about eight minutes on two CPU cores."""
 
     folder: str = "demo"
     """Output folder of all stages and ``report.html``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def run_seeds(demo: DemoConfig, seeds: Sequence[int], flags: Sequence[str], mode: Mode = "new") -> list[DemoResult]:
+def run_seeds(demo: DemoConfig, seeds: Sequence[int], flags: Sequence[str], mode: Mode = "new") -> None:
     """Run the demo of each seed in ``demo.folder/seed-N``, in a process of its own with the further ``flags``.
 
     Finished demos are kept and interrupted ones resumed, unless ``mode`` is ``fresh``. UserError for folders of other
@@ -64,17 +65,31 @@ def run_seeds(demo: DemoConfig, seeds: Sequence[int], flags: Sequence[str], mode
             todo.append([*flags, "--folder", each.folder, "--seed", str(seed), *how])
     for arguments in todo:
         # A process of its own: a demo starts and ends its own Ray.
-        if code := subprocess.run([sys.executable, "-m", "instella_ray", "demo", *arguments]).returncode:
+        if code := _run([sys.executable, "-m", "instella_ray", "demo", *arguments]):
             raise SystemExit(code)
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run ``command`` and return its exit code, however long it takes to end after Ctrl-C, which reaches it too."""
+    process = subprocess.Popen(command)
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_results(demo: DemoConfig, seeds: Sequence[int]) -> list[DemoResult]:
+    """Read the results of :func:`run_seeds`."""
     return [read_result(demo.path(f"seed-{seed}")) for seed in seeds]
 
 
 def read_result(folder: str) -> DemoResult:
-    """Read the results of the finished demo in ``folder``; UserError if its images were not scored."""
+    """Read the results of the finished demo of scenes in ``folder``."""
     saved = storage.read_json(storage.join(folder, STATE))
     stages, settings = saved["stages"], saved["settings"]
-    if not stages["score"]:
-        raise UserError(f"{folder}: no scores to tabulate, which only the scenes have")
     seconds = sum(stage["seconds"] for stage in stages.values())
     scores: dict[str, dict[str, float]] = {kind: stages["score"][kind] for kind in KINDS}
     psnr = stages["tokenizer quality"]["psnr_after"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,15 +137,28 @@ def encode(demo: DemoConfig, tokenizer: str, mode: Mode) -> Facts:
 
 def train_generators(demo: DemoConfig, prompts: Prompts, tokenizer: str, resume: bool) -> Facts:
     """Train all generators side by side; those of an interrupted demo that are trained are kept."""
-    train = functools.partial(_train_generator, demo, prompts, tokenizer, resume)
     # Steps this small gain little from a second thread: two runs of one thread each end sooner than one after the other
-    # with two. In the calling process runs would share PyTorch's random numbers.
-    with stopping_on_signals() as stop, ThreadPoolExecutor(len(KINDS) if demo.workers.count else 1) as pool:
+    # with two.
+    count = len(KINDS) if _fit_side_by_side(demo) else 1
+    with stopping_on_signals() as stop, ThreadPoolExecutor(count) as pool:
+        runs = {kind: pool.submit(_train_generator, demo, prompts, tokenizer, resume, kind) for kind in KINDS}
         try:
-            return {"checkpoints": dict(zip(KINDS, pool.map(train, KINDS), strict=True))}
+            for run in as_completed(runs.values()):
+                run.result()
         except BaseException:
             stop.make()  # where one run fails, the other need not be waited for: it can be resumed
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
+        return {"checkpoints": {kind: run.result() for kind, run in runs.items()}}
+
+
+def _fit_side_by_side(demo: DemoConfig) -> bool:
+    """Return whether there are resources for all generators' runs at once; here they would share random numbers."""
+    import ray
+
+    workers, have = demo.workers, ray.cluster_resources()
+    need = {"CPU": workers.count * workers.cpus, "GPU": workers.count * float(workers.gpu)}
+    return workers.count > 0 and all(len(KINDS) * amount <= have.get(name, 0) for name, amount in need.items())
 
 
 def _train_generator(

@@ -248,7 +248,7 @@ class ARGenerator(Generator):
         """Return the hidden states ``[B, n + 1, width]`` that :meth:`forward` computes logits from."""
         x = self.split_token.expand(len(text), -1, -1)
         if z is not None:
-            x = torch.cat((x, self.x_embedder(z)), dim=1)
+            x = torch.cat((x, self.x_embedder(z)), dim=1).to(z.dtype)
         count = x.shape[1]
         # Visible keys: all real text tokens, and image positions up to the query's.
         causal = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()

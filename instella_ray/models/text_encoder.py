@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64
 """Maximum number of prompts that :class:`TextFeatureCache` encodes together."""
-CHUNK_PADDING = 16, 0.25
+CHUNK_PADDING = 4, 0.25
 """Maximum padding of a prompt in a chunk: tokens, or a fraction of the longest prompt if that is more."""
 FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 """Attribute names of the final norm in the architectures of Transformers."""
@@ -197,6 +197,11 @@ class TextFeatureCache:
     def positions(self) -> int:
         """Token positions processed by the model so far, padding included; a measure of the encoding cost."""
         return sum(length * count for length, count in self.encoded.items())
+
+    def clear(self) -> None:
+        """Forget all features."""
+        self._rows.clear()
+        self.bytes = 0
 
     def encode(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]] | None = None) -> TextFeatures:
         """Encode as :meth:`TextEncoder.encode`, running the model only for prompts that are not cached.

@@ -30,14 +30,14 @@ from ..models.diffusion import TimeDistribution
 from ..models.folders import find_model
 from ..models.generator import ARGenerator, DiffusionGenerator, GeneratorConfig, build_generator
 from ..models.sampling import Guidance, SamplingConfig, Temperature
-from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache
+from ..models.text_encoder import TextEncoder, TextEncoderConfig, TextFeatureCache, pad_features
 from ..pipeline import InstellaPipeline
 from ..runs import Provenance
 from .captions import CaptionTokenizer, longest_first
 from .distributed import ranks
 from .generator_loss import BY_TIME, ARLoss, DiffusionLoss, accuracy_summary
 from .generator_validation import GeneratorValidation, GeneratorValidator
-from .held_out import complete_held_out, held_out_set, hold_out
+from .held_out import complete_held_out, held_out_set, hold_out, shares
 from .launch import launch
 from .logged import DIFFUSION, GENERATOR, check_keep_best
 from .memory import Checkpointing, choose_checkpointing, generator_memory
@@ -92,7 +92,7 @@ class GeneratorRunConfig(TrainingRun):
     """Shift of the training timesteps towards noise, where the prompt decides: 1 leaves them as drawn, 2 doubles the odds
     of noise."""
     calibrate_text: bool = False
-    """Whiten the initial text projections on :data:`CALIBRATION_CAPTIONS` captions, so that word order is learned sooner."""
+    """Whiten the initial text projections on 512 captions, so that word order is learned sooner."""
     gradient_checkpointing: Checkpointing = "auto"
     """Recompute block activations in the backward pass: larger micro-batches, slower steps (auto, true or false).
 
@@ -242,7 +242,8 @@ class GeneratorTask:
 
     def _held_out_inputs(self, batch: CodesBatch | CaptionedImageBatch, seeds: Tensor) -> dict[str, Any]:
         # Not from the cache: what stands beside a caption in a batch changes its features' last digits.
-        features, mask = self.text.encoder.encode(batch.captions)
+        # Truncated captions are counted where they are trained on.
+        features, mask = pad_features(self.text.encoder.rows(self.text.encoder.tokenize(batch.captions).ids))
         return {
             "codes": self._codes(batch, np.arange(len(batch.captions))),
             "features": features,
@@ -264,6 +265,10 @@ class GeneratorTask:
 
     def keys(self, batch: CodesBatch | CaptionedImageBatch) -> list[str]:
         return batch.keys
+
+    def saved(self) -> None:
+        """Forget the text features: their last digits depend on what was encoded with them, and a resumed run has none."""
+        self.text.clear()
 
     def close(self) -> None:
         """Log how many captions were truncated."""
@@ -317,7 +322,9 @@ def complete_config(cfg: GeneratorRunConfig) -> GeneratorRunConfig:
             CodesReader(str(data), tokenizer_hash=weight_hash(cfg.tokenizer))
 
     if cfg.images is None:
-        codes = open_codes(cfg)[0].manifest
+        readers = open_codes(cfg)
+        codes = readers[0].manifest
+        shares(cfg.train.held_out, [len(reader) for reader in readers], [source.weight for source in cfg.sources])
         folders = tuple(s.model_copy(update={"folder": storage.absolute(s.folder)}) for s in cfg.sources)
     else:
         codes = require_encodable(cfg.images, cfg.tokenizer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.formats.patterns import Pattern, absolute_pattern
 from ..data.loading.loader import Data, Mixture, Prefetcher
 from ..data.loading.split import ColumnData, FileData, split_off
+from ..errors import UserError
 from ..models import rng
 from .distributed import ranks
 from .learner import Learner
@@ -43,7 +44,7 @@ class HeldOutSet:
 
 
 def hold_out(
-    sources: Sequence[FileData], weights: Sequence[int], cfg: HeldOutConfig | None, load: Callable[[Pattern], Data]
+    sources: Sequence[FileData], weights: Sequence[int], cfg: HeldOutConfig | None, load: Callable[[Pattern], FileData]
 ) -> tuple[Sequence[ColumnData], Data | None]:
     """Return ``sources`` without their held-out samples, and these: split off by ``weights``, or from ``load(cfg.data)``.
 
@@ -52,11 +53,23 @@ def hold_out(
     if cfg is None:
         return sources, None
     if cfg.data is not None:
-        return sources, load(cfg.data)
-    shares = [math.ceil(cfg.samples * weight / sum(weights)) for weight in weights]
-    pairs = [split_off(source, share) for source, share in zip(sources, shares, strict=True)]
+        return sources, load(cfg.data).with_seed(SEED)
+    counts = shares(cfg, [len(source) for source in sources], weights)
+    pairs = [split_off(source, count, SEED) for source, count in zip(sources, counts, strict=True)]
     rest, held_out = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return rest, Mixture(held_out, weights, SEED) if len(held_out) > 1 else held_out[0]
+
+
+def shares(cfg: HeldOutConfig | None, lengths: Sequence[int], weights: Sequence[int]) -> list[int]:
+    """Return the number of samples to split off sources of these ``lengths``, by ``weights``; UserError for too many."""
+    if cfg is None or cfg.data is not None:
+        return [0] * len(lengths)
+    counts = [math.ceil(cfg.samples * weight / sum(weights)) for weight in weights]
+    for count, length in zip(counts, lengths, strict=True):
+        if count >= length:
+            found = f"{count} of the {length} samples of a source, none would be left to train on"
+            raise UserError(f"train.held_out.samples {cfg.samples}: {found}")
+    return counts
 
 
 def complete_held_out(cfg: HeldOutConfig | None, check: Callable[[Pattern], None]) -> HeldOutConfig | None:

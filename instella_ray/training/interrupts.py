@@ -20,8 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
-        self.on_first: list[Callable[[], None]] = []
-        """Pass the request on to workers in other processes; called in threads."""
+        self._on_first: list[Callable[[], None]] = []
         self.on_second: list[Callable[[], None]] = []
         """End workers in other processes."""
 
@@ -29,9 +28,14 @@ class StopRequest:
         """Make the request; once."""
         if not self.made:
             self.made = True
-            for pass_on in self.on_first:
-                # A signal may interrupt anything, also a write to the same store.
-                threading.Thread(target=pass_on, daemon=True, name="stop request").start()
+            for pass_on in self._on_first:
+                _in_thread(pass_on)
+
+    def passed_by(self, pass_on: Callable[[], None]) -> None:
+        """Have ``pass_on`` called in a thread when the request is made, or now if it is; it may be called twice."""
+        self._on_first.append(pass_on)
+        if self.made:
+            _in_thread(pass_on)
 
     def signalled(self, number: int, _: Any) -> None:
         """Handle a signal; KeyboardInterrupt from the second one on."""
@@ -42,6 +46,11 @@ class StopRequest:
         name = signal.Signals(number).name
         log.info("%s: the run stops after this step, with a checkpoint; a second one stops it at once", name)
         self.make()
+
+
+def _in_thread(pass_on: Callable[[], None]) -> None:
+    # A signal may interrupt anything, also a write to the same store.
+    threading.Thread(target=pass_on, daemon=True, name="stop request").start()
 
 
 _current: StopRequest | None = None

@@ -232,7 +232,9 @@ class ZeroLearner(Learner):
         # DeepSpeed links the state of all groups after the first group's first step, when the others have none yet.
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
-        steps = self._zero.optimizer.state[self._flat[0]]["step"]
+        steps = self._zero.optimizer.state[self._flat[0]].get("step")
+        if steps is None:  # no step has been made: all batches were skipped
+            return {}
         found: dict[str, Tensor] = {}
         for name, parameter in self._trainable():
             found |= gather({f"{name}/{key}": safe_get_full_optimizer_state(parameter, key) for key in ADAM_STATE})
@@ -242,7 +244,9 @@ class ZeroLearner(Learner):
     def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        steps = next(value for name, value in optimizer_state.items() if name.endswith("/step"))
+        steps = next((value for name, value in optimizer_state.items() if name.endswith("/step")), None)
+        if steps is None:
+            return
         for flat in self._flat:
             # The optimizer creates its state in its first step, which has not run yet.
             empty = {key: torch.zeros_like(flat) for key in ADAM_STATE}

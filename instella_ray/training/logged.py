@@ -31,13 +31,16 @@ BITS = (
 )
 TOKENIZER = ("reconstruction", "psnr", "code_loss", *BITS)
 ADVERSARY = ("adversarial", "adversarial_weight", "discriminator", "logits_true", "logits_restored")
+TRAINING_ONLY = frozenset(("code_loss", *BITS, *ADVERSARY, "output_size"))
+"""Parts of a tokenizer's loss that held-out samples do not have."""
 
 
 def logged_metrics(train: TrainConfig, own: Sequence[str]) -> tuple[str, ...]:
     """Return the names in ``metrics.jsonl`` of a run whose losses have the parts ``own``."""
     gpu = ("mfu",) if train.workers.gpu else ()
     skipped = ("skipped_batches",) if train.on_nonfinite == "skip" else ()
-    held_out = ("loss", "loss_raw", *own) if train.held_out is not None else ()
+    parts = ("loss", "loss_raw", *(name for name in own if name not in TRAINING_ONLY))
+    held_out = parts if train.held_out is not None else ()
     return (*EVERY_RUN, *own, *gpu, *skipped, *(HELD_OUT + name for name in held_out))
 
 

@@ -79,7 +79,7 @@ class FiniteCheck:
         found = f"step {failed.step}: loss or gradient is not finite; the batch's keys are in {path}"
         if not self.skips:
             raise NonFiniteLoss(f"{found}; train.on_nonfinite=skip trains on without such batches")
-        if self.skipped == self.cfg.max_skipped:
+        if self.skipped >= self.cfg.max_skipped:
             raise NonFiniteLoss(f"{found}; train.max_skipped = {self.skipped} batches have been skipped already")
         self.skipped += 1
         if rank == 0:

@@ -94,9 +94,16 @@ def alike(previews: Mapping[int, TrainingPreview]) -> list[int]:
     same = [
         step
         for step, preview in previews.items()
-        if preview.labels == last.labels and preview.rows[AVERAGED].shape == last.rows[AVERAGED].shape
+        # A preview that was read from its file may have shorter labels.
+        if all(map(_same_start, preview.labels, last.labels))
+        and len(preview.labels) == len(last.labels)
+        and preview.rows[AVERAGED].shape == last.rows[AVERAGED].shape
     ]
     return spread(sorted(same))
+
+
+def _same_start(a: str, b: str) -> bool:
+    return a.startswith(b) or b.startswith(a)
 
 
 def spread(steps: Sequence[int], count: int = SHOWN_STEPS) -> list[int]:

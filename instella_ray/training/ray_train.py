@@ -63,7 +63,7 @@ class RayTrain:
         ``fields`` are added to the workers' log records. A worker's UserError or :class:`.nonfinite.NonFiniteLoss` is raised
         unchanged. Workers look for a request to stop in the run directory.
         """
-        stop.on_first.append(attempt.request_stop)
+        stop.passed_by(attempt.request_stop)
 
         def worker() -> bool:
             from .loop import train_worker
@@ -206,6 +206,12 @@ class LocalController(TrainController):
         super().__init__(**parts)
 
 
+def _has_ray_of_its_own() -> bool:
+    """Return whether this process has started Ray, on this machine alone, and without a dashboard."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head() and len(ray.nodes()) == 1 and not get_webui_url_from_internal_kv()
+
+
 class DivisorTrainer(TorchTrainer):
     """TorchTrainer with :class:`DivisorPolicy` over ``counts`` and :class:`UserErrorFailurePolicy`, ended by ``stop``.
 
@@ -230,7 +236,7 @@ class DivisorTrainer(TorchTrainer):
         if len(self.counts) > 1:
             parts["scaling_policy"] = DivisorPolicy(scaling, self.counts)
         # What an idle process has found out about GPUs is not what a worker of theirs is to see.
-        elif not scaling.use_gpu and not get_webui_url_from_internal_kv() and not os.environ.get("RAY_ADDRESS"):
+        elif not scaling.use_gpu and _has_ray_of_its_own():
             return self._run_locally(**{**parts, "scaling_policy": LocalScalingPolicy(scaling)})
         return super()._initialize_and_run_controller(**parts)
 

@@ -58,7 +58,7 @@ class RunReport:
     def begin(self, start: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Continue after step ``start`` with the rows that are logged already, and record the start."""
         file = storage.join(self.attempt.run_dir, STARTS)
-        self.starts = storage.read_json(file) if storage.exists(file) else []
+        self.starts = storage.retry(lambda: storage.read_json(file)) if storage.exists(file) else []
         now = {"step": start, "attempt": self.attempt.number, "time": _now()}
         self.starts.append({**now, "host": platform.node(), "process": os.getpid(), **self.about})
         storage.write_json(file, self.starts)

@@ -265,6 +265,9 @@ class TokenizerTask:
     def keys(self, batch: ImageBatch) -> list[str]:
         return batch.keys
 
+    def saved(self) -> None:
+        """Do nothing: all that the next steps depend on is in the checkpoint."""
+
     def close(self) -> None:
         """Do nothing: there is nothing to report at the end."""
 

@@ -120,6 +120,9 @@ class TrainingTask(Protocol):
     def extra(self) -> Mapping[str, Any]:
         """Return further sections of the checkpoint's config.yaml."""
 
+    def saved(self) -> None:
+        """Hook called on every rank after a checkpoint, to forget what a run that is resumed from it does not have."""
+
     def close(self) -> None:
         """Hook called once on every rank after the last step of this process."""
 
@@ -215,6 +218,7 @@ class Trainer:
 
     def held_out(self) -> dict[str, float]:
         """Return the metrics of the task's held-out samples, the same on all ranks; empty if it has none."""
+        self.finite.check()
         held_out = self.task.held_out
         return {} if held_out is None else held_out_metrics(held_out, self.learner, self.ema, self.size)
 
@@ -242,3 +246,4 @@ class Trainer:
         if self.rank == 0:
             checkpoint = Checkpoint(step, weights, ema, optimizer_state, discriminator, self.finite.skipped)
             save_checkpoint(folder, self.task.model.cfg, checkpoint, self.task.extra())
+        self.task.saved()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,37 @@ def test_intervals_are_over_the_images_of_a_row() -> None:
     assert first["diffusion"] == "0.90 [0.86, 0.93]" and first["ar: lowest"] == "position 0.70 [0.55, 0.82]"
     assert second["seconds"] == 401 and mean["seed"] == "mean" and mean["PSNR dB"] == 27.0
     assert mean["diffusion"] == "0.85 [0.82, 0.88]"
+
+
+PARENT = "import sys; from instella_ray.demo.seeds import _run; sys.exit(_run([sys.executable, '-c', sys.argv[1]]))"
+CHILD = """
+import signal, sys, time
+def leave(number, frame):
+    time.sleep(1)  # longer than an interpreter waits for its child after Ctrl-C
+    print("saved", number, flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, leave); signal.signal(signal.SIGTERM, leave)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_is_waited_for(number: signal.Signals) -> None:
+    """Ctrl-C reaches both processes, SIGTERM only the first."""
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.terminate()
+        assert process.stdout.read() == f"saved {int(number)}\n"
+    assert process.returncode == 130
+
+
+def test_images_without_scores_are_not_tabulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--seeds", "0,1", "--table", "--images", str(tmp_path), "--folder", str(tmp_path / "demo")]
+    assert cli.main(["demo", *flags]) == 2
+    assert "--table: only images of the scenes are scored" in capsys.readouterr().err

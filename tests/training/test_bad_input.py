@@ -134,6 +134,7 @@ def test_the_first_setting_that_differs_is_found_and_what_may_change_is_not() ->
         ("held_out_loss_raw", True, None),
         ("held_out_los", True, "did you mean 'held_out_loss'"),
         ("held_out_loss", False, "not logged by this run"),
+        ("held_out_dead_bits", True, "not logged by this run"),
         ("discriminator", True, "not logged by this run, expected one of loss, lr, "),
     ],
 )

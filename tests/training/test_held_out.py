@@ -81,6 +81,9 @@ def test_views_of_an_image_are_on_one_side(shards: str) -> None:
         def __len__(self) -> int:
             return 24
 
+        def with_seed(self, seed: int) -> Views:
+            return self
+
         def order(self, epoch: int) -> Any:
             raise AssertionError
 
@@ -90,7 +93,7 @@ def test_views_of_an_image_are_on_one_side(shards: str) -> None:
         def column(self, index: np.ndarray, name: str) -> list[str]:
             return [f"{i // 3}" for i in index]
 
-    rest, held_out = split_off(Views(), 5)
+    rest, held_out = split_off(Views(), 5, 0)
     assert (len(rest), len(held_out)) == (18, 6)
     assert sorted(rest.order(1)[np.arange(18)].tolist()) == list(range(18))
     # The dataset counts its samples from the same epoch on.
@@ -98,7 +101,7 @@ def test_views_of_an_image_are_on_one_side(shards: str) -> None:
         18
     ]
     with pytest.raises(UserError, match=r"train\.held_out\.samples 24: the data has 24 samples, none would be left"):
-        split_off(Views(), 24)
+        split_off(Views(), 24, 0)
 
 
 def test_a_resumed_run_logs_the_same_held_out_loss_and_the_same_means(
@@ -188,3 +191,45 @@ def test_a_tokenizers_held_out_images_may_be_others(shards: str, tmp_path: Path)
     assert row["held_out_psnr"] == pytest.approx(float(torch.cat(psnrs).mean()), abs=1e-3)
     assert {"held_out_loss", "held_out_loss_raw", "held_out_reconstruction"} <= row.keys()
     assert 32 <= row["output_size"] <= 48
+
+
+@pytest.mark.parametrize("kind", ["codes", "images", "tokenizer"])
+def test_held_out_samples_are_the_same_with_another_seed(
+    kind: str, codes: str, shards: str, tokenizer: str, tmp_path: Path
+) -> None:
+    """Captions, dropped ones and crops too: a resume may change the seed, and the best is kept by this loss."""
+    found: list[Any] = []
+    for seed in (0, 1):
+        task: GeneratorTask | TokenizerTask
+        if kind == "tokenizer":
+            task = TokenizerTask(tokenizer_config(shards, tmp_path, held_out=HELD, seed=seed))
+        else:
+            cfg = generator_config("diffusion", codes, tokenizer, tmp_path, held_out=HELD, seed=seed)
+            task = GeneratorTask(complete_config(on_images(cfg, shards) if kind == "images" else cfg), CPU)
+        assert task.held_out is not None
+        found.append(task.held_out.data.batch(0, np.arange(10)))
+    first, second = found
+    if kind == "tokenizer":
+        assert all(np.array_equal(pixels, second.pixels[size]) for size, pixels in first.pixels.items())
+    else:
+        assert first.captions == second.captions and first.keys == second.keys
+
+
+def test_more_held_out_samples_than_there_are_is_refused_before_the_run(
+    codes: str, tokenizer: str, tmp_path: Path
+) -> None:
+    cfg = generator_config("ar", codes, tokenizer, tmp_path / "run", held_out=HeldOutConfig(samples=24))
+    with pytest.raises(UserError, match=r"train\.held_out\.samples 24: 24 of the 24 samples"):
+        complete_config(cfg)
+
+
+def test_truncated_held_out_captions_are_not_warned_of_again(
+    codes: str, tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = generator_config("ar", codes, tokenizer, tmp_path, held_out=HELD)
+    cfg = cfg.model_copy(update={"text_encoder": cfg.text_encoder.model_copy(update={"max_length": 4})})
+    task = GeneratorTask(complete_config(cfg), CPU)
+    assert task.held_out is not None
+    with caplog.at_level("INFO"):
+        inputs = task.held_out.inputs(task.held_out.data.batch(0, np.arange(10)), torch.arange(10))
+    assert inputs["features"].shape[2] == 4 and not caplog.records

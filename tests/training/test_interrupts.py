@@ -131,15 +131,17 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     asked: list[str] = []
     with pytest.raises(Interrupted), stopping_on_signals() as stop:
-        stop.on_first.append(lambda: asked.append("first"))
+        stop.passed_by(lambda: asked.append("first"))
         stop.on_second.append(lambda: asked.append("second"))
         with ThreadPoolExecutor(1) as pool:  # a run beside it, in a thread, to which no signal comes
             assert pool.submit(_request_of_a_thread).result() is stop
         os.kill(os.getpid(), signal.SIGINT)
         assert wait_until(lambda: asked == ["first"], 10) and stop.made
+        stop.passed_by(lambda: asked.append("late"))  # a run that was still starting
+        assert wait_until(lambda: asked == ["first", "late"], 10)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on after a second signal")
-    assert asked == ["first", "second"]
+    assert asked == ["first", "late", "second"]
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 

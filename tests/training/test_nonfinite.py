@@ -159,3 +159,12 @@ def test_a_gpu_is_asked_only_where_something_is_logged_or_saved(tmp_path: Path) 
     with pytest.raises(NonFiniteLoss, match="step 0"):
         check.passed(nonfinite.UNCHECKED - 1, [good], [])
     assert not begun(on_nonfinite="skip").passed(0, [bad], [])
+
+
+def test_a_limit_below_what_is_skipped_already_stops_at_the_next(tmp_path: Path) -> None:
+    """A resume may lower it."""
+    cfg = TrainConfig(run_dir=str(tmp_path), on_nonfinite="skip", max_skipped=3)
+    check = FiniteCheck(cfg, CPU, skipped=5)
+    assert check.passed(0, [torch.tensor(1.0)], ["a"])
+    with pytest.raises(NonFiniteLoss, match="5 batches have been skipped already"):
+        check.passed(1, [torch.tensor(math.nan)], ["b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -109,6 +110,12 @@ class ImageData:
         list(self._threads.map(crop, range(len(items))))
         return ImageBatch(pixels, [key for key, _ in items])
 
+    def with_seed(self, seed: int) -> ImageData:
+        """Return the same images, with other crops; both share a cache."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:
         """Return a column of the indexes of the tars (:data:`..formats.tar_index.SCHEMA`) for the samples at ``index``."""
         return [row[name] for _, row in self._rows(index)]
@@ -174,6 +181,12 @@ class CaptionedImageData:
         captions = self.captions.choose(chance, *(self.images.column(index, name) for name in CAPTIONS))
         found = self.images.batch(epoch, samples)
         return CaptionedImageBatch(found.pixels[self.size], captions, found.keys)
+
+    def with_seed(self, seed: int) -> CaptionedImageData:
+        """Return the same samples, with other crops and captions; both share a cache."""
+        other = copy(self)
+        other.seed, other.images = seed, self.images.with_seed(seed)
+        return other
 
     def column(self, index: np.ndarray, name: str) -> list[str]:
         """Return a column of the indexes of the tars, as :meth:`ImageData.column`."""

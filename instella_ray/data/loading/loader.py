@@ -80,6 +80,10 @@ class CodesData:
         captions = self.captions.choose(chance[:, :2], *(self.reader.column(index, name) for name in CAPTIONS))
         return CodesBatch(self.reader.codes(index), captions, self.reader.column(index, "key"))
 
+    def with_seed(self, seed: int) -> CodesData:
+        """Return the same samples, with captions chosen by another seed."""
+        return CodesData(self.reader, seed, self.captions, window=self.window)
+
     @property
     def starts(self) -> np.ndarray:
         """Number of the first sample of each file, and of all samples."""

@@ -36,6 +36,9 @@ class FileData(ColumnData, Protocol):
     def starts(self) -> np.ndarray:
         """Number of the first sample of each file, and of all samples, ``[files + 1]``."""
 
+    def with_seed(self, seed: int) -> Any:
+        """Return the same samples, with the random choices of another seed."""
+
 
 class Span:
     """Samples ``start`` to ``stop - 1`` of a dataset, in an order of their own, with the dataset's random choices."""
@@ -60,8 +63,8 @@ class Span:
         return self.data.batch(epoch, later * int(self.data.starts[-1]) + self.start + index, *options)
 
 
-def split_off(data: FileData, count: int) -> tuple[Span, Span]:
-    """Split the last ``count`` samples off: returns the samples to train on, and the held-out ones.
+def split_off(data: FileData, count: int, seed: int) -> tuple[Span, Span]:
+    """Split the last ``count`` samples off: returns those to train on, and the held-out ones with choices of ``seed``.
 
     The last ones rather than random ones, because they are in few files, which is fast to read; all views of an image
     come on one side, as far as they follow each other. The split depends on nothing but the data, so that no sample is
@@ -73,4 +76,4 @@ def split_off(data: FileData, count: int) -> tuple[Span, Span]:
         boundary -= 1
     if boundary < 1:
         raise UserError(f"train.held_out.samples {count}: the data has {total} samples, none would be left to train on")
-    return Span(data, 0, boundary), Span(data, boundary, total)
+    return Span(data, 0, boundary), Span(data.with_seed(seed), boundary, total)

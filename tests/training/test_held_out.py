@@ -230,6 +230,7 @@ def test_truncated_held_out_captions_are_not_warned_of_again(
     cfg = cfg.model_copy(update={"text_encoder": cfg.text_encoder.model_copy(update={"max_length": 4})})
     task = GeneratorTask(complete_config(cfg), CPU)
     assert task.held_out is not None
+    caplog.clear()
     with caplog.at_level("INFO"):
         inputs = task.held_out.inputs(task.held_out.data.batch(0, np.arange(10)), torch.arange(10))
     assert inputs["features"].shape[2] == 4 and not caplog.records

@@ -96,7 +96,7 @@ def held_out_set(
 def held_out_metrics(held_out: HeldOutSet, learner: Learner, ema: EMA, size: int) -> dict[str, float]:
     """Evaluate the EMA weights, and the loss of the raw ones, in batches of ``size``; collective.
 
-    The ranks share the batches, which do not depend on their number. Returns the same metrics on every rank:
+    The ranks share the batches. Returns the same metrics on every rank:
     ``held_out_NAME`` for each part, and ``held_out_loss_raw``.
     """
     with ema.swapped(learner.model):

@@ -145,6 +145,9 @@ def generator_activations(
         # The learned split token makes the residual stream and therefore both RMS norms float32; the mask becomes a bias.
         image += n * d * size.norm * 4 + size.product * n * (n + t)
     ends = n * (size.product * d + size.norm * 2 * d + size.norm * 4 * cfg.bits_per_token)
+    if hidden := cfg.bit_head_width:
+        # Of each bit: the head's state before and after GELU, and the bits before it.
+        ends += n * cfg.bits_per_token * (size.product * 2 * hidden + size.norm * cfg.bits_per_token)
     if not gradient_checkpointing:
         return cfg.layers * (text + image) + ends
     # The residual stream is float32.

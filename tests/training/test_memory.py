@@ -47,14 +47,13 @@ def saved_bytes(module: nn.Module, inputs: dict[str, Any], *, bf16: bool) -> flo
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+@pytest.mark.parametrize(("kind", "bit_head"), [("diffusion", 0), ("ar", 0), ("ar", 64)])
 def test_a_generators_activations_are_within_two_per_cent_of_what_pytorch_keeps(
-    kind: Literal["diffusion", "ar"], bf16: bool
+    kind: Literal["diffusion", "ar"], bit_head: int, bf16: bool
 ) -> None:
     batch, text = 16, 24
-    cfg = GeneratorConfig(
-        kind=kind, num_tokens=32, bits_per_token=16, width=128, layers=4, heads=4, text_width=96, zero_init=False
-    )
+    sizes = {"num_tokens": 32, "bits_per_token": 16, "width": 128, "layers": 4, "heads": 4, "text_width": 96}
+    cfg = GeneratorConfig(kind=kind, zero_init=False, bit_head_width=bit_head, **sizes)
     model = build_generator(cfg)
     module = DiffusionLoss(model) if kind == "diffusion" else ARLoss(model)  # type: ignore[arg-type]
     codes = torch.randint(0, 2, (batch, cfg.num_tokens, cfg.bits_per_token)).float()

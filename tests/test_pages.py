@@ -391,6 +391,6 @@ def test_a_goal_is_told_in_words_beside_its_result(pages: dict[str, Path]) -> No
 
 def test_the_demos_goals_are_those_of_its_default_settings() -> None:
     found = goals(DemoConfig(folder="other", seed=3), stage_results())
-    assert [goal.met for goal in found] == [True, True, True, False]
-    assert [goal.target for goal in found] == [24, 0.8, 0.6, 0.7]
+    assert [goal.met for goal in found] == [True, False, True, False, True]
+    assert [goal.target for goal in found] == [26, 0.9, 0.75, 0.85, 0.6]
     assert goals(DemoConfig(scenes=240), stage_results()) == []

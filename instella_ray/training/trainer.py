@@ -87,7 +87,7 @@ class TrainingTask(Protocol):
     def batch(self, step: int, epoch: int, samples: np.ndarray) -> Any:
         """Load one rank's share of the global batch of ``step`` on the CPU; called in a thread, so without PyTorch.
 
-        ``samples`` int64 ``[B]`` count from ``epoch``, as :meth:`.order.BatchPlan.samples` returns them.
+        ``samples`` int64 ``[B]`` count from ``epoch``, as :meth:`..data.loading.order.BatchPlan.samples` returns them.
         """
 
     def micro_batches(self, batch: Any, size: int, seeds: Tensor) -> list[dict[str, Any]]:

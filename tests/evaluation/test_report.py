@@ -77,7 +77,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     page, _ = report(tmp_path / "o", samples=samples, tokenizer=tokenizer)
     assert page.count("<script") == 1 and not re.search(r"<img src=http|<b>model|<i>|<u>", page)
     main = re.search(r"<main.*</main>", page, re.S)
-    assert main and "49" not in re.sub(r"base64,[^\"]*", "", main[0])
+    assert main and not re.search(r"(?<![\d.])49(?![\d.])", re.sub(r"base64,[^\"]*", "", main[0]))  # 7 * 7, evaluated
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
     assert {unescape(caption) for caption in captions} == set(nasty)
 

@@ -156,9 +156,11 @@ def _fit_side_by_side(demo: DemoConfig) -> bool:
     """Return whether there are resources for all generators' runs at once; here they would share random numbers."""
     import ray
 
+    from ..training.ray_train import resources
+
     workers, have = demo.workers, ray.cluster_resources()
-    need = {"CPU": workers.count * workers.cpus, "GPU": workers.count * float(workers.gpu)}
-    return workers.count > 0 and all(len(KINDS) * amount <= have.get(name, 0) for name, amount in need.items())
+    need = resources(workers, len(KINDS) * workers.count)
+    return workers.count > 0 and all(amount <= have.get(name, 0) for name, amount in need.items())
 
 
 def _train_generator(

@@ -12,6 +12,8 @@ from ..models.generator import ARGenerator, DiffusionGenerator
 TIME_BINS = 5
 """Number of timestep bins for logged bit accuracy: t0 is nearly clean, t4 nearly pure noise."""
 BY_TIME = "accuracy_by_time"
+TIME_NAMES = (*(f"bit_accuracy_t{i}" for i in range(TIME_BINS)), "bit_accuracy_noisy")
+"""Names of the bit accuracies by timestep."""
 
 
 class DiffusionLoss(nn.Module):
@@ -60,9 +62,8 @@ def accuracy_summary(sums: Tensor) -> dict[str, Tensor]:
 
     Bins without samples are omitted.
     """
-    names = [*(f"bit_accuracy_t{i}" for i in range(TIME_BINS)), "bit_accuracy_noisy"]
     total, count = sums.cpu()
-    return {name: total[i] / count[i] for i, name in enumerate(names) if count[i] > 0}
+    return {name: total[i] / count[i] for i, name in enumerate(TIME_NAMES) if count[i] > 0}
 
 
 class ARLoss(nn.Module):

@@ -128,6 +128,8 @@ def _changed(begun: TrainingRun, run: TrainingRun) -> dict[str, tuple[Any, Any]]
     found = changes(begun, run)
     for key, (old, new) in found.items():
         log.info("resumed with another %s: %s -> %s", key, old, new, extra={"key": key, "old": old, "new": new})
+    if not found:
+        return found  # without listing the checkpoints again
     step = _steps_done(run.train.run_dir)
     old, new = (lr_scale(step, cfg.steps, cfg.optimizer) * cfg.optimizer.lr for cfg in (begun.train, run.train))
     if old != new:

@@ -62,23 +62,20 @@ class Learner:
         """
         if isinstance(self._forward, DistributedDataParallel):
             self._forward.require_backward_grad_sync = last
-        loss, facts = self._loss(inputs)
+        loss, facts = self._loss(self._forward, inputs)
         (loss / count).backward()
         return {"loss": loss, **facts}
 
-    def _loss(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = {name: _to(value, self.device) for name, value in inputs.items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, facts = self._forward(**inputs)
+            loss, facts = module(**inputs)
         return loss, facts
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one batch and its parts, without gradients, by a ``module`` that shares the weights."""
-        inputs = {name: _to(value, self.device) for name, value in inputs.items()}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, parts = module(**inputs)
-        return loss, parts
+        return self._loss(module, inputs)
 
     def update(self, step: int, steps: int) -> tuple[Tensor, float]:
         """Update the weights at ``step`` of ``steps``; returns the gradient norm before clipping and the learning rate."""
@@ -206,7 +203,7 @@ class ZeroLearner(Learner):
 
     def backward(self, inputs: dict[str, Any], count: int, last: bool) -> dict[str, Tensor]:
         self._engine.set_gradient_accumulation_boundary(last)
-        loss, facts = self._loss(inputs)
+        loss, facts = self._loss(self._forward, inputs)
         self._engine.backward(loss / count, scale_wrt_gas=False)
         return {"loss": loss, **facts}
 

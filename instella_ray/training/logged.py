@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from ..config import did_you_mean
 from ..errors import UserError
+from .generator_loss import TIME_NAMES
 from .settings import HELD_OUT, TrainConfig
 
 EVERY_RUN = (
@@ -19,7 +20,7 @@ EVERY_RUN = (
     "memory_gb",
 )
 GENERATOR = ("bit_accuracy",)
-DIFFUSION = (*GENERATOR, *(f"bit_accuracy_t{i}" for i in range(5)), "bit_accuracy_noisy")
+DIFFUSION = (*GENERATOR, *TIME_NAMES)
 BITS = (
     "bit_mean",
     "bit_mean_lowest",

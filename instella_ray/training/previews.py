@@ -62,12 +62,19 @@ def draw_strip(preview: TrainingPreview) -> np.ndarray:
 
     Images keep their pixels; small ones are enlarged by a whole factor.
     """
-    sheet = _Sheet(preview, _factor(preview))
-    for name, images in preview.rows.items():
-        sheet.text(name)
-        sheet.images(images)
+    sheet, _ = _strip(preview)
     sheet.labels(preview.labels)
     return sheet.drawn()
+
+
+def _strip(preview: TrainingPreview) -> tuple[_Sheet, dict[str, int]]:
+    """Lay out the rows of a strip; returns the sheet, and where the images of each row begin."""
+    sheet, tops = _Sheet(preview, _factor(preview)), {}
+    for name, images in preview.rows.items():
+        sheet.text(name)
+        tops[name] = sheet.height
+        sheet.images(images)
+    return sheet, tops
 
 
 def draw_grid(previews: Mapping[int, TrainingPreview]) -> np.ndarray:
@@ -117,16 +124,11 @@ def spread(steps: Sequence[int], count: int = SHOWN_STEPS) -> list[int]:
 
 def encode_preview(preview: TrainingPreview, strip: np.ndarray) -> bytes:
     """Encode a drawn ``strip`` as a PNG that :func:`decode_preview` can read the images of."""
-    place = _Sheet(preview, _factor(preview))
-    tops = {}
-    for name, images in preview.rows.items():
-        place.text(name)
-        tops[name] = place.height
-        place.images(images)
+    sheet, tops = _strip(preview)
     # Escaped, a character takes up to 12 bytes.
     longest = (METADATA_LIMIT - 1000) // (12 * len(preview.labels))
     labels = [label[:longest] for label in preview.labels]
-    facts = {"labels": labels, "tops": tops, "factor": place.factor, "size": place.size}
+    facts = {"labels": labels, "tops": tops, "factor": sheet.factor, "size": sheet.size}
     return encode_image(strip, "png", facts)
 
 

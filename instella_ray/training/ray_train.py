@@ -119,11 +119,15 @@ class WorkerGroup:
         return ray.train.get_context().get_world_rank() == 0 and self.attempt.stop_requested()
 
 
+def resources(workers: WorkersConfig, count: int) -> dict[str, float]:
+    """Return the logical CPUs and GPUs that ``count`` workers reserve, by Ray's names."""
+    return {"CPU": count * workers.cpus, "GPU": count * float(workers.gpu)}
+
+
 def check_resources(workers: WorkersConfig, have: Mapping[str, float]) -> None:
     """Raise UserError if the cluster cannot place the workers, because the run would wait forever without a message."""
     count = workers.min_count or workers.count
-    need = {"CPU": count * workers.cpus, "GPU": count * float(workers.gpu)}
-    for name, amount in need.items():
+    for name, amount in resources(workers, count).items():
         if amount > have.get(name, 0):
             raise UserError(f"{count} workers need {amount:g} {name}, the cluster has {have.get(name, 0):g}")
 

@@ -127,9 +127,8 @@ class TokenizerLoss(nn.Module):
         height, width = targets.shape[-2:]
         out = self.bit(images, temperature=temperature, u=u, height=height, width=width)
         loss, parts = self.supervised(out.images, targets, draws[:, :2])
-        size = targets.new_full(
-            (), width
-        )  # logged if there are several: steps between two lines may have different ones
+        # Logged if there are several: steps between two lines may have different ones.
+        size = targets.new_full((), width)
         parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.logits), SIZE: size}
         if self.code_weight:
             loss = loss + self.code_weight * out.code_loss

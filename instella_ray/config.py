@@ -22,7 +22,9 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from . import storage
 from .errors import UserError
+from .urls import is_local
 
 C = TypeVar("C", bound="Config")
 
@@ -222,12 +224,12 @@ def config_file(path: str) -> Path:
 
 
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:
-    """Read the keys and values of a YAML file or recipe, or of one of its sections.
+    """Read the keys and values of a YAML file, a URL or a recipe, or of one of its sections.
 
     Raises UserError naming the file if it is unreadable, invalid or no mapping, or lacks the section.
     """
     try:
-        text = config_file(path).read_text(encoding="utf-8")
+        text = config_file(path).read_text(encoding="utf-8") if is_local(path) else storage.read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror or error})") from None
     except UnicodeDecodeError:

@@ -48,7 +48,7 @@ def train_worker(build_task: BuildTask, cfg: TrainConfig, attempt: Attempt, work
                 done = step + 1
                 final = done == cfg.steps
                 evaluated = cfg.held_out is not None and (final or done % cfg.held_out.every == 0)
-                log.step(step, stepped, data_wait, trainer.held_out() if evaluated else {})
+                log.step(step, stepped, data_wait, trainer.held_out if evaluated else None)
                 if final or done % cfg.preview_every == 0:
                     log.preview(done, trainer.preview())
                 leaving = not final and notice.given(done)

@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,21 +117,27 @@ class MetricsLog:
         self.since = self.saved_at = time.perf_counter()
 
     def step(
-        self, step: int, found: Stepped, data_wait: float, held_out: Mapping[str, float] = MappingProxyType({})
+        self,
+        step: int,
+        found: Stepped,
+        data_wait: float,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        """Record a step, and log if it is due or there are ``held_out`` metrics, so that every row has a loss.
+        """Record a step, and log if it is due or to ``evaluate`` held-out metrics, so that every row has a loss.
 
-        ``data_wait`` is the time spent waiting for the step's batch, in seconds.
+        ``data_wait`` is the time spent waiting for the step's batch, in seconds; neither it nor the throughput counts the
+        evaluation's time.
         """
         self.seen += self.cfg.global_batch
         self.waited += data_wait
         self.work += found.flops
         self.means.add(found.means, found.norm)
-        if not held_out and (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
+        if evaluate is None and (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
         means, norms = self.means.means()
         self.means.clear()
         elapsed = time.perf_counter() - self.since
+        held_out = evaluate() if evaluate is not None else {}
         facts = {name: round(float(value), 6) for name, value in (self.summary(step, means) if means else {}).items()}
         facts |= {"lr": found.rate, **{name: round(value, 5) for name, value in norms.items()}}
         speed = {"images_per_second": round(self.seen / elapsed, 1), "data_wait": round(self.waited / elapsed, 4)}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from instella_ray.data.loading.order import BatchPlan
 from instella_ray.errors import UserError
 from instella_ray.models.checkpoint import load_model
 from instella_ray.models.folders import checkpoint_step, finished_checkpoints
+from instella_ray.training import metrics_log
 from instella_ray.training.generator import GeneratorRunConfig, GeneratorTask, complete_config, run_generator
 from instella_ray.training.held_out import held_out_metrics
 from instella_ray.training.launch import launch
@@ -26,6 +30,7 @@ from instella_ray.training.optim import EMA
 from instella_ray.training.run_dir import read_metrics
 from instella_ray.training.settings import BestConfig, HeldOutConfig
 from instella_ray.training.tokenizer import TokenizerConfig, TokenizerTask, run_tokenizer
+from instella_ray.training.trainer import Trainer
 
 from ..kit.training import CPU, generator_config, tokenizer_config, untimed
 
@@ -234,3 +239,23 @@ def test_truncated_held_out_captions_are_not_warned_of_again(
     with caplog.at_level("INFO"):
         inputs = task.held_out.inputs(task.held_out.data.batch(0, np.arange(10)), torch.arange(10))
     assert inputs["features"].shape[2] == 4 and not caplog.records
+
+
+def test_throughput_does_not_count_the_evaluations(
+    codes: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, late = Trainer.held_out, [0.0]
+
+    def slow(trainer: Trainer) -> Mapping[str, float]:
+        late[0] += 1e6
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, "held_out", slow)
+    monkeypatch.setattr(
+        metrics_log,
+        "time",
+        SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0], monotonic=time.monotonic),
+    )
+    settings = {"steps": 4, "log_every": 1, "loggers": (), "held_out": HELD.model_copy(update={"every": 2})}
+    run_generator(generator_config("diffusion", codes, tokenizer, tmp_path / "run", **settings))
+    assert late == [2e6] and all(row["images_per_second"] > 1 for row in read_metrics(tmp_path / "run"))

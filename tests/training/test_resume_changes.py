@@ -53,6 +53,13 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(begun: Path,
         assert len({Path(end, f"{name}.safetensors").read_bytes() for end in ends}) == 1, name
 
 
+def test_a_run_at_a_url_is_resumed(shards: str, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/run"
+    for steps in (2, STEPS):
+        run_tokenizer(tokenizer_config(shards, url, steps, loggers=(), resume=steps == STEPS))
+    assert [row["step"] for row in read_metrics(url)] == [1, 2, 3, 4]
+
+
 def test_what_a_resume_changes_is_named_and_takes_effect(
     begun: Path, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,8 +34,8 @@ class StepsConfig(Config):
     """Number of training steps of each training stage."""
 
     tokenizer: int = Field(650, ge=1)
-    diffusion: int = Field(1250, ge=1)
-    ar: int = Field(850, ge=1)
+    diffusion: int = Field(1500, ge=1)
+    ar: int = Field(750, ge=1)
 
 
 class DemoConfig(Config):

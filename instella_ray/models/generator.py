@@ -146,7 +146,7 @@ class Generator(nn.Module):
         return function(*given)
 
     @torch.no_grad()
-    def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.1) -> None:
+    def calibrate_text(self, features: Tensor, mask: Tensor, ridge: float = 0.01) -> None:
         """Initialize the text projections to whiten ``features``: uncorrelated outputs with mean 0 and similar variance.
 
         ``features [layers, B, T, text_width]`` and ``mask [B, T]`` should come from some hundred representative prompts.

@@ -140,7 +140,7 @@ def test_calibrated_text_projections_are_white_and_ignore_padding(width: int) ->
     features = 7 + scale * torch.randn(2, 40, 9, 12)
     mask = torch.arange(9) >= torch.arange(40)[:, None] % 5
     features[:, ~mask] = float("nan")
-    # Without ridge all are white; with the default a direction of 1/75 of the mean variance still counts (0.1: for an eighth).
+    # All are white without ridge; with the default a direction of 1/75 of the mean variance counts (with 0.1 for an eighth).
     for ridge, least in ((0.0, 0.999), (None, 0.4)):
         model.calibrate_text(features, mask, **({} if ridge is None else {"ridge": ridge}))
         for block, layer in zip(model.transformer_blocks, features, strict=True):

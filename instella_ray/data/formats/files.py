@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from ... import storage
 from .images import MAX_IMAGE_BYTES
 
 AT_ONCE, THREADS = 64, 16
 """Files to ask for at once, and threads that read them."""
+CONTENT_TAGS = ("md5Hash", "etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "modified", "created")
+"""What filesystems tell of the content of a file, or of the time of its last change, in order of preference."""
 
 
 def list_files(folder: str, *, recursive: bool = True) -> dict[str, int]:
     """Map the paths of the files in a folder, relative to it and sorted, to their sizes (bytes).
 
-    Hidden files and folders are left out, and folders that are links, which may form a circle.
+    Hidden files and folders are left out, and what is in folders that are links, which may form a circle; such a link is
+    listed itself. PermissionError for a local folder that cannot be read, in it or below.
     """
     fs, root = storage.filesystem(folder)
     depth = None if recursive else 1
-    found = storage.retry(lambda: fs.find(root, maxdepth=depth, detail=True)) if fs.isdir(root) else {}
+    find = _find_local if storage.is_local(folder) else fs.find
+    found = storage.retry(lambda: find(root, maxdepth=depth, detail=True)) if fs.isdir(root) else {}
     names = {path[len(root) :].strip("/"): entry for path, entry in found.items()}
     return {
         name: int(entry.get("size") or 0)
@@ -30,9 +36,38 @@ def list_files(folder: str, *, recursive: bool = True) -> dict[str, int]:
     }
 
 
-def read_files(folder: str, names: Sequence[str]) -> list[bytes | None]:
-    """Read files of ``folder`` by their paths relative to it, several at a time; None for one that does not exist.
+def _find_local(root: str, **options: Any) -> dict[str, Any]:
+    """List files as fsspec's ``find``, which takes a folder without permission for an empty one."""
+    fs, _ = storage.filesystem(root)
+    levels = fs.walk(root, on_error="raise", **options)
+    return {entry["name"]: entry for _, _, files in levels for entry in files.values()}
 
+
+def file_stamps(urls: Sequence[str]) -> Iterator[str]:
+    """Yield of each file a text that changes with its content: its size and time of change, or a store's tag.
+
+    That of a file that does not exist, such as a dead link, is ``missing``.
+    """
+    with ThreadPoolExecutor(THREADS) as threads:
+        yield from threads.map(_stamp, urls)
+
+
+def _stamp(url: str) -> str:
+    fs, path = storage.filesystem(url)
+    try:
+        if storage.is_local(url):  # of the file that a link leads to
+            about = os.stat(path)
+            return f"{about.st_size} {about.st_mtime_ns}"
+        entry = storage.retry(lambda: fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    return f"{entry.get('size')} {next((entry[tag] for tag in CONTENT_TAGS if entry.get(tag)), None)}"
+
+
+def read_files(folder: str, names: Sequence[str]) -> list[bytes | None]:
+    """Read files of ``folder`` by their paths relative to it, several at a time.
+
+    None for one that does not exist, and for one on a local disk without permission to read it.
     Of a file over :data:`.images.MAX_IMAGE_BYTES` one byte more than that is read. All are in memory together: callers
     ask for up to :data:`AT_ONCE`.
     """
@@ -50,6 +85,10 @@ def _read(folder: str, name: str) -> bytes | None:
             return bytes(stream.read(MAX_IMAGE_BYTES + 1))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
+    except PermissionError:
+        if storage.is_local(folder):
+            return None
+        raise  # by a store, which would refuse all of them
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return None

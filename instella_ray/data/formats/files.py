@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,11 @@ def list_files(folder: str, *, recursive: bool = True) -> dict[str, int]:
     """
     fs, root = storage.filesystem(folder)
     depth = None if recursive else 1
-    find = _find_local if storage.is_local(folder) else fs.find
-    found = storage.retry(lambda: find(root, maxdepth=depth, detail=True)) if fs.isdir(root) else {}
+    found = {}
+    if fs.isdir(root) and storage.is_local(folder):
+        found = _find_local(root, recursive)
+    elif fs.isdir(root):
+        found = storage.retry(lambda: fs.find(root, maxdepth=depth, detail=True))
     names = {path[len(root) :].strip("/"): entry for path, entry in found.items()}
     return {
         name: int(entry.get("size") or 0)
@@ -36,11 +40,17 @@ def list_files(folder: str, *, recursive: bool = True) -> dict[str, int]:
     }
 
 
-def _find_local(root: str, **options: Any) -> dict[str, Any]:
+def _find_local(root: str, recursive: bool) -> dict[str, Any]:
     """List files as fsspec's ``find``, which takes a folder without permission for an empty one."""
     fs, _ = storage.filesystem(root)
-    levels = fs.walk(root, on_error="raise", **options)
-    return {entry["name"]: entry for _, _, files in levels for entry in files.values()}
+    found, folders = dict[str, Any](), [root]
+    for folder in folders:  # grows
+        with suppress(FileNotFoundError):  # one that was deleted meanwhile
+            entries = fs.ls(folder, detail=True)
+            found |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+            below = [entry["name"] for entry in entries if entry["type"] == "directory"] if recursive else []
+            folders += [name for name in below if not name.rpartition("/")[2].startswith(".")]
+    return found
 
 
 def file_stamps(urls: Sequence[str]) -> Iterator[str]:

@@ -6,9 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from ... import storage
 from .images import MAX_IMAGE_BYTES
@@ -26,31 +24,38 @@ def list_files(folder: str, *, recursive: bool = True) -> dict[str, int]:
     listed itself. PermissionError for a local folder that cannot be read, in it or below.
     """
     fs, root = storage.filesystem(folder)
-    depth = None if recursive else 1
-    found = {}
-    if fs.isdir(root) and storage.is_local(folder):
-        found = _find_local(root, recursive)
-    elif fs.isdir(root):
-        found = storage.retry(lambda: fs.find(root, maxdepth=depth, detail=True))
+    if not fs.isdir(root):
+        return {}
+    if storage.is_local(folder):
+        return dict(sorted(_local_files(root, recursive)))
+    found = storage.retry(lambda: fs.find(root, maxdepth=None if recursive else 1, detail=True))
     names = {path[len(root) :].strip("/"): entry for path, entry in found.items()}
     return {
         name: int(entry.get("size") or 0)
         for name, entry in sorted(names.items())
-        if (entry["type"] == "file" or entry.get("islink")) and not any(part[0] == "." for part in name.split("/"))
+        if entry["type"] == "file" and not any(part[0] == "." for part in name.split("/"))
     }
 
 
-def _find_local(root: str, recursive: bool) -> dict[str, Any]:
-    """List files as fsspec's ``find``, which takes a folder without permission for an empty one."""
-    fs, _ = storage.filesystem(root)
-    found, folders = dict[str, Any](), [root]
+def _local_files(root: str, recursive: bool) -> Iterator[tuple[str, int]]:
+    """Yield what :func:`list_files` lists, in any order: fsspec takes a folder without permission for an empty one."""
+    folders = [""]
     for folder in folders:  # grows
-        with suppress(FileNotFoundError):  # one that was deleted meanwhile
-            entries = fs.ls(folder, detail=True)
-            found |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
-            below = [entry["name"] for entry in entries if entry["type"] == "directory"] if recursive else []
-            folders += [name for name in below if not name.rpartition("/")[2].startswith(".")]
-    return found
+        with os.scandir(f"{root}/{folder}") as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders += [f"{folder}{entry.name}/"] * recursive
+                elif entry.is_file() or entry.is_symlink():
+                    yield f"{folder}{entry.name}", _size(entry)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nothing
+        return 0
 
 
 def file_stamps(urls: Sequence[str]) -> Iterator[str]:
@@ -59,17 +64,23 @@ def file_stamps(urls: Sequence[str]) -> Iterator[str]:
     That of a file that does not exist, such as a dead link, is ``missing``.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        yield from threads.map(_stamp, urls)
+        remote = threads.map(_remote_stamp, [url for url in urls if not storage.is_local(url)])
+        yield from (_local_stamp(url) if storage.is_local(url) else next(remote) for url in urls)
 
 
-def _stamp(url: str) -> str:
+def _local_stamp(path: str) -> str:
+    try:
+        about = os.stat(path)  # of the file that a link leads to
+    except OSError:
+        return "missing"
+    return f"{about.st_size} {about.st_mtime_ns}"
+
+
+def _remote_stamp(url: str) -> str:
     fs, path = storage.filesystem(url)
     try:
-        if storage.is_local(url):  # of the file that a link leads to
-            about = os.stat(path)
-            return f"{about.st_size} {about.st_mtime_ns}"
         entry = storage.retry(lambda: fs.info(path))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return "missing"
     return f"{entry.get('size')} {next((entry[tag] for tag in CONTENT_TAGS if entry.get(tag)), None)}"
 

@@ -114,7 +114,7 @@ def _open_output(cfg: EvaluateConfig, settings: dict[str, Any]) -> None:
         changed = {key for key, value in settings.items() if before.get(key) != value}
         fid = cfg.metrics.fid if cfg.metrics else None
         for key, source in ((IMAGES, cfg.source), (REFERENCE_IMAGES, pattern_text(fid.reference) if fid else "")):
-            if key in changed and changed <= {IMAGES, REFERENCE_IMAGES, "work"}:
+            if key in before and key in changed and changed <= {IMAGES, REFERENCE_IMAGES, "work"}:
                 reason = f"{source} has changed since it was measured (names, sizes or times of files)"
                 raise UserError(f"output {cfg.output}: {reason}; use mode=fresh or another folder")
     open_output(cfg.output, cfg.mode, settings)

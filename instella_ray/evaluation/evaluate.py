@@ -172,11 +172,14 @@ def _reference(
     task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
     records = measure(task, images.units, pool, local=cfg.local, title="reference")
     _require_measured(source, records)
+    count = sum(len(record.ids) for record in records)
+    if count < 2:
+        raise UserError(f"{source}: a single image could be measured, expected at least two of a reference")
     if not storage.exists(url):
         gathered = States(task.states).merged("", [unit.name for unit in images.units], "fid")
         assert isinstance(gathered, Frechet)
         gathered.gaussian().save(url)
-    about = {"source": source, "identity": images.identity, "measured": sum(len(record.ids) for record in records)}
+    about = {"source": source, "identity": images.identity, "measured": count}
     return (url, source), {**about, "quarantined": _quarantined(records), "left_out": images.left_out}
 
 

@@ -16,6 +16,7 @@ from ..bulk.sample_set import SampleBlock, SampleSet
 from ..config import Config
 from ..data.formats.files import file_stamps
 from ..data.formats.folder_source import FolderShard
+from ..data.formats.keys import readable
 from ..data.formats.patterns import Pattern, shard_label
 from ..data.formats.sources import count_rows, find_images, list_image_files, read_rows
 from ..data.formats.texts import CAPTION_NAMES
@@ -74,7 +75,8 @@ def find_image_set(
 
     The folder ``output``, that of the job itself, is no part of them. The number of rows of a tar is an estimate, so the
     last unit of a shard extends to the shard's end. Raises UserError as :func:`..data.formats.sources.find_images`, and for
-    a folder within another one, whose images would be measured twice.
+    a folder within another one, whose images would be measured twice, and for shards and folders named in bytes that are not
+    UTF-8.
     """
     # Only folders are cut there, because the ids of rows of other shards are counted from the start of the shard.
     shards = find_images(
@@ -85,6 +87,8 @@ def find_image_set(
         rows_per_shard=sys.maxsize,
         files_per_shard=rows_per_unit,
     )
+    for url in (url for url in shards if readable(url) != url):
+        raise UserError(f"{readable(url).partition('#folder=')[0]}: name is not UTF-8; rename it")
     _refuse_nested(sorted({folder.root for url in shards if (folder := FolderShard.parse(url))}))
     units = [unit for url, label in shards.items() for unit in _shard_units(url, label, rows_per_unit)]
     files = list_image_files(pattern, output=output)

@@ -191,6 +191,8 @@ def test_folders_of_any_name_are_measured_and_resumed(tmp_path: Path, name: str)
         ({"images": "in/notes.txt"}, r"notes\.txt: no shard found"),
         ({"images": "none"}, "none: no shard found"),
         ({"images": "empty"}, "empty: no images found"),
+        ({"images": "loop"}, "loop: too many levels of symbolic links"),
+        ({"images": os.fsdecode(b"named\xff")}, r"named\\xff: name is not UTF-8; rename it"),
         ({"images": "in", "output": "in/0.png"}, r"in/0\.png"),
         ({"images": "in", "output": "in/0.png/out"}, r"in/0\.png"),
         ({"images": "in", "tokenizer": "in"}, r"in"),
@@ -206,6 +208,8 @@ def test_files_for_folders_and_the_reverse_are_one_line_before_any_work(
     write_images(tmp_path / "in", range(2))
     (tmp_path / "in" / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    write_images(tmp_path / os.fsdecode(b"named\xff"), range(1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("instella_ray.evaluation.evaluate.measure", None)  # no work is begun
     config = {"output": "out", "metrics": {"psnr": {}}, **given}

@@ -47,7 +47,7 @@ def _local_files(root: str, recursive: bool) -> Iterator[tuple[str, int]]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders += [f"{folder}{entry.name}/"] * recursive
-                elif entry.is_file() or entry.is_symlink():
+                elif entry.is_symlink() or entry.is_file():
                     yield f"{folder}{entry.name}", _size(entry)
 
 
@@ -111,6 +111,6 @@ def _read(folder: str, name: str) -> bytes | None:
             return None
         raise  # by a store, which would refuse all of them
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return None
         raise

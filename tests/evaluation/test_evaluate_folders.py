@@ -50,7 +50,7 @@ def test_other_endings_are_read_or_named(tmp_path: Path, caplog: pytest.LogCaptu
     (folder / "circle").symlink_to(folder)
     (sub / "one.png").symlink_to(far / "1.png")
     (sub / "dead.png").symlink_to(far / "none.png")
-    (sub / "loop.png").symlink_to(sub / "loop.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
     (sub / "folder.png").symlink_to(far)
     found, quarantined = read_images(folder)
     assert sorted(name.partition("/")[2] for name in found) == sorted([*"abcd", "sub/e", "sub/f", "sub/one", "wrong"])

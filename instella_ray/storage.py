@@ -148,11 +148,13 @@ def _local_sizes(path: str) -> dict[str, int]:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """Return the attributes of a file; None for a link to nothing."""
+    """Return the attributes of a file; None for a link to nothing or to itself."""
     try:
         return os.stat(path)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
 
 
 def _remote_sizes(pattern: str) -> dict[str, int]:

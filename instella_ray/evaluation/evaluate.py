@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,7 +13,8 @@ from typing import Any
 from .. import storage
 from ..accelerator import hardware_summary
 from ..bulk.sample_set import samples_provenance
-from ..data.formats.parts import open_output
+from ..data.formats.files import file_stamps
+from ..data.formats.parts import SETTINGS, open_output
 from ..data.formats.patterns import pattern_text
 from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
@@ -29,9 +31,12 @@ from .report import write_report
 from .results import RESULTS, STATES
 from .select import Selection, choose_images
 from .thumbnails import ThumbnailOptions, write_thumbnails
-from .units import image_units
+from .units import ImageSet, counts_text, find_image_set, warn_left_out
 
 REFERENCE = "reference"
+IMAGES, REFERENCE_IMAGES = "images_identity", "reference_identity"
+"""Settings that identify the content of files (:class:`.units.ImageSet`)."""
+log = logging.getLogger(__name__)
 
 
 def run_evaluate(cfg: EvaluateConfig) -> str:
@@ -48,17 +53,18 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     sections = {name: absolute(section) for name, section in sections.items()}
     if cfg.local and isinstance(sections.get("geneval"), GenEval):
         raise UserError("metrics.geneval: the detector runs in a Ray runtime environment; expected local=false")
-    open_output(cfg.output, cfg.mode, _identity(cfg, inputs, sections))
+    fid = section if isinstance(section := sections.get("fid"), FID) else None
+    compared = _reference_images(cfg, fid) if fid else None
+    _open_output(cfg, _identity(cfg, inputs, sections, compared))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
-        fid = sections.get("fid")
-        reference = _reference(cfg, fid, pool) if isinstance(fid, FID) else None
+        reference, gathered = _reference(cfg, fid, compared, pool) if fid and compared else (None, None)
         captions = any("prompts" in section.needs for section in sections.values())
         reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions, cfg.caption_keys)
         gpu = cfg.gpus_per_actor > 0
         task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
         measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
-        _require_measured(cfg, measured)
+        _require_measured(cfg.source, measured)
         records: dict[str, list[Record]] = {name: [] for name in inputs.units}
         for record in measured:
             records[record.unit.setting].append(record)
@@ -66,21 +72,28 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
         for name, found in records.items():
             metrics = _merged(task, name, found)
             selections[name] = choose_images(found, metrics, cfg.show, len(records))
-            settings.append(_summary(name, inputs.about[name], found, metrics, selections[name], cfg.seed))
+            summary = _summary(name, inputs.about[name], found, metrics, selections[name], cfg.seed)
+            settings.append({**summary, "left_out": inputs.left_out})
         if "images" in inputs.offers:
             shown = ThumbnailOptions(reader, cfg.show.size, gpu)
             write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
-        card = _card(cfg, inputs, measured)
+        card = {**_card(cfg, inputs, measured), "reference": gathered}
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
 
 
-def _require_measured(cfg: EvaluateConfig, records: Sequence[Record]) -> None:
-    """Raise UserError if no sample of any setting could be measured."""
+def _require_measured(source: str, records: Sequence[Record]) -> None:
+    """Raise UserError if no sample of any setting could be measured; log how many could not."""
+    problems = _quarantined(records)
     if not any(record.ids for record in records):
-        problems = sum((Counter(record.quarantined) for record in records), Counter[str]())
-        found = ", ".join(f"{count} {reason}" for reason, count in sorted(problems.items())) or "no samples"
-        raise UserError(f"{cfg.source}: nothing could be measured ({found})")
+        raise UserError(f"{source}: nothing could be measured ({counts_text(problems) or 'no samples'})")
+    if problems:
+        log.warning("%s: not measured: %s", source, counts_text(problems))
+
+
+def _quarantined(records: Sequence[Record]) -> dict[str, int]:
+    """Return the number of images that could not be measured, by reason."""
+    return dict(sorted(sum((Counter(record.quarantined) for record in records), Counter[str]()).items()))
 
 
 def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, ...]:
@@ -93,13 +106,31 @@ def _inputs(cfg: EvaluateConfig, inputs: EvaluationInputs) -> tuple[Provenance, 
     return (read, model_provenance("tokenizer", cfg.tokenizer, inputs.tokenizer_hash))
 
 
-def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section]) -> dict[str, Any]:
+def _open_output(cfg: EvaluateConfig, settings: dict[str, Any]) -> None:
+    """Prepare the output folder; UserError as :func:`..data.formats.parts.open_output`, and if images have changed."""
+    path = storage.join(cfg.output, SETTINGS)
+    if cfg.mode == "resume" and storage.exists(path):
+        before = storage.read_json(path)
+        changed = {key for key, value in settings.items() if before.get(key) != value}
+        fid = cfg.metrics.fid if cfg.metrics else None
+        for key, source in ((IMAGES, cfg.source), (REFERENCE_IMAGES, pattern_text(fid.reference) if fid else "")):
+            if key in before and key in changed and changed <= {IMAGES, REFERENCE_IMAGES, "work"}:
+                reason = f"{source} has changed since it was measured (names, sizes or times of files)"
+                raise UserError(f"output {cfg.output}: {reason}; use mode=fresh or another folder")
+    open_output(cfg.output, cfg.mode, settings)
+
+
+def _identity(
+    cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section], reference: ImageSet | None
+) -> dict[str, Any]:
     """Return the settings that must be unchanged for a job to resume into the same output folder."""
     work = [unit.model_dump(mode="json") for unit in inputs.all_units]
     runs = {name: about.get("run_id") for name, about in inputs.about.items()}
     return {
         "samples": cfg.samples,
         "images": cfg.images and cfg.source,
+        IMAGES: inputs.identity,
+        REFERENCE_IMAGES: reference and reference.identity,
         "size": inputs.size,
         "batch_size": cfg.batch_size,
         "caption_keys": list(cfg.caption_keys),
@@ -109,24 +140,47 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
     }
 
 
-def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
-    """Return path and source name of FID's reference statistics, computing them from images if they are not stored."""
+def _reference_images(cfg: EvaluateConfig, fid: FID) -> ImageSet:
+    """Find the images of FID's reference; without units if it is a file of statistics.
+
+    Raises UserError if there are none.
+    """
     source = pattern_text(fid.reference)
     if source.endswith(".npz"):
-        return source, source
+        return ImageSet([], next(file_stamps([source])), {})
     if fid.images.size is None:
         raise UserError("metrics.fid.images.size: missing; a reference made of images needs it, for example 256")
+    found = find_image_set(fid.reference, cfg.rows_per_unit, output=cfg.output)
+    warn_left_out(source, found.left_out)
+    return found
+
+
+def _reference(
+    cfg: EvaluateConfig, fid: FID, images: ImageSet, pool: Pool
+) -> tuple[tuple[str, str], dict[str, Any] | None]:
+    """Return path and source name of FID's reference statistics, and what they were computed from.
+
+    Computes them from images if they are not stored.
+    """
+    source = pattern_text(fid.reference)
+    if not images.units:
+        return (source, source), None
+    assert fid.images.size is not None
     url = storage.join(cfg.output, f"{REFERENCE}.npz")
+    sections = {"fid": Reference(**fid.model_dump())}
+    reader = ReaderOptions(None, fid.images.size, cfg.batch_size)
+    task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
+    records = measure(task, images.units, pool, local=cfg.local, title="reference")
+    _require_measured(source, records)
+    count = sum(len(record.ids) for record in records)
+    if count < 2:
+        raise UserError(f"{source}: a single image could be measured, expected at least two of a reference")
     if not storage.exists(url):
-        sections = {"fid": Reference(**fid.model_dump())}
-        reader = ReaderOptions(None, fid.images.size, cfg.batch_size, images=fid.images)
-        task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
-        units = image_units(fid.reference, cfg.rows_per_unit)
-        measure(task, units, pool, local=cfg.local, title="reference")
-        gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
+        gathered = States(task.states).merged("", [unit.name for unit in images.units], "fid")
         assert isinstance(gathered, Frechet)
         gathered.gaussian().save(url)
-    return url, source
+    about = {"source": source, "identity": images.identity, "measured": count}
+    return (url, source), {**about, "quarantined": _quarantined(records), "left_out": images.left_out}
 
 
 def _merged(task: MeasureOptions, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
@@ -148,12 +202,11 @@ def _summary(
     selection: Selection,
     seed: int,
 ) -> dict[str, Any]:
-    quarantined = sum((Counter(record.quarantined) for record in records), Counter[str]())
     return {
         "name": name,
         "about": about,
         "measured": sum(len(record.ids) for record in records),
-        "quarantined": dict(sorted(quarantined.items())),
+        "quarantined": _quarantined(records),
         "units": [record.unit.name for record in records],
         "metrics": {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()},
         "shown": selection.model_dump(mode="json"),

@@ -18,7 +18,7 @@ from ..models.checkpoint import parse_model, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from .metric_settings import MetricsConfig
 from .select import ShowConfig
-from .units import Unit, has_captions, has_scene_captions, image_units, sample_units
+from .units import Unit, find_image_set, has_captions, has_scene_captions, sample_units, warn_left_out
 
 PLAIN_SIZE = 256
 """Default size (pixels a side) of images that are measured without a tokenizer."""
@@ -32,13 +32,17 @@ class EvaluateConfig(Config):
     samples: InputPath | None = None
     """Folder of generated samples: one sample set, or a sweep of several."""
     images: Pattern | None = None
-    """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files or folders."""
+    """Images to reconstruct with the tokenizer, instead of samples: tars, parquet files, tables or folders."""
     caption_keys: CaptionKeys = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in any case, in order of preference."""
     tokenizer: InputPath | None = None
     """Model folder of the BIT. None measures samples as codes only, and images without reconstruction (an upper bound)."""
     size: int | None = Field(None, ge=16)
-    """Pixels a side of the measured images; none means the tokenizer's image size."""
+    """Pixels a side of decoded samples, or of reconstructions and their originals; none means the tokenizer's image size.
+
+    Without a tokenizer, metrics with ``images.size`` crop and resize the images as they are in their files; only those
+    without get them at this size (none: 256).
+    """
     mode: Mode = "new"
     """If the output exists: new fails, resume continues it, fresh deletes it and starts over."""
     local: bool = False
@@ -93,11 +97,13 @@ class EvaluationInputs:
     def __init__(self, cfg: EvaluateConfig) -> None:
         self.size = cfg.size or PLAIN_SIZE
         self.tokenizer_hash: str | None = None
+        self.identity: str | None = None
+        self.left_out: dict[str, int] = {}
         if cfg.tokenizer is not None:
             self._read_tokenizer(cfg, cfg.tokenizer)
         if cfg.samples is not None:
             self.sets = find_sample_sets(cfg.samples)
-            self.units = {name: sample_units(name, found) for name, found in self.sets.items()}
+            self.units = {name: sample_units(name, samples) for name, samples in self.sets.items()}
             each = {found.run.images_per_prompt for found in self.sets.values()}
             self.per_prompt = each.pop() if len(each) == 1 else 0
             self.offers = {"codes", "prompts", "meta"} | ({"images"} if cfg.tokenizer else set())
@@ -105,7 +111,9 @@ class EvaluationInputs:
             self.about = {name: _about(found) for name, found in self.sets.items()}
             self._check_tokenizer(cfg)
         elif cfg.images is not None:
-            self.units = {"": image_units(cfg.images, cfg.rows_per_unit)}
+            found = find_image_set(cfg.images, cfg.rows_per_unit, cfg.caption_keys, output=cfg.output)
+            self.units, self.identity, self.left_out = {"": found.units}, found.identity, found.left_out
+            warn_left_out(cfg.source, found.left_out)
             self.per_prompt = 0
             self.offers = {"images"} | ({"references", "codes"} if cfg.tokenizer else set())
             self.offers |= {"prompts"} if has_captions(self.units[""], cfg.caption_keys) else set()

@@ -13,16 +13,18 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from .. import logs, storage
 from ..accelerator import device_label, pick_device
 from ..config import Config
 from ..data.pipeline import run_rows
 from ..data.stages import Pool, Stage
-from ..errors import UserError
+from ..errors import UserError, path_problem
 from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric
 from .metrics.frechet import Gaussian
+from .metrics.images import ImageSettings
 from .metrics.states import load_state, save_state
 from .reader import Reader, ReaderOptions
 from .units import Unit
@@ -115,7 +117,7 @@ def load_reference(reference: tuple[str, str] | None) -> Gaussian | None:
 
 
 class Measurer:
-    """Actor that measures units with the tokenizer and the metrics' networks; returns UserErrors in ``problem``."""
+    """Actor that measures units with the tokenizer and the metrics' networks; returns errors of its input in ``problem``."""
 
     def __init__(self, task: MeasureOptions) -> None:
         self.task = task
@@ -128,8 +130,8 @@ class Measurer:
             try:
                 record = self.measured(Unit.model_validate_json(text))
                 reports.append((len(record.ids), None))
-            except UserError as error:
-                reports.append((0, str(error)))
+            except (UserError, OSError, pa.ArrowException, torch.OutOfMemoryError) as error:
+                reports.append((0, _problem(text, error)))
         return pa.Table.from_pylist([dict(zip(REPORT.names, r, strict=True)) for r in reports], REPORT)
 
     def measured(self, unit: Unit) -> Record:
@@ -147,8 +149,8 @@ class Measurer:
         rows: dict[str, list[Any]] = {"ids": [], "groups": [], "prompts": [], "categories": [], "originals": []}
         for found_rows in reader.batches(unit):
             batch = found_rows.batch
-            for metric in metrics.values():
-                metric.update(batch)
+            for name, metric in metrics.items():
+                metric.update(found_rows.at(_own_size(self.task.sections[name])))
             prompts = list(batch.prompts or [""] * len(batch))
             columns: tuple[list[Any], ...] = (
                 list(batch.ids),
@@ -157,12 +159,26 @@ class Measurer:
                 found_rows.categories,
                 found_rows.originals,
             )
-            for name, column in zip(rows, columns, strict=True):
-                rows[name] += column
+            for column, values in zip(rows, columns, strict=True):
+                rows[column] += values
         about = {"quarantined": dict(sorted(reader.quarantined.items())), "device": device_label(self.device)}
         record = Record(unit=unit, **rows, **about, seconds=time.perf_counter() - began)
         states.save(record, metrics)
         return record
+
+
+def _own_size(section: Section) -> int | None:
+    """Return the size to which a metric resizes images itself; None if it has none."""
+    images = getattr(section, "images", None)
+    return images.size if isinstance(images, ImageSettings) else None
+
+
+def _problem(unit: str, error: Exception) -> str:
+    """Describe in one line what went wrong with a unit, given as JSON, and with which file."""
+    if isinstance(error, UserError):
+        return str(error)
+    what = path_problem(error) or " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{Unit.model_validate_json(unit).source}: {what}"
 
 
 REPORT = pa.schema([("images", pa.int64()), ("problem", pa.string())])

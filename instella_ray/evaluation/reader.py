@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
 from ..data.formats.texts import CAPTION_NAMES
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
 from .metrics.base import Batch
-from .metrics.images import ImageSettings
-from .units import Unit, label, read_images_unit, read_samples_unit
+from .units import Unit, read_images_unit, read_samples_unit
 
 T = TypeVar("T")
 HARMLESS = {"no_caption", "bad_caption", "bad_metadata"}
@@ -32,14 +32,12 @@ class ReaderOptions:
     tokenizer: str | None
     """Model folder of the BIT; None leaves samples as codes and images without reconstruction."""
     size: int
-    """Pixels a side of the measured images."""
+    """Pixels a side of the measured images; of images without a tokenizer, where a metric asks for no size of its own."""
     batch_size: int
     captions: bool = False
     """Whether captions are required: images without one are quarantined."""
     caption_keys: Sequence[str] = CAPTION_NAMES
     """Names of captions in KEY.json and of columns with captions, in order of preference."""
-    images: ImageSettings | None = None
-    """Preprocessing to apply instead of resizing to ``size``, for FID reference images."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,12 @@ class LabelledBatch:
     categories: list[str | None]
     originals: list[str]
     """Hash of each source image file; '' for samples."""
+    whole: Batch | None = None
+    """The batch of images without a tokenizer, as they are in their files, for metrics that resize images themselves."""
+
+    def at(self, size: int | None) -> Batch:
+        """Return the batch for a metric that resizes images to ``size``; None: it takes them as they are measured."""
+        return self.batch if size is None or self.whole is None else self.whole
 
 
 @dataclass
@@ -81,38 +85,38 @@ class Reader:
             yield LabelledBatch(Batch(ids, images, None, prompts, codes, groups, meta), categories, [""] * len(ids))
 
     def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
-        for rows in _batches(self._pixels(unit, only), self.options.batch_size):
-            ids, captions, pixels, hashes = zip(*rows, strict=True)
-            originals, prompts = np.stack(pixels), [caption or "" for caption in captions]
-            batch = Batch(ids, originals, prompts=prompts)
-            if self.bit is not None:
+        for rows in _batches(self._originals(unit, only), self.options.batch_size):
+            ids, captions, images, hashes = zip(*rows, strict=True)
+            prompts = [caption or "" for caption in captions]
+            originals, whole = np.stack([fit_square(image, self.options.size) for image in images]), None
+            if self.bit is None:
+                batch = Batch(ids, originals, prompts=prompts)
+                whole = replace(batch, images=[np.asarray(image) for image in images])
+            else:
                 codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
                 batch = Batch(ids, self._decode(codes), originals, prompts, codes)
-            yield LabelledBatch(batch, [None] * len(ids), list(hashes))
+            yield LabelledBatch(batch, [None] * len(ids), list(hashes), whole)
 
-    def _pixels(self, unit: Unit, only: Collection[str] | None) -> Iterator[tuple[str, str | None, np.ndarray, str]]:
+    def _originals(
+        self, unit: Unit, only: Collection[str] | None
+    ) -> Iterator[tuple[str, str | None, Image.Image, str]]:
         for row in read_images_unit(unit, self.options.caption_keys):
-            name = f"{label(unit)}/{row['key']}"
-            if only is not None and name not in only:
+            if only is not None and row["id"] not in only:
                 continue
             try:
-                pixels = self._original(row)
+                image = self._original(row)
             except UndecodableError as error:
                 self.quarantined[str(error)] += 1
                 continue
-            yield name, row["caption"], pixels, hashlib.sha256(row["image"]).hexdigest()[:16]
+            yield row["id"], row["caption"], image, hashlib.sha256(row["image"]).hexdigest()[:16]
 
-    def _original(self, row: dict[str, Any]) -> np.ndarray:
+    def _original(self, row: dict[str, Any]) -> Image.Image:
         harmless = () if self.options.captions else HARMLESS
         if row["image"] is None or (row["problem"] and row["problem"] not in harmless):
             raise UndecodableError(row["problem"] or "no_image")
         if self.options.captions and not row["caption"]:
             raise UndecodableError("no_caption")
-        size, images = self.options.size, self.options.images
-        if images is not None:
-            pixels: np.ndarray = images.prepare_originals(np.asarray(decode_rgb(row["image"]))[None])[0]
-            return pixels
-        return fit_square(decode_rgb(row["image"], at_least=2 * size), size)
+        return decode_rgb(row["image"])
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         assert self.bit is not None

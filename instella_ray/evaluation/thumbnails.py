@@ -66,7 +66,7 @@ class ThumbnailActor:
                 shown.append(dict(zip(SCHEMA.names, values, strict=True)))
         return shown
 
-    def _file(self, images: np.ndarray | None, place: int) -> bytes | None:
+    def _file(self, images: np.ndarray | Sequence[np.ndarray] | None, place: int) -> bytes | None:
         return None if images is None else thumbnail(images[place], self.order.size)
 
 

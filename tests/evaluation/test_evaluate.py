@@ -28,7 +28,7 @@ from instella_ray.evaluation.metrics.bits import BitUsage
 from instella_ray.evaluation.metrics.diversity import code_diversity
 from instella_ray.evaluation.metrics.frechet import Gaussian
 from instella_ray.evaluation.reader import Reader, ReaderOptions
-from instella_ray.evaluation.units import image_units, read_images_unit
+from instella_ray.evaluation.units import find_image_set, read_images_unit
 
 from ..kit.evaluation import numbers
 from ..kit.models import write_tokenizer
@@ -184,12 +184,13 @@ def test_images_are_read_from_tars_parquet_and_folders(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "parquet" / "0.parquet")
     for kind in ("tar", "files", "parquet"):
         for size in (3, 100):
-            units = image_units(str(tmp_path / kind), size)
+            units = find_image_set(str(tmp_path / kind), size).units
             read = [row for unit in units for row in read_images_unit(unit)]
-            assert [row["image"] for row in read] == [r[1] for r in rows] and not any(r["problem"] for r in read)
+            assert sorted(row["image"] for row in read) == sorted(r[1] for r in rows)
+            assert {row["problem"] for row in read} == {"no_caption" if kind == "files" else None}
             assert len({unit.name for unit in units}) == len(units) >= 11 / size
-    with pytest.raises(UserError, match="no images found"):
-        image_units(str(tmp_path / "nothing"), 3)
+    with pytest.raises(UserError, match=r"no shard found; .* or a folder of images"):
+        find_image_set(str(tmp_path / "nothing"), 3)
 
 
 def test_names_of_captions_are_those_of_the_configuration(tmp_path: Path) -> None:

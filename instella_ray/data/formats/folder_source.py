@@ -152,7 +152,7 @@ def _described(shard: FolderShard, caption_keys: Sequence[str]) -> set[str]:
             url = storage.join(shard.root, *folders[:depth], name)
             if storage.exists(url):
                 with storage.open_file(url) as stream:
-                    paths = scan_table(stream, url, FILES_PER_SHARD, caption_keys).paths
+                    paths = scan_table(stream, url, FILES_PER_SHARD, caption_keys, captions=False).paths
                 found |= {path.removeprefix(below) for path in paths if path.startswith(below)}
     return found
 

@@ -27,7 +27,7 @@ else:
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "jxl")
+IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "jxl")
 """Extensions of files and tar members that are read as images, in order of preference."""
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF") + (("JXL",) if JPEG_XL else ())
 """Formats that are decoded, told by content. Pillow knows more, and starts Ghostscript for one of them."""

@@ -163,27 +163,6 @@ def _within(folder: str, output: str) -> bool:
     return inner.startswith(outer)
 
 
-def names_shards(part: str, suffix: str) -> bool:
-    """Return whether a part of a pattern ends with ``suffix``, or is a folder with files that do."""
-    (path, *others) = expand_part(part)
-    if others or storage.kind(path) != "directory":
-        return file_name(path).endswith(suffix)
-    return bool(storage.glob(storage.join(path, f"*{suffix}")))
-
-
-def find_image_files(folder: str) -> list[str]:
-    """List the image files of a folder, recursively, by their extension, as sorted paths relative to it.
-
-    Raises UserError if there are none.
-    """
-    found = list_files(folder)
-    refuse_compressed([folder, *found])
-    files = [name for name in found if image_extension(name)]
-    if not files:
-        raise no_images(folder)
-    return files
-
-
 def no_images(folder: str) -> UserError:
     """Return the error for a folder without images, which names what was expected."""
     kinds = f"{', '.join(IMAGE_ENDINGS[:-1])} or {IMAGE_ENDINGS[-1]}"

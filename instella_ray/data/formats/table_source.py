@@ -38,16 +38,22 @@ class TableScan(NamedTuple):
     """Position of each shard in the file (bytes), and at last of its end."""
     paths: frozenset[str]
     """Paths of the images."""
+    rows: int
 
 
 def scan_table(
-    stream: IO[bytes], url: str, rows_per_shard: int, caption_keys: Sequence[str] = CAPTION_NAMES
+    stream: IO[bytes],
+    url: str,
+    rows_per_shard: int,
+    caption_keys: Sequence[str] = CAPTION_NAMES,
+    *,
+    captions: bool = True,
 ) -> TableScan:
     """Read a whole table, and divide it into shards of ``rows_per_shard`` rows; the last one may have fewer.
 
-    Raises UserError if it lacks a column of paths or links, or one of captions.
+    Raises UserError if it lacks a column of paths or links, or, with ``captions``, one of captions.
     """
-    table = _Table(stream, url, caption_keys)
+    table = _Table(stream, url, caption_keys, captions)
     marks, paths, rows = [table.start], set[str](), 0
     for record in table.records(table.start):
         rows += 1
@@ -57,7 +63,7 @@ def scan_table(
             paths.add(table.path(record))
     if rows % rows_per_shard or not rows:
         marks.append(table.position)
-    return TableScan(table.columns, marks, frozenset(paths))
+    return TableScan(table.columns, marks, frozenset(paths), rows)
 
 
 def read_table(
@@ -67,20 +73,25 @@ def read_table(
     start: int | None = None,
     end: int | None = None,
     *,
+    captions: bool = True,
     caption_keys: Sequence[str] = CAPTION_NAMES,
+    skip: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows between two positions of a table, in order: the columns of :data:`.rows.SCHEMA` without ``last``.
 
-    There is at least one row: without any, its problem is ``empty_shard``. A record that is no JSON object, or has more
-    values than there are columns, becomes a row with the problem ``bad_metadata``. Raises UserError as
-    :func:`scan_table`.
+    The first ``skip`` rows are left out, and most of their images unread. There is at least one row: without any, its
+    problem is ``empty_shard``. A record that is no JSON object, or has more values than there are columns, becomes a row
+    with the problem ``bad_metadata``. Raises UserError as :func:`scan_table`.
     """
-    table, number, keys = _Table(stream, url, caption_keys), 0, Keys()
+    table, number, keys = _Table(stream, url, caption_keys, captions), 0, Keys()
     records = table.records(table.start if start is None else start, end)
     while part := list(islice(records, AT_ONCE)):
-        for record, image in zip(part, table.images(part), strict=True):
-            yield table.row(record, image, shard, number, keys)
+        images = table.images(part) if number + len(part) > skip else [None] * len(part)
+        for record, image in zip(part, images, strict=True):
+            row = table.row(record, image, shard, number, keys)
             number += 1
+            if number > skip:
+                yield row
     if not number:
         yield problem_row(shard, 0, "empty_shard")
 
@@ -88,7 +99,7 @@ def read_table(
 class _Table:
     """Table that is read in any order of its records, whose positions it knows."""
 
-    def __init__(self, stream: IO[bytes], url: str, caption_keys: Sequence[str]) -> None:
+    def __init__(self, stream: IO[bytes], url: str, caption_keys: Sequence[str], captions: bool) -> None:
         self.stream, self.folder, self.position = stream, url.rpartition("/")[0], 0
         self.delimiter = {"csv": ",", "tsv": "\t"}.get(split_extension(file_name(url))[1])
         self.names: list[str] = []
@@ -99,7 +110,7 @@ class _Table:
             objects = [each for each in islice(self._objects(), OBJECTS_SEEN) if each is not None]
             schema = _schema(objects)
         self.start = self.position if self.delimiter else 0
-        self.columns = find_columns(schema, url, paths=True, caption_keys=caption_keys)
+        self.columns = find_columns(schema, url, paths=True, captions=captions, caption_keys=caption_keys)
 
     def records(self, start: int, end: int | None = None) -> Iterator[Record | None]:
         """Yield the records between two positions; None for one that cannot be read."""

@@ -31,8 +31,8 @@ class Batch:
 
     ids: Sequence[str]
     """Sample ids, unique over all shards."""
-    images: np.ndarray | None = None
-    """uint8 ``[B, H, W, 3]``."""
+    images: np.ndarray | Sequence[np.ndarray] | None = None
+    """uint8 ``[B, H, W, 3]``, or images of several sizes, each ``[H, W, 3]``."""
     references: np.ndarray | None = None
     """Originals of reconstructions, uint8 ``[B, H, W, 3]``."""
     prompts: Sequence[str] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,17 +41,22 @@ class ImageSettings(Config):
             about["filter"] = None
         return about
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
-        """Preprocess uint8 ``[B, H, W, 3]`` to uint8 ``[B, size, size, 3]``; raises UserError for other inputs."""
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise UserError(f"images: expected uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
-        lossless = self.format != "jpeg"
-        if lossless and self.size in (None, images.shape[1]) and (self.size is None or images.shape[2] == self.size):
-            return images
+    def prepare(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Preprocess images, each uint8 ``[H, W, 3]``, to uint8 ``[B, size, size, 3]``.
+
+        Raises UserError for other inputs, and for images of several sizes if ``size`` is None.
+        """
+        for image in images:
+            if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+                raise UserError(f"images: expected uint8 [H, W, 3] each, got {image.dtype} {list(image.shape)}")
+        sizes = {image.shape[:2] for image in images}
+        if self.size is None and len(sizes) > 1:
+            raise UserError(f"images: of {len(sizes)} sizes; expected images.size")
+        if self.format != "jpeg" and len(sizes) == 1 and (self.size is None or sizes == {(self.size, self.size)}):
+            return np.asarray(images)
         return np.stack([self._one(image) for image in images])
 
-    def prepare_originals(self, images: np.ndarray) -> np.ndarray:
+    def prepare_originals(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """Preprocess originals: the same as :meth:`prepare`, but without lossy compression."""
         return self.model_copy(update={"format": "pixels"}).prepare(images)
 

@@ -92,10 +92,10 @@ def test_captions_lie_beside_their_images(tmp_path: Path) -> None:
 
 
 def test_images_of_every_kind_are_read_in_any_case(tmp_path: Path) -> None:
-    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"}
+    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF"}
     for number, ending in enumerate(IMAGE_ENDINGS):
         data = image_bytes(number, kind=kinds.get(ending, ending.upper()))
-        write(tmp_path, {f"{number}.{ending.upper()}": data, f"{number}.txt": ending})
+        write(tmp_path, {f"{number:02}.{ending.upper()}": data, f"{number:02}.txt": ending})
     rows = rows_of(tmp_path)
     assert [row["caption"] for row in rows] == list(IMAGE_ENDINGS)
     assert all(decode_rgb(row["image"]).size == (64, 48) for row in rows)
@@ -252,7 +252,8 @@ def test_a_job_goes_on_after_files_came_elsewhere_and_not_after_its_shards_were_
     add("dogs", 4)
     assert run(mode="resume")["in"] == 7 and run(mode="fresh")["in"] == 7
     add("cats", 2)
-    monkeypatch.setattr(find_inputs, "__kwdefaults__", {"rows_per_shard": 9, "files_per_shard": 4})
+    monkeypatch.setitem(find_inputs.__kwdefaults__, "rows_per_shard", 9)
+    monkeypatch.setitem(find_inputs.__kwdefaults__, "files_per_shard", 4)
     with pytest.raises(UserError, match=r"made from .*/in#folder=cats,0/1, which the input no longer has"):
         run(mode="resume")
     assert run(mode="fresh")["in"] == 9

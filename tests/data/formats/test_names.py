@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from yarl import URL
 
-from instella_ray.data.formats.names import (
-    find_image_files,
-    image_extension,
-    web_url,
-)
-from instella_ray.errors import UserError
+from instella_ray.data.formats.names import image_extension, web_url
 
 
-def test_image_files_of_a_folder_and_below_it(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpeg", "below/c.webp", "notes.txt", "d.png.tmp", "png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_image_files(str(tmp_path)) == ["a.jpeg", "b.PNG", "below/c.webp"]
-    assert image_extension("x/y.JPG") == "jpg" and image_extension("y.txt") is None
-    with pytest.raises(
-        UserError, match="no images found; expected tars, parquet files, or a folder of jpg, jpeg, png, webp"
-    ):
-        find_image_files(str(tmp_path / "none"))
+def test_endings_of_image_files() -> None:
+    assert image_extension("x/y.JPG") == "jpg" and image_extension("y.jfif") == "jfif"
+    assert image_extension("y.txt") is None and image_extension("png") is None and image_extension("d.png.tmp") is None
 
 
 @pytest.mark.parametrize(

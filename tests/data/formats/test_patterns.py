@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instella_ray import storage
-from instella_ray.data.formats.names import find_files, find_shards, names_shards
+from instella_ray.data.formats.names import find_files, find_shards
 from instella_ray.data.formats.patterns import Pattern, absolute_pattern, shard_label, split_pattern
 from instella_ray.data.formats.sources import find_inputs, read_rows
 from instella_ray.errors import UserError
@@ -136,12 +136,6 @@ def test_commas_separate_parts_but_not_within_braces_or_names(tree: Path) -> Non
     assert split_pattern(("a, b", "c")) == ["a, b", "c"]
     assert absolute_pattern("a/*.tar, gs://b/c.tar,/d") == (f"{tree}/a/*.tar", "gs://b/c.tar", "/d")
     assert absolute_pattern("in/0.tar") == f"{tree}/in/0.tar"
-
-
-def test_shards_are_named_by_their_ending_or_by_their_folder(tree: Path) -> None:
-    (tree / "empty").mkdir()
-    assert names_shards("x/*.tar", ".tar") and names_shards("in", ".tar") and names_shards("photos [2024]", ".tar")
-    assert not names_shards("empty", ".tar") and not names_shards("x/*.parquet", ".tar")
 
 
 @pytest.mark.parametrize("root", ["memory://box [2]", "memory://box"])

@@ -23,7 +23,7 @@ from instella_ray.data.formats.tar_reader import TarReader
 from instella_ray.data.formats.tar_source import count_samples, read_samples
 from instella_ray.data.loading.image_data import ImageData
 from instella_ray.errors import UserError
-from instella_ray.evaluation.units import image_units
+from instella_ray.evaluation.units import find_image_set
 
 from ...kit.shards import image_bytes, sample, tar_bytes
 
@@ -229,7 +229,7 @@ def test_a_tar_that_is_compressed_inside_is_refused_by_every_reader(packed: Call
         lambda: count_rows(path),
         lambda: read_index(path),
         lambda: ImageData(path, (16,), 0),
-        lambda: image_units(path, 10),
+        lambda: find_image_set(path, 10),
     ]
     for read in readers:
         with pytest.raises(UserError, match=rf"a\.tar: a tar compressed with {kind}; decompress it first") as found:
@@ -245,8 +245,8 @@ def test_a_compressed_tar_is_refused_by_its_name(packed: Callable[..., Path], na
         lambda: find_inputs(str(path)),
         lambda: find_inputs(str(path.parent)),
         lambda: find_inputs(str(path.parent / "*")),
-        lambda: image_units(str(path), 10),
-        lambda: image_units(str(path.parent), 10),
+        lambda: find_image_set(str(path), 10),
+        lambda: find_image_set(str(path.parent), 10),
     ]
     for search in searches:
         with pytest.raises(UserError, match=rf"{name}: a tar compressed with {kind}; decompress it first"):

@@ -35,6 +35,7 @@ from ...kit.shards import image_bytes
         (b"caf\xe9", "caf\u00e9"),
         ("\ufeffa dog".encode("utf-16-le"), "a dog"),
         ("a dog".encode("utf-16"), "a dog"),
+        ("\ufeff a dog", "a dog"),
         ("a dog".encode("utf-16-be"), "a dog"),
         ("a dog".encode("utf-32"), "a dog"),
         ("\ufffd?".encode(), "\ufffd?"),

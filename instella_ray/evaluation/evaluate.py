@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,25 +14,25 @@ from .. import storage
 from ..accelerator import hardware_summary
 from ..bulk.sample_set import samples_provenance
 from ..data.formats.parts import open_output
-from ..data.formats.patterns import pattern_text
 from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
 from ..runs import Provenance, recorded
 from .inputs import EvaluateConfig, EvaluationInputs
-from .measure import MeasureOptions, Record, States, load_reference, measure
-from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
+from .measure import MeasureOptions, Record, States, measure
+from .metric_settings import GenEval, LpipsDiversity, absolute, choose
 from .metrics.base import Metric
-from .metrics.frechet import Frechet
 from .metrics.presets import preset
 from .reader import ReaderOptions
+from .references import Gathering, References
 from .report import write_report
 from .results import RESULTS, STATES
+from .sections import Section
 from .select import Selection, choose_images
 from .thumbnails import ThumbnailOptions, write_thumbnails
 from .units import image_units
 
-REFERENCE = "reference"
+log = logging.getLogger(__name__)
 
 
 def run_evaluate(cfg: EvaluateConfig) -> str:
@@ -48,15 +49,17 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     sections = {name: absolute(section) for name, section in sections.items()}
     if cfg.local and isinstance(sections.get("geneval"), GenEval):
         raise UserError("metrics.geneval: the detector runs in a Ray runtime environment; expected local=false")
+    references = References(sections, cfg.output)
     open_output(cfg.output, cfg.mode, _identity(cfg, inputs, sections))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
-        fid = sections.get("fid")
-        reference = _reference(cfg, fid, pool) if isinstance(fid, FID) else None
+        for gathering in references.gatherings:
+            _gather(cfg, gathering, pool)
         captions = any("prompts" in section.needs for section in sections.values())
         reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions, cfg.caption_keys)
         gpu = cfg.gpus_per_actor > 0
-        task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
+        about = references.describe()
+        task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, about, gpu)
         measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
         _require_measured(cfg, measured)
         records: dict[str, list[Record]] = {name: [] for name in inputs.units}
@@ -64,7 +67,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             records[record.unit.setting].append(record)
         selections, settings = {}, []
         for name, found in records.items():
-            metrics = _merged(task, name, found)
+            metrics = _merged(task, references, name, found)
             selections[name] = choose_images(found, metrics, cfg.show, len(records))
             settings.append(_summary(name, inputs.about[name], found, metrics, selections[name], cfg.seed))
         if "images" in inputs.offers:
@@ -109,34 +112,24 @@ def _identity(cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str,
     }
 
 
-def _reference(cfg: EvaluateConfig, fid: FID, pool: Pool) -> tuple[str, str]:
-    """Return path and source name of FID's reference statistics, computing them from images if they are not stored."""
-    source = pattern_text(fid.reference)
-    if source.endswith(".npz"):
-        return source, source
-    if fid.images.size is None:
-        raise UserError("metrics.fid.images.size: missing; a reference made of images needs it, for example 256")
-    url = storage.join(cfg.output, f"{REFERENCE}.npz")
-    if not storage.exists(url):
-        sections = {"fid": Reference(**fid.model_dump())}
-        reader = ReaderOptions(None, fid.images.size, cfg.batch_size, images=fid.images)
-        task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
-        units = image_units(fid.reference, cfg.rows_per_unit)
+def _gather(cfg: EvaluateConfig, gathering: Gathering, pool: Pool) -> None:
+    """Compute the features or statistics of reference images, unless they are stored."""
+    if not gathering.stored(cfg.output):
+        reader = ReaderOptions(None, gathering.size, cfg.batch_size, images=gathering.images)
+        folder, gpu = storage.join(cfg.output, gathering.name), cfg.gpus_per_actor > 0
+        task = MeasureOptions(folder, gathering.sections, reader, gpu=gpu)
+        units = image_units(gathering.pattern, cfg.rows_per_unit)
         measure(task, units, pool, local=cfg.local, title="reference")
-        gathered = States(task.states).merged("", [unit.name for unit in units], "fid")
-        assert isinstance(gathered, Frechet)
-        gathered.gaussian().save(url)
-    return url, source
+        gathering.save(cfg.output, [unit.name for unit in units])
 
 
-def _merged(task: MeasureOptions, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
+def _merged(task: MeasureOptions, references: References, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
     states, units = States(task.states), [record.unit.name for record in records]
     found: dict[str, Metric] = {}
     for name, section in task.sections.items():
         into = section.load(task.tools())() if isinstance(section, LpipsDiversity) else None
         metric = found[name] = states.merged(setting, units, name, into)
-        if isinstance(metric, Frechet) and (reference := load_reference(task.reference)) and name == "fid":
-            metric.attach(reference)
+        references.attach(name, metric)
     return found
 
 
@@ -149,13 +142,17 @@ def _summary(
     seed: int,
 ) -> dict[str, Any]:
     quarantined = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    results = {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()}
+    for result in results.values():
+        for caution in result["cautions"]:
+            log.warning("%s%s: %s", f"{name}: " if name else "", result["name"], caution)
     return {
         "name": name,
         "about": about,
         "measured": sum(len(record.ids) for record in records),
         "quarantined": dict(sorted(quarantined.items())),
         "units": [record.unit.name for record in records],
-        "metrics": {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()},
+        "metrics": results,
         "shown": selection.model_dump(mode="json"),
     }
 

@@ -83,7 +83,8 @@ class FeatureRows(Metric):
 
     def rows(self) -> np.ndarray:
         """Return all features in the order of the ids, float64 ``[N, D]``; ``[0, 0]`` without images."""
-        return np.array([row for _, (_, row) in sorted(self._rows.items())], np.float64).reshape(len(self._rows), -1)
+        found = [row for _, (_, row) in sorted(self._rows.items())]
+        return np.array(found, np.float64) if found else np.empty((0, 0))
 
     def groups(self) -> list[str]:
         """Return the group of each row of :meth:`rows`."""

@@ -79,8 +79,8 @@ class Coverage(FeatureRows):
 
 def _named(metric: FeatureRows, part: str) -> str:
     """Name a part like its metric, whose name states the features unless they are FID's."""
-    first, _, features = metric.info.name.partition("_")
-    return part if part == first else f"{part}_{features}" if features else part
+    features = metric.info.name.partition("_")[2]
+    return f"{part}_{features}" if features else part
 
 
 def _jackknifed(

@@ -205,25 +205,26 @@ def rate(correct: np.ndarray, groups: Sequence[str] | None = None, *, confidence
         most = float(sizes.sum())
         size = min(max(spread / variance, size), most) if variance > 0 else most
         freedom = len(sums) - 1.0 if most > len(sums) else np.inf
-    return Rate(share, *wilson(share, size, confidence, freedom), size, freedom)
+    return Rate(share, *wilson(share, size, confidence, freedom, corrected=True), size, freedom)
 
 
-def wilson(share: float, size: float, confidence: float = 0.95, freedom: float = np.inf) -> Interval:
-    """Compute Wilson's score interval with continuity correction of a ``share`` observed in ``size`` trials.
+def wilson(
+    share: float, size: float, confidence: float = 0.95, freedom: float = np.inf, *, corrected: bool = False
+) -> Interval:
+    """Compute Wilson's score interval of a ``share`` observed in ``size`` trials.
 
-    Newcombe (1998), method 4: without the correction it covers 85 to 90 % at some shares of few trials. ``freedom``: that
-    of Student's quantile, for a size that was estimated.
+    ``freedom``: that of Student's quantile, for a size that was estimated. ``corrected``: with continuity correction
+    (Newcombe 1998, method 4), without which it covers 85 to 90 % at some shares of few trials.
     """
     from scipy import stats
 
-    z = float(stats.t.ppf((1 + confidence) / 2, freedom))
-    centre, spread = 2 * size * share + z * z, 4 * size * share * (1 - share) + z * z - 1 / size
-    below, above = (1 + z * np.sqrt(max(spread + side * (4 * share - 2), 0.0)) for side in (1, -1))
+    z, step = float(stats.t.ppf((1 + confidence) / 2, freedom)), float(corrected)
+    centre, spread = 2 * size * share + z * z, 4 * size * share * (1 - share) + z * z - step / size
+    below, above = (step + z * np.sqrt(max(spread + side * step * (4 * share - 2), 0.0)) for side in (1, -1))
     low, high = (centre - below) / (2 * (size + z * z)), (centre + above) / (2 * (size + z * z))
-    # At share 0 and 1 a bound equals the share; rounding must not move it beyond.
-    return Interval(
-        float(min(max(0.0, low), share)) if share > 0 else 0.0, float(max(min(1.0, high), share)) if share < 1 else 1.0
-    )
+    # At share 0 and 1 a bound equals the share; rounding and the correction must not move it beyond.
+    low, high = (low if share > 0 else 0.0), (high if share < 1 else 1.0)
+    return Interval(float(min(max(0.0, low), share)), float(max(min(1.0, high), share)))
 
 
 def probability_less(
@@ -245,7 +246,7 @@ def probability_less(
         variance = len(sums) / (len(sums) - 1) * (residual**2).sum() / len(wins) ** 2 + losses.var(ddof=1) / len(losses)
         size = max(spread / variance, least) if variance > 0 else least
     freedom = max(least - 1, 1.0)
-    return Rate(share, *wilson(share, size, confidence, freedom), size, freedom)
+    return Rate(share, *wilson(share, size, confidence, freedom, corrected=True), size, freedom)
 
 
 def _share_above(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -268,7 +269,7 @@ def mean_of_rates(rates: Sequence[Rate], *, confidence: float = 0.95) -> Rate:
     variance = (inner * (1 - inner) / sizes).sum() / len(rates) ** 2
     size = float(inner.mean() * (1 - inner.mean()) / variance)
     value, freedom = float(shares.mean()), float(sum(r.freedom for r in rates))
-    return Rate(value, *wilson(value, size, confidence, freedom), size, freedom)
+    return Rate(value, *wilson(value, size, confidence, freedom, corrected=True), size, freedom)
 
 
 def group_number(name: str, groups: int) -> int:

@@ -46,7 +46,13 @@ def test_statistics_of_other_tools_are_read(tmp_path: Path) -> None:
     full = rotated @ COVARIANCE @ rotated.T
     for arrays in (
         {"mu": MEAN, "sigma": full},
-        {"arr_0": np.zeros((9, 2, 2, 3), np.uint8), "mu": MEAN, "sigma": full, "mu_s": np.zeros(7), "sigma_s": np.eye(7)},
+        {
+            "arr_0": np.zeros((9, 2, 2, 3), np.uint8),
+            "mu": MEAN,
+            "sigma": full,
+            "mu_s": np.zeros(7),
+            "sigma_s": np.eye(7),
+        },
         {"mu": MEAN.astype(np.float32), "sigma": np.asfortranarray(full.astype(np.float32))},
     ):
         found = Gaussian.load(saved(tmp_path / "stats.npz", **arrays), width=4)
@@ -153,9 +159,7 @@ def test_too_few_images_for_a_distance_are_told_of(
     metrics = MetricsConfig.model_validate({"fid": options})
     with caplog.at_level(logging.WARNING):
         run_evaluate(
-            EvaluateConfig(
-                images=str(tmp_path / "a"), size=32, output=str(tmp_path / "o"), local=True, metrics=metrics
-            )
+            EvaluateConfig(images=str(tmp_path / "a"), size=32, output=str(tmp_path / "o"), local=True, metrics=metrics)
         )
     found = numbers(tmp_path / "o")[""]["fid"]
     few, reference = found["cautions"]

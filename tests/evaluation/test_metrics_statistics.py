@@ -84,7 +84,11 @@ def test_intervals_of_a_rate_cover_it_for_few_prompts(share: float, alike: float
             groups, held = [f"{i // images:03d}" for i in range(prompts * images)], 0
             for i in range(100):
                 rng = np.random.default_rng([prompts, images, i])
-                ease = rng.beta(share / alike, (1 - share) / alike, (prompts, 1)) if alike else np.full((prompts, 1), share)
+                ease = (
+                    rng.beta(share / alike, (1 - share) / alike, (prompts, 1))
+                    if alike
+                    else np.full((prompts, 1), share)
+                )
                 found = statistics.rate((rng.random((prompts, images)) < ease).reshape(-1), groups)
                 held += found.low <= share <= found.high
             assert covers(held / 100, 100, 0.93), (prompts, images, held)
@@ -265,10 +269,20 @@ def test_paired_difference_raises_few_false_alarms_and_sees_what_is_there() -> N
     assert same.value == 0 and same.p_value == 1
 
 
-@given(st.floats(0, 1), st.integers(1, 1000))
-def test_wilson_stays_within_bounds_and_holds_the_share(share: float, size: int) -> None:
-    low, high = statistics.wilson(share, size)
+@given(st.floats(0, 1), st.integers(1, 1000), st.booleans())
+def test_wilson_stays_within_bounds_and_holds_the_share(share: float, size: int, corrected: bool) -> None:
+    low, high = statistics.wilson(share, size, corrected=corrected)
     assert 0 <= low <= share <= high <= 1
+
+
+def test_wilson_is_newcombes() -> None:
+    """His tables of 1998: 81 of 263 and 0 of 20, by methods 3 and 4."""
+    for hits, trials, plain, corrected in (
+        (81, 263, (0.2553, 0.3662), (0.2535, 0.3682)),
+        (0, 20, (0.0, 0.1611), (0.0, 0.2005)),
+    ):
+        assert statistics.wilson(hits / trials, trials) == pytest.approx(plain, abs=5e-5)
+        assert statistics.wilson(hits / trials, trials, corrected=True) == pytest.approx(corrected, abs=5e-5)
 
 
 def test_too_few_samples_give_no_interval() -> None:

@@ -6,12 +6,13 @@ import errno
 import glob as globs
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -347,7 +348,19 @@ def write_text(url: str, text: str) -> None:
 
 
 def write_json(url: str, value: Any) -> None:
-    write_text(url, json.dumps(value, indent=1) + "\n")
+    """Write ``value`` as JSON, which has no NaN and no infinities: they become null."""
+    write_text(url, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with None in place of NaN and infinities, also within lists and objects."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def read_parquet(url: str, **options: Any) -> Any:

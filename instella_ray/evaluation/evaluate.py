@@ -13,28 +13,26 @@ from typing import Any
 from .. import storage
 from ..accelerator import hardware_summary
 from ..bulk.sample_set import samples_provenance
-from ..data.formats.files import file_stamps
 from ..data.formats.parts import SETTINGS, open_output
-from ..data.formats.patterns import pattern_text
 from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
 from ..runs import Provenance, recorded
 from .inputs import EvaluateConfig, EvaluationInputs
-from .measure import MeasureOptions, Record, States, load_reference, measure
-from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
+from .measure import MeasureOptions, Record, States, measure
+from .metric_settings import GenEval, LpipsDiversity, absolute, choose
 from .metrics.base import Metric
-from .metrics.frechet import Frechet
 from .metrics.presets import preset
 from .reader import ReaderOptions
+from .references import Gathering, References
 from .report import write_report
 from .results import RESULTS, STATES
+from .sections import Section
 from .select import Selection, choose_images
 from .thumbnails import ThumbnailOptions, write_thumbnails
 from .units import ImageSet, counts_text, find_image_set, warn_left_out
 
-REFERENCE = "reference"
-IMAGES, REFERENCE_IMAGES = "images_identity", "reference_identity"
+IMAGES, REFERENCES = "images_identity", "references_identity"
 """Settings that identify the content of files (:class:`.units.ImageSet`)."""
 log = logging.getLogger(__name__)
 
@@ -53,16 +51,20 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     sections = {name: absolute(section) for name, section in sections.items()}
     if cfg.local and isinstance(sections.get("geneval"), GenEval):
         raise UserError("metrics.geneval: the detector runs in a Ray runtime environment; expected local=false")
-    fid = section if isinstance(section := sections.get("fid"), FID) else None
-    compared = _reference_images(cfg, fid) if fid else None
-    _open_output(cfg, _identity(cfg, inputs, sections, compared))
+    references = References(sections, cfg.output)
+    compared = [_reference_images(cfg, gathering) for gathering in references.gatherings]
+    _open_output(cfg, _identity(cfg, inputs, sections, _identities(references, compared)))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
-        reference, gathered = _reference(cfg, fid, compared, pool) if fid and compared else (None, None)
+        gathered = [
+            _gather(cfg, gathering, images, pool)
+            for gathering, images in zip(references.gatherings, compared, strict=True)
+        ]
         captions = any("prompts" in section.needs for section in sections.values())
         reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions, cfg.caption_keys)
         gpu = cfg.gpus_per_actor > 0
-        task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, reference, gpu)
+        about = references.describe()
+        task = MeasureOptions(storage.join(cfg.output, STATES), sections, reader, inputs.per_prompt, about, gpu)
         measured = measure(task, inputs.all_units, pool, local=cfg.local, title="evaluate")
         _require_measured(cfg.source, measured)
         records: dict[str, list[Record]] = {name: [] for name in inputs.units}
@@ -70,14 +72,14 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             records[record.unit.setting].append(record)
         selections, settings = {}, []
         for name, found in records.items():
-            metrics = _merged(task, name, found)
+            metrics = _merged(task, references, name, found)
             selections[name] = choose_images(found, metrics, cfg.show, len(records))
             summary = _summary(name, inputs.about[name], found, metrics, selections[name], cfg.seed)
             settings.append({**summary, "left_out": inputs.left_out})
         if "images" in inputs.offers:
             shown = ThumbnailOptions(reader, cfg.show.size, gpu)
             write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
-        card = {**_card(cfg, inputs, measured), "reference": gathered}
+        card = {**_card(cfg, inputs, measured), "references": gathered}
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
 
@@ -112,16 +114,17 @@ def _open_output(cfg: EvaluateConfig, settings: dict[str, Any]) -> None:
     if cfg.mode == "resume" and storage.exists(path):
         before = storage.read_json(path)
         changed = {key for key, value in settings.items() if before.get(key) != value}
-        fid = cfg.metrics.fid if cfg.metrics else None
-        for key, source in ((IMAGES, cfg.source), (REFERENCE_IMAGES, pattern_text(fid.reference) if fid else "")):
-            if key in before and key in changed and changed <= {IMAGES, REFERENCE_IMAGES, "work"}:
-                reason = f"{source} has changed since it was measured (names, sizes or times of files)"
+        if before.get(REFERENCES) is not None and changed <= {IMAGES, REFERENCES, "work"}:
+            sources = [cfg.source] if IMAGES in changed else []
+            sources += [url for url, identity in settings[REFERENCES].items() if before[REFERENCES].get(url) != identity]
+            if sources:
+                reason = f"{sources[0]} has changed since it was measured (names, sizes or times of files)"
                 raise UserError(f"output {cfg.output}: {reason}; use mode=fresh or another folder")
     open_output(cfg.output, cfg.mode, settings)
 
 
 def _identity(
-    cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section], reference: ImageSet | None
+    cfg: EvaluateConfig, inputs: EvaluationInputs, sections: dict[str, Section], references: dict[str, str]
 ) -> dict[str, Any]:
     """Return the settings that must be unchanged for a job to resume into the same output folder."""
     work = [unit.model_dump(mode="json") for unit in inputs.all_units]
@@ -130,7 +133,7 @@ def _identity(
         "samples": cfg.samples,
         "images": cfg.images and cfg.source,
         IMAGES: inputs.identity,
-        REFERENCE_IMAGES: reference and reference.identity,
+        REFERENCES: references,
         "size": inputs.size,
         "batch_size": cfg.batch_size,
         "caption_keys": list(cfg.caption_keys),
@@ -140,57 +143,42 @@ def _identity(
     }
 
 
-def _reference_images(cfg: EvaluateConfig, fid: FID) -> ImageSet:
-    """Find the images of FID's reference; without units if it is a file of statistics.
-
-    Raises UserError if there are none.
-    """
-    source = pattern_text(fid.reference)
-    if source.endswith(".npz"):
-        return ImageSet([], next(file_stamps([source])), {})
-    if fid.images.size is None:
-        raise UserError("metrics.fid.images.size: missing; a reference made of images needs it, for example 256")
-    found = find_image_set(fid.reference, cfg.rows_per_unit, output=cfg.output)
-    warn_left_out(source, found.left_out)
+def _reference_images(cfg: EvaluateConfig, gathering: Gathering) -> ImageSet:
+    """Find the images of a reference; raises UserError if there are none."""
+    found = find_image_set(gathering.pattern, cfg.rows_per_unit, output=cfg.output)
+    warn_left_out(gathering.source, found.left_out)
     return found
 
 
-def _reference(
-    cfg: EvaluateConfig, fid: FID, images: ImageSet, pool: Pool
-) -> tuple[tuple[str, str], dict[str, Any] | None]:
-    """Return path and source name of FID's reference statistics, and what they were computed from.
+def _identities(references: References, images: Sequence[ImageSet]) -> dict[str, str]:
+    """Return what identifies the content of all references, by source."""
+    found = {gathering.source: each.identity for gathering, each in zip(references.gatherings, images, strict=True)}
+    return {**references.statistics, **found}
 
-    Computes them from images if they are not stored.
-    """
-    source = pattern_text(fid.reference)
-    if not images.units:
-        return (source, source), None
-    assert fid.images.size is not None
-    url = storage.join(cfg.output, f"{REFERENCE}.npz")
-    sections = {"fid": Reference(**fid.model_dump())}
-    reader = ReaderOptions(None, fid.images.size, cfg.batch_size)
-    task = MeasureOptions(storage.join(cfg.output, REFERENCE), sections, reader, gpu=cfg.gpus_per_actor > 0)
+
+def _gather(cfg: EvaluateConfig, gathering: Gathering, images: ImageSet, pool: Pool) -> dict[str, Any]:
+    """Compute the features or statistics of reference images, unless they are stored; returns what was measured."""
+    reader = ReaderOptions(None, gathering.size, cfg.batch_size)
+    folder, gpu = storage.join(cfg.output, gathering.name), cfg.gpus_per_actor > 0
+    task = MeasureOptions(folder, gathering.sections, reader, gpu=gpu)
     records = measure(task, images.units, pool, local=cfg.local, title="reference")
-    _require_measured(source, records)
+    _require_measured(gathering.source, records)
     count = sum(len(record.ids) for record in records)
     if count < 2:
-        raise UserError(f"{source}: a single image could be measured, expected at least two of a reference")
-    if not storage.exists(url):
-        gathered = States(task.states).merged("", [unit.name for unit in images.units], "fid")
-        assert isinstance(gathered, Frechet)
-        gathered.gaussian().save(url)
-    about = {"source": source, "identity": images.identity, "measured": count}
-    return (url, source), {**about, "quarantined": _quarantined(records), "left_out": images.left_out}
+        raise UserError(f"{gathering.source}: a single image could be measured, expected at least two of a reference")
+    if not gathering.stored(cfg.output):
+        gathering.save(cfg.output, [unit.name for unit in images.units])
+    about = {"source": gathering.source, "identity": images.identity, "measured": count}
+    return {**about, "quarantined": _quarantined(records), "left_out": images.left_out}
 
 
-def _merged(task: MeasureOptions, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
+def _merged(task: MeasureOptions, references: References, setting: str, records: Sequence[Record]) -> dict[str, Metric]:
     states, units = States(task.states), [record.unit.name for record in records]
     found: dict[str, Metric] = {}
     for name, section in task.sections.items():
         into = section.load(task.tools())() if isinstance(section, LpipsDiversity) else None
         metric = found[name] = states.merged(setting, units, name, into)
-        if isinstance(metric, Frechet) and (reference := load_reference(task.reference)) and name == "fid":
-            metric.attach(reference)
+        references.attach(name, metric)
     return found
 
 
@@ -202,13 +190,17 @@ def _summary(
     selection: Selection,
     seed: int,
 ) -> dict[str, Any]:
+    results = {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()}
+    for result in results.values():
+        for caution in result["cautions"]:
+            log.warning("%s%s: %s", f"{name}: " if name else "", result["name"], caution)
     return {
         "name": name,
         "about": about,
         "measured": sum(len(record.ids) for record in records),
         "quarantined": _quarantined(records),
         "units": [record.unit.name for record in records],
-        "metrics": {key: metric.result(seed=seed).to_json() for key, metric in metrics.items()},
+        "metrics": results,
         "shown": selection.model_dump(mode="json"),
     }
 

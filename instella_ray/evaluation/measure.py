@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,11 @@ from ..config import Config
 from ..data.pipeline import run_rows
 from ..data.stages import Pool, Stage
 from ..errors import UserError, path_problem
-from .metric_settings import Maker, Section, Tools
 from .metrics.base import Metric
-from .metrics.frechet import Gaussian
 from .metrics.images import ImageSettings
 from .metrics.states import load_state, save_state
 from .reader import Reader, ReaderOptions
+from .sections import Maker, Section, Tools
 from .units import Unit
 
 SINGLE = "single"
@@ -99,21 +98,12 @@ class MeasureOptions:
     sections: Mapping[str, Section]
     reader: ReaderOptions
     per_prompt: int = 0
-    reference: tuple[str, str] | None = None
-    """FID's reference statistics: path, and name of the source they were computed from."""
+    references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Descriptions of the metrics' references, by section and role; actors need no more of them."""
     gpu: bool = False
 
     def tools(self, device: str = "cpu") -> Tools:
-        return Tools(device, load_reference(self.reference), self.per_prompt)
-
-
-def load_reference(reference: tuple[str, str] | None) -> Gaussian | None:
-    """Load reference statistics and label them with the source they were computed from; None for None."""
-    if reference is None:
-        return None
-    url, source = reference
-    loaded = Gaussian.load(url)
-    return Gaussian(loaded.mean, loaded.covariance, loaded.count, source, loaded.sha256)
+        return Tools(device, self.references, self.per_prompt)
 
 
 class Measurer:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
-
-import pydantic
+from typing import Any, TypeVar
 
 from ..config import Config, InputPath
-from ..data.formats.patterns import Pattern, absolute_pattern
+from ..data.formats.patterns import absolute_pattern
 from ..errors import UserError
-from ..models.clip import load_clip
+from .feature_settings import (
+    CMMD,
+    FID,
+    KID,
+    RFID,
+    DensityCoverage,
+    FeatureDiversity,
+    MemorisationTest,
+    PrecisionRecall,
+    shared_clip,
+)
 from .geneval_actor import GenEvalConfig, start_detector
-from .metrics.base import Metric
 from .metrics.bits import BitUsage
 from .metrics.clip_score import PAPER_IMAGES as CLIP_IMAGES
 from .metrics.clip_score import PAPER_MODEL, PAPER_TAG, clip_score
-from .metrics.diversity import code_diversity, feature_diversity
-from .metrics.features import Features, efficientnet_lite0, inception
-from .metrics.fid import PAPER_IMAGES as FID_IMAGES
-from .metrics.fid import frechet
-from .metrics.frechet import GROUPS, Gaussian
+from .metrics.diversity import code_diversity
 from .metrics.geneval import geneval
 from .metrics.image_reward import image_reward, load_image_reward
 from .metrics.images import ImageSettings
@@ -32,39 +32,9 @@ from .metrics.lpips_distance import Net, load_lpips, lpips_distance, lpips_diver
 from .metrics.psnr import psnr
 from .metrics.scene import scene_score
 from .metrics.ssim import ssim
+from .sections import Images, Maker, Section, Tools
 
-Maker = Callable[[], Metric]
-"""Factory of empty metrics; all metrics of one factory share its loaded network."""
 S = TypeVar("S", bound=Config)
-Network = Literal["inception", "efficientnet_lite0"]
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Arguments of metric creation beyond the metric's own settings."""
-
-    device: str = "cpu"
-    reference: Gaussian | None = None
-    """Reference statistics of FID."""
-    per_prompt: int = 0
-    """Images per prompt, for metrics that compute a prompt's value once it is complete; 0: unknown."""
-
-
-class Section(Config):
-    """Settings of one metric."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"images"})
-    """Required columns of :class:`.metrics.base.Batch`; ``groups`` means several images per prompt."""
-
-    @abstractmethod
-    def load(self, tools: Tools) -> Maker:
-        """Load the metric's network and return its factory; raises UserError if weights or packages are missing."""
-
-
-class Images(Section):
-    """Settings of a metric over images."""
-
-    images: ImageSettings = ImageSettings()
 
 
 class SceneScore(Images):
@@ -124,51 +94,6 @@ class LPIPS(Images):
         return partial(lpips_distance, load_lpips(self.weights, net=self.net, device=tools.device), self.images)
 
 
-class FeatureMetric(Images):
-    """Settings of a metric over the features of a network."""
-
-    network: Network = "inception"
-    """Feature network: ``inception`` is FID's standard; with any other the metric has another name."""
-    weights: InputPath | None = None
-    """Weights file of the network; none uses the weights packaged with efficientnet_lite0."""
-
-    def features(self, device: str) -> Features:
-        if self.network == "inception":
-            return inception(self.weights, device=device)
-        return efficientnet_lite0(self.weights, device=device)
-
-
-class RFID(FeatureMetric):
-    """Frechet distance between reconstructions and their originals."""
-
-    needs = frozenset({"images", "references"})
-
-    def load(self, tools: Tools) -> Maker:
-        return partial(frechet, self.features(tools.device), reconstruction=True, images=self.images)
-
-
-class FID(FeatureMetric):
-    """Frechet distance to reference statistics."""
-
-    images: ImageSettings = FID_IMAGES
-    reference: Pattern
-    """Reference images (tars, parquet files, a folder), or an ``.npz`` file with ``mu`` and ``sigma``."""
-    groups: int = pydantic.Field(GROUPS, ge=2)
-    """Number of jackknife groups."""
-
-    def load(self, tools: Tools) -> Maker:
-        features = self.features(tools.device)
-        return partial(frechet, features, reference=tools.reference, images=self.images, groups=self.groups)
-
-
-class Reference(FID):
-    """Gathers FID's reference statistics from images, without lossy recompression."""
-
-    def load(self, tools: Tools) -> Maker:
-        images = self.images.model_copy(update={"format": "pixels"})
-        return partial(frechet, self.features(tools.device), images=images, groups=self.groups)
-
-
 class ClipScore(Images):
     """Cosine similarity of image and prompt embeddings; the default network is the paper's."""
 
@@ -181,7 +106,7 @@ class ClipScore(Images):
     """Text prepended to each prompt."""
 
     def load(self, tools: Tools) -> Maker:
-        clip = load_clip(self.model, self.weights, asker="metric clip_score", extra="eval", device=tools.device)
+        clip = shared_clip(self.model, self.weights, "metric clip_score", tools)
         return partial(clip_score, clip, images=self.images, prefix=self.prefix)
 
 
@@ -195,8 +120,8 @@ class ImageReward(Images):
     """Path of ``med_config.json``."""
 
     def load(self, tools: Tools) -> Maker:
-        scorer = load_image_reward(self.weights, self.med_config, device=tools.device)
-        return partial(image_reward, scorer, weights=self.weights, images=self.images)
+        scorer, is_cut = load_image_reward(self.weights, self.med_config, device=tools.device)
+        return partial(image_reward, scorer, is_cut, weights=self.weights, images=self.images)
 
 
 class GenEval(Images, GenEvalConfig):
@@ -207,17 +132,6 @@ class GenEval(Images, GenEvalConfig):
     def load(self, tools: Tools) -> Maker:
         own = {name: getattr(self, name) for name in GenEvalConfig.model_fields}
         return partial(geneval, start_detector(GenEvalConfig(**own)), images=self.images)
-
-
-class FeatureDiversity(FeatureMetric):
-    """``1 - cosine`` of the features of two images of the same prompt."""
-
-    needs = frozenset({"images", "groups"})
-    images: ImageSettings = ImageSettings(size=256)
-
-    def load(self, tools: Tools) -> Maker:
-        features = self.features(tools.device)
-        return partial(feature_diversity, features, images=self.images, per_prompt=tools.per_prompt)
 
 
 class LpipsDiversity(LPIPS):
@@ -244,6 +158,11 @@ class MetricsConfig(Config):
     lpips: LPIPS | None = None
     rfid: RFID | None = None
     fid: FID | None = None
+    kid: KID | None = None
+    precision_recall: PrecisionRecall | None = None
+    density_coverage: DensityCoverage | None = None
+    cmmd: CMMD | None = None
+    memorisation: MemorisationTest | None = None
     clip_score: ClipScore | None = None
     image_reward: ImageReward | None = None
     geneval: GenEval | None = None
@@ -296,6 +215,6 @@ def absolute(section: S) -> S:
     places: dict[str, Any] = {
         n: str(Path(path).absolute()) for n, path in given.items() if path and Path(path).exists()
     }
-    if isinstance(section, FID):
-        places["reference"] = absolute_pattern(section.reference)
+    if isinstance(section, Section):
+        places |= {role: absolute_pattern(pattern) for role, pattern in section.patterns().items()}
     return section.model_copy(update=places)

@@ -45,6 +45,18 @@ class Clip:
         with torch.no_grad():
             return self.network.encode_text(tokens, normalize=True).float().cpu().numpy()
 
+    @property
+    def text_limit(self) -> int:
+        """Number of tokens, start and end included, to which texts are cut."""
+        return int(self._tokenizer.context_length)
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Return whether each text has more tokens than :attr:`text_limit`: one more place changes its tokens then."""
+        limit = self.text_limit
+        short, longer = (self._tokenizer(["", *texts], context_length=length) for length in (limit, limit + 1))
+        changed = (longer[1:, :limit] != short[1:]).any(1) | (longer[1:, limit] != longer[0, limit])
+        return [bool(yes) for yes in changed]
+
     @cached_property
     def weights_hash(self) -> str:
         """Sha256 of a local weights file, or of the tensors for a tag or random weights."""

@@ -114,12 +114,12 @@ def test_a_resume_refuses_what_has_changed_and_names_it(tmp_path: Path) -> None:
     output, metrics = tmp_path / "out", frechet(reference)
     first = evaluate(output, shown, metrics)
     assert evaluate(output, shown, metrics, mode="resume")["settings"] == first["settings"]
-    assert first["card"]["reference"]["measured"] == 4 and len(first["card"]["reference"]["identity"]) == 64
+    assert first["card"]["references"][0]["measured"] == 4 and len(first["card"]["references"][0]["identity"]) == 64
     write_images(reference, range(20, 22))
     with pytest.raises(UserError, match=rf"{reference} has changed since it was measured .*; use mode=fresh"):
         evaluate(output, shown, metrics, mode="resume")
     again = evaluate(output, shown, metrics, mode="fresh")
-    assert again["card"]["reference"]["measured"] == 6
+    assert again["card"]["references"][0]["measured"] == 6
     assert again["settings"][0]["metrics"]["fid"]["settings"]["reference"]["count"] == 6
     art(77, (97, 61)).save(shown / "0.png")  # under the same name
     with pytest.raises(UserError, match=rf"{shown} has changed since"):
@@ -253,11 +253,11 @@ def test_what_cannot_be_read_of_a_reference_is_told(tmp_path: Path, caplog: pyte
     (reference / "x.heic").write_bytes(b"heic")
     with caplog.at_level(logging.WARNING):
         result = evaluate(tmp_path / "out", shown, frechet(reference))
-    about = result["card"]["reference"]
+    about = result["card"]["references"][0]
     assert (about["measured"], about["quarantined"], about["left_out"]) == (2, {"undecodable": 2}, {".heic": 1})
     assert "ref: not measured: 2 undecodable" in caplog.text and "ref: not read: 1 .heic" in caplog.text
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Of the reference, not measured:</b> 2 undecodable, 1 .heic, of 5 files" in page
+    assert "not measured:</b> 2 undecodable, 1 .heic, of 5 files" in page
     for seed in (11, 13):
         (reference / f"{seed}.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"ref: nothing could be measured \(4 undecodable\)$"):

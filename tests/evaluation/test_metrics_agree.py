@@ -28,6 +28,8 @@ from instella_ray.evaluation.metrics.psnr import CEILING, image_psnr
 from instella_ray.evaluation.metrics.ssim import image_ssim
 from instella_ray.models.clip import load_clip
 
+from ..kit.evaluation import random_inception
+
 RTOL = 1e-4
 RNG = np.random.default_rng(0)
 
@@ -98,16 +100,7 @@ def test_frechet_distance_of_singular_covariances() -> None:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(network.state_dict(), path)
-    return str(path)
+    return random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
 class ImageSet(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instella_ray import storage
 from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
+from instella_ray.evaluation import statistics
 from instella_ray.evaluation.metrics import diversity, fid, scene
-from instella_ray.evaluation.metrics.base import Batch, Metric
+from instella_ray.evaluation.metrics.base import Batch, Info, Metric
 from instella_ray.evaluation.metrics.bits import BitUsage
+from instella_ray.evaluation.metrics.feature_rows import FeatureRows, FeatureSet
 from instella_ray.evaluation.metrics.features import Features
 from instella_ray.evaluation.metrics.frechet import Frechet, Gaussian
 from instella_ray.evaluation.metrics.images import ImageSettings
+from instella_ray.evaluation.metrics.kernel import KernelDistance
+from instella_ray.evaluation.metrics.memorisation import Memorisation
+from instella_ray.evaluation.metrics.neighbours import Coverage, Precision
 from instella_ray.evaluation.metrics.psnr import psnr
 from instella_ray.evaluation.metrics.ssim import ssim
 from instella_ray.evaluation.metrics.states import load_state, save_state
@@ -46,6 +54,19 @@ def colors(images: np.ndarray) -> np.ndarray:
 COLORS = Features("colors", "test", None, None, colors)
 TARGET = Gaussian(np.full(6, 0.5), np.eye(6) * 0.02, 100)
 RAW = ImageSettings()
+SETS = {
+    role: FeatureSet(np.random.default_rng(seed).random((20, 6)).astype(np.float32))
+    for seed, role in enumerate(("reference", "training", "held_out"))
+}
+
+
+def set_metric(kind: type[FeatureRows], *roles: str, **own: Any) -> FeatureRows:
+    """A metric of colours beside those of SETS."""
+    settings = {"images": RAW.describe(), **own, **{role: SETS[role].describe() for role in roles}}
+    metric = kind(Info(f"{kind.kind}_colors", "test", settings=settings), COLORS)
+    return metric.attach(**{role: SETS[role] for role in roles})
+
+
 METRICS: dict[str, Callable[[], Metric]] = {
     "psnr": psnr,
     "ssim": ssim,
@@ -53,6 +74,10 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "bits": BitUsage,
     "fid": lambda: fid.frechet(COLORS, reference=TARGET, images=RAW, groups=3),
     "rfid": lambda: fid.frechet(COLORS, reconstruction=True, images=RAW, groups=3),
+    "kid": lambda: set_metric(KernelDistance, "reference", kernel="cubic", unbiased=True, scale=1),
+    "precision_recall": lambda: set_metric(Precision, "reference", neighbours=3),
+    "density_coverage": lambda: set_metric(Coverage, "reference", neighbours=5),
+    "memorisation": lambda: set_metric(Memorisation, "training", "held_out"),
     "diversity_bits": lambda: diversity.code_diversity(per_prompt=PER_PROMPT),
     "diversity_bits_open": diversity.code_diversity,
     "diversity_features": lambda: diversity.feature_diversity(COLORS, images=RAW, per_prompt=PER_PROMPT),
@@ -78,6 +103,8 @@ def numbers(metric: Metric) -> list[float]:
 def reattached(metric: Metric) -> Metric:
     if isinstance(metric, Frechet) and "reference" in metric.info.settings:
         metric.attach(TARGET)
+    if isinstance(metric, FeatureRows):
+        metric.attach(**{role: found for role, found in SETS.items() if role in metric.info.settings})
     return metric
 
 
@@ -146,6 +173,40 @@ def test_results_name_what_they_were_made_with(name: str) -> None:
         assert result.settings["images"]["format"] == "pixels" and "filter" in result.settings["images"]
     assert json.loads(json.dumps(result.to_json()))["value"] == result.value
     assert not result.low > result.value and not result.high < result.value
+
+
+def refuse(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+DEGENERATE = {
+    "none": [],
+    "one": [0],
+    "two": [0, 1],
+    "one group": [0, 1, 2, 3],
+    "all the same": [0] * 8,
+    "the same in groups": [0, 0, 0, 0, 5, 5, 5, 5],
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_results_of_little_or_equal_data_are_json_without_false_intervals(name: str, case: str, tmp_path: Path) -> None:
+    """No NaN, of which jq and JavaScript refuse the whole file, and no interval of zero width."""
+    index, metric = DEGENERATE[case], METRICS[name]()
+    if index:
+        batch = rows(ALL, index)
+        groups = [f"p{i}" for i in range(len(index))] if case == "all the same" else batch.groups
+        metric.update(replace(batch, ids=[f"{case}{i}" for i in range(len(index))], groups=groups))
+    result = metric.result()
+    storage.write_json(str(tmp_path / "results.json"), result.to_json())
+    stored = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert stored == json.loads(json.dumps(result.to_json()), parse_constant=refuse)
+    for each in (stored, *stored["parts"]):
+        assert (each["low"] is None) == (each["high"] is None)
+        assert each["low"] is None or each["low"] < each["high"]
+    if case != "the same in groups":  # two groups at most: rates alone can tell anything of others
+        assert stored["low"] is None or stored["settings"]["interval"] == statistics.WILSON
 
 
 def test_folding_features_into_sums_changes_nothing() -> None:

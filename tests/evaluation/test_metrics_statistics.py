@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from instella_ray.evaluation import statistics
+from instella_ray.evaluation.metrics.base import Batch, Metric, MetricResult
+from instella_ray.evaluation.metrics.bits import BitUsage
+from instella_ray.evaluation.metrics.features import Features
+from instella_ray.evaluation.metrics.fid import frechet
 from instella_ray.evaluation.metrics.frechet import Gaussian, frechet_distance
+from instella_ray.evaluation.metrics.images import ImageSettings
 from instella_ray.evaluation.metrics.moments import Sums
 
 REPEATS = 400
@@ -32,13 +37,133 @@ def about(share: float, nominal: float, slack: float = 0.0) -> bool:
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-@pytest.mark.parametrize("count", [12, 60])
-def test_bootstrap_of_a_mean_covers_it(count: int, confidence: float) -> None:
+@pytest.mark.parametrize("count", [12, 60, 150])
+def test_interval_of_a_mean_covers_it(count: int, confidence: float) -> None:
     def interval(rng: np.random.Generator) -> tuple[float, float]:
         values = rng.gamma(4.0, 0.5, count)
         return statistics.bootstrap_mean(values, confidence=confidence, seed=int(rng.integers(1 << 30)), resamples=600)
 
     assert about(covered(interval, 2.0, count), confidence, slack=0.03)
+
+
+SMALL = (2, 3, 5, 7, 12, 30, 100)
+DRAWS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {
+    "normal": (lambda rng, n: rng.normal(0, 1, n), 0.0),
+    "uniform": (lambda rng, n: rng.random(n), 0.5),
+    "heavy tails": (lambda rng, n: rng.standard_t(3, n), 0.0),
+    "two values": (lambda rng, n: rng.beta(0.3, 0.3, n), 0.5),
+    "skewed": (lambda rng, n: rng.gamma(4.0, 0.25, n), 1.0),
+    "very skewed": (lambda rng, n: rng.exponential(1.0, n), 1.0),
+    "log-normal": (lambda rng, n: rng.lognormal(0, 1, n), float(np.exp(0.5))),
+}
+
+
+def covers(share: float, given: int, least: float = 0.95) -> bool:
+    """Whether so many of the ``given`` intervals hold the truth that each may well do so with at least ``least``."""
+    return share >= float(stats.binom.ppf(1e-4, given, least)) / given
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_intervals_of_a_mean_cover_it_for_few_groups_or_are_not_given(name: str) -> None:
+    draw, truth = DRAWS[name]
+    least = {"very skewed": 0.92, "log-normal": 0.88}.get(name, 0.94)
+    for count in SMALL:
+        bounds = [statistics.bootstrap_mean(draw(np.random.default_rng([count, i]), count)) for i in range(200)]
+        given = [interval for interval in bounds if np.isfinite(interval.low)]
+        assert bool(given) == (count >= statistics.FEWEST)
+        held = sum(low <= truth <= high for low, high in given)
+        assert not given or covers(held / len(given), len(given), least), (count, held)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5])
+def test_intervals_of_a_rate_cover_it_for_few_prompts(share: float, alike: float) -> None:
+    """One image a prompt, and four that are more or less alike."""
+    for prompts in SMALL:
+        for images in (1, 4):
+            groups, held = [f"{i // images:03d}" for i in range(prompts * images)], 0
+            for i in range(100):
+                rng = np.random.default_rng([prompts, images, i])
+                ease = (
+                    rng.beta(share / alike, (1 - share) / alike, (prompts, 1))
+                    if alike
+                    else np.full((prompts, 1), share)
+                )
+                found = statistics.rate((rng.random((prompts, images)) < ease).reshape(-1), groups)
+                held += found.low <= share <= found.high
+            assert covers(held / 100, 100, 0.93), (prompts, images, held)
+
+
+def test_intervals_of_a_mean_of_rates_cover_it_for_few_prompts() -> None:
+    shares = (0.99, 0.78, 0.45, 0.12)
+    for prompts in SMALL:
+        held = 0
+        for i in range(150):
+            rng = np.random.default_rng([prompts, i])
+            found = statistics.mean_of_rates([statistics.rate(rng.random(prompts) < share) for share in shares])
+            held += found.low <= np.mean(shares) <= found.high
+        assert covers(held / 150, 150), (prompts, held)
+
+
+def test_intervals_of_paired_differences_cover_them_for_few_pairs() -> None:
+    for pairs in SMALL:
+        found = []
+        for i in range(150):
+            rng = np.random.default_rng([pairs, i])
+            base = rng.normal(0, 1, pairs)
+            found.append(statistics.paired_difference(base + rng.gamma(2, 0.1, pairs), base, resamples=1))
+        given = [each for each in found if np.isfinite(each.low)]
+        assert bool(given) == (pairs >= statistics.FEWEST)
+        held = sum(each.low <= 0.2 <= each.high for each in given)
+        assert not given or covers(held / len(given), len(given), 0.93), (pairs, held)
+
+
+@pytest.mark.parametrize("kind", ["frechet", "bits"])
+def test_jackknives_cover_for_few_images_or_give_no_interval(kind: str) -> None:
+    """What images of that number give on average, by the metrics themselves."""
+    counts = (5, 12, 20, 40, 100)
+
+    def result(count: int, repeat: int) -> MetricResult:
+        rng = np.random.default_rng([count, repeat])
+        ids = [f"{repeat}/{i}" for i in range(count)]
+        if kind == "bits":
+            metric: Metric = BitUsage()
+            metric.update(Batch(ids, codes=(rng.random((count, 2, 4)) < 0.2).astype(np.uint8)))
+        else:
+            rows = rng.gamma(3.0, 0.5, (count, 3))
+            features = Features("rows", "test", None, None, lambda images: rows)
+            metric = frechet(features, reference=Gaussian(np.full(3, 1.0), np.eye(3), 5000), images=ImageSettings())
+            metric.update(Batch(ids, images=np.zeros((count, 1, 1, 3), np.uint8)))
+        return metric.result()
+
+    for count in counts:
+        found = [result(count, repeat) for repeat in range(120)]
+        truth = float(np.mean([each.value for each in found]))
+        given = [each for each in found if np.isfinite(each.low)]
+        assert bool(given) == (count >= statistics.FEWEST_LEFT_OUT)
+        held = sum(each.low <= truth <= each.high for each in given)
+        assert not given or covers(held / len(given), len(given), 0.92), (count, held)
+
+
+def test_probability_of_being_less_covers_it() -> None:
+    """Of two normal distributions half a deviation apart; ties count as half, and equal values have none but that."""
+    truth = float(stats.norm.cdf(0.5 / np.sqrt(2)))
+    for ours, theirs in ((4, 30), (20, 20), (60, 12)):
+        held = 0
+        for i in range(150):
+            rng = np.random.default_rng([ours, i])
+            found = statistics.probability_less(rng.normal(0, 1, ours), rng.normal(0.5, 1, theirs))
+            held += found.low <= truth <= found.high
+        assert covers(held / 150, 150), (ours, theirs, held)
+    assert statistics.probability_less(np.ones(3), np.ones(4)).value == 0.5
+    assert statistics.probability_less(np.array([1.0, 3.0]), np.array([2.0])).value == 0.5
+
+
+def test_groups_that_agree_have_no_interval_but_rates_do() -> None:
+    for count in (5, 50, 500):
+        assert np.isnan(statistics.bootstrap_mean(np.full(count, 100.0 / 3))).all()
+        assert statistics.rate(np.ones(count, bool)).low < 1
+    assert np.isnan(statistics.jackknife(2.0, np.full(10, 2.0), np.full(10, 8))[:2]).all()
 
 
 def test_bootstrap_draws_prompts_not_images() -> None:
@@ -137,16 +262,27 @@ def test_paired_difference_raises_few_false_alarms_and_sees_what_is_there() -> N
         alarms += statistics.paired_difference(ours, theirs, seed=repeat, resamples=300).p_value < 0.05
     assert about(1 - alarms / REPEATS, 0.95)
     base = np.random.default_rng(0).normal(size=60)
-    seen = statistics.paired_difference(base + 0.3, base, resamples=500)
-    assert seen.value == pytest.approx(0.3) and seen.low > 0 and seen.p_value < 0.01
+    other = base + np.random.default_rng(1).normal(0, 0.1, 60)
+    seen = statistics.paired_difference(other + 0.3, base, resamples=500)
+    assert seen.value == pytest.approx(0.3, abs=0.03) and seen.low > 0 and seen.p_value < 0.01
     same = statistics.paired_difference(base, base, resamples=500)
     assert same.value == 0 and same.p_value == 1
 
 
-@given(st.floats(0, 1), st.integers(1, 1000))
-def test_wilson_stays_within_bounds_and_holds_the_share(share: float, size: int) -> None:
-    low, high = statistics.wilson(share, size)
+@given(st.floats(0, 1), st.integers(1, 1000), st.booleans())
+def test_wilson_stays_within_bounds_and_holds_the_share(share: float, size: int, corrected: bool) -> None:
+    low, high = statistics.wilson(share, size, corrected=corrected)
     assert 0 <= low <= share <= high <= 1
+
+
+def test_wilson_is_newcombes() -> None:
+    """His tables of 1998: 81 of 263 and 0 of 20, by methods 3 and 4."""
+    for hits, trials, plain, corrected in (
+        (81, 263, (0.2553, 0.3662), (0.2535, 0.3682)),
+        (0, 20, (0.0, 0.1611), (0.0, 0.2005)),
+    ):
+        assert statistics.wilson(hits / trials, trials) == pytest.approx(plain, abs=5e-5)
+        assert statistics.wilson(hits / trials, trials, corrected=True) == pytest.approx(corrected, abs=5e-5)
 
 
 def test_too_few_samples_give_no_interval() -> None:

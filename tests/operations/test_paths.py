@@ -25,6 +25,7 @@ NO_PATHS = {
     *("RecaptionConfig.model", "PipelineConfig.pipeline", "TextEncoderConfig.name", "TextEncoderConfig.gguf_file"),
     # Models and tags of open_clip, or local files.
     *("Aesthetic.model", "Aesthetic.weights", "ClipScore.model", "ClipScore.weights", "ClipScore.prefix"),
+    *("CMMD.model", "CMMD.weights"),
     *("GenEvalConfig.color_weights", "GenEvalConfig.image_uri", "GenEvalConfig.conda"),
     "TokenizerStagesConfig.stages",  # each stage is checked by itself
 }

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ...storage import finite
 from .texts import clean_text
 
 LAION_NAMES = ("url", "width", "height", "pwatermark", "punsafe", "similarity", "hash")
@@ -24,14 +25,14 @@ def json_object(text: str) -> dict[str, Any] | None:
         value = json.loads(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # Arrow rejects unpaired surrogates
-        return _lower_names(_finite(value)) if isinstance(value, dict) else None
+        return _lower_names(finite(value)) if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         return None
 
 
 def json_text(meta: dict[str, Any], **options: Any) -> str:
     """Format metadata as JSON, without NaN and infinities; ``options`` are passed to :func:`json.dumps`."""
-    return json.dumps(_finite(meta), allow_nan=False, **options)
+    return json.dumps(finite(meta), allow_nan=False, **options)
 
 
 def number(value: Any) -> float | None:
@@ -66,17 +67,7 @@ def json_value(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
         return number(str(value))
-    return _finite(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+    return finite(value)
 
 
 def _lower_names(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ pass over all samples; a duplicate sample is an error.
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 
 from ...errors import UserError
+from ...storage import finite
 
 M = TypeVar("M", bound="Metric")
-HIGHER = ("scene_score", "geneval", "clip_score", "image_reward", "psnr", "ssim")
-LOWER = ("fid", "rfid", "frechet", "rfrechet", "lpips")
+SETS = ("precision", "recall", "f_score", "density", "coverage")
+HIGHER = ("scene_score", "geneval", "clip_score", "image_reward", "psnr", "ssim", *SETS)
+LOWER = ("fid", "rfid", "frechet", "rfrechet", "lpips", "kid", "kernel", "cmmd", "memorisation")
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,15 @@ class MetricResult:
     """The metric's settings, with the interval's method (``interval``) and ``confidence``."""
     parts: tuple[MetricResult, ...] = ()
     """Additional results of the same pass, such as categories of a benchmark."""
+    cautions: tuple[str, ...] = ()
+    """Reasons not to take the value at face value, in one sentence each."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; nan becomes null."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"}
-        for key in ("value", "low", "high"):
-            data[key] = data[key] if math.isfinite(data[key]) else None
-        return {**data, "settings": dict(self.settings), "parts": [part.to_json() for part in self.parts]}
+        """Return plain JSON values; nan and infinities become null, in the settings too."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        parts = [part.to_json() for part in self.parts]
+        about: dict[str, Any] = finite({**data, "parts": parts, "cautions": list(self.cautions)})
+        return about
 
 
 class Metric(ABC):
@@ -175,13 +178,20 @@ class Metric(ABC):
         self.ids |= new
 
     def make_result(
-        self, value: float, low: float, high: float, count: int, *, parts: tuple[MetricResult, ...] = (), **extra: Any
+        self,
+        value: float,
+        low: float,
+        high: float,
+        count: int,
+        *,
+        parts: tuple[MetricResult, ...] = (),
+        cautions: tuple[str, ...] = (),
+        **extra: Any,
     ) -> MetricResult:
         """Create a :class:`MetricResult` of this metric; ``extra`` is added to its settings."""
         info, settings = self.info, {**self.info.settings, **extra}
-        return MetricResult(
-            info.name, value, low, high, count, info.implementation, info.weights, info.weights_hash, settings, parts
-        )
+        made_with = info.implementation, info.weights, info.weights_hash, settings
+        return MetricResult(info.name, value, low, high, count, *made_with, parts, cautions)
 
 
 def better(name: str) -> Literal["higher", "lower"] | None:

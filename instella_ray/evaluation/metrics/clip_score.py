@@ -7,6 +7,7 @@ for ViT-bigG-14). The paper only says "ViT-G/14". The evaluation code that it ci
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ...models.clip import Clip
 from .base import Batch, Info, version_of
+from .features import Features
 from .images import ImageSettings
 from .samples import SampleMetric
 
@@ -30,14 +32,36 @@ def clip_score(clip: Clip, *, images: ImageSettings = PAPER_IMAGES, prefix: str 
         texts = clip.embed_texts([prefix + prompt for prompt in batch.need("prompts")])
         return (embedded.astype(np.float64) * texts).sum(1)
 
-    settings = {"images": images.describe(), "prefix": prefix, "scale": 1, "preprocessing": clip.preprocessing()}
-    label = f"{clip.model}, {Path(clip.weights).name if clip.weights else 'random'}"
-    info = Info(metric_name(clip), version_of("open-clip-torch"), label, clip.weights_hash, settings)
-    return SampleMetric(info, score)
+    def is_cut(prompts: Sequence[str]) -> Sequence[bool]:
+        return clip.is_cut([prefix + prompt for prompt in prompts])
+
+    about = {"prefix": prefix, "scale": 1, "text_limit": clip.text_limit, "preprocessing": clip.preprocessing()}
+    settings = {"images": images.describe(), **about}
+    info = Info(metric_name(clip), version_of("open-clip-torch"), _label(clip), clip.weights_hash, settings)
+    return SampleMetric(info, score, is_cut)
 
 
 def metric_name(clip: Clip) -> str:
     """Return ``clip_score`` for the paper's network; for any other network or random weights a name that states it."""
-    random = "random_" if clip.weights is None else ""
+    paper = clip.model == PAPER_MODEL and clip.weights is not None
+    return "clip_score" if paper else f"clip_score_{_network_name(clip)}"
+
+
+def clip_features(clip: Clip) -> Features:
+    """Return the normalized image embeddings of a CLIP model as features."""
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        return clip.embed_images([Image.fromarray(image) for image in images])
+
+    settings = {"preprocessing": clip.preprocessing()}
+    made_with = version_of("open-clip-torch"), _label(clip), clip.weights_hash
+    return Features(_network_name(clip), *made_with, compute, settings)
+
+
+def _network_name(clip: Clip) -> str:
     plain = clip.model.lower().replace("-", "_")
-    return "clip_score" if clip.model == PAPER_MODEL and not random else f"clip_score_{random}{plain}"
+    return plain if clip.weights is not None else f"random_{plain}"
+
+
+def _label(clip: Clip) -> str:
+    return f"{clip.model}, {Path(clip.weights).name if clip.weights else 'random'}"

@@ -70,7 +70,8 @@ class Diversity(Metric):
         interval = statistics.bootstrap_mean(values, confidence=confidence, seed=seed)
         value = float(values.mean()) if len(values) else float("nan")
         count = sum(images for _, images in done.values())
-        about: dict[str, Any] = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(done)}
+        method = statistics.mean_method(len(done))
+        about: dict[str, Any] = {"interval": method, "confidence": confidence, "groups": len(done)}
         return self.make_result(value, *interval, count, **about)
 
     def scores(self) -> dict[str, float]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from ...errors import UserError
 from ...packages import extra_import, optional_import
 from ...storage import file_sha256
-from .base import version_of
-from .images import to_planes
+from .base import Batch, version_of
+from .images import ImageSettings, to_planes
 
 INCEPTION_HASH = "6726825d"
 """First digits of the sha256 of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``: FID's network."""
 EFFICIENTNET_HASH = "57934424"
 """First digits of the sha256 of the EfficientNet-Lite0 weights distributed as a Python package."""
+Network = Literal["inception", "efficientnet_lite0"]
+WIDTHS: dict[Network, int] = {"inception": 2048, "efficientnet_lite0": 1280}
+"""Number of features of each network."""
+NetworkResize = Literal["legacy", "clean"]
+INCEPTION_SIZE = 299
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,17 @@ class Features:
     weights_hash: str | None
     compute: Callable[[np.ndarray], np.ndarray]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    _last: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return np.asarray(self.compute(images), np.float32)
+
+    def of_batch(self, batch: Batch, images: ImageSettings) -> np.ndarray:
+        """Return the features of a batch's images after preprocessing; computed once for several metrics in turn."""
+        if not self._last or self._last[0] is not batch or self._last[1] != images:
+            self._last[:] = [batch, images, self(images.prepare(batch.need("images")))]
+        found: np.ndarray = self._last[2]
+        return found
 
 
 def local_weights(path: str | None, metric: str, expected: str) -> Path:
@@ -43,11 +57,13 @@ def local_weights(path: str | None, metric: str, expected: str) -> Path:
     return Path(path)
 
 
-def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") -> Features:
+def inception(
+    weights: str | None, *, layer: str = "2048", resize: NetworkResize = "legacy", device: str = "cpu"
+) -> Features:
     """Load FID's InceptionV3 with torch-fidelity, which resizes to 299 px like TensorFlow 1.
 
-    Named ``inception`` only for the published weights and the 2048 pooled features. Raises UserError for a missing file
-    or one that contains anything but tensors.
+    ``resize="clean"`` resizes as clean-fid does (Parmar et al. 2022). Named ``inception`` only for the published weights
+    and the 2048 pooled features. Raises UserError for a missing file or one that contains anything but tensors.
     """
     module = extra_import("torch_fidelity.feature_extractor_inceptionv3", "metric fid", "eval")
     import torch
@@ -62,7 +78,15 @@ def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") 
         "inception-v3-compat", [layer], feature_extractor_weights_path=str(path)
     ).to(device)
 
+    resized: list[torch.Tensor] = []
+    if resize == "clean":
+        # The package takes bytes alone and resizes them itself: its first layer is given the unrounded pixels instead.
+        network.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, given: ((resized[0] - 128) / 128,))
+
     def compute(images: np.ndarray) -> np.ndarray:
+        if resize == "clean":
+            resized[:] = [torch.from_numpy(clean_resize(images, INCEPTION_SIZE)).movedim(-1, 1).to(device)]
+            images = np.zeros((len(images), 1, 1, 3), np.uint8)
         with torch.no_grad():
             return network(to_planes(images).to(device))[0].float().cpu().numpy()
 
@@ -71,8 +95,22 @@ def inception(weights: str | None, *, layer: str = "2048", device: str = "cpu") 
     name = (
         "inception" if official else "inception_other" if found.startswith(INCEPTION_HASH) else "inception_unverified"
     )
-    settings = {"layer": layer, "network_input": "299 px, TensorFlow 1 bilinear without antialiasing"}
+    how = {
+        "legacy": "TensorFlow 1 bilinear without antialiasing",
+        "clean": "Pillow's bicubic with antialiasing, unrounded, as clean-fid's",
+    }
+    settings = {"layer": layer, "network_input": f"{INCEPTION_SIZE} px, {how[resize]}"}
     return Features(name, version_of("torch-fidelity"), path.name, found, compute, settings)
+
+
+def clean_resize(images: np.ndarray, size: int) -> np.ndarray:
+    """Resize uint8 ``[B, H, W, 3]`` to float32 ``[B, size, size, 3]``, 0 to 255, as clean-fid: without rounding."""
+    channels = np.asarray(images, np.float32).transpose(0, 3, 1, 2)
+    resized = [
+        [Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC) for channel in image]
+        for image in channels
+    ]
+    return np.array(resized, np.float32).clip(0, 255).transpose(0, 2, 3, 1)
 
 
 def efficientnet_lite0(weights: str | None = None, *, size: int = 224, device: str = "cpu") -> Features:

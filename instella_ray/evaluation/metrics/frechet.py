@@ -1,7 +1,6 @@
 """Frechet distance between two feature distributions, with mergeable sums and a jackknife interval.
 
-``d = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` for means m and covariances C. The metric's name depends on the
-features: see :mod:`.fid`.
+The metric's name depends on the features: see :mod:`.fid`.
 
 The bootstrap does not work here: a resample with replacement has fewer distinct images, and the distance decreases with
 their number, so every replicate is above the estimate. Leaving out one of ten groups in turn biases all replicates
@@ -12,86 +11,22 @@ splits in the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import linalg
 
-from ... import storage
 from ...errors import UserError
 from .. import statistics
 from .base import Batch, Info, Metric, MetricResult, text_array
 from .features import Features
+from .gaussian import Gaussian, distance_with_root, frechet_distance, square_root
 from .images import ImageSettings
 from .moments import GroupMoments, Sums
 
 GROUPS = 10
 """Number of jackknife groups; memory grows with it once groups have more samples than feature dimensions."""
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean ``[D]`` and covariance ``[D, D]`` (divided by n - 1) of features, float64."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-    count: int | None = None
-    """Number of samples; None if unknown."""
-    source: str = "computed"
-    sha256: str | None = None
-
-    @classmethod
-    def of(cls, sums: Sums) -> Gaussian:
-        mean = sums.total / sums.count
-        covariance = (sums.outer - sums.count * np.outer(mean, mean)) / (sums.count - 1)
-        return cls(mean, (covariance + covariance.T) / 2, sums.count)
-
-    def save(self, url: str) -> None:
-        """Write an ``.npz`` file with pytorch-fid's names: ``mu``, ``sigma`` (and ``count``)."""
-        with storage.open_file(url, "wb") as stream:
-            np.savez(stream, mu=self.mean, sigma=self.covariance, count=np.array(self.count or 0))
-
-    @classmethod
-    def load(cls, url: str) -> Gaussian:
-        """Load statistics from an ``.npz`` file with ``mu`` and ``sigma``; raises UserError for any other file."""
-        with storage.open_file(url) as stream:
-            try:
-                with np.load(stream, allow_pickle=False) as archive:
-                    data = {name: archive[name] for name in archive.files}
-                mean, covariance = (data[name].astype(np.float64) for name in ("mu", "sigma"))
-            except (ValueError, OSError, KeyError, EOFError) as error:
-                raise UserError(f"{url}: no statistics with mu and sigma ({error})") from None
-        if covariance.shape != (*mean.shape, *mean.shape):
-            raise UserError(f"{url}: mu has shape {mean.shape}, sigma {covariance.shape}")
-        return cls(mean, covariance, int(data.get("count", 0)) or None, url, storage.file_sha256(url))
-
-    def describe(self) -> dict[str, Any]:
-        return {"source": self.source, "sha256": self.sha256, "count": self.count}
-
-
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Compute the Frechet distance.
-
-    ``tr (C1 C2)^(1/2)`` is the sum of the singular values of ``R1^T R2`` for roots ``C = R R^T``, which are accurate even for
-    singular covariances (fewer samples than dimensions): the distance of a set to itself is 0 up to rounding.
-    """
-    return _distance(a, b, _root(b.covariance))
-
-
-def _distance(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
-    product = _root(a.covariance).T @ root_b
-    cross = linalg.svdvals(product, check_finite=False).sum() if product.size else 0.0
-    shift = a.mean - b.mean
-    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """Compute R ``[D, rank]`` with ``R R^T`` = ``covariance``, a positive semi-definite matrix."""
-    values, vectors = linalg.eigh(covariance, check_finite=False)
-    found = values > len(values) * np.finfo(np.float64).eps * values[-1]
-    root: np.ndarray = vectors[:, found] * np.sqrt(values[found])
-    return root
+ENOUGH = 5
+"""Images per feature from which no caution is given: about 10,000 for FID, as its authors recommend."""
 
 
 class Frechet(Metric):
@@ -133,7 +68,7 @@ class Frechet(Metric):
         if self.features is None:
             raise RuntimeError(f"metric {self.info.name}: made from a state, without a network to update with")
         groups = np.array([statistics.group_number(name, self.number) for name in batch.group_names], np.int64)
-        found = [(self._samples, self.features(self.images.prepare(batch.need("images"))))]
+        found = [(self._samples, self.features.of_batch(batch, self.images))]
         if batch.references is not None and "reference" not in self.info.settings:
             originals = self.images.prepare_originals(batch.need("references"))
             found.append((self._originals, self.features(originals)))
@@ -170,14 +105,27 @@ class Frechet(Metric):
                 sizes.append(whole.count - rest.count)
         found = statistics.jackknife(value, np.array(left_out), np.array(sizes), confidence=confidence)
         about |= {"standard_error": found.standard_error, "bias": found.bias}
-        return self.make_result(value, max(found.low, 0.0), found.high, whole.count, **about)
+        low = found.low if np.isnan(found.low) else max(found.low, 0.0)
+        cautions = self._cautions(whole.count, len(whole.total))
+        return self.make_result(value, low, found.high, whole.count, cautions=cautions, **about)
+
+    def _cautions(self, count: int, width: int) -> tuple[str, ...]:
+        counts = {"images": count, "reference images": self.reference.count if self.reference else None}
+        few = [(number, name) for name, number in counts.items() if number is not None and number < ENOUGH * width]
+        advice = "the distance is largely bias, compare it only at equal numbers, or measure kid, which has none"
+        return tuple(
+            f"too few {name}: {number}, fewer than the {width} features: {advice}"
+            if number < width
+            else f"few {name}: {number}, expected {ENOUGH * width} or more for {width} features: {advice}"
+            for number, name in few
+        )
 
     def _against(self, samples: Sums, originals: Sums | None) -> float:
         ours = Gaussian.of(samples)
         if self.reference is not None:
             if self._reference_root is None:
-                self._reference_root = _root(self.reference.covariance)
-            return _distance(ours, self.reference, self._reference_root)
+                self._reference_root = square_root(self.reference.covariance)
+            return distance_with_root(ours, self.reference, self._reference_root)
         if originals is None or originals.count != samples.count:
             raise UserError(
                 f"metric {self.info.name}: no reference; expected originals for every image, or a reference"

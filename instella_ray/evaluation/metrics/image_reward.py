@@ -6,7 +6,7 @@ transformers 4.x. It is therefore not among this project's requirements; an impo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from ...storage import file_sha256
 from .base import Batch, Info, version_of
 from .features import local_weights
 from .images import ImageSettings
-from .samples import SampleMetric
+from .samples import IsCut, SampleMetric
 
 Scorer = Callable[[str, np.ndarray], float]
 """Function from (prompt, image uint8 ``[H, W, 3]``) to the score."""
@@ -27,8 +27,15 @@ HINT = (
 )
 
 
-def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> Scorer:
-    """Load the official network from local files, without downloading; raises UserError for missing or wrong files."""
+TEXT_LIMIT = 35
+"""Number of tokens, start and end included, to which the official network cuts prompts."""
+
+
+def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> tuple[Scorer, IsCut]:
+    """Load the official network from local files, without downloading; raises UserError for missing or wrong files.
+
+    Returns the scorer, and the function that says which prompts it cuts.
+    """
     package = optional_import("ImageReward.ImageReward", "metric image_reward", HINT)
     import torch
 
@@ -44,11 +51,19 @@ def load_image_reward(weights: str, med_config: str, *, device: str = "cpu") -> 
         with torch.no_grad():
             return float(network.score(prompt, Image.fromarray(image)))
 
-    return score
+    def is_cut(prompts: Sequence[str]) -> list[bool]:
+        return [len(tokens) > TEXT_LIMIT for tokens in network.blip.tokenizer(list(prompts))["input_ids"]]
+
+    return score, is_cut
 
 
 def image_reward(
-    scorer: Scorer, *, weights: str, images: ImageSettings = ImageSettings(), name: str = "image_reward"
+    scorer: Scorer,
+    is_cut: IsCut | None = None,
+    *,
+    weights: str,
+    images: ImageSettings = ImageSettings(),
+    name: str = "image_reward",
 ) -> SampleMetric:
     """Create ImageReward of ``images`` with their ``prompts``; set ``name`` for any other scorer."""
 
@@ -56,6 +71,6 @@ def image_reward(
         prepared = images.prepare(batch.need("images"))
         return np.array([scorer(p, x) for p, x in zip(batch.need("prompts"), prepared, strict=True)])
 
-    settings = {"images": images.describe(), "network_input": "224 px, bicubic, centre crop"}
+    settings = {"images": images.describe(), "network_input": "224 px, bicubic, centre crop", "text_limit": TEXT_LIMIT}
     info = Info(name, version_of("image-reward"), weights.rsplit("/", 1)[-1], file_sha256(weights), settings)
-    return SampleMetric(info, score)
+    return SampleMetric(info, score, is_cut)

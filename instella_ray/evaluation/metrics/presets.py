@@ -85,7 +85,7 @@ FID_PROMPTS_NOTE = (
 )
 FID_RESIZE_NOTE = (
     "the cited evaluation code crops the centre square, resizes to 256 px with Lanczos, and then uses clean-fid's "
-    "antialiased resize for Inception; here the same up to 256 px, then torch-fidelity's TensorFlow 1 resize"
+    "antialiased resize for Inception, here network_resize=clean"
 )
 
 TABLE1 = Preset(

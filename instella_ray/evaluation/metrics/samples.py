@@ -13,20 +13,25 @@ from .base import Batch, Info, Metric, MetricResult, text_array
 
 Score = Callable[[Batch], np.ndarray]
 """Function that returns one finite score per sample, float64 ``[B]``."""
+IsCut = Callable[[Sequence[str]], Sequence[bool]]
+"""Function that says of each prompt whether the text model cuts it."""
 
 
 class SampleMetric(Metric):
-    """Mean of one score per sample, with a cluster bootstrap over groups.
+    """Mean of one score per sample, with an interval over groups.
 
-    Samples are sorted by id first, so the result does not depend on the order of shards.
+    Samples are sorted by id first, so the result does not depend on the order of shards. A metric of prompts has the
+    setting ``text_limit`` (tokens), and counts the prompts that its text model cuts.
     """
 
     kind = "sample"
 
-    def __init__(self, info: Info, score: Score | None = None) -> None:
+    def __init__(self, info: Info, score: Score | None = None, is_cut: IsCut | None = None) -> None:
         super().__init__(info)
-        self.score = score
+        self.score, self.is_cut = score, is_cut
         self._rows: dict[str, tuple[str, float]] = {}
+        self._cut: set[str] = set()
+        """Ids of the samples whose prompt was cut."""
 
     def update(self, batch: Batch) -> None:
         if self.score is None:
@@ -35,6 +40,9 @@ class SampleMetric(Metric):
         if values.shape != (len(batch),):
             raise RuntimeError(f"metric {self.info.name}: {values.shape} scores for {len(batch)} samples")
         self._add(batch.ids, batch.group_names, values)
+        if self.is_cut is not None:
+            cut = self.is_cut(batch.need("prompts"))
+            self._cut.update(name for name, yes in zip(batch.ids, cut, strict=True) if yes)
 
     def scores(self) -> dict[str, float]:
         """Return the score by sample id, for best and worst images and paired comparisons."""
@@ -49,8 +57,14 @@ class SampleMetric(Metric):
         groups = list(self.groups().values())
         interval = statistics.bootstrap_mean(values, groups, confidence=confidence, seed=seed)
         value = float(values.mean()) if len(values) else float("nan")
-        about: dict[str, Any] = {"interval": statistics.BOOTSTRAP, "confidence": confidence, "groups": len(set(groups))}
-        return self.make_result(value, *interval, len(values), **about)
+        count = len(set(groups))
+        about: dict[str, Any] = {"interval": statistics.mean_method(count), "confidence": confidence, "groups": count}
+        cautions: tuple[str, ...] = ()
+        if (limit := self.info.settings.get("text_limit")) is not None:
+            cut = len({self._rows[name][0] for name in self._cut})
+            about["truncated_prompts"] = cut
+            cautions = (f"{cut} of {count} prompts were cut to the text model's {limit} tokens",) if cut else ()
+        return self.make_result(value, *interval, len(values), cautions=cautions, **about)
 
     def arrays(self) -> dict[str, np.ndarray]:
         rows = sorted(self._rows.items())
@@ -58,10 +72,12 @@ class SampleMetric(Metric):
             "ids": text_array([name for name, _ in rows]),
             "groups": text_array([group for _, (group, _) in rows]),
             "values": np.array([value for _, (_, value) in rows], np.float64),
+            "cut": np.array([name in self._cut for name, _ in rows], bool),
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._add(arrays["ids"].tolist(), arrays["groups"].tolist(), arrays["values"])
+        self._cut.update(arrays["ids"][arrays["cut"]].tolist())
 
     def _add(self, ids: Sequence[str], groups: Sequence[str], values: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(values))

@@ -9,11 +9,17 @@ from ...errors import UserError
 from .base import Metric
 from .bits import BitUsage
 from .diversity import Diversity
+from .feature_rows import FeatureRows
 from .frechet import Frechet
+from .kernel import KernelDistance
+from .memorisation import Memorisation
+from .neighbours import Coverage, Precision
 from .rates import RateMetric
 from .samples import SampleMetric
 
-KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in (SampleMetric, RateMetric, Frechet, BitUsage, Diversity)}
+MOMENTS: tuple[type[Metric], ...] = (SampleMetric, RateMetric, Frechet, BitUsage, Diversity)
+ROWS: tuple[type[Metric], ...] = (FeatureRows, KernelDistance, Precision, Coverage, Memorisation)
+KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in (*MOMENTS, *ROWS)}
 """Accumulator classes by the ``kind`` in their stored states."""
 
 

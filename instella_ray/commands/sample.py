@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bulk.decode import DecodeConfig, run_decode
+from ..bulk.decode import DecodeConfig, check_decode, run_decode
 from ..bulk.plan import SampleConfig
 from ..bulk.sample import run_sample
 from ..config import Config
@@ -17,6 +17,8 @@ class SampleJobConfig(Config):
 
 
 def run(cfg: SampleJobConfig) -> None:
+    if cfg.decode.format is not None:
+        check_decode(cfg.decode, cfg.sample.model, local=cfg.sample.local)
     for name, manifest in run_sample(cfg.sample).items():
         cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
         made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from instella_ray.commands.sample import job
+from instella_ray.commands.sample import job, main
 from instella_ray.errors import run_main
 
+__all__ = ["job"]  # read by a submission
+
 if __name__ == "__main__":
-    sys.exit(run_main(job.main))
+    sys.exit(run_main(main))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from instella_ray.commands.sample import job, main
+from instella_ray.commands.sample import job, main  # noqa: F401  submissions read the job
 from instella_ray.errors import run_main
-
-__all__ = ["job"]  # read by a submission
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..models.checkpoint import weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoderConfig
-from ..rendering import render
+from ..rendering import flat, render
 from ..runs import recorded
 from .metrics.base import Metric
 from .metrics.rates import RateMetric
@@ -116,7 +116,7 @@ def run_resample(cfg: ResampleConfig) -> str:
             run=run,
             size=size,
             bits=_compared(evaluation, setting, chosen, steps),
-            pages={},
+            flat=flat,
         )
         storage.write_text(storage.join(output, PAGE), page)
     return storage.join(output, PAGE)

@@ -21,6 +21,7 @@ from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.resample import ResampleConfig, run_resample
 from instella_ray.evaluation.results import Evaluation
 
+from ..kit.browser import chromium
 from ..kit.models import make_generator, make_tokenizer
 
 KINDS = ("diffusion", "ar")
@@ -149,3 +150,20 @@ def test_samples_that_are_gone_are_made_again_from_the_results_alone(root: Path,
         seed for block in SampleSet(str(root / "samples-sweep" / setting)).blocks() for seed in block.seeds
     }
     assert len(block) == 3
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_shows_all_images_on_phone_and_desk(root: Path, tmp_path: Path, kind: str) -> None:
+    results, output = str(root / f"eval-{kind}"), tmp_path / "50% #1 ?"
+    page_path = Path(run_resample(ResampleConfig(results=results, worst=2, output=str(output))))
+    with chromium(tmp_path) as browser, browser.page() as page:
+        for width in (320, 400, 1280):
+            page.look(width, 900)
+            page.goto(page_path.as_uri())
+            assert page.js("[innerWidth, document.documentElement.scrollWidth <= innerWidth]") == [width, True]
+            page.js("document.querySelectorAll('img').forEach((image) => (image.loading = 'eager'))")
+            page.wait("[...document.querySelectorAll('main img')].every((image) => image.complete)")
+            assert page.js("[...document.querySelectorAll('main img')].every((image) => image.naturalWidth > 0)")
+        assert page.js("document.querySelectorAll('main img').length") == 2 + len(list(output.glob("steps/*.png")))
+        assert page.complaints == []

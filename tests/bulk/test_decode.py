@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,8 +18,10 @@ from instella_ray.bulk.sampler import Sampler, SamplerOptions
 from instella_ray.commands.sample import job
 from instella_ray.data.formats.images import decode_rgb, read_metadata
 from instella_ray.data.prompts import Prompt
+from instella_ray.data.ray_data import StageActor, StageError, wrapped
+from instella_ray.data.stages import Pool, Stage
 from instella_ray.engine.slots import EngineOptions
-from instella_ray.errors import UserError, run_main
+from instella_ray.errors import UserError, run_main, task_error
 from instella_ray.models.checkpoint import weight_hash
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.models.text_encoder import TextEncoderConfig
@@ -167,3 +170,14 @@ def test_metadata_of_samples_is_strict_json(models: Path, tmp_path: Path) -> Non
     assert json.loads(meta, parse_constant=refuse) == {"score": None, "box": [None, {"x": None}]}
     with pytest.raises(ValueError, match="finite number"):
         SampleConfig(model="m", output="o", price_per_hour=float("inf"))
+
+
+def test_an_actor_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    def start() -> Any:
+        raise UserError("text encoder 'none': cannot be loaded")
+
+    actor = StageActor(Stage(start, Pool()))
+    with pytest.raises(StageError) as stopped:
+        list(actor(wrapped(pa.table({"unit": [0]}))))
+    found = task_error(stopped.value)
+    assert isinstance(found, UserError) and str(found) == "text encoder 'none': cannot be loaded"

@@ -17,7 +17,7 @@ from pydantic import Field
 from .. import logs, storage
 from ..accelerator import pick_device
 from ..config import Config, InputPath
-from ..data.formats.images import encode_image, to_pixels
+from ..data.formats.images import MAX_PIXELS, encode_image, to_pixels
 from ..data.formats.shards import write_tar
 from ..data.pipeline import pool_size, run_rows
 from ..data.stages import Pool, Stage
@@ -75,6 +75,8 @@ def check_tokenizer(tokenizer: str, size: int | None, expected: str | None, sour
     size = size or bit.cfg.image_size
     if size % (multiple := bit.cfg.decode_multiple):
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {tokenizer} requires")
+    if size * size > MAX_PIXELS:
+        raise UserError(f"size {size}: more than {MAX_PIXELS:,} pixels, which no job would read")
     return size
 
 

@@ -31,7 +31,6 @@ from ..models.folders import find_model
 from ..models.text_encoder import TextEncoderConfig
 from ..rendering import flat, render
 from ..runs import recorded
-from .metrics.base import Metric
 from .metrics.rates import RateMetric
 from .metrics.samples import SampleMetric
 from .results import RESULTS, Evaluation
@@ -56,7 +55,7 @@ class ResampleConfig(Config):
     best: int | None = Field(None, ge=0)
     """Number of best samples."""
     output: OutputPath | None = None
-    """Folder for the images and index.html; none means a folder beside the results, ``resampled-METRIC``."""
+    """Folder for the images and index.html; none means ``resampled-METRIC`` beside the results."""
     mode: Literal["new", "fresh"] = "new"
     """If the output exists: new fails, fresh starts over."""
     model: InputPath | None = None
@@ -88,7 +87,7 @@ def run_resample(cfg: ResampleConfig) -> str:
     Raises UserError for results without scores of single samples, for models that are not those of the evaluation, for a
     size that the tokenizer cannot decode, and for an output that exists.
     """
-    evaluation = Evaluation(storage.absolute(cfg.results.rstrip("/").removesuffix(f"/{RESULTS}")))
+    evaluation = Evaluation(storage.absolute(cfg.results.rstrip("/")).removesuffix(f"/{RESULTS}"))
     setting = _setting(evaluation, cfg)
     name, metric = _metric(evaluation, setting, cfg.metric)
     about = evaluation.settings[setting]["about"]
@@ -98,7 +97,8 @@ def run_resample(cfg: ResampleConfig) -> str:
     tokenizer = _model("tokenizer", cfg.tokenizer or evaluation.card["tokenizer"], run.tokenizer_hash)
     small = check_tokenizer(tokenizer, None, run.tokenizer_hash, model)
     size = check_tokenizer(tokenizer, cfg.size or 2 * small, run.tokenizer_hash, model)
-    output = storage.absolute(cfg.output or storage.join(evaluation.folder, f"resampled-{name}"))
+    beside = storage.join(evaluation.folder, "-".join(filter(None, ("resampled", setting, name))))
+    output = storage.absolute(cfg.output or beside)
     open_output(output, cfg.mode, {"run": about["run_id"], "metric": name, "size": size})
     inputs = (model_provenance("generator", model, run.model_hash), model_provenance("tokenizer", tokenizer))
     with recorded(output, "sample", cfg, inputs):
@@ -138,19 +138,17 @@ def _setting(evaluation: Evaluation, cfg: ResampleConfig) -> str:
 
 def _metric(evaluation: Evaluation, setting: str, wanted: str | None) -> tuple[str, RateMetric | SampleMetric]:
     """Return the metric to choose by, and its name in the results; UserError if there is none."""
-    scored: dict[str, RateMetric | SampleMetric] = {}
-    for name in evaluation.settings[setting]["metrics"]:
-        metric: Metric = evaluation.metric(setting, name)
-        if isinstance(metric, RateMetric | SampleMetric):
-            scored[name] = metric
-    found = [name for name, metric in scored.items() if wanted in (None, name, metric.info.name)]
-    if not found:
-        expected = (
-            ", ".join(scored) or "none of them does; evaluate with scene_score, geneval, clip_score or image_reward"
-        )
-        asked = f"metric {wanted}: does not score single samples" if wanted else "no metric that scores single samples"
-        raise UserError(f"{evaluation.folder}: {asked}, expected one of {expected}")
-    return found[0], scored[found[0]]
+    measured = evaluation.settings[setting]["metrics"]
+    scored = [name for name in measured if name in evaluation.settings[setting]["shown"]["worst"]]
+    found = next((name for name in scored if wanted in (None, name, measured[name]["name"])), None)
+    if found is None and scored:
+        raise UserError(f"metric {wanted}: does not score single samples, expected one of {', '.join(scored)}")
+    if found is None:
+        expected = "scene_score, geneval, clip_score or image_reward"
+        raise UserError(f"{evaluation.folder}: no metric scores single samples; expected an evaluation with {expected}")
+    metric = evaluation.metric(setting, found)
+    assert isinstance(metric, RateMetric | SampleMetric)
+    return found, metric
 
 
 def _choose(
@@ -166,9 +164,8 @@ def _choose(
             sample = Planned(Prompt(prompt_id, text), int(index), sample_seed(run.seed, text, int(index)))
             found.append(Chosen(f"{end} {place}", each, sample))
     if not found:
-        raise UserError(
-            f"{evaluation.folder}: no sample to make again, as {metric.info.name} found none that is incorrect"
-        )
+        none = "" if worst + (cfg.best or 0) == 0 else f", as {metric.info.name} found none that is incorrect"
+        raise UserError(f"{evaluation.folder}: no sample to make again{none}")
     return found
 
 

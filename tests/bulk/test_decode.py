@@ -95,6 +95,7 @@ def test_a_file_holds_all_that_makes_its_pixels_again(models: Path, tmp_path: Pa
         ({"tokenizer": "generator"}, "holds a DiffusionGenerator, expected a BIT"),
         ({"tokenizer": "none"}, "none"),
         ({"size": 33}, "size 33: not a multiple of 8"),
+        ({"size": 80_000}, "size 80000: more than 64,000,000 pixels"),
         ({"model": "other"}, "codes of another tokenizer than"),
     ],
 )

@@ -39,6 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_generator(root / kind, tokenizer, kind)
         sampled(root, kind, f"samples-{kind}")
     sampled(root, "diffusion", "samples-sweep", sweep=Sweep(guidance_scale=(0.0, 2.0)))
+    run_evaluate(EvaluateConfig(samples=str(root / "samples-ar"), output=str(root / "eval-codes"), local=True))
     return root
 
 
@@ -91,7 +92,9 @@ def test_the_bits_are_those_that_were_measured(
         assert decode_rgb(steps[0].read_bytes()).size == (32, 32)
 
 
-def test_the_command_line_takes_a_folder_and_both_ends(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_takes_a_folder_or_its_results_and_both_ends(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = root / "eval-diffusion"
     metric = Evaluation(str(results)).metric("", "scene_score")
     wrong = sum(not score for score in metric.scores().values())  # type: ignore[attr-defined]
@@ -100,6 +103,8 @@ def test_the_command_line_takes_a_folder_and_both_ends(root: Path, capsys: pytes
     output = results / "resampled-scene_score"
     assert f"page: {output}/index.html" in capsys.readouterr().out
     assert len(list(output.glob("*.png"))) == min(wrong, 2) + min(8 - wrong, 1)
+    monkeypatch.chdir(results)
+    words[1] = "results.json"
     with pytest.raises(UserError, match="exists already"):
         main(words)
     assert main([*words, "--set", "mode=fresh"]) == 0
@@ -117,6 +122,8 @@ def test_the_command_line_takes_a_folder_and_both_ends(root: Path, capsys: pytes
         (["--from", "ROOT/eval-diffusion", "--set", "size=33"], "size 33: not a multiple of 8"),
         (["--from", "ROOT/eval-diffusion", "--set", "model=ROOT/ar"], "model ROOT/ar: weights "),
         (["--from", "ROOT/eval-diffusion", "--set", "tokenizer=ROOT/none"], "tokenizer ROOT/none: no such folder"),
+        (["--from", "ROOT/eval-diffusion", "--worst", "0"], "no sample to make again"),
+        (["--from", "ROOT/eval-codes"], "no metric scores single samples; expected an evaluation with scene_score"),
         (["--from", "ROOT/eval-diffusion", "--worst", "-1"], "greater than or equal to 0"),
     ],
 )
@@ -145,11 +152,12 @@ def test_samples_that_are_gone_are_made_again_from_the_results_alone(root: Path,
     assert "could not be compared" in Path(page).read_text()
     (file, *_) = sorted((tmp_path / "o" / "steps").glob("001-*0005.png"))
     about: Any = read_metadata(file.read_bytes())
-    block = next(iter(SampleSet(str(root / "samples-sweep" / setting)).blocks()))
-    assert about["guidance_scale"] == 2.0 and about["seed"] in {
-        seed for block in SampleSet(str(root / "samples-sweep" / setting)).blocks() for seed in block.seeds
-    }
-    assert len(block) == 3
+    seeds = {seed for block in SampleSet(str(root / "samples-sweep" / setting)).blocks() for seed in block.seeds}
+    assert about["guidance_scale"] == 2.0 and about["seed"] in seeds
+    facts["card"]["measured_inputs"] = "reconstructions"
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="an evaluation of reconstructions, expected one of samples"):
+        run_resample(ResampleConfig(results=str(tmp_path / "eval"), setting=setting))
 
 
 @pytest.mark.process

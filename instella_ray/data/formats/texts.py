@@ -72,9 +72,8 @@ def one_line(text: str) -> str:
 
 
 def trimmed(text: str) -> str:
-    """Strip whitespace and byte order marks before the text, and replace unpaired surrogates, which JSON may contain but
-    UTF-8 cannot encode, by ``?``."""
-    return text.encode("utf-8", "replace").decode().strip().lstrip("\ufeff").strip()
+    """Strip whitespace and a leading byte order mark, and replace unpaired surrogates, which JSON may contain, by ``?``."""
+    return text.encode("utf-8", "replace").decode().strip().lstrip("\ufeff").lstrip()
 
 
 def text_of(value: Any, clean: Callable[[str], str] = one_line) -> str:

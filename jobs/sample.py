@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from instella_ray.commands.sample import job
+from instella_ray.commands.sample import job, main  # noqa: F401  submissions read the job
 from instella_ray.errors import run_main
 
 if __name__ == "__main__":
-    sys.exit(run_main(job.main))
+    sys.exit(run_main(main))

@@ -115,6 +115,7 @@ def test_generate_writes_files_that_say_what_made_them(
     assert Image.open(tmp_path / "out-1.png").size == (32, 48)
     about = read_metadata(data)
     assert about is not None and about["prompt"] == "a red circle" and about["seed"] == 8
+    assert (about["guidance_scale"], about["temperature"], about["size"]) == (2.0, 0.5, [32, 48])
     assert generate(models, tmp_path / "again.png", "--seed", "8", "--size", "32x48") == 0
     assert (tmp_path / "again.png").read_bytes() == data
 

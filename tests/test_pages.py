@@ -283,7 +283,7 @@ def test_pages_beside_each_other_are_linked(pages: dict[str, Path]) -> None:
 
 def test_templates_share_base_style_and_script() -> None:
     reports = {path for path in PACKAGE.rglob("*.html.j2") if path.parent != TEMPLATES}
-    assert len(reports) == 6
+    assert len(reports) == 7
     for path in reports:
         text = path.read_text()
         assert text.startswith('{% extends "base.html.j2" %}') and '{% import "macros.html.j2" as ui %}' in text

@@ -17,15 +17,16 @@ from pydantic import Field
 from .. import logs, storage
 from ..accelerator import pick_device
 from ..config import Config, InputPath
-from ..data.formats.images import encode_image, to_pixels
+from ..data.formats.images import MAX_PIXELS, encode_image, to_pixels
 from ..data.formats.shards import write_tar
-from ..data.pipeline import run_rows
+from ..data.pipeline import pool_size, run_rows
 from ..data.stages import Pool, Stage
+from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from ..models.folders import find_model
-from .sample_set import SampleBlock, SampleSet, find_sample_sets
+from .sample_set import SampleBlock, SampleRun, SampleSet, find_sample_sets
 
 
 class DecodeConfig(Config):
@@ -62,18 +63,36 @@ class SampleDecoder:
                 yield from to_pixels(self.bit.decode(batch, self.size, self.size))
 
 
-def check_tokenizer(tokenizer: str, size: int | None, samples: SampleSet) -> int:
+def check_tokenizer(tokenizer: str, size: int | None, expected: str | None, source: str) -> int:
     """Return the size to decode at (px), by default the tokenizer's.
 
-    Raises UserError if ``samples`` have codes of another tokenizer, or the tokenizer cannot decode this size.
+    ``expected`` is the hash of the tokenizer that the codes of ``source`` are of. Raises UserError if they are of another
+    one, or the tokenizer cannot decode this size.
     """
     bit = load_expected(tokenizer, BIT)
-    if samples.run.tokenizer_hash != weight_hash(bit):
-        raise UserError(f"{samples.folder}: codes of another tokenizer than {tokenizer}")
+    if expected != weight_hash(bit):
+        raise UserError(f"{source}: codes of another tokenizer than {tokenizer}")
     size = size or bit.cfg.image_size
     if size % (multiple := bit.cfg.decode_multiple):
         raise UserError(f"size {size}: not a multiple of {multiple}, as tokenizer {tokenizer} requires")
+    if size * size > MAX_PIXELS:
+        raise UserError(f"size {size}: more than {MAX_PIXELS:,} pixels, which no job would read")
     return size
+
+
+def find_tokenizer(cfg: DecodeConfig) -> str:
+    """Return the absolute model folder of the tokenizer; UserError without one, or without a format."""
+    if cfg.format is None or cfg.tokenizer is None:
+        raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that defines the codes")
+    return find_model(cfg.tokenizer)
+
+
+def check_decode(cfg: DecodeConfig, model: str, *, local: bool = False) -> None:
+    """Raise UserError if samples of the generator ``model`` could not be decoded: what can be told before they are made."""
+    model = find_model(model)
+    check_tokenizer(find_tokenizer(cfg), cfg.size, Identity.of(model).tokenizer_hash, model)
+    if cfg.gpus_per_actor and not local:
+        pool_size(Pool(cfg.actors, cfg.gpus_per_actor), 1, local=local)
 
 
 class DecodeWorker:
@@ -91,7 +110,7 @@ class DecodeWorker:
         block, urls = samples.block(number), image_urls(samples, number, self.decoder.size, self.format)
         files = self._files(samples, block)
         if self.format == "tar":
-            keys = [image_name(block, i) for i in range(len(block))]
+            keys = list(map(image_name, block.seeds, block.prompts))
             about = [
                 {"seed": seed, "prompt_id": name} for seed, name in zip(block.seeds, block.prompt_ids, strict=True)
             ]
@@ -103,17 +122,11 @@ class DecodeWorker:
 
     def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
         kind = "png" if self.format == "tar" else self.format
-        sampling = samples.run.sampling.model_dump(mode="json")
+        made_as = {"size": self.decoder.size, "format": kind, **samples.made_with()}
         pending: deque[Future[bytes]] = deque()
         with ThreadPoolExecutor(self.file_threads, thread_name_prefix="image-files") as threads:
             for i, image in enumerate(self.decoder.images(block.codes)):
-                about = {
-                    "model": samples.run.model_hash,
-                    "prompt": block.prompts[i],
-                    **sampling,
-                    "seed": block.seeds[i],
-                }
-                about["weights"] = {"generator": samples.run.model_hash, "tokenizer": samples.run.tokenizer_hash}
+                about = {**image_metadata(samples.run, block, i), **made_as}
                 pending.append(threads.submit(encode_image, image, kind, about))
                 # At most one batch waits, beside the one that is decoded.
                 if len(pending) > self.decoder.batch_size:
@@ -121,10 +134,27 @@ class DecodeWorker:
             yield from (file.result() for file in pending)
 
 
-def image_name(block: SampleBlock, row: int) -> str:
-    """Return a file name of seed and prompt words, which is a safe path component for any prompt."""
-    words = re.sub(r"[^a-z0-9]+", "-", block.prompts[row].lower()).strip("-")[:60]
-    return f"{block.seeds[row]:016x}-{words}".rstrip("-")
+def image_metadata(run: SampleRun, block: SampleBlock, row: int) -> dict[str, Any]:
+    """Return everything that the bits of a sample depend on, for the metadata of its image."""
+    about = run.model_dump(mode="json", include={"kind", "text_encoder", "text_length", "precision", "quantization"})
+    return {
+        "model": run.model_hash,
+        # Not the whole path, which is of no use on another machine.
+        "model_name": "/".join(run.model.rstrip("/").split("/")[-3:]),
+        "prompt": block.prompts[row],
+        "prompt_id": block.prompt_ids[row],
+        "index": block.indices[row],
+        **run.sampling.model_dump(mode="json"),
+        "seed": block.seeds[row],
+        "weights": {"generator": run.model_hash, "tokenizer": run.tokenizer_hash},
+        **about,
+    }
+
+
+def image_name(seed: int, prompt: str) -> str:
+    """Return a file name of seed and prompt words, a safe path component for any prompt, in lower case alone."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return f"{seed:016x}-{words}".rstrip("-")
 
 
 def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
@@ -133,7 +163,7 @@ def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[st
     if kind == "tar":
         return [storage.join(folder, samples.manifest.files[number].name.replace(".parquet", ".tar"))]
     block = samples.block(number)
-    return [storage.join(folder, f"{image_name(block, row)}.{kind}") for row in range(len(block))]
+    return [storage.join(folder, f"{name}.{kind}") for name in map(image_name, block.seeds, block.prompts)]
 
 
 def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
@@ -142,13 +172,13 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
     Returns the total number of images. Raises UserError for unfinished or damaged samples and for codes of another
     tokenizer.
     """
-    if cfg.format is None or cfg.tokenizer is None:
-        raise UserError("decode: expected a format and a tokenizer, the model folder of the BIT that defines the codes")
-    cfg = cfg.model_copy(update={"tokenizer": find_model(cfg.tokenizer)})
+    tokenizer = find_tokenizer(cfg)
+    cfg = cfg.model_copy(update={"tokenizer": tokenizer})
     folder = storage.absolute(folder)
     sets, total = find_sample_sets(folder), 0
     todo: list[dict[str, Any]] = []
-    size = check_tokenizer(str(cfg.tokenizer), cfg.size, next(iter(sets.values())))
+    first = next(iter(sets.values()))
+    size = check_tokenizer(tokenizer, cfg.size, first.run.tokenizer_hash, first.folder)
     for name, samples in sets.items():
         existing = set(storage.glob(storage.join(samples.folder, f"images-{size}", "*")))
         for number, file in enumerate(samples.manifest.files):

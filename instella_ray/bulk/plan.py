@@ -44,7 +44,7 @@ class SampleConfig(Config):
     model: InputPath
     """Model folder of a diffusion or AR generator."""
     prompts: PromptFile = "scenes"
-    """A .txt, .jsonl, .parquet or (COCO) .json file; ``scenes`` means the prompts of the procedural scenes."""
+    """A .txt, .jsonl, .csv, .tsv, .parquet or (COCO) .json file; ``scenes`` means the prompts of the procedural scenes."""
     output: OutputPath
     """Folder for the parquet files and ``manifest.json``; a sweep writes one subfolder per setting."""
     mode: Mode = "new"
@@ -77,7 +77,7 @@ class SampleConfig(Config):
     """GPU share of each actor; 0 samples on the CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of each actor."""
-    price_per_hour: float | None = Field(None, ge=0)
+    price_per_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Price of one actor per hour, for the cost in the progress bar and the manifest."""
 
 

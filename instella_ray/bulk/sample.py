@@ -21,7 +21,7 @@ from ..data.stages import Pool, Stage
 from ..engine.slots import EngineOptions
 from ..engine.weights import Identity
 from ..errors import UserError
-from ..models.checkpoint import read_checkpoint_config, weight_hash
+from ..models.checkpoint import check_weights, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoderConfig
 from ..runs import Provenance, recorded
@@ -35,6 +35,7 @@ from .sample_set import (
     SampleManifest,
     SampleRun,
     check_file,
+    library_versions,
     sample_id,
     write_block,
 )
@@ -121,6 +122,7 @@ def plan_job(cfg: SampleConfig) -> SampleJob:
     identity, section = Identity.of(model), read_checkpoint_config(model)["model"]
     if identity.text_encoder is None:
         raise UserError(f"{model}: no text encoder in config.yaml; expected the one it was trained with")
+    check_weights(model)
     prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
     precision = precision_of_actors(cfg.precision, cfg.gpus_per_actor)
     encoder = _cut(identity.text_encoder, cfg.text_length)
@@ -225,6 +227,7 @@ def _close(cfg: SampleConfig, job: SampleJob, name: str, done: Mapping[tuple[str
         files=tuple(files),
         hardware=f"{hardware['processor']}, {hardware['cores']} cores, GPUs: {', '.join(hardware['gpus']) or 'none'}",
         price_per_hour=cfg.price_per_hour,
+        versions=library_versions(),
     )
     # Written last, so that a folder with a manifest is complete.
     storage.write_json(storage.join(job.setting_folder(name), MANIFEST), manifest.model_dump(mode="json"))

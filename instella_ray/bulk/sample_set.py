@@ -10,16 +10,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+from pydantic import Field
 
 from .. import storage
 from ..config import Config
 from ..data.formats.codes import pack_codes, unpack_codes
+from ..data.formats.metadata import json_text
 from ..data.formats.parts import finished_file
 from ..errors import UserError
 from ..models.eight_bit import Quantization
@@ -96,6 +99,8 @@ class SampleManifest(Config):
     hardware: str
     price_per_hour: float | None = None
     """Price of one actor per hour; none if unknown."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of this package and its libraries at sampling time; empty in sets from before they were recorded."""
 
     @property
     def seconds(self) -> float:
@@ -144,6 +149,11 @@ class SampleSet:
         """Number of samples in all files."""
         return self.manifest.rows
 
+    def made_with(self) -> dict[str, Any]:
+        """Return hardware and versions of the sampling, and versions of what decodes it here, for an image's metadata."""
+        versions = {"sampling": self.manifest.versions, "decoding": library_versions()}
+        return {"hardware": self.manifest.hardware, "versions": versions}
+
     def block(self, number: int) -> SampleBlock:
         """Read file ``number``; raises :class:`BadFile` if it does not match the manifest."""
         file = self.manifest.files[number]
@@ -190,6 +200,11 @@ def samples_provenance(role: str, folder: str) -> Provenance:
     )
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of what makes samples and images of them."""
+    return {name: version(name) for name in ("instella-ray", "torch", "transformers")}
+
+
 def sample_id(prompt_id: str, index: int) -> str:
     return f"{prompt_id}/{index}"
 
@@ -202,7 +217,7 @@ def write_block(url: str, block: SampleBlock, run: SampleRun, seconds: float) ->
         "index": block.indices,
         "prompt": block.prompts,
         "category": block.categories,
-        "meta": [json.dumps(dict(meta), sort_keys=True) for meta in block.meta],
+        "meta": [json_text(dict(meta), sort_keys=True) for meta in block.meta],
         "seed": block.seeds,
         "codes": pack_codes(block.codes),
     }

@@ -11,7 +11,7 @@ import torch
 
 from ..accelerator import Precision, pick_device
 from ..engine.engine import Request
-from ..engine.events import Finished
+from ..engine.events import Finished, Progress
 from ..engine.slots import EngineOptions
 from ..engine.weights import load_engine, serving_dtype
 from ..models.sampling import SamplingConfig, SamplingParams
@@ -60,7 +60,25 @@ class Sampler:
                 codes[name][int(number)] = event.codes.numpy()
         return codes
 
-    def _requests(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> Iterator[Request]:
+    def run_with_steps(
+        self, samples: Sequence[Planned], sampling: SamplingConfig, every: int
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield the number of a sample, its completed steps and the most likely final bits, uint8 0/1 ``[L, K]``.
+
+        Each sample comes after every ``every`` steps, and after the last one with the bits of :meth:`run`. Tokens that an
+        autoregressive model has not generated yet are 0.
+        """
+        total = self.engine.slots.steps(SamplingParams.of(1, **sampling.model_dump()))
+        for event in self.engine.run(self._requests(samples, {"": sampling}, every)):
+            number = int(event.id.partition(" ")[0])
+            if isinstance(event, Finished):
+                yield number, total, event.codes.numpy()
+            elif isinstance(event, Progress):
+                yield number, event.step, event.estimate.numpy()
+
+    def _requests(
+        self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig], preview_every: int = 0
+    ) -> Iterator[Request]:
         for text, group in groupby(enumerate(samples), key=lambda numbered: numbered[1].prompt.text):
             features, numbered = self.encoder.encode_prompt(text), list(group)
             # A prompt that does not come again would only take memory in the engine's cache.
@@ -68,4 +86,4 @@ class Sampler:
             for number, sample in numbered:
                 for name, sampling in settings.items():
                     params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
-                    yield Request(f"{number} {name}", features, params, prompt=prompt)
+                    yield Request(f"{number} {name}", features, params, preview_every=preview_every, prompt=prompt)

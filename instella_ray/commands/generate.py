@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import logs
+from ..bulk.sample_set import library_versions
 from ..config import ArgumentParser
 from ..data.formats.images import OPTIONS, encode_image
 from ..errors import UserError
@@ -44,6 +45,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
     pipe = InstellaPipeline.from_pretrained(args.model, tokenizer=args.tokenizer, device=args.device)
     steps = args.steps if pipe.transformer.cfg.kind == "diffusion" else pipe.transformer.cfg.num_tokens
     total = args.count * steps
+    settings = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "temperature": args.temperature,
+        "versions": library_versions(),
+    }
     with logs.progress_bar(total=total, desc="generate", unit="step") as bar:
         output = pipe(
             args.prompt,
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
         )
         bar.update(total - bar.n)
     for file, pixels, seed in zip(files, output.images, output.seeds, strict=True):
-        about = {"prompt": args.prompt, "seed": seed, "model": str(args.model)}
+        about = {"prompt": args.prompt, "seed": seed, "model": str(args.model), **settings, "size": pixels.shape[1::-1]}
         file.write_bytes(encode_image(pixels, ENDINGS[file.suffix[1:].lower()], about))
         print(f"{file}: {pixels.shape[1]}x{pixels.shape[0]}, seed {seed}")
     return 0

@@ -1,30 +1,42 @@
-"""Prompt files: text, JSONL (GenEval too), parquet (DiffusionDB) and COCO captions, and the prompts of ``scenes``."""
+"""Prompt files: text, JSONL (GenEval too), CSV and TSV (PartiPrompts), parquet (DiffusionDB), COCO captions, ``scenes``."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import heapq
+import io
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, cast
 
 import pyarrow as pa
 
 from .. import storage
 from ..config import PathKind
 from ..errors import UserError
-from .formats.metadata import json_value
+from .formats.metadata import json_text, json_value
 from .formats.parquet_source import read_records
-from .formats.texts import PROMPT_NAMES, TextError, decode_line, text_of, trimmed
+from .formats.patterns import file_name
+from .formats.texts import PROMPT_NAMES, TextError, caption_text, text_encoding, text_of, trimmed
 from .scenes import CATEGORIES, scene_prompts
+
+log = logging.getLogger(__name__)
 
 SCENES = "scenes"
 PromptFile = Annotated[str, PathKind(names=(SCENES,))]
 """Path or URL of a prompt file, or ``scenes``."""
 SCENES_PER_CATEGORY = 40
 ID_KEYS = ("id", "key", "prompt_id")
+START = 4096
+"""First bytes of a text file that tell its encoding."""
+LONGEST_FIELD = 16 << 20
+"""Longest value of a CSV or TSV (characters)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +56,9 @@ def read_prompts(source: str, *, count: int | None = None, seed: int = 0) -> lis
     """Read the prompts of a file, whose format its extension tells, or generate those of ``scenes``.
 
     ``.txt`` has one prompt per line; ``.jsonl`` one object per line with ``prompt`` (or ``caption``, ``text``),
-    optionally ``id``, and for GenEval ``tag`` and ``include``; ``.parquet`` the same as columns, as DiffusionDB has;
-    ``.json`` is a COCO captions file. Blank prompts are skipped; prompts without an id get their line or row number.
+    optionally ``id``, and for GenEval ``tag`` and ``include``; ``.parquet``, ``.csv`` and ``.tsv`` the same as columns, as
+    DiffusionDB and PartiPrompts have; ``.json`` is a COCO captions file. Blank prompts are skipped, in rows with a warning;
+    prompts without an id get their line or row number.
     ``count`` draws that many by a hash of ``seed`` and the id, so that the draw does not depend on the order of the
     file. Raises UserError for a source without prompts, and for duplicate ids.
     """
@@ -76,90 +89,166 @@ def _scenes(count: int | None, seed: int) -> list[Prompt]:
 
 
 def _read(source: str) -> Iterator[Prompt]:
-    if source.endswith(".txt"):
-        prompts = filter(None, map(trimmed, _lines(source)))
-        yield from (Prompt(f"{i:05d}", prompt) for i, prompt in enumerate(prompts))
-    elif source.endswith(".jsonl"):
-        yield from _from_records(_jsonl(source))
-    elif source.endswith(".parquet"):
-        yield from _from_records(_parquet(source))
-    elif source.endswith(".json"):
-        yield from _coco(storage.read_json(source), source)
-    else:
-        raise UserError(f"prompts {source}: expected a .txt, .jsonl, .parquet or (COCO) .json file, or '{SCENES}'")
+    kind = file_name(source).lower().rpartition(".")[2]
+    try:
+        if kind == "txt":
+            prompts = filter(None, map(trimmed, _lines(source)))
+            yield from (Prompt(f"{i:05d}", prompt) for i, prompt in enumerate(prompts))
+        elif kind in RECORDS:
+            yield from _from_records(RECORDS[kind](source), source)
+        else:
+            raise UserError(
+                f"prompts {source}: expected a .txt, {', '.join(f'.{k}' for k in RECORDS)} file, or '{SCENES}'"
+            )
+    except IsADirectoryError:
+        raise UserError(f"prompts {source}: a folder, expected a file") from None
 
 
 def _lines(source: str) -> Iterator[str]:
+    """Yield the lines with their ends; UserError for a line that is not text in the encoding of the file."""
+    number = 0
     with storage.open_file(source) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield decode_line(line)
-            except UnicodeDecodeError:
-                raise UserError(f"{source}, line {number}: not UTF-8 text") from None
+        buffered = io.BufferedReader(cast(io.RawIOBase, stream))
+        encoding = text_encoding(buffered.peek(START)[:START])
+        try:
+            for number, line in enumerate(io.TextIOWrapper(buffered, encoding, newline=""), 1):
+                if "\0" in line:
+                    raise UserError(f"{source}, line {number}: a NUL character, expected text")
+                # Files with marks of their own may have been joined.
+                yield line.removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            passed = error.object[: error.start].decode(error.encoding, "ignore").count("\n")
+            raise UserError(f"{source}, line {number + 1 + passed}: not {encoding.upper()} text") from None
 
 
-def _jsonl(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield the number, the location for messages, and the object of each line that is not blank."""
+def _jsonl(source: str) -> Iterator[Record]:
     for number, line in enumerate(_lines(source)):
         if not line.strip():
             continue
         where = f"{source}, line {number + 1}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with a prompt, got {type(record).__name__}")
         yield number, where, record
 
 
-def _parquet(source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield rows as :func:`_jsonl` yields lines; read in batches, because millions of dicts would fill the memory."""
+def _table(source: str, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(_lines(source), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        for number, fields in enumerate(filter(None, reader)):
+            where = f"{source}, line {reader.line_num}"
+            if len(fields) > len(header):
+                raise UserError(f"{where}: {len(fields)} values, expected at most {len(header)}, as there are columns")
+            yield number, where, dict(zip(header, fields, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{source}, line {reader.line_num}: not a row of a table ({error})") from None
+
+
+def _parquet(source: str) -> Iterator[Record]:
+    """Yield rows as :data:`Record`; read in batches, because millions of dicts would fill the memory."""
     with storage.open_file(source) as stream:
         try:
             for number, record in enumerate(read_records(stream)):
                 yield number, f"{source}, row {number}", record
+        except IsADirectoryError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{source}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _from_records(records: Iterable[tuple[int, str, Mapping[str, Any]]]) -> Iterator[Prompt]:
+def _coco(source: str) -> Iterator[Record]:
+    try:
+        data = storage.read_json(source)
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid JSON ({error})") from None
+    annotations = data.get("annotations") if isinstance(data, dict) else None
+    if not isinstance(annotations, list) or not annotations:
+        raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
+    for number, entry in enumerate(annotations):
+        where = f"{source}, annotation {number}"
+        if not isinstance(entry, dict) or not entry.keys() >= {"id", "image_id", "caption"}:
+            raise UserError(f"{where}: an annotation without id, image_id and caption")
+        yield number, where, {name: entry[name] for name in ("id", "image_id", "caption")}
+
+
+Record = tuple[int, str, Mapping[str, Any]]
+"""Number of a row, its place for messages, and its values by name."""
+RECORDS: dict[str, Callable[[str], Iterator[Record]]] = {
+    "jsonl": _jsonl,
+    "csv": partial(_table, delimiter=","),
+    "tsv": partial(_table, delimiter="\t"),
+    "parquet": _parquet,
+    "json": _coco,
+}
+"""Readers of files of rows by extension; ``json`` is a COCO captions file."""
+
+
+def _from_records(records: Iterable[Record], source: str) -> Iterator[Prompt]:
+    rows, blank, first_blank = 0, 0, ""
     for number, where, record in records:
+        rows += 1
+        # Names in any case; of several spellings of one, that in lower case counts.
+        names = {trimmed(name).lower(): name for name in sorted(record, key=str.islower)}
         texts, problems = {}, {}
-        for name in (name for name in PROMPT_NAMES if name in record):
+        for name in (names[wanted] for wanted in PROMPT_NAMES if wanted in names):
             try:
-                texts[name] = text_of(record[name], trimmed)
+                texts[name] = caption_text(record[name], trimmed)
             except TextError as error:
                 problems[name] = f"'{name}' is a {error}"
         key = next((name for name, text in texts.items() if text), None)
         if key is None and (problems or not texts):
             found = f" ({next(iter(problems.values()))})" if problems else ""
-            raise UserError(f"{where}: no prompt{found}, expected one of {', '.join(PROMPT_NAMES)}")
+            columns = "" if problems else f"; found {', '.join(list(record)[:8]) or 'nothing'}"
+            raise UserError(f"{where}: no prompt{found}, expected one of {', '.join(PROMPT_NAMES)}{columns}")
         if key is None:
+            blank, first_blank = blank + 1, first_blank or where
             continue
-        named = next((k for k in ID_KEYS if record.get(k) is not None), None)
-        category = record.get("tag", record.get("category"))
-        # Bytes stay what they are, and are refused below: an image beside its prompt is no text.
-        rest = {k: v for k, v in record.items() if k not in (key, named, "category")}
-        meta = {k: v if isinstance(v, bytes) else json_value(v) for k, v in rest.items()}
-        try:
-            json.dumps(meta)
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: value that JSON cannot represent in one of {', '.join(meta)}") from None
-        prompt_id = f"{number:05d}" if named is None else trimmed(str(record[named]))
-        yield Prompt(prompt_id, texts[key], None if category is None else str(category), meta)
+        named, prompt_id = _identifier(record, names, where) or (None, f"{number:05d}")
+        category, labels = None, [name for name in ("tag", "category") if name in names]
+        for name in labels:
+            with suppress(TextError):
+                category = category or _label(record[names[name]])
+        kept_apart = {key, named, names.get("category") if category else None}
+        yield Prompt(prompt_id, texts[key], category or None, _meta(record, kept_apart, where))
+    if blank:
+        log.warning(
+            "prompts %s: %d of %d rows have none and are passed over, first: %s", source, blank, rows, first_blank
+        )
 
 
-def _coco(data: Any, source: str) -> Iterator[Prompt]:
-    annotations = data.get("annotations") if isinstance(data, dict) else None
-    if not isinstance(annotations, list) or not annotations:
-        raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
-    for entry in annotations:
+def _identifier(record: Mapping[str, Any], names: Mapping[str, str], where: str) -> tuple[str, str] | None:
+    """Return the name and value of the first key with an id; None if there is none."""
+    for name in (names[wanted] for wanted in ID_KEYS if wanted in names):
         try:
-            if caption := text_of(entry["caption"], trimmed):
-                yield Prompt(str(entry["id"]), caption, meta={"image_id": entry["image_id"]})
-        except (KeyError, TypeError, TextError):
-            raise UserError(f"{source}: an annotation without id, image_id and caption") from None
+            if text := _label(record[name]):
+                return name, text
+        except TextError as error:
+            raise UserError(f"{where}: '{name}' is a {error} or a number") from None
+    return None
+
+
+def _label(value: Any) -> str:
+    """Return the text of an id or a category, which may be numbers; ``""`` for null, NaN and blank text."""
+    scalar = isinstance(value, bool | int | float) and value == value
+    return str(value) if scalar else text_of(value, trimmed)
+
+
+def _meta(record: Mapping[str, Any], without: Collection[str | None], where: str) -> dict[str, Any]:
+    """Return the other values of a row as JSON can represent them; UserError if it cannot."""
+    # Bytes stay what they are, and are refused: an image beside its prompt is no text.
+    rest = {name: value for name, value in record.items() if name not in without}
+    meta = {name: value if isinstance(value, bytes) else json_value(value) for name, value in rest.items()}
+    try:
+        text = json_text(meta, ensure_ascii=False)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: value that JSON cannot represent in one of {', '.join(meta)}") from None
+    # Unpaired surrogates, which no page or file of results could hold.
+    return meta if text.isascii() or trimmed(text) == text else json.loads(trimmed(text))
 
 
 def _draw(prompts: Iterable[Prompt], count: int | None, seed: int, source: str) -> list[Prompt]:

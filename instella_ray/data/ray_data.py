@@ -206,10 +206,18 @@ class StageActor:
 
     def __init__(self, stage: Stage) -> None:
         keep_freed_memory()
-        self.work = stage.open()
+        try:
+            self.work = stage.open()
+        except (UserError, OSError) as error:
+            # Of an error in a constructor Ray keeps the text alone, so the first table raises it.
+            self.work = partial(_refuse, error)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         return _through(self.work, batch)
+
+
+def _refuse(error: Exception, table: pa.Table) -> pa.Table:
+    raise error
 
 
 def _through(work: Work, batch: pa.Table) -> Iterator[pa.Table]:

@@ -60,7 +60,7 @@ def choose_images(
     wanted = show.prompts + 2 * show.extremes * len(scored)
     share = min(1.0, show.most / max(1, settings * wanted))
     extremes, prompts = int(show.extremes * share), int(show.prompts * share)
-    ends = {name: _best_and_worst(metric, extremes) for name, metric in scored.items()}
+    ends = {name: best_and_worst(metric, extremes) for name, metric in scored.items()}
     best, worst = ({name: pair[side] for name, pair in ends.items()} for side in (0, 1))
     grid = tuple(_grid(records, prompts))
     scored_verdicts = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
@@ -91,7 +91,7 @@ def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:
     return [Shown(id=name, score=value, reason=reasons.get(name, "")) for name, value in rows]
 
 
-def _best_and_worst(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
+def best_and_worst(metric: SampleMetric | RateMetric, count: int) -> tuple[tuple[Shown, ...], tuple[Shown, ...]]:
     """Return the best and worst images; for a rate metric correct and incorrect ones."""
     ranked = _ranked(metric)
     if isinstance(metric, RateMetric):

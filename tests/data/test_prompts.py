@@ -62,7 +62,7 @@ def test_scenes_take_from_all_categories_alike() -> None:
         ("a.json", "{}", "expected COCO's captions file"),
         ("a.json", '{"annotations": [{"id": 1}]}', "without id, image_id and caption"),
         ("a.parquet", "no", "not a parquet file"),
-        ("a.csv", "no", "expected a .txt, .jsonl, .parquet"),
+        ("a.doc", "no", "expected a .txt, .jsonl, .csv, .tsv, .parquet, .json file"),
     ],
 )
 def test_bad_prompts_are_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -137,3 +137,88 @@ def test_images_beside_prompts_are_no_metadata(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a"], "image": [b"\x89PNG"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"row 0: value that JSON cannot represent in one of image"):
         read_prompts(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_texts_of_any_encoding_with_a_mark_and_any_line_ends_are_the_same_prompts(
+    tmp_path: Path, encoding: str, end: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(end.join(["a red cat", "", "a blue dog", ""]).encode(encoding))
+    (tmp_path / "a.CSV").write_bytes(end.join(["Prompt,n", '"a red cat",1', "", "a blue dog,2"]).encode(encoding))
+    for name in ("a.txt", "a.CSV"):
+        found = [(p.id, p.text) for p in read_prompts(str(tmp_path / name))]
+        assert found == [("00000", "a red cat"), ("00001", "a blue dog")]
+
+
+def test_tables_of_benchmarks_are_read_as_published(tmp_path: Path) -> None:
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tx\n")
+    assert read_prompts(str(tmp_path / "parti.tsv")) == [
+        Prompt("00000", "bond", "Abstract", {"Challenge": "Basic", "Note": "x"})
+    ]
+    (tmp_path / "drawbench.csv").write_text('Prompts,Category\n"a red car, parked",Colors\n')
+    assert read_prompts(str(tmp_path / "drawbench.csv")) == [Prompt("00000", "a red car, parked", "Colors")]
+    (tmp_path / "long.csv").write_text("prompt\n" + "word " * 50_000)
+    assert len(read_prompts(str(tmp_path / "long.csv"))[0].text) == 249_999
+
+
+def test_rows_without_a_prompt_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text("id,prompt\n1,\n2,nan\n3,\"['a cat', 'a pet']\"\n4,7\n")
+    assert [(p.id, p.text) for p in read_prompts(str(tmp_path / "a.csv"))] == [("3", "a cat"), ("4", "7")]
+    assert "2 of 4 rows have none and are passed over, first: " in caplog.text and "a.csv, line 2" in caplog.text
+    rows = {"prompt": [["a", "b"], None, []], "id": [1.0, float("nan"), 2.0], "tags": [["x"], None, ["y"]]}
+    pq.write_table(pa.table({**rows, "place": [{"x": float("nan")}] * 3}), tmp_path / "a.parquet")
+    assert read_prompts(str(tmp_path / "a.parquet")) == [Prompt("1.0", "a", meta={"tags": ["x"], "place": {"x": None}})]
+    assert "2 of 3 rows" in caplog.text
+    annotations = [{"id": 1, "image_id": 2, "caption": text} for text in (None, ["", "x"])]
+    (tmp_path / "a.json").write_bytes(json.dumps({"annotations": annotations}).encode("utf-8-sig"))
+    assert read_prompts(str(tmp_path / "a.json")) == [Prompt("1", "x", meta={"image_id": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"ok\n" * 9000 + b"\x89PNG\n", "line 9001: not UTF-8 text"),
+        ("a.txt", b"one\ntwo\0\n", "line 2: a NUL character, expected text"),
+        ("a.txt", b"\xff\xfea\0\x00\xd8", "not UTF-16 text"),
+        ("a.csv", b"id;prompt\n1;x\n", "line 2: no prompt, expected one of prompt, .*; found id;prompt"),
+        ("a.csv", b"id,prompt\n1,a,b\n", "line 2: 3 values, expected at most 2"),
+        ("a.csv", b'id,prompt\n1,"a\n2,b\n', "line 3: not a row of a table"),
+        ("a.tsv", b"", "none found"),
+        ("a.jsonl", b'{"prompt": "a", "id": {"n": 1}}', "line 1: 'id' is a object, expected text or a number"),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1: not valid JSON"),
+        ("a.json", b'{"annotations": ' + b"[" * 100_000, "not valid JSON"),
+        (
+            "a.json",
+            b'{"annotations": [{"id": 1, "image_id": 1, "caption": 5}]}',
+            "annotation 0: .*'caption' is a number",
+        ),
+        ("a.parquet", b"", "not a parquet file"),
+    ],
+)
+def test_what_holds_no_prompts_is_named_with_its_place(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as refused:
+        read_prompts(str(tmp_path / name))
+    assert "\n" not in str(refused.value) and name in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.json"])
+def test_a_folder_is_no_file_of_prompts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="a folder, expected a file"):
+        read_prompts(str(tmp_path / name))
+
+
+def test_categories_and_metadata_can_be_written_whatever_they_hold(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "category": ["x", "y"], "odd": "\ud83d", "n": [float("nan")]},
+        {"prompt": "b", "category": {"n": 1}, "tag": None},
+        {"prompt": "c", "tag": "\ud83d"},
+        {"prompt": "\ufeffd", "tag": 7},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    a, b, c, d = read_prompts(str(tmp_path / "a.jsonl"))
+    assert (a.category, a.meta) == ("x", {"odd": "?", "n": [None]})
+    assert (b.category, b.meta) == (None, {"category": {"n": 1}, "tag": None})
+    assert (c.category, c.meta) == ("?", {"tag": "?"}) and (d.text, d.category) == ("d", "7")

@@ -58,7 +58,7 @@ def check_cli(words: Sequence[str]) -> None:
     name, *arguments = words[1:]
     assert name in commands.NAMES, name
     command = commands.load(name)
-    if hasattr(command, "job"):
+    if hasattr(command, "job") and "--from" not in arguments:
         with chdir(ROOT), pytest.MonkeyPatch.context() as patch:
             # A demo's folder is not part of the repository.
             patch.setattr("instella_ray.demo.state.read_demo", lambda folder: DemoConfig(folder=folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import io
 import json
 import random
@@ -14,8 +16,9 @@ from PIL import ExifTags, Image
 
 from ...errors import UserError
 from .containers import complete_components, file_extension, find_scan, jxl_size, without_large_text
+from .metadata import json_text
 from .pixels import to_srgb
-from .png import write_png
+from .png import read_text, write_png
 
 try:
     import pillow_jxl  # noqa: F401  registers JPEG XL with Pillow
@@ -231,7 +234,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 SOFTWARE = "instella-ray"
 """Keyword of the PNG text chunk, and value of EXIF's Software tag, which marks metadata of this package."""
 METADATA_LIMIT = 60_000
-"""Maximum size of metadata (bytes): a JPEG's EXIF segment holds 65,533, which includes other tags."""
+"""Maximum size of metadata (bytes) except of a PNG: a JPEG's EXIF segment holds 65,533, which includes other tags."""
 
 OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 92}, "webp": {"quality": 92, "method": 2}}
 """Formats of encoded images, with Pillow's options for the lossy ones."""
@@ -240,20 +243,21 @@ OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 92}, "webp"
 def encode_image(image: np.ndarray, output_format: str, metadata: Mapping[str, Any] | None = None) -> bytes:
     """Encode uint8 ``[H, W, 3]`` as the bytes of an image file.
 
-    ``metadata`` (model, seed, settings, prompt; anything JSON can represent) is stored in a PNG text chunk, or in EXIF's
-    ImageDescription, which file managers show. The same pixels and metadata give the same bytes. Raises UserError for an
-    unknown format, and for metadata over :data:`METADATA_LIMIT` bytes.
+    ``metadata`` (model, seed, settings, prompt; anything JSON can represent) is stored in a PNG text chunk of any size, or
+    in EXIF's ImageDescription, which file managers show. There, texts over :data:`METADATA_LIMIT` bytes in all are cut: of
+    ``prompt``, ``prompt_truncated`` and ``prompt_sha256``, that of the whole text, tell it. The same pixels and metadata
+    give the same bytes. Raises UserError for an unknown format, and for metadata over the limit without such texts.
     """
     if output_format not in OPTIONS:
         raise UserError(f"output_format '{output_format}': expected one of {', '.join(OPTIONS)}")
-    text = None if metadata is None else _as_text(metadata)
+    # JSON of ASCII alone, because PNG's plain text chunks and EXIF's strings are not defined for Unicode.
     if output_format == "png":
-        return write_png(image, {} if text is None else {SOFTWARE: text})
+        return write_png(image, {} if metadata is None else {SOFTWARE: json_text(dict(metadata))})
     options = dict(OPTIONS[output_format])
-    if text is not None:
+    if metadata is not None:
         options["exif"] = exif = Image.Exif()
         exif[ExifTags.Base.Software] = SOFTWARE
-        exif[ExifTags.Base.ImageDescription] = text
+        exif[ExifTags.Base.ImageDescription] = json_text(_fitted(metadata))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, output_format.upper(), **options)
     return buffer.getvalue()
@@ -269,7 +273,7 @@ def read_metadata(data: bytes) -> dict[str, Any] | None:
     except UndecodableError as error:
         raise UserError(f"not an image ({error})") from None
     if image.format == "PNG":
-        text = image.info.get(SOFTWARE)
+        text = read_text(data, SOFTWARE)
     else:
         exif = image.getexif()
         marked = exif.get(ExifTags.Base.Software) == SOFTWARE
@@ -281,9 +285,22 @@ def read_metadata(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _as_text(metadata: Mapping[str, Any]) -> str:
-    # Escaped to ASCII, because PNG's plain text chunks and EXIF's strings are not defined for Unicode.
-    text = json.dumps(dict(metadata), ensure_ascii=True)
-    if len(text) > METADATA_LIMIT:
-        raise UserError(f"metadata: {len(text)} bytes, expected at most {METADATA_LIMIT}")
-    return text
+def _fitted(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut the longest texts of ``metadata`` so that it fits into :data:`METADATA_LIMIT`; UserError if that is not enough."""
+    fitted = dict(metadata)
+    while (size := len(json_text(fitted))) > METADATA_LIMIT:
+        texts = [name for name, value in metadata.items() if isinstance(value, str) and f"{name}_sha256" not in fitted]
+        if not texts:
+            raise UserError(f"metadata: {size} bytes, expected at most {METADATA_LIMIT}")
+        name = max(texts, key=lambda name: len(json.dumps(metadata[name])))
+        text = str(metadata[name])
+        fitted |= {
+            f"{name}_truncated": True,
+            f"{name}_sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(),
+            name: "",
+        }
+        left = METADATA_LIMIT - len(json_text(fitted))
+        # Escaped, a character takes up to 12 bytes; two are the quotes.
+        fits = bisect.bisect_right(range(len(text)), left, key=lambda end: len(json.dumps(text[:end])) - 2)
+        fitted[name] = text[: max(0, fits - 1)]
+    return fitted

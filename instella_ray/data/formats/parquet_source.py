@@ -58,9 +58,17 @@ def row_count(stream: IO[bytes]) -> int:
 def read_records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Yield all columns of each row, text decoded as far as it is UTF-8; pyarrow's errors for a damaged file."""
     for batch in pq.ParquetFile(stream).iter_batches(LINKS_AT_ONCE):
-        text = {name for name in batch.schema.names if is_text(plain(batch.schema.field(name).type))}
+        types = {name: plain(batch.schema.field(name).type) for name in set(batch.schema.names)}
+        text = {name for name, kind in types.items() if is_text(kind) or (is_list(kind) and is_text(kind.value_type))}
         for row in _python_rows(batch):
-            yield {k: v.decode("utf-8", "replace") if k in text and v is not None else v for k, v in row.items()}
+            yield {name: _decoded(value) if name in text else value for name, value in row.items()}
+
+
+def _decoded(value: Any) -> Any:
+    """Decode text that :func:`_values` returned as bytes, or a list of them."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def read_parquet(
@@ -125,7 +133,7 @@ def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_struct(column.type):
+    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pc.struct_field(column, "bytes")
     if is_text(column.type):
         column = column.cast(pa.large_binary())

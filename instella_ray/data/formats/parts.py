@@ -176,6 +176,8 @@ def open_output(url: str, mode: Mode, settings: Mapping[str, Any]) -> bool:
     with other settings.
     """
     path = storage.join(url, SETTINGS)
+    if storage.kind(url) not in (None, "directory"):
+        raise UserError(f"output {url}: a file, expected a folder")
     if not storage.is_empty(url):
         if mode == "new":
             hint = "set mode=resume to continue it, mode=fresh to start over, or choose another folder"

@@ -33,6 +33,17 @@ def write_png(pixels: np.ndarray, texts: Mapping[str, str]) -> bytes:
     return SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 
+def read_text(data: bytes, keyword: str) -> str | None:
+    """Return the first text chunk (Latin-1) with ``keyword`` of a PNG file, whatever its size; None if there is none."""
+    start, at = keyword.encode("latin-1") + b"\0", len(SIGNATURE)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"tEXt" and data.startswith(start, at + 8):
+            return data[at + 8 + len(start) : end - 4].decode("latin-1")
+        at = end
+    return None
+
+
 def _chunk(kind: bytes, data: bytes) -> bytes:
     checksum = isal_zlib.crc32(data, isal_zlib.crc32(kind))
     return b"".join((struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)))

@@ -19,8 +19,8 @@ CAPTION_NAMES = ("caption", "caption_long", "text", "txt", "top_caption", "alt_t
 ``imagefolder``'s, ``top_caption`` that of LAION-COCO.
 """
 CaptionKeys = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-PROMPT_NAMES = ("prompt", "caption", "caption_long", "text")
-"""Names of JSON keys and columns with prompts, in order of preference."""
+PROMPT_NAMES = ("prompt", "caption", "caption_long", "text", "prompts")
+"""Names, in any case, of JSON keys and columns with prompts, in order of preference; the last is DrawBench's."""
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -44,8 +44,7 @@ def decode_text(data: bytes) -> str:
     UTF-8 may have damaged characters. Windows-1252, of which Latin-1 is a part, is taken for text of mostly ASCII without
     any character of UTF-8. Raises TextError for anything else, such as an image or a text in another encoding.
     """
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None) or _utf_16(data)
-    if encoding:
+    if (encoding := text_encoding(data)) != "utf-8":
         return data.decode(encoding, "replace")
     try:
         return data.decode()
@@ -95,16 +94,16 @@ def text_of(value: Any, clean: Callable[[str], str] = one_line) -> str:
     raise TextError(f"{kind or type(value).__name__}, expected text")
 
 
-def caption_text(value: Any) -> str:
+def caption_text(value: Any, clean: Callable[[str], str] = one_line) -> str:
     """Return the text of a caption as :func:`text_of`, also of a printed list or NaN, which writers leave in text files.
 
     Raises :class:`TextError` for a printed object too.
     """
-    text = text_of(value)
+    text = text_of(value, clean)
     if text in ("nan", "NaN"):
         return ""
     if _PRINTED_LIST.fullmatch(text):
-        return text_of([_unquoted(item) for item in re.findall(_QUOTED, text)])
+        return text_of([_unquoted(item) for item in re.findall(_QUOTED, text)], clean)
     if _PRINTED_OBJECT.fullmatch(text):
         raise TextError("object, expected text")
     return text
@@ -128,9 +127,10 @@ def caption_of(values: Mapping[str, Any], names: Sequence[str] = CAPTION_NAMES) 
     return ""
 
 
-def decode_line(line: bytes) -> str:
-    """Decode one line of a text file, without byte order mark; UnicodeDecodeError if it is not UTF-8."""
-    return line.decode("utf-8-sig")
+def text_encoding(start: bytes) -> str:
+    """Return the encoding of a text file by its first bytes: of its byte order mark, UTF-16 of mostly ASCII, or UTF-8."""
+    marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    return marked or _utf_16(start) or "utf-8"
 
 
 def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:

@@ -86,6 +86,24 @@ def kind(url: str) -> str | None:
         return None
 
 
+def file_or_in_folder(url: str, name: str) -> str:
+    """Return ``url``, or the file ``name`` in it if it is a folder or ends with a slash."""
+    return join(url, name) if url.endswith("/") or kind(url) == "directory" else url
+
+
+def check_target(url: str) -> None:
+    """Raise UserError unless ``url`` may become a file; for commands that write a file after long work."""
+    fs, path = filesystem(url)
+    if url.endswith("/") or retry(lambda: fs.isdir(path)):
+        raise UserError(f"{url}: a folder, expected the name of a file")
+    if is_local(url):
+        folder = next(parent for parent in Path(path).parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise UserError(f"{url}: {folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{url}: no permission to write into {folder}")
+
+
 def is_empty(url: str, besides: Collection[str] = ()) -> bool:
     """Return whether a folder does not exist or holds nothing but the names ``besides``."""
     fs, path = filesystem(url)
@@ -283,6 +301,8 @@ def _uploaded(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
 
 @contextmanager
 def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
+    if fs.isdir(path):  # where a move would put the file into it
+        raise UserError(f"{path}: a folder, expected the name of a file")
     make_folder(fs, fs._parent(path))
     temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     try:

@@ -147,7 +147,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, inputs in (("evaluation", reconstructed), ("sweep", {"samples": sweep}), ("plain", {"samples": other})):
         config = {"tokenizer": tokenizer, **inputs, "output": f"{folder}/{name}", "local": True}
         run_evaluate(EvaluateConfig.model_validate(config))
-    compare(f"{folder}/sweep#{next(iter(settings))}", f"{folder}/plain", str(folder / "compare.html"))
+    compare(f"{folder}/sweep#{next(iter(settings))}", f"{folder}/plain", output=str(folder / "compare.html"))
     return {
         "demo": demo_page(folder / "demo"),
         "curation": curation_page(folder / "curation"),

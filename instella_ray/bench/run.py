@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from .. import storage
 from ..accelerator import hardware_summary
 from ..config import Config, OutputPath
 from ..packages import extra_import
@@ -63,8 +64,10 @@ class BenchConfig(Config):
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
     """Run all suites sequentially; results are written after each.
 
-    Raises UserError if the suite ``simulation`` lacks its packages, before any suite runs.
+    Raises UserError for an output that cannot be written and if the suite ``simulation`` lacks its packages, before any
+    suite runs.
     """
+    storage.check_target(cfg.output)
     if "simulation" in cfg.suites:
         extra_import("simpy", "suite simulation", "simulate")
         from . import simulation

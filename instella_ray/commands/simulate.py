@@ -27,6 +27,8 @@ def parser(prog: str = "instella-ray simulate") -> ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("simulate")
+    if args.output:
+        storage.check_target(args.output)
     extra_import("simpy", "instella-ray simulate", "simulate")
     from ..planning.simulation.run import SimulateConfig, run_simulation
 

@@ -42,11 +42,13 @@ class GpuBenchResults:
     def __init__(self, cfg: GpuBenchConfig, device: torch.device) -> None:
         """Read the file, if there is one.
 
-        Raises UserError if it has measurements of another device, with other versions or settings, or is not local.
+        Raises UserError if it has measurements of another device, with other versions or settings, or if it is not local
+        or cannot be written.
         """
         self.path = cfg.output
         if not storage.is_local(self.path):
             raise UserError(f"output {self.path}: expected a local file")
+        storage.check_target(self.path)
         settings = cfg.model_dump(mode="json")
         self.content: dict[str, Any] = {"machine": machine(device), "settings": settings, "parts": {}}
         if not storage.exists(self.path):

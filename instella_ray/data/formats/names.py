@@ -202,6 +202,7 @@ def list_shards(pattern: Pattern, output: str, suffixes: str | Sequence[str]) ->
     """Write the list of the shards of :func:`find_shards` to the file ``output``; UserError unless it ends with .json."""
     if not output.endswith(".json"):
         raise UserError(f"output {output}: expected a name that ends with .json, as lists of shards have")
+    storage.check_target(output)
     folder, _, name = storage.absolute(output).rpartition("/")
     return write_shard_list(folder, find_files(pattern, suffixes), name)
 

@@ -86,11 +86,6 @@ def kind(url: str) -> str | None:
         return None
 
 
-def file_or_in_folder(url: str, name: str) -> str:
-    """Return ``url``, or the file ``name`` in it if it is a folder or ends with a slash."""
-    return join(url, name) if url.endswith("/") or kind(url) == "directory" else url
-
-
 def check_target(url: str) -> None:
     """Raise UserError unless ``url`` may become a file; for commands that write a file after long work."""
     fs, path = filesystem(url)

@@ -30,7 +30,9 @@ def parser(prog: str = "instella-ray compare") -> ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("compare")
-    output = storage.file_or_in_folder(args.output, PAGE) if args.output else None
+    output: str | None = args.output
+    if output and (output.endswith("/") or storage.kind(output) == "directory"):
+        output = storage.join(output, PAGE)
     found = compare(args.baseline, *args.others, output=output)
     if args.json:
         print(json.dumps({"note": NOTE, "comparisons": [each.as_dict() for each in found]}, indent=1, allow_nan=False))

@@ -49,9 +49,9 @@ class ComparedRun:
     def facts(self) -> dict[str, Any]:
         """Return everything that was recorded about the run and its metrics, besides costs, by dotted name."""
         found = flattened(self.results["about"])
-        found |= flattened(
-            {"card": self.evaluation.card, **{key: self.results[key] for key in ("measured", "quarantined")}}
-        )
+        apart = ("name", "about", "units", "metrics", "shown")
+        counts = {key: value for key, value in self.results.items() if key not in apart}
+        found |= flattened({"card": self.evaluation.card, **counts})
         for name, result in self.results["metrics"].items():
             how = {key: result[key] for key in ("name", "implementation", "weights", "weights_hash")}
             settings = self.evaluation.info(self.setting, name).settings
@@ -119,8 +119,8 @@ class SettingComparison:
 def compare(*names: str, output: str | None = None) -> list[SettingComparison]:
     """Compare evaluation outputs, each ``FOLDER`` or ``FOLDER#SETTING``, with the first; write an HTML page to ``output``.
 
-    Settings are paired by name; if each side has a single setting, those are compared. An ``output`` that is a folder gets
-    the page ``compare.html``. Raises UserError if nothing is comparable.
+    Settings are paired by name; if each side has a single setting, those are compared. Raises UserError
+    if nothing is comparable, and for an output that cannot be written.
     """
     if not 2 <= len(names) <= len(string.ascii_uppercase):
         raise UserError(f"compare: {len(names)} evaluations, expected 2 to {len(string.ascii_uppercase)}")

@@ -98,10 +98,10 @@ def unpaired_interval(a: Json, b: Json) -> Interval | None:
 
 def _reach(result: Json) -> tuple[float, float]:
     """Return the distances of an interval's ends from the value."""
-    above = result["high"] - result["value"]
-    # A distance's symmetric interval is cut at zero.
-    cut = result["low"] == 0 and result.get("settings", {}).get("interval") == JACKKNIFE
-    return above if cut else result["value"] - result["low"], above
+    below, above = result["value"] - result["low"], result["high"] - result["value"]
+    if result["settings"]["interval"] == JACKKNIFE:  # symmetric, but cut at the ends of the value's range
+        below = above = max(below, above)
+    return below, above
 
 
 def verdict(row: Row, labels: tuple[str, str]) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from .. import storage
@@ -18,6 +17,7 @@ from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
 from ..runs import Provenance, recorded
+from .citation import add_citations, library_versions
 from .inputs import EvaluateConfig, EvaluationInputs
 from .measure import MeasureOptions, Record, States, load_reference, measure
 from .metric_settings import FID, GenEval, LpipsDiversity, Reference, Section, absolute, choose
@@ -71,6 +71,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             shown = ThumbnailOptions(reader, cfg.show.size, gpu)
             write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
         card = _card(cfg, inputs, measured)
+        add_citations(settings, card)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
 
@@ -161,7 +162,6 @@ def _summary(
 
 
 def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Record]) -> dict[str, Any]:
-    names = ("instella-ray", "torch", "ray", "numpy", "pillow")
     return {
         "measured_inputs": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
         "source": cfg.source,
@@ -171,7 +171,7 @@ def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Recor
         "preset": cfg.preset,
         "bootstrap_seed": cfg.seed,
         "batch_size": cfg.batch_size,
-        "versions": {name: version(name) for name in names},
+        "versions": library_versions(),
         "hardware": hardware_summary(),
         "devices": sorted({record.device for record in records}),
         "actor_seconds": sum(record.seconds for record in records),

@@ -14,7 +14,7 @@ from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
 from instella_ray.errors import UserError
 from instella_ray.evaluation.compare import compare
-from instella_ray.evaluation.differences import Row, holm, unpaired_interval
+from instella_ray.evaluation.differences import Row
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.models.sampling import SamplingConfig

@@ -24,6 +24,10 @@ RESULTING = {
 """Settings of a result that depend on the samples, or that a citation has elsewhere."""
 
 
+PARTS = ("implementation", "weights", "images", "settings", "reference", "interval")
+"""Names of what :func:`protocol` yields."""
+
+
 def library_versions() -> dict[str, str]:
     """Return the versions of the installed :data:`LIBRARIES`."""
     found = {}
@@ -117,5 +121,5 @@ def _counted(result: Json, card: Json) -> str:
 
 def _preprocessing(images: Json) -> str:
     size = f"{images['size']} px {images['filter']}" if images["size"] else "no resize"
-    jpeg = f"JPEG quality {images['jpeg_quality']}" if images["format"] == "jpeg" else "JPEG no"
+    jpeg = f"JPEG quality {images['jpeg_quality']}" if images["format"] == "jpeg" else "no JPEG"
     return f"{size}, {jpeg}"

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from .. import storage
 from ..rendering import Goal, flat, render, svg_curves
-from .citation import images_protocol, protocol
+from .citation import PARTS, images_protocol, protocol
 from .metrics.base import better
 from .metrics.presets import PROTOCOLS, UNSTATED, Preset, Published, preset
 from .results import Evaluation, Json
@@ -42,7 +42,7 @@ def write_report(output: str) -> str:
         rows=rows,
         goals={name: any(row.get("goal") for row in found) for name, found in rows.items()},
         protocols=protocols,
-        protocol_keys=list(dict.fromkeys(key for found in protocols.values() for key in found)),
+        protocol_keys=[key for key in PARTS if any(key in found for found in protocols.values())],
         made=images_protocol,
         preset=table,
         differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
@@ -77,7 +77,9 @@ def metric_rows(setting: Json, table: Preset | None, card: Json) -> list[Json]:
         withheld = metric_differences(table, setting, result) if table and entry else []
         entry = None if other or withheld else entry
         rows.append({**row, "published": entry, "withheld": withheld, "goal": _goal(row["value"], entry)})
-    return rows + [{"name": name, "value": None, "published": entry, "withheld": []} for name, entry in published.items()]
+    return rows + [
+        {"name": name, "value": None, "published": entry, "withheld": []} for name, entry in published.items()
+    ]
 
 
 def _goal(value: float | None, published: Published | None) -> Goal | None:

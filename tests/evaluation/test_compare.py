@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
 from instella_ray.errors import UserError
 from instella_ray.evaluation.compare import compare
-from instella_ray.evaluation.differences import Row
+from instella_ray.evaluation.differences import Row, holm, unpaired_interval, verdict
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
+from instella_ray.evaluation.statistics import JACKKNIFE, WILSON, wilson
 from instella_ray.models.sampling import SamplingConfig
 
 from ..kit.models import write_tokenizer
@@ -120,7 +122,19 @@ def test_samples_of_other_prompts_are_not_paired(tmp_path: Path) -> None:
     a = evaluated(tmp_path / "a", samples=write_samples(tmp_path / "s", PROMPTS, noise(24, 2)))
     b = evaluated(tmp_path / "b", samples=write_samples(tmp_path / "t", other, noise(24, 2, 1)))
     row = rows_of(a, b)["diversity_bits"]
-    assert row.p_value is None and row.how.startswith("unpaired")
+    assert (
+        row.p_value is None and row.how == "unpaired" and row.low is not None and row.verdict == "within the interval"
+    )
+
+
+def test_samples_of_other_seeds_are_paired_by_prompt_and_the_seeds_are_named(tmp_path: Path) -> None:
+    """Whatever the order of a prompt's samples is: as blocks."""
+    codes = noise(24, 2)
+    a = evaluated(tmp_path / "a", samples=write_samples(tmp_path / "s", PROMPTS, codes))
+    other = codes.reshape(24, 2, *codes.shape[1:])[:, ::-1].reshape(codes.shape)
+    b = evaluated(tmp_path / "b", samples=write_samples(tmp_path / "t", PROMPTS, other, seed=9))
+    row = rows_of(a, b)["diversity_bits"]
+    assert row.how == "paired over 24 prompts, other seeds" and row.verdict == "equal"
 
 
 def test_other_images_of_the_same_names_are_not_paired(tmp_path: Path, tokenizer: str) -> None:
@@ -146,3 +160,112 @@ def test_settings_of_sweeps_are_compared_by_name(tmp_path: Path) -> None:
         compare(f"{outputs[0]}#g3", outputs[1])
     with pytest.raises(UserError, match="not a finished evaluation"):
         compare(str(tmp_path / "nothing"), outputs[0])
+
+
+def test_several_runs_stand_beside_the_first_with_all_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, outputs = noise(24, 4), []
+    alike = codes.copy()
+    alike[1::4], alike[3::4] = alike[0::4], alike[2::4]
+    given: dict[str, dict[str, Any]] = {"b": {"text_encoder": {"name": "T5"}}, "c": {"kind": "ar"}}
+    for name, of in (("a", codes), ("b", alike), ("c", codes)):
+        samples = write_samples(tmp_path / f"s{name}", PROMPTS, of, **given.get(name, {}))
+        outputs.append(evaluated(tmp_path / name, samples=samples, seed=7 if name == "c" else 0))
+    (found,) = compare(*outputs)
+    assert found.runs == dict(zip("ABC", outputs, strict=True)) and [other.label for other in found.others] == [
+        "B",
+        "C",
+    ]
+    verdicts = {(name, label): row.verdict for name, _, rows in found.metrics for label, row in rows.items()}
+    assert verdicts["diversity_bits", "B"] == "A higher" and verdicts["diversity_bits", "C"] == "equal"
+    differs = dict(found.differs)
+    # Each side's own keys, and the evaluations' settings.
+    assert differs["text_encoder.name"] == {"A": "not recorded", "B": "T5", "C": "not recorded"}
+    assert differs["kind"] == {"A": "diffusion", "B": "diffusion", "C": "ar"}
+    assert differs["card.bootstrap_seed"] == {"A": "0", "B": "0", "C": "7"}
+    assert "seconds_per_image" not in differs and "card.actor_seconds" not in differs
+    assert cli.main(["compare", *outputs, "--output", f"{tmp_path}/page.html"]) == 0
+    out = capsys.readouterr().out
+    assert "A higher" in out and "text_encoder.name: A not recorded; B T5" in out
+    assert max(map(len, out.split("95 % intervals")[0].replace(str(tmp_path), "").splitlines())) <= 110
+    page = (tmp_path / "page.html").read_text()
+    assert "<th>C − A</th>" in page and "text_encoder.name" in page and page.count("A higher") == 1
+    assert cli.main(["compare", *outputs, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    rows = {row["name"]: row for row in told["comparisons"][0]["others"][0]["rows"]}
+    assert rows["diversity_bits"]["verdict"] == "A higher" and rows["dead_bits"]["low"] is None
+
+
+ODD = "run #1? 50%41 a:b [ä]"
+
+
+def test_folders_of_any_name_are_compared_into_a_folder_and_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(tmp_path / ODD, samples=write_samples(tmp_path / "s", PROMPTS, noise(24, 2)))
+    settings = {f"g{g}": SamplingConfig(guidance_scale=g) for g in (1.0, 2.0)}
+    sweep = write_sweep(tmp_path / "sweep", settings, PROMPTS, codes=lambda n: noise(24, 2, n))
+    evaluated(tmp_path / f"a:{ODD}", samples=sweep)
+    (tmp_path / "reports").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", ODD, f"a:{ODD}#g1.0", "--output", "reports"]) == 0
+    out = capsys.readouterr().out
+    assert "page: reports/compare.html" in out and f"A  {ODD}\n" in out and f"B  a:{ODD}#g1.0\n" in out
+    assert [path.name for path in (tmp_path / "reports").rglob("*")] == ["compare.html"]
+    # A folder of the whole name comes before the setting of another.
+    assert cli.main(["compare", ODD, f"a:{ODD}#g1.0", "--output", "reports/page.html/"]) == 0
+    assert (tmp_path / "reports" / "page.html" / "compare.html").exists()
+    assert cli.main(["compare", ODD, ODD, "--output", f"{ODD}/results.json/x"]) == 2
+    assert "results.json is not a folder" in capsys.readouterr().err
+
+
+def test_holms_correction_is_the_published_procedure() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
+
+
+def side(value: float, low: float | None, high: float | None, interval: str = WILSON) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "settings": {"interval": interval}}
+
+
+def test_the_interval_of_an_unpaired_difference_is_the_published_one() -> None:
+    """Newcombe 1998, method 10, example (a): 56 of 70 against 48 of 80 is 0.0524 to 0.3339."""
+    a, b = (side(k / n, *wilson(k / n, n)) for k, n in ((48, 80), (56, 70)))
+    assert unpaired_interval(a, b) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    # A jackknife's interval is symmetric: what was cut off at zero is put back.
+    cut, whole = side(1, 0, 4, JACKKNIFE), side(9, 5, 13, JACKKNIFE)
+    assert unpaired_interval(cut, whole) == pytest.approx((3, 13))
+    assert unpaired_interval(side(1, None, None), whole) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "other", "sizes"), [(0.5, 0.5, (20, 40)), (0.05, 0.2, (30, 30)), (0, 0.1, (25, 100))]
+)
+def test_intervals_of_unpaired_rates_hold_the_truth(share: float, other: float, sizes: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for first, second in zip(rng.binomial(sizes[0], share, 500), rng.binomial(sizes[1], other, 500), strict=True):
+        a, b = (side(k / n, *wilson(k / n, n)) for k, n in zip((first, second), sizes, strict=True))
+        found = unpaired_interval(a, b)
+        assert found is not None
+        held += found.low <= other - share <= found.high
+    assert held >= 0.93 * 500
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("psnr", {"low": 0.1, "high": 2.0, "p_value": 0.001, "adjusted": 0.01}, "C better"),
+        ("fid", {"low": 0.1, "high": 2.0}, "A better"),
+        ("bit_usage", {"low": 0.1, "high": 2.0}, "C higher"),
+        ("psnr", {"low": 0.1, "high": 2.0, "p_value": 0.03, "adjusted": 0.2}, "C better before Holm"),
+        ("psnr", {"low": 0.1, "high": 2.0, "p_value": 0.2, "adjusted": 0.2}, "not significant"),
+        ("psnr", {"low": -0.1, "high": 2.0, "p_value": 0.04}, "within the interval"),
+        ("psnr", {"p_value": 1.0}, "no interval"),
+        ("psnr", {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}, "equal"),
+        ("psnr", {"difference": None}, "not measured"),
+    ],
+)
+def test_verdicts(name: str, changes: dict[str, Any], said: str) -> None:
+    assert verdict(Row(**{"name": name, "a": {}, "b": {}, "difference": 1.0, **changes}), ("A", "C")) == said

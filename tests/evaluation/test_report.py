@@ -21,7 +21,7 @@ from instella_ray.evaluation.citation import add_citations
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metrics.features import INCEPTION_HASH
 from instella_ray.evaluation.metrics.presets import PRESETS, PROTOCOLS, TABLE3, UNSTATED
-from instella_ray.evaluation.report import best, metric_rows
+from instella_ray.evaluation.report import best, metric_rows, write_report
 from instella_ray.evaluation.select import ShowConfig
 from instella_ray.evaluation.statistics import JACKKNIFE
 from instella_ray.models.checkpoint import weight_hash
@@ -102,6 +102,11 @@ def test_reconstructions_stand_beside_their_originals_with_best_and_worst(tmp_pa
     assert [s["score"] for s in worst["psnr"]] == sorted(s["score"] for s in worst["psnr"])
     assert all(s["reason"] for s in worst["scene_score"]) and worst["scene_score"][0]["reason"] in page
     assert "images of 32 px, the paper&#39;s 512" in page and "21.59" not in page
+    # As if they had been of the paper's size.
+    results["card"]["size"] = 512
+    storage.write_json(str(tmp_path / "o" / "results.json"), results)
+    row = re.search(r"<td>psnr</td>.*?</tr>", Path(write_report(str(tmp_path / "o"))).read_text(), re.S)
+    assert row and "≥ 21.59" in row[0] and "✗ missed" in row[0]  # of an untrained tokenizer
 
 
 def test_a_sweep_of_many_settings_shows_no_more_images_than_asked_for(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_a_line_cites_a_number_with_its_protocol() -> None:
     assert setting["metrics"]["fid"]["citation"] == (
         "fid 12 [11, 13]: 30,000 samples, 20 steps simplified, guidance 4, temperature 0.6, seed 0, "
         "prompts val2014.json (sha256 01010101), model gen (sha256 efefefef) in bf16, tokenizer bit (sha256 23232323), "
-        "1024 px; x, inception.pth (sha256 6726825d), 256 px lanczos, JPEG no, network_input 299 px, clean-fid; "
+        "1024 px; x, inception.pth (sha256 6726825d), 256 px lanczos, no JPEG, network_input 299 px, clean-fid; "
         f"reference coco-val2014 (40,504 images, sha256 cdcdcdcd); interval: 95 %, {JACKKNIFE}; instella-ray 1.2, torch 2.9"
     )
 

@@ -79,7 +79,10 @@ def size(url: str) -> int:
 
 def kind(url: str) -> str | None:
     """Return ``file``, ``directory`` or, for devices and such, ``other``; None if nothing is there."""
-    fs, path = filesystem(url)
+    return _kind(*filesystem(url))
+
+
+def _kind(fs: Any, path: str) -> str | None:
     try:
         return str(retry(lambda: fs.info(path))["type"])
     except (FileNotFoundError, NotADirectoryError):
@@ -87,16 +90,14 @@ def kind(url: str) -> str | None:
 
 
 def check_target(url: str) -> None:
-    """Raise UserError unless ``url`` may become a file; for commands that write a file after long work."""
+    """Raise UserError unless ``url`` may become a file; for commands that write one after long work."""
     fs, path = filesystem(url)
-    if url.endswith("/") or retry(lambda: fs.isdir(path)):
+    if url.endswith("/") or _kind(fs, path) == "directory":
         raise UserError(f"{url}: a folder, expected the name of a file")
     if is_local(url):
         folder = next(parent for parent in Path(path).parents if os.path.lexists(parent))
-        if not folder.is_dir():
-            raise UserError(f"{url}: {folder} is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{url}: no permission to write into {folder}")
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{url}: {folder} is not a folder that can be written to")
 
 
 def is_empty(url: str, besides: Collection[str] = ()) -> bool:
@@ -296,8 +297,12 @@ def _uploaded(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
 
 @contextmanager
 def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
-    if fs.isdir(path):  # where a move would put the file into it
+    if (there := _kind(fs, path)) == "directory":  # where a move would put the file into it
         raise UserError(f"{path}: a folder, expected the name of a file")
+    if there == "other" or path.startswith("/dev/"):  # a device, pipe or link to one, which a move would replace
+        with fs.open(path, mode) as stream:
+            yield stream
+        return
     make_folder(fs, fs._parent(path))
     temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     try:

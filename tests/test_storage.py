@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,10 +149,19 @@ def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     for good in ("new.json", "file", "not/there/yet.json", "odd #? %41.json"):
         storage.check_target(str(tmp_path / good))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # a check makes nothing
-    with pytest.raises(UserError, match=r"file/x/y\.json: .*file is not a folder"):
+    with pytest.raises(UserError, match=r"file/x/y\.json: .*file is not a folder that can be written to"):
         storage.check_target(str(tmp_path / "file" / "x" / "y.json"))
     with pytest.raises(UserError, match="new/: a folder, expected the name of a file"):
         storage.check_target(f"{tmp_path}/new/")
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(UserError, match=r"x\.json: no permission to write into "):
+    with pytest.raises(UserError, match=r"x\.json: .* is not a folder that can be written to"):
         storage.check_target(str(tmp_path / "x.json"))
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_text(str(tmp_path / "pipe"), "a page")
+    assert os.read(reader, 100) == b"a page" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

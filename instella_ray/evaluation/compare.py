@@ -111,7 +111,7 @@ class SettingComparison:
         return {
             "setting": self.setting,
             "runs": self.runs,
-            "others": [asdict(other) for other in self.others],
+            "others": [{**vars(other), "rows": [row.as_dict() for row in other.rows]} for other in self.others],
             "differs": dict(self.differs),
         }
 

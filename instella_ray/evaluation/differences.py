@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ class Row:
 
     def as_dict(self) -> Json:
         """Return plain JSON values."""
-        return asdict(self)
+        sides = ({key: side[key] for key in ("value", "low", "high", "count")} for side in (self.a, self.b))
+        return {**vars(self), **dict(zip("ab", sides, strict=True))}
 
 
 def differences(

@@ -15,6 +15,9 @@ from .thumbnails import THUMBNAILS, read_thumbnails
 
 RESULTS, STATES = "results.json", "states"
 
+KEYS = {"name", "about", "measured", "units", "metrics", "shown"}
+"""Keys of a setting in the results that a reader needs."""
+
 Json = dict[str, Any]
 
 
@@ -28,8 +31,11 @@ class Evaluation:
         try:
             self.card: Json = results["card"]
             self.settings: dict[str, Json] = {setting["name"]: setting for setting in results["settings"]}
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: expected the results of an evaluation") from None
+            complete = all(setting.keys() >= KEYS for setting in self.settings.values())
+        except (KeyError, TypeError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}: expected the results of an evaluation")
         self.folder, self.states = folder, States(storage.join(folder, STATES))
 
     def metric(self, setting: str, name: str) -> Metric:

@@ -392,19 +392,3 @@ def test_the_demos_goals_are_those_of_its_default_settings() -> None:
     assert [goal.met for goal in found] == [True, False, True, False, True]
     assert [goal.target for goal in found] == [26, 0.9, 0.75, 0.85, 0.6]
     assert goals(DemoConfig(scenes=240), stage_results()) == []
-
-
-@pytest.mark.process
-def test_links_to_folders_of_any_name_lead_to_their_reports(browser: Browser, tmp_path: Path) -> None:
-    outputs = [str(tmp_path / name) for name in ("run #1? 50%41 [ä]", "a:b")]
-    for number, output in enumerate(outputs):
-        samples = write_samples(tmp_path / f"s{number}", [Prompt("0", "a red circle")], noise(1, 2, number))
-        run_evaluate(EvaluateConfig(samples=samples, output=output, local=True))
-    compare(*outputs, output=str(tmp_path / "p#1.html"))
-    with browser.page() as page:
-        page.goto(f"file://{tmp_path}/p%231.html")
-        links = page.js("[...document.querySelectorAll('nav[aria-label=\"Other pages\"] a')].map(a => a.href)")
-        assert len(links) == 2
-        for number, link in enumerate(links):
-            page.goto(link)
-            assert page.js("document.title") == f"Evaluation of {tmp_path}/s{number}"

@@ -21,6 +21,7 @@ from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.evaluation.statistics import JACKKNIFE, WILSON, wilson
 from instella_ray.models.sampling import SamplingConfig
 
+from ..kit.browser import chromium
 from ..kit.models import write_tokenizer
 from ..kit.sample_sets import noise, write_samples, write_sweep
 
@@ -218,6 +219,22 @@ def test_folders_of_any_name_are_compared_into_a_folder_and_linked(
     assert (tmp_path / "reports" / "page.html" / "compare.html").exists()
     assert cli.main(["compare", ODD, ODD, "--output", f"{ODD}/results.json/x"]) == 2
     assert "results.json is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_links_to_folders_of_any_name_lead_to_their_reports(tmp_path: Path) -> None:
+    """In a Chromium of its own."""
+    outputs = [str(tmp_path / name) for name in (ODD, "a:b")]
+    for number, output in enumerate(outputs):
+        evaluated(Path(output), samples=write_samples(tmp_path / f"s{number}", PROMPTS[:1], noise(1, 2, number)))
+    compare(*outputs, output=str(tmp_path / "p#1.html"))
+    with chromium(tmp_path) as browser, browser.page() as page:
+        page.goto(f"file://{tmp_path}/p%231.html")
+        links = page.js("[...document.querySelectorAll('nav[aria-label=\"Other pages\"] a')].map(a => a.href)")
+        assert len(links) == 2
+        for number, link in enumerate(links):
+            page.goto(link)
+            assert page.js("document.title") == f"Evaluation of {tmp_path}/s{number}"
 
 
 def test_holms_correction_is_the_published_procedure() -> None:

@@ -89,17 +89,6 @@ def _kind(fs: Any, path: str) -> str | None:
         return None
 
 
-def check_target(url: str) -> None:
-    """Raise UserError unless ``url`` may become a file; for commands that write one after long work."""
-    fs, path = filesystem(url)
-    if url.endswith("/") or _kind(fs, path) == "directory":
-        raise UserError(f"{url}: a folder, expected the name of a file")
-    if is_local(url):
-        folder = next(parent for parent in Path(path).parents if os.path.lexists(parent))
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{url}: {folder} is not a folder that can be written to")
-
-
 def is_empty(url: str, besides: Collection[str] = ()) -> bool:
     """Return whether a folder does not exist or holds nothing but the names ``besides``."""
     fs, path = filesystem(url)

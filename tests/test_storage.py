@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from yarl import URL
 
 from instella_ray import storage
+from instella_ray.config import check_output_file
 from instella_ray.errors import UserError
 
 
@@ -140,22 +141,22 @@ def test_nothing_is_written_onto_a_folder(root: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reports: a folder, expected the name of a file"):
         storage.write_text(folder, "a page")
     with pytest.raises(UserError, match="reports: a folder, expected the name of a file"):
-        storage.check_target(folder)
+        check_output_file(folder)
     assert storage.glob(storage.join(base, "**")) == before  # nor is a temporary file left
 
 
 def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for good in ("new.json", "file", "not/there/yet.json", "odd #? %41.json"):
-        storage.check_target(str(tmp_path / good))
+        check_output_file(str(tmp_path / good))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # a check makes nothing
     with pytest.raises(UserError, match=r"file/x/y\.json: .*file is not a folder that can be written to"):
-        storage.check_target(str(tmp_path / "file" / "x" / "y.json"))
+        check_output_file(str(tmp_path / "file" / "x" / "y.json"))
     with pytest.raises(UserError, match="new/: a folder, expected the name of a file"):
-        storage.check_target(f"{tmp_path}/new/")
+        check_output_file(f"{tmp_path}/new/")
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match=r"x\.json: .* is not a folder that can be written to"):
-        storage.check_target(str(tmp_path / "x.json"))
+        check_output_file(str(tmp_path / "x.json"))
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .. import storage
 from ..accelerator import hardware_summary
-from ..config import Config, OutputPath
+from ..config import Config, OutputPath, check_output_file
 from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
@@ -67,7 +66,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
     Raises UserError for an output that cannot be written and if the suite ``simulation`` lacks its packages, before any
     suite runs.
     """
-    storage.check_target(cfg.output)
+    check_output_file(cfg.output)
     if "simulation" in cfg.suites:
         extra_import("simpy", "suite simulation", "simulate")
         from . import simulation

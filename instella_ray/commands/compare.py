@@ -9,6 +9,7 @@ from .. import logs, storage
 from ..config import ArgumentParser
 from ..evaluation.compare import PAGE, compare
 from ..evaluation.differences import NOTE
+from ..rendering import printable
 
 
 def parser(prog: str = "instella-ray compare") -> ArgumentParser:
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") 
         print(json.dumps({"note": NOTE, "comparisons": [each.as_dict() for each in found]}, indent=1, allow_nan=False))
         return 0
     for comparison in found:
-        print(comparison.text() + "\n")
+        print(printable(comparison.text()) + "\n")
     print(f"{NOTE}.")
     if output:
-        print(f"page: {output}")
+        print(printable(f"page: {output}"))
     return 0

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import logs, storage
-from ..config import ArgumentParser
+from .. import logs
+from ..config import ArgumentParser, check_output_file
 from ..data.formats.images import OPTIONS, encode_image
 from ..errors import UserError
 from ..pipeline import InstellaPipeline
@@ -74,7 +74,7 @@ def _files(output: Path, count: int) -> list[Path]:
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1")
     files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)] if count > 1 else [output]
-    storage.check_target(str(files[0]))
+    check_output_file(str(files[0]))
     if there := [file for file in files if file.exists()]:
         raise UserError(f"--output {there[0]}: already exists; expected a new name")
     return files

@@ -64,6 +64,7 @@ def citation(result: Json, setting: Json, card: Json) -> str:
         *([f"reference {found['reference']}"] if "reference" in found else []),
         *([f"interval: {found['interval']}"] if "interval" in found else []),
         ", ".join(f"{name} {card['versions'][name]}" for name in ("instella-ray", "torch")),
+        *(f"caution: {caution}" for caution in result.get("cautions", ())),
     ]
     return f"{result['name']} {value}: {'; '.join(parts)}"
 

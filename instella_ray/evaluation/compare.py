@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .. import storage
+from ..config import check_output_file
 from ..errors import UserError
 from ..rendering import digits, render, value_text
 from .differences import NOTE, Row, differences
@@ -125,7 +126,7 @@ def compare(*names: str, output: str | None = None) -> list[SettingComparison]:
     if not 2 <= len(names) <= len(string.ascii_uppercase):
         raise UserError(f"compare: {len(names)} evaluations, expected 2 to {len(string.ascii_uppercase)}")
     if output is not None:
-        storage.check_target(output)
+        check_output_file(output)
     sides = [_open(name) for name in names]
     found = []
     for setting in _settings(names, sides):

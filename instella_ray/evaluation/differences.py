@@ -100,7 +100,7 @@ def unpaired_interval(a: Json, b: Json) -> Interval | None:
 def _reach(result: Json) -> tuple[float, float]:
     """Return the distances of an interval's ends from the value."""
     below, above = result["value"] - result["low"], result["high"] - result["value"]
-    if result["settings"]["interval"] == JACKKNIFE:  # symmetric, but cut at the ends of the value's range
+    if result["settings"].get("interval") == JACKKNIFE:  # about symmetric, but cut at the ends of the value's range
         below = above = max(below, above)
     return below, above
 

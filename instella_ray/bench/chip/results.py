@@ -11,6 +11,7 @@ import torch
 
 from ... import __version__, storage
 from ...accelerator import device_label, hardware_summary
+from ...config import check_output_file
 from ...errors import UserError
 from ...rendering import Cell, Goal, table
 from .rows import ChipRow, cells
@@ -48,7 +49,7 @@ class GpuBenchResults:
         self.path = cfg.output
         if not storage.is_local(self.path):
             raise UserError(f"output {self.path}: expected a local file")
-        storage.check_target(self.path)
+        check_output_file(self.path)
         settings = cfg.model_dump(mode="json")
         self.content: dict[str, Any] = {"machine": machine(device), "settings": settings, "parts": {}}
         if not storage.exists(self.path):

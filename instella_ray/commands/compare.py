@@ -19,8 +19,10 @@ def parser(prog: str = "instella-ray compare") -> ArgumentParser:
         "over samples of the same prompts, whether a difference is within its interval, and what else differs. Metrics "
         "measured differently are listed and not compared.",
     )
-    parser.add_argument("baseline", metavar="A", help="output folder; FOLDER#SETTING selects one setting of a sweep")
-    parser.add_argument("others", metavar="B", nargs="+", help="further output folders; differences are B minus A")
+    parser.add_argument("baseline", metavar="A", help="output folder; FOLDER#SETTING is one setting of a sweep")
+    parser.add_argument(
+        "others", metavar="B", nargs="*", help="further ones (none: those of a sweep); differences are B - A"
+    )
     parser.add_argument(
         "--output", metavar="FILE", help=f"also write an HTML page with images of the same prompts ({PAGE} in a folder)"
     )

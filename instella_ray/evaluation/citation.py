@@ -40,10 +40,10 @@ def library_versions() -> dict[str, str]:
 
 
 def add_citations(settings: Iterable[Json], card: Json) -> None:
-    """Add ``citation`` to every metric of the settings of ``results.json``."""
+    """Add ``citations``, a line by metric, to each of the settings of ``results.json``."""
     for setting in settings:
-        for result in setting["metrics"].values():
-            result["citation"] = citation(result, setting, card)
+        found = {name: citation(result, setting, card) for name, result in setting["metrics"].items()}
+        setting["citations"] = found
 
 
 def citation(result: Json, setting: Json, card: Json) -> str:
@@ -102,6 +102,8 @@ def images_protocol(setting: Json, card: Json) -> list[str]:
         model = f"model {about['model']} (sha256 {about['model_hash'][:HASH]}) in {about['precision']}{rounded}"
         prompts = f"prompts {about['prompts']} (sha256 {about['prompts_hash'][:HASH]})"
         found += [f"seed {about['seed']}", prompts, model]
+        if encoder := about.get("text_encoder"):
+            found.append(f"text encoder {encoder['name']}")
     if card["tokenizer_hash"]:
         found.append(f"tokenizer {card['tokenizer']} (sha256 {card['tokenizer_hash'][:HASH]})")
     return [*found, *([f"{card['size']} px"] if card["size"] else [])]

@@ -50,7 +50,7 @@ class ComparedRun:
     def facts(self) -> dict[str, Any]:
         """Return everything that was recorded about the run and its metrics, besides costs, by dotted name."""
         found = flattened(self.results["about"])
-        apart = ("name", "about", "units", "metrics", "shown")
+        apart = ("name", "about", "units", "metrics", "shown", "citations")
         counts = {key: value for key, value in self.results.items() if key not in apart}
         found |= flattened({"card": self.evaluation.card, **counts})
         for name, result in self.results["metrics"].items():
@@ -120,14 +120,17 @@ class SettingComparison:
 def compare(*names: str, output: str | None = None) -> list[SettingComparison]:
     """Compare evaluation outputs, each ``FOLDER`` or ``FOLDER#SETTING``, with the first; write an HTML page to ``output``.
 
-    Settings are paired by name; if each side has a single setting, those are compared. Raises UserError
+    Settings are paired by name; if each side has a single setting, those are compared. The settings of a single sweep are
+    compared with each other. Raises UserError
     if nothing is comparable, and for an output that cannot be written.
     """
-    if not 2 <= len(names) <= len(string.ascii_uppercase):
-        raise UserError(f"compare: {len(names)} evaluations, expected 2 to {len(string.ascii_uppercase)}")
     if output is not None:
         check_output_file(output)
     sides = [_open(name) for name in names]
+    if len(sides) == 1:
+        sides = [(side, [setting]) for side, own in sides for setting in own]
+    if not 2 <= len(sides) <= len(string.ascii_uppercase):
+        raise UserError(f"{', '.join(names)}: {len(sides)} to compare, expected 2 to {len(string.ascii_uppercase)}")
     found = []
     for setting in _settings(names, sides):
         chosen = (setting if setting is not None else own[0] for _, own in sides)

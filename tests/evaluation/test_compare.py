@@ -157,6 +157,10 @@ def test_settings_of_sweeps_are_compared_by_name(tmp_path: Path) -> None:
     assert [c.setting for c in compare(*outputs)] == ["g1.0", "g2.0"]
     (one,) = compare(f"{outputs[0]}#g1.0", f"{outputs[0]}#g2.0")
     assert ("sampling.guidance_scale", {"A": "1", "B": "2"}) in one.differs
+    (each,) = compare(outputs[0])
+    assert each.runs == {"A": f"{outputs[0]}#g1.0", "B": f"{outputs[0]}#g2.0"} and each.others == one.others
+    with pytest.raises(UserError, match=r"g1\.0: 1 to compare, expected 2 to 26"):
+        compare(f"{outputs[0]}#g1.0")
     with pytest.raises(UserError, match=r"no such setting, expected one of g1\.0, g2\.0"):
         compare(f"{outputs[0]}#g3", outputs[1])
     with pytest.raises(UserError, match="not a finished evaluation"):

@@ -128,6 +128,7 @@ FID: dict[str, Any] = {
 ABOUT: dict[str, Any] = {
     **{"kind": "diffusion", "quantization": "none", "images_per_prompt": 1, "precision": "bf16", "seed": 0},
     **{"model": "gen", "model_hash": "ef" * 32, "prompts": "val2014.json", "prompts_hash": "01" * 32},
+    "text_encoder": {"name": "OLMo"},
     "sampling": SamplingConfig(guidance_scale=4, temperature=0.6, num_inference_steps=20).model_dump(),
 }
 CARD: dict[str, Any] = {
@@ -191,10 +192,11 @@ def test_every_published_metric_has_a_protocol() -> None:
 def test_a_line_cites_a_number_with_its_protocol() -> None:
     setting = {"name": "", "about": ABOUT, "measured": 30_000, "metrics": {"fid": dict(FID)}}
     add_citations([setting], CARD)
-    assert setting["metrics"]["fid"]["citation"] == (
+    assert setting["citations"]["fid"] == (
         "fid 12 [11, 13]: 30,000 samples, 20 steps simplified, guidance 4, temperature 0.6, seed 0, "
-        "prompts val2014.json (sha256 01010101), model gen (sha256 efefefef) in bf16, tokenizer bit (sha256 23232323), "
-        "1024 px; x, inception.pth (sha256 6726825d), 256 px lanczos, no JPEG, network_input 299 px, clean-fid; "
+        "prompts val2014.json (sha256 01010101), model gen (sha256 efefefef) in bf16, text encoder OLMo, "
+        "tokenizer bit (sha256 23232323), 1024 px; x, inception.pth (sha256 6726825d), "
+        "256 px lanczos, no JPEG, network_input 299 px, clean-fid; "
         f"reference coco-val2014 (40,504 images, sha256 cdcdcdcd); interval: 95 %, {JACKKNIFE}; instella-ray 1.2, torch 2.9"
     )
 
@@ -204,12 +206,12 @@ def test_the_protocol_of_every_number_is_open_and_every_line_is_in_the_results(t
     write_tar(str(tmp_path / "t" / "0.tar"), scene_rows(4, 1, 32))
     metrics = {"psnr": {"images": {"format": "jpeg"}}, "lpips": {"net": "alex"}}
     page, results = report(tmp_path / "o", images=str(tmp_path / "t"), tokenizer=tokenizer, metrics=metrics)
-    measured = results["settings"][0]["metrics"]
+    measured, lines = results["settings"][0]["metrics"], results["settings"][0]["citations"]
     shown = unescape(re.sub(r"<details.*?</details>", "", page, flags=re.S))
-    assert all(f">{result['citation']}</code>" in shown for result in measured.values())
+    assert lines.keys() == measured.keys() and all(f">{line}</code>" in shown for line in lines.values())
     for text in ("no resize, JPEG quality 95", weight_hash(tokenizer)[:8], measured["lpips"]["weights_hash"][:8]):
-        assert text in shown and any(text in result["citation"] for result in measured.values())
-    assert f"4 reconstructions of {tmp_path}/t" in measured["psnr"]["citation"]
+        assert text in shown and any(text in line for line in lines.values())
+    assert f"4 reconstructions of {tmp_path}/t" in lines["psnr"]
     assert f"lpips {version('lpips')}" in shown and results["card"]["versions"]["torchvision"] == version("torchvision")
 
 

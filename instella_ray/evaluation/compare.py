@@ -16,7 +16,7 @@ from .. import storage
 from ..config import check_output_file
 from ..errors import UserError
 from ..rendering import digits, render, value_text
-from .differences import NOTE, Row, differences
+from .differences import NOTE, PAIRED, Row, differences
 from .metrics.base import Info, Metric
 from .report import REPORT
 from .results import Evaluation, Json
@@ -55,9 +55,14 @@ class ComparedRun:
         found |= flattened({"card": self.evaluation.card, **counts})
         for name, result in self.results["metrics"].items():
             how = {key: result[key] for key in ("name", "implementation", "weights", "weights_hash")}
-            settings = self.evaluation.info(self.setting, name).settings
+            settings = self.evaluation.first(self.setting, name).info.settings
             found |= flattened({"metrics": {name: {**how, "settings": settings}}})
         return {name: value for name, value in found.items() if name.rpartition(".")[2] not in COSTS}
+
+    def metric(self, name: str) -> Metric:
+        """Load a metric, whole only if it has scores to pair: the others' results are in ``results``."""
+        first = self.evaluation.first(self.setting, name)
+        return self.evaluation.metric(self.setting, name) if isinstance(first, PAIRED) else first
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
     base = runs[0]
     asked = [run.evaluation.asked(run.setting) for run in runs]
     same = [{name for name, of in asked[0].items() if theirs.get(name) == of} for theirs in asked]
-    ours = {name: base.evaluation.metric(base.setting, name) for name in base.results["metrics"]}
+    ours = {name: base.metric(name) for name in base.results["metrics"]}
     others = [_differences(base, ours, run, shared) for run, shared in zip(runs[1:], same[1:], strict=True)]
     facts = [run.facts() for run in runs]
     differs = []
@@ -211,7 +216,7 @@ def _differences(base: ComparedRun, ours: Mapping[str, Metric], other: ComparedR
     a, b, labels = base.results, other.results, (base.label, other.label)
     metrics, refused = {}, {}
     for name in (name for name in a["metrics"] if name in b["metrics"]):
-        pair = ours[name], other.evaluation.metric(other.setting, name)
+        pair = ours[name], other.metric(name)
         sizes = base.evaluation.card["size"], other.evaluation.card["size"]
         if why := incomparable(pair[0].info, pair[1].info, sizes, labels):
             refused[name] = why

@@ -18,6 +18,8 @@ from .results import Json
 from .statistics import JACKKNIFE, Interval, paired_difference
 
 LEVEL = 0.05
+PAIRED = (SampleMetric, RateMetric, Diversity)
+"""Metrics with scores by sample or prompt."""
 NOTE = (
     "95 % intervals. Paired: bootstrap of the differences over prompts, p from a sign-flip permutation test, and p after "
     "Holm's correction for all tests of a run. Unpaired: the difference's interval is made from those of both values, "

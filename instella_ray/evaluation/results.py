@@ -9,7 +9,7 @@ from .. import storage
 from ..data.formats.parts import finished_file
 from ..errors import UserError
 from .measure import ROWS, States
-from .metrics.base import Info, Metric
+from .metrics.base import Metric
 from .metrics.states import load_state
 from .thumbnails import THUMBNAILS, read_thumbnails
 
@@ -42,9 +42,9 @@ class Evaluation:
         """Load a metric's merged state over all units of a setting."""
         return self.states.merged(setting, self.settings[setting]["units"], name)
 
-    def info(self, setting: str, name: str) -> Info:
-        """Read how a metric was measured, without what depends on the samples."""
-        return load_state(self.states.path(setting, self.settings[setting]["units"][0], f"{name}.npz")).info
+    def first(self, setting: str, name: str) -> Metric:
+        """Load a metric's state of the first unit of a setting, which has the info of all."""
+        return load_state(self.states.path(setting, self.settings[setting]["units"][0], f"{name}.npz"))
 
     def asked(self, setting: str) -> dict[str, tuple[str, str]]:
         """Return each sample's prompt and hash of its original, by sample id and by group id."""

@@ -224,10 +224,7 @@ def remove_tree(url: str) -> None:
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
-"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it.
-
-They have no folders without objects.
-"""
+"""Protocols of object stores: uploads appear atomically, a move would copy, and there are no folders without objects."""
 TEMPORARY = ".tmp"
 """Ending of files and folders that are not complete yet."""
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.metadata
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -24,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from . import storage
 from .errors import UserError
-from .urls import is_local
+from .urls import absolute, is_local
 
 C = TypeVar("C", bound="Config")
 
@@ -62,6 +63,16 @@ OutputPath = Annotated[str, PathKind(written=True)]
 """Path or URL that a job writes."""
 InputPath = Annotated[str, PathKind()]
 """Path or URL that a job reads."""
+
+
+def check_output_file(url: str) -> None:
+    """Raise UserError unless ``url`` may become a file; for commands that write one after long work."""
+    if url.endswith("/") or storage.kind(url) == "directory":
+        raise UserError(f"{url}: a folder, expected the name of a file")
+    if is_local(url):
+        folder = next(parent for parent in Path(absolute(url)).parents if os.path.lexists(parent))
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{url}: {folder} is not a folder that can be written to")
 
 
 class PathValue(NamedTuple):

@@ -13,7 +13,15 @@ from .memory import keep_freed_memory
 log = logging.getLogger(__name__)
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errnos of storage without space."""
-PATH_ERRNOS = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP}
+PATH_ERRNOS = FULL | {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 """Errnos that are due to the user's path or machine, and not to a fault of this package."""
 
 

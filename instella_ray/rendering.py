@@ -64,7 +64,12 @@ def render(template: Path, **values: Any) -> str:
         return Markup('<h2 id="{}">{}</h2>').format(anchor, title)
 
     page = _environment(template.parent).get_template(template.name)
-    return page.render(**{"section": section, "sections": sections, "pages": {}, **values})
+    return printable(page.render(**{"section": section, "sections": sections, "pages": {}, **values}))
+
+
+def printable(text: str) -> str:
+    """Replace what UTF-8 cannot say: bytes of file names that are not UTF-8, and halves of surrogate pairs."""
+    return text.encode(errors="replace").decode()
 
 
 @cache

@@ -80,7 +80,10 @@ def size(url: str) -> int:
 
 def kind(url: str) -> str | None:
     """Return ``file``, ``directory`` or, for devices and such, ``other``; None if nothing is there."""
-    fs, path = filesystem(url)
+    return _kind(*filesystem(url))
+
+
+def _kind(fs: Any, path: str) -> str | None:
     try:
         return str(retry(lambda: fs.info(path))["type"])
     except (FileNotFoundError, NotADirectoryError):
@@ -224,10 +227,7 @@ def remove_tree(url: str) -> None:
 
 
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a"}
-"""Protocols of object stores, where an object appears atomically at the end of its upload; a move would copy it.
-
-They have no folders without objects.
-"""
+"""Protocols of object stores: uploads appear atomically, a move would copy, and there are no folders without objects."""
 TEMPORARY = ".tmp"
 """Ending of files and folders that are not complete yet."""
 
@@ -286,6 +286,12 @@ def _uploaded(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
 
 @contextmanager
 def _moved_into_place(fs: Any, path: str, mode: str) -> Iterator[IO[Any]]:
+    if (there := _kind(fs, path)) == "directory":  # where a move would put the file into it
+        raise UserError(f"{path}: a folder, expected the name of a file")
+    if there == "other" or path.startswith("/dev/"):  # a device, pipe or link to one, which a move would replace
+        with fs.open(path, mode) as stream:
+            yield stream
+        return
     make_folder(fs, fs._parent(path))
     temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
     try:

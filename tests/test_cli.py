@@ -126,6 +126,7 @@ def test_generate_writes_files_that_say_what_made_them(
         ("out.gif", (), "out.gif: expected a name that ends with .jpg, .png, .jpeg, .webp"),
         ("none/out.png", (), "none/out.png: no folder"),
         ("there.png", (), "there.png: already exists"),
+        ("folder.png", (), "folder.png: a folder, expected the name of a file"),
         ("out.png", ("--size", "32"), "--size 32: expected WIDTHxHEIGHT"),
         ("out.png", ("--size", "33x32"), "height 32, width 33: expected multiples of 8"),
         ("out.png", ("-n", "0"), "--count 0: expected at least 1"),
@@ -140,5 +141,26 @@ def test_generate_refuses_what_it_cannot_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "there.png").touch()
+    (tmp_path / "folder.png").mkdir()
     assert generate(models, tmp_path / name, *more) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["shards", "x.tar", "--output"],
+        ["simulate", "simulation/mi300x", "--output"],
+        ["bench", "--set", "suites=[data]", "--set"],
+        ["bench-gpu", "--tiny", "--output"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_folder_is_no_file_to_write(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the work, which takes minutes."""
+    target = tmp_path / "folder.json"
+    target.mkdir()
+    given = f"output={target}" if command[-1] == "--set" else str(target)
+    assert cli.main([*command, given]) == 2
+    assert f"{target}: a folder, expected the name of a file" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [target]

@@ -147,7 +147,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, inputs in (("evaluation", reconstructed), ("sweep", {"samples": sweep}), ("plain", {"samples": other})):
         config = {"tokenizer": tokenizer, **inputs, "output": f"{folder}/{name}", "local": True}
         run_evaluate(EvaluateConfig.model_validate(config))
-    compare(f"{folder}/sweep#{next(iter(settings))}", f"{folder}/plain", str(folder / "compare.html"))
+    compare(f"{folder}/sweep#{next(iter(settings))}", f"{folder}/plain", output=str(folder / "compare.html"))
     return {
         "demo": demo_page(folder / "demo"),
         "curation": curation_page(folder / "curation"),
@@ -379,8 +379,6 @@ def test_a_click_or_a_key_shows_an_image_larger(page: Page, width: int) -> None:
 
 
 def test_a_goal_is_told_in_words_beside_its_result(pages: dict[str, Path]) -> None:
-    row = next(row.text for row in parsed(pages["evaluation"]).all("tr") if "psnr" in row.text)
-    assert "≥ 21.59" in row and "✗ missed" in row  # of an untrained tokenizer
     limits = next(
         row.text for row in parsed(pages["curation"]).all("tr") if "quarantined" in row.text and "≤" in row.text
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from yarl import URL
 
 from instella_ray import storage
+from instella_ray.config import check_output_file
 from instella_ray.errors import UserError
 
 
@@ -128,3 +130,39 @@ def test_many_files_are_read_in_order_and_listed_with_their_sizes(root: str, tmp
     assert [len(data) for data in storage.read_many(urls, at_once=3)] == list(range(100))
     assert storage.sizes(storage.join(base, "many", "*.txt")) == {url: number for number, url in enumerate(urls)}
     storage.remove_tree(storage.join(base, "many"))
+
+
+@pytest.mark.parametrize("root", ["local", "memory://onto"])
+def test_nothing_is_written_onto_a_folder(root: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if root == "local" else root
+    folder = storage.join(base, "reports")
+    storage.write_text(storage.join(folder, "kept.txt"), "kept")
+    before = storage.glob(storage.join(base, "**"))
+    with pytest.raises(UserError, match="reports: a folder, expected the name of a file"):
+        storage.write_text(folder, "a page")
+    with pytest.raises(UserError, match="reports: a folder, expected the name of a file"):
+        check_output_file(folder)
+    assert storage.glob(storage.join(base, "**")) == before  # nor is a temporary file left
+
+
+def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for good in ("new.json", "file", "not/there/yet.json", "odd #? %41.json"):
+        check_output_file(str(tmp_path / good))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # a check makes nothing
+    with pytest.raises(UserError, match=r"file/x/y\.json: .*file is not a folder that can be written to"):
+        check_output_file(str(tmp_path / "file" / "x" / "y.json"))
+    with pytest.raises(UserError, match="new/: a folder, expected the name of a file"):
+        check_output_file(f"{tmp_path}/new/")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"x\.json: .* is not a folder that can be written to"):
+        check_output_file(str(tmp_path / "x.json"))
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_text(str(tmp_path / "pipe"), "a page")
+    assert os.read(reader, 100) == b"a page" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

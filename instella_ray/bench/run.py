@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from ..accelerator import hardware_summary
-from ..config import Config, OutputPath
+from ..config import Config, OutputPath, check_output_file
 from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
@@ -63,8 +63,10 @@ class BenchConfig(Config):
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
     """Run all suites sequentially; results are written after each.
 
-    Raises UserError if the suite ``simulation`` lacks its packages, before any suite runs.
+    Raises UserError for an output that cannot be written and if the suite ``simulation`` lacks its packages, before any
+    suite runs.
     """
+    check_output_file(cfg.output)
     if "simulation" in cfg.suites:
         extra_import("simpy", "suite simulation", "simulate")
         from . import simulation

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from ..data.formats.parts import finished_file
 from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.sampling import SamplingConfig
+from ..packages import installed_versions
 from ..runs import Provenance, read_record
 
 MANIFEST, SWEEP = "manifest.json", "sweep.json"
@@ -202,7 +202,7 @@ def samples_provenance(role: str, folder: str) -> Provenance:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of what makes samples and images of them."""
-    return {name: version(name) for name in ("instella-ray", "torch", "transformers")}
+    return installed_versions(("instella-ray", "torch", "transformers"))
 
 
 def sample_id(prompt_id: str, index: int) -> str:

@@ -1,33 +1,48 @@
-"""Compare two evaluations."""
+"""Compare evaluations."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from .. import logs
+from .. import logs, storage
 from ..config import ArgumentParser
-from ..evaluation.compare import NOTE, compare
+from ..evaluation.compare import PAGE, compare
+from ..evaluation.differences import NOTE
+from ..rendering import printable
 
 
 def parser(prog: str = "instella-ray compare") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        description="Compare two outputs of jobs/evaluate.py. Metrics with scores per sample are compared by a paired test "
-        "over samples of the same prompts, others by confidence intervals. Metrics measured differently are listed and "
-        "not compared.",
+        description="Compare outputs of jobs/evaluate.py with the first of them: intervals of all differences, paired tests "
+        "over samples of the same prompts, whether a difference is within its interval, and what else differs. Metrics "
+        "measured differently are listed and not compared.",
     )
-    parser.add_argument("a", metavar="A", help="output folder; FOLDER#SETTING selects one setting of a sweep")
-    parser.add_argument("b", metavar="B", help="second output folder; differences are B minus A")
-    parser.add_argument("--output", metavar="FILE", help="also write an HTML page with images of the same prompts")
+    parser.add_argument("baseline", metavar="A", help="output folder; FOLDER#SETTING is one setting of a sweep")
+    parser.add_argument(
+        "others", metavar="B", nargs="*", help="further ones (none: those of a sweep); differences are B - A"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"also write an HTML page with images of the same prompts ({PAGE} in a folder)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray compare") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("compare")
-    for comparison in compare(args.a, args.b, args.output):
-        print(comparison.text() + "\n")
-    print(f"95 % intervals; {NOTE}")
-    if args.output:
-        print(f"page: {args.output}")
+    output: str | None = args.output
+    if output and (output.endswith("/") or storage.kind(output) == "directory"):
+        output = storage.join(output, PAGE)
+    found = compare(args.baseline, *args.others, output=output)
+    if args.json:
+        print(json.dumps({"note": NOTE, "comparisons": [each.as_dict() for each in found]}, indent=1, allow_nan=False))
+        return 0
+    for comparison in found:
+        print(printable(comparison.text()) + "\n")
+    print(f"{NOTE}.")
+    if output:
+        print(printable(f"page: {output}"))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import logs
 from ..bulk.sample_set import library_versions
-from ..config import ArgumentParser
+from ..config import ArgumentParser, check_output_file
 from ..data.formats.images import OPTIONS, encode_image
 from ..errors import UserError
 from ..pipeline import InstellaPipeline
@@ -81,6 +81,7 @@ def _files(output: Path, count: int) -> list[Path]:
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1")
     files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)] if count > 1 else [output]
+    check_output_file(str(files[0]))
     if there := [file for file in files if file.exists()]:
         raise UserError(f"--output {there[0]}: already exists; expected a new name")
     return files

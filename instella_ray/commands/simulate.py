@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from .. import logs, storage
-from ..config import ArgumentParser, add_overrides, load_config
+from ..config import ArgumentParser, add_overrides, check_output_file, load_config
 from ..packages import extra_import
 
 
@@ -27,6 +27,8 @@ def parser(prog: str = "instella-ray simulate") -> ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray simulate") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("simulate")
+    if args.output:
+        check_output_file(args.output)
     extra_import("simpy", "instella-ray simulate", "simulate")
     from ..planning.simulation.run import SimulateConfig, run_simulation
 

@@ -1,155 +1,248 @@
-"""Comparison of two evaluations: metric differences with significance tests, and images of the shared prompts."""
+"""Comparison of evaluations with the first of them: metrics, what differs otherwise, and images of shared prompts."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import string
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from .. import storage
+from ..config import check_output_file
 from ..errors import UserError
-from ..rendering import Cell, digits, render, table, value_text
-from .metrics.base import Info, Metric, better
-from .metrics.diversity import Diversity
-from .metrics.rates import RateMetric
-from .metrics.samples import SampleMetric
+from ..rendering import digits, render, value_text
+from .differences import NOTE, PAIRED, Row, differences
+from .metrics.base import Info, Metric
 from .report import REPORT
 from .results import Evaluation, Json
-from .statistics import paired_difference
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
-LEVEL = 0.05
-NOTE = "p-values from a sign-flip permutation test over prompts, not corrected for the number of metrics"
+PAGE = "compare.html"
 IMAGES = 48
+COSTS = {"actor_seconds", "seconds", "cost", "seconds_per_image"}
+"""What a run took, which differs between any two."""
+MISSING = "not recorded"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A metric (or part of one) measured in both evaluations."""
+class ComparedRun:
+    """One setting of an evaluation."""
 
-    name: str
-    a: Json
-    b: Json
-    """Result as JSON, with ``value``, ``low``, ``high`` and ``count``."""
-    difference: float
-    """Value in B minus value in A."""
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
-    """Two-sided p-value; None for an unpaired comparison."""
-    how: str = ""
-    verdict: str = ""
+    label: str
+    """``A`` for the baseline, then ``B``, ``C``, ..."""
+    evaluation: Evaluation
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """``FOLDER`` or ``FOLDER#SETTING``."""
+        return f"{self.evaluation.folder}#{self.setting}" if self.setting else self.evaluation.folder
+
+    @property
+    def results(self) -> Json:
+        return self.evaluation.settings[self.setting]
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything that was recorded about the run and its metrics, besides costs, by dotted name."""
+        found = flattened(self.results["about"])
+        apart = ("name", "about", "units", "metrics", "shown", "citations")
+        counts = {key: value for key, value in self.results.items() if key not in apart}
+        found |= flattened({"card": self.evaluation.card, **counts})
+        for name, result in self.results["metrics"].items():
+            how = {key: result[key] for key in ("name", "implementation", "weights", "weights_hash")}
+            settings = self.evaluation.first(self.setting, name).info.settings
+            found |= flattened({"metrics": {name: {**how, "settings": settings}}})
+        return {name: value for name, value in found.items() if name.rpartition(".")[2] not in COSTS}
+
+    def metric(self, name: str) -> Metric:
+        """Load a metric, whole only if it has scores to pair: the others' results are in ``results``."""
+        first = self.evaluation.first(self.setting, name)
+        return self.evaluation.metric(self.setting, name) if isinstance(first, PAIRED) else first
+
+
+@dataclass(frozen=True)
+class RunDifferences:
+    """Differences of one run from the baseline."""
+
+    label: str
+    rows: list[Row]
+    refused: dict[str, str]
+    """Reason by name of each metric that is not comparable."""
 
 
 @dataclass(frozen=True)
 class SettingComparison:
-    """Comparison of one setting of evaluation A with one setting of evaluation B."""
+    """Comparison of one setting in each of several evaluations."""
 
-    a: str
-    b: str
-    """``FOLDER`` or ``FOLDER#SETTING``."""
-    rows: list[Row]
-    refused: dict[str, str]
-    """Reason by name of each metric that is not comparable."""
-    differs: list[tuple[str, str, str]]
-    """Differing input properties: dotted name, value in A, value in B."""
-    images: list[tuple[Json, Json]]
+    setting: str
+    runs: dict[str, str]
+    """``FOLDER`` or ``FOLDER#SETTING`` by label; the first is the baseline."""
+    others: list[RunDifferences]
+    differs: list[tuple[str, dict[str, str]]]
+    """Differing properties of the runs: dotted name, and value by label."""
+    images: list[dict[str, Json]]
+    """Thumbnail rows of the same prompt by label."""
+
+    @property
+    def metrics(self) -> list[tuple[str, Json, dict[str, Row]]]:
+        """Name of each compared metric, the baseline's result, and the rows of the other runs by label."""
+        found: dict[str, dict[str, Row]] = {}
+        for other in self.others:
+            for row in other.rows:
+                found.setdefault(row.name, {})[other.label] = row
+        return [(name, next(iter(rows.values())).a, rows) for name, rows in found.items()]
 
     def text(self) -> str:
-        """Format the comparison for a terminal."""
-        lines = [f"A {self.a}", f"B {self.b}", "", table([_cells(row) for row in self.rows])]
-        return "\n".join([*lines, *(f"not compared: {name}: {why}" for name, why in self.refused.items())])
+        """Format the comparison for a terminal: lines of about 100 characters."""
+        blocks = [[f"{label}  {name}" for label, name in self.runs.items()], list(_table(self.metrics, self.runs))]
+        for other in self.others:
+            by_how: dict[str, list[str]] = {}
+            for row in other.rows:
+                by_how.setdefault(row.how, []).append(row.name)
+            blocks.append([_wrapped(f"{other.label}: {', '.join(names)}: {how}") for how, names in by_how.items()])
+            refused = (f"{other.label}, not compared: {name}: {why}" for name, why in other.refused.items())
+            blocks[-1] += map(_wrapped, refused)
+        if self.differs:
+            told = ((name, "; ".join(f"{label} {value}" for label, value in of.items())) for name, of in self.differs)
+            blocks.append(["What differs:", *(_wrapped(f"  {name}: {values}") for name, values in told)])
+        return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
-
-def compare(a: str, b: str, output: str | None = None) -> list[SettingComparison]:
-    """Compare two evaluation outputs, each ``FOLDER`` or ``FOLDER#SETTING``; write an HTML page to ``output``.
-
-    Settings are paired by name; if each side has a single setting, those two are compared. Raises UserError if nothing
-    is comparable.
-    """
-    first, second = _open(a), _open(b)
-    found = [
-        _compare(first[0], ours, second[0], theirs) for ours, theirs in _pairs(a, list(first[1]), b, list(second[1]))
-    ]
-    if not any(comparison.rows for comparison in found):
-        reasons = "; ".join(f"{name}: {why}" for name, why in found[0].refused.items())
-        raise UserError(f"{a} and {b}: nothing to compare ({reasons or 'no metric in both'})")
-    if output is not None:
-        pages = {
-            f"Report of {name}": link for name, side in (("A", a), ("B", b)) if (link := _report_link(side, output))
+    def as_dict(self) -> Json:
+        """Return plain JSON values, without the images."""
+        return {
+            "setting": self.setting,
+            "runs": self.runs,
+            "others": [{**vars(other), "rows": [row.as_dict() for row in other.rows]} for other in self.others],
+            "differs": dict(self.differs),
         }
+
+
+def compare(*names: str, output: str | None = None) -> list[SettingComparison]:
+    """Compare evaluation outputs, each ``FOLDER`` or ``FOLDER#SETTING``, with the first; write an HTML page to ``output``.
+
+    Settings are paired by name; if each side has a single setting, those are compared. The settings of a single sweep are
+    compared with each other. Raises UserError
+    if nothing is comparable, and for an output that cannot be written.
+    """
+    if output is not None:
+        check_output_file(output)
+    sides = [_open(name) for name in names]
+    if len(sides) == 1:
+        sides = [(side, [setting]) for side, own in sides for setting in own]
+    if not 2 <= len(sides) <= len(string.ascii_uppercase):
+        raise UserError(f"{', '.join(names)}: {len(sides)} to compare, expected 2 to {len(string.ascii_uppercase)}")
+    found = []
+    for setting in _settings(names, sides):
+        chosen = (setting if setting is not None else own[0] for _, own in sides)
+        runs = [
+            ComparedRun(label, evaluation, name)
+            for label, (evaluation, _), name in zip(string.ascii_uppercase, sides, chosen, strict=False)
+        ]
+        found.append(_compare(runs))
+    if not any(other.rows for comparison in found for other in comparison.others):
+        reasons = "; ".join(f"{name}: {why}" for name, why in found[0].others[0].refused.items())
+        raise UserError(f"{' and '.join(names)}: nothing to compare ({reasons or 'no metric in all'})")
+    if output is not None:
+        links = {
+            label: _report_link(side.folder, output) for label, (side, _) in zip(found[0].runs, sides, strict=True)
+        }
+        pages = {f"Report of {label}": link for label, link in links.items() if link}
         storage.write_text(output, render(TEMPLATE, comparisons=found, note=NOTE, pages=pages))
     return found
 
 
-def _report_link(side: str, output: str) -> str | None:
-    """Return the path of an evaluation's report relative to the page ``output``; None unless both are on a local disk."""
-    report = storage.join(side.partition("#")[0], REPORT)
+def _report_link(folder: str, output: str) -> str | None:
+    """Return the link of an evaluation's report relative to the page ``output``; None unless both are on a local disk."""
+    report = storage.join(folder, REPORT)
     if not (storage.is_local(report) and storage.is_local(output) and storage.exists(report)):
         return None
     paths = [storage.filesystem(url)[1] for url in (report, output)]
-    return quote(Path(os.path.relpath(paths[0], Path(paths[1]).parent)).as_posix())
+    return quote(os.fsencode(Path(os.path.relpath(paths[0], Path(paths[1]).parent)).as_posix()))
 
 
 def _open(name: str) -> tuple[Evaluation, list[str]]:
-    folder, mark, setting = name.partition("#")
+    folder, setting = _split(name)
     evaluation = Evaluation(folder)
-    if mark and setting not in evaluation.settings:
+    if setting is not None and setting not in evaluation.settings:
         raise UserError(f"{name}: no such setting, expected one of {', '.join(evaluation.settings)}")
-    return evaluation, [setting] if mark else list(evaluation.settings)
+    return evaluation, list(evaluation.settings) if setting is None else [setting]
 
 
-def _pairs(a: str, ours: list[str], b: str, theirs: list[str]) -> list[tuple[str, str]]:
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
-    shared = [(name, name) for name in ours if name in theirs]
+def _split(name: str) -> tuple[str, str | None]:
+    """Split ``FOLDER#SETTING``; a folder of the whole name comes first, then that of the longest part before a ``#``."""
+    folder, setting = name, None
+    while folder and not storage.exists(folder):
+        folder, _, rest = folder.rpartition("#")
+        setting = f"{rest}{'' if setting is None else f'#{setting}'}"
+    return (folder, setting) if folder else (name, None)
+
+
+def _settings(names: Sequence[str], sides: Sequence[tuple[Evaluation, list[str]]]) -> list[str | None]:
+    """Return the settings that all sides have; None alone for the single setting of each."""
+    if all(len(own) == 1 for _, own in sides):
+        return [None]
+    shared: list[str | None] = [name for name in sides[0][1] if all(name in own for _, own in sides)]
     if not shared:
-        raise UserError(f"{a} and {b}: no setting in both; name one of each as FOLDER#SETTING")
+        raise UserError(f"{' and '.join(names)}: no setting in all; name one of each as FOLDER#SETTING")
     return shared
 
 
-def _compare(first: Evaluation, ours: str, second: Evaluation, theirs: str) -> SettingComparison:
-    a, b = first.settings[ours], second.settings[theirs]
-    asked = first.asked(ours), second.asked(theirs)
-    same = {name for name, of in asked[0].items() if asked[1].get(name) == of}
-    rows: list[Row] = []
-    refused: dict[str, str] = {}
+def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
+    base = runs[0]
+    asked = [run.evaluation.asked(run.setting) for run in runs]
+    same = [{name for name, of in asked[0].items() if theirs.get(name) == of} for theirs in asked]
+    ours = {name: base.metric(name) for name in base.results["metrics"]}
+    others = [_differences(base, ours, run, shared) for run, shared in zip(runs[1:], same[1:], strict=True)]
+    facts = [run.facts() for run in runs]
+    differs = []
+    for name in dict.fromkeys(name for found in facts for name in found):
+        values = [found.get(name, MISSING) for found in facts]
+        if any(value != values[0] for value in values):
+            differs.append((name, {run.label: value_text(v) for run, v in zip(runs, values, strict=True)}))
+    shown = [run.evaluation.images(run.setting) for run in runs]
+    everywhere = set[str].intersection(*same, *map(set, shown))
+    both = [name for name in base.results["shown"]["grid"] if name in everywhere]
+    images = [{run.label: rows[name] for run, rows in zip(runs, shown, strict=True)} for name in both[:IMAGES]]
+    setting = base.setting if len({run.setting for run in runs}) == 1 else ""
+    return SettingComparison(setting, {run.label: run.name for run in runs}, others, differs, images)
+
+
+def _differences(base: ComparedRun, ours: Mapping[str, Metric], other: ComparedRun, same: set[str]) -> RunDifferences:
+    a, b, labels = base.results, other.results, (base.label, other.label)
+    metrics, refused = {}, {}
     for name in (name for name in a["metrics"] if name in b["metrics"]):
-        metrics = first.metric(ours, name), second.metric(theirs, name)
-        sizes = first.card["size"], second.card["size"]
-        if why := incomparable(metrics[0].info, metrics[1].info, sizes):
+        pair = ours[name], other.metric(name)
+        sizes = base.evaluation.card["size"], other.evaluation.card["size"]
+        if why := incomparable(pair[0].info, pair[1].info, sizes, labels):
             refused[name] = why
         else:
-            rows += _rows(a["metrics"][name], b["metrics"][name], *metrics, same)
+            metrics[name] = pair
     for name in set(a["metrics"]) ^ set(b["metrics"]):
-        refused[name] = f"measured in {'A' if name in a['metrics'] else 'B'} alone"
-    about = {name: (_leaf(a["about"], name), _leaf(b["about"], name)) for name in _leaves(a["about"])}
-    differs = [(name, value_text(left), value_text(right)) for name, (left, right) in about.items() if left != right]
-    shown = first.images(ours), second.images(theirs)
-    both = [name for name in a["shown"]["grid"] if name in same and name in shown[0] and name in shown[1]]
-    images = [(shown[0][name], shown[1][name]) for name in both[:IMAGES]]
-    titles = [f"{e.folder}#{s}" if s else e.folder for e, s in ((first, ours), (second, theirs))]
-    return SettingComparison(titles[0], titles[1], rows, dict(sorted(refused.items())), differs, images)
+        refused[name] = f"measured in {labels[0] if name in a['metrics'] else labels[1]} alone"
+    seeds = a["about"].get("seed") == b["about"].get("seed")
+    rows = differences(a["metrics"], b["metrics"], metrics, same, labels, seeds=seeds)
+    return RunDifferences(other.label, rows, dict(sorted(refused.items())))
 
 
-def incomparable(a: Info, b: Info, sizes: tuple[int | None, int | None]) -> str | None:
+def incomparable(
+    a: Info, b: Info, sizes: tuple[int | None, int | None], labels: tuple[str, str] = ("A", "B")
+) -> str | None:
     """Return the reason why results of the two metrics are not comparable; None if they are."""
+    first, second = labels
     if a.name != b.name:
-        return f"A measured {a.name}, B {b.name}: other metrics"
-    ours, theirs = _facts(a), _facts(b)
-    for key in _leaves({**ours, **theirs}):
-        if _leaf(ours, key) != _leaf(theirs, key):
-            return f"{key} is {_leaf(ours, key)} in A, {_leaf(theirs, key)} in B"
+        return f"{first} measured {a.name}, {second} {b.name}: other metrics"
+    ours, theirs = flattened(_facts(a)), flattened(_facts(b))
+    for key in dict.fromkeys([*ours, *theirs]):
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is {ours.get(key)} in {first}, {theirs.get(key)} in {second}"
     images = a.settings.get("images")
     if sizes[0] != sizes[1] and images and images["size"] is None:
-        return f"images of {sizes[0]} px in A, {sizes[1]} px in B"
+        return f"images of {sizes[0]} px in {first}, {sizes[1]} px in {second}"
     return None
 
 
@@ -161,102 +254,42 @@ def _facts(info: Info) -> Json:
     return facts
 
 
-def _rows(a: Json, b: Json, ours: Metric, theirs: Metric, same: set[str]) -> Iterator[Row]:
-    """Yield the rows of a metric and of its parts."""
-    parts = {part["name"]: part for part in b["parts"]}
-    whole, others = _row(a, b), [_row(p, parts[p["name"]]) for p in a["parts"] if p["name"] in parts]
-    if isinstance(ours, RateMetric) and isinstance(theirs, RateMetric):
-        verdicts = ours.verdicts()
-        names = sorted(same & set(verdicts) & set(theirs.verdicts()))
-        sizes = Counter(verdicts[name].category for name in names)
-        # The score is the unweighted mean over categories, so a sample is weighted by the inverse of its category's size.
-        weights = {name: len(names) / len(sizes) / sizes[verdicts[name].category] for name in names}
-        yield _paired(whole, ours, theirs, weights)
-        for row in others:
-            category = row.name.rpartition("/")[2]
-            yield _paired(row, ours, theirs, {name: 1.0 for name in names if verdicts[name].category == category})
-    elif isinstance(ours, SampleMetric | Diversity) and isinstance(theirs, SampleMetric | Diversity):
-        shared = sorted(same & set(_scores(ours)) & set(_scores(theirs)))
-        yield _paired(whole, ours, theirs, dict.fromkeys(shared, 1.0))
-        yield from map(_unpaired, others)
-    else:
-        yield from map(_unpaired, (whole, *others))
-
-
-def _row(a: Json, b: Json) -> Row:
-    known = a["value"] is not None and b["value"] is not None
-    return Row(a["name"], a, b, b["value"] - a["value"] if known else float("nan"))
-
-
-def _scores(metric: SampleMetric | Diversity) -> dict[str, float]:
-    """Return scores by sample (or prompt) name; empty if computing them needs a network that is not loaded."""
-    try:
-        return metric.scores()
-    except UserError:
-        return {}
-
-
-def _paired(row: Row, ours: Any, theirs: Any, weights: Mapping[str, float]) -> Row:
-    """Compute the weighted difference over the samples that both evaluations share."""
-    if len(weights) < 2:
-        return _unpaired(row)
-    a, b, names = ours.scores(), theirs.scores(), list(weights)
-    scale = np.array([weights[name] for name in names])
-    groups = None if isinstance(ours, Diversity) else [ours.groups()[name] for name in names]
-    found = paired_difference(scale * [b[name] for name in names], scale * [a[name] for name in names], groups)
-    most = max(row.a["count"], row.b["count"])
-    kind = "prompts" if isinstance(ours, Diversity) else "samples"
-    how = f"paired over {len(names)}{f' of {most}' if kind == 'samples' and len(names) < most else ''} {kind}"
-    values: dict[str, Any] = {"difference": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
-    return replace(row, **values, how=how, verdict=_verdict(row.name, found.value, found.p_value))
-
-
-def _unpaired(row: Row) -> Row:
-    ends = [row.a["low"], row.a["high"], row.b["low"], row.b["high"]]
-    how = "unpaired, no interval"
-    if None not in ends:
-        apart = row.a["high"] < row.b["low"] or row.b["high"] < row.a["low"]
-        how = f"unpaired, intervals {'apart' if apart else 'overlap'}"
-    return replace(row, how=how, verdict="equal" if row.difference == 0 else "")
-
-
-def _verdict(name: str, difference: float, p_value: float) -> str:
-    if difference == 0 and p_value == 1:
-        return "equal"
-    if p_value >= LEVEL:
-        return "no difference seen"
-    way = better(name)
-    if way is None:
-        return "B higher" if difference > 0 else "A higher"
-    return "B better" if (difference > 0) == (way == "higher") else "A better"
-
-
-def _cells(row: Row) -> dict[str, Cell]:
+def _table(metrics: Sequence[tuple[str, Json, dict[str, Row]]], runs: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of a table with a block a metric and a line a run."""
     number = partial(digits, significant=4)
+    base = next(iter(runs))
 
-    def interval(low: float | None, high: float | None) -> str:
-        return f" [{number(low)}, {number(high)}]" if low is not None and high is not None else ""
+    def measured(value: float | None, low: float | None, high: float | None) -> str:
+        return number(value) if low is None or high is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
-    return {
-        "metric": row.name,
-        "A": number(row.a["value"]) + interval(row.a["low"], row.a["high"]),
-        "B": number(row.b["value"]) + interval(row.b["low"], row.b["high"]),
-        "B - A": number(row.difference) + interval(row.low, row.high),
-        "p": "" if row.p_value is None else digits(row.p_value),
-        "how": row.how,
-        "verdict": row.verdict,
-    }
+    head = ("", "value", f"less {base}", "p", "p (Holm)", "verdict")
+    blocks: list[tuple[str, list[tuple[str, ...]]]] = []
+    for name, a, rows in metrics:
+        lines: list[tuple[str, ...]] = [(base, measured(a["value"], a["low"], a["high"]), "", "", "", "")]
+        for label, row in rows.items():
+            p_values = ("" if p is None else digits(p, significant=2) for p in (row.p_value, row.adjusted))
+            value = measured(row.b["value"], row.b["low"], row.b["high"])
+            lines.append((label, value, measured(row.difference, row.low, row.high), *p_values, row.verdict))
+        blocks.append((name, lines))
+    every = [head, *(line for _, lines in blocks for line in lines)]
+    widths = [max(len(line[column]) for line in every) for column in range(len(head))]
+
+    def padded(line: tuple[str, ...]) -> str:
+        return "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+
+    yield padded(head)
+    for name, lines in blocks:
+        yield name
+        yield from map(padded, lines)
 
 
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def flattened(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to values by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _leaf(data: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from .. import storage
@@ -17,7 +16,9 @@ from ..data.formats.parts import SETTINGS, open_output
 from ..data.model_provenance import model_provenance
 from ..data.stages import Pool
 from ..errors import UserError
+from ..packages import installed_versions
 from ..runs import Provenance, recorded
+from .citation import LIBRARIES, add_citations
 from .inputs import EvaluateConfig, EvaluationInputs
 from .measure import MeasureOptions, Record, States, measure
 from .metric_settings import GenEval, LpipsDiversity, absolute, choose
@@ -80,6 +81,7 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             shown = ThumbnailOptions(reader, cfg.show.size, gpu)
             write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
         card = {**_card(cfg, inputs, measured), "references": gathered}
+        add_citations(settings, card)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
 
@@ -116,7 +118,9 @@ def _open_output(cfg: EvaluateConfig, settings: dict[str, Any]) -> None:
         changed = {key for key, value in settings.items() if before.get(key) != value}
         if before.get(REFERENCES) is not None and changed <= {IMAGES, REFERENCES, "work"}:
             sources = [cfg.source] if IMAGES in changed else []
-            sources += [url for url, identity in settings[REFERENCES].items() if before[REFERENCES].get(url) != identity]
+            sources += [
+                url for url, identity in settings[REFERENCES].items() if before[REFERENCES].get(url) != identity
+            ]
             if sources:
                 reason = f"{sources[0]} has changed since it was measured (names, sizes or times of files)"
                 raise UserError(f"output {cfg.output}: {reason}; use mode=fresh or another folder")
@@ -206,7 +210,6 @@ def _summary(
 
 
 def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Record]) -> dict[str, Any]:
-    names = ("instella-ray", "torch", "ray", "numpy", "pillow")
     return {
         "measured_inputs": "samples" if cfg.samples else "reconstructions" if cfg.tokenizer else "images",
         "source": cfg.source,
@@ -216,7 +219,7 @@ def _card(cfg: EvaluateConfig, inputs: EvaluationInputs, records: Sequence[Recor
         "preset": cfg.preset,
         "bootstrap_seed": cfg.seed,
         "batch_size": cfg.batch_size,
-        "versions": {name: version(name) for name in names},
+        "versions": installed_versions(LIBRARIES),
         "hardware": hardware_summary(),
         "devices": sorted({record.device for record in records}),
         "actor_seconds": sum(record.seconds for record in records),

@@ -50,7 +50,7 @@ class EvaluateConfig(Config):
     metrics: MetricsConfig | None = None
     """Metrics to measure; none means all that need no external files."""
     preset: str | None = None
-    """Table of the paper whose published numbers are shown next to the results: paper-table1, paper-table3, ..."""
+    """Table of the paper whose numbers are shown beside results of its own protocol: paper-table1, paper-table3, ..."""
     show: ShowConfig = ShowConfig()
     seed: int = 0
     """Seed of the bootstrap."""

@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 from .. import storage
 from ..rendering import Goal, flat, render, svg_curves
+from .citation import PARTS, images_protocol, protocol
 from .metrics.base import better
-from .metrics.presets import Preset, Published, preset
+from .metrics.presets import PROTOCOLS, UNSTATED, Preset, Published, preset
 from .results import Evaluation, Json
 
 REPORT = "report.html"
@@ -20,6 +21,7 @@ PROTOCOL = {
     "guidance": "guidance_scale",
     "temperature": "temperature",
     "steps": "num_inference_steps",
+    "rho": "rho",
 }
 """Fields of :class:`.metrics.presets.Sampling`, and their names in the sampling config."""
 
@@ -29,12 +31,19 @@ def write_report(output: str) -> str:
     results = Evaluation(output)
     settings, card = list(results.settings.values()), results.card
     table = preset(card["preset"]) if card["preset"] else None
+    rows = {setting["name"]: metric_rows(setting, table, card) for setting in settings}
+    # All settings of an evaluation are measured in the same way.
+    protocols = {result["name"]: dict(protocol(result)) for result in settings[0]["metrics"].values()}
     page = render(
         TEMPLATE,
         card=card,
         settings=settings,
         images={name: results.images(name) for name in results.settings} if card["size"] else {},
-        rows={setting["name"]: metric_rows(setting, table) for setting in settings},
+        rows=rows,
+        goals={name: any(row.get("goal") for row in found) for name, found in rows.items()},
+        protocols=protocols,
+        protocol_keys=[key for key in PARTS if any(key in found for found in protocols.values())],
+        made=images_protocol,
         preset=table,
         differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
         curves=list(curves(settings)) if len(settings) > 1 else [],
@@ -48,22 +57,29 @@ def write_report(output: str) -> str:
     return path
 
 
-def metric_rows(setting: Json, table: Preset | None) -> list[Json]:
-    """Return rows of all results of a setting with published values of the same name, then the other published values.
+def metric_rows(setting: Json, table: Preset | None, card: Json) -> list[Json]:
+    """Return rows of all results of a setting, then the published values that were not measured.
 
-    ``goal`` of a row compares it with the published value; None where there is no such value.
+    ``published`` of a row is the published value of the same name where samples and metric are the paper's protocol, else
+    None; ``withheld`` says what differs in the metric alone. ``goal`` compares the row with the published value.
     """
-    found = [row for result in setting["metrics"].values() for row in (result, *result["parts"])]
+    found = [(row, result) for result in setting["metrics"].values() for row in (result, *result["parts"])]
     if (each := setting["about"].get("seconds_per_image")) is not None:
         how = f"one actor on {setting['about']['hardware']}, in bulk"
         row = {"name": "seconds_per_image", "value": each, "low": None, "high": None, "count": setting["measured"]}
-        found.append({**row, "implementation": how, "weights": None})
+        row |= {"implementation": how, "weights": None}
+        found.append((row, row))
     published = {entry.metric: entry for entry in table.published} if table else {}
+    other = differences(table, card, setting) if table else []
     rows = []
-    for row in found:
+    for row, result in found:
         entry = published.pop(row["name"], None)
-        rows.append({**row, "published": entry, "goal": _goal(row["value"], entry)})
-    return rows + [{"name": name, "value": None, "published": entry} for name, entry in published.items()]
+        withheld = metric_differences(table, setting, result) if table and entry else []
+        entry = None if other or withheld else entry
+        rows.append({**row, "published": entry, "withheld": withheld, "goal": _goal(row["value"], entry)})
+    return rows + [
+        {"name": name, "value": None, "published": entry, "withheld": []} for name, entry in published.items()
+    ]
 
 
 def _goal(value: float | None, published: Published | None) -> Goal | None:
@@ -72,24 +88,38 @@ def _goal(value: float | None, published: Published | None) -> Goal | None:
     return Goal(published.metric, value, published.value, ">=" if published.better == "higher" else "<=")
 
 
-def differences(table: Preset | None, card: Json, setting: Json) -> list[str]:
-    """Return the differences between a setting and the published protocol, one text each."""
-    about = setting["about"]
-    found: list[str] = []
-    if table is None:
-        return found
+def differences(table: Preset, card: Json, setting: Json) -> list[str]:
+    """Return what differs between a setting's images and those of the published protocol, one text each."""
+    about, found = setting["about"], list[str]()
     if card["size"] not in (None, table.size):
         found.append(f"images of {card['size']} px, the paper's {table.size}")
-    if table.sampling is not None and "sampling" in about:
-        for theirs, ours in PROTOCOL.items():
-            if about["sampling"][ours] != (expected := getattr(table.sampling, theirs)):
-                found.append(f"{theirs} {about['sampling'][ours]}, the paper's {expected}")
-    if each := about.get("images_per_prompt"):
-        names = {row["name"] for row in setting["metrics"].values()}
-        prompts = setting["measured"] // each
-        for name in sorted(names & set(table.prompts)):
-            if (prompts, each) != (expected := (table.prompts[name], table.images_per_prompt[name])):
-                found.append(f"{name} over {prompts} prompts x {each}, the paper's {expected[0]} x {expected[1]}")
+    expected = "samples" if table.model else "reconstructions"
+    if card["measured_inputs"] != expected:
+        return [*found, f"{card['measured_inputs']}, the paper's {expected}"]
+    if table.model is None:
+        return found
+    if about["kind"] != table.model:
+        found.append(f"model of kind {about['kind']}, the paper's {table.model}")
+    if about["quantization"] != "none":
+        found.append(f"model rounded to {about['quantization']}, the paper's is not")
+    if table.sampling is None:
+        return [*found, "how the model was sampled is not in the paper"]
+    for theirs, ours in PROTOCOL.items():
+        if about["sampling"][ours] != (of := getattr(table.sampling, theirs)):
+            found.append(f"{theirs} {about['sampling'][ours]}, the paper's {of}")
+    return found
+
+
+def metric_differences(table: Preset, setting: Json, result: Json) -> list[str]:
+    """Return what differs between a result and the paper's protocol of its metric, one text each."""
+    name = result["name"]
+    if name in UNSTATED:
+        return [UNSTATED[name]]
+    found = PROTOCOLS[name].differences(name, result)
+    if name in table.prompts and (each := setting["about"].get("images_per_prompt")):
+        prompts, expected = setting["measured"] // each, (table.prompts[name], table.images_per_prompt[name])
+        if (prompts, each) != expected:
+            found.append(f"{name} over {prompts} prompts x {each}, the paper's {expected[0]} x {expected[1]}")
     return found
 
 

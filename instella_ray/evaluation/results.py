@@ -10,9 +10,13 @@ from ..data.formats.parts import finished_file
 from ..errors import UserError
 from .measure import ROWS, States
 from .metrics.base import Metric
+from .metrics.states import load_state
 from .thumbnails import THUMBNAILS, read_thumbnails
 
 RESULTS, STATES = "results.json", "states"
+
+KEYS = {"name", "about", "measured", "units", "metrics", "shown"}
+"""Keys of a setting in the results that a reader needs."""
 
 Json = dict[str, Any]
 
@@ -27,13 +31,20 @@ class Evaluation:
         try:
             self.card: Json = results["card"]
             self.settings: dict[str, Json] = {setting["name"]: setting for setting in results["settings"]}
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: expected the results of an evaluation") from None
+            complete = all(setting.keys() >= KEYS for setting in self.settings.values())
+        except (KeyError, TypeError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}: expected the results of an evaluation")
         self.folder, self.states = folder, States(storage.join(folder, STATES))
 
     def metric(self, setting: str, name: str) -> Metric:
         """Load a metric's merged state over all units of a setting."""
         return self.states.merged(setting, self.settings[setting]["units"], name)
+
+    def first(self, setting: str, name: str) -> Metric:
+        """Load a metric's state of the first unit of a setting, which has the info of all."""
+        return load_state(self.states.path(setting, self.settings[setting]["units"][0], f"{name}.npz"))
 
     def asked(self, setting: str) -> dict[str, tuple[str, str]]:
         """Return each sample's prompt and hash of its original, by sample id and by group id."""

@@ -11,6 +11,7 @@ import torch
 
 from ... import __version__, storage
 from ...accelerator import device_label, hardware_summary
+from ...config import check_output_file
 from ...errors import UserError
 from ...rendering import Cell, Goal, table
 from .rows import ChipRow, cells
@@ -42,11 +43,13 @@ class GpuBenchResults:
     def __init__(self, cfg: GpuBenchConfig, device: torch.device) -> None:
         """Read the file, if there is one.
 
-        Raises UserError if it has measurements of another device, with other versions or settings, or is not local.
+        Raises UserError if it has measurements of another device, with other versions or settings, or if it is not local
+        or cannot be written.
         """
         self.path = cfg.output
         if not storage.is_local(self.path):
             raise UserError(f"output {self.path}: expected a local file")
+        check_output_file(self.path)
         settings = cfg.model_dump(mode="json")
         self.content: dict[str, Any] = {"machine": machine(device), "settings": settings, "parts": {}}
         if not storage.exists(self.path):

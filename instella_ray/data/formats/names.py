@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from yarl import URL
 
 from ... import storage
-from ...config import Config
+from ...config import Config, check_output_file
 from ...errors import UserError
 from ...urls import encoded_link
 from .files import list_files
@@ -181,6 +181,7 @@ def list_shards(pattern: Pattern, output: str, suffixes: str | Sequence[str]) ->
     """Write the list of the shards of :func:`find_shards` to the file ``output``; UserError unless it ends with .json."""
     if not output.endswith(".json"):
         raise UserError(f"output {output}: expected a name that ends with .json, as lists of shards have")
+    check_output_file(output)
     folder, _, name = storage.absolute(output).rpartition("/")
     return write_shard_list(folder, find_files(pattern, suffixes), name)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ...errors import UserError
+from .clip_score import PAPER_MODEL, PAPER_TAG
+from .features import INCEPTION_HASH
+from .geneval import OFFICIAL_HASH
 
 Sampler = Literal["posterior", "simplified"]
 """Samplers of the paper's Alg. 1 and Alg. 2."""
@@ -38,6 +41,60 @@ class Sampling:
     temperature: float
     """Temperature (tau)."""
     steps: int
+    rho: float = 1.0
+    """Exponent of the timestep grid."""
+
+
+@dataclass(frozen=True)
+class MetricProtocol:
+    """How the paper measured a metric, as far as it says so."""
+
+    images: Mapping[str, Any]
+    """Preprocessing: fields of :class:`.images.ImageSettings`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Other settings of the result: the text that the value must contain, in any case."""
+    weights_hash: str | None = None
+    """First digits of the weights' sha256; None: there are no weights, or ``weights`` names them."""
+    weights: str | None = None
+    """Name of the weights, for those whose hash is not published; '' if nothing is, so that they cannot be verified."""
+
+    def differences(self, name: str, result: Mapping[str, Any]) -> list[str]:
+        """Return what differs in the JSON of a result of the metric ``name``, one text each."""
+        found, settings = [], result["settings"]
+        images = settings.get("images") or {}
+        for key, expected in self.images.items():
+            if images.get(key) != expected:
+                found.append(f"images.{key} of {name} {_text(images.get(key))}, the paper's {_text(expected)}")
+        for key, expected in self.settings.items():
+            if expected.lower() not in str(settings.get(key)).lower():
+                found.append(f"{key} of {name} {_text(settings.get(key))}, the paper's {expected}")
+        weights = f"weights of {name} {result['weights']}"
+        if self.weights_hash and not (result["weights_hash"] or "").startswith(self.weights_hash):
+            found.append(f"{weights}, not the published file (sha256 {self.weights_hash}...)")
+        if self.weights == "":
+            found.append(f"{weights}, which cannot be verified: no checksum is published")
+        elif self.weights and result["weights"] != self.weights:
+            found.append(f"{weights}, the paper's {self.weights}")
+        return found
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+PIXELS = {"size": None, "format": "pixels"}
+PROTOCOLS = {
+    "fid": MetricProtocol(
+        {"size": 256, "filter": "lanczos", "format": "pixels"}, {"network_input": "clean-fid"}, INCEPTION_HASH
+    ),
+    "rfid": MetricProtocol(PIXELS, weights_hash=INCEPTION_HASH),
+    "psnr": MetricProtocol(PIXELS),
+    "ssim": MetricProtocol(PIXELS),
+    "clip_score": MetricProtocol({"size": 256, "format": "pixels"}, weights=f"{PAPER_MODEL}, {PAPER_TAG}"),
+    "image_reward": MetricProtocol(PIXELS, weights=""),
+    "geneval": MetricProtocol(PIXELS, {"color_classifier": "ViT-L-14 openai"}, OFFICIAL_HASH),
+}
+"""The paper's protocol by metric (Appendix D.2, and the evaluation code that it cites)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +106,8 @@ class Preset:
     """Sampling settings; None for a tokenizer, or if the paper does not give them."""
     size: int
     """Pixels a side of the images."""
+    model: str | None = None
+    """Kind of the generator; None for a tokenizer."""
     prompts: Mapping[str, int] = field(default_factory=dict)
     """Default number of prompts by metric."""
     images_per_prompt: Mapping[str, int] = field(default_factory=dict)
@@ -88,19 +147,49 @@ FID_RESIZE_NOTE = (
     "antialiased resize for Inception, here network_resize=clean"
 )
 
+DRAW_NOTE = "the paper draws the bits of the last step (final_draw), its released code thresholds them: here both count"
+UNSTATED = {"seconds_per_image": "the paper does not say on which hardware and in which batch it was measured"}
+"""Published values whose protocol is not known, and why, by metric."""
+
+
+def _table3(steps: int, fid: float, seconds: float) -> Preset:
+    source = f"Table 3, Diffusion BIT (1B), {steps} steps"
+    return Preset(
+        "paper-table3" if steps == 20 else f"paper-table3-{steps}",
+        Sampling("simplified", 4.0, 0.6, steps),
+        1024,
+        "diffusion",
+        prompts={"fid": 30_000},
+        images_per_prompt={"fid": 1},
+        published=(
+            Published("fid", fid, source, "lower"),
+            Published("seconds_per_image", seconds, source, "lower"),
+        ),
+        notes=(
+            FID_PROMPTS_NOTE,
+            FID_RESIZE_NOTE,
+            DRAW_NOTE,
+            "the row with 20 steps is paper-table3, that with 50 paper-table3-50",
+            "the image size of Table 3 is not stated; 1024 px as in Table 1",
+        ),
+    )
+
+
 TABLE1 = Preset(
     "paper-table1",
     Sampling("posterior", 7.5, 0.75, 100),
     1024,
+    "diffusion",
     prompts={"geneval": 553, "clip_score": 30_000, "image_reward": 100},
     images_per_prompt={"geneval": 4, "clip_score": 1, "image_reward": 1},
     published=DIFFUSION,
-    notes=(CLIP_NOTE, "the paper does not say how Instella AR was sampled: its row is paper-table1-ar"),
+    notes=(CLIP_NOTE, DRAW_NOTE, "the paper does not say how Instella AR was sampled: its row is paper-table1-ar"),
 )
 TABLE1_AR = Preset(
     "paper-table1-ar",
     None,
     1024,
+    "ar",
     prompts=TABLE1.prompts,
     images_per_prompt=TABLE1.images_per_prompt,
     published=AUTOREGRESSIVE,
@@ -108,25 +197,10 @@ TABLE1_AR = Preset(
 )
 TABLE2_IMAGENET = Preset("paper-table2-imagenet", None, 512, published=_table2("ImageNet 512x512", 1.32, 22.25, 0.704))
 TABLE2_COCO = Preset("paper-table2-coco", None, 512, published=_table2("MS-COCO 512x512", 7.14, 21.59, 0.69))
-TABLE3 = Preset(
-    "paper-table3",
-    Sampling("simplified", 4.0, 0.6, 20),
-    1024,
-    prompts={"fid": 30_000},
-    images_per_prompt={"fid": 1},
-    published=(
-        Published("fid", 16.33, "Table 3, Diffusion BIT (1B), 20 steps", "lower"),
-        Published("seconds_per_image", 0.38, "Table 3, Diffusion BIT (1B), 20 steps", "lower"),
-    ),
-    notes=(
-        FID_PROMPTS_NOTE,
-        FID_RESIZE_NOTE,
-        "with 50 steps the same table has FID 15.10 and 1.32 s per image (Diffusion BIT, 1B)",
-        "the image size of Table 3 is not stated; 1024 px as in Table 1",
-    ),
-)
+TABLE3 = _table3(20, 16.33, 0.38)
+TABLE3_50 = _table3(50, 15.10, 1.32)
 PRESETS: dict[str, Preset] = {
-    preset.name: preset for preset in (TABLE1, TABLE1_AR, TABLE2_IMAGENET, TABLE2_COCO, TABLE3)
+    preset.name: preset for preset in (TABLE1, TABLE1_AR, TABLE2_IMAGENET, TABLE2_COCO, TABLE3, TABLE3_50)
 }
 
 

@@ -202,6 +202,18 @@ def test_a_table_without_captions_is_measured_and_an_image_that_comes_twice_is_c
         assert len(found) == 4 and quarantined == {"duplicate_key": 1, "no_image": 1}
 
 
+def test_an_image_that_two_tables_have_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", range(2))
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a\n")
+    (folder / "more.csv").write_text("file_name,text\n1.png,a\n")
+    assert len(read_images(folder)[0]) == 2
+    with pytest.raises(UserError, match=r"more\.csv and a folder: both have 1\.png, which would be measured twice"):
+        find_image_set(f"{folder},{folder}/more.csv", 10)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "b"}\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl and .*metadata\.csv: both have 0\.png"):
+        find_image_set(str(folder), 10)
+
+
 def test_captions_that_only_later_images_have_are_found(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "in", range(6))
     (folder / "5.txt").write_text("a red circle")

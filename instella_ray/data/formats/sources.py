@@ -109,7 +109,10 @@ def find_images(
 
 
 def list_image_files(pattern: Pattern, *, output: str | None = None) -> Files:
-    """List the files that are read for the shards of :func:`find_images`, and count those of its folders that are not."""
+    """List the files that are read for the shards of :func:`find_images`, and count those of its folders that are not.
+
+    Raises UserError for an image that two tables have, or a table and a folder of the pattern beside it.
+    """
     found, left_out = _find(pattern, output), Counter[str]()
     read = [entry.url for entry in found.files]
     for root, files in found.folders.items():
@@ -120,9 +123,18 @@ def list_image_files(pattern: Pattern, *, output: str | None = None) -> Files:
     for folder in (part for part in parts - set(found.folders) if not is_http(part)):
         # A folder of shards, beside which images are not read.
         left_out.update(_reason(folder, name) for name in list_files(folder) if image_extension(name))
+    # A folder's own tables take their images out of it; others name them once more.
+    named = {entry.url for entry in found.files}
+    images = dict.fromkeys((url for url in read if image_extension(url)), "a folder")
+    described = dict[str, str]()
     for table in [url for url in read if _is_table(url)]:
-        if scan := _scan(table, ROWS_PER_SHARD, CAPTION_NAMES, captions=False):
-            read += [storage.join(table.rpartition("/")[0], path) for path in scan.paths]
+        scan = _scan(table, ROWS_PER_SHARD, CAPTION_NAMES, captions=False)
+        for path in filter(None, scan.paths if scan else ()):
+            url = storage.join(table.rpartition("/")[0], path)
+            if other := described.get(url) or (table in named and images.get(url)):
+                raise UserError(f"{table} and {other}: both have {path}, which would be measured twice")
+            described[url] = table
+    read += described
     return Files(sorted(set(read)), left_out)
 
 

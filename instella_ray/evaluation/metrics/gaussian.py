@@ -115,22 +115,23 @@ def _count(url: str, array: np.ndarray | None) -> int | None:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Compute the Frechet distance.
 
-    ``tr (C1 C2)^(1/2)`` is computed from the eigenvalues of the symmetric ``C1^(1/2) C2 C1^(1/2)``, which are real and
-    numerically stable even for singular covariances (fewer samples than dimensions).
+    ``tr (C1 C2)^(1/2)`` is the sum of the singular values of ``R1^T R2`` for roots ``C = R R^T``, which are accurate even for
+    singular covariances (fewer samples than dimensions): the distance of a set to itself is 0 up to rounding.
     """
     return distance_with_root(a, b, square_root(b.covariance))
 
 
 def distance_with_root(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
     """Compute the Frechet distance with the square root of the covariance of ``b``, for many distances to it."""
-    product = root_b @ a.covariance @ root_b
-    eigenvalues = linalg.eigvalsh((product + product.T) / 2, check_finite=False)
-    cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    product = square_root(a.covariance).T @ root_b
+    cross = linalg.svdvals(product, check_finite=False).sum() if product.size else 0.0
     shift = a.mean - b.mean
     return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
 def square_root(covariance: np.ndarray) -> np.ndarray:
-    """Compute the symmetric square root of a positive semi-definite matrix."""
+    """Compute R ``[D, rank]`` with ``R R^T`` = ``covariance``, a positive semi-definite matrix."""
     values, vectors = linalg.eigh(covariance, check_finite=False)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    found = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    root: np.ndarray = vectors[:, found] * np.sqrt(values[found])
+    return root

@@ -99,7 +99,7 @@ class References:
     def _add(self, folder: str, name: str, section: FeatureMetric, role: str, pattern: Pattern) -> None:
         asker, source = f"metrics.{name}.{role}", pattern_text(pattern)
         files = self._files.setdefault(name, {})
-        if source.lower().endswith(STATISTICS):
+        if source.lower().endswith(STATISTICS) and storage.kind(source) != "directory":
             if not isinstance(section, FID):
                 raise UserError(f"{asker}: {source}: statistics; expected images (tars, parquet files or a folder)")
             files[role] = (source, source, Gaussian)

@@ -25,6 +25,7 @@ from instella_ray.evaluation.metrics.base import Batch
 from instella_ray.evaluation.metrics.features import Features
 from instella_ray.evaluation.metrics.frechet import Gaussian
 from instella_ray.evaluation.metrics.image_reward import image_reward
+from instella_ray.evaluation.references import References
 from instella_ray.models.clip import load_clip
 
 from ..kit.evaluation import numbers
@@ -141,6 +142,14 @@ def test_references_are_checked_before_anything_is_written(tmp_path: Path) -> No
                 EvaluateConfig(images=str(tmp_path / "a"), output=str(tmp_path / "out"), local=True, metrics=metrics)
             )
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_images_may_be_named_like_a_file_of_statistics(tmp_path: Path) -> None:
+    (tmp_path / "images.npz").mkdir()
+    options = {"network": "efficientnet_lite0", "reference": str(tmp_path / "images.npz")}
+    sections = MetricsConfig.model_validate({"fid": options}).sections()
+    (gathering,) = References(sections, str(tmp_path / "out")).gatherings
+    assert gathering.source == options["reference"] and list(gathering.sections) == ["fid"]
 
 
 # --- cautions

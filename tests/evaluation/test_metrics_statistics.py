@@ -68,7 +68,7 @@ def test_intervals_of_a_mean_cover_it_for_few_groups_or_are_not_given(name: str)
     draw, truth = DRAWS[name]
     least = {"very skewed": 0.92, "log-normal": 0.88}.get(name, 0.94)
     for count in SMALL:
-        bounds = [statistics.bootstrap_mean(draw(np.random.default_rng([count, i]), count)) for i in range(200)]
+        bounds = [statistics.bootstrap_mean(draw(np.random.default_rng([count, i]), count)) for i in range(120)]
         given = [interval for interval in bounds if np.isfinite(interval.low)]
         assert bool(given) == (count >= statistics.FEWEST)
         held = sum(low <= truth <= high for low, high in given)
@@ -76,13 +76,13 @@ def test_intervals_of_a_mean_cover_it_for_few_groups_or_are_not_given(name: str)
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.5])
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.5])
+@pytest.mark.parametrize("share", [0.02, 0.5])
 def test_intervals_of_a_rate_cover_it_for_few_prompts(share: float, alike: float) -> None:
     """One image a prompt, and four that are more or less alike."""
     for prompts in SMALL:
         for images in (1, 4):
             groups, held = [f"{i // images:03d}" for i in range(prompts * images)], 0
-            for i in range(100):
+            for i in range(60):
                 rng = np.random.default_rng([prompts, images, i])
                 ease = (
                     rng.beta(share / alike, (1 - share) / alike, (prompts, 1))
@@ -91,18 +91,18 @@ def test_intervals_of_a_rate_cover_it_for_few_prompts(share: float, alike: float
                 )
                 found = statistics.rate((rng.random((prompts, images)) < ease).reshape(-1), groups)
                 held += found.low <= share <= found.high
-            assert covers(held / 100, 100, 0.93), (prompts, images, held)
+            assert covers(held / 60, 60, 0.93), (prompts, images, held)
 
 
 def test_intervals_of_a_mean_of_rates_cover_it_for_few_prompts() -> None:
     shares = (0.99, 0.78, 0.45, 0.12)
     for prompts in SMALL:
         held = 0
-        for i in range(150):
+        for i in range(80):
             rng = np.random.default_rng([prompts, i])
             found = statistics.mean_of_rates([statistics.rate(rng.random(prompts) < share) for share in shares])
             held += found.low <= np.mean(shares) <= found.high
-        assert covers(held / 150, 150), (prompts, held)
+        assert covers(held / 80, 80), (prompts, held)
 
 
 def test_intervals_of_paired_differences_cover_them_for_few_pairs() -> None:
@@ -137,7 +137,7 @@ def test_jackknives_cover_for_few_images_or_give_no_interval(kind: str) -> None:
         return metric.result()
 
     for count in counts:
-        found = [result(count, repeat) for repeat in range(120)]
+        found = [result(count, repeat) for repeat in range(80)]
         truth = float(np.mean([each.value for each in found]))
         given = [each for each in found if np.isfinite(each.low)]
         assert bool(given) == (count >= statistics.FEWEST_LEFT_OUT)

@@ -78,8 +78,8 @@ class Gaussian:
 def read_arrays(url: str, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Read the arrays ``names`` of an ``.npz`` file, and no others; raises UserError for a file without them."""
     problem = f"{url}: no statistics with {' and '.join(names)}"
-    with storage.open_file(url) as stream:
-        try:
+    try:
+        with storage.open_file(url) as stream:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, NpzFile):
                 raise UserError(f"{problem} (a single array); {EXPECTED}")
@@ -88,9 +88,11 @@ def read_arrays(url: str, names: tuple[str, ...], optional: tuple[str, ...] = ()
                     there = ", ".join(sorted(archive)[:8]) or "nothing"
                     raise UserError(f"{problem} (there is {there}); {EXPECTED}")
                 return {name: archive[name] for name in (*names, *optional) if name in archive}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"{problem} (cut, damaged or no arrays of numbers: {reason}); {EXPECTED}") from None
+    except PermissionError:
+        raise UserError(f"{url}: no permission to read it") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{problem} (cut, damaged or no arrays of numbers: {reason}); {EXPECTED}") from None
 
 
 def _floats(url: str, name: str, array: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def protocol(result: Json) -> Iterator[tuple[str, str]]:
     if reference := settings.get("reference"):
         count = f"{digits(reference['count'])} images, " if reference.get("count") else ""
         yield "reference", f"{reference['source']} ({count}sha256 {str(reference.get('sha256'))[:HASH]})"
-    if settings.get("interval"):
+    if settings.get("interval") and result["low"] is not None:
         yield "interval", f"{settings['confidence'] * 100:g} %, {settings['interval']}"
 
 

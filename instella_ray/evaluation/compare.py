@@ -85,6 +85,8 @@ class SettingComparison:
     others: list[RunDifferences]
     differs: list[tuple[str, dict[str, str]]]
     """Differing properties of the runs: dotted name, and value by label."""
+    cautions: list[str]
+    """Reasons of the results not to take a value at face value, with run and metric."""
     images: list[dict[str, Json]]
     """Thumbnail rows of the same prompt by label."""
 
@@ -100,6 +102,7 @@ class SettingComparison:
     def text(self) -> str:
         """Format the comparison for a terminal: lines of about 100 characters."""
         blocks = [[f"{label}  {name}" for label, name in self.runs.items()], list(_table(self.metrics, self.runs))]
+        blocks.append([_wrapped(f"Caution: {caution}") for caution in self.cautions])
         for other in self.others:
             by_how: dict[str, list[str]] = {}
             for row in other.rows:
@@ -119,6 +122,7 @@ class SettingComparison:
             "runs": self.runs,
             "others": [{**vars(other), "rows": [row.as_dict() for row in other.rows]} for other in self.others],
             "differs": dict(self.differs),
+            "cautions": self.cautions,
         }
 
 
@@ -209,7 +213,13 @@ def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
     both = [name for name in base.results["shown"]["grid"] if name in everywhere]
     images = [{run.label: rows[name] for run, rows in zip(runs, shown, strict=True)} for name in both[:IMAGES]]
     setting = base.setting if len({run.setting for run in runs}) == 1 else ""
-    return SettingComparison(setting, {run.label: run.name for run in runs}, others, differs, images)
+    cautions = [
+        f"{run.label}, {result['name']}: {caution}"
+        for run in runs
+        for result in run.results["metrics"].values()
+        for caution in result.get("cautions", ())
+    ]
+    return SettingComparison(setting, {run.label: run.name for run in runs}, others, differs, cautions, images)
 
 
 def _differences(base: ComparedRun, ours: Mapping[str, Metric], other: ComparedRun, same: set[str]) -> RunDifferences:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instella_ray import cli
+from instella_ray import cli, storage
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
@@ -190,15 +190,22 @@ def test_several_runs_stand_beside_the_first_with_all_that_differs(
     assert differs["kind"] == {"A": "diffusion", "B": "diffusion", "C": "ar"}
     assert differs["card.bootstrap_seed"] == {"A": "0", "B": "0", "C": "7"}
     assert "seconds_per_image" not in differs and "card.actor_seconds" not in differs
+    results = storage.read_json(f"{outputs[2]}/results.json")
+    results["settings"][0]["metrics"]["bit_usage"]["cautions"] = ["few images"]
+    storage.write_json(f"{outputs[2]}/results.json", results)
     assert cli.main(["compare", *outputs, "--output", f"{tmp_path}/page.html"]) == 0
     out = capsys.readouterr().out
-    assert "A higher" in out and "text_encoder.name: A not recorded; B T5" in out
+    assert (
+        "Caution: C, bit_usage: few images" in out
+        and "A higher" in out
+        and "text_encoder.name: A not recorded; B T5" in out
+    )
     assert max(map(len, out.split("95 % intervals")[0].replace(str(tmp_path), "").splitlines())) <= 110
     page = (tmp_path / "page.html").read_text()
     assert "<th>C − A</th>" in page and "text_encoder.name" in page and page.count("A higher") == 1
     assert cli.main(["compare", *outputs, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    rows = {row["name"]: row for row in told["comparisons"][0]["others"][0]["rows"]}
+    found_in_json = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    rows = {row["name"]: row for row in found_in_json["comparisons"][0]["others"][0]["rows"]}
     assert rows["diversity_bits"]["verdict"] == "A higher" and rows["dead_bits"]["low"] is None
 
 

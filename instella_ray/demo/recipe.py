@@ -34,7 +34,7 @@ class StepsConfig(Config):
     """Number of training steps of each training stage."""
 
     tokenizer: int = Field(650, ge=1)
-    diffusion: int = Field(1500, ge=1)
+    diffusion: int = Field(1350, ge=1)
     ar: int = Field(750, ge=1)
 
 

@@ -136,8 +136,8 @@ def _jsonl(source: str) -> Iterator[Record]:
 
 
 def _table(source: str, delimiter: str) -> Iterator[Record]:
-    csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(_lines(source), delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(LONGEST_FIELD)  # of the whole process
     try:
         header = next(reader, [])
         for number, fields in enumerate(filter(None, reader)):
@@ -147,6 +147,8 @@ def _table(source: str, delimiter: str) -> Iterator[Record]:
             yield number, where, dict(zip(header, fields, strict=False))
     except csv.Error as error:
         raise UserError(f"{source}, line {reader.line_num}: not a row of a table ({error})") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(source: str) -> Iterator[Record]:

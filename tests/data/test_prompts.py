@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import csv
 import json
 from pathlib import Path
 
@@ -159,7 +160,9 @@ def test_tables_of_benchmarks_are_read_as_published(tmp_path: Path) -> None:
     (tmp_path / "drawbench.csv").write_text('Prompts,Category\n"a red car, parked",Colors\n')
     assert read_prompts(str(tmp_path / "drawbench.csv")) == [Prompt("00000", "a red car, parked", "Colors")]
     (tmp_path / "long.csv").write_text("prompt\n" + "word " * 50_000)
+    limit = csv.field_size_limit()
     assert len(read_prompts(str(tmp_path / "long.csv"))[0].text) == 249_999
+    assert csv.field_size_limit() == limit
 
 
 def test_rows_without_a_prompt_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

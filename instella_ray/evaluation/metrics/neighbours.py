@@ -42,7 +42,8 @@ class Precision(FeatureRows):
         nearest = nearest_distances(x, x, numbers, k, itself=False)
         recalled = _recalled(y, x, numbers, nearest)
         precision, recalls = float(inside.mean()), recalled.mean(1)
-        without = [float(inside[numbers != group].mean()) for group in range(len(recalls) - 1)]
+        rest = [inside[numbers != group] for group in range(len(recalls) - 1)]
+        without = [float(part.mean()) if len(part) else float("nan") for part in rest]
         scores = np.array([_f_score(*pair) for pair in zip((precision, *without), recalls, strict=True)])
         found = statistics.rate(inside, self.groups(), confidence=confidence)
         about: dict[str, Any] = {"interval": statistics.WILSON, "confidence": confidence}

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -45,15 +46,22 @@ class LabelledBatch:
     """A batch with the category and source hash of each row."""
 
     batch: Batch
+    """Images without a tokenizer are as they are in their files, of any sizes."""
     categories: list[str | None]
     originals: list[str]
     """Hash of each source image file; '' for samples."""
-    whole: Batch | None = None
-    """The batch of images without a tokenizer, as they are in their files, for metrics that resize images themselves."""
+    fit: int | None = None
+    """Size of images without a tokenizer for metrics that do not resize them; None: they have it already."""
 
     def at(self, size: int | None) -> Batch:
         """Return the batch for a metric that resizes images to ``size``; None: it takes them as they are measured."""
-        return self.batch if size is None or self.whole is None else self.whole
+        return self.batch if size is not None or self.fit is None else self._fitted
+
+    @cached_property
+    def _fitted(self) -> Batch:
+        assert self.fit is not None and self.batch.images is not None
+        images = [fit_square(Image.fromarray(image), self.fit) for image in self.batch.images]
+        return replace(self.batch, images=np.stack(images))
 
 
 @dataclass
@@ -88,14 +96,13 @@ class Reader:
         for rows in _batches(self._originals(unit, only), self.options.batch_size):
             ids, captions, images, hashes = zip(*rows, strict=True)
             prompts = [caption or "" for caption in captions]
-            originals, whole = np.stack([fit_square(image, self.options.size) for image in images]), None
             if self.bit is None:
-                batch = Batch(ids, originals, prompts=prompts)
-                whole = replace(batch, images=[np.asarray(image) for image in images])
+                batch, fit = Batch(ids, [np.asarray(image) for image in images], prompts=prompts), self.options.size
             else:
+                originals, fit = np.stack([fit_square(image, self.options.size) for image in images]), None
                 codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
                 batch = Batch(ids, self._decode(codes), originals, prompts, codes)
-            yield LabelledBatch(batch, [None] * len(ids), list(hashes), whole)
+            yield LabelledBatch(batch, [None] * len(ids), list(hashes), fit)
 
     def _originals(
         self, unit: Unit, only: Collection[str] | None

@@ -58,7 +58,7 @@ class ThumbnailActor:
     def made(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         unit, shown = Unit.model_validate_json(row["unit"]), []
         for part in self.reader.batches(unit, set(row["ids"])):
-            batch = part.batch
+            batch = part.at(None)
             for place, name in enumerate(batch.ids):
                 prompt = batch.prompts[place] if batch.prompts else ""
                 images = (self._file(batch.images, place), self._file(batch.references, place))

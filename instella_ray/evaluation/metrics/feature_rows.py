@@ -1,4 +1,4 @@
-"""Features of every image, for metrics that compare sets of features rather than their moments."""
+"""Features of every image, for metrics that compare sets of features rather than their means and covariances."""
 
 from __future__ import annotations
 

@@ -17,9 +17,11 @@ from .neighbours import Coverage, Precision
 from .rates import RateMetric
 from .samples import SampleMetric
 
-MOMENTS: tuple[type[Metric], ...] = (SampleMetric, RateMetric, Frechet, BitUsage, Diversity)
-ROWS: tuple[type[Metric], ...] = (FeatureRows, KernelDistance, Precision, Coverage, Memorisation)
-KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in (*MOMENTS, *ROWS)}
+ACCUMULATORS: tuple[type[Metric], ...] = (
+    *(SampleMetric, RateMetric, Frechet, BitUsage, Diversity),
+    *(FeatureRows, KernelDistance, Precision, Coverage, Memorisation),
+)
+KINDS: dict[str, type[Metric]] = {cls.kind: cls for cls in ACCUMULATORS}
 """Accumulator classes by the ``kind`` in their stored states."""
 
 

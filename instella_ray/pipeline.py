@@ -154,7 +154,8 @@ class InstellaPipeline:
         first of consecutive ones; without it they are drawn, from ``generator`` if given. ``callback_on_step_end(pipe,
         image, step, {"codes": ...})`` is called after every step of an image. ``sampling`` are the fields of
         :class:`.models.sampling.SamplingConfig`: ``num_inference_steps``, ``guidance_scale``, ``temperature``, ``rho``,
-        ``sampler``, ``final_draw``. Raises UserError for values out of range and sizes the tokenizer cannot decode.
+        ``sampler``, ``redraw``, ``final_draw``. Raises UserError for values out of range and sizes that the tokenizer cannot
+        decode.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]

@@ -75,7 +75,7 @@ def mixed_requests(count: int, sizes: Sequence[int], steps: tuple[int, int], see
             "num_inference_steps": int(rng.integers(steps[0], steps[1], endpoint=True)),
             "guidance_scale": float(rng.choice([0, 1, 2, 4, 7.5])),
             "temperature": float(rng.choice([0.5, 0.6, 1.0])),
-            "sampler": str(rng.choice(["posterior", "simplified"])),
+            "sampler": str(rng.choice(["posterior_release", "simplified"])),
         }
         for _ in range(count)
     ]

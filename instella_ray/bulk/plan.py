@@ -17,7 +17,7 @@ from ..data.prompts import Prompt, PromptFile
 from ..engine.compilation import Compilation
 from ..errors import UserError
 from ..models.eight_bit import Quantization
-from ..models.sampling import Guidance, Sampler, SamplingConfig, Temperature
+from ..models.sampling import Guidance, Redraw, Sampler, SamplingConfig, Temperature
 
 
 class Sweep(Config):
@@ -27,6 +27,7 @@ class Sweep(Config):
     guidance_scale: tuple[Guidance, ...] = ()
     temperature: tuple[Temperature, ...] = ()
     sampler: tuple[Sampler, ...] = ()
+    redraw: tuple[Redraw, ...] = ()
 
     def settings(self, base: SamplingConfig) -> dict[str, SamplingConfig]:
         """Return the settings by name, ``key=value`` joined by ``+``; without a sweep one setting named ''."""
@@ -109,7 +110,7 @@ def plan_samples(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -
 def settings_of(cfg: SampleConfig, kind: str) -> dict[str, SamplingConfig]:
     """Return the sweep's settings by name; raises UserError for parameters that models of this ``kind`` lack."""
     if kind == "ar":
-        wrong = next((k for k in ("num_inference_steps", "sampler") if getattr(cfg.sweep, k)), None)
+        wrong = next((k for k in ("num_inference_steps", "sampler", "redraw") if getattr(cfg.sweep, k)), None)
         if wrong:
             raise UserError(f"sweep.{wrong}: autoregressive models have none; expected guidance_scale or temperature")
     return cfg.sweep.settings(cfg.sampling)

@@ -83,9 +83,12 @@ class SampleRun(Config):
     @property
     def id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all fields except ``model`` and ``prompts``."""
-        # Sets from before this setting existed keep their id.
-        unset = {"quantization"} if self.quantization == "none" else set()
-        about = self.model_dump(mode="json", exclude={"model", "prompts", *unset})
+        about = self.model_dump(mode="json", exclude={"model", "prompts"})
+        # Sets from before these settings existed keep their id.
+        if self.quantization == "none":
+            del about["quantization"]
+        if not self.sampling.redraw:
+            del about["sampling"]["redraw"]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -84,6 +84,7 @@ def images_protocol(setting: Json, card: Json) -> list[str]:
         else:
             found.append(f"{sampling['num_inference_steps']} steps {sampling['sampler']}")
             found += [f"rho {value_text(sampling['rho'])}"] if sampling["rho"] != 1 else []
+            found += [f"redraw {value_text(sampling['redraw'])}"] if sampling.get("redraw") else []
             found += ["final draw"] if sampling["final_draw"] else []
         found += [f"{key} {value_text(sampling[name])}" for key, name in SAMPLING.items()]
         rounded = f", rounded to {about['quantization']}" if about["quantization"] != "none" else ""

@@ -49,7 +49,7 @@ from .sampling import (
 from .sampling import timestep as timestep_of
 
 TOLERANCE = 1e-5
-SAMPLERS = {"alg1": "posterior", "alg2": "simplified"}
+SAMPLERS = {"alg1": "posterior_release", "alg2": "simplified"}
 INPUTS = re.compile(
     r"bit\.(x\d+|code_dec)|(gen|samp)\.(feat\.\d+|mask)|gen\.z|dit\.(t|noise_u|zt)|samp\.(alg1|alg2|ar)\.u"
 )

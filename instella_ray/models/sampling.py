@@ -1,4 +1,4 @@
-"""Diffusion (Alg. 1 and 2) and AR samplers as pure functions of tensors.
+"""Diffusion (Alg. 1 and 2, and the exact reverse process) and AR samplers as pure functions of tensors.
 
 All sampling parameters are tensors with one value per row, so that rows of different requests, at different steps of
 different schedules, share a batch. The server's engine, the bulk job and the training previews use these functions.
@@ -26,11 +26,12 @@ from .diffusion import noise_probability, per_row
 from .generator import ARGenerator, DiffusionGenerator
 from .joint_attention import JointCache, TextKV
 
-SAMPLERS = {"posterior": 0, "simplified": 1}
-"""Numbers of the samplers: ``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+SAMPLERS = {"posterior_release": 0, "simplified": 1, "posterior": 2, "ancestral": 3}
+"""Numbers of the samplers, which :func:`transition_probability` describes."""
 
-Sampler = Literal["posterior", "simplified"]
+Sampler = Literal["simplified", "ancestral", "posterior", "posterior_release"]
 Guidance = Annotated[float, Field(allow_inf_nan=False)]
+Redraw = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -45,7 +46,10 @@ class SamplingConfig(Config):
     rho: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Exponent of the timestep grid."""
     sampler: Sampler = "simplified"
-    """``posterior`` is the paper's Alg. 1, ``simplified`` its Alg. 2."""
+    """``simplified`` is the paper's Alg. 2, ``posterior`` its Alg. 1, ``posterior_release`` Alg. 1 as published,
+    ``ancestral`` the reverse of the noise process."""
+    redraw: Redraw = 0.0
+    """Share of bits that each step draws anew, as ``simplified`` does with all; between 0 and 1."""
     final_draw: bool = False
     """Sample the bits of the last step (the paper) instead of thresholding at 0.5 (the release)."""
 
@@ -68,6 +72,8 @@ class SamplingParams:
     """Exponent of the timestep grid ``t_i = (1 - i / S)^rho``."""
     sampler: Tensor
     """A value of :data:`SAMPLERS`."""
+    redraw: Tensor
+    """Share of bits that each step draws anew, as ``simplified`` does with all."""
     final_draw: Tensor
     """True: the last step samples bits (the paper); false: it thresholds at 0.5 (the published sampler)."""
 
@@ -82,6 +88,7 @@ class SamplingParams:
         temperature: float | Sequence[float] | Tensor = 1.0,
         rho: float | Sequence[float] | Tensor = 1.0,
         sampler: str | Sequence[str] | Tensor = "simplified",
+        redraw: float | Sequence[float] | Tensor = 0.0,
         final_draw: bool | Sequence[bool] | Tensor = False,
     ) -> SamplingParams:
         """Build the parameters of ``batch`` rows from single values (shared) or one value per row.
@@ -114,6 +121,7 @@ class SamplingParams:
             rows("temperature", temperature, torch.float32, "at least 0", lambda v: (v >= 0) & v.isfinite()),
             rows("rho", rho, torch.float32, "more than 0", lambda v: (v > 0) & v.isfinite()),
             rows("sampler", sampler, torch.int64, "a value of SAMPLERS", lambda v: (v >= 0) & (v < len(SAMPLERS))),
+            rows("redraw", redraw, torch.float32, "0 to 1", lambda v: (v >= 0) & (v <= 1)),
             rows("final_draw", final_draw, torch.bool, "true or false", torch.ones_like),
         )
 
@@ -153,25 +161,49 @@ def guided_probability(cond: Tensor, uncond: Tensor | None, params: SamplingPara
     return torch.where(greedy, (logits > 0).float(), soft)
 
 
-def transition_probability(z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor) -> Tensor:
-    """Return ``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1)``, both ``[B, L, K]``; s < t.
+def transition_probability(
+    z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor, redraw: Tensor | None = None
+) -> Tensor:
+    """Return ``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1 | z)``, both ``[B, L, K]``; s < t.
 
-    ``simplified`` (Alg. 2) adds noise to the prediction up to time s. ``posterior`` (Alg. 1) also conditions on the
-    current bit, with a flip probability of ``(t - s) / 2`` from s to t.
+    A bit flips from s to t with probability ``q = (t - s) / (2 (1 - s))``, so that Eq. 5 holds at both.
 
-    This flip probability is that of the published sampler. The forward process has ``(t - s) / (2 (1 - s))``, so Alg. 1
-    applies Bayes' rule to a chain that flips slightly less often than the forward process.
+    - ``simplified`` (Alg. 2): the prediction with noise up to s, ``B(0.5 s + (1 - s) x0_prob)``.
+    - ``posterior`` (Alg. 1, with Eq. 8 of Wang et al. 2023a): that times ``P(z | z_s)``, normalised. As the prediction knows
+      z, this counts it twice, and so follows the noise.
+    - ``posterior_release``: the same with ``q = (t - s) / 2``, as published.
+    - ``ancestral``: ``sum over z_0 of P(z_0 | z) P(z_s | z, z_0)``, the reverse of the noise process.
+
+    ``redraw [B]`` is the share of bits that are drawn as by ``simplified``: without a memory of z, which corrects the
+    network's errors.
     """
-    forward_1 = noise_probability(x0_prob, s)
-    forward_0 = noise_probability(1 - x0_prob, s)
-    gap = per_row(t - s, z)
-    backward_1 = z - gap * (z - 0.5)
-    backward_0 = (1 - z) - gap * ((1 - z) - 0.5)
-    joint_1, joint_0 = forward_1 * backward_1, forward_0 * backward_0
-    total = joint_1 + joint_0
-    # Both joints are 0 if s and t underflow to 0 (a large rho) and the prediction contradicts z: use the prediction.
-    use_posterior = (per_row(sampler, z) == SAMPLERS["posterior"]) & (total > 0)
-    return torch.where(use_posterior, joint_1 / total, forward_1)
+    t, s, sampler = per_row(t, z), per_row(s, z), per_row(sampler, z)
+    predicted_1 = noise_probability(x0_prob, s)
+    predicted_0 = noise_probability(1 - x0_prob, s)
+    # Twice the flip probability. At a tiny rho both times may round to 1: no flip, and no division by 0.
+    smallest = torch.finfo(s.dtype).tiny
+    gap = torch.where(sampler == SAMPLERS["posterior_release"], t - s, (t - s) / (1 - s).clamp(min=smallest))
+    likelihood_1 = z - gap * (z - 0.5)
+    likelihood_0 = (1 - z) - gap * ((1 - z) - 0.5)
+    posterior = _normalized(predicted_1 * likelihood_1, predicted_0 * likelihood_0, predicted_1)
+    kept_1, kept_0 = (1 - s / 2) * likelihood_1, (1 - s / 2) * likelihood_0
+    left_1, left_0 = s / 2 * likelihood_1, s / 2 * likelihood_0
+    if_1, if_0 = _normalized(kept_1, left_0, predicted_1), _normalized(left_1, kept_0, predicted_1)
+    ancestral = x0_prob * if_1 + (1 - x0_prob) * if_0
+    remembering = torch.where(sampler == SAMPLERS["ancestral"], ancestral, posterior)
+    if redraw is not None:
+        share = per_row(redraw, z)
+        remembering = share * predicted_1 + (1 - share) * remembering
+    return torch.where(sampler == SAMPLERS["simplified"], predicted_1, remembering)
+
+
+def _normalized(one: Tensor, zero: Tensor, otherwise: Tensor) -> Tensor:
+    """Return ``one / (one + zero)``.
+
+    Both are 0 if s and t underflow to 0 (a large rho) and z contradicts the prediction, ``otherwise``, which then counts.
+    """
+    total = one + zero
+    return torch.where(total > 0, one / total, otherwise)
 
 
 def diffusion_step(
@@ -185,7 +217,8 @@ def diffusion_step(
     """
     flip = guided_probability(cond, uncond, params)
     x0_prob = z * (1 - flip) + (1 - z) * flip
-    drawn = u < transition_probability(z, x0_prob, timestep(step, params), timestep(step + 1, params), params.sampler)
+    times = timestep(step, params), timestep(step + 1, params)
+    drawn = u < transition_probability(z, x0_prob, *times, params.sampler, params.redraw)
     final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
     last = per_row(step + 1 >= params.num_inference_steps, z)
     return torch.where(last, final, drawn).to(z.dtype), x0_prob

@@ -65,6 +65,9 @@ class ImageRequest(RequestBody):
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False, description="0 is greedy")
     rho: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
     sampler: Sampler | None = None
+    redraw: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Share of bits that each step draws anew"
+    )
     final_draw: bool | None = Field(None, description="Sample the bits of the last step; false thresholds them at 0.5")
     user: str | None = Field(None, description="Accepted for compatibility; not used")
 

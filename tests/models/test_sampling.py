@@ -268,7 +268,7 @@ def test_last_step_thresholds_or_draws() -> None:
 def test_parameters_are_one_value_a_row() -> None:
     params = SamplingParams.of(3, seed=[5, -1, 2**63 - 1], sampler=["posterior", "simplified", "posterior"])
     assert all(getattr(params, field.name).shape == (3,) for field in fields(params))
-    assert params.seed.tolist() == [5, -1, 2**63 - 1] and params.sampler.tolist() == [0, 1, 0]
+    assert params.seed.tolist() == [5, -1, 2**63 - 1] and params.sampler.tolist() == [2, 1, 2]
     assert len(params.map(lambda v: v[1:])) == 2
 
 

@@ -7,13 +7,13 @@ from functools import singledispatch
 
 from ..bulk.decode import DecodeConfig
 from ..bulk.plan import SampleConfig
-from ..claims import Group, Needs, totals
 from ..config import Config
 from ..data.curation.job import CurateConfig
 from ..data.encode import EncodeConfig
 from ..data.generation.recaption import RecaptionConfig
 from ..data.generation.synthesize import SynthesizeConfig
 from ..evaluation.evaluate import EvaluateConfig
+from ..resources import Group, Needs, totals
 from ..serving.config import ServeArgs
 from ..training.settings import TrainingRun
 from ..training.stages import TokenizerStagesConfig

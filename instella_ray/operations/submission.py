@@ -13,11 +13,11 @@ from contextlib import chdir
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ..claims import amounts, lacking, totals
 from ..config import add_config_arguments, recipes
 from ..errors import UserError
 from ..job import Job
 from ..logs import PACKAGE, RUN_ID, new_run_id
+from ..resources import amounts, lacking, totals
 from .cluster import ClusterClient, named_address
 from .following import LogFollower, exit_code
 from .packing import Package, find_package, mebibytes

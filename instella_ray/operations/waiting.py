@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from ..claims import Group, Needs, amounts, totals
 from ..errors import UserError, run_main
+from ..resources import Group, Needs, amounts, totals
 
 LOOK_S = 30.0
 

@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ..accelerator import Precision
-from ..claims import Group, Needs
 from ..config import Config, InputPath
 from ..engine.compilation import Compilation
 from ..engine.scheduling import Scheduling
@@ -15,6 +14,7 @@ from ..engine.slots import EngineOptions
 from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.sampling import SamplingConfig
+from ..resources import Group, Needs
 from .safety import SafetyConfig
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..claims import lacking
 from ..errors import UserError
+from ..resources import lacking
 from .access import check_address, require_free_port
 from .config import ServeArgs
 from .draining import wait_until_drained

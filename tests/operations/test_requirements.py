@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from instella_ray.claims import Group, lacking, totals
 from instella_ray.errors import UserError
 from instella_ray.operations.requirements import least
+from instella_ray.resources import Group, lacking, totals
 
 from ..kit.project import ROOT, job_config
 

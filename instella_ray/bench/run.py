@@ -17,6 +17,7 @@ from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
 from .report import SuiteResult, write_results
+from .samplers import SamplersBench, run_samplers
 from .scheduling import SchedulingBench, run_scheduling
 from .serving import ServingBench, run_serving
 from .simulation_settings import SimulationBench
@@ -25,7 +26,17 @@ from .training_settings import TrainingBench
 from .transport import TransportBench, run_transport
 
 Suite = Literal[
-    "caching", "overhead", "scheduling", "serving", "transport", "bulk", "metrics", "data", "training", "simulation"
+    "caching",
+    "overhead",
+    "scheduling",
+    "serving",
+    "transport",
+    "bulk",
+    "metrics",
+    "data",
+    "training",
+    "simulation",
+    "samplers",
 ]
 
 
@@ -58,6 +69,7 @@ class BenchConfig(Config):
     data: DataBench = DataBench()
     training: TrainingBench = TrainingBench()
     simulation: SimulationBench = SimulationBench()
+    samplers: SamplersBench = SamplersBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
@@ -80,6 +92,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
+        "samplers": lambda: run_samplers(cfg.samplers),
         "simulation": lambda: simulation.run_simulation_bench(cfg.simulation),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)

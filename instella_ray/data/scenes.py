@@ -116,7 +116,11 @@ def sample_expectation(rng: np.random.Generator, category: str) -> Expectation:
 
 def sample_scene(rng: np.random.Generator, category: str | None = None) -> Scene:
     """Sample a random scene of ``category`` (None: any) that shows exactly the objects of its caption."""
-    expect = sample_expectation(rng, category or CATEGORIES[rng.integers(len(CATEGORIES))])
+    return scene_of(rng, sample_expectation(rng, category or CATEGORIES[rng.integers(len(CATEGORIES))]))
+
+
+def scene_of(rng: np.random.Generator, expect: Expectation) -> Scene:
+    """Sample a random scene that shows exactly what ``expect`` says."""
     named = expect.objects * expect.count
     if expect.relation:
         cells = _related_cells(rng, expect.relation)

@@ -108,6 +108,20 @@ def _skewed_student(mean: float, residuals: np.ndarray, confidence: float) -> In
     return Interval(mean - reach * error + min(shift, 0.0), mean + reach * error + max(shift, 0.0))
 
 
+def student(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Compute Student's interval of the mean of ``values``, one for each of independent runs, which vary normally.
+
+    Unknown for fewer than two. Unlike :func:`bootstrap_mean` it is for runs: few, and means of many images each.
+    """
+    from scipy import stats
+
+    if len(values) < 2:
+        return UNKNOWN
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return Interval(mean - reach, mean + reach)
+
+
 class Difference(NamedTuple):
     """Mean paired difference of two runs on the same samples, its interval, and a two-sided p-value."""
 

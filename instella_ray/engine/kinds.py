@@ -58,7 +58,10 @@ class DiffusionSlots(Slots):
     def _sample(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         params, u = self.params.map(lambda value: value[:rows]), self.draws.take(self._draw(rows))
         position, z = self.position[:rows], self.z[:rows]
-        self.z[:rows], self.x0_prob[:rows] = diffusion_step(z, cond, uncond, position, params, u)
+        # A recorded graph stays what it was recorded as, whatever the samplers of later images.
+        simplified = "graphs" not in self.options.compilation and all(self.simplified[:rows])
+        step = diffusion_step(z, cond, uncond, position, params, u, simplified=simplified)
+        self.z[:rows], self.x0_prob[:rows] = step
 
 
 class ARSlots(Slots):

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.generator import ARGenerator, DiffusionGenerator
 from ..models.joint_attention import JointCache, TextKV
-from ..models.sampling import SamplingConfig, SamplingParams
+from ..models.sampling import SAMPLERS, SamplingConfig, SamplingParams
 from .buckets import Passes, agreeing_sizes, bucket_sizes, buckets_of, described, each_by_itself, plan_passes
 from .compilation import Compilation, Recorded, check_compilation, compiled
 from .draws import Draws
@@ -78,6 +78,8 @@ class Slots(ABC):
         self.device = weight.device
         self.position = torch.zeros(self.count, dtype=torch.int64, device=self.device)
         self.params = SamplingParams.of(self.count).map(lambda value: value.to(self.device))
+        self.simplified = [False] * self.count
+        """Whether the image in each slot has the sampler ``simplified``; known without asking the device."""
         self.z = weight.new_zeros(self.count, cfg.num_tokens, cfg.bits_per_token)
         self.project = PromptProjector(model, options.text_length, options.prompt_cache_bytes)
         self._unconditional = self.project(empty_prompt)
@@ -114,6 +116,7 @@ class Slots(ABC):
         """Start an image in ``slot`` with the sampling parameters ``numbers`` and a projected prompt."""
         # Filled, because a number that is assigned to an element is copied to it from the host, which waits.
         self.position[slot].fill_(0)
+        self.simplified[slot] = numbers["sampler"] == SAMPLERS["simplified"]
         for name, number in numbers.items():
             getattr(self.params, name)[slot].fill_(number)
         self.cache.put(2 * slot, text)
@@ -136,6 +139,9 @@ class Slots(ABC):
         source, target = (upload(torch.tensor(slots), self.device) for slots in (sources, targets))
         for table in (self.position, self.z, *self._row_tables(), *vars(self.params).values()):
             table[target] = table[source]
+        moved = [self.simplified[slot] for slot in sources]
+        for slot, value in zip(targets, moved, strict=True):
+            self.simplified[slot] = value
         for branch in range(2):
             self.cache.move(2 * source + branch, 2 * target + branch)
 

@@ -162,7 +162,14 @@ def guided_probability(cond: Tensor, uncond: Tensor | None, params: SamplingPara
 
 
 def transition_probability(
-    z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor, redraw: Tensor | None = None
+    z: Tensor,
+    x0_prob: Tensor,
+    t: Tensor,
+    s: Tensor,
+    sampler: Tensor,
+    redraw: Tensor | None = None,
+    *,
+    simplified: bool = False,
 ) -> Tensor:
     """Return ``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1 | z)``, both ``[B, L, K]``; s < t.
 
@@ -175,10 +182,12 @@ def transition_probability(
     - ``ancestral``: ``sum over z_0 of P(z_0 | z) P(z_s | z, z_0)``, the reverse of the noise process.
 
     ``redraw [B]`` is the share of bits that are drawn as by ``simplified``: without a memory of z, which corrects the
-    network's errors.
+    network's errors. ``simplified`` says that this is the sampler of all rows, which spares most operations.
     """
-    t, s, sampler = per_row(t, z), per_row(s, z), per_row(sampler, z)
     predicted_1 = noise_probability(x0_prob, s)
+    if simplified:
+        return predicted_1
+    t, s, sampler = per_row(t, z), per_row(s, z), per_row(sampler, z)
     predicted_0 = noise_probability(1 - x0_prob, s)
     # Twice the flip probability. At a tiny rho both times may round to 1: no flip, and no division by 0.
     smallest = torch.finfo(s.dtype).tiny
@@ -207,18 +216,26 @@ def _normalized(one: Tensor, zero: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def diffusion_step(
-    z: Tensor, cond: Tensor, uncond: Tensor | None, step: Tensor, params: SamplingParams, u: Tensor
+    z: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    step: Tensor,
+    params: SamplingParams,
+    u: Tensor,
+    *,
+    simplified: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run one denoising step of every row; returns the next bits and the estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
 
     ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``, the latter
     None if no row has guidance; ``u`` are the uniforms of draw ``step + 1``. A row's last step (``step =
     num_inference_steps - 1``) gives its final bits. The caller must discard results of rows beyond their last step.
+    ``simplified`` as for :func:`transition_probability`.
     """
     flip = guided_probability(cond, uncond, params)
     x0_prob = z * (1 - flip) + (1 - z) * flip
     times = timestep(step, params), timestep(step + 1, params)
-    drawn = u < transition_probability(z, x0_prob, *times, params.sampler, params.redraw)
+    drawn = u < transition_probability(z, x0_prob, *times, params.sampler, params.redraw, simplified=simplified)
     final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
     last = per_row(step + 1 >= params.num_inference_steps, z)
     return torch.where(last, final, drawn).to(z.dtype), x0_prob

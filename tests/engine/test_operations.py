@@ -25,8 +25,10 @@ from ..kit.recording import RecordedOnCPU
 
 SLOTS = 4
 Kind = Literal["diffusion", "ar"]
-OUTSIDE = {"diffusion": 75, "ar": 25}
+OUTSIDE = {"diffusion": 60, "ar": 25}
 """Most operations of a step outside the network, as launched on a GPU one by one."""
+OTHER_SAMPLERS = 60
+"""Most further operations of a step in which an image has another sampler than ``simplified``."""
 RECORDED = {"diffusion": 2, "ar": 1}
 """Launches of a step with graphs: its recording, and for diffusion the modulations of each slot's timestep."""
 ADMITTED = 150
@@ -40,21 +42,21 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "check_compilation", lambda compilation: None)
 
 
-def busy(kind: Kind, compilation: Compilation = "none") -> StepEngine:
-    """An engine whose slots are all occupied by images that go on."""
+def busy(kind: Kind, compilation: Compilation = "none", sampler: str = "simplified") -> StepEngine:
+    """An engine whose slots are all occupied by images that go on, the last one with another ``sampler``."""
     torch.manual_seed(0)
     sizes = {**SIZES, "num_tokens": 40}
     model = build_generator(GeneratorConfig(kind=kind, zero_init=False, **sizes)).eval()
     engine = build_engine(model, torch.zeros(2, 0, 8), EngineOptions(SLOTS, 6, compilation))
     for number in range(SLOTS):
-        engine.submit(going_on(number))
+        engine.submit(going_on(number, sampler if number == SLOTS - 1 else "simplified"))
     for _ in range(3):
         engine.step()
     return engine
 
 
-def going_on(number: int) -> Request:
-    params = SamplingParams.of(1, seed=number, num_inference_steps=40, guidance_scale=2.0)
+def going_on(number: int, sampler: str = "simplified") -> Request:
+    params = SamplingParams.of(1, seed=number, num_inference_steps=40, guidance_scale=2.0, sampler=sampler)
     return Request(str(number), torch.randn(2, 3, 8), params, prompt="a prompt")
 
 
@@ -77,6 +79,18 @@ def test_a_step_reads_nothing_back_and_launches_little_beside_the_network(kind: 
         found.append(sum(operations.values()) - inside)
     print(f"{kind}: {min(found)} operations a step outside the network, {max(found)} at most, {inside} inside")
     assert min(found) <= OUTSIDE[kind]
+
+
+def test_only_who_asks_for_another_sampler_pays_for_it() -> None:
+    found = {}
+    for sampler in ("simplified", "ancestral"):
+        engine = busy("diffusion", sampler=sampler)
+        with counted() as (operations, reads):
+            engine.step()
+        assert not reads
+        found[sampler] = sum(operations.values())
+    print(f"operations of a step: {found}")
+    assert found["simplified"] < found["ancestral"] <= found["simplified"] + OTHER_SAMPLERS
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])

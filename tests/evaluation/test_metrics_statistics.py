@@ -293,5 +293,7 @@ def test_too_few_samples_give_no_interval() -> None:
 
 
 def test_the_interval_of_runs_is_students() -> None:
-    assert statistics.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
+    assert statistics.student([1.0, 2.0, 3.0]) == pytest.approx(
+        (2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5
+    )
     assert statistics.student([2.0, 2.0]) == (2.0, 2.0) and np.isnan(statistics.student([1.0])).all()

@@ -10,7 +10,7 @@ from instella_ray.engine.events import Finished
 from instella_ray.engine.kinds import build_engine
 from instella_ray.engine.slots import EngineOptions
 from instella_ray.models.generator import GeneratorConfig, build_generator
-from instella_ray.models.sampling import SamplingParams
+from instella_ray.models.sampling import SAMPLERS, SamplingParams
 
 SIZES = {"num_tokens": 4, "bits_per_token": 6, "width": 32, "layers": 2, "heads": 2, "text_width": 8}
 SLOTS = 3
@@ -31,7 +31,9 @@ def request(number: int) -> Request:
         num_inference_steps=1 + number % 5,
         guidance_scale=float(number % 3),
         temperature=(0.0, 0.5, 1.0)[number % 3],
-        sampler=("posterior", "simplified")[number % 2],
+        # Half of them simplified: only where all rows are is the step a shorter one.
+        sampler=("simplified", list(SAMPLERS)[number // 2 % len(SAMPLERS)])[number % 2],
+        redraw=(0.0, 0.3)[number // 3 % 2],
         final_draw=number % 2 == 0,
     )
     return Request(str(number), features, params)

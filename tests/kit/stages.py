@@ -49,7 +49,8 @@ def sampling(number: int, **changes: Any) -> dict[str, Any]:
         "num_inference_steps": 1 + number * 13 % 50,
         "guidance_scale": float(number % 3),
         "temperature": (0.5, 1.0, 0.0)[number % 3],
-        "sampler": ("posterior", "simplified")[number % 2],
+        "sampler": ("simplified", "posterior", "simplified", "ancestral")[number % 4],
+        "redraw": (0.0, 0.3)[number // 3 % 2],
         "final_draw": number % 2 == 0,
         **changes,
     }

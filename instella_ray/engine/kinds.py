@@ -60,7 +60,7 @@ class DiffusionSlots(Slots):
         position, z = self.position[:rows], self.z[:rows]
         # A recorded graph stays what it was recorded as, whatever the samplers of later images.
         simplified = "graphs" not in self.options.compilation and all(self.simplified[:rows])
-        step = diffusion_step(z, cond, uncond, position, params, u, simplified=simplified)
+        step = diffusion_step(z, cond, uncond, position, params, u, self.model.cfg.target, simplified=simplified)
         self.z[:rows], self.x0_prob[:rows] = step
 
 

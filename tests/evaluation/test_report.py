@@ -19,7 +19,7 @@ from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
 from instella_ray.evaluation.citation import add_citations
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
-from instella_ray.evaluation.metrics.features import INCEPTION_HASH
+from instella_ray.evaluation.metrics.names import INCEPTION
 from instella_ray.evaluation.metrics.presets import PRESETS, PROTOCOLS, TABLE3, UNSTATED
 from instella_ray.evaluation.report import best, metric_rows, write_report
 from instella_ray.evaluation.select import ShowConfig
@@ -118,7 +118,7 @@ def test_a_sweep_of_many_settings_shows_no_more_images_than_asked_for(tmp_path: 
 
 FID: dict[str, Any] = {
     **{"name": "fid", "value": 12.0, "low": 11.0, "high": 13.0, "count": 30_000, "parts": [], "implementation": "x"},
-    **{"weights": "inception.pth", "weights_hash": INCEPTION_HASH + "00"},
+    **{"weights": "inception.pth", "weights_hash": f"{INCEPTION[0]}00"},
     "settings": {
         "images": {"size": 256, "filter": "lanczos", "format": "pixels"},
         **{"network_input": "299 px, clean-fid", "interval": JACKKNIFE, "confidence": 0.95, "groups": 10},

@@ -41,18 +41,20 @@ ASKER = "metric image_reward"
 class ImageRewardConfig(EnvironmentConfig):
     """Weights and environment of the official network."""
 
-    weights: str = RELEASE
-    """Path of a weights file, the same on every node, or ``ImageReward-v1.0``, which is downloaded; only this one verifies
-    the name."""
+    weights: InputPath | None = None
+    """Path of ``ImageReward.pt``, the same on every node; none takes the release from the hub or its cache.
+
+    No checksum of the file is published, so with a path the metric's name is ``image_reward_unverified``.
+    """
     med_config: InputPath | None = None
-    """Path of ``med_config.json``, given with a path of weights alone."""
+    """Path of ``med_config.json``, which goes with the weights."""
     vocabulary: InputPath | None = None
     """Folder with BERT's ``vocab.txt``; none takes that of ``bert-base-uncased`` from the hub or its cache."""
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> ImageRewardConfig:
-        if (self.weights == RELEASE) != (self.med_config is None):
-            raise ValueError(f"expected weights and med_config, or neither for the weights {RELEASE}")
+        if (self.weights is None) != (self.med_config is None):
+            raise ValueError(f"expected weights and med_config, or neither for {RELEASE}")
         if self.image_uri and self.conda:
             raise ValueError("expected one of image_uri, conda, got both")
         return self
@@ -90,7 +92,7 @@ def load_image_reward(cfg: ImageRewardConfig, *, device: str = "cpu") -> Scorer:
 
     Raises UserError for missing or wrong files, and if an environment is needed and cannot be set up.
     """
-    if cfg.weights != RELEASE:
+    if cfg.weights is not None:
         local_weights(cfg.weights, "image_reward", WEIGHTS)
         local_weights(cfg.med_config, "image_reward", MED_CONFIG)
     if cfg.vocabulary is not None:

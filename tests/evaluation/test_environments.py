@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,8 +70,18 @@ def uv() -> str:
     return found
 
 
+@pytest.fixture
+def cloned(ray_session: None) -> Iterator[None]:
+    """Remove the environments that Ray has made: each is a clone of this one, with gigabytes of packages."""
+    import ray
+
+    yield
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    shutil.rmtree(session / "runtime_resources" / "uv")
+
+
 @pytest.mark.ray
-def test_image_reward_in_rays_environment_scores_as_its_package_does(ray_session: None, tmp_path: Path) -> None:
+def test_image_reward_in_rays_environment_scores_as_its_package_does(cloned: None, tmp_path: Path) -> None:
     """The official network with random weights: none are shipped with any package."""
     rng, images = np.random.default_rng(0), tmp_path / "images"
     images.mkdir()
@@ -95,7 +106,13 @@ def test_image_reward_in_rays_environment_scores_as_its_package_does(ray_session
 
     files = {"weights": "ImageReward.pt", "med_config": "med_config.json", "vocabulary": "vocabulary"}
     metrics = {"image_reward": {name: str(tmp_path / file) for name, file in files.items()}}
-    given = {"images": str(images), "output": str(tmp_path / "o"), "actors": 1, "show": {"prompts": 0, "extremes": 0}}
+    given = {
+        "images": str(images),
+        "size": 64,
+        "output": str(tmp_path / "o"),
+        "actors": 1,
+        "show": {"prompts": 0, "extremes": 0},
+    }
     run_evaluate(EvaluateConfig.model_validate({**given, "metrics": metrics}))
     found = Evaluation(str(tmp_path / "o")).metric("", "image_reward")
     assert isinstance(found, SampleMetric)

@@ -31,18 +31,23 @@ PACKAGES = ("torch", "torchvision", "transformers", "timm", "fairscale")
 
 
 class OfficialReward:
-    """Official network in eval mode; ``weights`` is a local file or :data:`RELEASE`, which the hub's client downloads.
+    """Official network in eval mode, with local files, or without them those of the release, by the hub's client.
 
     Raises ValueError for a file that is none of tensors or lacks parameters.
     """
 
     def __init__(
-        self, weights: str, med_config: str | None = None, vocabulary: str | None = None, *, device: str = "cpu"
+        self,
+        weights: str | None = None,
+        med_config: str | None = None,
+        vocabulary: str | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         import torch
 
         package = importlib.import_module("ImageReward.ImageReward")
-        self.weights, self.path = weights, _hub_file(WEIGHTS) if weights == RELEASE else weights
+        self.path, self.is_release = weights or _hub_file(WEIGHTS), weights is None
         with _tokenizer_from(vocabulary):
             self.network = package.ImageReward(med_config=med_config or _hub_file(MED_CONFIG), device=device)
         try:
@@ -57,10 +62,10 @@ class OfficialReward:
 
     def about(self) -> dict[str, Any]:
         """Return implementation, weights and settings, as plain data."""
-        versions = {name: metadata.version(name) for name in PACKAGES}
+        versions, name = {package: metadata.version(package) for package in PACKAGES}, os.path.basename(self.path)
         return {
             "implementation": f"image-reward {metadata.version('image-reward')}",
-            "weights": self.weights if self.weights == RELEASE else os.path.basename(self.path),
+            "weights": RELEASE if self.is_release else f"file {name}" if name == RELEASE else name,
             "weights_hash": _file_sha256(self.path),
             "settings": {
                 "network_input": "224 px, bicubic, centre crop",

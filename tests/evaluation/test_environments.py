@@ -38,7 +38,7 @@ BERT = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "square"]
 PROMPTS = ["a red circle", "a blue square", "a red square", " ".join(["red"] * 40)]
 DIRECT = """
-import importlib, json, sys
+import importlib, json, os, sys
 import torch
 from PIL import Image
 
@@ -58,6 +58,19 @@ import numpy as np
 files = {"weights": "ImageReward.pt", "med_config": "med_config.json", "vocabulary": "vocabulary"}
 here = load_image_reward(ImageRewardConfig(**files))
 assert here.scores(sys.argv[1:], [np.asarray(image) for image in images]) == scores
+assert here.about()["weights"] == "ImageReward.pt"
+
+# The release, as the hub's client finds it in its cache.
+commit, repository = "0" * 40, os.path.join(os.environ["HF_HOME"], "hub", "models--THUDM--ImageReward")
+for folder in ("refs", f"snapshots/{commit}"):
+    os.makedirs(os.path.join(repository, folder))
+with open(os.path.join(repository, "refs", "main"), "w") as file:
+    file.write(commit)
+for name in ("ImageReward.pt", "med_config.json"):
+    os.symlink(os.path.abspath(name), os.path.join(repository, "snapshots", commit, name))
+release = load_image_reward(ImageRewardConfig(vocabulary="vocabulary"))
+assert release.scores(sys.argv[1:2], [np.asarray(images[0])]) == scores[:1]
+assert release.about()["weights"] == "ImageReward-v1.0"
 print(json.dumps(scores))
 """
 
@@ -99,6 +112,7 @@ def test_image_reward_in_rays_environment_scores_as_its_package_does(cloned: Non
     install = [uv(), "pip", "install", "--python", sys.executable, "--no-deps", "--target", str(target)]
     subprocess.run([*install, *image_reward_actor.PACKAGES], check=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+    environment["HF_HOME"] = str(tmp_path / "hub")
     command = [sys.executable, "-c", DIRECT, *PROMPTS]
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     expected = json.loads(done.stdout.splitlines()[-1])

@@ -28,6 +28,7 @@ from instella_ray.evaluation.metrics.presets import TABLE3
 from instella_ray.evaluation.report import curves, metric_rows, write_report
 from instella_ray.evaluation.results import Evaluation
 from instella_ray.models.clip import load_clip
+from instella_ray.training.validation_report import write_report as write_validation_report
 
 from ..kit.evaluation import ABOUT, CARD, FID, numbers, random_inception
 
@@ -173,3 +174,11 @@ def test_curves_and_tables_of_a_sweep_name_the_stand_in() -> None:
 
     ((title, _),) = curves([setting(1.0, 3.0), setting(2.0, 2.0)])
     assert title == "frechet_inception_unverified over guidance_scale"
+
+
+def test_validated_checkpoints_are_reported_under_the_name_of_the_stand_in(tmp_path: Path) -> None:
+    result = {"name": "frechet_inception_unverified", "value": 3.0, "low": 2.0, "high": 4.0}
+    rows = [{"step": step, "metrics": {"fid": result}} for step in (1, 2)]
+    write_validation_report(tmp_path, "run", rows, best=1, best_by="fid")
+    page = (tmp_path / "report.html").read_text()
+    assert shown(page) == [] and "best by frechet_inception_unverified" in page

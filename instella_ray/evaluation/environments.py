@@ -6,6 +6,7 @@ clones the node's environment (or stacks one on it) and installs the packages th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ import pydantic
 from ..config import Config
 from ..errors import UserError
 
-SETUP_LINES = 3
-"""Last lines of an error that are told."""
+REASON_LINES = 3
+"""Most lines of an error that are told."""
 
 
 class EnvironmentConfig(Config):
@@ -68,6 +69,7 @@ def start_actor(
 
 
 def _last_lines(error: Exception) -> str:
-    """Return the end of an error's text in one line, where the reason stands."""
+    """Return the end of an error's text in one line, where the reason stands, without the traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[-SETUP_LINES:])
+    reasons = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return " ".join(lines[reasons[-1] if reasons else 0 :][-REASON_LINES:])

@@ -41,8 +41,8 @@ from .tiers import PARTS, TIERS
 JOB_OF = {
     "data/curate": ("curate", ["input=a", "output=b"]),
     "data/folder": ("curate", ["input=a", "output=b"]),
-    "data/recaption": ("recaption", ["input=a", "output=b"]),
-    "data/synthesize": ("synthesize", ["prompts=a", "output=b"]),
+    "paper/02-recaption": ("recaption", ["input=a", "output=b"]),
+    "paper/03-synthesize": ("synthesize", ["prompts=a", "output=b"]),
     "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),

@@ -96,12 +96,12 @@ def test_captions_images_and_measurements_are_made_at_the_same_time(head: Head, 
     orders = [
         head.submit(
             *words(
-                "recaption", "data/recaption.yaml", input=curated, output=f"{folder}/captioned", **recaption, **on_cpu
+                "recaption", "paper/02-recaption.yaml", input=curated, output=f"{folder}/captioned", **recaption, **on_cpu
             )
         ),
         head.submit(
             *words(
-                *("synthesize", "data/synthesize.yaml"),
+                *("synthesize", "paper/03-synthesize.yaml"),
                 **{"prompts": f"{folder}/prompts.txt", "output": f"{folder}/synthetic", "models": {"sd3": pipeline}},
             )
         ),

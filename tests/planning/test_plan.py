@@ -18,7 +18,7 @@ from instella_ray.training.stages import TokenizerStagesConfig
 
 from ..kit.project import ROOT
 
-GENERATOR, TOKENIZER = (str(ROOT / "configs" / kind / "paper.yaml") for kind in ("generator", "tokenizer"))
+GENERATOR, TOKENIZER = (str(ROOT / "configs" / "paper" / name) for name in ("08-diffusion.yaml", "05-tokenizer.yaml"))
 AS_PUBLISHED: dict[str, Any] = {"from_images": True}
 MICRO_BATCH = "train.micro_batch_size=512"
 """The paper's, of which an MI300X has room with gradient checkpointing only."""

@@ -183,7 +183,7 @@ def _json(source: str) -> Iterator[Record]:
         return
     annotations = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(annotations, list) or not annotations:
-        raise UserError(f"{source}: expected a list of prompts, or COCO's captions file, with 'annotations'")
+        raise UserError(f"{source}: expected COCO's captions file, with 'annotations', or a list of prompts")
     for number, entry in enumerate(annotations):
         where = f"{source}, annotation {number}"
         if not isinstance(entry, dict) or not entry.keys() >= {"id", "image_id", "caption"}:

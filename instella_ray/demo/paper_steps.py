@@ -186,10 +186,14 @@ class PaperSteps:
         model |= {"image_size": SIZE, "patch_size": 4, "num_tokens": 8, "bits_per_token": 16, "rope_axes": [8, 12, 12]}
         model |= {"downsample_after": [1], "upsample_after": [1]}
         network = {"backbone": "vit_tiny_patch16_224", "weights": "random", "size": 32, "blocks": [2, 5], "width": 16}
-        stages: Settings = {"stage1.train.steps": 20, "stage3.train.global_batch": 8}
+        stages: Settings = {
+            "stage1.train.steps": 12,
+            "stage3.train.global_batch": 8,
+            "stage3.adversarial.start_step": 2,
+        }
         stages["stage3.adversarial.discriminator"] = network
         for name in ("stage2", "stage3"):
-            stages |= under(name, {"train.steps": 6, "train.micro_batch_size": None, "output_sizes": SIZES})
+            stages |= under(name, {"train.steps": 4, "train.micro_batch_size": None, "output_sizes": SIZES})
         look = under("loss.perceptual", {"weights": "random", "size": SIZE, "crop": SIZE // 2})
         own = {"data": self.path("inputs/laion/*.tar"), **under("model", model), **under("stages", stages), **look}
         return {**own, **self._train_settings("tokenizer", 16)}

@@ -33,6 +33,8 @@ TASKS = {
     "IR ↑": "image_reward",
 }
 QUALITY = {"rFID ↓": "rfid", "PSNR ↑": "psnr", "SSIM ↑": "ssim"}
+THREE_DECIMALS = dict.fromkeys(("clip_score", "image_reward", "ssim"), 3)
+"""Decimals of the paper's numbers, where they are not two."""
 DATA = {"paper-table2-imagenet": "ImageNet", "paper-table2-coco": "COCO"}
 
 
@@ -131,7 +133,8 @@ def _laid_out(layout: Layout, own: Mapping[str, OwnRow]) -> PaperTable:
     notes = [layout.note] if layout.note and own else []
     for row in own.values():
         rows.append(empty | row.cells)
-        notes += [f"{row.cells[layout.facts[0]]}: {note}" for note in row.notes]
+        steps = f", {row.cells['Steps']} steps" if "Steps" in row.cells else ""
+        notes += [f"{row.cells[layout.facts[0]]}{steps}: {'; '.join(row.notes)}"] if row.notes else []
     return PaperTable(layout.title, rows, notes)
 
 
@@ -140,8 +143,8 @@ def _paper_rows(layout: Layout) -> Iterator[dict[str, Cell]]:
     merged: dict[tuple[Cell, ...], dict[str, Cell]] = {}
     for name, facts in layout.rows.items():
         row = merged.setdefault(tuple(facts.values()), dict(facts))
-        values = {_key(name, entry.metric): entry.value for entry in PRESETS[name].published}
-        row |= {title: _number(values[key]) for title, key in layout.metrics.items() if key in values}
+        values = {_key(name, entry.metric): _number(entry.value, entry.metric) for entry in PRESETS[name].published}
+        row |= {title: values[key] for title, key in layout.metrics.items() if key in values}
     yield from merged.values()
 
 
@@ -149,8 +152,9 @@ def _key(preset: str, metric: str) -> str:
     return f"{preset}/{metric}" if preset in DATA else metric
 
 
-def _number(value: float | None) -> str:
-    return digits(value, significant=4)
+def _number(value: float | None, metric: str) -> str:
+    """Format a value with the paper's decimals."""
+    return DASH if value is None else f"{value:.{THREE_DECIMALS.get(metric, 2)}f}"
 
 
 def _add(rows: dict[str, OwnRow], layout: Layout, preset: Preset, card: Json, setting: Json) -> None:
@@ -161,21 +165,20 @@ def _add(rows: dict[str, OwnRow], layout: Layout, preset: Preset, card: Json, se
         facts["Steps"] = about["sampling"]["num_inference_steps"]
         identity += f"/{facts['Steps']}"
     row = rows.setdefault(identity, OwnRow({name: facts[name] for name in layout.facts}))
+    row.notes |= dict.fromkeys(differences(preset, card, setting))
     titles = {key: title for title, key in layout.metrics.items()}
     for section, result in setting["metrics"].items():
         found = [each for each in (result, *result["parts"]) if _key(preset.name, each["name"]) in titles]
         for each in found:
-            row.cells[titles[_key(preset.name, each["name"])]] = _number(each["value"])
+            row.cells[titles[_key(preset.name, each["name"])]] = _number(each["value"], each["name"])
         if found and (other := metric_differences(preset, setting, result)):
             row.notes[f"{result['name']}: {'; '.join(other)}"] = None
         if not found:
             stands_for = titles.get(_key(preset.name, section))
             instead = f"{stands_for.rstrip(' ↑↓')} was not measured, but " if stands_for else ""
-            row.notes[f"{instead}{result['name']} {_number(result['value'])}"] = None
+            row.notes[f"{instead}{result['name']} {digits(result['value'])}"] = None
     if "seconds_per_image" in titles and about.get("seconds_per_image") is not None:
-        row.cells[titles["seconds_per_image"]] = _number(about["seconds_per_image"])
-    if other := differences(preset, card, setting):
-        row.notes["; ".join(other)] = None
+        row.cells[titles["seconds_per_image"]] = _number(about["seconds_per_image"], "seconds_per_image")
 
 
 def _tokenizer_facts(card: Json) -> tuple[dict[str, Cell], str]:
@@ -199,4 +202,5 @@ def _model(folder: str | None) -> tuple[str, Mapping[str, Any]]:
         return DASH, {}
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build_model(config).parameters())
-    return (f"{count / 1e9:.1f}B" if count >= 5e8 else f"{count / 1e6:.3g}M"), config
+    unit, name = next((each for each in ((1e9, "B"), (1e6, "M")) if count >= each[0] / 2), (1e3, "K"))
+    return f"{count / unit:.{1 if name == 'B' else 0}f}{name}", config

@@ -59,14 +59,14 @@ def test_the_paper_s_rows_and_columns_are_there() -> None:
         *("Overall ↑", "CLIP ↑", "IR ↑"),
     ]
     assert list(one.rows[0].values()) == [
-        *("Instella AR (paper)", "0.8B", 1024, "0.96", "0.43", "0.4", "0.8", "0.14", "0.08", "0.46", "0.313", "0.538")
+        *("Instella AR (paper)", "0.8B", 1024, "0.96", "0.43", "0.40", "0.80", "0.14", "0.08", "0.46", "0.313", "0.538")
     ]
-    assert one.rows[1]["Overall ↑"] == "0.64" and one.rows[1]["IR ↑"] == "0.9"
+    assert one.rows[1]["Overall ↑"] == "0.64" and one.rows[1]["IR ↑"] == "0.900"
     (bit,) = two.rows
-    assert list(bit.values()) == ["BIT (paper)", "397M", 128, "1.32", "22.25", "0.704", "7.14", "21.59", "0.69"]
+    assert list(bit.values()) == ["BIT (paper)", "397M", 128, "1.32", "22.25", "0.704", "7.14", "21.59", "0.690"]
     assert [list(row.values()) for row in three.rows] == [
         ["Diffusion BIT (paper)", "1B", 20, "16.33", "0.38", "177 MI300X"],
-        ["Diffusion BIT (paper)", "1B", 50, "15.1", "1.32", "177 MI300X"],
+        ["Diffusion BIT (paper)", "1B", 50, "15.10", "1.32", "177 MI300X"],
     ]
     assert not one.notes and not three.notes
 
@@ -89,9 +89,9 @@ def test_metrics_of_one_model_share_a_row(evaluated: dict[str, str], tmp_path: P
     stand_in = renamed(evaluated["one"], tmp_path / "s", "image_reward", "image_reward_other")
     one, *_ = paper_tables([geneval, clip, stand_in])
     ours = one.rows[2]
-    assert len(one.rows) == 3 and (ours["Overall ↑"], ours["CLIP ↑"], ours["IR ↑"]) == ("0.1235", "0.1235", DASH)
+    assert len(one.rows) == 3 and (ours["Overall ↑"], ours["CLIP ↑"], ours["IR ↑"]) == ("0.12", "0.123", DASH)
     assert ours["Colors"] != DASH and ours["Position"] == DASH
-    assert any("IR was not measured, but image_reward_other 0.1235" in note for note in one.notes)
+    assert any("IR was not measured, but image_reward_other 0.123" in note for note in one.notes)
 
 
 def test_the_command_prints_and_writes_them(evaluated: dict[str, str], tmp_path: Path, capsys: Any) -> None:

@@ -32,7 +32,7 @@ from ..evaluation.paper_tables import paper_tables
 from ..training.generator import GeneratorRunConfig, run_generator
 from ..training.stages import TokenizerStagesConfig, run_stages
 from .paper_inputs import write_inputs
-from .paper_steps import OTHERS, PaperSteps, Step
+from .paper_steps import OTHERS, PaperSteps, RecipeStep
 from .run import start_ray
 
 STATE, TABLES, COMPARISON = "steps.json", "tables.md", "comparison.html"
@@ -106,7 +106,7 @@ class PaperRun:
         self.done[name] = round(time.perf_counter() - began, 1)
         storage.write_json(self.state, self.done)
 
-    def run_step(self, step: Step) -> None:
+    def run_step(self, step: RecipeStep) -> None:
         """Run a recipe with the step's settings; what an interrupted run has left is deleted."""
         storage.remove_tree(self.steps.path(step.output))
         recipe, job = str(recipes()[f"paper/{step.recipe}"]), job_of(step.recipe)

@@ -121,7 +121,10 @@ def write_models(folder: Path) -> None:
     torch.manual_seed(0)
     clip = load_clip(CLIP, None, asker="stand-in", extra="curate")
     torch.save({name: weight.half() for name, weight in clip.network.state_dict().items()}, folder / "clip.pt")
-    _write_aesthetic_head(folder / "aesthetic-head.safetensors", clip.embed_images(_first_images()))
+    _write_aesthetic_head(
+        folder / "aesthetic-head.safetensors",
+        clip.embed_images([Image.fromarray(render(scene_at(0, i), 2 * SIZE)) for i in range(32)]),
+    )
 
 
 def _write_aesthetic_head(path: Path, embeddings: np.ndarray) -> None:
@@ -134,10 +137,6 @@ def _write_aesthetic_head(path: Path, embeddings: np.ndarray) -> None:
         "bias": torch.tensor([6.0 - float(embeddings.mean(0) @ weight)]),
     }
     save_file(head, path)
-
-
-def _first_images() -> list[Image.Image]:
-    return [Image.open(io.BytesIO(image)).convert("RGB") for _, image, _, _ in islice(_scenes(0, 2 * SIZE), 32)]
 
 
 def _scenes(seed: int, size: int = SIZE) -> Iterator[Sample]:

@@ -17,6 +17,7 @@ Settings = dict[str, Any]
 SIZES = [SIZE, SIZE * 3 // 2, SIZE * 2]
 """Sizes that the small tokenizer decodes; the paper's 512, 768 and 1024."""
 PROMPTS = 6 * PER_CATEGORY
+ON_CPU: Settings = {"gpus_per_actor": 0, "actors": 1}
 TEACHERS = ("flux_schnell", "pixart_sigma", "sd35_large")
 OTHERS = ("sdv15", "sdxl", "pixart_alpha")
 """Models of Appendix G beside the paper's."""
@@ -25,7 +26,7 @@ FEATURES = {"network": "efficientnet_lite0", "weights": None}
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One run of a recipe."""
 
     recipe: str
@@ -71,40 +72,40 @@ class PaperSteps:
         """Settings of the CLIP score with the stand-in."""
         return under("metrics.clip_score", {"model": CLIP, "weights": self.model("clip.pt")})
 
-    def all(self) -> list[Step]:
+    def all(self) -> list[RecipeStep]:
         """Return the runs in their order."""
         return [*self.data(), *self.training(), *self.table1(), *self.table3(), *self.figure1(), *self.appendix_g()]
 
-    def data(self) -> Iterator[Step]:
+    def data(self) -> Iterator[RecipeStep]:
         size = {"filters.resolution.target_size": 2 * SIZE}
         head = self.model("aesthetic-head.safetensors")
-        aesthetic = {"model": CLIP, "weights": self.model("clip.pt"), "head": head, "gpus_per_actor": 0}
+        aesthetic = {"model": CLIP, "weights": self.model("clip.pt"), "head": head, **ON_CPU}
         filters = {**size, **under("filters.aesthetic", aesthetic)}
-        yield Step("01-curate", "curated", {**self._folders("inputs/laion/*.tar", "curated"), **filters})
-        captioner = {"model": self.model("captioner"), "gpus_per_actor": 0, "max_pixels": SIZE**2}
+        yield RecipeStep("01-curate", "curated", {**self._folders("inputs/laion/*.tar", "curated"), **filters})
+        captioner = {"model": self.model("captioner"), **ON_CPU, "max_pixels": SIZE**2}
         short = {"long.max_new_tokens": 24, "short.max_new_tokens": 12}
-        yield Step("02-recaption", "captioned", {**self._folders("curated", "captioned"), **captioner, **short})
+        yield RecipeStep("02-recaption", "captioned", {**self._folders("curated", "captioned"), **captioner, **short})
         yield self._synthesis("03-synthesize", "synthetic", "diffusiondb.parquet", TEACHERS)
-        yield Step("04-import-dalle", "dalle", {**self._folders("inputs/dalle/*.tar", "dalle"), **size})
+        yield RecipeStep("04-import-dalle", "dalle", {**self._folders("inputs/dalle/*.tar", "dalle"), **size})
 
-    def training(self) -> Iterator[Step]:
-        yield Step("05-tokenizer", "tokenizer", self._tokenizer_settings())
-        small: Settings = {"size": SIZE, "batch_size": 16, "gpus_per_actor": 0, "tokenizer": self.tokenizer}
+    def training(self) -> Iterator[RecipeStep]:
+        yield RecipeStep("05-tokenizer", "tokenizer", self._tokenizer_settings())
+        small: Settings = {"size": SIZE, "batch_size": 16, **ON_CPU, "tokenizer": self.tokenizer}
         for data in ("imagenet", "coco"):
             images = {"images": self.path(f"inputs/{data}"), "output": self.path(f"eval-{data}")}
             table = {"preset": f"paper-table2-{data}", "metrics.rfid": FEATURES}
-            yield Step("06-evaluate-table2", f"eval-{data}", {**small, **images, **table})
+            yield RecipeStep("06-evaluate-table2", f"eval-{data}", {**small, **images, **table})
         for source, folder in (("laion", "captioned"), ("synthetic", "synthetic"), ("dalle", "dalle")):
             settings = {**small, **self._folders(folder, f"codes-{source}"), "source": source}
-            yield Step("07-encode", f"codes-{source}", settings)
+            yield RecipeStep("07-encode", f"codes-{source}", settings)
         weights = {"codes-laion": 18, "codes-synthetic": 5, "codes-dalle": 1}
         codes = [{"folder": self.path(name), "weight": weight} for name, weight in weights.items()]
         for recipe, output in (("08-diffusion", "diffusion"), ("09-autoregressive", "ar")):
             own: Settings = {"model.width": 32, "model.heads": 1, "codes": codes, "tokenizer": self.tokenizer}
             own |= {"text_encoder.name": self.model("llm"), "train.steps": 20, "train.sharding": "ddp"}
-            yield Step(recipe, output, {**own, **self._train_settings(output, 24)})
+            yield RecipeStep(recipe, output, {**own, **self._train_settings(output, 24)})
 
-    def table1(self) -> Iterator[Step]:
+    def table1(self) -> Iterator[RecipeStep]:
         # What needs files that are not here is left out, and something else measured in its place, under its own name.
         parts: list[tuple[str, str, Settings]] = [
             ("10-sample-geneval", "11-evaluate-geneval", {"metrics.geneval": None, "metrics.scene_score": {}}),
@@ -123,23 +124,23 @@ class PaperSteps:
                 yield self._sampling(sample, name, model, own)
                 yield self._evaluation(evaluate, name, {**metrics, "preset": preset})
 
-    def table3(self) -> Iterator[Step]:
+    def table3(self) -> Iterator[RecipeStep]:
         fid = under("metrics.fid", {**FEATURES, "reference": self.path("inputs/coco")})
         for steps, preset in ((20, "paper-table3"), (50, "paper-table3-50")):
             own = {"sampling.num_inference_steps": steps, "count": PROMPTS}
             yield self._sampling("16-sample-table3", f"table3-{steps}", "diffusion", own)
             yield self._evaluation("17-evaluate-table3", f"table3-{steps}", {**fid, "preset": preset})
 
-    def figure1(self) -> Iterator[Step]:
-        decode = under("decode", {"tokenizer": self.tokenizer, "size": SIZE, "gpus_per_actor": 0})
+    def figure1(self) -> Iterator[RecipeStep]:
+        decode = under("decode", {"tokenizer": self.tokenizer, "size": SIZE, **ON_CPU})
         for recipe, name, model in (
             ("18-sample-figure1", "figure1", "diffusion"),
             ("19-sample-figure1-ar", "figure1-ar", "ar"),
         ):
             step = self._sampling(recipe, name, model, {})
-            yield Step(recipe, step.output, {**step.settings, **decode})
+            yield RecipeStep(recipe, step.output, {**step.settings, **decode})
 
-    def appendix_g(self) -> Iterator[Step]:
+    def appendix_g(self) -> Iterator[RecipeStep]:
         yield self._sampling("20-sample-appendix-g", "appendix-g", "diffusion", {"count": PROMPTS})
         yield self._synthesis(
             "21-synthesize-appendix-g", "synthetic-appendix-g", "benchmark-prompts.json", OTHERS, count=PROMPTS
@@ -147,20 +148,20 @@ class PaperSteps:
         yield self._evaluation("22-evaluate-appendix-g", "appendix-g", self.clip_score)
         for name in OTHERS:
             own = {"images": self.path(f"synthetic-appendix-g/{name}-*.tar"), "output": self.path(f"eval-{name}")}
-            settings = {**own, **self.clip_score, "size": 2 * SIZE, "gpus_per_actor": 0}
-            yield Step("22-evaluate-appendix-g", f"eval-{name}", settings)
+            settings = {**own, **self.clip_score, "size": 2 * SIZE, **ON_CPU}
+            yield RecipeStep("22-evaluate-appendix-g", f"eval-{name}", settings)
 
     def _folders(self, read: str, written: str) -> Settings:
         return {"input": self.path(read), "output": self.path(written)}
 
-    def _synthesis(self, recipe: str, output: str, prompts: str, models: Sequence[str], **further: Any) -> Step:
+    def _synthesis(self, recipe: str, output: str, prompts: str, models: Sequence[str], **further: Any) -> RecipeStep:
         settings: Settings = {"prompts": self.prompts(prompts), "output": self.path(output), **further}
-        small = {"height": SIZE, "width": SIZE, "gpus_per_actor": 0, "num_inference_steps": 2}
+        small = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, **ON_CPU}
         for name in models:
             settings |= under(f"models.{name}", {**small, "pipeline": self.model(name)})
-        return Step(recipe, output, settings)
+        return RecipeStep(recipe, output, settings)
 
-    def _sampling(self, recipe: str, name: str, model: str, own: Mapping[str, Any]) -> Step:
+    def _sampling(self, recipe: str, name: str, model: str, own: Mapping[str, Any]) -> RecipeStep:
         files = {"10": "evaluation_metadata.jsonl", "12": "captions_val2014.json", "16": "captions_val2014.json"}
         files |= {"18": "figure1.jsonl", "19": "figure1-ar.jsonl"}
         settings: Settings = {
@@ -170,15 +171,15 @@ class PaperSteps:
         }
         settings |= {
             "prompts": self.prompts(files.get(recipe[:2], "benchmark-prompts.json")),
-            "gpus_per_actor": 0,
+            **ON_CPU,
             **own,
         }
-        return Step(recipe, f"samples-{name}", under("sample", settings))
+        return RecipeStep(recipe, f"samples-{name}", under("sample", settings))
 
-    def _evaluation(self, recipe: str, name: str, own: Mapping[str, Any]) -> Step:
+    def _evaluation(self, recipe: str, name: str, own: Mapping[str, Any]) -> RecipeStep:
         settings = {"samples": self.path(f"samples-{name}"), "output": self.path(f"eval-{name}")}
-        small = {"tokenizer": self.tokenizer, "size": 2 * SIZE, "gpus_per_actor": 0}
-        return Step(recipe, f"eval-{name}", {**settings, **small, **own})
+        small = {"tokenizer": self.tokenizer, "size": 2 * SIZE, **ON_CPU}
+        return RecipeStep(recipe, f"eval-{name}", {**settings, **small, **own})
 
     def _tokenizer_settings(self) -> Settings:
         side = {"width": 32, "heads": 1, "layers": 3}

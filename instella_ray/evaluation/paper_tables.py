@@ -39,7 +39,7 @@ DATA = {"paper-table2-imagenet": "ImageNet", "paper-table2-coco": "COCO"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """Columns of a table, and the paper's rows."""
 
     title: str
@@ -57,7 +57,7 @@ class Layout:
 BIT: dict[str, Cell] = {"Tokenizer": "BIT (paper)", "Size": "397M", "# Tkn": 128}
 DIFFUSION_BIT: dict[str, Cell] = {"Model": "Diffusion BIT (paper)", "Size": "1B", "GPU-days": "177 MI300X"}
 LAYOUTS = (
-    Layout(
+    TableLayout(
         "Table 1: text-to-image generation",
         ("Model", "Size", "Reso."),
         TASKS,
@@ -66,13 +66,13 @@ LAYOUTS = (
             "paper-table1": {"Model": "Instella Diff (paper)", "Size": "1.2B", "Reso.": 1024},
         },
     ),
-    Layout(
+    TableLayout(
         "Table 2: tokenizers",
         ("Tokenizer", "Size", "# Tkn"),
         {f"{data} {title}": f"{preset}/{name}" for preset, data in DATA.items() for title, name in QUALITY.items()},
         dict.fromkeys(DATA, BIT),
     ),
-    Layout(
+    TableLayout(
         "Table 3: efficiency",
         ("Model", "Size", "Steps"),
         {"FID-30K ↓": "fid", "Sec/img ↓": "seconds_per_image"},
@@ -127,7 +127,7 @@ def paper_tables(folders: Sequence[str]) -> list[PaperTable]:
     return [_laid_out(layout, own[layout.title]) for layout in LAYOUTS]
 
 
-def _laid_out(layout: Layout, own: Mapping[str, OwnRow]) -> PaperTable:
+def _laid_out(layout: TableLayout, own: Mapping[str, OwnRow]) -> PaperTable:
     empty: dict[str, Cell] = dict.fromkeys((*layout.facts, *layout.metrics, *layout.own), DASH)
     rows = [empty | row for row in _paper_rows(layout)]
     notes = [layout.note] if layout.note and own else []
@@ -138,7 +138,7 @@ def _laid_out(layout: Layout, own: Mapping[str, OwnRow]) -> PaperTable:
     return PaperTable(layout.title, rows, notes)
 
 
-def _paper_rows(layout: Layout) -> Iterator[dict[str, Cell]]:
+def _paper_rows(layout: TableLayout) -> Iterator[dict[str, Cell]]:
     """Yield the paper's rows; presets of one model, such as those of both data sets of Table 2, share one."""
     merged: dict[tuple[Cell, ...], dict[str, Cell]] = {}
     for name, facts in layout.rows.items():
@@ -157,7 +157,7 @@ def _number(value: float | None, metric: str) -> str:
     return DASH if value is None else f"{value:.{THREE_DECIMALS.get(metric, 2)}f}"
 
 
-def _add(rows: dict[str, OwnRow], layout: Layout, preset: Preset, card: Json, setting: Json) -> None:
+def _add(rows: dict[str, OwnRow], layout: TableLayout, preset: Preset, card: Json, setting: Json) -> None:
     """Add a setting's results to the row of its model."""
     about = setting["about"]
     facts, identity = _tokenizer_facts(card) if preset.model is None else _generator_facts(card, about)

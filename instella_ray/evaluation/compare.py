@@ -210,7 +210,9 @@ def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
             differs.append((name, {run.label: value_text(v) for run, v in zip(runs, values, strict=True)}))
     shown = [run.evaluation.images(run.setting) for run in runs]
     grid = base.results["shown"]["grid"]
-    if not set[str].intersection(*same):  # images of other models on the same prompts, under names of their own
+    if not set[str].intersection(
+        *map(set, asked)
+    ):  # images of other models on the same prompts, under names of their own
         grid = [shown[0][name]["prompt"] for name in grid if name in shown[0]]
         shown = [{row["prompt"]: row for row in rows.values() if row["prompt"]} for rows in shown]
     else:

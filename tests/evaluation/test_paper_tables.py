@@ -102,3 +102,15 @@ def test_the_command_prints_and_writes_them(evaluated: dict[str, str], tmp_path:
     assert [table["title"][:7] for table in json.loads(capsys.readouterr().out)] == ["Table 1", "Table 2", "Table 3"]
     assert cli.main(["compare", "--paper-tables", evaluated["none"]]) == 2
     assert "evaluated without a preset, expected one of paper-table1" in capsys.readouterr().err
+
+
+def test_settings_of_prompts_are_in_the_citation_and_are_no_protocol_of_the_paper(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "bit")
+    sampling = SamplingConfig(sampler="simplified", guidance_scale=4.0, temperature=0.6, num_inference_steps=20)
+    own = {"sampling": sampling, "by_prompt": ("guidance_scale", "temperature")}
+    samples = write_samples(tmp_path / "samples", PROMPTS, noise(6, 1), tokenizer, **own)
+    given: dict[str, Any] = {"samples": samples, "tokenizer": tokenizer, "local": True, "preset": "paper-table3"}
+    run_evaluate(EvaluateConfig.model_validate({**given, "output": str(tmp_path / "o"), "metrics": {"bit_usage": {}}}))
+    (setting,) = storage.read_json(str(tmp_path / "o" / "results.json"))["settings"]
+    assert "guidance_scale, temperature by prompt" in setting["citations"]["bit_usage"]
+    assert any("guidance_scale, temperature by prompt" in note for note in paper_tables([str(tmp_path / "o")])[2].notes)

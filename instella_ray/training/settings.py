@@ -25,6 +25,8 @@ class OptimizerConfig(Config):
     matrix_lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the means of gradients and of their squares (AdamW). The paper and the release name none: PyTorch's are 0.9
+    and 0.999."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW and Muon, on weights of linear and convolutional layers alone."""
     warmup_steps: int = Field(1000, ge=0)

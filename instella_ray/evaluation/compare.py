@@ -47,8 +47,11 @@ class ComparedRun:
     def results(self) -> Json:
         return self.evaluation.settings[self.setting]
 
-    def facts(self) -> dict[str, Any]:
-        """Return everything that was recorded about the run and its metrics, besides costs, by dotted name."""
+    def facts(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return everything that was recorded about the run and its metrics, besides costs, by dotted name.
+
+        ``names``: a metric's name in the keys, by that of its configuration.
+        """
         found = flattened(self.results["about"])
         apart = ("name", "about", "units", "metrics", "shown", "citations")
         counts = {key: value for key, value in self.results.items() if key not in apart}
@@ -56,7 +59,7 @@ class ComparedRun:
         for name, result in self.results["metrics"].items():
             how = {key: result[key] for key in ("name", "implementation", "weights", "weights_hash")}
             settings = self.evaluation.first(self.setting, name).info.settings
-            found |= flattened({"metrics": {name: {**how, "settings": settings}}})
+            found |= flattened({"metrics": {names[name]: {**how, "settings": settings}}})
         return {name: value for name, value in found.items() if name.rpartition(".")[2] not in COSTS}
 
     def metric(self, name: str) -> Metric:
@@ -72,7 +75,7 @@ class RunDifferences:
     label: str
     rows: list[Row]
     refused: dict[str, str]
-    """Reason by name of each metric that is not comparable."""
+    """Reason by name of each metric that is not comparable, of the baseline's if the two have other names."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
     same = [{name for name, of in asked[0].items() if theirs.get(name) == of} for theirs in asked]
     ours = {name: base.metric(name) for name in base.results["metrics"]}
     others = [_differences(base, ours, run, shared) for run, shared in zip(runs[1:], same[1:], strict=True)]
-    facts = [run.facts() for run in runs]
+    names = {key: result["name"] for run in runs[::-1] for key, result in run.results["metrics"].items()}
+    facts = [run.facts(names) for run in runs]
     differs = []
     for name in dict.fromkeys(name for found in facts for name in found):
         values = [found.get(name, MISSING) for found in facts]
@@ -236,11 +240,12 @@ def _differences(base: ComparedRun, ours: Mapping[str, Metric], other: ComparedR
         pair = ours[name], other.metric(name)
         sizes = base.evaluation.card["size"], other.evaluation.card["size"]
         if why := incomparable(pair[0].info, pair[1].info, sizes, labels):
-            refused[name] = why
+            refused[pair[0].info.name] = why
         else:
             metrics[name] = pair
-    for name in set(a["metrics"]) ^ set(b["metrics"]):
-        refused[name] = f"measured in {labels[0] if name in a['metrics'] else labels[1]} alone"
+    for label, side, rest in ((labels[0], a, b), (labels[1], b, a)):
+        alone = side["metrics"].keys() - rest["metrics"].keys()
+        refused |= {side["metrics"][name]["name"]: f"measured in {label} alone" for name in alone}
     seeds = a["about"].get("seed") == b["about"].get("seed")
     rows = differences(a["metrics"], b["metrics"], metrics, same, labels, seeds=seeds)
     return RunDifferences(other.label, rows, dict(sorted(refused.items())))

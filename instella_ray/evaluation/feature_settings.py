@@ -190,8 +190,7 @@ class CMMD(FeatureMetric):
 
     def load(self, tools: Tools) -> Maker:
         features = self.features(tools)
-        standard = self.model == CMMD_MODEL and self.weights is not None
-        name = "cmmd" if standard else f"cmmd_{features.name}"
+        name = "cmmd" if self.model == CMMD_MODEL and self.weights is not None else f"cmmd_{features.name}"
         own = {"kernel": "gaussian, sigma 10", "unbiased": False, "scale": 1000, **tools.references.get("cmmd", {})}
         return _rows_maker(KernelDistance, name, self, features, own)
 

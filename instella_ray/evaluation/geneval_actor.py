@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from ..config import Config, InputPath
-from ..errors import UserError
+from ..config import InputPath
+from .environments import EnvironmentConfig, start_actor
 from .metrics.geneval import Detector, DetectorInfo, colored_classes
 from .metrics.geneval_rules import COLORS, Detection
 from .metrics.geneval_worker import OfficialDetector
@@ -44,7 +44,7 @@ PACKAGES = (
 (officially 1.12.1, 0.13.1, 1.23.1 and 1.4.0, which excludes torch 2; the functions used here are the same)."""
 
 
-class GenEvalConfig(Config):
+class GenEvalConfig(EnvironmentConfig):
     """Weights and environment of the official detector."""
 
     weights: InputPath
@@ -52,12 +52,9 @@ class GenEvalConfig(Config):
     color_weights: str = "openai"
     """CLIP ViT-L-14 weights: a local file, or an open_clip tag, which is downloaded."""
     mmcv_wheel: InputPath | None = None
-    """Path or URL of an mmcv-full 1.7 wheel, which Ray installs together with :data:`PACKAGES`."""
-    image_uri: str | None = None
-    """Container image with all packages, instead of the wheel."""
-    conda: str | None = None
-    """Conda environment with all packages, present on every node, instead of the wheel."""
+    """Path or URL of an mmcv-full 1.7 wheel, which Ray installs together with its other packages."""
     gpus: float = pydantic.Field(default=1, gt=0)
+    """GPUs of the actor, or a share of one."""
 
     @pydantic.model_validator(mode="after")
     def _one_environment(self) -> GenEvalConfig:
@@ -69,11 +66,7 @@ class GenEvalConfig(Config):
 
 def runtime_env(cfg: GenEvalConfig) -> dict[str, Any]:
     """Return Ray's ``runtime_env`` for the detector's actor."""
-    if cfg.image_uri:
-        return {"image_uri": cfg.image_uri}
-    if cfg.conda:
-        return {"conda": cfg.conda}
-    return {"uv": {"packages": [f"mmcv-full @ {_address(str(cfg.mmcv_wheel))}", *PACKAGES], "uv_check": False}}
+    return cfg.runtime_env([f"mmcv-full @ {_address(str(cfg.mmcv_wheel))}", *PACKAGES])
 
 
 def _address(wheel: str) -> str:
@@ -83,15 +76,14 @@ def _address(wheel: str) -> str:
 class RemoteDetector:
     """A :class:`.metrics.geneval.Detector` that delegates to a Ray actor."""
 
-    def __init__(self, actor: Any) -> None:
-        import ray
-
-        self._ray, self._actor = ray, actor
-        self.info = DetectorInfo(**ray.get(actor.about.remote()))
+    def __init__(self, actor: Any, info: DetectorInfo) -> None:
+        self._actor, self.info = actor, info
 
     def detect(self, images: np.ndarray, meta: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
+        import ray
+
         calls = [self._actor.detect.remote(x, colored_classes(m)) for x, m in zip(images, meta, strict=True)]
-        return [[detection(found) for found in image] for image in self._ray.get(calls)]
+        return [[detection(found) for found in image] for image in ray.get(calls)]
 
 
 def detection(data: Mapping[str, Any]) -> Detection:
@@ -101,11 +93,6 @@ def detection(data: Mapping[str, Any]) -> Detection:
 
 def start_detector(cfg: GenEvalConfig, worker: type = OfficialDetector) -> Detector:
     """Start the actor and wait until it has loaded; raises UserError if its environment cannot be set up."""
-    import ray
-
-    remote: Any = ray.remote(worker).options(num_gpus=cfg.gpus, runtime_env=runtime_env(cfg))
-    actor = remote.remote(cfg.weights, list(COLORS), color_weights=cfg.color_weights)
-    try:
-        return RemoteDetector(actor)
-    except (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.RayActorError) as error:
-        raise UserError(f"geneval: the detector's environment could not be set up: {error}") from None
+    arguments = {"weights": cfg.weights, "colors": list(COLORS), "color_weights": cfg.color_weights}
+    actor, about = start_actor(worker, arguments, asker="metric geneval", runtime_env=runtime_env(cfg), gpus=cfg.gpus)
+    return RemoteDetector(actor, DetectorInfo(**about))

@@ -21,12 +21,13 @@ from .feature_settings import (
     shared_clip,
 )
 from .geneval_actor import GenEvalConfig, start_detector
+from .image_reward_actor import ImageRewardConfig, load_image_reward
 from .metrics.bits import BitUsage
 from .metrics.clip_score import PAPER_IMAGES as CLIP_IMAGES
 from .metrics.clip_score import PAPER_MODEL, PAPER_TAG, clip_score
 from .metrics.diversity import code_diversity
 from .metrics.geneval import geneval
-from .metrics.image_reward import image_reward, load_image_reward
+from .metrics.image_reward import image_reward
 from .metrics.images import ImageSettings
 from .metrics.lpips_distance import Net, load_lpips, lpips_distance, lpips_diversity
 from .metrics.psnr import psnr
@@ -110,18 +111,15 @@ class ClipScore(Images):
         return partial(clip_score, clip, images=self.images, prefix=self.prefix)
 
 
-class ImageReward(Images):
-    """ImageReward human-preference score, by the official network."""
+class ImageReward(Images, ImageRewardConfig):
+    """ImageReward human-preference score by the official network, if need be in an isolated environment."""
 
     needs = frozenset({"images", "prompts"})
-    weights: InputPath
-    """Path of ``ImageReward.pt``."""
-    med_config: InputPath
-    """Path of ``med_config.json``."""
 
     def load(self, tools: Tools) -> Maker:
-        scorer, is_cut = load_image_reward(self.weights, self.med_config, device=tools.device)
-        return partial(image_reward, scorer, is_cut, weights=self.weights, images=self.images)
+        own = {name: getattr(self, name) for name in ImageRewardConfig.model_fields}
+        scorer = load_image_reward(ImageRewardConfig(**own), device=tools.device)
+        return partial(image_reward, scorer, images=self.images)
 
 
 class GenEval(Images, GenEvalConfig):
@@ -209,9 +207,13 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
     return found
 
 
+PATHS = ("weights", "med_config", "vocabulary", "color_weights", "mmcv_wheel")
+"""Settings that may name local files."""
+
+
 def absolute(section: S) -> S:
     """Return a copy with absolute paths of local files, since each actor runs in another working directory."""
-    given = {name: getattr(section, name, None) for name in ("weights", "med_config", "color_weights", "mmcv_wheel")}
+    given = {name: getattr(section, name, None) for name in PATHS}
     places: dict[str, Any] = {
         n: str(Path(path).absolute()) for n, path in given.items() if path and Path(path).exists()
     }

@@ -47,7 +47,7 @@ def write_report(output: str) -> str:
         preset=table,
         differences={setting["name"]: differences(table, card, setting) for setting in settings} if table else {},
         curves=list(curves(settings)) if len(settings) > 1 else [],
-        names=_names(settings),
+        names=metric_names(settings),
         best=best(settings),
         flat=flat,
         about=about,
@@ -128,7 +128,7 @@ def metric_differences(table: Preset, setting: Json, result: Json) -> list[str]:
 def best(settings: Sequence[Json]) -> dict[str, list[str]]:
     """Return the settings with the best value of each metric that has a better direction."""
     found: dict[str, list[str]] = {}
-    for name in _names(settings):
+    for name in metric_names(settings):
         results = {s["name"]: s["metrics"][name] for s in settings if name in s["metrics"]}
         values = {setting: r["value"] for setting, r in results.items() if r["value"] is not None}
         if len(set(values.values())) > 1 and (way := better(next(iter(results.values()))["name"])):
@@ -141,7 +141,7 @@ def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
     """Yield title and chart for each metric and swept numeric parameter, with a line per value of the other parameters."""
     sampling = [setting["about"].get("sampling", {}) for setting in settings]
     keys = [key for key in sampling[0] if len({str(s.get(key)) for s in sampling}) > 1]
-    for name in _names(settings):
+    for name, label in metric_names(settings).items():
         for key in (key for key in keys if isinstance(sampling[0][key], int | float)):
             lines: dict[str, list[tuple[float, float]]] = {}
             spans: dict[str, list[tuple[float, float, float]]] = {}
@@ -153,7 +153,7 @@ def curves(settings: Sequence[Json]) -> Iterator[tuple[str, Markup]]:
                 lines.setdefault(line, []).append((values[key], result["value"]))
                 if None not in (result["low"], result["high"]):
                     spans.setdefault(line, []).append((values[key], result["low"], result["high"]))
-            yield f"{name} over {key}", svg_curves(lines, axis=key, spans=spans)
+            yield f"{label} over {key}", svg_curves(lines, axis=key, spans=spans)
 
 
 def about(result: Json) -> Iterator[tuple[str, str]]:
@@ -164,5 +164,6 @@ def about(result: Json) -> Iterator[tuple[str, str]]:
     yield from flat(result["settings"])
 
 
-def _names(settings: Sequence[Json]) -> list[str]:
-    return list(dict.fromkeys(name for setting in settings for name in setting["metrics"]))
+def metric_names(settings: Sequence[Json]) -> dict[str, str]:
+    """Return the name of each metric by that of its configuration, which a stand-in must not be shown under."""
+    return {key: result["name"] for setting in settings for key, result in setting["metrics"].items()}

@@ -10,6 +10,7 @@ from ..data.formats.parts import finished_file
 from ..errors import UserError
 from .measure import ROWS, States
 from .metrics.base import Metric
+from .metrics.names import earned_name
 from .metrics.states import load_state
 from .thumbnails import THUMBNAILS, read_thumbnails
 
@@ -19,6 +20,19 @@ KEYS = {"name", "about", "measured", "units", "metrics", "shown"}
 """Keys of a setting in the results that a reader needs."""
 
 Json = dict[str, Any]
+
+
+def _name_as_earned(setting: Json) -> None:
+    """Give the results of a setting, which may have been recorded under an older rule, the names that they have today."""
+    citations = setting.get("citations", {})
+    for key, result in setting["metrics"].items():
+        for row in (result, *result["parts"]):
+            before = row["name"]
+            made_with = (row.get(name) for name in ("weights", "weights_hash", "settings"))
+            row["name"] = earned_name(before, *made_with)
+        if key in citations:
+            recorded = citations[key].partition(" ")[2]
+            citations[key] = f"{result['name']} {recorded}"
 
 
 class Evaluation:
@@ -36,6 +50,8 @@ class Evaluation:
             complete = False
         if not complete:
             raise UserError(f"{path}: expected the results of an evaluation")
+        for setting in self.settings.values():
+            _name_as_earned(setting)
         self.folder, self.states = folder, States(storage.join(folder, STATES))
 
     def metric(self, setting: str, name: str) -> Metric:

@@ -23,7 +23,8 @@ def write_report(folder: Path, run: str, rows: Sequence[Mapping[str, Any]], best
 
     Images and reports of checkpoints are linked by relative paths, not copied.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    # By the configuration's names, which may be those of metrics that these stand in for.
+    names = {key: str(result["name"]) for row in rows for key, result in row["metrics"].items()}
     page = render(
         TEMPLATE,
         run=run,
@@ -31,16 +32,16 @@ def write_report(folder: Path, run: str, rows: Sequence[Mapping[str, Any]], best
         rows=rows,
         metrics=names,
         best=best,
-        best_by=best_by,
-        curves=[(name, _curve(name, rows)) for name in names],
+        best_by=names.get(best_by, best_by),
+        curves=[(name, _curve(key, name, rows)) for key, name in names.items()],
         reports=_existing(folder, rows, f"{EVALUATION}/{REPORT}"),
         images=_existing(folder, rows, IMAGE),
     )
     storage.write_text(str(folder / REPORT), page)
 
 
-def _curve(name: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    found = [(row["step"], row["metrics"][name]) for row in rows if name in row["metrics"]]
+def _curve(key: str, name: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
+    found = [(row["step"], row["metrics"][key]) for row in rows if key in row["metrics"]]
     known = [(step, result) for step, result in found if result["value"] is not None]
     spans = [(step, r["low"], r["high"]) for step, r in known if None not in (r["low"], r["high"])]
     return svg_curves({name: [(step, result["value"]) for step, result in known]}, spans={name: spans})

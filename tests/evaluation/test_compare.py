@@ -109,7 +109,7 @@ def test_other_metrics_and_other_settings_are_refused_by_name(tmp_path: Path, to
     (other,) = comparison.others
     assert [row.name for row in other.rows] == ["psnr"]
     assert other.refused == {
-        "lpips": "A measured lpips_alex_random_trunk, B lpips_vgg_random_trunk: other metrics",
+        "lpips_alex_random_trunk": "A measured lpips_alex_random_trunk, B lpips_vgg_random_trunk: other metrics",
         "ssim": "measured in B alone",
     }
     assert "B, not compared: ssim: measured in B alone" in comparison.text()

@@ -6,7 +6,6 @@ from images to the number, and that such weights never carry the real metric's n
 
 from __future__ import annotations
 
-import sys
 import types
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 from instella_ray.data.scenes import render, scene_at
 from instella_ray.errors import UserError
-from instella_ray.evaluation.metrics import clip_score, fid, image_reward, lpips_distance
+from instella_ray.evaluation.metrics import clip_score, fid, lpips_distance
 from instella_ray.evaluation.metrics.base import Batch
 from instella_ray.evaluation.metrics.features import inception
 from instella_ray.evaluation.metrics.frechet import Gaussian, frechet_distance
@@ -256,26 +255,3 @@ def test_clip_models_and_weights_that_are_not_there_are_named(tiny_clip: tuple[s
         load_clip("ViT-other", None, **ASKED)
     with pytest.raises(UserError, match=r"nowhere.pt: expected a local file"):
         load_clip("ViT-bigG-14", "nowhere.pt", **ASKED)
-
-
-# --- ImageReward
-
-
-def test_image_reward_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ImageReward.ImageReward", None)
-    with pytest.raises(UserError, match=r"image_reward: .*pip install image-reward"):
-        image_reward.load_image_reward("ImageReward.pt", "med_config.json")
-
-
-def test_image_reward_is_the_mean_of_what_the_scorer_says(tmp_path: Path) -> None:
-    (tmp_path / "ImageReward.pt").write_bytes(b"weights")
-    images, prompts = random_images(3, 32), ["a", "bb", "ccc"]
-
-    def scorer(prompt: str, image: np.ndarray) -> float:
-        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
-        return float(len(prompt))
-
-    metric = image_reward.image_reward(scorer, weights=str(tmp_path / "ImageReward.pt"), name="prompt_length")
-    metric.update(Batch(["x", "y", "z"], images=images, prompts=prompts))
-    assert metric.scores() == {"x": 1, "y": 2, "z": 3} and metric.result().value == 2
-    assert metric.info.name == "prompt_length" and metric.info.weights == "ImageReward.pt"

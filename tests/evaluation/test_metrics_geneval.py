@@ -14,7 +14,9 @@ from instella_ray.evaluation.metrics.geneval_rules import Detection, Rules, eval
 from instella_ray.evaluation.metrics.geneval_worker import CLASSES
 from instella_ray.evaluation.metrics.rates import RateMetric
 
-OFFICIAL = DetectorInfo("mask2former_swin_s", "mmdet 2.27.0", "swin.pth", "c9d0c4f2" + "0" * 56)
+SWIN = ("mask2former_swin_s", "mmdet 2.27.0", "swin.pth")
+COLORS = {"color_classifier": "open_clip ViT-L-14 openai, crop on #999"}
+OFFICIAL = DetectorInfo(*SWIN, "c9d0c4f2" + "0" * 56, COLORS)
 
 
 def seen(
@@ -176,7 +178,11 @@ def test_the_score_is_the_mean_over_tasks() -> None:
 
 def test_only_the_official_detector_and_rules_give_geneval() -> None:
     assert measured(DetectorInfo("centernet", "human-models")).result().name == "geneval_rules_centernet"
-    assert measured(DetectorInfo("mask2former_swin_s", "mmdet 3.3.0", "w", "ab")).result().name != "geneval"
+    unverified = "geneval_rules_mask2former_swin_s_unverified"
+    assert measured(DetectorInfo(*SWIN, "ab" * 32, COLORS)).result().name == unverified
+    other_colors = {"color_classifier": "open_clip ViT-L-14 file openai (sha256 ab), crop on #999"}
+    result = measured(DetectorInfo(*SWIN, OFFICIAL.weights_hash, other_colors)).result()
+    assert result.name == unverified and {part.name.partition("/")[0] for part in result.parts} == {unverified}
     assert measured(OFFICIAL, Rules(threshold=0.5)).result().name != "geneval"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import zipfile
 from collections.abc import Callable
@@ -21,10 +20,8 @@ from instella_ray.errors import UserError
 from instella_ray.evaluation import feature_settings
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 from instella_ray.evaluation.metric_settings import MetricsConfig
-from instella_ray.evaluation.metrics.base import Batch
 from instella_ray.evaluation.metrics.features import Features
 from instella_ray.evaluation.metrics.frechet import Gaussian
-from instella_ray.evaluation.metrics.image_reward import image_reward
 from instella_ray.evaluation.references import References
 from instella_ray.models.clip import load_clip
 
@@ -206,17 +203,3 @@ def test_a_text_of_just_the_limit_is_whole(tiny_clip: tuple[str, str]) -> None:
     clip = load_clip(*tiny_clip, asker="metric clip_score", extra="eval")
     texts = [" ".join(["cat"] * count) for count in (1, 75, 76, 200)]
     assert clip.is_cut(texts) == [False, False, True, True] and clip.is_cut([]) == []
-
-
-def test_image_reward_counts_prompts_that_it_cuts(tmp_path: Path) -> None:
-    (tmp_path / "ImageReward.pt").write_bytes(b"weights")
-    metric = image_reward(
-        lambda prompt, image: 1.0,
-        lambda prompts: [len(prompt) > 3 for prompt in prompts],
-        weights=str(tmp_path / "ImageReward.pt"),
-    )
-    images = np.zeros((3, 8, 8, 3), np.uint8)
-    metric.update(Batch(["a", "b", "c"], images=images, prompts=["long prompt", "cat", "another"]))
-    result = type(metric).from_state(metric.state()).result()
-    assert result.settings["truncated_prompts"] == 2 and "cut to the text model's 35 tokens" in result.cautions[0]
-    assert json.loads(json.dumps(result.to_json()))["cautions"] == list(result.cautions)

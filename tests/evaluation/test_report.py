@@ -19,7 +19,6 @@ from instella_ray.data.prompts import Prompt, read_prompts
 from instella_ray.data.scenes import scene_rows
 from instella_ray.evaluation.citation import add_citations
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
-from instella_ray.evaluation.metrics.features import INCEPTION_HASH
 from instella_ray.evaluation.metrics.presets import PRESETS, PROTOCOLS, TABLE3, UNSTATED
 from instella_ray.evaluation.report import best, metric_rows, write_report
 from instella_ray.evaluation.select import ShowConfig
@@ -28,6 +27,7 @@ from instella_ray.models.checkpoint import weight_hash
 from instella_ray.models.sampling import SamplingConfig
 from instella_ray.rendering import digits, svg_curves, table, thumbnail
 
+from ..kit.evaluation import ABOUT, CARD, FID
 from ..kit.models import write_tokenizer
 from ..kit.sample_sets import noise, write_samples, write_sweep
 
@@ -114,27 +114,6 @@ def test_a_sweep_of_many_settings_shows_no_more_images_than_asked_for(tmp_path: 
     sweep = write_sweep(tmp_path / "s", SWEEP, PROMPTS, tokenizer=tokenizer, codes=lambda n: noise(12, 2, n))
     page, _ = report(tmp_path / "o", samples=sweep, tokenizer=tokenizer, show=ShowConfig(most=60))
     assert 0 < page.count("<figure") <= 60
-
-
-FID: dict[str, Any] = {
-    **{"name": "fid", "value": 12.0, "low": 11.0, "high": 13.0, "count": 30_000, "parts": [], "implementation": "x"},
-    **{"weights": "inception.pth", "weights_hash": INCEPTION_HASH + "00"},
-    "settings": {
-        "images": {"size": 256, "filter": "lanczos", "format": "pixels"},
-        **{"network_input": "299 px, clean-fid", "interval": JACKKNIFE, "confidence": 0.95, "groups": 10},
-        "reference": {"source": "coco-val2014", "sha256": "cd" * 32, "count": 40_504},
-    },
-}
-ABOUT: dict[str, Any] = {
-    **{"kind": "diffusion", "quantization": "none", "images_per_prompt": 1, "precision": "bf16", "seed": 0},
-    **{"model": "gen", "model_hash": "ef" * 32, "prompts": "val2014.json", "prompts_hash": "01" * 32},
-    "text_encoder": {"name": "OLMo"},
-    "sampling": SamplingConfig(guidance_scale=4, temperature=0.6, num_inference_steps=20).model_dump(),
-}
-CARD: dict[str, Any] = {
-    **{"measured_inputs": "samples", "size": 1024, "tokenizer": "bit", "tokenizer_hash": "23" * 32, "source": "s"},
-    "versions": {"instella-ray": "1.2", "torch": "2.9"},
-}
 
 
 def rows_of(**changes: Any) -> dict[str, Any]:

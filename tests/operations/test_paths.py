@@ -26,7 +26,7 @@ NO_PATHS = {
     # Models and tags of open_clip, or local files.
     *("Aesthetic.model", "Aesthetic.weights", "ClipScore.model", "ClipScore.weights", "ClipScore.prefix"),
     *("CMMD.model", "CMMD.weights"),
-    *("GenEvalConfig.color_weights", "GenEvalConfig.image_uri", "GenEvalConfig.conda"),
+    *("GenEvalConfig.color_weights", "EnvironmentConfig.image_uri", "EnvironmentConfig.conda"),
     "TokenizerStagesConfig.stages",  # each stage is checked by itself
 }
 """Keys whose text is no path, or may be a name as well, after the classes that declare them."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...storage import finite
+from .names import earned_name
 
 M = TypeVar("M", bound="Metric")
 SETS = ("precision", "recall", "f_score", "density", "coverage")
@@ -68,7 +69,7 @@ class Info:
     """Identity of a metric; results are comparable only if it is equal."""
 
     name: str
-    """Metric name; a substitute (other weights, features or detector) never has the standard metric's name."""
+    """Metric name; with other weights than those that it stands for it becomes another (:func:`.names.earned_name`)."""
     implementation: str
     """Package and version."""
     weights: str | None = None
@@ -80,6 +81,8 @@ class Info:
     def __post_init__(self) -> None:
         # Normalize to the JSON form (lists for tuples), so that a shard loaded from a file equals a fresh one.
         object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings))))
+        earned = earned_name(self.name, self.weights, self.weights_hash, self.settings)
+        object.__setattr__(self, "name", earned)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

@@ -17,6 +17,7 @@ from ...models.clip import Clip
 from .base import Batch, Info, version_of
 from .features import Features
 from .images import ImageSettings
+from .names import file_label
 from .samples import SampleMetric
 
 PAPER_MODEL, PAPER_TAG = "ViT-bigG-14", "laion2b_s39b_b160k"
@@ -42,7 +43,7 @@ def clip_score(clip: Clip, *, images: ImageSettings = PAPER_IMAGES, prefix: str 
 
 
 def metric_name(clip: Clip) -> str:
-    """Return ``clip_score`` for the paper's network; for any other network or random weights a name that states it."""
+    """Return ``clip_score`` for the paper's network (with its weights, see :mod:`.names`), else a name that states it."""
     paper = clip.model == PAPER_MODEL and clip.weights is not None
     return "clip_score" if paper else f"clip_score_{_network_name(clip)}"
 
@@ -64,4 +65,6 @@ def _network_name(clip: Clip) -> str:
 
 
 def _label(clip: Clip) -> str:
-    return f"{clip.model}, {Path(clip.weights).name if clip.weights else 'random'}"
+    if clip.weights is None:
+        return f"{clip.model}, random"
+    return f"{clip.model}, {file_label(clip.weights) if Path(clip.weights).is_file() else clip.weights}"

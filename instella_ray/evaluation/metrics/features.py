@@ -15,9 +15,8 @@ from ...packages import extra_import, optional_import
 from ...storage import file_sha256
 from .base import Batch, version_of
 from .images import ImageSettings, to_planes
+from .names import INCEPTION
 
-INCEPTION_HASH = "6726825d"
-"""First digits of the sha256 of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``: FID's network."""
 EFFICIENTNET_HASH = "57934424"
 """First digits of the sha256 of the EfficientNet-Lite0 weights distributed as a Python package."""
 Network = Literal["inception", "efficientnet_lite0"]
@@ -91,10 +90,8 @@ def inception(
             return network(to_planes(images).to(device))[0].float().cpu().numpy()
 
     found = file_sha256(str(path))
-    official = found.startswith(INCEPTION_HASH) and layer == "2048"
-    name = (
-        "inception" if official else "inception_other" if found.startswith(INCEPTION_HASH) else "inception_unverified"
-    )
+    published, pooled = found.startswith(INCEPTION), layer == "2048"
+    name = "inception_unverified" if not published else "inception" if pooled else "inception_other"
     how = {
         "legacy": "TensorFlow 1 bilinear without antialiasing",
         "clean": "Pillow's bicubic with antialiasing, unrounded, as clean-fid's",

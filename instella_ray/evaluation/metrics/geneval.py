@@ -19,8 +19,7 @@ from .geneval_rules import OFFICIAL, TASKS, Detection, Rules, evaluate
 from .images import ImageSettings
 from .rates import RateMetric, SampleVerdict
 
-OFFICIAL_HASH = "c9d0c4f2"
-"""First digits of the sha256 of ``mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth``."""
+OFFICIAL_DETECTOR = "mask2former_swin_s"
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,6 @@ class DetectorInfo:
     weights: str | None = None
     weights_hash: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def official(self) -> bool:
-        return self.name == "mask2former_swin_s" and (self.weights_hash or "").startswith(OFFICIAL_HASH)
 
 
 class Detector(Protocol):
@@ -69,7 +64,7 @@ def geneval(
             found = detector.detect(images.prepare(batch.need("images")), meta)
         return [image_verdict(f, m, rules) for f, m in zip(found, meta, strict=True)]
 
-    name = "geneval" if about.official and rules == OFFICIAL else f"geneval_rules_{about.name}"
+    official = about.name == OFFICIAL_DETECTOR and rules == OFFICIAL
     settings = {
         "detector": about.name,
         "rules": rules.describe(),
@@ -77,6 +72,7 @@ def geneval(
         "images": images.describe(),
         **about.settings,
     }
+    name = "geneval" if official else f"geneval_rules_{about.name}"
     return RateMetric(Info(name, about.implementation, about.weights, about.weights_hash, settings), verdicts)
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 CONFIG = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 COLOR_MODEL, COLOR_WEIGHTS = "ViT-L-14", "openai"
+COLOR_HASH = "b8cca3fd41ae0c99"
+"""First digits of the sha256 of OpenAI's ``ViT-L-14.pt``."""
 TEMPLATES = ("a photo of a {{c}} {name}", "a photo of a {{c}}-colored {name}", "a photo of a {{c}} object")
 BACKGROUND = "#999"
 """Fill colour outside an object's mask when its colour is classified."""
@@ -64,20 +66,26 @@ class OfficialDetector:
 
     def about(self) -> dict[str, Any]:
         """Return the fields of a :class:`.geneval.DetectorInfo`."""
-        with open(self.weights, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         packages = ("mmdet", "mmcv-full", "torch", "open-clip-torch", "clip-benchmark")
         versions = {name: metadata.version(name) for name in packages}
         return {
             "name": "mask2former_swin_s",
             "implementation": f"mmdet {versions['mmdet']}",
             "weights": os.path.basename(self.weights),
-            "weights_hash": digest,
+            "weights_hash": _file_sha256(self.weights),
             "settings": {
-                "color_classifier": f"open_clip {COLOR_MODEL} {os.path.basename(self.color_weights)}, crop on {BACKGROUND}",
+                "color_classifier": f"open_clip {COLOR_MODEL} {self._color_weights()}, crop on {BACKGROUND}",
                 "environment": versions,
             },
         }
+
+    def _color_weights(self) -> str:
+        """Return open_clip's tag of the colours' weights, or file and sha256, where OpenAI's file has the tag's name."""
+        if not os.path.isfile(self.color_weights):
+            return self.color_weights
+        digest = _file_sha256(self.color_weights)
+        name = f"file {os.path.basename(self.color_weights)}"
+        return f"{COLOR_WEIGHTS if digest.startswith(COLOR_HASH) else name} (sha256 {digest})"
 
     def detect(self, image: np.ndarray, colored: Sequence[str]) -> list[dict[str, Any]]:
         """Detect objects in one image, uint8 ``[H, W, 3]``: dicts with ``label, score, box, color``.
@@ -112,6 +120,11 @@ class OfficialDetector:
         with torch.no_grad():
             logits, _ = zeroshot.run_classification(self.clip, self.classifiers[label], loader, self.device)
         return [self.colors[int(i)] for i in logits.argmax(1)]
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _crop(image: Image.Image, box: np.ndarray, mask: np.ndarray | None) -> Image.Image:

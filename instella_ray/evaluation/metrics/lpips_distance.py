@@ -22,14 +22,14 @@ from .base import Batch, Info, version_of
 from .diversity import Diversity, image_diversity
 from .features import local_weights
 from .images import ImageSettings, to_planes
+from .names import ALEX, VGG
 from .samples import SampleMetric
 
 if TYPE_CHECKING:
     from torch import nn
 
 Net = Literal["alex", "vgg"]
-TRUNKS = {"vgg": ("397923af",), "alex": ("7be5be79", "4df8aa71")}
-"""First digits of the sha256 of torchvision's ``vgg16-397923af.pth`` and of both alexnet-owt files, by network."""
+TRUNKS = {"vgg": VGG, "alex": ALEX}
 
 
 @dataclass(frozen=True)

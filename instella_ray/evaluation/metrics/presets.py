@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import UserError
-from .clip_score import PAPER_MODEL, PAPER_TAG
-from .features import INCEPTION_HASH
-from .geneval import OFFICIAL_HASH
+from .names import STANDARDS
 
 Sampler = Literal["posterior", "simplified"]
 """Samplers of the paper's Alg. 1 and Alg. 2."""
@@ -53,14 +51,12 @@ class MetricProtocol:
     """Preprocessing: fields of :class:`.images.ImageSettings`."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Other settings of the result: the text that the value must contain, in any case."""
-    weights_hash: str | None = None
-    """First digits of the weights' sha256; None: there are no weights, or ``weights`` names them."""
-    weights: str | None = None
-    """Name of the weights, for those whose hash is not published; '' if nothing is, so that they cannot be verified."""
 
     def differences(self, name: str, result: Mapping[str, Any]) -> list[str]:
-        """Return what differs in the JSON of a result of the metric ``name``, one text each."""
-        found, settings = [], result["settings"]
+        """Return what differs in the JSON of a result of the metric ``name``, one text each; its weights come first."""
+        settings, weights = result["settings"], (result["weights"], result["weights_hash"])
+        standard = STANDARDS.get(name)
+        found = standard.differences(name, *weights, settings) if standard else []
         images = settings.get("images") or {}
         for key, expected in self.images.items():
             if images.get(key) != expected:
@@ -68,13 +64,6 @@ class MetricProtocol:
         for key, expected in self.settings.items():
             if expected.lower() not in str(settings.get(key)).lower():
                 found.append(f"{key} of {name} {_text(settings.get(key))}, the paper's {expected}")
-        weights = f"weights of {name} {result['weights']}"
-        if self.weights_hash and not (result["weights_hash"] or "").startswith(self.weights_hash):
-            found.append(f"{weights}, not the published file (sha256 {self.weights_hash}...)")
-        if self.weights == "":
-            found.append(f"{weights}, which cannot be verified: no checksum is published")
-        elif self.weights and result["weights"] != self.weights:
-            found.append(f"{weights}, the paper's {self.weights}")
         return found
 
 
@@ -84,17 +73,15 @@ def _text(value: Any) -> str:
 
 PIXELS = {"size": None, "format": "pixels"}
 PROTOCOLS = {
-    "fid": MetricProtocol(
-        {"size": 256, "filter": "lanczos", "format": "pixels"}, {"network_input": "clean-fid"}, INCEPTION_HASH
-    ),
-    "rfid": MetricProtocol(PIXELS, weights_hash=INCEPTION_HASH),
+    "fid": MetricProtocol({"size": 256, "filter": "lanczos", "format": "pixels"}, {"network_input": "clean-fid"}),
+    "rfid": MetricProtocol(PIXELS),
     "psnr": MetricProtocol(PIXELS),
     "ssim": MetricProtocol(PIXELS),
-    "clip_score": MetricProtocol({"size": 256, "format": "pixels"}, weights=f"{PAPER_MODEL}, {PAPER_TAG}"),
-    "image_reward": MetricProtocol(PIXELS, weights=""),
-    "geneval": MetricProtocol(PIXELS, {"color_classifier": "ViT-L-14 openai"}, OFFICIAL_HASH),
+    "clip_score": MetricProtocol({"size": 256, "format": "pixels"}),
+    "image_reward": MetricProtocol(PIXELS),
+    "geneval": MetricProtocol(PIXELS),
 }
-"""The paper's protocol by metric (Appendix D.2, and the evaluation code that it cites)."""
+"""The paper's protocol by metric (Appendix D.2, and the evaluation code that it cites); weights are in :data:`STANDARDS`."""
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,23 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+WEIGHTS: dict[str, Any] = {
+    "geneval": {"weights": "mask2former.pth", "weights_hash": "c9d0c4f2" + "0" * 56},
+    "clip_score": {"weights": "ViT-bigG-14, laion2b_s39b_b160k", "weights_hash": "0" * 64},
+}
+"""Those that the names stand for."""
+
+
 def renamed(folder: str, to: Path, key: str, name: str) -> str:
-    """A copy of an evaluation whose scene score has the name, and the parts, of a metric of the paper."""
+    """A copy of an evaluation whose scene score has the name, the weights and the parts of a metric of the paper."""
     results = storage.read_json(f"{folder}/results.json")
     (setting,) = results["settings"]
     result = setting["metrics"].pop("scene_score")
-    parts = [
-        {**part, "name": f"{name}/{task}"} for part, task in zip(result["parts"], ("colors", "counting"), strict=False)
-    ]
-    setting["metrics"][key] = {**result, "name": name, "value": 0.1234567, "parts": parts}
+    settings = {**result["settings"], "color_classifier": "ViT-L-14 openai"}
+    own = {**WEIGHTS.get(name, {}), "settings": settings}
+    named = zip(result["parts"], ("colors", "counting"), strict=False)
+    parts = [{**part, **own, "name": f"{name}/{task}"} for part, task in named]
+    setting["metrics"][key] = {**result, **own, "name": name, "value": 0.1234567, "parts": parts}
     to.mkdir()
     storage.write_json(str(to / "results.json"), results)
     return str(to)

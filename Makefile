@@ -1,20 +1,22 @@
-# make demo | test | test-fast | test-all | bench | bench-gpu | lint | format | docs | wheel | chart | venv | constraints | clean
+# make demo | paper-tiny | test | test-fast | test-all | bench | bench-gpu | lint | format | docs | wheel | chart | venv | constraints | clean
 # A fresh machine needs Linux, Python 3.11+ (with pip or ensurepip) and make. Everything else goes into .venv, uv into .uv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?=
+PAPER ?=
 TESTS ?=
 BENCH ?=
 # Seen to work together; the other versions follow from pyproject.toml. UPGRADE=--upgrade lifts those to the newest.
 FIXED := torch==2.13.0 torchvision==0.28.0 ray==2.60.0 transformers==5.23.0 deepspeed==0.19.8
 UPGRADE ?=
 
-.PHONY: demo test test-fast test-all bench bench-gpu lint format docs wheel chart venv constraints clean
+.PHONY: demo paper-tiny test test-fast test-all bench bench-gpu lint format docs wheel chart venv constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       captioned images in, images out, on this machine (DEMO='--fresh' passes flags on)"
+	@echo "make paper-tiny  every recipe of the paper with small models, ending with its tables (PAPER='--fresh' passes flags on)"
 	@echo "make test       what a change must pass; make test-fast: those tests without Ray; make test-all: every test"
 	@echo "make bench      what serving costs and gains, in numbers (BENCH='--set suites=[caching]' passes flags on)"
 	@echo "make bench-gpu  what one GPU gives, in at most 8 minutes (BENCH=--tiny rehearses it, also without a GPU)"
@@ -33,6 +35,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt .ci/setup.sh
 
 demo: venv
 	$(BIN)/instella-ray demo $(DEMO)
+
+paper-tiny: venv
+	$(BIN)/python -m instella_ray.demo.paper $(PAPER)
 
 # The tiers are tests/tiers.py's: without Ray; with it; and what is left for the night. TESTS='-k curate' passes flags on.
 test: venv

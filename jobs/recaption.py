@@ -1,4 +1,4 @@
-"""Recaption: `python jobs/recaption.py --config configs/data/recaption.yaml --set input=DIR --set output=DIR`."""
+"""Recaption: `python jobs/recaption.py --config configs/paper/02-recaption.yaml --set input=DIR --set output=DIR`."""
 
 from __future__ import annotations
 

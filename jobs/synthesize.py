@@ -1,4 +1,4 @@
-"""Synthesize: `python jobs/synthesize.py --config configs/data/synthesize.yaml --set prompts=FILE --set output=DIR`."""
+"""Synthesize: `python jobs/synthesize.py --config configs/paper/03-synthesize.yaml --set prompts=FILE --set output=DIR`."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_every_shipped_configuration_loads() -> None:
 
     rooms: dict[str, type[Config]] = {"tokenizer": TokenizerStagesConfig, "generator": GeneratorRunConfig}
     files = [path for room in rooms for path in (ROOT / "configs" / room).glob("*.yaml")]
-    assert len(files) >= 6
+    assert len(files) >= 4
     for path in files:
         load_config(rooms[path.parent.name], str(path))
     for path in (ROOT / "configs" / "serve").glob("*.yaml"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected, weight_hash
 from ..models.folders import find_model
+from .plan import own_sampling, own_size
 from .sample_set import SampleBlock, SampleRun, SampleSet, find_sample_sets
 
 
@@ -37,7 +39,7 @@ class DecodeConfig(Config):
     tokenizer: InputPath | None = None
     """Model folder of the BIT that defines the codes."""
     size: int | None = Field(None, ge=1)
-    """Edge of the images (px); none means the tokenizer's ``image_size``."""
+    """Edge of the images (px) of prompts without a ``size`` in their settings; none: the tokenizer's ``image_size``."""
     batch_size: int = Field(16, ge=1)
     """Images per decoder call."""
     actors: int | None = Field(None, ge=1)
@@ -55,12 +57,17 @@ class SampleDecoder:
         self.device, self.size, self.batch_size = pick_device(device), size, batch_size
         self.bit = load_expected(tokenizer, BIT, device=self.device)
 
-    def images(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        """Decode ``codes``, uint8 0/1 ``[N, L, K]``; yields one image uint8 ``[size, size, 3]`` per sample."""
-        for start in range(0, len(codes), self.batch_size):
-            batch = torch.from_numpy(codes[start : start + self.batch_size]).to(self.device)
-            with torch.no_grad():
-                yield from to_pixels(self.bit.decode(batch, self.size, self.size))
+    def images(self, codes: np.ndarray, sizes: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Decode ``codes``, uint8 0/1 ``[N, L, K]``; yields one image uint8 ``[size, size, 3]`` per sample.
+
+        ``sizes`` are those of single samples; None: ``size`` for all.
+        """
+        for size, rows in groupby(range(len(codes)), key=lambda row: self.size if sizes is None else sizes[row]):
+            same = list(rows)
+            for start in range(0, len(same), self.batch_size):
+                batch = torch.from_numpy(codes[same[start : start + self.batch_size]]).to(self.device)
+                with torch.no_grad():
+                    yield from to_pixels(self.bit.decode(batch, size, size))
 
 
 def check_tokenizer(tokenizer: str, size: int | None, expected: str | None, source: str) -> int:
@@ -87,10 +94,14 @@ def find_tokenizer(cfg: DecodeConfig) -> str:
     return find_model(cfg.tokenizer)
 
 
-def check_decode(cfg: DecodeConfig, model: str, *, local: bool = False) -> None:
-    """Raise UserError if samples of the generator ``model`` could not be decoded: what can be told before they are made."""
+def check_decode(cfg: DecodeConfig, model: str, *, sizes: Sequence[int] = (), local: bool = False) -> None:
+    """Raise UserError if samples of the generator ``model`` could not be decoded: what can be told before they are made.
+
+    ``sizes`` are those that prompts give themselves.
+    """
     model = find_model(model)
-    check_tokenizer(find_tokenizer(cfg), cfg.size, Identity.of(model).tokenizer_hash, model)
+    for size in (cfg.size, *sizes):
+        check_tokenizer(find_tokenizer(cfg), size, Identity.of(model).tokenizer_hash, model)
     if cfg.gpus_per_actor and not local:
         pool_size(Pool(cfg.actors, cfg.gpus_per_actor), 1, local=local)
 
@@ -122,11 +133,12 @@ class DecodeWorker:
 
     def _files(self, samples: SampleSet, block: SampleBlock) -> Iterator[bytes]:
         kind = "png" if self.format == "tar" else self.format
-        made_as = {"size": self.decoder.size, "format": kind, **samples.made_with()}
+        made_as = {"format": kind, **samples.made_with()}
+        sizes = sample_sizes(block, self.decoder.size)
         pending: deque[Future[bytes]] = deque()
         with ThreadPoolExecutor(self.file_threads, thread_name_prefix="image-files") as threads:
-            for i, image in enumerate(self.decoder.images(block.codes)):
-                about = {**image_metadata(samples.run, block, i), **made_as}
+            for i, image in enumerate(self.decoder.images(block.codes, sizes)):
+                about = {**image_metadata(samples.run, block, i), "size": sizes[i], **made_as}
                 pending.append(threads.submit(encode_image, image, kind, about))
                 # At most one batch waits, beside the one that is decoded.
                 if len(pending) > self.decoder.batch_size:
@@ -144,7 +156,7 @@ def image_metadata(run: SampleRun, block: SampleBlock, row: int) -> dict[str, An
         "prompt": block.prompts[row],
         "prompt_id": block.prompt_ids[row],
         "index": block.indices[row],
-        **run.sampling.model_dump(mode="json"),
+        **own_sampling(block.prompt(row), run.sampling).model_dump(mode="json"),
         "seed": block.seeds[row],
         "weights": {"generator": run.model_hash, "tokenizer": run.tokenizer_hash},
         **about,
@@ -157,13 +169,19 @@ def image_name(seed: int, prompt: str) -> str:
     return f"{seed:016x}-{words}".rstrip("-")
 
 
+def sample_sizes(block: SampleBlock, size: int) -> list[int]:
+    """Return the image size (px) of each sample: that of its prompt's settings, or else ``size``."""
+    return [own_size(block.prompt(row)) or size for row in range(len(block))]
+
+
 def image_urls(samples: SampleSet, number: int, size: int, kind: str) -> list[str]:
-    """Return the URLs of the images, or of the tar, of file ``number`` of the samples."""
-    folder = storage.join(samples.folder, f"images-{size}")
+    """Return the URLs of the images, or of the tar, of a file of samples; ``size`` is that of prompts without one."""
     if kind == "tar":
-        return [storage.join(folder, samples.manifest.files[number].name.replace(".parquet", ".tar"))]
+        name = samples.manifest.files[number].name.replace(".parquet", ".tar")
+        return [storage.join(samples.folder, f"images-{size}", name)]
     block = samples.block(number)
-    return [storage.join(folder, f"{name}.{kind}") for name in map(image_name, block.seeds, block.prompts)]
+    names = zip(sample_sizes(block, size), map(image_name, block.seeds, block.prompts), strict=True)
+    return [storage.join(samples.folder, f"images-{size}", f"{name}.{kind}") for size, name in names]
 
 
 def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
@@ -180,7 +198,10 @@ def run_decode(cfg: DecodeConfig, folder: str, *, local: bool = False) -> int:
     first = next(iter(sets.values()))
     size = check_tokenizer(tokenizer, cfg.size, first.run.tokenizer_hash, first.folder)
     for name, samples in sets.items():
-        existing = set(storage.glob(storage.join(samples.folder, f"images-{size}", "*")))
+        if "size" in samples.run.by_prompt:
+            for own in {px for block in samples.blocks() for px in sample_sizes(block, size)}:
+                check_tokenizer(tokenizer, own, samples.run.tokenizer_hash, samples.folder)
+        existing = set(storage.glob(storage.join(samples.folder, "images-*", "*")))
         for number, file in enumerate(samples.manifest.files):
             total += file.rows
             if not existing.issuperset(image_urls(samples, number, size, str(cfg.format))):

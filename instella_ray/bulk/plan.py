@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
 from ..accelerator import Precision
-from ..config import Config, InputPath, OutputPath
+from ..config import Config, InputPath, OutputPath, validate
 from ..data.formats.parts import Mode
 from ..data.prompts import Prompt, PromptFile
 from ..engine.compilation import Compilation
 from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.sampling import Guidance, Redraw, Sampler, SamplingConfig, Temperature
+
+DIFFUSION_ONLY = ("num_inference_steps", "sampler", "redraw")
+"""Sampling settings that autoregressive models lack."""
 
 
 class Sweep(Config):
@@ -45,7 +49,10 @@ class SampleConfig(Config):
     model: InputPath
     """Model folder of a diffusion or AR generator."""
     prompts: PromptFile = "scenes"
-    """A .txt, .jsonl, .csv, .tsv, .parquet or (COCO) .json file; ``scenes`` means the prompts of the procedural scenes."""
+    """A .txt, .jsonl, .csv, .tsv, .parquet or .json (also COCO's) file; ``scenes``: those of the procedural scenes.
+
+    A row may have ``settings``: an object with sampling settings and the ``size`` of its decoded image, which count for this
+    prompt in place of those here."""
     output: OutputPath
     """Folder for the parquet files and ``manifest.json``; a sweep writes one subfolder per setting."""
     mode: Mode = "new"
@@ -107,10 +114,49 @@ def plan_samples(prompts: Sequence[Prompt], images_per_prompt: int, seed: int) -
         seen[prompt.text] += images_per_prompt
 
 
+def own_settings(prompt: Prompt) -> Mapping[str, Any]:
+    """Return the ``settings`` of a prompt's row: sampling settings and ``size``; empty if it has none."""
+    found = prompt.meta.get("settings")
+    return found if isinstance(found, Mapping) else {}
+
+
+def own_size(prompt: Prompt) -> int | None:
+    """Return the image size (px) that a prompt's row gives; None if it gives none, UserError if it is no size."""
+    size = own_settings(prompt).get("size")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(f"prompt '{prompt.id}': settings.size = {size!r}: expected a number of pixels")
+    return size
+
+
+def own_sampling(prompt: Prompt, sampling: SamplingConfig) -> SamplingConfig:
+    """Return ``sampling`` with the settings that a prompt's row gives; UserError if one of them is invalid."""
+    own = {key: value for key, value in own_settings(prompt).items() if key != "size"}
+    if not own:
+        return sampling
+    return validate(SamplingConfig, {**sampling.model_dump(), **own}, f"prompt '{prompt.id}': settings")
+
+
+def settings_by_prompt(cfg: SampleConfig, kind: str, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Return the names of the settings that rows of ``prompts`` give.
+
+    Raises UserError for invalid ones, those that models of this ``kind`` lack, and those that the sweep varies.
+    """
+    found = set[str]()
+    for prompt in prompts:
+        own_sampling(prompt, cfg.sampling)
+        own_size(prompt)
+        found.update(own_settings(prompt))
+    if wrong := next((key for key in DIFFUSION_ONLY if kind == "ar" and key in found), None):
+        raise UserError(f"prompts {cfg.prompts}: settings.{wrong}: autoregressive models have none")
+    if wrong := next((key for key in sorted(found) if getattr(cfg.sweep, key, ())), None):
+        raise UserError(f"sweep.{wrong}: prompts {cfg.prompts} give it themselves; expected one of the two")
+    return tuple(sorted(found))
+
+
 def settings_of(cfg: SampleConfig, kind: str) -> dict[str, SamplingConfig]:
     """Return the sweep's settings by name; raises UserError for parameters that models of this ``kind`` lack."""
     if kind == "ar":
-        wrong = next((k for k in ("num_inference_steps", "sampler", "redraw") if getattr(cfg.sweep, k)), None)
+        wrong = next((k for k in DIFFUSION_ONLY if getattr(cfg.sweep, k)), None)
         if wrong:
             raise UserError(f"sweep.{wrong}: autoregressive models have none; expected guidance_scale or temperature")
     return cfg.sweep.settings(cfg.sampling)

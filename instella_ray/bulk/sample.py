@@ -25,7 +25,7 @@ from ..models.checkpoint import check_weights, read_checkpoint_config, weight_ha
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoderConfig
 from ..runs import Provenance, recorded
-from .plan import Planned, SampleConfig, plan_samples, settings_of
+from .plan import Planned, SampleConfig, plan_samples, settings_by_prompt, settings_of
 from .sample_set import (
     MANIFEST,
     SWEEP,
@@ -141,6 +141,7 @@ def plan_job(cfg: SampleConfig) -> SampleJob:
         "prompts": cfg.prompts,
         "prompts_hash": prompts_hash(prompts),
         "images_per_prompt": cfg.images_per_prompt,
+        "by_prompt": settings_by_prompt(cfg, section["kind"], prompts),
     }
     return SampleJob(
         folder=storage.absolute(cfg.output),
@@ -165,7 +166,7 @@ def _cut(encoder: TextEncoderConfig, text_length: int) -> TextEncoderConfig:
 def _settings(cfg: SampleConfig, job: SampleJob) -> dict[str, Any]:
     """Return the settings that must be equal for a job to be resumed."""
     run = next(iter(job.runs.values()))
-    about = run.model_dump(mode="json", exclude={"model", "prompts", "sampling"})
+    about = run.model_dump(mode="json", exclude={"model", "prompts", "sampling", "by_prompt"})
     sampling = {f"sampling.{k}": v for k, v in cfg.sampling.model_dump(mode="json").items()}
     sweep = {f"sweep.{k}": v for k, v in cfg.sweep.model_dump(mode="json").items()}
     return {**about, **sampling, **sweep, "samples_per_file": cfg.samples_per_file}

@@ -23,6 +23,7 @@ from ..config import Config
 from ..data.formats.codes import pack_codes, unpack_codes
 from ..data.formats.metadata import json_text
 from ..data.formats.parts import finished_file
+from ..data.prompts import Prompt
 from ..errors import UserError
 from ..models.eight_bit import Quantization
 from ..models.sampling import SamplingConfig
@@ -79,6 +80,8 @@ class SampleRun(Config):
     """Source of the prompts; not part of the id, which contains the hash."""
     prompts_hash: str
     images_per_prompt: int
+    by_prompt: tuple[str, ...] = ()
+    """Settings that prompts give themselves, in place of those of ``sampling``: sampling settings and ``size``."""
 
     @property
     def id(self) -> str:
@@ -89,6 +92,8 @@ class SampleRun(Config):
             del about["quantization"]
         if not self.sampling.redraw:
             del about["sampling"]["redraw"]
+        if not self.by_prompt:
+            del about["by_prompt"]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -134,6 +139,10 @@ class SampleBlock:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def prompt(self, row: int) -> Prompt:
+        """Return the prompt of a sample."""
+        return Prompt(self.prompt_ids[row], self.prompts[row], self.categories[row], self.meta[row])
 
 
 class SampleSet:

@@ -16,7 +16,7 @@ from ..engine.slots import EngineOptions
 from ..engine.weights import load_engine, serving_dtype
 from ..models.sampling import SamplingConfig, SamplingParams
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from .plan import Planned
+from .plan import Planned, own_sampling
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Sampler:
         )
 
     def run(self, samples: Sequence[Planned], settings: Mapping[str, SamplingConfig]) -> dict[str, np.ndarray]:
-        """Return codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` with each of the ``settings``, by setting name."""
+        """Return codes, uint8 0/1 ``[N, L, K]``, of all ``samples`` with each of the ``settings``, by setting name.
+
+        What a prompt's row gives itself (:func:`.plan.own_sampling`) comes before the settings.
+        """
         cfg = self.engine.slots.model.cfg
         codes = {name: np.zeros((len(samples), cfg.num_tokens, cfg.bits_per_token), np.uint8) for name in settings}
         for event in self.engine.run(self._requests(samples, settings)):
@@ -85,5 +88,6 @@ class Sampler:
             prompt = text if len(numbered) * len(settings) > 1 else None
             for number, sample in numbered:
                 for name, sampling in settings.items():
-                    params = SamplingParams.of(1, seed=sample.seed, **sampling.model_dump())
+                    own = own_sampling(sample.prompt, sampling)
+                    params = SamplingParams.of(1, seed=sample.seed, **own.model_dump())
                     yield Request(f"{number} {name}", features, params, preview_every=preview_every, prompt=prompt)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from .. import logs
 from ..bulk.decode import DecodeConfig, check_decode, run_decode
-from ..bulk.plan import SampleConfig
+from ..bulk.plan import SampleConfig, own_size
 from ..bulk.sample import run_sample
 from ..config import ArgumentParser, Config, describe, load_config
+from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..evaluation.resample import ResampleConfig, run_resample
 from ..job import Job
@@ -23,7 +24,9 @@ class SampleJobConfig(Config):
 
 def run(cfg: SampleJobConfig) -> None:
     if cfg.decode.format is not None:
-        check_decode(cfg.decode, cfg.sample.model, local=cfg.sample.local)
+        prompts = read_prompts(cfg.sample.prompts, count=cfg.sample.count, seed=cfg.sample.seed)
+        sizes = sorted({size for prompt in prompts if (size := own_size(prompt))})
+        check_decode(cfg.decode, cfg.sample.model, sizes=sizes, local=cfg.sample.local)
     for name, manifest in run_sample(cfg.sample).items():
         cost = f", cost {manifest.cost:.4f}" if manifest.cost is not None else ""
         made = f"{manifest.rows} samples of run {manifest.run_id} in {len(manifest.files)} files"

@@ -1,4 +1,4 @@
-"""Prompt files: text, JSONL (GenEval too), CSV and TSV (PartiPrompts), parquet (DiffusionDB), COCO captions, ``scenes``."""
+"""Prompt files: text, JSON (ImageReward, COCO), JSONL (GenEval), tables (PartiPrompts, DiffusionDB), and ``scenes``."""
 
 from __future__ import annotations
 
@@ -52,17 +52,21 @@ class Prompt:
     """Other fields of the source, such as GenEval's ``include``."""
 
 
-def read_prompts(source: str, *, count: int | None = None, seed: int = 0) -> list[Prompt]:
+def read_prompts(source: str, *, count: int | None = None, seed: int = 0, distinct: bool = False) -> list[Prompt]:
     """Read the prompts of a file, whose format its extension tells, or generate those of ``scenes``.
 
     ``.txt`` has one prompt per line; ``.jsonl`` one object per line with ``prompt`` (or ``caption``, ``text``),
     optionally ``id``, and for GenEval ``tag`` and ``include``; ``.parquet``, ``.csv`` and ``.tsv`` the same as columns, as
-    DiffusionDB and PartiPrompts have; ``.json`` is a COCO captions file. Blank prompts are skipped, in rows with a warning;
-    prompts without an id get their line or row number.
+    DiffusionDB and PartiPrompts have; ``.json`` is a list of such objects, or a COCO captions file. Blank prompts are
+    skipped, in rows with a warning; prompts without an id get their line or row number.
+    ``distinct`` keeps the first prompt of each text.
     ``count`` draws that many by a hash of ``seed`` and the id, so that the draw does not depend on the order of the
     file. Raises UserError for a source without prompts, and for duplicate ids.
     """
-    prompts = _scenes(count, seed) if source == SCENES else _draw(_read(source), count, seed, source)
+    if source == SCENES:
+        prompts = _scenes(count, seed)
+    else:
+        prompts = _draw(_first(_read(source)) if distinct else _read(source), count, seed, source)
     if not prompts:
         raise UserError(f"prompts {source}: none found, expected at least one")
     twice = next((name for name, times in Counter(p.id for p in prompts).items() if times > 1), None)
@@ -163,14 +167,23 @@ def _parquet(source: str) -> Iterator[Record]:
             raise UserError(f"{source}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _coco(source: str) -> Iterator[Record]:
+def _json(source: str) -> Iterator[Record]:
+    """Yield the objects of a list, or the annotations of COCO's captions."""
     try:
         data = storage.read_json(source)
     except RecursionError as error:
         raise UserError(f"{source}: not valid JSON ({error})") from None
+    if isinstance(data, list):
+        for number, entry in enumerate(data):
+            if not isinstance(entry, dict):
+                raise UserError(
+                    f"{source}, entry {number}: expected an object with a prompt, got {type(entry).__name__}"
+                )
+            yield number, f"{source}, entry {number}", entry
+        return
     annotations = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(annotations, list) or not annotations:
-        raise UserError(f"{source}: expected COCO's captions file, with 'annotations'")
+        raise UserError(f"{source}: expected COCO's captions file, with 'annotations', or a list of prompts")
     for number, entry in enumerate(annotations):
         where = f"{source}, annotation {number}"
         if not isinstance(entry, dict) or not entry.keys() >= {"id", "image_id", "caption"}:
@@ -185,9 +198,9 @@ RECORDS: dict[str, Callable[[str], Iterator[Record]]] = {
     "csv": partial(_table, delimiter=","),
     "tsv": partial(_table, delimiter="\t"),
     "parquet": _parquet,
-    "json": _coco,
+    "json": _json,
 }
-"""Readers of files of rows by extension; ``json`` is a COCO captions file."""
+"""Readers of files of rows by extension."""
 
 
 def _from_records(records: Iterable[Record], source: str) -> Iterator[Prompt]:
@@ -251,6 +264,16 @@ def _meta(record: Mapping[str, Any], without: Collection[str | None], where: str
         raise UserError(f"{where}: value that JSON cannot represent in one of {', '.join(meta)}") from None
     # Unpaired surrogates, which no page or file of results could hold.
     return meta if text.isascii() or trimmed(text) == text else json.loads(trimmed(text))
+
+
+def _first(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    """Yield the first prompt of each text, of which only hashes are held: a file may have millions."""
+    seen = set[bytes]()
+    for prompt in prompts:
+        digest = hashlib.sha256(prompt.text.encode()).digest()[:16]
+        if digest not in seen:
+            seen.add(digest)
+            yield prompt
 
 
 def _draw(prompts: Iterable[Prompt], count: int | None, seed: int, source: str) -> list[Prompt]:

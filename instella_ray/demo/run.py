@@ -41,7 +41,7 @@ def run_demo(demo: DemoConfig, mode: Mode = "new") -> Path:
     print(dump_yaml(demo), end="")
     _end_on_sigterm()
     with recorded(demo.folder, "demo", demo, inputs):
-        _start_ray()
+        start_ray()
         try:
             prompts = _run_stages(demo, state, images, boundary)
         finally:
@@ -100,7 +100,8 @@ def _check_input(demo: DemoConfig, state: DemoState) -> tuple[HeldOutImages | No
     return images, boundary
 
 
-def _start_ray() -> None:
+def start_ray() -> None:
+    """Start a temporary Ray on loopback, with Serve's settings."""
     # A temporary cluster on loopback: no token file in the user's home, no usage report, no dashboard.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -87,6 +87,7 @@ def images_protocol(setting: Json, card: Json) -> list[str]:
             found += [f"redraw {value_text(sampling['redraw'])}"] if sampling.get("redraw") else []
             found += ["final draw"] if sampling["final_draw"] else []
         found += [f"{key} {value_text(sampling[name])}" for key, name in SAMPLING.items()]
+        found += [f"{', '.join(about['by_prompt'])} by prompt"] if about.get("by_prompt") else []
         rounded = f", rounded to {about['quantization']}" if about["quantization"] != "none" else ""
         model = f"model {about['model']} (sha256 {about['model_hash'][:HASH]}) in {about['precision']}{rounded}"
         prompts = f"prompts {about['prompts']} (sha256 {about['prompts_hash'][:HASH]})"

@@ -213,8 +213,15 @@ def _compare(runs: Sequence[ComparedRun]) -> SettingComparison:
         if any(value != values[0] for value in values):
             differs.append((name, {run.label: value_text(v) for run, v in zip(runs, values, strict=True)}))
     shown = [run.evaluation.images(run.setting) for run in runs]
-    everywhere = set[str].intersection(*same, *map(set, shown))
-    both = [name for name in base.results["shown"]["grid"] if name in everywhere]
+    grid = base.results["shown"]["grid"]
+    if not set[str].intersection(
+        *map(set, asked)
+    ):  # images of other models on the same prompts, under names of their own
+        grid = [shown[0][name]["prompt"] for name in grid if name in shown[0]]
+        shown = [{row["prompt"]: row for row in rows.values() if row["prompt"]} for rows in shown]
+    else:
+        shown = [{name: rows[name] for name in rows if name in found} for rows, found in zip(shown, same, strict=True)]
+    both = [name for name in grid if all(name in rows for rows in shown)]
     images = [{run.label: rows[name] for run, rows in zip(runs, shown, strict=True)} for name in both[:IMAGES]]
     setting = base.setting if len({run.setting for run in runs}) == 1 else ""
     cautions = [

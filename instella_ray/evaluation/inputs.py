@@ -149,7 +149,7 @@ class EvaluationInputs:
 
 def _about(samples: SampleSet) -> dict[str, Any]:
     manifest = samples.manifest
-    run = manifest.run.model_dump(mode="json")
+    run = manifest.run.model_dump(mode="json", exclude=set() if manifest.run.by_prompt else {"by_prompt"})
     cost = {"seconds": manifest.seconds, "cost": manifest.cost, "price_per_hour": manifest.price_per_hour}
     each = manifest.seconds / manifest.rows if manifest.rows else None
     return {"run_id": manifest.run_id, **run, "hardware": manifest.hardware, **cost, "seconds_per_image": each}

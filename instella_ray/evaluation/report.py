@@ -104,6 +104,8 @@ def differences(table: Preset, card: Json, setting: Json) -> list[str]:
         found.append(f"model rounded to {about['quantization']}, the paper's is not")
     if table.sampling is None:
         return [*found, "how the model was sampled is not in the paper"]
+    if by_prompt := about.get("by_prompt"):
+        found.append(f"{', '.join(by_prompt)} by prompt, the paper's the same for all")
     for theirs, ours in PROTOCOL.items():
         if about["sampling"][ours] != (of := getattr(table.sampling, theirs)):
             found.append(f"{theirs} {about['sampling'][ours]}, the paper's {of}")

@@ -92,6 +92,10 @@ def run_resample(cfg: ResampleConfig) -> str:
     name, metric = _metric(evaluation, setting, cfg.metric)
     about = evaluation.settings[setting]["about"]
     run = SampleRun.model_validate({field: about[field] for field in SampleRun.model_fields if field in about})
+    if run.by_prompt:
+        raise UserError(
+            f"{cfg.results}: prompts with settings of their own, which an evaluation does not keep; sample anew"
+        )
     chosen = _choose(evaluation, setting, metric, run, cfg)
     model = _model("model", cfg.model or run.model, run.model_hash)
     tokenizer = _model("tokenizer", cfg.tokenizer or evaluation.card["tokenizer"], run.tokenizer_hash)

@@ -14,6 +14,7 @@ import pytest
 from instella_ray.bulk.decode import DecodeConfig, SampleDecoder, check_decode, image_name, run_decode
 from instella_ray.bulk.plan import Planned, SampleConfig, plan_samples
 from instella_ray.bulk.sample import run_sample
+from instella_ray.bulk.sample_set import SampleSet
 from instella_ray.bulk.sampler import Sampler, SamplerOptions
 from instella_ray.commands.sample import job
 from instella_ray.data.formats.images import decode_rgb, read_metadata
@@ -87,6 +88,52 @@ def test_a_file_holds_all_that_makes_its_pixels_again(models: Path, tmp_path: Pa
         assert np.array_equal(pixels, np.asarray(decode_rgb(file.read_bytes())))
         assert about["format"] == "png" and about["kind"] == "diffusion" and about["model_name"].endswith("/generator")
         assert {*about["versions"]} == {"sampling", "decoding"} and about["versions"]["sampling"]["torch"]
+
+
+def test_a_prompt_has_its_own_settings_and_size(models: Path, tmp_path: Path) -> None:
+    """Its bits are those of a run with these settings, and its file says them."""
+    own = {"num_inference_steps": 3, "guidance_scale": 2.0, "temperature": 0.7, "sampler": "posterior"}
+    rows = [
+        {"prompt": "a cat", "settings": {**own, "size": 64}},
+        {"prompt": "a dog"},
+        {"prompt": "a cow", "settings": {"rho": 2.0}},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"model": str(models / "generator"), "output": str(tmp_path / "out"), "local": True, "text_length": 24}
+    quick = {"sampling": {"num_inference_steps": 2}, "batch_size": 4, "prompts": str(tmp_path / "p.jsonl")}
+    (manifest,) = run_sample(SampleConfig.model_validate({**given, **quick})).values()
+    assert manifest.run.by_prompt == ("guidance_scale", "num_inference_steps", "rho", "sampler", "size", "temperature")
+    found = SampleSet(str(tmp_path / "out")).block(0).codes
+    for row, sampling in enumerate((own, {"num_inference_steps": 2}, {"num_inference_steps": 2, "rho": 2.0})):
+        (tmp_path / "one.txt").write_text(rows[row]["prompt"])  # type: ignore[arg-type]
+        alone = {"sampling": sampling, "prompts": str(tmp_path / "one.txt"), "output": str(tmp_path / f"{row}")}
+        run_sample(SampleConfig.model_validate({**given, **quick, **alone}))
+        assert np.array_equal(SampleSet(str(tmp_path / f"{row}")).block(0).codes[0], found[row])
+    cfg = DecodeConfig(format="png", tokenizer=str(models / "bit"))
+    assert run_decode(cfg, str(tmp_path / "out"), local=True) == 3
+    (cat,) = (tmp_path / "out" / "images-64").iterdir()
+    about: Any = read_metadata(cat.read_bytes())
+    assert (
+        decode_rgb(cat.read_bytes()).size == (64, 64)
+        and {name: about[name] for name in own} == own
+        and about["size"] == 64
+    )
+    assert len(list((tmp_path / "out" / "images-32").iterdir())) == 2
+    assert run_decode(cfg, str(tmp_path / "out"), local=True) == 3  # and makes none again
+
+
+def test_a_size_of_a_prompt_that_cannot_be_decoded_is_told_before_the_first_sample(
+    models: Path, tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "settings": {"size": 33}}))
+    words = [
+        f"sample.model={models / 'generator'}",
+        f"decode.tokenizer={models / 'bit'}",
+        f"sample.output={tmp_path / 'out'}",
+    ]
+    words += [f"sample.prompts={tmp_path / 'p.jsonl'}", "decode.format=png"]
+    assert run_main(lambda: job.main(["--local", *(f"--set={word}" for word in words)])) == 2
+    assert "size 33: not a multiple of 8" in caplog.text and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

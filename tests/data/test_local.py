@@ -26,11 +26,11 @@ from instella_ray.data.generation.recaption import RecaptionConfig, run_recaptio
 from instella_ray.data.generation.synthesize import SynthesizeConfig, run_synthesize
 from instella_ray.data.pipeline import run_rows, run_stages
 from instella_ray.data.stages import Pool, Stage
+from instella_ray.demo.stand_ins import save_captioner, save_flux
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
 
 from ..kit.curation import COPY_FILTERS, shards_with_copies
 from ..kit.models import make_generator, make_tokenizer
-from ..kit.pretrained import save_captioner, save_flux
 from ..kit.project import ROOT
 from ..kit.shards import contents, image_bytes
 

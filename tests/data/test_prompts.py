@@ -33,6 +33,16 @@ def test_every_format_is_read(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "a.parquet")) == [Prompt("k", "long", meta={"width": 3})]
     coco = read_prompts(str(tmp_path / "a.json"))
     assert len(coco) == 50 and coco[3] == Prompt("3", "caption 3", meta={"image_id": 13})
+    (tmp_path / "b.json").write_text(json.dumps([{"id": "000904-0035", "prompt": "a bird"}]))
+    assert read_prompts(str(tmp_path / "b.json")) == [Prompt("000904-0035", "a bird")]
+
+
+def test_each_text_can_be_taken_once(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b", "a", "c", "b"], "seed": [1, 2, 3, 4, 5]}), tmp_path / "a.parquet")
+    every, once = (read_prompts(str(tmp_path / "a.parquet"), distinct=distinct) for distinct in (False, True))
+    assert [p.text for p in every] == ["a", "b", "a", "c", "b"]
+    assert [(p.id, p.text, p.meta["seed"]) for p in once] == [("00000", "a", 1), ("00001", "b", 2), ("00003", "c", 4)]
+    assert {p.text for p in read_prompts(str(tmp_path / "a.parquet"), distinct=True, count=3)} == {"a", "b", "c"}
 
 
 def test_a_draw_depends_on_seed_and_id_and_not_on_the_file(tmp_path: Path) -> None:
@@ -58,6 +68,7 @@ def test_scenes_take_from_all_categories_alike() -> None:
         ("a.txt", "\n\n", "none found"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "[1]", "line 1: expected an object"),
+        ("a.json", "[1]", "entry 0: expected an object with a prompt, got int"),
         ("a.jsonl", '{"id": 3}', "line 1: no prompt, expected one of prompt, caption"),
         ("a.jsonl", '{"id": 3, "prompt": "a"}\n{"id": "3", "prompt": "b"}', "duplicate id '3'"),
         ("a.json", "{}", "expected COCO's captions file"),

@@ -148,6 +148,23 @@ def test_other_images_of_the_same_names_are_not_paired(tmp_path: Path, tokenizer
     assert row.p_value is None and row.how.startswith("unpaired")
 
 
+def test_images_of_other_models_on_the_same_prompts_stand_side_by_side(tmp_path: Path, tokenizer: str) -> None:
+    """Under names of their own, which nothing else is paired by."""
+    samples = write_samples(tmp_path / "s", PROMPTS, noise(24, 1), tokenizer)
+    a = evaluated(tmp_path / "a", samples=samples, tokenizer=tokenizer)
+    rows = list(scene_rows(24, 1, 32))
+    other = [
+        (f"x{i}", row[1], prompt.text, {}) for i, (row, prompt) in enumerate(zip(rows, PROMPTS[::-1], strict=True))
+    ]
+    write_tar(str(tmp_path / "t" / "0.tar"), other)
+    images = {"size": 32, "metrics": MetricsConfig.model_validate({"scene_score": {}})}
+    b = evaluated(tmp_path / "b", images=str(tmp_path / "t"), **images)
+    (comparison,) = compare(a, b)
+    assert len(comparison.images) > 4
+    assert all(shown["A"]["prompt"] == shown["B"]["prompt"] for shown in comparison.images)
+    assert all(row.how.startswith("unpaired") for row in comparison.others[0].rows)
+
+
 def test_settings_of_sweeps_are_compared_by_name(tmp_path: Path) -> None:
     settings = {f"g{g}": SamplingConfig(guidance_scale=g) for g in (1.0, 2.0)}
     outputs = []

@@ -1,197 +1,23 @@
-"""Tiny models of the classes that the jobs load, with random weights: they compute as the large ones do, nonsense."""
+"""A pipeline that takes every image for unsafe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-THINGS = ("a", "red", "blue", "round", "square", "ball", "box", "lies", "stands", "beside", "under", "on")
-WORDS = [word + end for word in THINGS for end in ("", ".")]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|> {{ m.role }} {% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ c.text }} {% endif %}"
-    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-
-
-def tokenizer(*special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of :data:`WORDS`, parted by spaces; others are unknown."""
-    vocabulary = {word: i for i, word in enumerate((*special, "<unk>", *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-
-
-def save_captioner(folder: Path, seed: int = 0) -> Path:
-    """A Qwen2.5-VL of two layers with its processor, as ``save_pretrained`` leaves them."""
-    words = tokenizer(*SPECIAL, "<|video_pad|>")
-    words.eos_token, words.pad_token = "<|im_end|>", "<|endoftext|>"
-    ids = dict(zip(SPECIAL, words.convert_tokens_to_ids(list(SPECIAL)), strict=True))
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 64),
-        words,
-        Qwen2VLVideoProcessor(patch_size=4, merge_size=2),
-        chat_template=TEMPLATE,
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.3}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **sizes,
-            "vocab_size": len(words),
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            **sizes,
-            "depth": 2,
-            "num_heads": 2,
-            "patch_size": 4,
-            "window_size": 16,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    # As Qwen's own settings do, these sample.
-    ends, settings = [ids["<|im_end|>"], ids["<|endoftext|>"]], model.generation_config
-    settings.update(do_sample=True, temperature=0.7, repetition_penalty=1.05, eos_token_id=ends)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def _vae(channels: int) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=channels,
-        scaling_factor=0.5,
-        shift_factor=0.0,
-    )
-
-
-def _prompt_tokenizer() -> PreTrainedTokenizerFast:
-    words = tokenizer("<pad>", "</s>")
-    words.pad_token, words.eos_token, words.model_max_length = "<pad>", "</s>", 16
-    return words
-
-
-def _clip(kind: type, tokens: int) -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-    return kind(CLIPTextConfig(vocab_size=tokens, max_position_embeddings=16, projection_dim=16, **sizes, **ids))
-
-
-def _t5(tokens: int, width: int) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=tokens, d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2))
-
-
-def save_flux(folder: Path) -> Path:
-    """A FLUX of one double and one single block, with its two text encoders."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    words = _prompt_tokenizer()
-    network = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[2, 2, 4],
-    )
-    clip, t5 = _clip(CLIPTextModel, len(words)), _t5(len(words), 16)
-    FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(1), clip, words, t5, words, network).save_pretrained(folder)
-    return folder
-
-
-def save_stable_diffusion_3(folder: Path) -> Path:
-    """A Stable Diffusion 3 of one block, with its three text encoders."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    torch.manual_seed(1)
-    words = _prompt_tokenizer()
-    network = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=32,
-    )
-    first, second = (_clip(CLIPTextModelWithProjection, len(words)) for _ in range(2))
-    third = _t5(len(words), 32)
-    scheduler, vae = FlowMatchEulerDiscreteScheduler(), _vae(4)
-    StableDiffusion3Pipeline(network, scheduler, vae, first, words, second, words, third, words).save_pretrained(folder)
-    return folder
+from instella_ray.demo.stand_ins import save_stable_diffusion
 
 
 def save_prudish_stable_diffusion(folder: Path) -> Path:
     """A Stable Diffusion 1 whose safety checker takes every image for unsafe."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     torch.manual_seed(2)
-    words = _prompt_tokenizer()
-    network = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = CLIPVisionConfig(image_size=32, patch_size=16, **sizes)
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
     checker.concept_embeds_weights.data.fill_(-1)
     reader = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    clip = _clip(CLIPTextModel, len(words))
-    StableDiffusionPipeline(_vae(4), clip, words, network, DDIMScheduler(), checker, reader).save_pretrained(folder)
-    return folder
+    return save_stable_diffusion(folder, checker, reader)

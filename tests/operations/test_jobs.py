@@ -10,11 +10,11 @@ import pytest
 from instella_ray.data.formats.names import find_shards
 from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.scenes import scene_rows
+from instella_ray.demo.stand_ins import save_captioner, save_stable_diffusion_3
 from instella_ray.models.folders import finished_checkpoints, latest_checkpoint
 from instella_ray.training.run_dir import read_metrics
 
 from ..kit.head import Head
-from ..kit.pretrained import save_captioner, save_stable_diffusion_3
 from ..kit.processes import wait_until
 from ..kit.project import JOBS
 
@@ -96,12 +96,17 @@ def test_captions_images_and_measurements_are_made_at_the_same_time(head: Head, 
     orders = [
         head.submit(
             *words(
-                "recaption", "data/recaption.yaml", input=curated, output=f"{folder}/captioned", **recaption, **on_cpu
+                "recaption",
+                "paper/02-recaption.yaml",
+                input=curated,
+                output=f"{folder}/captioned",
+                **recaption,
+                **on_cpu,
             )
         ),
         head.submit(
             *words(
-                *("synthesize", "data/synthesize.yaml"),
+                *("synthesize", "paper/03-synthesize.yaml"),
                 **{"prompts": f"{folder}/prompts.txt", "output": f"{folder}/synthetic", "models": {"sd3": pipeline}},
             )
         ),

@@ -47,8 +47,8 @@ RECIPES = {
     "train-generator": "generator/tiny",
     "sample": "sample/scenes",
     "evaluate": "evaluation/reconstruction",
-    "recaption": "data/recaption",
-    "synthesize": "data/synthesize",
+    "recaption": "paper/02-recaption",
+    "synthesize": "paper/03-synthesize",
 }
 GIVEN = {
     "curate": ["input=/i"],

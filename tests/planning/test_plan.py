@@ -18,7 +18,9 @@ from instella_ray.training.stages import TokenizerStagesConfig
 
 from ..kit.project import ROOT
 
-GENERATOR, TOKENIZER = (str(ROOT / "configs" / kind / "paper.yaml") for kind in ("generator", "tokenizer"))
+GENERATOR, TOKENIZER, AUTOREGRESSIVE = (
+    str(ROOT / "configs" / "paper" / f"{name}.yaml") for name in ("08-diffusion", "05-tokenizer", "09-autoregressive")
+)
 AS_PUBLISHED: dict[str, Any] = {"from_images": True}
 MICRO_BATCH = "train.micro_batch_size=512"
 """The paper's, of which an MI300X has room with gradient checkpointing only."""
@@ -148,7 +150,7 @@ def test_the_command_prints_everything_and_as_json_too(capsys: pytest.CaptureFix
         "fsdp2, with",
     ):
         assert word in out
-    assert cli.main([*argv, "--json", "--set", "model.kind=ar"]) == 0
+    assert cli.main(["plan", AUTOREGRESSIVE, *argv[2:], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model"] == "ar generator" and found["gpus"] == 16 and found["mfu"] == pytest.approx(0.3)
     assert (

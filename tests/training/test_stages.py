@@ -59,7 +59,7 @@ def finish_first(cfg: TokenizerStagesConfig) -> None:
 
 
 def test_the_papers_stages_are_what_the_paper_says() -> None:
-    cfg = load_config(TokenizerStagesConfig, str(ROOT / "configs/tokenizer/paper.yaml"))
+    cfg = load_config(TokenizerStagesConfig, str(ROOT / "configs/paper/05-tokenizer.yaml"))
     first, second, third = cfg.each().values()
     assert [stage.train.steps for stage in (first, second, third)] == [50_000, 10_000, 200_000]
     assert [stage.train.global_batch for stage in (first, second, third)] == [1024, 1024, 800]

@@ -134,8 +134,13 @@ def text_encoding(start: bytes) -> str:
 
 
 def both_captions(caption: str, meta: Mapping[str, Any]) -> dict[str, str]:
-    """Return ``caption_long`` and ``caption_short`` of a sample from ``meta``; ``caption`` replaces missing ones."""
-    return {name: _text_or_blank(meta.get(name)) or caption for name in ("caption_long", "caption_short")}
+    """Return ``caption_long`` and ``caption_short`` of a sample from ``meta``; ``caption`` replaces missing ones.
+
+    Dalle-1M calls them ``long_caption`` and ``short_caption``.
+    """
+    names = {f"caption_{kind}": f"{kind}_caption" for kind in ("long", "short")}
+    found = {ours: _text_or_blank(meta.get(ours)) or _text_or_blank(meta.get(other)) for ours, other in names.items()}
+    return {name: text or caption for name, text in found.items()}
 
 
 def _is_missing(value: Any) -> bool:

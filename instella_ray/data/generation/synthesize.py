@@ -42,6 +42,8 @@ class SynthesizeConfig(DataJobConfig):
     """Output folder of the tars, ``quarantine/`` and ``ledger.json``."""
     models: dict[ModelName, PipelineConfig] = Field(min_length=1)
     """Pipelines by their name in keys and metadata; they run one after another."""
+    distinct: bool = False
+    """Take each text once, of files such as DiffusionDB's, which have a row for each of a prompt's images."""
     count: int | None = Field(None, ge=1)
     """Number of prompts to draw; null: all."""
     seed: int = Field(0, ge=0)
@@ -139,7 +141,7 @@ def run_synthesize(cfg: SynthesizeConfig) -> Ledger:
     """
     models = {n: m.model_copy(update={"pipeline": located(m.pipeline)}) for n, m in cfg.models.items()}
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output), "models": models})
-    prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed)
+    prompts = read_prompts(cfg.prompts, count=cfg.count, seed=cfg.seed, distinct=cfg.distinct)
     prompt_set = Provenance(role="prompts", kind="name", path=cfg.prompts, identity=prompts_hash(prompts))
     pipelines = [
         Provenance(role="diffusers pipeline", kind="name", path=model.pipeline) for model in cfg.models.values()

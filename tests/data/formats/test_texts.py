@@ -118,6 +118,8 @@ def test_prompts_keep_what_is_inside_them() -> None:
 
 def test_one_caption_stands_in_for_two() -> None:
     assert both_captions("c", {"caption_long": "l", "caption_short": 3}) == {"caption_long": "l", "caption_short": "c"}
+    swapped = {"long_caption": "l", "short_caption": "s"}  # Dalle-1M
+    assert both_captions("c", swapped) == {"caption_long": "l", "caption_short": "s"}
 
 
 @pytest.mark.parametrize(

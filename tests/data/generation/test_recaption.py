@@ -30,9 +30,9 @@ from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.generation.captioner import Captioner, Question, decode_for_captioner, full_sentences
 from instella_ray.data.generation.pretrained import located, short_name, weights_identity
 from instella_ray.data.generation.recaption import RecaptionConfig, Recaptioner, recaption_settings, run_recaption
+from instella_ray.demo.stand_ins import save_captioner
 from instella_ray.errors import UserError
 
-from ...kit.pretrained import save_captioner
 from ...kit.shards import HOSTILE, contents, image_bytes, sample, tar_bytes
 
 LONG, SHORT = Question(prompt="a red ball", max_new_tokens=24), Question(prompt="box", max_new_tokens=7)

@@ -37,9 +37,10 @@ from instella_ray.data.generation.synthesize import (
     synthesize_settings,
 )
 from instella_ray.data.prompts import read_prompts
+from instella_ray.demo.stand_ins import save_flux, save_stable_diffusion_3
 from instella_ray.errors import UserError
 
-from ...kit.pretrained import save_flux, save_prudish_stable_diffusion, save_stable_diffusion_3
+from ...kit.pretrained import save_prudish_stable_diffusion
 from ...kit.shards import contents, tar_bytes
 
 TEXTS = ["a red ball", "a blue box on a round box.", "under", "a square ball beside a box", "what no tokenizer knows"]

@@ -92,7 +92,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "metrics": lambda: run_metrics(cfg.metrics, cfg.repeats),
         "data": lambda: run_data(cfg.data),
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
-        "samplers": lambda: run_samplers(cfg.samplers),
+        "samplers": lambda: run_samplers(cfg.samplers, f"{cfg.output.removesuffix('.json')}-measurements.json"),
         "simulation": lambda: simulation.run_simulation_bench(cfg.simulation),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)

@@ -1,7 +1,7 @@
 """Suite samplers: scene score and diversity of the diffusion samplers over the number of steps, on trained models.
 
 Temperature and guidance are searched for each sampler and number of steps on one model; the others, trained apart, are
-measured with what was found. Every measurement is a line of a file, so that a stopped run goes on where it was.
+measured with what was found. Measurements are kept in a file, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from .. import logs
-from ..config import Config, InputPath, OutputPath
+from .. import logs, storage
+from ..config import Config, InputPath
 from ..data.formats.images import to_pixels, to_tensor
 from ..data.scene_score import score
 from ..data.scenes import Expectation, render, scene_of, scene_prompts
@@ -48,7 +47,7 @@ class SamplerArm(Config):
 class SamplersBench(Config):
     """Models, samplers and the settings to search."""
 
-    search: InputPath = ""
+    search: InputPath | None = None
     """Model folder of the diffusion generator on which temperature and guidance are searched; a demo's folder will do."""
     models: tuple[InputPath, ...] = ()
     """Model folders of generators that were trained with other seeds, on which the settings found are measured."""
@@ -68,8 +67,6 @@ class SamplersBench(Config):
     guidance_scales: tuple[Guidance, ...] = (0.0, 0.5, 1.0)
     prompts_per_category: int = Field(20, ge=1)
     images_per_prompt: int = Field(2, ge=2)
-    measurements: OutputPath = "runs/samplers.jsonl"
-    """File to which each measurement is added, and from which those of an earlier run are read."""
 
 
 class Setting(NamedTuple):
@@ -137,17 +134,13 @@ class TrainedModel:
 
 
 class Measurements:
-    """Measurements of this run and earlier ones, in a file of JSON lines."""
+    """Measurements of this run and earlier ones, in a JSON file."""
 
-    def __init__(self, cfg: SamplersBench) -> None:
-        self.cfg, self.path = cfg, Path(cfg.measurements)
+    def __init__(self, cfg: SamplersBench, path: str) -> None:
+        self.cfg, self.path = cfg, path
         self.about = {"prompts_per_category": cfg.prompts_per_category, "images_per_prompt": cfg.images_per_prompt}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
-        self.path.write_text(whole)
-        entries = [json.loads(line) for line in whole.splitlines()]
-        self.known = {_key(entry["what"]): Measured(**entry["result"]) for entry in entries}
+        self.entries: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
+        self.known = {_key(entry["what"]): Measured(**entry["result"]) for entry in self.entries}
         self.models: dict[str, TrainedModel] = {}
 
     def of(self, folder: str, setting: Setting | None) -> Measured:
@@ -160,8 +153,8 @@ class Measurements:
                 self.models[folder] = TrainedModel(folder, self.cfg)
             model = self.models[folder]
             self.known[_key(what)] = result = model.measure_data() if setting is None else model.measure(setting)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"what": what, "result": vars(result)}) + "\n")
+            self.entries.append({"what": what, "result": vars(result)})
+            storage.write_json(self.path, self.entries)
         return self.known[_key(what)]
 
 
@@ -169,16 +162,17 @@ def _key(what: Mapping[str, Any]) -> str:
     return json.dumps(what, sort_keys=True)
 
 
-def run_samplers(cfg: SamplersBench) -> SuiteResult:
+def run_samplers(cfg: SamplersBench, path: str) -> SuiteResult:
     """Search temperature and guidance on one model and measure the others; one row per sampler and number of steps.
 
-    Rows have Student's intervals over the models, with the settings found and without guidance at temperature 1. Raises
-    UserError before the first measurement if models are missing.
+    Measurements are written to the file ``path``, and those that it has are not repeated. Rows have Student's intervals
+    over the models, with the settings found and without guidance at temperature 1. Raises UserError before the first
+    measurement if models are missing.
     """
-    if not cfg.search or len(cfg.models) < 2:
+    if cfg.search is None or len(cfg.models) < 2:
         raise UserError("suite samplers: expected search=MODEL_FOLDER and at least two models=[MODEL_FOLDER, ...]")
-    measurements = Measurements(cfg)
-    found = search(cfg, measurements)
+    measurements = Measurements(cfg, path)
+    found = search(cfg, cfg.search, measurements)
     plain = {(arm.label, steps): Setting(arm, steps, 1.0, 0.0) for arm in cfg.arms for steps in cfg.steps}
     settings = [*dict.fromkeys([*found.values(), *plain.values()])]
     wanted = [(folder, setting) for folder in cfg.models for setting in [None, *settings]]
@@ -206,8 +200,8 @@ def run_samplers(cfg: SamplersBench) -> SuiteResult:
     return SuiteResult("Samplers", {"models": len(cfg.models), "images a measurement": images}, rows)
 
 
-def search(cfg: SamplersBench, measurements: Measurements) -> dict[tuple[str, int], Setting]:
-    """Return the settings to use by label of the sampler and number of steps.
+def search(cfg: SamplersBench, folder: str, measurements: Measurements) -> dict[tuple[str, int], Setting]:
+    """Return the settings to use by label of the sampler and number of steps, searched on the model ``folder``.
 
     They are those of the highest score among settings with at least :data:`FAITHFUL` of the data's diversity; where none
     has it, the most diverse.
@@ -217,8 +211,8 @@ def search(cfg: SamplersBench, measurements: Measurements) -> dict[tuple[str, in
         raise UserError(f"searched_steps {cfg.searched_steps}: expected at least the fewest steps, {min(cfg.steps)}")
     pairs = [(temperature, scale) for temperature in cfg.temperatures for scale in cfg.guidance_scales]
     todo = [Setting(arm, steps, *pair) for arm in cfg.arms for steps in searched for pair in pairs]
-    least = FAITHFUL * measurements.of(cfg.search, None).diversity
-    results = {s: measurements.of(cfg.search, s) for s in logs.progress_bar(todo, desc="search", unit="setting")}
+    least = FAITHFUL * measurements.of(folder, None).diversity
+    results = {s: measurements.of(folder, s) for s in logs.progress_bar(todo, desc="search", unit="setting")}
     found = {}
     for arm in cfg.arms:
         for steps in cfg.steps:

@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(root / str(seed)) for seed in range(3)]
 
 
-def settings(folders: list[str], folder: Path) -> SamplersBench:
+def settings(folders: list[str]) -> SamplersBench:
     return SamplersBench(
         search=folders[0],
         models=(folders[1], folders[2]),
@@ -39,33 +39,30 @@ def settings(folders: list[str], folder: Path) -> SamplersBench:
         temperatures=(0.5, 1.0),
         guidance_scales=(0.0,),
         prompts_per_category=1,
-        measurements=str(folder / "samplers.jsonl"),
     )
 
 
 def test_a_stopped_run_measures_only_what_is_missing(folders: list[str], tmp_path: Path) -> None:
-    cfg = settings(folders, tmp_path)
-    rows = run_samplers(cfg).rows
+    cfg = settings(folders)
+    file = tmp_path / "measurements.json"
+    rows = run_samplers(cfg, str(file)).rows
     assert [(row["sampler"], row["steps"]) for row in rows] == [
         ("true images", ""),
         *((arm.label, steps) for arm in cfg.arms for steps in cfg.steps),
     ]
-    file = Path(cfg.measurements)
-    whole = file.read_text()
-    entries = [json.loads(line) for line in whole.splitlines()]
+    entries = json.loads(file.read_text())
     # True images, then two arms at two numbers of steps and two temperatures; the others measure what was found, and
     # temperature 1 where that was not it.
     assert sum(entry["what"]["model"] == folders[0] for entry in entries) == 1 + 2 * 2 * 2
     assert len({json.dumps(entry["what"]) for entry in entries}) == len(entries)
-    lines = whole.splitlines(keepends=True)
-    file.write_text("".join(lines[:-3]) + lines[-3][:20])
-    assert run_samplers(cfg).rows == rows
-    assert file.read_text() == whole
+    file.write_text(json.dumps(entries[:-3]))
+    assert run_samplers(cfg, str(file)).rows == rows
+    assert json.loads(file.read_text()) == entries
 
 
 def test_the_search_keeps_the_diversity_of_the_data(tmp_path: Path) -> None:
-    cfg = settings(["a", "b", "c"], tmp_path)
-    measurements = Measurements(cfg)
+    cfg = settings(["a", "b", "c"])
+    measurements = Measurements(cfg, str(tmp_path / "measurements.json"))
     known = {
         None: Measured(1.0, 0.30),
         Setting(RELEASE, 1, 0.5, 0.0): Measured(0.9, 0.20),  # better, but all images alike
@@ -78,7 +75,7 @@ def test_the_search_keeps_the_diversity_of_the_data(tmp_path: Path) -> None:
         Setting(EXACT, 2, 1.0, 0.0): Measured(0.8, 0.30),
     }
     measurements.of = lambda folder, setting: known[setting]  # type: ignore[method-assign]
-    found = search(cfg, measurements)
+    found = search(cfg, "a", measurements)
     assert {place: setting.temperature for place, setting in found.items()} == {
         ("posterior_release", 1): 1.0,
         ("posterior_release", 2): 0.5,
@@ -92,5 +89,5 @@ def test_the_search_keeps_the_diversity_of_the_data(tmp_path: Path) -> None:
 
 def test_missing_models_are_named_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least two models"):
-        run_samplers(SamplersBench(search="x", models=("y",), measurements=str(tmp_path / "m.jsonl")))
-    assert not (tmp_path / "m.jsonl").exists()
+        run_samplers(SamplersBench(search="x", models=("y",)), str(tmp_path / "m.json"))
+    assert not (tmp_path / "m.json").exists()

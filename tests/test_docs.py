@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from instella_ray.commands import NAMES
+
 from .kit.project import MAKEFILE, PACKAGE, ROOT, tracked
 
 DOCS = ROOT / "docs"
@@ -45,7 +47,13 @@ def test_the_architecture_page_names_every_folder_and_file() -> None:
     folders = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1}
     package = [path for path in files if path.parts[0] == PACKAGE.name]
     folders |= {f"{parent}/" for path in package for parent in path.parents if len(parent.parts) > 1}
-    assert tree().keys() == folders | {str(path) for path in package if path.name != "__init__.py"}
+    named = {str(path) for path in package if path.name != "__init__.py" and path.parent.name != "commands"}
+    assert tree().keys() == folders | named
+
+
+def test_the_files_of_commands_are_named_after_them() -> None:
+    files = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
+    assert files == {command.replace("-", "_") for command in NAMES}
 
 
 def test_a_file_has_a_few_words() -> None:

@@ -13,6 +13,8 @@ from ..config import Config, OutputPath, check_output_file
 from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
+from .claims.run import run_claims
+from .claims.settings import ClaimsBench
 from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
@@ -25,7 +27,17 @@ from .training_settings import TrainingBench
 from .transport import TransportBench, run_transport
 
 Suite = Literal[
-    "caching", "overhead", "scheduling", "serving", "transport", "bulk", "metrics", "data", "training", "simulation"
+    "caching",
+    "overhead",
+    "scheduling",
+    "serving",
+    "transport",
+    "bulk",
+    "metrics",
+    "data",
+    "training",
+    "simulation",
+    "claims",
 ]
 
 
@@ -58,6 +70,7 @@ class BenchConfig(Config):
     data: DataBench = DataBench()
     training: TrainingBench = TrainingBench()
     simulation: SimulationBench = SimulationBench()
+    claims: ClaimsBench = ClaimsBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
@@ -81,6 +94,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "data": lambda: run_data(cfg.data),
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
         "simulation": lambda: simulation.run_simulation_bench(cfg.simulation),
+        "claims": lambda: run_claims(cfg.claims, cfg.output.removesuffix(".json")),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

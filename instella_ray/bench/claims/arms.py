@@ -35,7 +35,7 @@ from ...training.losses import bit_summary, psnr
 from ...training.run_dir import read_metrics
 from ...training.settings import TrainConfig, TrainingRun, WorkersConfig
 from ...training.tokenizer import TokenizerConfig, run_tokenizer
-from .settings import Claim, ClaimArm, ClaimsBench
+from .settings import ClaimArm, ClaimsBench, PaperClaim
 
 HELD_OUT_SEED = 1_000_000
 """Seed of the held-out scenes and of the prompts; training scenes have seed 0."""
@@ -59,7 +59,7 @@ class ArmConfig(NamedTuple):
     sampling: PreviewConfig
 
 
-def arm_config(bench: ClaimsBench, claim: Claim, arm: ClaimArm) -> ArmConfig:
+def arm_config(bench: ClaimsBench, claim: PaperClaim, arm: ClaimArm) -> ArmConfig:
     """Return the demo's recipes with the overrides of ``bench`` and ``arm``; UserError naming the claim and override."""
     sections: dict[str, list[str]] = {"tokenizer": [], "generator": [], "sampling": []}
     try:
@@ -125,15 +125,16 @@ class TrainedTokenizer(Step):
 
     def __init__(self, bench: ClaimsBench, folder: str, cfg: TokenizerConfig, seed: int) -> None:
         self.cfg, self.sizes, self.held_out = cfg, bench.sizes, bench.held_out
-        self.data_size = max(cfg.model.image_size, *cfg.sizes)
-        """Size at which the training scenes are drawn (px)."""
+        self.count, self.drawn_size = bench.scenes, max(cfg.model.image_size, *cfg.sizes)
+        """Number of training scenes, and the size at which they are drawn (px)."""
+        self.data = storage.join(scenes_folder(folder, self.count, self.drawn_size), "*.tar")
         scenes = {"scenes": bench.scenes, "held_out": bench.held_out, "sizes": list(bench.sizes)}
         super().__init__(folder, seed, {**_dump(cfg), **scenes})
 
     def run(self) -> dict[str, Any]:
         train = _train(self.cfg.train, self.path, self.seed)
-        cfg = self.cfg.model_copy(update={"data": scenes_of(self.folder, self.data_size), "train": train})
-        bit = load_expected(run_tokenizer(cfg, f"{self.key}"), BIT)
+        cfg = self.cfg.model_copy(update={"data": self.data, "train": train})
+        bit = load_expected(run_tokenizer(cfg, self.key), BIT)
         losses = [row["loss"] for row in read_metrics(self.path)]
         warmup = train.optimizer.warmup_steps // train.log_every
         return {**measure_tokenizer(bit, self.sizes, self.held_out), "largest_spike": largest_spike(losses, warmup)}
@@ -149,12 +150,12 @@ class EncodedScenes(Step):
         self.tokenizer = tokenizer
 
     def run(self) -> dict[str, Any]:
-        checkpoint = latest_checkpoint(self.tokenizer.path)
-        data = scenes_of(self.folder, self.tokenizer.data_size)
-        manifest = run_encode(
-            EncodeConfig(input=data, output=self.path, tokenizer=checkpoint, source="scenes", local=True, mode="fresh")
-        )
-        return {"rows": manifest.rows}
+        places = {
+            "input": self.tokenizer.data,
+            "output": self.path,
+            "tokenizer": latest_checkpoint(self.tokenizer.path),
+        }
+        return {"rows": run_encode(EncodeConfig(**places, source="scenes", local=True, mode="fresh")).rows}
 
 
 class TrainedGenerator(Step):
@@ -203,9 +204,8 @@ class GeneratedSamples(Step):
         return {"scene_score": table["overall"], "categories": table, "diversity": float(np.mean(distances))}
 
 
-def arm_steps(bench: ClaimsBench, folder: str, claim: Claim, arm: ClaimArm, seed: int) -> list[Step]:
+def arm_steps(bench: ClaimsBench, folder: str, claim: PaperClaim, cfg: ArmConfig, seed: int) -> list[Step]:
     """Return the steps of an arm in their order; the last one's result has the claim's metric."""
-    cfg = arm_config(bench, claim, arm)
     tokenizer = TrainedTokenizer(bench, folder, cfg.tokenizer, seed)
     if not claim.generates:
         return [tokenizer]
@@ -214,9 +214,37 @@ def arm_steps(bench: ClaimsBench, folder: str, claim: Claim, arm: ClaimArm, seed
     return [tokenizer, codes, generator, GeneratedSamples(bench, generator, cfg.sampling)]
 
 
-def scenes_of(folder: str, size: int) -> str:
-    """Return the glob of the training scenes of ``size`` pixels among the results in ``folder``."""
-    return storage.join(folder, f"scenes-{size}", "*.tar")
+class Trial(NamedTuple):
+    """Both arms of a claim, with one seed."""
+
+    claim: PaperClaim
+    seed: int
+    proposed: list[Step]
+    baseline: list[Step]
+
+
+def plan_trials(bench: ClaimsBench, folder: str) -> list[Trial]:
+    """Return the trials of all claims, those of a seed together.
+
+    UserError unless all arms can be configured, and measured at the sizes of ``bench``.
+    """
+    found = []
+    for claim in bench.claims:
+        if claim.size is not None and claim.size not in bench.sizes:
+            raise UserError(f"claim '{claim.name}': size {claim.size}: expected one of sizes {bench.sizes}")
+        configs = [arm_config(bench, claim, arm) for arm in (claim.proposed, claim.baseline)]
+        for multiple in (cfg.tokenizer.model.decode_multiple for cfg in configs):
+            if wrong := [size for size in bench.sizes if size % multiple]:
+                raise UserError(f"claim '{claim.name}': sizes {wrong[0]}: not a multiple of {multiple}")
+        for seed in bench.seeds:
+            proposed, baseline = (arm_steps(bench, folder, claim, cfg, seed) for cfg in configs)
+            found.append(Trial(claim, seed, proposed, baseline))
+    return sorted(found, key=lambda trial: bench.seeds.index(trial.seed))
+
+
+def scenes_folder(folder: str, count: int, size: int) -> str:
+    """Return the folder of ``count`` training scenes of ``size`` pixels among the results in ``folder``."""
+    return storage.join(folder, f"scenes-{count}-{size}")
 
 
 def measure_tokenizer(bit: BIT, sizes: Sequence[int], count: int) -> dict[str, Any]:

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from markupsafe import escape
 
 from ... import storage
+from ...data.scenes import CATEGORIES
 from ...rendering import Cell, digits, table
-from .settings import METRICS, Claim, ClaimsBench
-from .verdicts import CONFIDENCE, FAILS, HOLDS, UNDECIDED, ClaimVerdict
+from .settings import METRICS, ClaimsBench
+from .verdicts import CONFIDENCE, FAILS, HOLDS, UNDECIDED, UNMEASURED, ClaimVerdict, mean
 
 WIDTH, LEFT, RIGHT, ROW, HEAD = 860, 330, 30, 22, 34
 """Lengths in pixels: the figure, its labels, the space beside the axis, a row, and the title of a panel."""
 COLORS = {HOLDS: "#1a7f4b", FAILS: "#b3261e", UNDECIDED: "#6b6b6b"}
+COUNTED = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "are undecided", UNMEASURED: "are not measured"}
+TITLES = {
+    FAILS: "What does not hold at this scale",
+    UNDECIDED: "What these seeds do not decide",
+    HOLDS: "What holds at this scale",
+}
 STYLE = "font: 13px system-ui, sans-serif"
+PAGE = """# The paper's claims at small size
+
+Made by `instella-ray bench --config claims --set claims.page=docs/claims.md`. A claim is a sentence of the paper. Its arms
+differ in what the sentence is about, and in nothing else; they are trained with the same seeds. Differences are positive
+where the arm that the paper proposes is better. In brackets is Student's {confidence:.0%} interval of the mean difference,
+paired by seed. A claim **holds** if all of its interval is above zero, **fails** if all of it is below, and is **undecided**
+otherwise; for claims that nothing is lost, minus a margin takes the place of zero. One of twenty intervals misses its value
+by chance.
+
+Of {claims} claims {counts}. This is what images, models and runs of this size show; the paper's are larger.
+
+{settings}
+
+![Differences in favour of each claim, with their intervals]({figure})
+
+{table}
+
+{outcomes}
+
+## Sentences
+
+{sentences}
+"""
 
 
 def verdict_rows(verdicts: Sequence[ClaimVerdict]) -> list[dict[str, Cell]]:
@@ -24,9 +55,8 @@ def verdict_rows(verdicts: Sequence[ClaimVerdict]) -> list[dict[str, Cell]]:
         {
             "claim": each.claim.name,
             "metric": METRICS[each.claim.metric].name,
-            "proposed": digits(float(np.mean(each.proposed))),
-            "baseline": digits(float(np.mean(each.baseline))),
-            "in favour": _with_interval(each),
+            **{side: digits(value) for side, (_, value) in zip(("proposed", "baseline"), each.arms, strict=True)},
+            "in favour": _in_favour(each),
             "verdict": each.verdict,
         }
         for each in verdicts
@@ -42,84 +72,66 @@ def write_page(page: str, cfg: ClaimsBench, verdicts: Sequence[ClaimVerdict]) ->
 
 def page_text(cfg: ClaimsBench, verdicts: Sequence[ClaimVerdict], figure: str) -> str:
     """Return the page in Markdown; ``figure`` is the name of its image."""
-    counts = {name: sum(each.verdict == name for each in verdicts) for name in (HOLDS, FAILS, UNDECIDED)}
-    metrics = dict.fromkeys(each.claim.metric for each in verdicts)
-    parts = [
-        "# The paper's claims at small size",
-        f"Made by `instella-ray bench --config bench/claims --set claims.page=docs/claims.md`: {_settings(cfg)}. "
-        "A claim is a sentence of the paper; two arms differ in what it is about, and in nothing else. Both are trained "
-        "with the same seeds, and the difference is positive where the arm that the paper proposes is better. "
-        f"In brackets Student's {CONFIDENCE:.0%} interval of the mean difference over the seeds, paired by seed: the claim "
-        "**holds** if all of it is above zero, **fails** if all of it is below, and is **undecided** otherwise. For claims "
-        "that nothing is lost, a margin takes the place of zero. One of twenty intervals misses its value by chance.",
-        f"Of {len(verdicts)} claims {counts[HOLDS]} hold, {counts[FAILS]} fail and {counts[UNDECIDED]} are undecided. "
-        "That is what images of this size, models of this size and minutes of training show. It says nothing about the "
-        "paper's size.",
-        "\n".join(f"- **{METRICS[name].name}**: {METRICS[name].about}" for name in metrics),
-        f"![Differences in favour of each claim, with their intervals]({figure})",
-        table([_page_row(each) for each in verdicts]),
-        *_outcomes(verdicts),
-        "## Sentences",
-        "\n".join(_sentence(each.claim) for each in verdicts),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _settings(cfg: ClaimsBench) -> str:
-    prompts = 6 * cfg.prompts_per_category
-    return (
-        f"{cfg.scenes:,} [scenes](benchmarks.md#demo) to train on, {cfg.held_out} held out, {prompts} prompts with "
-        f"{cfg.images_per_prompt} images each, seeds {', '.join(map(str, cfg.seeds))}, the demo's models with "
-        + ", ".join(f"`{item}`" for item in cfg.overrides)
+    counts = Counter(each.verdict for each in verdicts)
+    return PAGE.format(
+        confidence=CONFIDENCE,
+        claims=len(verdicts),
+        counts=", ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if counts[name]),
+        settings="\n".join(_settings(cfg, verdicts)),
+        figure=figure,
+        table=table([_row(each) for each in verdicts]),
+        outcomes="\n\n".join(_outcomes(verdicts)),
+        sentences="\n".join(map(_sentence, verdicts)),
     )
 
 
-def _outcomes(verdicts: Sequence[ClaimVerdict]) -> list[str]:
-    """Return a section on each verdict that is not good news."""
-    titles = {FAILS: "## What does not hold at this scale", UNDECIDED: "## What these seeds do not decide"}
-    parts = []
-    for verdict, title in titles.items():
-        lines = [f"- {each.claim.name}: {_outcome(each)}" for each in verdicts if each.verdict == verdict]
-        parts += [title, "\n".join(lines)] if lines else []
-    return parts
+def _settings(cfg: ClaimsBench, verdicts: Sequence[ClaimVerdict]) -> Iterator[str]:
+    """Yield lines on data, models and metrics."""
+    images = len(CATEGORIES) * cfg.prompts_per_category * cfg.images_per_prompt
+    yield f"- **Data**: {cfg.scenes:,} scenes, {cfg.held_out} held out; seeds {', '.join(map(str, cfg.seeds))}."
+    yield f"- **Samples**: {images} images of a generator, {cfg.images_per_prompt} of each prompt."
+    yield f"- **Models**: the demo's, with {', '.join(f'`{item}`' for item in cfg.overrides)}."
+    for name in dict.fromkeys(each.claim.metric for each in verdicts):
+        yield f"- **{METRICS[name].name}**: {METRICS[name].about}."
+
+
+def _outcomes(verdicts: Sequence[ClaimVerdict]) -> Iterator[str]:
+    """Yield a section for each verdict."""
+    for verdict, title in TITLES.items():
+        if lines := [f"- {each.claim.name}: {_outcome(each)}" for each in verdicts if each.verdict == verdict]:
+            yield f"## {title}"
+            yield "\n".join(lines)
 
 
 def _outcome(each: ClaimVerdict) -> str:
     metric = METRICS[each.claim.metric]
-    means = (digits(float(np.mean(values)), metric.unit) for values in (each.proposed, each.baseline))
-    names = (each.claim.proposed.name, each.claim.baseline.name)
-    arms = ", ".join(f"{name} {mean}" for name, mean in zip(names, means, strict=True))
-    return f"{metric.name} of {arms}; difference {_with_interval(each)}."
+    arms = ", ".join(f"{name} {digits(value, metric.unit)}" for name, value in each.arms)
+    return f"{metric.name} {arms}; in favour {_in_favour(each)}"
 
 
-def _page_row(each: ClaimVerdict) -> dict[str, Cell]:
+def _row(each: ClaimVerdict) -> dict[str, Cell]:
     claim, metric = each.claim, METRICS[each.claim.metric]
-    cells = {
-        name: f"{arm.name}: {digits(float(np.mean(values)), metric.unit)}"
-        for name, arm, values in (
-            ("proposed", claim.proposed, each.proposed),
-            ("baseline", claim.baseline, each.baseline),
-        )
-    }
-    at = f" at {claim.size} px" if claim.size else ""
+    (proposed, ours), (baseline, theirs) = each.arms
     return {
         "claim": claim.name,
         "section": claim.section,
-        "metric": metric.name + at,
-        **cells,
-        "in favour of the claim": _with_interval(each) + (f", margin {digits(claim.margin)}" if claim.margin else ""),
+        "metric": f"{metric.name} at {claim.size} px" if claim.size else metric.name,
+        "proposed": f"{proposed}: {digits(ours, metric.unit)}",
+        "baseline": f"{baseline}: {digits(theirs, metric.unit)}",
+        "in favour": _in_favour(each),
         "verdict": f"**{each.verdict}**",
     }
 
 
-def _sentence(claim: Claim) -> str:
-    note = f" {claim.note}" if claim.note else ""
-    return f'- {claim.name} (section {claim.section}): "{claim.sentence}"{note}'
+def _sentence(each: ClaimVerdict) -> str:
+    claim = each.claim
+    return f'- {claim.name} (section {claim.section}): "{claim.sentence}"' + (f" {claim.note}" if claim.note else "")
 
 
-def _with_interval(each: ClaimVerdict) -> str:
+def _in_favour(each: ClaimVerdict) -> str:
     low, high = each.interval
-    return f"{_signed(float(each.differences.mean()))} [{_signed(low)}, {_signed(high)}]"
+    margin = f", margin {digits(each.claim.margin)}" if each.claim.margin else ""
+    return f"{_signed(mean(each.differences))} [{_signed(low)}, {_signed(high)}]{margin}"
 
 
 def _signed(value: float) -> str:
@@ -130,7 +142,8 @@ def forest(verdicts: Sequence[ClaimVerdict]) -> str:
     """Return an SVG file: for each claim the mean difference, its interval, and small dots for the seeds."""
     panels: dict[str, list[ClaimVerdict]] = {}
     for each in verdicts:
-        panels.setdefault(each.claim.metric, []).append(each)
+        if each.verdict != UNMEASURED:
+            panels.setdefault(each.claim.metric, []).append(each)
     parts: list[str] = []
     top = 0
     for rows in panels.values():
@@ -177,4 +190,4 @@ def _panel(rows: Sequence[ClaimVerdict], top: int) -> Iterator[str]:
             yield f'<line x1="{at(start):.1f}" x2="{at(end):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
         for value in each.differences:
             yield f'<circle cx="{at(value):.1f}" cy="{y}" r="2.5" fill="{color}" fill-opacity="0.45"/>'
-        yield f'<circle cx="{at(float(each.differences.mean())):.1f}" cy="{y}" r="4.5" fill="{color}"/>'
+        yield f'<circle cx="{at(mean(each.differences)):.1f}" cy="{y}" r="4.5" fill="{color}"/>'

@@ -9,10 +9,10 @@ from ...data.formats.shards import write_webdataset
 from ...data.scenes import scene_rows
 from ...errors import UserError
 from ..report import SuiteResult
-from .arms import Step, TrainedTokenizer, arm_config, arm_steps
+from .arms import Step, TrainedTokenizer, Trial, plan_trials, scenes_folder
 from .report import verdict_rows, write_page
 from .settings import ClaimsBench
-from .verdicts import verdict_of
+from .verdicts import verdicts_of
 
 SCENES_PER_SHARD = 2000
 WAIT_S = 1.0
@@ -20,66 +20,48 @@ WAIT_S = 1.0
 
 
 def run_claims(cfg: ClaimsBench, folder: str) -> SuiteResult:
-    """Run what has no result in ``folder`` yet, and write the page.
+    """Run what has no result in ``folder`` yet; the page is written anew after each step, from the results so far.
 
     A killed run continues with the same command. Raises UserError for overrides that are no settings of the arms, before
     anything runs.
     """
-    check_claims(cfg)
+    if not cfg.claims:
+        raise UserError("claims.claims: expected at least one claim, as in --config bench/claims")
     folder = storage.absolute(folder)
-    steps = all_steps(cfg, folder)
+    page = storage.absolute(cfg.page or storage.join(folder, "claims.md"))
+    trials = plan_trials(cfg, folder)
+    steps = all_steps(trials)
     missing = [step for step in steps if step.result() is None]
     draw_scenes(cfg, folder, missing)
     with logs.progress_bar(total=len(steps), initial=len(steps) - len(missing), desc="claims", unit="step") as bar:
         for key in run_here(missing) if cfg.local else run_on_ray(missing):
             bar.set_postfix_str(key, refresh=False)
             bar.update()
-    verdicts = [verdict_of(cfg, claim, folder) for claim in cfg.claims]
-    page = storage.absolute(cfg.page or storage.join(folder, "claims.md"))
+            write_page(page, cfg, verdicts_of(cfg, trials))
+    verdicts = verdicts_of(cfg, trials)
     write_page(page, cfg, verdicts)
     print(f"page: {page}")
     about = cfg.model_dump(mode="json", exclude={"claims", "overrides", "page"})
     return SuiteResult("Claims of the paper", about, verdict_rows(verdicts))
 
 
-def check_claims(cfg: ClaimsBench) -> None:
-    """Raise UserError unless all arms can be configured, and measured at the sizes of ``cfg``."""
-    if not cfg.claims:
-        raise UserError("claims.claims: expected at least one claim, as in --config bench/claims")
-    for claim in cfg.claims:
-        if claim.size is not None and claim.size not in cfg.sizes:
-            raise UserError(f"claim '{claim.name}': size {claim.size}: expected one of sizes {cfg.sizes}")
-        for arm in (claim.proposed, claim.baseline):
-            model = arm_config(cfg, claim, arm).tokenizer.model
-            if wrong := [size for size in cfg.sizes if size % model.decode_multiple]:
-                raise UserError(
-                    f"claim '{claim.name}', arm '{arm.name}': sizes {wrong[0]}: not a multiple of {model.decode_multiple}"
-                )
-
-
-def all_steps(cfg: ClaimsBench, folder: str) -> list[Step]:
-    """Return the steps of all arms and seeds, each once and after those that it needs, all of a seed together."""
-    found: dict[str, Step] = {}
-    for seed in cfg.seeds:
-        for claim in cfg.claims:
-            for arm in (claim.proposed, claim.baseline):
-                for step in arm_steps(cfg, folder, claim, arm, seed):
-                    found.setdefault(step.key, step)
+def all_steps(trials: Sequence[Trial]) -> list[Step]:
+    """Return the steps of all trials, each once and after those that it needs."""
+    found = {step.key: step for trial in trials for step in (*trial.proposed, *trial.baseline)}
     return list(found.values())
 
 
 def draw_scenes(cfg: ClaimsBench, folder: str, steps: Sequence[Step]) -> None:
     """Write the training scenes as WebDataset tars at each size that ``steps`` need, unless they are there."""
-    sizes = {step.data_size for step in steps if isinstance(step, TrainedTokenizer)}
-    for size in sorted(sizes):
-        target, mark = storage.join(folder, f"scenes-{size}"), {"scenes": cfg.scenes}
-        done = storage.join(target, "done.json")
-        if storage.exists(done) and storage.read_json(done) == mark:
+    for size in sorted({step.drawn_size for step in steps if isinstance(step, TrainedTokenizer)}):
+        target = scenes_folder(folder, cfg.scenes, size)
+        done = f"{target}.json"
+        if storage.exists(done):
             continue
         with logs.progress_bar(total=cfg.scenes, desc=f"scenes of {size} px", unit="image") as bar:
             for _, count in write_webdataset(scene_rows(cfg.scenes, 0, size), target, SCENES_PER_SHARD):
                 bar.update(count)
-        storage.write_json(done, mark)
+        storage.write_json(done, {"scenes": cfg.scenes})
 
 
 def run_here(steps: Sequence[Step]) -> Iterator[str]:

@@ -43,7 +43,7 @@ class ClaimArm(Config):
     their training, of ``sampling`` those of a sampling configuration."""
 
 
-class Claim(Config):
+class PaperClaim(Config):
     """A sentence of the paper, and what would show it: the proposed arm is better than the baseline by the metric."""
 
     name: str
@@ -72,7 +72,7 @@ class ClaimsBench(Config):
 
     Arms are those of ``configs/tokenizer/demo.yaml`` and ``configs/generator/demo.yaml`` but for their overrides."""
 
-    claims: tuple[Claim, ...] = ()
+    claims: tuple[PaperClaim, ...] = ()
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of training. A generator is trained on codes of the tokenizer of its seed."""
     scenes: int = Field(4000, ge=1)
@@ -94,7 +94,7 @@ class ClaimsBench(Config):
 
     @field_validator("claims")
     @classmethod
-    def _names_differ(cls, claims: tuple[Claim, ...]) -> tuple[Claim, ...]:
+    def _names_differ(cls, claims: tuple[PaperClaim, ...]) -> tuple[PaperClaim, ...]:
         names = [claim.name for claim in claims]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"expected different names, got {min(twice)} twice")

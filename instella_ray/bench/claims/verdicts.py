@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...evaluation.statistics import UNKNOWN, Interval, student_mean
-from .arms import arm_steps
-from .settings import METRICS, Claim, ClaimArm, ClaimsBench
+from .arms import Trial
+from .settings import METRICS, ClaimsBench, PaperClaim
 
-HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+HOLDS, FAILS, UNDECIDED, UNMEASURED = "holds", "fails", "undecided", "not measured"
 CONFIDENCE = 0.95
 
 
 class ClaimVerdict(NamedTuple):
     """Outcome of a claim."""
 
-    claim: Claim
+    claim: PaperClaim
     proposed: tuple[float, ...]
     """Value of the metric for each seed."""
     baseline: tuple[float, ...]
@@ -32,26 +32,41 @@ class ClaimVerdict(NamedTuple):
         sign = 1 if METRICS[self.claim.metric].higher_is_better else -1
         return sign * (np.array(self.proposed) - np.array(self.baseline))
 
+    @property
+    def arms(self) -> list[tuple[str, float]]:
+        """Name and mean value of both arms, nan without values."""
+        both = ((self.claim.proposed, self.proposed), (self.claim.baseline, self.baseline))
+        return [(arm.name, mean(values)) for arm, values in both]
 
-def judge(claim: Claim, proposed: Sequence[float], baseline: Sequence[float]) -> ClaimVerdict:
-    """Compare the arms' values, paired by seed.
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """Return the mean of ``values``, nan if there are none."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def judge(claim: PaperClaim, values: Sequence[tuple[float, float]]) -> ClaimVerdict:
+    """Compare ``values`` of the proposed arm and the baseline, a pair a seed.
 
     The claim holds if the interval of the mean difference lies above ``-margin``, and fails if it lies below.
     """
-    found = ClaimVerdict(claim, tuple(proposed), tuple(baseline), UNKNOWN, UNDECIDED)
+    proposed, baseline = ([pair[arm] for pair in values] for arm in (0, 1))
+    found = ClaimVerdict(claim, tuple(proposed), tuple(baseline), UNKNOWN, UNDECIDED if values else UNMEASURED)
     low, high = interval = student_mean(found.differences, confidence=CONFIDENCE)
-    verdict = HOLDS if low > -claim.margin else FAILS if high < -claim.margin else UNDECIDED
+    verdict = HOLDS if low > -claim.margin else FAILS if high < -claim.margin else found.verdict
     return found._replace(interval=interval, verdict=verdict)
 
 
-def verdict_of(cfg: ClaimsBench, claim: Claim, folder: str) -> ClaimVerdict:
-    """Judge ``claim`` from the results in ``folder``."""
-    arms = (claim.proposed, claim.baseline)
-    return judge(claim, *([_value(cfg, claim, arm, folder, seed) for seed in cfg.seeds] for arm in arms))
+def verdicts_of(cfg: ClaimsBench, trials: Sequence[Trial]) -> list[ClaimVerdict]:
+    """Judge the claims of ``cfg`` from the seeds of which both arms have results."""
+    found: dict[str, list[tuple[float, float]]] = {claim.name: [] for claim in cfg.claims}
+    for trial in trials:
+        results = [steps[-1].result() for steps in (trial.proposed, trial.baseline)]
+        if None not in results:
+            proposed, baseline = (_value(cfg, trial.claim, result) for result in results)
+            found[trial.claim.name].append((proposed, baseline))
+    return [judge(claim, found[claim.name]) for claim in cfg.claims]
 
 
-def _value(cfg: ClaimsBench, claim: Claim, arm: ClaimArm, folder: str, seed: int) -> float:
-    result = arm_steps(cfg, folder, claim, arm, seed)[-1].result()
-    assert result is not None, "all steps have been run"
+def _value(cfg: ClaimsBench, claim: PaperClaim, result: Any) -> float:
     found = result[claim.metric]
     return float(found[str(claim.size or cfg.sizes[0])] if claim.metric == "psnr" else found)

@@ -105,6 +105,7 @@ class Step(ABC):
         """Run the step, write its result, and return its key."""
         before, began = torch.get_num_threads(), time.perf_counter()
         torch.set_num_threads(1)
+        storage.remove_tree(self.path)  # what an interruption has left
         try:
             found = self.run()
         finally:
@@ -115,7 +116,7 @@ class Step(ABC):
 
     @abstractmethod
     def run(self) -> dict[str, Any]:
-        """Compute the result, which becomes JSON; may be run again after an interruption."""
+        """Compute the result, which becomes JSON; :attr:`path` is free for files."""
 
 
 class TrainedTokenizer(Step):
@@ -155,7 +156,7 @@ class EncodedScenes(Step):
             "output": self.path,
             "tokenizer": latest_checkpoint(self.tokenizer.path),
         }
-        return {"rows": run_encode(EncodeConfig(**places, source="scenes", local=True, mode="fresh")).rows}
+        return {"rows": run_encode(EncodeConfig(**places, source="scenes", local=True)).rows}
 
 
 class TrainedGenerator(Step):
@@ -296,5 +297,5 @@ def _dump(cfg: TrainingRun) -> dict[str, Any]:
 
 def _train(train: TrainConfig, run_dir: str, seed: int) -> TrainConfig:
     """Return ``train`` as one thread of the calling process does it, with one checkpoint, at the end."""
-    facts = {"run_dir": run_dir, "seed": seed, "workers": WORKERS, "resume": "auto"}
+    facts = {"run_dir": run_dir, "seed": seed, "workers": WORKERS}
     return train.model_copy(update={**facts, "checkpoint_every": train.steps, "preview_every": train.steps})

@@ -220,11 +220,12 @@ def test_the_page_has_every_claim_and_says_what_does_not_hold() -> None:
     page = page_text(TINY, verdicts, "claims.svg")
     assert "Of 3 claims 1 hold, 1 fail, 1 are undecided." in page and "![" in page
     for claim in TINY.claims:
-        assert f'{claim.name} (section {claim.section}): "{claim.sentence}"' in page
+        assert f'{claim.name} ({claim.section}): "{claim.sentence}"' in page
         assert page.count(f"| {claim.name} ") == 1
     assert "8 tokens: 26.2 dB" in page and "4 tokens: 20.1 dB" in page
     fails = page.partition("## What does not hold at this scale")[2].partition("##")[0]
-    assert "steps: diversity 4 steps 0.2, 2 steps 0.307; in favour -0.107 [-0.12" in fails and "tokens" not in fails
+    assert "- steps: diversity 0.2 (4 steps) against 0.307 (2 steps), in favour -0.107 [-0.12" in fails
+    assert "tokens" not in fails and "Not decided by these seeds: spikes." in fails
     image = ElementTree.fromstring(forest(verdicts))
     texts = [element.text for element in image.iter("{http://www.w3.org/2000/svg}text")]
     assert {"tokens", "steps", "spikes"} <= set(texts)

@@ -103,14 +103,14 @@ class Step(ABC):
 
     def finish(self) -> str:
         """Run the step, write its result, and return its key."""
-        before, began = torch.get_num_threads(), time.perf_counter()
+        before, began = torch.get_num_threads(), time.process_time()
         torch.set_num_threads(1)
         storage.remove_tree(self.path)  # what an interruption has left
         try:
             found = self.run()
         finally:
             torch.set_num_threads(before)
-        about = {"settings": self.settings, "seconds": round(time.perf_counter() - began, 1), "result": found}
+        about = {"settings": self.settings, "cpu_seconds": round(time.process_time() - began, 1), "result": found}
         storage.write_json(f"{self.path}.json", about)
         return self.key
 

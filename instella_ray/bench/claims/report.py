@@ -18,11 +18,6 @@ WIDTH, LEFT, RIGHT, ROW, HEAD = 860, 330, 30, 22, 34
 """Lengths in pixels: the figure, its labels, the space beside the axis, a row, and the title of a panel."""
 COLORS = {HOLDS: "#1a7f4b", FAILS: "#b3261e", UNDECIDED: "#6b6b6b"}
 COUNTED = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "are undecided", UNMEASURED: "are not measured"}
-TITLES = {
-    FAILS: "What does not hold at this scale",
-    UNDECIDED: "What these seeds do not decide",
-    HOLDS: "What holds at this scale",
-}
 STYLE = "font: 13px system-ui, sans-serif"
 PAGE = """# The paper's claims at small size
 
@@ -41,7 +36,11 @@ Of {claims} claims {counts}. This is what images, models and runs of this size s
 
 {table}
 
-{outcomes}
+## What does not hold at this scale
+
+{fails}
+
+Not decided by these seeds: {undecided}.
 
 ## Sentences
 
@@ -80,7 +79,8 @@ def page_text(cfg: ClaimsBench, verdicts: Sequence[ClaimVerdict], figure: str) -
         settings="\n".join(_settings(cfg, verdicts)),
         figure=figure,
         table=table([_row(each) for each in verdicts]),
-        outcomes="\n\n".join(_outcomes(verdicts)),
+        fails="\n".join(_outcome(each) for each in verdicts if each.verdict == FAILS) or "Nothing that was decided.",
+        undecided="; ".join(each.claim.name for each in verdicts if each.verdict == UNDECIDED) or "nothing",
         sentences="\n".join(map(_sentence, verdicts)),
     )
 
@@ -95,18 +95,12 @@ def _settings(cfg: ClaimsBench, verdicts: Sequence[ClaimVerdict]) -> Iterator[st
         yield f"- **{METRICS[name].name}**: {METRICS[name].about}."
 
 
-def _outcomes(verdicts: Sequence[ClaimVerdict]) -> Iterator[str]:
-    """Yield a section for each verdict."""
-    for verdict, title in TITLES.items():
-        if lines := [f"- {each.claim.name}: {_outcome(each)}" for each in verdicts if each.verdict == verdict]:
-            yield f"## {title}"
-            yield "\n".join(lines)
-
-
 def _outcome(each: ClaimVerdict) -> str:
+    """Return a line on a claim that does not hold."""
     metric = METRICS[each.claim.metric]
-    arms = ", ".join(f"{name} {digits(value, metric.unit)}" for name, value in each.arms)
-    return f"{metric.name} {arms}; in favour {_in_favour(each)}"
+    (proposed, ours), (baseline, theirs) = each.arms
+    values = f"{digits(ours, metric.unit)} ({proposed}) against {digits(theirs, metric.unit)} ({baseline})"
+    return f"- {each.claim.name}: {metric.name} {values}, in favour {_in_favour(each)}"
 
 
 def _row(each: ClaimVerdict) -> dict[str, Cell]:
@@ -125,7 +119,7 @@ def _row(each: ClaimVerdict) -> dict[str, Cell]:
 
 def _sentence(each: ClaimVerdict) -> str:
     claim = each.claim
-    return f'- {claim.name} (section {claim.section}): "{claim.sentence}"' + (f" {claim.note}" if claim.note else "")
+    return f'- {claim.name} ({claim.section}): "{claim.sentence}"' + (f" {claim.note}" if claim.note else "")
 
 
 def _in_favour(each: ClaimVerdict) -> str:
@@ -150,8 +144,11 @@ def forest(verdicts: Sequence[ClaimVerdict]) -> str:
         parts += _panel(rows, top)
         top += HEAD + ROW * len(rows) + ROW
     legend = "".join(f'<tspan fill="{color}" dx="14">● {name}</tspan>' for name, color in COLORS.items())
-    parts.append(f'<text x="{LEFT - 14}" y="{top + 12}">{legend}</text>')
-    size = f'viewBox="0 0 {WIDTH} {top + 24}" width="{WIDTH}" height="{top + 24}"'
+    note = (
+        f'<tspan fill="#555555" dx="14">lines: {CONFIDENCE:.0%} intervals; small dots: seeds; dashes: margins</tspan>'
+    )
+    parts.append(f'<text x="8" y="{top + 16}">{legend}{note}</text>')
+    size = f'viewBox="0 0 {WIDTH} {top + 30}" width="{WIDTH}" height="{top + 30}"'
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" style="{STYLE}">\n'
@@ -189,5 +186,5 @@ def _panel(rows: Sequence[ClaimVerdict], top: int) -> Iterator[str]:
         if np.isfinite(start):
             yield f'<line x1="{at(start):.1f}" x2="{at(end):.1f}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2"/>'
         for value in each.differences:
-            yield f'<circle cx="{at(value):.1f}" cy="{y}" r="2.5" fill="{color}" fill-opacity="0.45"/>'
+            yield f'<circle cx="{at(value):.1f}" cy="{y - 6}" r="2" fill="{color}" fill-opacity="0.6"/>'
         yield f'<circle cx="{at(mean(each.differences)):.1f}" cy="{y}" r="4.5" fill="{color}"/>'

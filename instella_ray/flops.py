@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .models.bit import BITConfig
+from .models.bit_layers import WORD_WIDTH
 from .models.generator import GeneratorConfig
 
 
 class Work(NamedTuple):
-    """FLOP of one forward pass, with the part that needs no input gradient."""
+    """FLOP of one forward pass, with those that its backward pass saves."""
 
     forward: float
-    from_data: float = 0.0
-    """Part of ``forward`` in layers that read data, whose input gradient is not computed."""
+    saved: float = 0.0
+    """FLOP of gradients that are not computed: of the inputs of layers that read data, and of the search for words."""
 
     @property
     def backward(self) -> float:
         """FLOP of the backward pass: weight and input gradients, each as much as the forward pass."""
-        return 2 * self.forward - self.from_data
+        return 2 * self.forward - self.saved
 
     def __add__(self, other: tuple[Any, ...]) -> Work:
         """Return the FLOP of both."""
@@ -158,8 +159,10 @@ def bit_encode(cfg: BITConfig, height: int, width: int) -> Work:
         if i in cfg.downsample_after:
             patches //= 4
             total += linear(patches, {"linear": 4, "conv": 9}[cfg.resample] * d, d)
-    total += linear(cfg.num_tokens, d, d) + linear(cfg.num_tokens, d, cfg.bits_per_token)
-    return Work(total, embedding)
+    total += linear(cfg.num_tokens, d, d) + linear(cfg.num_tokens, d, _quantized_width(cfg))
+    # The words themselves are computed once a batch, which is not counted.
+    search = linear(cfg.num_tokens, WORD_WIDTH, 2**cfg.bits_per_token) if cfg.quantizer == "one_hot" else 0.0
+    return Work(total + search, embedding + 2 * search)
 
 
 @cache
@@ -167,7 +170,7 @@ def bit_decode(cfg: BITConfig, height: int, width: int) -> Work:
     """Return the FLOP of decoding codes to an image of ``height x width`` pixels."""
     d, patch = cfg.decoder_width, cfg.patch_size
     patches = (height // patch) * (width // patch) // 4 ** len(cfg.upsample_after)
-    total = linear(cfg.num_tokens, cfg.bits_per_token, cfg.encoder_width)
+    total = linear(cfg.num_tokens, _quantized_width(cfg), cfg.encoder_width)
     total += linear(cfg.num_tokens, cfg.encoder_width, d)
     for i in range(cfg.decoder_layers):
         total += _bit_block(cfg.num_tokens + patches, d)
@@ -195,7 +198,7 @@ def generator_forward(cfg: GeneratorConfig, text_tokens: int) -> Work:
         total, data = total + linear(count, d, hidden) + states + linear(count * bits, hidden, 1), data + states
     if cfg.kind == "diffusion":
         time, block = linear(1, 1, d), block + linear(1, d, 6 * d)
-        total, data = total + time + linear(1, d, d) + linear(1, d, 2 * d), data + time
+        total, data = total + time + (cfg.time_layers - 1) * linear(1, d, d) + linear(1, d, 2 * d), data + time
     return Work(total + cfg.layers * block, data) + text
 
 
@@ -269,6 +272,11 @@ def tokenizer_training(
 def _bit_block(tokens: int, width: int) -> float:
     """Return the FLOP of a tokenizer block: self-attention with four matrices, SwiGLU with three of 4x width."""
     return linear(tokens, width, 16 * width) + attention(tokens, tokens, width)
+
+
+def _quantized_width(cfg: BITConfig) -> int:
+    """Return the width of what the quantizer's first layer gives and its last one reads."""
+    return WORD_WIDTH if cfg.quantizer == "one_hot" else cfg.bits_per_token
 
 
 def _pixel_head(cfg: BITConfig, patches: int) -> float:

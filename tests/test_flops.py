@@ -21,6 +21,7 @@ from .kit.models import BIT_SIZES
 
 TOKENIZERS = {
     "paper": BITConfig(),
+    "one-hot": BITConfig(**BIT_SIZES, downsample_after=(1,), upsample_after=(0,), quantizer="one_hot"),
     "no resampling": BITConfig(**BIT_SIZES, downsample_after=(), upsample_after=(), token_positions=True),
     "two merges, conv": BITConfig(
         **BIT_SIZES,
@@ -31,16 +32,16 @@ TOKENIZERS = {
         normalize_logits=True,
     ),
 }
+SMALL = GeneratorConfig(num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40)
 GENERATORS = {
     "paper, diffusion": GeneratorConfig(),
     "paper, AR": GeneratorConfig(kind="ar"),
-    "small, diffusion": GeneratorConfig(num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40),
-    "small, AR": GeneratorConfig(
-        kind="ar", num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40
-    ),
-    "bit head": GeneratorConfig(
-        kind="ar", num_tokens=12, bits_per_token=20, width=96, layers=3, heads=4, text_width=40, bit_head_width=24
-    ),
+    "small, diffusion": SMALL,
+    "one linear layer of the timestep": SMALL.model_copy(update={"time_layers": 1, "position_place": "block"}),
+    "last layer of the text": SMALL.model_copy(update={"text_layers": "last", "target": "x0"}),
+    "small, AR": SMALL.model_copy(update={"kind": "ar"}),
+    "layer norm": SMALL.model_copy(update={"kind": "ar", "norm": "layer", "position_place": "block"}),
+    "bit head": SMALL.model_copy(update={"kind": "ar", "bit_head_width": 24}),
 }
 
 
@@ -74,8 +75,9 @@ def test_tokenizers_cost_what_pytorch_counts_at_any_size(cfg: BITConfig) -> None
     height, width = 2 * cfg.image_size, cfg.image_size // 2
     images = torch.zeros(3, 3, height, width, device="meta")
     codes = torch.zeros(3, cfg.num_tokens, cfg.bits_per_token, device="meta")
-    assert 3 * flops.bit_encode(cfg, height, width).forward == counted(lambda: bit.encode(images))
-    assert 3 * flops.bit_decode(cfg, height, width).forward == counted(lambda: bit.decode(codes, height, width))
+    words = flops.linear(2**cfg.bits_per_token, 16, 16) if cfg.quantizer == "one_hot" else 0
+    assert 3 * flops.bit_encode(cfg, height, width).forward + words == counted(lambda: bit.encode(images))
+    assert 3 * flops.bit_decode(cfg, height, width).forward + words == counted(lambda: bit.decode(codes, height, width))
 
 
 @pytest.mark.parametrize("cfg", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -88,7 +90,9 @@ def test_training_a_tokenizer_costs_what_pytorch_counts(cfg: BITConfig) -> None:
         out = bit(images, temperature=0.5, height=output, width=output)
         out.images.sum().backward()
 
-    assert counted(lambda: step(2 * size)) == 2 * flops.tokenizer_training(cfg, size, 2 * size).model
+    # Of one-hot words, which are computed once a batch, no gradient is asked here.
+    words = flops.linear(2**cfg.bits_per_token, 16, 16) if cfg.quantizer == "one_hot" else 0
+    assert counted(lambda: step(2 * size)) == 2 * flops.tokenizer_training(cfg, size, 2 * size).model + words
     bit.encoder.requires_grad_(False)
     # The quantizer learns with the decoder; its one small matrix is counted with the encoder.
     frozen = flops.tokenizer_training(cfg, size, size, frozen_encoder=True)

@@ -192,7 +192,7 @@ class BareLoop:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 z_t = flip_noise(codes, t, u)
                 out = self.model(z_t, t, self.model.text_kv(features, mask))
-                loss = F.binary_cross_entropy_with_logits(x0_logits(out, z_t), codes)
+                loss = F.binary_cross_entropy_with_logits(x0_logits(out, z_t, self.model.cfg.target), codes)
             (loss / count).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.train.optimizer.clip)
         self.optimizer.step()

@@ -109,9 +109,9 @@ class StepEngine:
         if len(request.params) != 1:
             raise UserError(f"request {request.id}: expected parameters of one row, got {len(request.params)}")
         cfg, shape = self.slots.model.cfg, tuple(request.features.shape)
-        if len(shape) != 3 or (shape[0], shape[2]) != (cfg.layers, cfg.text_width):
+        if len(shape) != 3 or not cfg.reads(shape[0], shape[2]):
             # Checked here, because an exception in a step would fail all requests in the batch.
-            expected = f"[{cfg.layers}, tokens, {cfg.text_width}]"
+            expected = f"[{cfg.layers if cfg.text_layers == 'each' else 'layers'}, tokens, {cfg.text_width}]"
             raise UserError(f"request {request.id}: text features of shape {list(shape)}, expected {expected}")
         length, limit = shape[1], self.options.text_length
         if length > limit:

@@ -58,7 +58,7 @@ class DiffusionSlots(Slots):
     def _sample(self, rows: int, cond: Tensor, uncond: Tensor | None = None) -> None:
         params, u = self.params.map(lambda value: value[:rows]), self.draws.take(self._draw(rows))
         position, z = self.position[:rows], self.z[:rows]
-        self.z[:rows], self.x0_prob[:rows] = diffusion_step(z, cond, uncond, position, params, u)
+        self.z[:rows], self.x0_prob[:rows] = diffusion_step(z, cond, uncond, position, params, u, self.model.cfg.target)
 
 
 class ARSlots(Slots):

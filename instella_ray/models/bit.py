@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
-from .bit_layers import DOWN, PIXEL_HEADS, UP, BinaryQuantizer, BITBlock
+from .bit_layers import DOWN, PIXEL_HEADS, QUANTIZERS, UP, BinaryQuantizer, BITBlock
 from .layers import RMSNorm
 from .rope import RopeStyle, rope_table, sinusoidal_grid
 
 POSITION_STD = 0.3
 """Initial scale of explicit positions: large enough to distinguish positions, small enough not to dominate the codes."""
 
+MOST_WORD_BITS = 16
+"""Largest ``bits_per_token`` of a one-hot quantizer."""
 
 AxisWidth = Annotated[int, Field(ge=0)]
 
@@ -48,13 +50,18 @@ class BITConfig(Config):
     """Decoder blocks followed by a 2x2 expansion of image tokens."""
     resample: Literal["linear", "conv"] = "linear"
     pixel_head: Literal["linear", "conv"] = "linear"
+    quantizer: Literal["binary", "one_hot"] = "binary"
+    """``binary``: the bits of a token are independent, the paper's latent space (Eq. 4). ``one_hot``: a token is one of
+    ``2^bits_per_token`` learned words, whose number in binary digits are its bits, as in a VQ-VAE; for comparison."""
     init_std: float = Field(0.02, ge=0)
     """Standard deviation of the initial latent and mask tokens."""
     token_positions: bool = False
     """Add explicit positions to the decoder's input in addition to RoPE: a learned vector for each latent token, 2D
     sinusoids for each mask token. Small tokenizers leave their first loss plateau much sooner with it."""
     normalize_logits: bool = False
-    """Batch norm (without affine) on each quantizer logit, so that every bit is balanced initially and none collapses."""
+    """Batch norm (without affine) on each quantizer logit, so that every bit is balanced initially and none collapses.
+
+    Of a one_hot quantizer on each coordinate in which tokens are compared with words."""
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +87,10 @@ class BITConfig(Config):
                 raise ValueError(f"{name} must be different block indices 0..{layers - 1}, got {places}")
         if self.pixel_head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"pixel_head conv needs a patch_size that is a power of two, got {self.patch_size}")
+        if self.quantizer == "one_hot" and self.bits_per_token > MOST_WORD_BITS:
+            raise ValueError(
+                f"quantizer one_hot: 2^{self.bits_per_token} words, expected bits_per_token of at most {MOST_WORD_BITS}"
+            )
         if self.image_size % self.encode_multiple:
             raise ValueError(f"image_size must be a multiple of {self.encode_multiple}, got {self.image_size}")
         return self
@@ -110,10 +121,11 @@ class BITOutput(NamedTuple):
 
     images: Tensor
     """Reconstruction ``[B, 3, height, width]``, about [-1, 1], not clamped."""
-    logits: Tensor
-    """Quantizer logits, float32 ``[B, L, K]``."""
+    codes: Tensor
+    """Codes 0/1 at inference ``[B, L, K]``, which those decoded in training may differ from."""
     code_loss: Tensor
-    """``mean(s (1 - s))`` with s = sigmoid(logits): small if bit probabilities are near 0 or 1."""
+    """The quantizer's loss. ``mean(s (1 - s))`` with s = sigmoid(logits), small if bit probabilities are near 0 or 1; of a
+    one-hot quantizer the codebook and commitment losses."""
 
 
 class BITEncoder(nn.Module):
@@ -202,7 +214,7 @@ class BIT(nn.Module):
         self.cfg = cfg
         self.encoder = BITEncoder(cfg)
         normalized = cfg.num_tokens if cfg.normalize_logits else None
-        self.quantizer = BinaryQuantizer(cfg.encoder_width, cfg.bits_per_token, normalized_tokens=normalized)
+        self.quantizer = QUANTIZERS[cfg.quantizer](cfg.encoder_width, cfg.bits_per_token, normalized_tokens=normalized)
         self.decoder = BITDecoder(cfg)
         self.to_pixel = PIXEL_HEADS[cfg.pixel_head](cfg.decoder_width, cfg.patch_size)
 
@@ -221,17 +233,26 @@ class BIT(nn.Module):
         embed.bias.copy_((embed.bias - mean) / deviation)
 
     def encode_logits(self, images: Tensor) -> Tensor:
-        """Return quantizer logits, float32 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1].
+        """Return the logits of a binary quantizer, float32 ``[B, L, K]``, of ``images [B, 3, H, W]`` in [-1, 1].
 
         UserError for sides that are not multiples of :attr:`BITConfig.encode_multiple`.
         """
+        assert isinstance(self.quantizer, BinaryQuantizer)
+        return self.quantizer.logits(self._tokens(images))
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Return the encoder's tokens ``[B, L, encoder_width]``."""
         _check_size("encode", self.cfg.encode_multiple, *images.shape[-2:])
-        return self.quantizer.logits(self.encoder(images))
+        tokens: Tensor = self.encoder(images)
+        return tokens
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode ``images [B, 3, H, W]`` in [-1, 1] to codes, uint8 0/1 ``[B, L, K]``. Deterministic (tau = 0)."""
-        return (self.encode_logits(images).sigmoid() > 0.5).to(torch.uint8)
+        """Encode ``images [B, 3, H, W]`` in [-1, 1] to codes, uint8 0/1 ``[B, L, K]``. Deterministic (tau = 0).
+
+        UserError as :meth:`encode_logits`.
+        """
+        return self.quantizer.encode(self._tokens(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
@@ -239,7 +260,7 @@ class BIT(nn.Module):
 
         UserError for sides that are not multiples of :attr:`BITConfig.decode_multiple`.
         """
-        return self._decode(codes, height, width).float()
+        return self._decode(self.quantizer.vectors(codes), height, width).float()
 
     def forward(
         self,
@@ -254,16 +275,13 @@ class BIT(nn.Module):
 
         Bits are sampled with uniforms ``u [B, L, K]``, or torch's generator if None. The default size is the input's.
         """
-        logits = self.encode_logits(images)
-        soft = logits.sigmoid()
-        bits = self.quantizer.quantize(logits, temperature, u)
-        output = self._decode(bits, height or images.shape[-2], width or images.shape[-1])
-        return BITOutput(output, logits, (soft * (1 - soft)).mean())
+        found = self.quantizer(self._tokens(images), temperature, u)
+        output = self._decode(found.vectors, height or images.shape[-2], width or images.shape[-1])
+        return BITOutput(output, found.codes, found.loss)
 
-    def _decode(self, bits: Tensor, height: int, width: int) -> Tensor:
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         _check_size("decode", self.cfg.decode_multiple, height, width)
         patch = self.cfg.patch_size
-        latents = bits.to(self.quantizer.embed.dtype) @ self.quantizer.embed
         images: Tensor = self.to_pixel(self.decoder(latents, height // patch, width // patch))
         return images
 

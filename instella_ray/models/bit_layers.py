@@ -1,14 +1,15 @@
-"""Layers of the tokenizer: transformer block, 2x2 resampling, pixel heads and binary quantizer."""
+"""Layers of the tokenizer: transformer block, 2x2 resampling, pixel heads and quantizers."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Attention, RMSNorm, SwiGLU
+from .layers import Attention, RMSNorm, SwiGLU, without_autocast
 from .rope import RopeStyle, apply_rope
 
 
@@ -121,6 +122,31 @@ class ConvPixelHead(nn.Sequential):
 PIXEL_HEADS = {"linear": LinearPixelHead, "conv": ConvPixelHead}
 
 
+class Quantized(NamedTuple):
+    """Quantized encoder tokens, in training."""
+
+    vectors: Tensor
+    """Input of the decoder ``[B, L, width]``, with straight-through gradients."""
+    codes: Tensor
+    """Codes 0/1 at inference ``[B, L, K]``, whatever was drawn."""
+    loss: Tensor
+    """The quantizer's own loss."""
+
+
+def _norm(tokens: int | None, size: int) -> nn.BatchNorm1d | None:
+    """Return the batch norm of ``size`` values of each of ``tokens`` tokens; None without tokens."""
+    return nn.BatchNorm1d(tokens * size, affine=False, momentum=0.05) if tokens else None
+
+
+def _balanced(norm: nn.BatchNorm1d | None, values: Tensor) -> Tensor:
+    """Apply ``norm``, if there is one, to ``values [B, L, size]``, in the dtype of its statistics."""
+    if norm is None:
+        return values
+    statistics = norm.running_mean
+    assert statistics is not None
+    return norm(values.flatten(1).to(statistics.dtype)).view_as(values)  # type: ignore[no-any-return]
+
+
 class BinaryQuantizer(nn.Module):
     """Binary quantizer (Eq. 4).
 
@@ -132,16 +158,26 @@ class BinaryQuantizer(nn.Module):
         super().__init__()
         self.proj = nn.Sequential(nn.Linear(width, bits))
         self.embed = nn.Parameter(torch.randn(bits, width) * 0.02)
-        self.norm = nn.BatchNorm1d(normalized_tokens * bits, affine=False, momentum=0.05) if normalized_tokens else None
+        self.norm = _norm(normalized_tokens, bits)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Return codes, uint8 0/1 ``[B, L, K]``, of encoder tokens ``[B, L, width]``."""
+        return (self.logits(tokens).sigmoid() > 0.5).to(torch.uint8)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Return the decoder's input ``[B, L, width]`` of codes 0/1 ``[B, L, K]``, of any dtype."""
+        return codes.to(self.embed.dtype) @ self.embed
+
+    def forward(self, tokens: Tensor, temperature: float, u: Tensor | None = None) -> Quantized:
+        """Quantize encoder tokens as :meth:`quantize`; the loss is ``mean(s (1 - s))`` with s = sigmoid(logits)."""
+        logits = self.logits(tokens)
+        soft = logits.sigmoid()
+        bits = self.quantize(logits, temperature, u)
+        return Quantized(self.vectors(bits), logits.detach() > 0, (soft * (1 - soft)).mean())
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return logits, float32 ``[B, L, K]``, of encoder tokens ``[B, L, width]``."""
-        logits = self.proj(tokens)
-        if self.norm is not None:
-            statistics = self.norm.running_mean
-            assert statistics is not None
-            logits = self.norm(logits.flatten(1).to(statistics.dtype)).view_as(logits)
-        return logits.float()
+        return _balanced(self.norm, self.proj(tokens)).float()
 
     def quantize(self, logits: Tensor, temperature: float, u: Tensor | None = None) -> Tensor:
         """Quantize ``logits [B, L, K]`` to bits, float32 0/1, with the straight-through gradient of ``sigmoid(logits)``.
@@ -158,3 +194,79 @@ class BinaryQuantizer(nn.Module):
         else:
             bits = (soft > 0.5).to(logits.dtype)
         return bits + (soft - soft.detach())  # the difference is 0, so bits are exactly 0 or 1
+
+
+WORD_WIDTH = 16
+"""Dimensions in which the words of a one-hot quantizer are compared with tokens."""
+COMMITMENT = 0.25
+"""Weight of the commitment loss (van den Oord et al., 2017)."""
+
+
+class OneHotQuantizer(nn.Module):
+    """Vector quantizer (van den Oord et al., 2017): a token is the nearest of ``2^bits`` learned words.
+
+    Its code is the word's index in ``bits`` binary digits, the most significant one first. Two measures keep words from
+    being unused: they are compared by direction in few dimensions (ViT-VQGAN, Yu et al., 2022), and learned together, as
+    one linear map of fixed random vectors (SimVQ, Zhu et al., 2024).
+    """
+
+    def __init__(self, width: int, bits: int, *, normalized_tokens: int | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.proj = nn.Sequential(nn.Linear(width, WORD_WIDTH))
+        self.norm = _norm(normalized_tokens, WORD_WIDTH)
+        self.embed: Tensor
+        self.register_buffer("embed", torch.randn(2**bits, WORD_WIDTH))
+        self.embed_map = nn.Linear(WORD_WIDTH, WORD_WIDTH, bias=False)
+        self.embed_out = nn.Linear(WORD_WIDTH, width)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Return codes, uint8 0/1 ``[B, L, K]``, of encoder tokens ``[B, L, width]``."""
+        return self._digits(_nearest(self._directions(tokens), self._words()))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Return the decoder's input ``[B, L, width]`` of codes 0/1 ``[B, L, K]``, of any dtype."""
+        return self._vectors(self._words()[(codes.long() << self._places(codes)).sum(-1)])
+
+    def forward(self, tokens: Tensor, temperature: float, u: Tensor | None = None) -> Quantized:
+        """Quantize encoder tokens; the loss draws words to their tokens, and tokens to their words.
+
+        Nothing is drawn: ``temperature`` and ``u`` have no effect.
+        """
+        directions, words = self._directions(tokens), self._words()
+        index = _nearest(directions, words)
+        chosen = words[index]
+        loss = F.mse_loss(chosen, directions.detach()) + COMMITMENT * F.mse_loss(directions, chosen.detach())
+        return Quantized(self._vectors(directions + (chosen - directions).detach()), self._digits(index), loss)
+
+    def _directions(self, tokens: Tensor) -> Tensor:
+        """Return unit vectors, float32 ``[B, L, WORD_WIDTH]``."""
+        return F.normalize(_balanced(self.norm, self.proj(tokens)).float(), dim=-1)
+
+    def _words(self) -> Tensor:
+        """Return the words as unit vectors, float32 ``[2^K, WORD_WIDTH]``."""
+        with without_autocast(self.embed):
+            return F.normalize(F.linear(self.embed.float(), self.embed_map.weight.float()), dim=-1)
+
+    def _vectors(self, words: Tensor) -> Tensor:
+        return self.embed_out(words.to(self.embed_out.weight.dtype))
+
+    def _digits(self, index: Tensor) -> Tensor:
+        """Return the binary digits, uint8 0/1 ``[B, L, K]``, of ``index [B, L]``."""
+        return (index[..., None] >> self._places(index) & 1).to(torch.uint8)
+
+    def _places(self, like: Tensor) -> Tensor:
+        return torch.arange(self.bits - 1, -1, -1, device=like.device)
+
+
+@torch.no_grad()
+def _nearest(directions: Tensor, words: Tensor) -> Tensor:
+    """Return the index ``[B, L]`` of the word nearest to each of ``directions [B, L, d]``, both unit vectors."""
+    with without_autocast(directions):
+        return (directions @ words.T).argmax(-1)
+
+
+QUANTIZERS: dict[str, type[BinaryQuantizer] | type[OneHotQuantizer]] = {
+    "binary": BinaryQuantizer,
+    "one_hot": OneHotQuantizer,
+}

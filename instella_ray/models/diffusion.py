@@ -46,8 +46,13 @@ def x0_logits(out: Tensor, z_t: Tensor, target: Target = "flip") -> Tensor:
     return torch.where(z_t > 0.5, -out, out) if target == "flip" else out
 
 
+def x0_probability(probability: Tensor, z_t: Tensor, target: Target = "flip") -> Tensor:
+    """Return ``P(z = 1)`` from the probability of the network's target, given the noisy bits ``z_t``."""
+    return z_t * (1 - probability) + (1 - z_t) * probability if target == "flip" else probability
+
+
 def diffusion_loss(out: Tensor, z_t: Tensor, z: Tensor, target: Target = "flip") -> Tensor:
-    """Return the mean binary cross-entropy between ``sigma(out) xor z_t`` and the clean bits ``z [B, L, K]`` (Eq. 5)."""
+    """Return the mean binary cross-entropy between the predicted and the clean bits ``z [B, L, K]`` (Eq. 5)."""
     return F.binary_cross_entropy_with_logits(x0_logits(out, z_t, target).float(), z)
 
 

@@ -1,6 +1,6 @@
 """Diffusion and AR generators (sections 2.2 and 2.3): transformers over image bits, as deep as the text encoder.
 
-Block i reads the text encoder's layer i through its own projection; only image tokens are queries.
+Block i reads the text encoder's layer i, or its last one, through its own projection; only image tokens are queries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from ..config import Config
 from ..errors import UserError
 from .bit_head import BitHead
+from .diffusion import Target
 from .joint_attention import JointAttention, JointCache, TextKV
-from .layers import FeedForward, Modulation, RMSNorm, TimestepEmbedding, modulated_norm
+from .layers import NORMS, FeedForward, Modulation, TimestepEmbedding, modulated_norm
+
+KIND_SETTINGS = {
+    "ar": {"bit_head_width": "a bit head", "norm": "a choice of norms"},
+    "diffusion": {"time_layers": "a timestep embedding", "target": "a prediction target"},
+}
+"""Settings that only one kind of generator has, with what they set."""
 
 
 class GeneratorConfig(Config):
@@ -28,11 +35,24 @@ class GeneratorConfig(Config):
     bits_per_token: int = Field(64, ge=1)
     width: int = Field(2048, ge=1)
     layers: int = Field(16, ge=1)
-    """Number of blocks; must equal the number of text feature layers."""
+    """Number of blocks; must equal the number of text feature layers, unless ``text_layers`` is last."""
     heads: int = Field(16, ge=1)
     text_width: int = Field(2048, ge=1)
     position_std: float = Field(0.02, ge=0)
     """Standard deviation of the initial position embeddings (the published weights were initialized to 0)."""
+    position_place: Literal["attention", "block"] = "attention"
+    """Where a block adds its positions: to the ``attention``'s input after the norm, as published, or to the image tokens
+    at the start of the ``block``, as in the paper, where later blocks see them as well."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm of the blocks and of the output (AR): ``rms``, as published, or ``layer``, the paper's standard layer norm."""
+    time_layers: Literal[1, 2] = 2
+    """Linear layers of the timestep embedding (diffusion): 2 as published, 1 in the paper."""
+    target: Target = "flip"
+    """What the network predicts (diffusion): ``flip``, whether a noisy bit was flipped, as in the paper, or ``x0``, the
+    clean bit (both in Wang et al., 2023a)."""
+    text_layers: Literal["each", "last"] = "each"
+    """Text features of the blocks: block i reads the text encoder's layer i (``each``, as in the paper), or all blocks
+    read its ``last`` layer."""
     zero_init: bool = True
     """adaLN-Zero: modulation and output weights are initialized to zero (diffusion). False: Xavier, as published."""
     unused_time_embed: bool = False
@@ -45,9 +65,15 @@ class GeneratorConfig(Config):
     def _sizes_fit(self) -> GeneratorConfig:
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.bit_head_width and self.kind != "ar":
-            raise ValueError(f"bit_head_width {self.bit_head_width}: only kind ar has a bit head, expected 0")
+        for kind, names in KIND_SETTINGS.items():
+            for name, part in names.items() if kind != self.kind else ():
+                if (given := getattr(self, name)) != (expected := type(self).model_fields[name].default):
+                    raise ValueError(f"{name} {given}: only kind {kind} has {part}, expected {expected}")
         return self
+
+    def reads(self, layers: int, width: int) -> bool:
+        """Return whether text features of ``layers`` layers and this ``width`` fit."""
+        return width == self.text_width and (layers == self.layers or (self.text_layers == "last" and layers > 0))
 
 
 class GeneratorBlock(nn.Module):
@@ -56,12 +82,20 @@ class GeneratorBlock(nn.Module):
     def __init__(self, cfg: GeneratorConfig, positions: int) -> None:
         super().__init__()
         self.pos_emb = nn.Parameter(torch.randn(1, positions, cfg.width) * cfg.position_std)
+        self.position_place = cfg.position_place
         self.proj_cond = nn.Linear(cfg.text_width, cfg.width)
         self.attn = JointAttention(cfg.width, cfg.heads)
 
     def text_kv(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values ``[B, heads, T, D]`` of this block's text features ``[B, T, text_width]``."""
         return self.attn.key_value(self.proj_cond(features))
+
+    def placed(self, x: Tensor, positions: Tensor, norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the residual stream ``x`` and the attention's input, with ``positions`` added to one of them."""
+        if self.position_place == "block":
+            x = x + positions
+            return x, norm(x)
+        return x, norm(x) + positions
 
 
 class DiffusionBlock(GeneratorBlock):
@@ -87,24 +121,24 @@ class DiffusionBlock(GeneratorBlock):
         # Computed here if not given, because FSDP gathers a block's weights for its forward pass alone.
         modulation = self.norm1(embedding) if modulation is None else modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation[:, :, None].unbind(1)
-        # Positions are added after the modulation, and not to the residual stream.
-        y = modulated_norm(x, scale_1, shift_1) + self.pos_emb
+        x, y = self.placed(x, self.pos_emb, lambda stream: modulated_norm(stream, scale_1, shift_1))
         x = x + gate_1 * self.attn(y, context, mask)
         return x + gate_2 * self.ff(modulated_norm(x, scale_2, shift_2))
 
 
 class ARBlock(GeneratorBlock):
-    """AR transformer block: RMSNorm instead of adaLN, causal attention."""
+    """AR transformer block: norms without modulation instead of adaLN, causal attention."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg, cfg.num_tokens + 1)
-        self.input_layernorm = RMSNorm(cfg.width)
-        self.post_attention_layernorm = RMSNorm(cfg.width)
+        self.input_layernorm = NORMS[cfg.norm](cfg.width)
+        self.post_attention_layernorm = NORMS[cfg.norm](cfg.width)
         self.mlp = FeedForward(cfg.width)
 
     def forward(self, x: Tensor, text: TextKV, mask: Tensor) -> Tensor:
         """Return the next ``x [B, n, width]``, given the text of this block."""
-        x = x + self.attn(self.input_layernorm(x) + self.pos_emb[:, : x.shape[1]], text, mask)
+        x, y = self.placed(x, self.pos_emb[:, : x.shape[1]], self.input_layernorm)
+        x = x + self.attn(y, text, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -128,16 +162,24 @@ class Generator(nn.Module):
         NaN included, have no effect. UserError for features of another number of layers or width.
         """
         cfg = self.cfg
-        if len(features) != cfg.layers or features.shape[-1] != cfg.text_width:
+        if not cfg.reads(len(features), features.shape[-1]):
             raise UserError(
                 f"text features have {len(features)} layers of width {features.shape[-1]}, "
-                f"expected {cfg.layers} layers of width {cfg.text_width}"
+                f"expected {cfg.layers if cfg.text_layers == 'each' else 'any'} layers of width {cfg.text_width}"
             )
         # A masked attention weight is 0, but 0 * NaN is NaN, so padded features are set to 0 first.
-        features = features.masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
+        read = self._read(features).masked_fill(~mask[None, :, :, None], 0).to(self.x_embedder.weight.dtype)
         blocks = cast(list[GeneratorBlock], list(self.transformer_blocks))
-        pairs = [self._run(block.text_kv, f) for block, f in zip(blocks, features, strict=True)]
+        pairs = [self._run(block.text_kv, f) for block, f in zip(blocks, self._by_block(read), strict=True)]
         return TextKV([k for k, _ in pairs], [v for _, v in pairs], mask)
+
+    def _read(self, features: Tensor) -> Tensor:
+        """Return those of the layers ``features [layers, ...]`` that the blocks read."""
+        return features[-1:] if self.cfg.text_layers == "last" else features
+
+    def _by_block(self, read: Tensor) -> Tensor:
+        """Return the features of each block, ``[blocks, ...]``, of the layers ``read [layers or 1, ...]``."""
+        return read.expand(self.cfg.layers, *read.shape[1:])
 
     def _run(self, function: Callable[..., Any], *given: Any) -> Any:
         """Call the deterministic ``function(*given)``, with gradient checkpointing if enabled."""
@@ -154,7 +196,7 @@ class Generator(nn.Module):
         same scale as word identity, so that a generator learns to distinguish "a circle left of a square" from its reverse
         in far fewer steps. ``ridge``, a fraction of the mean variance, limits the scaling of low-variance directions.
         """
-        for block, layer in zip(self.transformer_blocks, features, strict=True):
+        for block, layer in zip(self.transformer_blocks, self._by_block(self._read(features)), strict=True):
             project = cast(GeneratorBlock, block).proj_cond
             tokens = layer[mask].double()
             mean = tokens.mean(0)
@@ -170,11 +212,11 @@ class Generator(nn.Module):
 
 
 class DiffusionGenerator(Generator):
-    """Bernoulli diffusion network: predicts from noisy bits and t the logit that each bit was flipped."""
+    """Bernoulli diffusion network: predicts from noisy bits and t the logits of the ``target`` of its configuration."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         super().__init__(cfg)
-        self.time_embed = TimestepEmbedding(cfg.width)
+        self.time_embed = TimestepEmbedding(cfg.width, cfg.time_layers)
         self.transformer_blocks = nn.ModuleList([DiffusionBlock(cfg) for _ in range(cfg.layers)])
         self.norm_out = Modulation(cfg.width, 2)
         for name, module in self.named_modules():
@@ -229,7 +271,7 @@ class ARGenerator(Generator):
             # Frozen: DistributedDataParallel would wait for gradients that never come.
             self.time_embed = TimestepEmbedding(cfg.width).requires_grad_(False)
         self.transformer_blocks = nn.ModuleList([ARBlock(cfg) for _ in range(cfg.layers)])
-        self.norm_out = RMSNorm(cfg.width)
+        self.norm_out = NORMS[cfg.norm](cfg.width)
         self.bit_head = BitHead(cfg.width, cfg.bits_per_token, cfg.bit_head_width) if cfg.bit_head_width else None
 
     def forward(self, z: Tensor | None, text: TextKV, bits: Tensor | None = None) -> Tensor:
@@ -278,7 +320,7 @@ class ARGenerator(Generator):
         mask = torch.cat((cache.mask, seen), dim=1)[:, None, None]
         for i, module in enumerate(self.transformer_blocks):
             assert isinstance(module, ARBlock)
-            y = module.input_layernorm(x) + module.pos_emb[0, position][:, None]
+            x, y = module.placed(x, module.pos_emb[0, position][:, None], module.input_layernorm)
             keys, values = cache.write(i, position, *module.attn.key_value(y))
             x = x + module.attn.attend_token(module.attn.query(y), keys, values, mask)
             x = x + module.mlp(module.post_attention_layernorm(x))

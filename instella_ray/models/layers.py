@@ -5,7 +5,7 @@ Parameter names follow the published checkpoints, so that a published file loads
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,25 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, EPS)
         return F.rms_norm(x.float(), self.weight.shape, None, EPS).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with scale and shift over the last axis; statistics in float32 for every input dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which the products of ``x`` keep its precision under autocast; meta tensors have none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -104,17 +123,20 @@ class FeedForward(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Timestep embedding ``t [B] in [0, 1] -> [B, width]``: two linear layers on the raw scalar, no sinusoids."""
+    """Timestep embedding ``t [B] in [0, 1] -> [B, width]``: linear layers on the raw scalar, no sinusoids.
 
-    def __init__(self, width: int) -> None:
+    One layer as in the paper, or two as published, with a SiLU between them.
+    """
+
+    def __init__(self, width: int, layers: int = 2) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(1, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width) if layers == 2 else None
 
     def forward(self, t: Tensor) -> Tensor:
-        # Autocast would round t to 8 bits; meta tensors have none.
-        with nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False):
-            return self.linear_2(F.silu(self.linear_1(t[:, None])))
+        with without_autocast(t):  # which would round t to 8 bits
+            first = self.linear_1(t[:, None])
+            return first if self.linear_2 is None else self.linear_2(F.silu(first))
 
 
 class Modulation(nn.Module):

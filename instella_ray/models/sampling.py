@@ -22,7 +22,7 @@ from ..config import Config
 from ..errors import UserError
 from . import rng
 from .bit_head import BitHead
-from .diffusion import noise_probability, per_row
+from .diffusion import Target, noise_probability, per_row, x0_probability
 from .generator import ARGenerator, DiffusionGenerator
 from .joint_attention import JointCache, TextKV
 
@@ -207,16 +207,21 @@ def _normalized(one: Tensor, zero: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def diffusion_step(
-    z: Tensor, cond: Tensor, uncond: Tensor | None, step: Tensor, params: SamplingParams, u: Tensor
+    z: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    step: Tensor,
+    params: SamplingParams,
+    u: Tensor,
+    target: Target = "flip",
 ) -> tuple[Tensor, Tensor]:
     """Run one denoising step of every row; returns the next bits and the estimate ``P(z_0 = 1)``, both ``[B, L, K]``.
 
-    ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (flip logits) at ``timestep(step)``, the latter
-    None if no row has guidance; ``u`` are the uniforms of draw ``step + 1``. A row's last step (``step =
+    ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (logits of ``target``) at ``timestep(step)``, the
+    latter None if no row has guidance; ``u`` are the uniforms of draw ``step + 1``. A row's last step (``step =
     num_inference_steps - 1``) gives its final bits. The caller must discard results of rows beyond their last step.
     """
-    flip = guided_probability(cond, uncond, params)
-    x0_prob = z * (1 - flip) + (1 - z) * flip
+    x0_prob = x0_probability(guided_probability(cond, uncond, params), z, target)
     times = timestep(step, params), timestep(step + 1, params)
     drawn = u < transition_probability(z, x0_prob, *times, params.sampler, params.redraw)
     final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
@@ -280,7 +285,7 @@ def generate_diffusion(
         step = torch.full((batch,), index, device=z.device)
         t = timestep(step, params).to(z.dtype)
         out = model(torch.cat((z, z)), torch.cat((t, t)), text)
-        next_z, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1))
+        next_z, x0_prob = diffusion_step(z, out[:batch], out[batch:], step, params, draw(index + 1), cfg.target)
         unfinished = per_row(index < params.num_inference_steps, z)
         z, x0_prob = torch.where(unfinished, next_z, z), torch.where(unfinished, x0_prob, z)
         if on_step is not None:

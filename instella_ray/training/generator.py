@@ -294,6 +294,8 @@ def generator_config(model: GeneratorConfig, codes: CodesManifest | BITConfig, t
         "layers": text.num_layers,
         "text_width": text.width,
     }
+    if model.text_layers == "last" and "layers" in model.model_fields_set:
+        facts["layers"] = model.layers  # any number of blocks can read one layer
     for name, value in facts.items():
         if name in model.model_fields_set and getattr(model, name) != value:
             raise UserError(f"model.{name} = {getattr(model, name)}: codes and text encoder require {value}")

@@ -31,11 +31,11 @@ class DiffusionLoss(nn.Module):
         ``mask`` bool ``[B, T]`` is true at real tokens; ``seeds [B]`` determine each sample's timestep and noise.
         """
         t, u = noise(seeds, codes.shape[1], codes.shape[2], self.times, self.shift)
-        z_t = flip_noise(codes, t, u)
+        z_t, target = flip_noise(codes, t, u), self.model.cfg.target
         out = self.model(z_t, t, self.model.text_kv(features, mask))
-        accuracy = bit_accuracy(x0_logits(out, z_t), codes)
+        accuracy = bit_accuracy(x0_logits(out, z_t, target), codes)
         facts = {"bit_accuracy": accuracy.mean(), BY_TIME: accuracy_by_time(accuracy, t)}
-        return diffusion_loss(out, z_t, codes), facts
+        return diffusion_loss(out, z_t, codes, target), facts
 
 
 def noise(seeds: Tensor, tokens: int, bits: int, times: TimeDistribution, shift: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,10 +48,14 @@ class TokenizerLossConfig(Config):
 
     reconstruction: Literal["smooth_l1", "mse"] = "smooth_l1"
     """Pixel loss. The paper uses smooth L1, because squared error leads to loss spikes at scale."""
+    smooth_l1_beta: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Error at which smooth L1 turns from quadratic, ``e^2 / (2 beta)``, to linear, ``|e| - beta / 2``. Pixels are in
+    [-1, 1], so that 1 is half the squared error for all but the worst. The paper names no value."""
     gradient_weight: float = 0.0
     """Weight of the pixel loss on horizontal and vertical image gradients, which sharpens edges."""
     code_weight: float = 0.0
-    """Weight of ``mean(s (1 - s))``, which pushes bit probabilities to 0 or 1."""
+    """Weight of ``mean(s (1 - s))``, which pushes bit probabilities to 0 or 1 (binary quantizer). The losses of a one_hot
+    quantizer always count as they are."""
     perceptual: PerceptualConfig = PerceptualConfig()
 
 
@@ -61,7 +66,8 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.distance: Callable[[Tensor, Tensor], Tensor]
-        self.distance = F.smooth_l1_loss if cfg.reconstruction == "smooth_l1" else F.mse_loss
+        smooth_l1 = partial(F.smooth_l1_loss, beta=cfg.smooth_l1_beta)
+        self.distance = smooth_l1 if cfg.reconstruction == "smooth_l1" else F.mse_loss
         look = cfg.perceptual
         self.perceptual = None if look.network == "none" else load_perceptual(look.network, look.weights)
 
@@ -109,9 +115,9 @@ BIT_SHARE = "bit_share"
 """Key of the loss part that :func:`bit_summary` summarizes."""
 
 
-def bit_share(logits: Tensor) -> Tensor:
-    """Return the fraction of images in which each bit is set, ``[L, K]``, from ``logits [B, L, K]``."""
-    return (logits.detach() > 0).float().mean(0)
+def bit_share(codes: Tensor) -> Tensor:
+    """Return the fraction of images in which each bit is set, ``[L, K]``, from ``codes [B, L, K]``."""
+    return codes.float().mean(0)
 
 
 def bit_summary(share: Tensor) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def generator_memory(
     """
     size, share = 2 if bf16 else 4, train.global_batch // world
     micro = train.micro_batch_size or share
-    features = model.layers * text_tokens * model.text_width
+    features = text.layers * text_tokens * model.text_width
     # Features of all micro-batches; for the current one also a copy without padding, and one in the weights' dtype.
     inputs = micro * features * (size * (share // micro) + (size + 4 if bf16 else 4))
     each = generator_activations(model, text_tokens, bf16=bf16, gradient_checkpointing=gradient_checkpointing)

@@ -71,9 +71,10 @@ class TokenizerConfig(TrainingRun):
     """Freeze the encoder and train only the decoder and the quantizer (the paper's third stage)."""
     adversarial: AdversarialConfig | None = None
     """Add adversarial training against a discriminator (the paper's third stage)."""
-    temperature: float = 0.5
-    """Quantizer temperature tau in training (0.5 in the paper's first stage: it prevents code collapse)."""
-    late_temperature: float = 0.1
+    temperature: float = Field(0.5, ge=0, allow_inf_nan=False)
+    """Quantizer temperature tau in training (0.5 in the paper's first stage: it prevents code collapse). 0 thresholds the
+    bits, as at inference. A one_hot quantizer has none."""
+    late_temperature: float = Field(0.1, ge=0, allow_inf_nan=False)
     """Quantizer temperature in the last part of the run (the paper's second stage)."""
     late_fraction: float = 0.3
     """Fraction of the run that uses ``late_temperature``."""
@@ -87,7 +88,9 @@ class TokenizerConfig(TrainingRun):
     """Evaluation of checkpoints during training; None disables it."""
 
     @model_validator(mode="after")
-    def _whole_on_every_worker(self) -> TokenizerConfig:
+    def _options_fit(self) -> TokenizerConfig:
+        if self.loss.code_weight and self.model.quantizer != "binary":
+            raise ValueError(f"loss.code_weight {self.loss.code_weight}: only the binary quantizer has it, expected 0")
         if self.train.sharding != "ddp":
             raise ValueError(f"train.sharding {self.train.sharding}: not supported for tokenizers, expected ddp")
         return self
@@ -109,7 +112,7 @@ class TokenizerLoss(nn.Module):
         super().__init__()
         self.bit = bit
         self.supervised = ReconstructionLoss(cfg)
-        self.code_weight = cfg.code_weight
+        self.code_weight = cfg.code_weight if bit.cfg.quantizer == "binary" else 1.0
         self.adversary = adversary  # not a submodule: its parameters have their own optimizer
 
     def forward(
@@ -129,7 +132,7 @@ class TokenizerLoss(nn.Module):
         loss, parts = self.supervised(out.images, targets, draws[:, :2])
         # Logged if there are several: steps between two lines may have different ones.
         size = targets.new_full((), width)
-        parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.logits), SIZE: size}
+        parts |= {"code_loss": out.code_loss, BIT_SHARE: bit_share(out.codes), SIZE: size}
         if self.code_weight:
             loss = loss + self.code_weight * out.code_loss
         if self.adversary is not None:

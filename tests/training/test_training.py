@@ -53,7 +53,7 @@ def test_psnr_and_bit_statistics_are_what_they_say() -> None:
     reference = torch.zeros(1, 3, 4, 4)
     assert psnr(reference + 0.2, reference).item() == pytest.approx(20.0, abs=1e-4)
     logits = torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]])
-    facts = bit_summary(bit_share(logits))
+    facts = bit_summary(bit_share(logits > 0))
     assert facts["dead_bits"] == 0.5 and facts["bit_mean"] == 0.75 and facts["bit_entropy"] == pytest.approx(0.5)
 
 

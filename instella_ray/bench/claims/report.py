@@ -113,6 +113,7 @@ def _row(each: ClaimVerdict) -> dict[str, Cell]:
         "proposed": f"{proposed}: {digits(ours, metric.unit)}",
         "baseline": f"{baseline}: {digits(theirs, metric.unit)}",
         "in favour": _in_favour(each),
+        "seeds": len(each.proposed),
         "verdict": f"**{each.verdict}**",
     }
 

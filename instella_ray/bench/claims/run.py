@@ -79,7 +79,7 @@ def run_on_ray(steps: Sequence[Step]) -> Iterator[str]:
     from ...data.ray_data import init_ray
 
     init_ray(log_to_driver=False)
-    # A task that is lost, for example for lack of memory, resumes nothing that another would not.
+    # A step begins anew in any case, so one that is lost with its process is tried again.
     task = ray.remote(num_cpus=1, max_retries=1)(_finish)
     refs: dict[str, ray.ObjectRef[str]] = {}
     for step in steps:

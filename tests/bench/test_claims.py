@@ -232,6 +232,13 @@ def test_the_page_has_every_claim_and_says_what_does_not_hold() -> None:
     assert len(list(image.iter("{http://www.w3.org/2000/svg}circle"))) == 3 * (3 + 1)
 
 
+def test_sentences_are_the_papers(shared_dir: Path) -> None:
+    paper = " ".join((shared_dir / "reference" / "paper.txt").read_text().split()).lower()
+    quoted = [claim.sentence for claim in RECIPE.claims if "Table" not in claim.section]
+    parts = [part for sentence in quoted for part in sentence.lower().split(" [...] ")]
+    assert len(parts) > 20 and [part for part in parts if part not in paper] == []
+
+
 def test_the_recipe_can_run_and_its_page_is_that_of_the_documentation(tmp_path: Path) -> None:
     trials = plan_trials(RECIPE, str(tmp_path))
     assert len(trials) == len(RECIPE.claims) * len(RECIPE.seeds)

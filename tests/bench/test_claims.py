@@ -17,9 +17,11 @@ from instella_ray.bench.claims.run import all_steps, run_claims
 from instella_ray.bench.claims.settings import ClaimArm, ClaimsBench, PaperClaim
 from instella_ray.bench.claims.verdicts import judge, verdicts_of
 from instella_ray.bench.run import BenchConfig
-from instella_ray.config import load_config
+from instella_ray.config import dump_yaml, load_config
 from instella_ray.errors import UserError
 from instella_ray.evaluation.statistics import student_mean
+
+from ..kit.project import job
 
 BINARY, FEWER = ClaimArm(name="8 tokens"), ClaimArm(name="4 tokens", overrides=("tokenizer.model.num_tokens=4",))
 STEPS_4, STEPS_2 = (
@@ -160,7 +162,9 @@ def test_what_cannot_be_measured_is_refused_too(changed: dict[str, Any], message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_resumes_without_repeating_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_without_repeating_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real arms of every kind: tokenizers, generators and their samples, of two seeds."""
     done: list[str] = []
     finish, train = Step.finish, TrainedGenerator.run
@@ -187,8 +191,14 @@ def test_a_killed_run_resumes_without_repeating_a_step(tmp_path: Path, monkeypat
     trials = plan_trials(TINY, str(folder))
     assert sorted(done) == sorted(step.key for step in all_steps(trials))
     assert all((folder / f"{name}.json").stat().st_mtime_ns == time for name, time in begun.items())
-    before = len(done)
-    assert run_claims(TINY, str(folder)).rows == result.rows and len(done) == before
+    # The command reads the results beside its output, and runs nothing again.
+    before, recipe = len(done), tmp_path / "claims.yaml"
+    bench = BenchConfig(suites=("claims",), output=f"{folder}.json", claims=TINY)
+    recipe.write_text(dump_yaml(bench))
+    assert job("bench")(["--config", str(recipe)]) == 0 and len(done) == before
+    assert json.loads((tmp_path / "claims.json").read_text())["results"][0]["rows"] == result.rows
+    out = capsys.readouterr().out
+    assert f"page: {folder}/claims.md" in out and f"\nall numbers are in {folder}.json" in out
     # The verdicts are made of the measured values.
     tokens, steps, _ = verdicts_of(TINY, trials)
     stored = [json.loads((folder / f"{trial.proposed[-1].key}.json").read_text())["result"] for trial in trials]

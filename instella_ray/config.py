@@ -224,14 +224,18 @@ def recipes() -> dict[str, Path]:
 
 
 def config_file(path: str) -> Path:
-    """Return ``path`` if there is such a file, else that of the recipe named so; UserError if there is neither."""
+    """Return ``path`` if there is such a file, else that of the recipe named so; UserError if there is neither.
+
+    A recipe's folder may be left out where no other one has a recipe of that name.
+    """
     file = Path(path)
     if file.suffix or file.is_file():
         return file
     known = recipes()
-    if path not in known:
+    named = [path] if path in known else [name for name in known if name.endswith(f"/{path}")]
+    if len(named) != 1:
         raise UserError(f"{path}: no such file, and no recipe of that name{did_you_mean(path, list(known))}")
-    return known[path]
+    return known[named[0]]
 
 
 def read_yaml(path: str, section: str | None = None) -> dict[str, Any]:

@@ -269,6 +269,9 @@ def test_a_configuration_is_a_file_or_the_name_of_a_recipe(tmp_path: Path, monke
         read_yaml("serve/dmeo")
     with pytest.raises(UserError, match=r"serve/demo.yaml: cannot read the configuration \(No such file"):
         read_yaml("serve/demo.yaml")
+    assert read_yaml("claims") == read_yaml("bench/claims")
+    with pytest.raises(UserError, match=r"^demo: no such file, and no recipe of that name"):  # there are several
+        read_yaml("demo")
     (tmp_path / "serve").mkdir()
     (tmp_path / "serve" / "demo").write_text("own: file")
     assert read_yaml("serve/demo") == {"own": "file"}

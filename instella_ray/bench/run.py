@@ -13,6 +13,8 @@ from ..config import Config, OutputPath, check_output_file
 from ..packages import extra_import
 from .bulk import BulkBench, run_bulk
 from .caching import CachingBench, run_caching
+from .claims.run import run_claims
+from .claims.settings import ClaimsBench
 from .data import DataBench, run_data
 from .metrics import MetricsBench, run_metrics
 from .overhead import OverheadBench, run_overhead
@@ -37,6 +39,7 @@ Suite = Literal[
     "training",
     "simulation",
     "samplers",
+    "claims",
 ]
 
 
@@ -70,6 +73,7 @@ class BenchConfig(Config):
     training: TrainingBench = TrainingBench()
     simulation: SimulationBench = SimulationBench()
     samplers: SamplersBench = SamplersBench()
+    claims: ClaimsBench = ClaimsBench()
 
 
 def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
@@ -94,6 +98,7 @@ def run_bench(cfg: BenchConfig) -> list[SuiteResult]:
         "training": lambda: run_training(cfg.training, cfg.repeats, cfg.threads),
         "samplers": lambda: run_samplers(cfg.samplers, f"{cfg.output.removesuffix('.json')}-measurements.json"),
         "simulation": lambda: simulation.run_simulation_bench(cfg.simulation),
+        "claims": lambda: run_claims(cfg.claims, cfg.output.removesuffix(".json")),
     }
     print("\n" + ", ".join(f"{name} {value}" for name, value in hardware_summary().items()), flush=True)
     before = torch.get_num_threads()

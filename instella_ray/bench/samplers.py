@@ -22,7 +22,7 @@ from ..data.scene_score import score
 from ..data.scenes import Expectation, render, scene_of, scene_prompts
 from ..errors import UserError
 from ..evaluation.metrics.diversity import bit_distance
-from ..evaluation.statistics import student
+from ..evaluation.statistics import student_mean
 from ..models.generator import DiffusionGenerator
 from ..models.sampling import Guidance, Redraw, Sampler, SamplingParams, Temperature, generate_diffusion
 from ..pipeline import InstellaPipeline
@@ -231,5 +231,5 @@ def _best(options: Mapping[Setting, Measured], least: float) -> Setting:
 
 
 def _over_models(values: Sequence[float]) -> str:
-    low, high = student(values)
+    low, high = student_mean(np.array(values))
     return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"

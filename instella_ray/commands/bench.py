@@ -8,7 +8,8 @@ from ..job import Job
 
 def run(cfg: BenchConfig) -> None:
     goals = [goal for result in run_bench(cfg) for goal in result.goals]
-    print(f"\n{sum(goal.met for goal in goals)} of {len(goals)} goals met; all numbers are in {cfg.output}")
+    met = f"{sum(goal.met for goal in goals)} of {len(goals)} goals met; " if goals else ""
+    print(f"\n{met}all numbers are in {cfg.output}")
 
 
 job = Job("bench", BenchConfig, run, "Run benchmarks; ratios compare within one run.")

@@ -92,6 +92,22 @@ def mean_method(groups: int) -> str | None:
     return None if groups < FEWEST else STUDENT if groups <= FEW else BOOTSTRAP
 
 
+def student_mean(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """Compute Student's interval of the mean of ``values [N]``, which must be about normal.
+
+    For paired differences between runs of a few seeds, where :func:`bootstrap_mean` has too few groups. Unknown for fewer
+    than two values, and if all agree.
+    """
+    from scipy import stats
+
+    values = np.asarray(values, np.float64)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    if spread <= ROUNDING * np.abs(values).max(initial=0.0):
+        return UNKNOWN
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * spread / np.sqrt(len(values))
+    return Interval(float(values.mean() - reach), float(values.mean() + reach))
+
+
 def _skewed_student(mean: float, residuals: np.ndarray, confidence: float) -> Interval:
     """Compute Student's interval, with the end on the side of the skew moved outwards by a correction for it.
 
@@ -106,20 +122,6 @@ def _skewed_student(mean: float, residuals: np.ndarray, confidence: float) -> In
     skewness = float(stats.skew(residuals, bias=False))
     shift = 2 * skewness * (1 + 2 * reach**2) / (6 * np.sqrt(count)) * error
     return Interval(mean - reach * error + min(shift, 0.0), mean + reach * error + max(shift, 0.0))
-
-
-def student(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Compute Student's interval of the mean of ``values``, one for each of independent runs, which vary normally.
-
-    Unknown for fewer than two. Unlike :func:`bootstrap_mean` it is for runs: few, and means of many images each.
-    """
-    from scipy import stats
-
-    if len(values) < 2:
-        return UNKNOWN
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
-    return Interval(mean - reach, mean + reach)
 
 
 class Difference(NamedTuple):

@@ -290,10 +290,3 @@ def test_too_few_samples_give_no_interval() -> None:
     assert np.isnan(statistics.bootstrap_mean(np.array([1.0, 2.0]), ["a", "a"])).all()
     assert np.isnan(statistics.jackknife(1.0, np.array([1.0]), np.array([3]))[:2]).all()
     assert np.isnan(statistics.rate(np.array([], bool))[:3]).all()
-
-
-def test_the_interval_of_runs_is_students() -> None:
-    assert statistics.student([1.0, 2.0, 3.0]) == pytest.approx(
-        (2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5
-    )
-    assert statistics.student([2.0, 2.0]) == (2.0, 2.0) and np.isnan(statistics.student([1.0])).all()

@@ -27,6 +27,8 @@ NO_PATHS = {
     *("Aesthetic.model", "Aesthetic.weights", "ClipScore.model", "ClipScore.weights", "ClipScore.prefix"),
     *("CMMD.model", "CMMD.weights"),
     *("GenEvalConfig.color_weights", "EnvironmentConfig.image_uri", "EnvironmentConfig.conda"),
+    *("PaperClaim.name", "PaperClaim.section", "PaperClaim.sentence", "PaperClaim.note"),
+    *("ClaimArm.name", "ClaimArm.overrides", "ClaimsBench.overrides"),
     "TokenizerStagesConfig.stages",  # each stage is checked by itself
 }
 """Keys whose text is no path, or may be a name as well, after the classes that declare them."""
@@ -39,7 +41,7 @@ WRITTEN = {
     "train-generator": ["train.run_dir", "validation.folder"],
     "sample": ["sample.output"],
     "evaluate": ["output"],
-    "bench": ["output"],
+    "bench": ["output", "claims.page"],
     "bench-gpu": ["output"],
 }
 RECIPES = {
@@ -59,6 +61,7 @@ GIVEN = {
     "train-generator": ["codes=/c", "tokenizer=/t", "train.run_dir=/r", "validation.every_steps=10"],
     "sample": ["sample.model=/m", "decode.tokenizer=/t"],
     "evaluate": ["images=/i", "tokenizer=/t"],
+    "bench": ["output=/o.json"],
 }
 """What a job needs beside the key that is tried."""
 JOBS = {name: load(name).job for name in NAMES if hasattr(load(name), "job")}

@@ -34,7 +34,7 @@ GENEVAL_TASKS = dict(
     zip(CATEGORIES, ("single_object", "two_object", "counting", "colors", "color_attr", "position"), strict=True)
 )
 """GenEval's names of the scenes' categories."""
-IMAGES, PER_CATEGORY = 48, 2
+IMAGES, PER_CATEGORY = 36, 2
 """Images of the LAION-like set, and prompts of each of the scenes' six categories."""
 HELD_OUT = 1_000_000
 """Seed of images that no model is trained on."""

@@ -21,6 +21,8 @@ ON_CPU: Settings = {"gpus_per_actor": 0, "actors": 1}
 TEACHERS = ("flux_schnell", "pixart_sigma", "sd35_large")
 OTHERS = ("sdv15", "sdxl", "pixart_alpha")
 """Models of Appendix G beside the paper's."""
+WITHOUT_IMAGES: Settings = {"show.prompts": 0, "show.extremes": 0}
+"""Of reports that would show much the same as that of GenEval: images take an actor each time."""
 FEATURES = {"network": "efficientnet_lite0", "weights": None}
 """In place of Inception's, whose file is not here."""
 
@@ -119,17 +121,20 @@ class PaperSteps:
         for sample, evaluate, metrics in parts:
             for model, preset in (("diffusion", "paper-table1"), ("ar", "paper-table1-ar")):
                 name = f"{evaluate.partition('-evaluate-')[2]}-{model}"
-                own: Settings = {} if sample == "10-sample-geneval" else {"count": PROMPTS}
+                first = sample == "10-sample-geneval"
+                own: Settings = {} if first else {"count": PROMPTS}
                 own |= {"sampling.temperature": 0.6} if model == "ar" else {}
                 yield self._sampling(sample, name, model, own)
-                yield self._evaluation(evaluate, name, {**metrics, "preset": preset})
+                yield self._evaluation(
+                    evaluate, name, {**metrics, **({} if first else WITHOUT_IMAGES), "preset": preset}
+                )
 
     def table3(self) -> Iterator[RecipeStep]:
-        fid = under("metrics.fid", {**FEATURES, "reference": self.path("inputs/coco")})
+        fid = under("metrics.fid", {**FEATURES, "reference": self.path("inputs/coco"), "groups": 2})
         for steps, preset in ((20, "paper-table3"), (50, "paper-table3-50")):
             own = {"sampling.num_inference_steps": steps, "count": PROMPTS}
             yield self._sampling("16-sample-table3", f"table3-{steps}", "diffusion", own)
-            yield self._evaluation("17-evaluate-table3", f"table3-{steps}", {**fid, "preset": preset})
+            yield self._evaluation("17-evaluate-table3", f"table3-{steps}", {**fid, **WITHOUT_IMAGES, "preset": preset})
 
     def figure1(self) -> Iterator[RecipeStep]:
         decode = under("decode", {"tokenizer": self.tokenizer, "size": SIZE, **ON_CPU})
@@ -197,7 +202,7 @@ class PaperSteps:
             stages |= under(name, {"train.steps": 4, "train.micro_batch_size": None, "output_sizes": SIZES})
         look = under("loss.perceptual", {"weights": "random", "size": SIZE, "crop": SIZE // 2})
         own = {"data": self.path("inputs/laion/*.tar"), **under("model", model), **under("stages", stages), **look}
-        return {**own, **self._train_settings("tokenizer", 16)}
+        return {**own, **self._train_settings("tokenizer", 8)}
 
     def _train_settings(self, output: str, batch: int) -> Settings:
         own: Settings = {

@@ -303,7 +303,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, uv: str) -> Path:
             paths = [p for p in dist.files or [] if p.suffix != ".pyc" and not str(p).startswith("..")]
             files |= {str(p): Path(str(p.locate())).read_bytes() for p in paths if p.name != "RECORD"}
         write_wheel(folder, name, dist.version, files)
-    write_wheel(folder, "uv", "0.0.1", {"uv-0.0.1.data/scripts/uv": f'#!/bin/sh\nexec "{uv}" "$@"\n'})
+    version = pins()["uv"]
+    write_wheel(folder, "uv", version, {f"uv-{version}.data/scripts/uv": f'#!/bin/sh\nexec "{uv}" "$@"\n'})
     return folder
 
 

@@ -77,7 +77,7 @@ def test_outputs_that_the_docs_name_are_ignored_by_git_and_the_code_is_not() -> 
     settings = [yaml.safe_load(path.read_text()) for path in (ROOT / "configs").rglob("*.yaml")]
     for section in (each for config in settings for each in (config, *config.values()) if isinstance(each, dict)):
         outputs |= {str(section[key]).split("/")[0] for key in ("output", "run_dir") if key in section}
-    assert {"runs", "samples", "samples-table1"} <= outputs
+    assert {"runs", "samples", "samples-table3"} <= outputs
     ignored = Patterns.read(ROOT / ".gitignore")
     assert [name for name in outputs | {"demo", "demo-own"} if not ignored.match(ROOT / name, "/")] == []
     assert [path for path in tracked() if ignored.match(path)] == []

@@ -231,5 +231,5 @@ def _best(options: Mapping[Setting, Measured], least: float) -> Setting:
 
 
 def _over_models(values: Sequence[float]) -> str:
-    low, high = student_mean(np.array(values))
+    low, high = np.clip(student_mean(np.array(values)), 0, 1)
     return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"

@@ -162,14 +162,7 @@ def guided_probability(cond: Tensor, uncond: Tensor | None, params: SamplingPara
 
 
 def transition_probability(
-    z: Tensor,
-    x0_prob: Tensor,
-    t: Tensor,
-    s: Tensor,
-    sampler: Tensor,
-    redraw: Tensor | None = None,
-    *,
-    simplified: bool = False,
+    z: Tensor, x0_prob: Tensor, t: Tensor, s: Tensor, sampler: Tensor, redraw: Tensor | None = None
 ) -> Tensor:
     """Return ``P(z_s = 1)`` for bits ``z`` at time t, given ``x0_prob = P(z_0 = 1 | z)``, both ``[B, L, K]``; s < t.
 
@@ -182,21 +175,22 @@ def transition_probability(
     - ``ancestral``: ``sum over z_0 of P(z_0 | z) P(z_s | z, z_0)``, the reverse of the noise process.
 
     ``redraw [B]`` is the share of bits that are drawn as by ``simplified``: without a memory of z, which corrects the
-    network's errors. ``simplified`` says that this is the sampler of all rows, which spares most operations.
+    network's errors.
     """
     predicted_1 = noise_probability(x0_prob, s)
-    if simplified:
-        return predicted_1
     t, s, sampler = per_row(t, z), per_row(s, z), per_row(sampler, z)
     predicted_0 = noise_probability(1 - x0_prob, s)
     # Twice the flip probability. At a tiny rho both times may round to 1: no flip, and no division by 0.
     smallest = torch.finfo(s.dtype).tiny
     gap = torch.where(sampler == SAMPLERS["posterior_release"], t - s, (t - s) / (1 - s).clamp(min=smallest))
     likelihood_1 = z - gap * (z - 0.5)
-    likelihood_0 = (1 - z) - gap * ((1 - z) - 0.5)
+    opposite = 1 - z
+    likelihood_0 = opposite - gap * (opposite - 0.5)
     posterior = _normalized(predicted_1 * likelihood_1, predicted_0 * likelihood_0, predicted_1)
-    kept_1, kept_0 = (1 - s / 2) * likelihood_1, (1 - s / 2) * likelihood_0
-    left_1, left_0 = s / 2 * likelihood_1, s / 2 * likelihood_0
+    flipped = s / 2
+    kept = 1 - flipped
+    kept_1, kept_0 = kept * likelihood_1, kept * likelihood_0
+    left_1, left_0 = flipped * likelihood_1, flipped * likelihood_0
     if_1, if_0 = _normalized(kept_1, left_0, predicted_1), _normalized(left_1, kept_0, predicted_1)
     ancestral = x0_prob * if_1 + (1 - x0_prob) * if_0
     remembering = torch.where(sampler == SAMPLERS["ancestral"], ancestral, posterior)
@@ -231,11 +225,15 @@ def diffusion_step(
     ``z`` is float 0/1; ``cond`` and ``uncond`` are the network's outputs (logits of ``target``) at ``timestep(step)``, the
     latter None if no row has guidance; ``u`` are the uniforms of draw ``step + 1``. A row's last step (``step =
     num_inference_steps - 1``) gives its final bits. The caller must discard results of rows beyond their last step.
-    ``simplified`` as for :func:`transition_probability`.
+    ``simplified`` says that this is the sampler of all rows, which spares most operations.
     """
     x0_prob = x0_probability(guided_probability(cond, uncond, params), z, target)
-    times = timestep(step, params), timestep(step + 1, params)
-    drawn = u < transition_probability(z, x0_prob, *times, params.sampler, params.redraw, simplified=simplified)
+    s = timestep(step + 1, params)
+    if simplified:
+        probability = noise_probability(x0_prob, s)
+    else:
+        probability = transition_probability(z, x0_prob, timestep(step, params), s, params.sampler, params.redraw)
+    drawn = u < probability
     final = torch.where(per_row(params.final_draw, z), u < x0_prob, x0_prob > 0.5)
     last = per_row(step + 1 >= params.num_inference_steps, z)
     return torch.where(last, final, drawn).to(z.dtype), x0_prob

@@ -104,6 +104,12 @@ def score(image: np.ndarray, expect: Expectation) -> Verdict:
     return Verdict(not reason, reason, tuple(seen))
 
 
+def score_images(expected: Iterable[Expectation], images: Iterable[np.ndarray]) -> dict[str, float]:
+    """Return :func:`score_table` of ``images``, uint8 ``[H, W, 3]`` each, of what is expected in them."""
+    pairs = zip(expected, images, strict=True)
+    return score_table((expect.category, score(image, expect).correct) for expect, image in pairs)
+
+
 def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """Aggregate (category, correct) pairs into the share of correct images per category, and ``overall``, the mean over
     the categories."""

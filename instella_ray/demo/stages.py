@@ -22,7 +22,7 @@ from ..data.formats.images import decode_rgb, to_pixels, to_tensor
 from ..data.formats.parts import Mode
 from ..data.formats.patterns import Pattern
 from ..data.formats.shards import write_webdataset
-from ..data.scene_score import score, score_table
+from ..data.scene_score import score_images
 from ..data.scenes import parse_caption, scene_rows
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
@@ -236,8 +236,7 @@ def _request(client: httpx.Client, kind: str, prompt: str, seed: int, demo: Demo
 
 def _scores(captions: Sequence[str], images: Sequence[np.ndarray] | np.ndarray, title: str) -> dict[str, float]:
     claims = [parse_caption(caption) for caption in captions]
-    pairs = logs.progress_bar(zip(claims, images, strict=True), desc=title, unit="image", total=len(claims))
-    return score_table((claim.category, score(image, claim).correct) for claim, image in pairs)
+    return score_images(claims, logs.progress_bar(images, desc=title, unit="image", total=len(claims)))
 
 
 def _resuming(train: Any, resume: bool) -> Any:

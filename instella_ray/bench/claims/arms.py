@@ -22,8 +22,8 @@ from ...config import load_config, parse_override
 from ...data.encode import EncodeConfig, run_encode
 from ...data.formats.codes import dead_bits
 from ...data.formats.images import to_pixels, to_tensor
-from ...data.scene_score import score, score_table
-from ...data.scenes import Expectation, render, scene_at, scene_prompts
+from ...data.scene_score import score_images
+from ...data.scenes import render, scene_at, scene_prompts
 from ...errors import UserError
 from ...evaluation.metrics.diversity import bit_distance
 from ...models.bit import BIT
@@ -199,7 +199,7 @@ class GeneratedSamples(Step):
         expected = scene_prompts(self.prompts, HELD_OUT_SEED)
         captions = [each.caption for each in expected]
         out = pipe(captions, num_images_per_prompt=self.each, seed=0, output_type="np", **self.sampling)
-        table = scores([each for each in expected for _ in range(self.each)], out.images)
+        table = score_images([each for each in expected for _ in range(self.each)], out.images)
         codes = out.codes.reshape(len(expected), self.each, -1)
         distances = [bit_distance(each) for each in codes]
         return {"scene_score": table["overall"], "categories": table, "diversity": float(np.mean(distances))}
@@ -264,7 +264,7 @@ def measure_tokenizer(bit: BIT, sizes: Sequence[int], count: int) -> dict[str, A
     share = torch.cat(codes).float().mean(0)
     return {
         "psnr": {str(size): float(np.mean(values)) for size, values in found.items()},
-        "reconstruction_score": scores([scene.expect for scene in scenes], np.concatenate(restored))["overall"],
+        "reconstruction_score": score_images([scene.expect for scene in scenes], np.concatenate(restored))["overall"],
         "bit_entropy": float(bit_summary(share)["bit_entropy"]),
         "dead_bits": float(dead_bits(share).float().mean()),
     }
@@ -278,12 +278,6 @@ def largest_spike(losses: Sequence[float], warmup: int) -> float:
     places = range(max(warmup, SPIKE_WINDOW), len(losses))
     ratios = [losses[i] / statistics.median(losses[i - SPIKE_WINDOW : i]) for i in places]
     return max(ratios, default=1.0)
-
-
-def scores(expected: Sequence[Expectation], images: np.ndarray) -> dict[str, float]:
-    """Return the scene scores of ``images``, uint8 ``[N, H, W, 3]``, by category and ``overall``."""
-    pairs = zip(expected, images, strict=True)
-    return score_table((expect.category, score(image, expect).correct) for expect, image in pairs)
 
 
 def _images(scenes: Sequence[Any], size: int) -> torch.Tensor:

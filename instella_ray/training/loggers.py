@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -62,6 +63,7 @@ class TensorBoardLogger:
         self.copied = time.monotonic()
         self.local = storage.is_local(run_dir)
         folder = self.url if self.local else tempfile.mkdtemp(prefix="instella-ray-")
+        _wait_for_a_later_second(self.url)
         # Steps after the resumed checkpoint are trained and logged again: readers drop their earlier events.
         self.writer = SummaryWriter(folder, purge_step=start + 1)
 
@@ -176,6 +178,17 @@ def open_loggers(names: Sequence[LoggerName] | None, run_dir: str | Path, start:
     """Open the loggers ``names`` for a run that starts after ``start`` steps; None means TensorBoard if installed."""
     default: tuple[LoggerName, ...] = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
     return [LOGGERS[name](located(run_dir), start) for name in (default if names is None else names)]
+
+
+def _wait_for_a_later_second(folder: str) -> None:
+    """Wait up to a second, until an event file begun now is named after those in ``folder``.
+
+    Readers take event files in the order of their names, ``events.out.tfevents.SECONDS.HOST.PROCESS.NUMBER``: of two from
+    one second the later may come first, and its steps are then dropped for the earlier's.
+    """
+    files = "\n".join(storage.glob(f"{folder}/events.out.tfevents.*"))
+    latest = max(map(int, re.findall(r"/events\.out\.tfevents\.(\d+)\.", files)), default=0)
+    time.sleep(min(max(0.0, latest + 1 - time.time()), 1.0))
 
 
 def _import(name: str) -> Any:

@@ -135,10 +135,9 @@ def test_finished_demos_of_several_seeds_are_tabulated(finished: Finished, capsy
 def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> None:
     assert finished.command("serve") == ["serve", str(finished.folder)]
     port = free_port()
-    argv = [sys.executable, "-m", "instella_ray", *finished.command("serve"), "--set", f"port={port}"]
-    # A Ray and a Serve of its own, because the command starts them.
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with serve_process(argv, env) as (endpoint, said):
+    # In one process, which starts sooner: tests/serving/test_job.py has the same command on Ray.
+    argv = [sys.executable, "-m", "instella_ray", *finished.command("serve"), "--set", f"port={port}", "--local"]
+    with serve_process(argv, dict(os.environ)) as (endpoint, said):
         assert said.startswith(f"listening on http://127.0.0.1:{port}")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["diffusion", "ar"]

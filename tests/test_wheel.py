@@ -109,7 +109,10 @@ def test_a_model_is_served(command: str, tmp_path: Path) -> None:
     args = serve_args(folders, api_keys_file=folders["keys"], models={"ar": ModelArgs(path=folders["ar"])})
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
     # In one process, which starts sooner: tests/serving/test_job.py has the same command on Ray.
-    with serve_process([command, "serve", "--config", "serve.yaml", "--local"], environment(), tmp_path) as (serve, said):
+    with serve_process([command, "serve", "--config", "serve.yaml", "--local"], environment(), tmp_path) as (
+        serve,
+        said,
+    ):
         assert said.startswith("listening on ")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=HEADERS) as client:
             assert generate(client, size="32x32").status_code == 200

@@ -1,0 +1,52 @@
+"""Models that come with the package: trained weights under ``instella_ray/bundled``, which need no path and no download.
+
+A name is a folder there: ``icons/tokenizer``. Its first part is a set of models with one list of checksums,
+``SHA256SUMS`` in the format of the program sha256sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from ..errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "bundled"
+SUMS = "SHA256SUMS"
+
+
+def bundled_names() -> list[str]:
+    """Return the names of all models that come with the package, sorted."""
+    return sorted(str(file.parent.relative_to(FOLDER)) for file in FOLDER.rglob("config.yaml"))
+
+
+def bundled_folder(name: str) -> Path | None:
+    """Return the folder of the model ``name``, whose set of files is checked once; None if no model has that name.
+
+    Raises UserError that names a damaged or missing file, and both checksums.
+    """
+    if name not in bundled_names():
+        return None
+    check_sums(FOLDER / name.partition("/")[0])
+    return FOLDER / name
+
+
+@functools.cache
+def check_sums(folder: Path) -> None:
+    """Raise UserError unless each file that ``SHA256SUMS`` of ``folder`` lists has its SHA-256."""
+    for line in (folder / SUMS).read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing from the installation; install instella-ray again")
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != expected:
+            raise UserError(f"{file}: damaged, its SHA-256 is {found}, expected {expected}; install instella-ray again")
+
+
+def write_sums(folder: Path) -> None:
+    """Write ``SHA256SUMS`` of ``folder``: a line for each other file in it, at any depth."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SUMS)
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder)}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines))

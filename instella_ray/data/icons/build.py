@@ -68,7 +68,7 @@ class IconsConfig(Config):
     sources: InputPath | None = None
     """Local folder of unpacked packages by their names, such as ``node_modules``; null: fetched by npm, and by apt those of
     Debian."""
-    images: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ImageFolder] = {}
+    images: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ImageFolder] = Field(default_factory=dict)
     """Folders of images, as further sets by name."""
     size: int = Field(96, ge=16, le=1024)
     """Side of the images (px)."""

@@ -41,25 +41,28 @@ ASIDE = 0.3
 LONG = 1.8
 """Aspect ratio from which a drawing is wide or tall."""
 
-PREPOSITIONS = frozenset("with without of in on at and behind over under for to from by not showing".split())
-MASS = frozenset(
-    "arts bacon badminton bowling bread butter chess confetti control curry customs dna evidence fire fog garlic hockey ice "
-    "infinity knitting lacrosse lightning luggage mail money pong popcorn rain rice salt sake smoking snow spaghetti sushi "
-    "tennis thread water yarn".split()
+PREPOSITIONS = re.compile("with|without|of|in|on|at|and|behind|over|under|for|to|from|by|not|showing|.+ing")
+"""Words that end the part of a phrase whose last word is counted: prepositions, and participles."""
+MASS = re.compile(
+    "people|men|women|arts|bacon|badminton|bowling|bread|butter|chess|confetti|construction|control|curry|customs|dna|"
+    "evidence|fire|fog|garlic|hockey|ice|infinity|knitting|lacrosse|lightning|luggage|mail|money|pong|popcorn|rain|rice|"
+    "salt|sake|smoking|snow|spaghetti|sushi|tennis|thread|water|yarn"
 )
 """Last words of a noun phrase that take no article."""
-WITHOUT_ARTICLE = frozenset({"thumbs", "palms", "people", "women", "men", "kissing", "mount", "santa", "mrs.", "mx"})
+WITHOUT_ARTICLE = re.compile("thumbs|palms|people|women|men|kissing|mount|santa|mrs.|mx")
 """First words of a noun phrase that take none."""
-NAMES = frozenset(
-    "Aries Taurus Gemini Cancer Leo Virgo Libra Scorpio Sagittarius Capricorn Aquarius Pisces Ophiuchus".split()
+ZODIAC = re.compile(
+    "Aries|Taurus|Gemini|Cancer|Leo|Virgo|Libra|Scorpio|Sagittarius|Capricorn|Aquarius|Pisces|Ophiuchus"
 )
 SINGULAR = re.compile(r"(ss|us|is|rhinoceros|canvas|gas|series|means)$")
 """Ends of words that are no plurals though they end with s."""
 LIKE_YOU = re.compile(r"(uni[^n]|eu|ewe|ufo|us[eu]|ut[ei]|one\b|one-)", re.IGNORECASE)
 """Starts of words with a vowel letter that are spoken with a consonant."""
+LETTERS = re.compile(r"[FHLMNRSX](-|\b|[A-Z])")
+"""Abbreviations whose first letter is spoken with a vowel."""
 PHRASES = {
     "biohazard": "a biohazard sign",
-    "collision": "a collision",
+    "copyright": "a copyright sign",
     "dizzy": "circling stars",
     "divide": "a division sign",
     "dashing away": "a puff of air",
@@ -70,6 +73,7 @@ PHRASES = {
     "plus": "a plus sign",
     "prohibited": "a prohibition sign",
     "radioactive": "a radioactivity sign",
+    "registered": "a registered trade mark sign",
     "Statue of Liberty": "the Statue of Liberty",
     "unlocked": "an unlocked padlock",
 }
@@ -80,24 +84,20 @@ def noun_phrase(concept: str) -> str:
     """Return a concept as a noun phrase: "a tomato", "an apple", "grapes", "a clock at one-thirty"."""
     if concept in PHRASES:
         return PHRASES[concept]
-    if concept in NAMES:
+    if ZODIAC.fullmatch(concept):
         return f"the sign {concept}"
     if concept.endswith(("o'clock", "-thirty")):
         return f"a clock at {concept}"
     words = concept.split()
     if words[0] in ("no", "non-potable"):
         return f"a {concept} sign"
-    end = next((i for i, w in enumerate(words) if i and (w in PREPOSITIONS or w.endswith("ing"))), len(words))
+    end = next((i for i, word in enumerate(words) if i and PREPOSITIONS.fullmatch(word)), len(words))
     head = words[end - 1].strip(",").lower()
     plural = head.endswith("s") and not SINGULAR.search(head)
-    if plural or head in MASS or head in ("people", "men", "women") or words[0].lower() in WITHOUT_ARTICLE:
+    if plural or MASS.fullmatch(head) or WITHOUT_ARTICLE.fullmatch(words[0].lower()):
         return concept
     vowel = words[0].startswith("hour") or (words[0][0].lower() in "aeiou" and not LIKE_YOU.match(concept))
     return f"{'an' if vowel or LETTERS.match(words[0]) else 'a'} {concept}"
-
-
-LETTERS = re.compile(r"[FHLMNRSX](-|\b|[A-Z])")
-"""Abbreviations whose first letter is spoken with a vowel."""
 
 
 def short_caption(concept: str, style: str) -> str:

@@ -88,7 +88,7 @@ class Vocabulary:
             self.by_name.setdefault(squashed, emoji)
 
     def find(self, codes: list[str], names: list[str]) -> Emoji | None:
-        """Return the emoji of code points (hexadecimal, joined by dashes), or else of one of the ``names``; None if there is none."""
+        """Return the emoji of the first known code points (hexadecimal, joined by dashes), or else name; None: neither."""
         found = [emoji for code in codes if (emoji := self.by_codes.get(_codes(code)))]
         found += [emoji for name in names if (emoji := self.by_name.get(_squashed(name)))]
         return found[0] if found else None
@@ -201,8 +201,8 @@ def concept_of(label: str) -> str:
     """Return the concept of an emoji's label: "man: red hair" is "man with red hair"."""
     text = label.replace("’", "'").replace("“", "").replace("”", "")
     subject, colon, rest = text.partition(": ")
-    if not colon:
-        return text
+    if not colon or rest.startswith("facing "):
+        return f"{subject} {rest}".strip()
     if subject in ("family", "kiss"):
         *first, last = rest.split(", ")
         return f"{subject} of {', '.join(first)} and {last}" if first else f"{subject} of {last}"

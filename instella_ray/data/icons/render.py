@@ -1,8 +1,8 @@
 """Renders drawings, SVG from strangers, as square images; and what a drawing may contain.
 
-By resvg (the package ``resvg-py``): its wheels have no dependencies, where CairoSVG needs Cairo of the system, and lacks
-many filters and masks that the sets use. resvg anti-aliases by how much of a pixel a shape covers. It reads the files that an ``<image>`` names and stops at nothing that merely
-takes long, so a drawing is parsed and refused here first, and what has been parsed is what gets rendered.
+By resvg (the package ``resvg-py``): its wheels have no dependencies, where CairoSVG needs the system's Cairo and lacks
+filters. resvg anti-aliases by how much of a pixel a shape covers. It reads the files that an ``<image>`` names, and nothing
+stops what merely takes long, so a drawing is parsed and may be refused here first, and what was parsed is what is rendered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sets of drawings, their licences, and their packages: fetched by npm or apt, or in a folder, and checked against digests."""
+"""Sets of drawings, their licences, and their packages: fetched by npm or apt, or in a folder, checked by digests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
+from pydantic import Field
 
 from ... import storage
 from ...config import Config, did_you_mean, validate
@@ -61,7 +62,7 @@ class IconSet(Package):
 
     style: str
     """Words for the style in captions."""
-    names: dict[str, str] = {}
+    names: dict[str, str] = Field(default_factory=dict)
     """Names of emoji by names of this set that the vocabulary lacks."""
 
 
@@ -119,7 +120,7 @@ def set_list() -> SetList:
 
 @contextmanager
 def unpacked(packages: Sequence[Package], sources: str | None) -> Iterator[list[Path]]:
-    """Yield the folders of unpacked ``packages``, as they lie in the folder ``sources``, or else fetched for the time of the block.
+    """Yield the folders of unpacked ``packages``: those in ``sources``, or else fetched ones for the block's time.
 
     Raises UserError if one cannot be found or fetched, or has other files than its digest says.
     """

@@ -27,7 +27,7 @@ CLIP_ART = "usr/share/openclipart/svg"
 """Folder of the drawings of Debian's Open Clip Art."""
 
 
-class Package(Config):
+class IconPackage(Config):
     """Package of a registry, at a version."""
 
     package: str
@@ -57,7 +57,7 @@ class Package(Config):
         return list(ICONS if self.package.startswith("@iconify-json/") else WORDS)
 
 
-class IconSet(Package):
+class IconSet(IconPackage):
     """Set of drawings in one style."""
 
     style: str
@@ -86,7 +86,7 @@ class LeftOut(Config):
 class SetList(Config):
     """List of sets, ``sets.yaml``."""
 
-    vocabulary: Package
+    vocabulary: IconPackage
     sets: dict[str, IconSet]
     licences: dict[str, Licence]
     left_out: dict[str, LeftOut]
@@ -119,7 +119,7 @@ def set_list() -> SetList:
 
 
 @contextmanager
-def unpacked(packages: Sequence[Package], sources: str | None) -> Iterator[list[Path]]:
+def unpacked(packages: Sequence[IconPackage], sources: str | None) -> Iterator[list[Path]]:
     """Yield the folders of unpacked ``packages``: those in ``sources``, or else fetched ones for the block's time.
 
     Raises UserError if one cannot be found or fetched, or has other files than its digest says.
@@ -142,13 +142,13 @@ def unpacked(packages: Sequence[Package], sources: str | None) -> Iterator[list[
         yield folders
 
 
-def package_digest(package: Package, folder: Path) -> str:
+def package_digest(package: IconPackage, folder: Path) -> str:
     """Return the SHA-256 of the list of a package's files, a line "SHA-256  NAME" each; UserError if one is missing."""
     lines = [f"{storage.file_sha256(str(folder / name))}  {name}\n" for name in package.files(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _fetch(package: Package, folder: Path) -> Path:
+def _fetch(package: IconPackage, folder: Path) -> Path:
     """Fetch and unpack a package into ``folder`` with the client of its registry; returns the folder of its files."""
     if package.is_debian:
         _run(["apt-get", "download", f"{package.package}={package.version}"], folder)

@@ -51,7 +51,7 @@ class Named(Protocol):
     def key(self) -> str: ...
 
 
-class Place(NamedTuple):
+class StyledConcept(NamedTuple):
     """Pair of style and concept."""
 
     style: str
@@ -73,7 +73,7 @@ def split_all(
     drawings: Sequence[Named], prints: Fingerprints, shares: HoldOutConfig, same: DuplicateConfig
 ) -> list[str]:
     """Return the split of each drawing, or the verdict with which it is left out (:data:`COPY`, :data:`ALONE`)."""
-    places = [Place(drawing.style, drawing.concept) for drawing in drawings]
+    places = [StyledConcept(drawing.style, drawing.concept) for drawing in drawings]
     found: list[str] = [split_by_names(drawing, shares) for drawing in drawings]
     shown = _Shown(place for place, split in zip(places, found, strict=True) if split == TRAIN)
     found = [
@@ -90,12 +90,12 @@ def split_all(
 class _Shown:
     """Pairs of which the given ones show the concept in another style, and the style with another concept."""
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[StyledConcept]) -> None:
         self.pairs = Counter(set(places))
         self.concepts = Counter(place.concept for place in self.pairs)
         self.styles = Counter(place.style for place in self.pairs)
 
-    def __contains__(self, place: Place) -> bool:
+    def __contains__(self, place: StyledConcept) -> bool:
         itself = self.pairs[place]
         return self.concepts[place.concept] > itself and self.styles[place.style] > itself
 

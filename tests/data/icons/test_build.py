@@ -73,12 +73,12 @@ def sources(tmp_path: Path) -> Path:
 def cfg(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., IconsConfig]:
     pytest.importorskip("resvg_py", reason="the extra 'icons' is not installed")
 
-    def described(package: str, kind: type[Package], **more: str) -> Any:
+    def described(package: str, kind: type[IconPackage], **more: str) -> Any:
         entry = kind(package=package, digest="", **ABOUT, **more)
         return entry.model_copy(update={"digest": package_digest(entry, sources / package)})
 
     sets = {name: described(f"@iconify-json/{name}", IconSet, style=f"style {name}") for name in ("one", "two")}
-    listed = set_list().model_copy(update={"sets": sets, "vocabulary": described("emojibase-data", Package)})
+    listed = set_list().model_copy(update={"sets": sets, "vocabulary": described("emojibase-data", IconPackage)})
     monkeypatch.setattr(build, "set_list", lambda: listed)
     folders = {"sources": str(sources), "output": str(tmp_path / "icons"), "sets": ("one", "two"), "size": 16}
     return lambda **more: IconsConfig(**folders | {"hold_out": {"concepts": 0, "pairs": 0, "drawings": 0}} | more)

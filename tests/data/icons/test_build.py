@@ -14,7 +14,7 @@ from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.icons import build
 from instella_ray.data.icons.build import IconsConfig, run_icons
 from instella_ray.data.icons.drawings import Vocabulary, concept_of, read_clip_art
-from instella_ray.data.icons.sets import CLIP_ART, WORDS, IconSet, SetList, package_digest, set_list
+from instella_ray.data.icons.sets import CLIP_ART, WORDS, IconPackage, IconSet, SetList, package_digest, set_list
 from instella_ray.errors import UserError
 
 LABELS = {

@@ -95,7 +95,7 @@ else
 fi
 
 # Compiled here once: where Python is told to write no bytecode, every worker of Ray would compile torch and Ray anew.
-"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,jxl,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"
+"$uv" pip install --compile-bytecode --constraint "$constraints" "${overrides[@]}" --editable '.[demo,eval,gcs,gguf,safety,jxl,icons,curate,synthesize,deepspeed,simulate,dev'"${EXTRAS:+,$EXTRAS}]"
 
 # The programs that the tests of cluster/ run; without them those tests skip.
 bash .ci/tools.sh

@@ -40,6 +40,7 @@ WITHOUT_RAY = (
     "serving/safety.py",
     "data/scenes.py",
     "data/formats",
+    "data/icons",
     "data/generation/captioner.py",
     "data/generation/diffusers_pipeline.py",
     "data/prompts.py",

@@ -53,6 +53,8 @@ JOB_OF = {
     "paper/sample": ("sample", []),
     "paper/evaluate": ("evaluate", ["samples=a", "output=b"]),
     "paper/21-synthesize-appendix-g": ("synthesize", ["prompts=a", "output=b"]),
+    "icons/build": ("icons", ["output=a"]),
+    "icons/curate": ("curate", ["input=a", "output=b"]),
     "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),

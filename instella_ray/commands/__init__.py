@@ -13,6 +13,7 @@ COMMANDS = {
     },
     "data": {
         "shards": "write a shard list, which jobs read instead of listing a bucket",
+        "icons": "build captioned images from icon and emoji sets",
         "curate": "filter and deduplicate captioned shards",
         "recaption": "describe the images of curated shards with a captioner",
         "synthesize": "generate a captioned set with pretrained text-to-image models",

@@ -33,6 +33,7 @@ NO_PATHS = {
 }
 """Keys whose text is no path, or may be a name as well, after the classes that declare them."""
 WRITTEN = {
+    "icons": ["output"],
     "curate": ["output"],
     "recaption": ["output"],
     "synthesize": ["output"],

@@ -1,0 +1,1 @@
+"""Icon and emoji sets as captioned images: packages of drawings, rendered, captioned and split by name."""

@@ -255,3 +255,4 @@ def test_the_recipe_can_run_and_its_page_is_that_of_the_documentation(tmp_path: 
     page = (Path(__file__).parents[2] / "docs" / "claims.md").read_text()
     for claim in RECIPE.claims:
         assert f"| {claim.name} " in page and claim.sentence in page
+    assert "not measured" not in page

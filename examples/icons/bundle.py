@@ -25,7 +25,9 @@ def main() -> None:
     model, config = load_model(source), read_checkpoint_config(source)
     target = bundled.FOLDER / args.name
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.bfloat16() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    weights = {
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
     save_weights(target, model.cfg, weights, extra={name: config[name] for name in KEPT if config.get(name)})
     bundled.write_sums(bundled.FOLDER / args.name.partition("/")[0])
     size = sum(file.stat().st_size for file in target.iterdir())

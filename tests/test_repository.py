@@ -55,6 +55,7 @@ JOB_OF = {
     "paper/21-synthesize-appendix-g": ("synthesize", ["prompts=a", "output=b"]),
     "icons/build": ("icons", ["output=a"]),
     "icons/curate": ("curate", ["input=a", "output=b"]),
+    "icons/tokenizer": ("train_tokenizer", []),
     "data/encode": ("encode", ["input=a", "output=b", "tokenizer=c"]),
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),

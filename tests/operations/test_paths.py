@@ -21,6 +21,10 @@ NO_PATHS = {
     *("DownloadConfig.user_agent", "Language.languages", "EncodeConfig.source", "Question.prompt"),
     *("BestConfig.metric", "TokenizerValidation.best_by", "GeneratorValidation.best_by", "PreviewConfig.prompts"),
     *("EvaluateConfig.preset", "ServeJobConfig.host", "GpuBenchConfig.device", "DiscriminatorConfig.backbone"),
+    *(
+        "IconsConfig.sets",
+        *(f"ImageFolder.{name}" for name in ("style", "licence", "attribution", "source", "concept")),
+    ),
     # Names on a hub, or local folders.
     *("RecaptionConfig.model", "PipelineConfig.pipeline", "TextEncoderConfig.name", "TextEncoderConfig.gguf_file"),
     # Models and tags of open_clip, or local files.

@@ -106,9 +106,15 @@ def run_icons(cfg: IconsConfig) -> Ledger:
     sets = listed.choose(cfg.sets)
     _check_folders(cfg, listed)
     settings = cfg.model_dump(mode="json", exclude={"output", "mode", "sources", "workers"})
+    known: dict[str, IconSet | ImageFolder] = {**sets, **cfg.images}
     about = {
-        name: entry.model_dump(include={"licence", "attribution", "source", "style"})
-        for name, entry in [*sets.items(), *cfg.images.items()]
+        name: {
+            "licence": entry.licence,
+            "attribution": entry.attribution,
+            "source": entry.source,
+            "style": entry.style,
+        }
+        for name, entry in known.items()
     }
     packages = {name: {"package": each.label, "digest": each.digest} for name, each in sets.items()}
     settings["packages"] = {"vocabulary": listed.vocabulary.digest} | {n: p["digest"] for n, p in packages.items()}
@@ -124,8 +130,8 @@ def run_icons(cfg: IconsConfig) -> Ledger:
     with recorded(cfg.output, "icons", cfg, inputs) as outputs:
         verdicts, pictures = _pictures(cfg, listed, sets)
         splits = split_all(pictures, _fingerprints(pictures), cfg.hold_out, cfg.duplicates) if pictures else []
-        for picture, split in zip(pictures, splits, strict=True):
-            verdicts[picture.set][KEPT if split in SPLITS else split] += 1
+        for picture, verdict in zip(pictures, splits, strict=True):
+            verdicts[picture.set][KEPT if verdict in SPLITS else verdict] += 1
         ledgers = {name: Ledger().count(counts.elements()) for name, counts in verdicts.items()}
         table = {
             name: about[name] | packages.get(name, {}) | ledger.to_json() | {"splits": _counts(name, pictures, splits)}

@@ -71,7 +71,7 @@ def test_it_is_loaded_with_the_labels_and_data_that_it_was_written_with(trained:
         (tmp_path / name).write_bytes((trained / "model" / name).read_bytes())
     text = (tmp_path / CONFIG).read_text()
     (tmp_path / CONFIG).write_text(text.replace("- framed\n    - plain", "- plain\n    - framed"))
-    with pytest.raises(UserError, match="config.yaml is not the one that model.safetensors was written with"):
+    with pytest.raises(UserError, match=r"config\.yaml is not the one that model\.safetensors was written with"):
         load_classifier(tmp_path)
 
 

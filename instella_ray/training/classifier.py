@@ -131,9 +131,9 @@ def run_classifier(cfg: ClassifierRunConfig) -> dict[str, Any]:
     They are those of :func:`accuracy` by the name of a set. Raises UserError for an output that exists, a label that
     images lack, and a label with a single value.
     """
-    folder = Path(cfg.output)
     if not storage.is_local(cfg.output):
         raise UserError(f"output {cfg.output}: expected a local folder")
+    folder = Path(storage.filesystem(cfg.output)[1])
     if folder.exists():
         raise UserError(f"output {cfg.output}: exists; choose another folder")
     data, others = absolute_pattern(cfg.data), {name: absolute_pattern(each) for name, each in cfg.accuracy_of.items()}

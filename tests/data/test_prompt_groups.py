@@ -42,7 +42,7 @@ def test_groups_with_too_few_captions_and_captions_of_several_labels_are_named(t
         grouped_prompts(folder, "split", ("mood",), 1)
     rows = [(key, image, "one caption", meta) for key, image, _, meta in labelled_rows(1)]
     write_tar(str(tmp_path / "b" / "0.tar"), rows)
-    with pytest.raises(UserError, match="the caption 'one caption' is that of .* and of "):
+    with pytest.raises(UserError, match=r"the caption 'one caption' is that of .* and of "):
         grouped_prompts(str(tmp_path / "b"), "split", LABELS, 1)
 
 

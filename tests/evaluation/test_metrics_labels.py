@@ -47,10 +47,15 @@ def batch(*rows: tuple[str, str, str]) -> Batch:
 
 def test_rates_are_told_by_group_with_what_was_found_instead() -> None:
     metric = label_accuracy(scorer(), "concept", by="split")
-    metric.update(batch(("sea", "sea", "seen"), ("sun", "sea", "seen"), ("leaf", "leaf", "new"), ("sea", "rose", "new")))
+    metric.update(
+        batch(("sea", "sea", "seen"), ("sun", "sea", "seen"), ("leaf", "leaf", "new"), ("sea", "rose", "new"))
+    )
     result = metric.result()
     assert (result.name, result.value, better(result.name)) == ("concept_accuracy", 0.5, "higher")
-    assert {part.name: part.value for part in result.parts} == {"concept_accuracy/new": 0.5, "concept_accuracy/seen": 0.5}
+    assert {part.name: part.value for part in result.parts} == {
+        "concept_accuracy/new": 0.5,
+        "concept_accuracy/seen": 0.5,
+    }
     assert all(part.low < 0.5 < part.high and part.count == 2 for part in result.parts)
     assert {name: v.reason for name, v in metric.verdicts().items()} == {
         **{"0": "", "1": "sun, not sea", "2": "", "3": "sea, not rose (unknown)"}

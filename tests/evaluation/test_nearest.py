@@ -42,7 +42,8 @@ def measured(rows: np.ndarray, training: np.ndarray, held_out: np.ndarray, dista
     """The metric of given features."""
     sets = {"training": training, "held_out": held_out}
     references = {
-        role: FeatureSet(part.astype(np.float32), ids=[f"{role}{i}" for i in range(len(part))]) for role, part in sets.items()
+        role: FeatureSet(part.astype(np.float32), ids=[f"{role}{i}" for i in range(len(part))])
+        for role, part in sets.items()
     }
     about = {"images": {}, "distance": distance, **{role: found.describe() for role, found in references.items()}}
     features = Features("given", "test", None, None, lambda images: rows)
@@ -71,7 +72,9 @@ def test_distances_of_small_pixels_are_root_mean_square_errors() -> None:
     a, b = small_pixels()(images)
     expected = np.sqrt(((images[0].astype(float) - images[1]) ** 2).mean())
     assert np.linalg.norm(a - b) == pytest.approx(expected, rel=1e-5)
-    larger = np.stack([np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.NEAREST)) for image in images])
+    larger = np.stack(
+        [np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.NEAREST)) for image in images]
+    )
     shrunk = small_pixels()(larger)
     assert np.linalg.norm(shrunk[0] - a) < expected / 2, "an enlarged image is shrunk to about what it was"
 

@@ -85,6 +85,6 @@ def _rows(pattern: Pattern) -> Iterator[tuple[str, bytes, dict[str, object] | st
     for url, label in find_images(pattern, captions=False).items():
         for row in read_rows(url, label, captions=False):
             if row["image"] is None or row["problem"] not in WITHOUT_CAPTION:
-                yield f"{label}/{row['key']}", b"", row["problem"] or "no_image"
+                yield row["key"], b"", row["problem"] or "no_image"
             else:
-                yield f"{label}/{row['key']}", row["image"], json_object(row["meta"]) or {}
+                yield row["key"], row["image"], json_object(row["meta"]) or {}

@@ -36,6 +36,8 @@ class LabelScorer:
     weights_hash: str
     compute: Callable[[np.ndarray], Mapping[str, np.ndarray]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Its accuracies of true images by set and label, as :func:`...training.classifier.accuracy` tells them."""
     _last: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def of_batch(self, batch: Batch, images: ImageSettings) -> Mapping[str, np.ndarray]:
@@ -55,7 +57,8 @@ def load_scorer(folder: str, device: str = "cpu") -> LabelScorer:
         return {name: found.float().cpu().numpy() for name, found in scores.items()}
 
     settings = {"network_input": f"{model.cfg.size} px, bicubic with antialiasing", "trained_on": config["data"]}
-    return LabelScorer(model.cfg.labels, Path(folder).name, file_sha256(str(Path(folder) / WEIGHTS)), compute, settings)
+    digest = file_sha256(str(Path(folder) / WEIGHTS))
+    return LabelScorer(model.cfg.labels, Path(folder).name, digest, compute, settings, config["accuracy"])
 
 
 def label_accuracy(
@@ -88,7 +91,9 @@ def label_accuracy(
             found.append(SampleVerdict(category, correct, said))
         return found
 
+    own = {of: about[label].get(f"top{top}") for of, about in scorer.accuracy.items()}
     settings = {"label": label, "top": top, "by": by, "values": len(values), "images": images.describe()}
+    settings["own_accuracy"] = {of: found["value"] for of, found in own.items() if found}
     name = f"{label}_accuracy" if top == 1 else f"{label}_top{top}"
     info = Info(name, version_of("instella-ray"), scorer.weights, scorer.weights_hash, {**settings, **scorer.settings})
     return RateMetric(info, verdicts)

@@ -1,4 +1,4 @@
-"""Training of a classifier of labelled images, on the CPU in minutes: features of augmented views, then linear heads."""
+"""Training of a classifier of labelled images, on the CPU in minutes: features of views, then linear discriminants."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(len(images), generator=generator) * (high - low) + low
 
-    turn, scale = uniform(-0.2, 0.2), uniform(0.85, 1.25)
+    turn, scale = uniform(-0.1, 0.1), uniform(0.9, 1.15)
     mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    rows = (turn.cos() * scale * mirror, -turn.sin() * scale, uniform(-0.1, 0.1))
-    columns = (turn.sin() * scale * mirror, turn.cos() * scale, uniform(-0.1, 0.1))
+    rows = (turn.cos() * scale * mirror, -turn.sin() * scale, uniform(-0.06, 0.06))
+    columns = (turn.sin() * scale * mirror, turn.cos() * scale, uniform(-0.06, 0.06))
     matrices = torch.stack([torch.stack(rows, 1), torch.stack(columns, 1)], 1)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     views = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -52,8 +52,8 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     blurred = F.interpolate(small, views.shape[-2:], mode="bilinear", align_corners=False)
     views = torch.where(uniform(0, 1).view(-1, 1, 1, 1) < 0.25, blurred, views)
     grey = views.mean(1, keepdim=True)
-    views = grey + (views - grey) * uniform(0.4, 1.3).view(-1, 1, 1, 1)
-    return ((views - 1) * uniform(0.8, 1.1).view(-1, 1, 1, 1) + 1).clamp(-1, 1)
+    views = grey + (views - grey) * uniform(0.7, 1.2).view(-1, 1, 1, 1)
+    return ((views - 1) * uniform(0.9, 1.05).view(-1, 1, 1, 1) + 1).clamp(-1, 1)
 
 
 class ClassifierRunConfig(Config):
@@ -73,9 +73,9 @@ class ClassifierRunConfig(Config):
     """Side to which images are resized (px)."""
     weights: WeightsFile = PUBLISHED
     """Weights of EfficientNet-Lite0: those of the installed package, ``random``, or a file."""
-    views: int = Field(4, ge=1)
-    """Augmented views of each image; the time is proportional to it."""
-    shrinkage: float = Field(0.1, gt=0)
+    views: int = Field(2, ge=1)
+    """Views of each image: itself, and augmented ones; the time is proportional to it."""
+    shrinkage: float = Field(0.3, gt=0)
     """Share of the features' own variances that is added to their covariance within classes."""
     batch_size: int = Field(64, ge=1)
     threads: int = Field(2, ge=1)
@@ -162,18 +162,19 @@ def run_classifier(cfg: ClassifierRunConfig) -> dict[str, Any]:
 
 
 def fit_classifier(cfg: ClassifierRunConfig, train: LabelledImages) -> Classifier:
-    """Fit the heads of a new classifier to the features of augmented views of ``train``."""
+    """Fit the heads of a new classifier to the features of ``train`` and of augmented views of it."""
     labels = {name: tuple(sorted(set(values))) for name, values in train.labels.items()}
     model = new_classifier(validate(ClassifierConfig, {"size": cfg.size, "labels": labels}, train.source), cfg.weights)
     places = {name: {value: place for place, value in enumerate(values)} for name, values in labels.items()}
     classes = {name: torch.tensor([places[name][v] for v in values]) for name, values in train.labels.items()}
     sums = FeatureSums(model.width, {name: len(values) for name, values in labels.items()})
     generator = torch.Generator().manual_seed(cfg.seed)
-    starts = [start for _ in range(cfg.views) for start in range(0, len(train), cfg.batch_size)]
+    starts = [(view, start) for view in range(cfg.views) for start in range(0, len(train), cfg.batch_size)]
     with torch.inference_mode(), logs.progress_bar(total=cfg.views * len(train), desc="train", unit="view") as bar:
-        for start in starts:
+        for view, start in starts:
             rows = slice(start, start + cfg.batch_size)
-            views = augmented(to_tensor(train.images[rows]), generator)
+            images = to_tensor(train.images[rows])
+            views = augmented(images, generator) if view else images
             sums.add(model.features(views), {name: each[rows] for name, each in classes.items()})
             bar.update(len(views))
     model.set_heads(*sums.scaling(), {name: sums.discriminant(name, cfg.shrinkage) for name in labels})

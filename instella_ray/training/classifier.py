@@ -98,7 +98,7 @@ class FeatureSums:
         """Add ``features [B, D]`` of images of ``classes [B]`` by label."""
         rows = features.double()
         self.count += len(rows)
-        self.outer += rows.T @ rows
+        self.outer.addmm_(rows.T, rows)
         self.total += rows.sum(0)
         for name, numbers in classes.items():
             self.sums[name].index_add_(0, numbers, rows)

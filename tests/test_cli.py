@@ -71,7 +71,7 @@ def completion(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def test_bash_completes_commands_flags_recipes_and_files(completion: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "data.yaml").touch()
     lines = {
-        "instella-ray train": {"train-tokenizer", "train-generator"},
+        "instella-ray train": {"train-tokenizer", "train-generator", "train-classifier"},
         "instella-ray curate --co": {"--config"},
         "instella-ray curate --config dat": {*(n for n in recipes() if n.startswith("data/")), "data.yaml"},
         "instella-ray sample --dec": {"--decode"},

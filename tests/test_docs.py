@@ -47,7 +47,11 @@ def test_the_architecture_page_names_every_folder_and_file() -> None:
     folders = {f"{path.parts[0]}/" for path in files if len(path.parts) > 1}
     package = [path for path in files if path.parts[0] == PACKAGE.name]
     folders |= {f"{parent}/" for path in package for parent in path.parents if len(parent.parts) > 1}
-    named = {str(path) for path in package if path.name != "__init__.py" and path.parent.name != "commands"}
+    named = {
+        str(path)
+        for path in package
+        if path.name != "__init__.py" and path.suffix != ".j2" and path.parent.name != "commands"
+    }
     assert tree().keys() == folders | named
 
 

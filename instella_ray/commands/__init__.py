@@ -18,11 +18,13 @@ COMMANDS = {
         "recaption": "describe the images of curated shards with a captioner",
         "synthesize": "generate a captioned set with pretrained text-to-image models",
         "encode": "encode curated shards as packed codes",
+        "prompts": "write a file of prompts with labels, so many of each group of captioned images",
     },
     "training": {
         "plan": "predict a run's GPU-days, memory, storage, network traffic and cost",
         "train-tokenizer": "train a tokenizer, in one or several stages",
         "train-generator": "train a diffusion or autoregressive generator",
+        "train-classifier": "train a classifier of labelled images, which scores generated ones",
     },
     "results": {
         "sample": "sample images in bulk",

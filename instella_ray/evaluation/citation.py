@@ -18,7 +18,7 @@ HASH = 8
 """Digits of a sha256 in texts."""
 RESULTING = {
     *("interval", "confidence", "groups", "groups_with_a_correct_image", "standard_error", "bias", "rule_of_three"),
-    *("features", "images", "reference", "per_prompt", "unit"),
+    *("features", "images", "reference", "per_prompt", "unit", "distances"),
 }
 """Settings of a result that depend on the samples, or that a citation has elsewhere."""
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import storage
@@ -30,7 +30,7 @@ from .report import write_report
 from .results import RESULTS, STATES
 from .sections import Section
 from .select import Selection, choose_images
-from .thumbnails import ThumbnailOptions, write_thumbnails
+from .thumbnails import THUMBNAILS, ThumbnailOptions, write_thumbnails
 from .units import ImageSet, counts_text, find_image_set, warn_left_out
 
 IMAGES, REFERENCES = "images_identity", "references_identity"
@@ -57,10 +57,10 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
     _open_output(cfg, _identity(cfg, inputs, sections, _identities(references, compared)))
     with recorded(cfg.output, "evaluate", cfg, _inputs(cfg, inputs)):
         pool = Pool(cfg.actors, cfg.gpus_per_actor)
-        gathered = [
-            _gather(cfg, gathering, images, pool)
+        gathered = {
+            gathering.name: _gather(cfg, gathering, images, pool)
             for gathering, images in zip(references.gatherings, compared, strict=True)
-        ]
+        }
         captions = any("prompts" in section.needs for section in sections.values())
         reader = ReaderOptions(cfg.tokenizer, inputs.size, cfg.batch_size, captions, cfg.caption_keys)
         gpu = cfg.gpus_per_actor > 0
@@ -79,8 +79,11 @@ def run_evaluate(cfg: EvaluateConfig) -> str:
             settings.append({**summary, "left_out": inputs.left_out})
         if "images" in inputs.offers:
             shown = ThumbnailOptions(reader, cfg.show.size, gpu)
-            write_thumbnails(cfg.output, shown, records, selections, pool, local=cfg.local)
-        card = {**_card(cfg, inputs, measured), "references": gathered}
+            wanted = {name: selection.ids for name, selection in selections.items()}
+            write_thumbnails(storage.join(cfg.output, THUMBNAILS), shown, records, wanted, pool, local=cfg.local)
+        card = {**_card(cfg, inputs, measured), "references": [about for about, _ in gathered.values()]}
+        if trained_on := references.training():
+            card["training_images"] = _show_training(cfg, trained_on, gathered, selections.values(), pool)
         add_citations(settings, card)
         storage.write_json(storage.join(cfg.output, RESULTS), {"card": card, "settings": settings})
         return write_report(cfg.output)
@@ -160,7 +163,9 @@ def _identities(references: References, images: Sequence[ImageSet]) -> dict[str,
     return {**references.statistics, **found}
 
 
-def _gather(cfg: EvaluateConfig, gathering: Gathering, images: ImageSet, pool: Pool) -> dict[str, Any]:
+def _gather(
+    cfg: EvaluateConfig, gathering: Gathering, images: ImageSet, pool: Pool
+) -> tuple[dict[str, Any], list[Record]]:
     """Compute the features or statistics of reference images, unless they are stored; returns what was measured."""
     reader = ReaderOptions(None, gathering.size, cfg.batch_size)
     folder, gpu = storage.join(cfg.output, gathering.name), cfg.gpus_per_actor > 0
@@ -173,7 +178,28 @@ def _gather(cfg: EvaluateConfig, gathering: Gathering, images: ImageSet, pool: P
     if not gathering.stored(cfg.output):
         gathering.save(cfg.output, [unit.name for unit in images.units])
     about = {"source": gathering.source, "identity": images.identity, "measured": count}
-    return {**about, "quarantined": _quarantined(records), "left_out": images.left_out}
+    return {**about, "quarantined": _quarantined(records), "left_out": images.left_out}, records
+
+
+def _show_training(
+    cfg: EvaluateConfig,
+    gatherings: Mapping[str, Gathering],
+    gathered: Mapping[str, tuple[dict[str, Any], list[Record]]],
+    selections: Iterable[Selection],
+    pool: Pool,
+) -> dict[str, str]:
+    """Write thumbnails of the training images that ``selections`` show; returns the name of the file by metric."""
+    wanted: dict[str, set[str]] = {gathering.name: set() for gathering in gatherings.values()}
+    for selection in selections:
+        for name, column in selection.nearest.items():
+            wanted[gatherings[name].name].update(shown.training for shown in column)
+    for gathering in {each.name: each for each in gatherings.values()}.values():
+        shown = ThumbnailOptions(
+            ReaderOptions(None, gathering.size, cfg.batch_size), cfg.show.size, cfg.gpus_per_actor > 0
+        )
+        url, records = storage.join(cfg.output, f"{gathering.name}-{THUMBNAILS}"), gathered[gathering.name][1]
+        write_thumbnails(url, shown, {"": records}, {"": wanted[gathering.name]}, pool, local=cfg.local)
+    return {name: f"{gathering.name}-{THUMBNAILS}" for name, gathering in gatherings.items()}
 
 
 def _merged(task: MeasureOptions, references: References, setting: str, records: Sequence[Record]) -> dict[str, Metric]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
@@ -16,13 +16,13 @@ from .metrics.base import Info
 from .metrics.clip_score import clip_features
 from .metrics.diversity import feature_diversity
 from .metrics.feature_rows import FeatureRows
-from .metrics.features import WIDTHS, Features, Network, NetworkResize, efficientnet_lite0, inception
+from .metrics.features import WIDTHS, Features, Network, NetworkResize, efficientnet_lite0, inception, small_pixels
 from .metrics.fid import PAPER_IMAGES as FID_IMAGES
 from .metrics.fid import frechet
 from .metrics.frechet import GROUPS
 from .metrics.images import ImageSettings
 from .metrics.kernel import KernelDistance
-from .metrics.memorisation import Memorisation
+from .metrics.memorisation import Distance, Memorisation
 from .metrics.neighbours import Coverage, Precision
 from .sections import Images, Maker, Tools
 
@@ -46,7 +46,9 @@ class NetworkMetric(FeatureMetric):
     """Settings of a metric over the features of a network for images."""
 
     network: Network = "inception"
-    """Feature network: ``inception`` is FID's standard; with any other the metric has another name."""
+    """Feature network: ``inception`` is FID's standard; with any other the metric has another name.
+
+    ``pixels`` is no network but the image shrunk to 24 px, whose distances are root mean square errors."""
     weights: InputPath | None = None
     """Weights file of the network; none uses the weights packaged with efficientnet_lite0."""
     network_resize: NetworkResize = "legacy"
@@ -67,6 +69,8 @@ class NetworkMetric(FeatureMetric):
     def _load(self, device: str) -> Features:
         if self.network == "inception":
             return inception(self.weights, resize=self.network_resize, device=device)
+        if self.network == "pixels":
+            return small_pixels(device=device)
         return efficientnet_lite0(self.weights, device=device)
 
 
@@ -163,10 +167,22 @@ class MemorisationTest(SetMetric):
     """Images that the model was trained on: tars, parquet files or a folder."""
     held_out: Pattern
     """Images of the same kind that it was not trained on."""
+    distance: Distance = "euclidean"
+    """Distance of two images' features; ``cosine`` does not depend on their contrast."""
+    place: ClassVar[str] = "memorisation"
+    """Name of the section."""
 
     def load(self, tools: Tools) -> Maker:
-        features, own = self.features(tools), tools.references.get("memorisation", {})
+        features, own = self.features(tools), tools.references.get(self.place, {})
+        own = {"distance": self.distance, **own}
         return _rows_maker(Memorisation, f"memorisation_{features.name}", self, features, own)
+
+
+class PixelMemorisation(MemorisationTest):
+    """The same by pixels, shrunk to 24 px, which tells copies that a network takes for others, and the reverse."""
+
+    network: Network = "pixels"
+    place = "memorisation_pixels"
 
 
 class CMMD(FeatureMetric):

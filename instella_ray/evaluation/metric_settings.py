@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import pydantic
 
 from ..config import Config, InputPath
 from ..data.formats.patterns import absolute_pattern
@@ -17,6 +19,7 @@ from .feature_settings import (
     DensityCoverage,
     FeatureDiversity,
     MemorisationTest,
+    PixelMemorisation,
     PrecisionRecall,
     shared_clip,
 )
@@ -29,6 +32,7 @@ from .metrics.diversity import code_diversity
 from .metrics.geneval import geneval
 from .metrics.image_reward import image_reward
 from .metrics.images import ImageSettings
+from .metrics.labels import label_accuracy, load_scorer
 from .metrics.lpips_distance import Net, load_lpips, lpips_distance, lpips_diversity
 from .metrics.psnr import psnr
 from .metrics.scene import scene_score
@@ -132,6 +136,23 @@ class GenEval(Images, GenEvalConfig):
         return partial(geneval, start_detector(GenEvalConfig(**own)), images=self.images)
 
 
+class LabelAccuracy(Images):
+    """Share of images in which a classifier finds a label of their prompts or metadata."""
+
+    classifier: InputPath
+    """Folder that ``instella-ray train-classifier`` has written."""
+    label: str
+    """Name of the label, such as ``style``."""
+    top: int = pydantic.Field(1, ge=1)
+    """Number of the likeliest values of which one must be the label's."""
+    by: str | None = None
+    """Key of the metadata by whose values the rate is told too; the value is then their mean."""
+
+    def load(self, tools: Tools) -> Maker:
+        scorer = tools.network(("classifier", self.classifier), partial(load_scorer, self.classifier, tools.device))
+        return partial(label_accuracy, scorer, self.label, top=self.top, by=self.by, images=self.images)
+
+
 class LpipsDiversity(LPIPS):
     """LPIPS distance between two images of the same prompt."""
 
@@ -161,15 +182,24 @@ class MetricsConfig(Config):
     density_coverage: DensityCoverage | None = None
     cmmd: CMMD | None = None
     memorisation: MemorisationTest | None = None
+    memorisation_pixels: PixelMemorisation | None = None
     clip_score: ClipScore | None = None
     image_reward: ImageReward | None = None
     geneval: GenEval | None = None
     diversity_features: FeatureDiversity | None = None
     diversity_lpips: LpipsDiversity | None = None
+    labels: dict[Annotated[str, pydantic.Field(pattern="^[a-z][a-z0-9_]*$")], LabelAccuracy] = pydantic.Field({})
+    """Accuracies of labels, by a name for each."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_name_each(self) -> MetricsConfig:
+        if twice := next((name for name in self.labels if name in type(self).model_fields), None):
+            raise ValueError(f"labels.{twice}: the name of another metric; choose one such as style_accuracy")
+        return self
 
     def sections(self) -> dict[str, Section]:
         """Return the enabled sections by name."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
+        named = {name: getattr(self, name) for name in type(self).model_fields if name != "labels"} | self.labels
         return {name: section for name, section in named.items() if section is not None}
 
 
@@ -207,7 +237,7 @@ def choose(metrics: MetricsConfig | None, offers: frozenset[str], *, scenes: boo
     return found
 
 
-PATHS = ("weights", "med_config", "vocabulary", "color_weights", "mmcv_wheel")
+PATHS = ("weights", "med_config", "vocabulary", "color_weights", "mmcv_wheel", "classifier")
 """Settings that may name local files."""
 
 

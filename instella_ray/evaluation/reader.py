@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..data.formats.images import UndecodableError, decode_rgb, fit_square, to_pixels, to_tensor
+from ..data.formats.metadata import json_object
 from ..data.formats.texts import CAPTION_NAMES
 from ..models.bit import BIT
 from ..models.checkpoint import load_expected
@@ -94,19 +95,20 @@ class Reader:
 
     def _images(self, unit: Unit, only: Collection[str] | None) -> Iterator[LabelledBatch]:
         for rows in _batches(self._originals(unit, only), self.options.batch_size):
-            ids, captions, images, hashes = zip(*rows, strict=True)
+            ids, captions, images, hashes, meta = zip(*rows, strict=True)
             prompts = [caption or "" for caption in captions]
             if self.bit is None:
-                batch, fit = Batch(ids, [np.asarray(image) for image in images], prompts=prompts), self.options.size
+                pixels, fit = [np.asarray(image) for image in images], self.options.size
+                batch = Batch(ids, pixels, prompts=prompts, meta=meta)
             else:
                 originals, fit = np.stack([fit_square(image, self.options.size) for image in images]), None
                 codes = self.bit.encode(to_tensor(originals).to(self.device)).cpu().numpy()
-                batch = Batch(ids, self._decode(codes), originals, prompts, codes)
+                batch = Batch(ids, self._decode(codes), originals, prompts, codes, meta=meta)
             yield LabelledBatch(batch, [None] * len(ids), list(hashes), fit)
 
     def _originals(
         self, unit: Unit, only: Collection[str] | None
-    ) -> Iterator[tuple[str, str | None, Image.Image, str]]:
+    ) -> Iterator[tuple[str, str | None, Image.Image, str, dict[str, Any]]]:
         for row in read_images_unit(unit, self.options.caption_keys):
             if only is not None and row["id"] not in only:
                 continue
@@ -115,7 +117,8 @@ class Reader:
             except UndecodableError as error:
                 self.quarantined[str(error)] += 1
                 continue
-            yield row["id"], row["caption"], image, hashlib.sha256(row["image"]).hexdigest()[:16]
+            digest = hashlib.sha256(row["image"]).hexdigest()[:16]
+            yield row["id"], row["caption"], image, digest, json_object(row["meta"]) or {}
 
     def _original(self, row: dict[str, Any]) -> Image.Image:
         harmless = () if self.options.captions else HARMLESS

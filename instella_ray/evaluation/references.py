@@ -69,6 +69,7 @@ class References:
     def __init__(self, sections: Mapping[str, Section], folder: str) -> None:
         self.gatherings: list[Gathering] = []
         self._files: dict[str, dict[str, tuple[str, str, type[FeatureSet] | type[Gaussian]]]] = {}
+        self._passes: dict[tuple[str, str], Gathering] = {}
         self._loaded: dict[tuple[str, type], FeatureSet | Gaussian] = {}
         for name, section in sections.items():
             for role, pattern in section.patterns().items():
@@ -79,6 +80,10 @@ class References:
     def statistics(self) -> dict[str, str]:
         """Return the sha256 of all given files of statistics, by path."""
         return {url: str(found.sha256) for (url, _), found in self._loaded.items() if isinstance(found, Gaussian)}
+
+    def training(self) -> dict[str, Gathering]:
+        """Return the pass over the training images of each metric that has some, by section."""
+        return {name: gathering for (name, role), gathering in self._passes.items() if role == "training"}
 
     def attach(self, name: str, metric: Metric) -> None:
         """Attach its references to the merged metric of a section."""
@@ -113,6 +118,7 @@ class References:
                 f"metrics.{name}.images.size: missing; a reference made of images needs it, for example 256"
             )
         gathering = self._gathering(pattern, section.images, section.images.size)
+        self._passes[name, role] = gathering
         rows = not isinstance(section, FID)
         same = next((key for key, other in gathering.sections.items() if other.metric.key == section.key), name)
         rows = rows or (same in gathering.sections and gathering.sections[same].rows)

@@ -39,6 +39,7 @@ def write_report(output: str) -> str:
         card=card,
         settings=settings,
         images={name: results.images(name) for name in results.settings} if card["size"] else {},
+        training=results.training_images,
         rows=rows,
         goals={name: any(row.get("goal") for row in found) for name, found in rows.items()},
         protocols=protocols,

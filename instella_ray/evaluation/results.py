@@ -78,4 +78,11 @@ class Evaluation:
 
     @cached_property
     def _thumbnails(self) -> dict[str, dict[str, Json]]:
-        return read_thumbnails(self.folder) if storage.exists(storage.join(self.folder, THUMBNAILS)) else {}
+        url = storage.join(self.folder, THUMBNAILS)
+        return read_thumbnails(url) if storage.exists(url) else {}
+
+    @cached_property
+    def training_images(self) -> dict[str, dict[str, Json]]:
+        """Return the thumbnail rows of the nearest training images by metric and id."""
+        files = {name: storage.join(self.folder, file) for name, file in self.card.get("training_images", {}).items()}
+        return {name: read_thumbnails(url).get("", {}) for name, url in files.items()}

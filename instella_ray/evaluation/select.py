@@ -10,6 +10,7 @@ from pydantic import Field
 from ..config import Config
 from .measure import Record
 from .metrics.base import Metric, better
+from .metrics.memorisation import Memorisation
 from .metrics.rates import RateMetric
 from .metrics.samples import SampleMetric
 
@@ -35,6 +36,17 @@ class Shown(Config):
     reason: str = ""
 
 
+class ShownNearest(Config):
+    """An image with its nearest training image."""
+
+    id: str
+    training: str
+    """Id of the training image."""
+    distance: float
+    held_out_nearer: float
+    """Share of the held-out images that are nearer to a training image."""
+
+
 class Selection(Config):
     """Images of a setting to show."""
 
@@ -45,19 +57,26 @@ class Selection(Config):
     """Best images by metric."""
     worst: dict[str, tuple[Shown, ...]]
     """Worst images by metric."""
+    nearest: dict[str, tuple[ShownNearest, ...]]
+    """Images of the grid, and the nearest of all, by metric of memorisation; the nearest first."""
 
     @property
     def ids(self) -> set[str]:
         shown = [s for part in (self.best, self.worst) for column in part.values() for s in column]
-        return {*self.grid, *(s.id for s in shown)}
+        near = {s.id for column in self.nearest.values() for s in column}
+        return {*self.grid, *near, *(s.id for s in shown)}
 
 
 def choose_images(
     records: Sequence[Record], metrics: Mapping[str, Metric], show: ShowConfig, settings: int
 ) -> Selection:
-    """Select a fixed sample of prompts and the best and worst images by each score, for one of ``settings`` settings."""
+    """Select a fixed sample of prompts, the best and worst images by each score, and the nearest to training images.
+
+    They are those of one of ``settings`` settings.
+    """
     scored = {name: m for name, m in metrics.items() if isinstance(m, SampleMetric | RateMetric)}
-    wanted = show.prompts + 2 * show.extremes * len(scored)
+    compared = {name: m for name, m in metrics.items() if isinstance(m, Memorisation)}
+    wanted = show.prompts + show.extremes * (2 * len(scored) + len(compared))
     share = min(1.0, show.most / max(1, settings * wanted))
     extremes, prompts = int(show.extremes * share), int(show.prompts * share)
     ends = {name: best_and_worst(metric, extremes) for name, metric in scored.items()}
@@ -65,7 +84,8 @@ def choose_images(
     grid = tuple(_grid(records, prompts))
     scored_verdicts = next((m.verdicts() for m in scored.values() if isinstance(m, RateMetric)), {})
     verdicts = {name: scored_verdicts[name].reason for name in grid if name in scored_verdicts}
-    return Selection(grid=grid, verdicts=verdicts, best=best, worst=worst)
+    nearest = {name: _nearest(metric, grid, extremes) for name, metric in compared.items()}
+    return Selection(grid=grid, verdicts=verdicts, best=best, worst=worst, nearest=nearest)
 
 
 def _grid(records: Sequence[Record], count: int) -> list[str]:
@@ -81,6 +101,12 @@ def _grid(records: Sequence[Record], count: int) -> list[str]:
         by_category.setdefault(category, []).append(name)
     each = -(-count // max(1, len(by_category)))
     return [name for _, names in sorted(by_category.items()) for name in names[:each]]
+
+
+def _nearest(metric: Memorisation, grid: Sequence[str], extremes: int) -> tuple[ShownNearest, ...]:
+    """Select the ``extremes`` images that are nearest to training images, and those of the grid."""
+    shown = [found for place, found in enumerate(metric.nearest()) if place < extremes or found.id in grid]
+    return tuple(ShownNearest(**vars(found)) for found in shown)
 
 
 def _ranked(metric: SampleMetric | RateMetric) -> list[Shown]:

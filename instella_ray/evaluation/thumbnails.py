@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from ..errors import UserError
 from ..rendering import thumbnail
 from .measure import Record
 from .reader import Reader, ReaderOptions
-from .select import Selection
 from .units import Unit
 
 THUMBNAILS = "thumbnails.parquet"
+"""File of the measured images, and end of the name of that of a reference's images."""
 SCHEMA = pa.schema(
     [
         ("setting", pa.string()),
@@ -71,33 +71,30 @@ class ThumbnailActor:
 
 
 def write_thumbnails(
-    output: str,
+    url: str,
     order: ThumbnailOptions,
     records: Mapping[str, Sequence[Record]],
-    selections: Mapping[str, Selection],
+    wanted: Mapping[str, Collection[str]],
     pool: Pool,
     *,
     local: bool,
 ) -> None:
-    """Write ``thumbnails.parquet`` with the selected images of every setting."""
-    rows = []
-    for setting, found in records.items():
-        wanted = selections[setting].ids
-        rows += [
-            {"unit": record.unit.model_dump_json(), "ids": ids}
-            for record in found
-            if (ids := [name for name in record.ids if name in wanted])
-        ]
+    """Write a parquet file of thumbnails of the ``wanted`` ids of every setting."""
+    rows = [
+        {"unit": record.unit.model_dump_json(), "ids": ids}
+        for setting, found in records.items()
+        for record in found
+        if (ids := [name for name in record.ids if name in wanted[setting]])
+    ]
     made: list[dict[str, Any]] = []
     if rows:
         shown = run_rows(rows, Stage(partial(ThumbnailActor, order), pool), local=local)
         made = sorted(shown, key=lambda row: (row["setting"], row["id"]))
-    storage.write_parquet(storage.join(output, THUMBNAILS), pa.Table.from_pylist(made, SCHEMA))
+    storage.write_parquet(url, pa.Table.from_pylist(made, SCHEMA))
 
 
-def read_thumbnails(output: str) -> dict[str, dict[str, dict[str, Any]]]:
+def read_thumbnails(url: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Read rows of :data:`SCHEMA` by setting and sample id; raises UserError if the file is missing or damaged."""
-    url = storage.join(output, THUMBNAILS)
     with storage.open_file(url) as stream:
         try:
             rows = pq.read_table(stream).to_pylist()

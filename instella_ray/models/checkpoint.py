@@ -85,7 +85,7 @@ def assemble(cfg: ModelConfig, state: Mapping[str, Tensor], source: str | Path) 
     """Build a model in eval mode from the tensors of ``state``; UserError names ``source`` if they do not fit."""
     with torch.device("meta"):
         model = _new(cfg)
-    if problem := _misfit(model.state_dict(), state):
+    if problem := misfit(model.state_dict(), state):
         raise UserError(f"{source}: {problem}")
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -117,7 +117,7 @@ def check_weights(folder: str | Path) -> None:
         expected = _new(cfg).state_dict()
         with _complete(path), safe_open(path, "pt") as file:
             found = {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if problem := _misfit(expected, found):
+    if problem := misfit(expected, found):
         raise UserError(f"{path}: {problem}")
 
 
@@ -159,7 +159,7 @@ def _new(cfg: ModelConfig) -> Model:
     return BIT(cfg) if isinstance(cfg, BITConfig) else build_generator(cfg)
 
 
-def _misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """Describe the first difference in names or shapes in one line; None if ``state`` fits."""
     problems = [f"no tensor {name}" for name in expected if name not in state]
     problems += [f"tensor {name} is not part of the model" for name in state if name not in expected]

@@ -30,6 +30,8 @@ VGG_LAYERS = (3, 8, 15, 22, 29)
 """Indices of the last ReLU before each pooling layer."""
 LITE_BLOCKS = (0, 2, 4, 10, 15)
 """EfficientNet-Lite0's last blocks at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size."""
+LITE_SCALES = (16, 24, 40, 112, 320)
+"""Channels of their feature maps."""
 
 
 class VGGTrunk(nn.Module):
@@ -127,16 +129,26 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     kind = "_random" if path is None else "" if file_sha256(str(path)).startswith(HASHES[network]) else "_unverified"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = (
-            VGGTrunk()
-            if network == "vgg"
-            else LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES))
-        )
+        trunk = VGGTrunk() if network == "vgg" else new_lite_trunk(asker)
     if path is not None:
         trunk.load(_read_state(path, asker), f"{asker}: {path}")
     if network == "vgg":
         return PerceptualDistance(f"lpips_vgg{kind}", trunk, _lpips_heads())
     return PerceptualDistance(f"{network}{kind}", trunk, None)
+
+
+def new_lite_trunk(asker: str) -> LiteTrunk:
+    """Create a trunk of random weights; UserError if its package is not installed, which ``asker`` needs."""
+    return LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES))
+
+
+def load_lite_trunk(weights: str, asker: str) -> LiteTrunk:
+    """Load EfficientNet-Lite0 with ``weights``: ``published`` (of an installed package), ``random`` or a local file."""
+    trunk = new_lite_trunk(asker)
+    if weights != RANDOM:
+        path = _weights_file("efficientnet_lite0", weights, asker)
+        trunk.load(_read_state(path, asker), f"{asker}: {path}")
+    return trunk
 
 
 def _lpips_heads() -> list[Tensor]:

@@ -25,6 +25,7 @@ from instella_ray.evaluation.metrics.features import Features
 from instella_ray.evaluation.metrics.frechet import Frechet, Gaussian
 from instella_ray.evaluation.metrics.images import ImageSettings
 from instella_ray.evaluation.metrics.kernel import KernelDistance
+from instella_ray.evaluation.metrics.labels import LabelScorer, label_accuracy
 from instella_ray.evaluation.metrics.memorisation import Memorisation
 from instella_ray.evaluation.metrics.neighbours import Coverage, Precision
 from instella_ray.evaluation.metrics.psnr import psnr
@@ -42,6 +43,7 @@ ALL = Batch(
     prompts=[s.caption for s in SCENES],
     codes=RNG.integers(0, 2, (N, 4, 8), np.uint8),
     groups=[f"p{i // PER_PROMPT}" for i in range(N)],
+    meta=[{"hue": "red" if i % 3 else "blue", "split": f"s{i % 2}"} for i in range(N)],
 )
 
 
@@ -67,6 +69,7 @@ def set_metric(kind: type[FeatureRows], *roles: str, **own: Any) -> FeatureRows:
     return metric.attach(**{role: SETS[role] for role in roles})
 
 
+HUES = LabelScorer({"hue": ("red", "blue")}, "hues", "ab" * 32, lambda images: {"hue": images.mean((1, 2))[:, ::2]})
 METRICS: dict[str, Callable[[], Metric]] = {
     "psnr": psnr,
     "ssim": ssim,
@@ -78,6 +81,8 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "precision_recall": lambda: set_metric(Precision, "reference", neighbours=3),
     "density_coverage": lambda: set_metric(Coverage, "reference", neighbours=5),
     "memorisation": lambda: set_metric(Memorisation, "training", "held_out"),
+    "memorisation_cosine": lambda: set_metric(Memorisation, "training", "held_out", distance="cosine"),
+    "labels": lambda: label_accuracy(HUES, "hue", by="split"),
     "diversity_bits": lambda: diversity.code_diversity(per_prompt=PER_PROMPT),
     "diversity_bits_open": diversity.code_diversity,
     "diversity_features": lambda: diversity.feature_diversity(COLORS, images=RAW, per_prompt=PER_PROMPT),
@@ -86,11 +91,12 @@ METRICS: dict[str, Callable[[], Metric]] = {
 
 def rows(batch: Batch, index: list[int]) -> Batch:
     arrays = {name: getattr(batch, name)[index] for name in ("images", "references", "codes")}
-    assert batch.prompts is not None and batch.groups is not None
+    assert batch.prompts is not None and batch.groups is not None and batch.meta is not None
     return Batch(
         [batch.ids[i] for i in index],
         prompts=[batch.prompts[i] for i in index],
         groups=[batch.groups[i] for i in index],
+        meta=[batch.meta[i] for i in index],
         **arrays,
     )
 

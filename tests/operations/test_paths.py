@@ -33,6 +33,7 @@ NO_PATHS = {
     *("GenEvalConfig.color_weights", "EnvironmentConfig.image_uri", "EnvironmentConfig.conda"),
     *("PaperClaim.name", "PaperClaim.section", "PaperClaim.sentence", "PaperClaim.note"),
     *("ClaimArm.name", "ClaimArm.overrides", "ClaimsBench.overrides"),
+    *("ClassifierRunConfig.labels", "LabelAccuracy.label", "LabelAccuracy.by"),
     "TokenizerStagesConfig.stages",  # each stage is checked by itself
 }
 """Keys whose text is no path, or may be a name as well, after the classes that declare them."""
@@ -44,6 +45,7 @@ WRITTEN = {
     "encode": ["output"],
     "train-tokenizer": ["train.run_dir", "validation.folder"],
     "train-generator": ["train.run_dir", "validation.folder"],
+    "train-classifier": ["output"],
     "sample": ["sample.output"],
     "evaluate": ["output"],
     "bench": ["output", "claims.page"],
@@ -66,6 +68,7 @@ GIVEN = {
     "train-generator": ["codes=/c", "tokenizer=/t", "train.run_dir=/r", "validation.every_steps=10"],
     "sample": ["sample.model=/m", "decode.tokenizer=/t"],
     "evaluate": ["images=/i", "tokenizer=/t"],
+    "train-classifier": ["data=/d", "output=/o"],
     "bench": ["output=/o.json"],
 }
 """What a job needs beside the key that is tried."""

@@ -8,6 +8,7 @@ pass over all samples; a duplicate sample is an error.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from .names import earned_name
 M = TypeVar("M", bound="Metric")
 SETS = ("precision", "recall", "f_score", "density", "coverage")
 HIGHER = ("scene_score", "geneval", "clip_score", "image_reward", "psnr", "ssim", *SETS)
+LABEL = re.compile(r"\w+_(accuracy|top\d+)(/.*)?")
+"""Names of label accuracies (:mod:`.labels`), of which higher is better."""
 LOWER = ("fid", "rfid", "frechet", "rfrechet", "lpips", "kid", "kernel", "cmmd", "memorisation")
 
 
@@ -43,7 +46,7 @@ class Batch:
     groups: Sequence[str] | None = None
     """Group (prompt) of each sample; samples of one group are not independent. None: every sample is its own group."""
     meta: Sequence[Mapping[str, Any]] | None = None
-    """Benchmark metadata of each prompt (GenEval's ``tag, include, exclude``)."""
+    """Metadata of each prompt (GenEval's ``tag, include, exclude``; labels), or of each image file."""
     detections: Sequence[Sequence[Any]] | None = None
     """List of :class:`.geneval_rules.Detection` of each image."""
 
@@ -199,6 +202,8 @@ class Metric(ABC):
 
 def better(name: str) -> Literal["higher", "lower"] | None:
     """Return whether higher or lower values of a metric are better; None if neither is, as for diversity."""
+    if LABEL.fullmatch(name):
+        return "higher"
     return "lower" if name.startswith(LOWER) else "higher" if name.startswith(HIGHER) else None
 
 

@@ -28,16 +28,19 @@ class FeatureSet:
     source: str = "computed"
     sha256: str | None = None
     """Hash of the features."""
+    ids: Sequence[str] = ()
+    """Id of each image; empty if unknown."""
 
     def save(self, url: str) -> None:
-        """Write an ``.npz`` file with ``features``, and their ``mu`` and ``sigma`` if there are two or more."""
-        Gaussian.of(Sums.of(self.rows)).save(url, features=self.rows)
+        """Write an ``.npz`` file with ``features``, ``ids``, and the features' ``mu`` and ``sigma``."""
+        Gaussian.of(Sums.of(self.rows)).save(url, features=self.rows, ids=text_array(self.ids))
 
     @classmethod
     def load(cls, url: str, *, source: str | None = None) -> FeatureSet:
         """Load ``features`` from an ``.npz`` file; raises UserError for a file without them."""
-        rows = read_arrays(url, ("features",))["features"]
-        return cls(rows, source or url, hashlib.sha256(rows.tobytes()).hexdigest())
+        found = read_arrays(url, ("features",), ("ids",))
+        rows, ids = found["features"], found["ids"].tolist() if "ids" in found else ()
+        return cls(rows, source or url, hashlib.sha256(rows.tobytes()).hexdigest(), ids)
 
     def describe(self) -> dict[str, Any]:
         return {"source": self.source, "sha256": self.sha256, "count": len(self.rows)}
@@ -86,6 +89,10 @@ class FeatureRows(Metric):
         found = [row for _, (_, row) in sorted(self._rows.items())]
         return np.array(found, np.float64) if found else np.empty((0, 0))
 
+    def names(self) -> list[str]:
+        """Return the id of each row of :meth:`rows`."""
+        return sorted(self._rows)
+
     def groups(self) -> list[str]:
         """Return the group of each row of :meth:`rows`."""
         return [group for _, (group, _) in sorted(self._rows.items())]
@@ -99,7 +106,7 @@ class FeatureRows(Metric):
         """Return the features for use as a reference; raises UserError for fewer than two images."""
         if len(self._rows) < 2:
             raise UserError(f"metric {self.info.name}: expected at least two images")
-        return FeatureSet(self.rows().astype(np.float32))
+        return FeatureSet(self.rows().astype(np.float32), ids=self.names())
 
     def unknown(self, count: int, reason: str) -> MetricResult:
         """Return the result of too few images."""

@@ -1,4 +1,4 @@
-"""Feature networks: InceptionV3 and EfficientNet-Lite0, with names, weights and preprocessing."""
+"""Features of images: InceptionV3's, EfficientNet-Lite0's, or small pixels, with names, weights and preprocessing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from .names import INCEPTION
 
 EFFICIENTNET_HASH = "57934424"
 """First digits of the sha256 of the EfficientNet-Lite0 weights distributed as a Python package."""
-Network = Literal["inception", "efficientnet_lite0"]
-WIDTHS: dict[Network, int] = {"inception": 2048, "efficientnet_lite0": 1280}
+Network = Literal["inception", "efficientnet_lite0", "pixels"]
+PIXELS = 24
+"""Side to which the features ``pixels`` shrink an image (px)."""
+WIDTHS: dict[Network, int] = {"inception": 2048, "efficientnet_lite0": 1280, "pixels": 3 * PIXELS**2}
 """Number of features of each network."""
 NetworkResize = Literal["legacy", "clean"]
 INCEPTION_SIZE = 299
@@ -138,3 +140,20 @@ def efficientnet_lite0(weights: str | None = None, *, size: int = 224, device: s
     name = "efficientnet_lite0" if found.startswith(EFFICIENTNET_HASH) else "efficientnet_lite0_unverified"
     settings = {"layer": "pooled 1280", "network_input": f"{size} px, bicubic with antialiasing"}
     return Features(name, version_of("efficientnet-lite-pytorch"), path.name, found, compute, settings)
+
+
+def small_pixels(*, device: str = "cpu") -> Features:
+    """Create features that are an image's pixels, shrunk to 24 px: their distance is a root mean square error (0 to 255).
+
+    So small, because a shift by a pixel or two, or another antialiasing, must not hide a copy: over larger images the
+    error of edges that lie apart is that of other images.
+    """
+    import torch.nn.functional as F
+
+    def compute(images: np.ndarray) -> np.ndarray:
+        planes = to_planes(images).to(device).float()
+        small = F.interpolate(planes, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
+        return (small.flatten(1) / WIDTHS["pixels"] ** 0.5).cpu().numpy()
+
+    settings = {"layer": "pixels", "network_input": f"{PIXELS} px, bilinear with antialiasing"}
+    return Features("pixels", version_of("instella-ray"), None, None, compute, settings)

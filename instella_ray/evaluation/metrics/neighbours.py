@@ -131,6 +131,16 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0))
 
 
+def nearest_rows(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest ``y [M, D]`` of each ``x [N, D]``, of several the first: its row, int64 ``[N]``, and its distance."""
+    rows, apart = np.empty(len(x), np.int64), np.empty(len(x))
+    for part in blocks(len(x), len(y)):
+        among = distances(x[part], y)
+        rows[part] = among.argmin(1)
+        apart[part] = among.min(1)
+    return rows, apart
+
+
 def nearest_distances(x: np.ndarray, y: np.ndarray, numbers: np.ndarray, k: int, *, itself: bool = True) -> np.ndarray:
     """Compute the k smallest distances of each x to the y of each group ``numbers [M]``, sorted, ``[N, G, k]``.
 

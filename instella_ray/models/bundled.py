@@ -34,9 +34,13 @@ def bundled_folder(name: str) -> Path | None:
 
 @functools.cache
 def check_sums(folder: Path) -> None:
-    """Raise UserError unless each file that ``SHA256SUMS`` of ``folder`` lists has its SHA-256."""
-    for line in (folder / SUMS).read_text().splitlines():
-        expected, _, name = line.partition("  ")
+    """Raise UserError unless ``SHA256SUMS`` of ``folder`` lists all files there, and each has its SHA-256."""
+    listed = (folder / SUMS).read_text() if (folder / SUMS).is_file() else ""
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in listed.splitlines())}
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {SUMS}
+    if unknown := sorted(there - sums.keys()):
+        raise UserError(f"{folder / SUMS}: does not list {unknown[0]}; install instella-ray again")
+    for name, expected in sums.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing from the installation; install instella-ray again")

@@ -9,7 +9,7 @@ import yaml
 
 from .. import storage
 from ..errors import UserError
-from .bundled import bundled_folder
+from .bundled import bundled_folder, bundled_names
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -27,8 +27,8 @@ def find_model(path: str) -> str:
     :func:`.bundled.bundled_names` are models of the package, unless a model folder has that path. Raises UserError for a
     name that no checkpoint has, and for a run directory, which holds several models.
     """
-    if not storage.exists(storage.join(path, RUN_CONFIG)) and (bundled := bundled_folder(path)):
-        return str(bundled)
+    if path in bundled_names() and not storage.exists(storage.join(path, RUN_CONFIG)):
+        return str(bundled_folder(path))
     found = storage.absolute(named_checkpoint(path))
     if storage.exists(storage.join(found, CHECKPOINTS)):
         names = [LATEST] + [BEST] * storage.exists(storage.join(_validation_of(found), BEST_FILE))

@@ -63,6 +63,10 @@ def test_a_damaged_file_is_named_with_both_checksums(shipped: Path) -> None:
     with pytest.raises(UserError) as error:
         find_model("drawings/tokenizer")
     assert str(weights) in str(error.value) and before["tokenizer/model.safetensors"] in str(error.value)
+    (shipped.parent / SUMS).write_text("")
+    with pytest.raises(UserError, match=r"SHA256SUMS: does not list tokenizer/config.yaml"):
+        find_model("drawings/tokenizer")
+    (shipped.parent / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in before.items()))
     weights.unlink()
     with pytest.raises(UserError, match="missing from the installation"):
         find_model("drawings/tokenizer")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from os import cpu_count
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..formats.parts import DROPPED, KEPT, LEDGER, QUARANTINED, Ledger, Mode, op
 from ..formats.png import write_png
 from ..formats.shards import Sample, write_webdataset
 from ..formats.sources import find_images, read_rows
-from ..provenance import output_provenance
+from ..provenance import output_provenance, shard_provenance
 from .captions import long_caption, short_caption
 from .drawings import Drawing, Found, Vocabulary, read_clip_art, read_iconify
 from .render import RefusedDrawingError, render
@@ -118,6 +118,8 @@ def run_icons(cfg: IconsConfig) -> Ledger:
     }
     packages = {name: {"package": each.label, "digest": each.digest} for name, each in sets.items()}
     settings["packages"] = {"vocabulary": listed.vocabulary.digest} | {n: p["digest"] for n, p in packages.items()}
+    images = [each for name, folder in cfg.images.items() for each in shard_provenance(f"images {name}", folder.path)]
+    settings["inputs"] = [each.identity for each in images]
     if open_output(cfg.output, cfg.mode, settings):
         if storage.exists(storage.join(cfg.output, LEDGER)):
             return Ledger.of([storage.read_json(storage.join(cfg.output, LEDGER))])
@@ -127,6 +129,7 @@ def run_icons(cfg: IconsConfig) -> Ledger:
         Provenance(role="drawings", kind="files", path=each.label, identity=each.digest)
         for each in (listed.vocabulary, *sets.values())
     ]
+    inputs += images
     with recorded(cfg.output, "icons", cfg, inputs) as outputs:
         verdicts, pictures = _pictures(cfg, listed, sets)
         splits = split_all(pictures, _fingerprints(pictures), cfg.hold_out, cfg.duplicates) if pictures else []
@@ -140,11 +143,12 @@ def run_icons(cfg: IconsConfig) -> Ledger:
         for split in SPLITS:
             chosen = [picture for picture, of in zip(pictures, splits, strict=True) if of == split]
             _write(cfg, split, chosen)
-        storage.write_json(storage.join(cfg.output, SET_TABLE), table)
         ledger = Ledger.of(each.to_json() for each in ledgers.values())
-        storage.write_json(storage.join(cfg.output, LEDGER), ledger.to_json())
         if not ledger.kept:
             raise UserError(f"{cfg.output}: no drawing was kept ({ledger.summary()})")
+        storage.write_json(storage.join(cfg.output, SET_TABLE), table)
+        # Last: a build without it is not finished.
+        storage.write_json(storage.join(cfg.output, LEDGER), ledger.to_json())
         outputs.append(output_provenance("shards", cfg.output, ledger))
         return ledger
 
@@ -169,13 +173,13 @@ def _pictures(
     """Return the pictures of all sets, and by set the verdicts on what did not become one."""
     verdicts: dict[str, Counter[str]] = {name: Counter() for name in (*sets, *cfg.images)}
     drawings, pictures = list[Drawing](), list[Picture]()
-    needs_words = any(not entry.is_debian for entry in sets.values())
+    needs_words = any(entry.registry != "debian" for entry in sets.values())
     packages = [*([listed.vocabulary] if needs_words else []), *sets.values()]
     with unpacked(packages, cfg.sources) as folders:
         vocabulary = Vocabulary(folders[0]) if needs_words else None
         for (name, entry), folder in zip(sets.items(), folders[len(folders) - len(sets) :], strict=True):
             found: Iterable[Found]
-            if vocabulary is None or entry.is_debian:
+            if vocabulary is None or entry.registry == "debian":
                 found = read_clip_art(name, entry, folder)
             else:
                 found = read_iconify(name, entry, folder, vocabulary)
@@ -186,7 +190,7 @@ def _pictures(
                     drawings.append(drawing)
     jobs: list[tuple[str, Any]] = [(drawing.set, partial(_rendered, drawing, cfg.size)) for drawing in drawings]
     jobs += [(name, each) for name, folder in cfg.images.items() for each in _images(name, folder, cfg.size)]
-    with ThreadPoolExecutor(cfg.workers or cpu_count()) as pool:
+    with ThreadPoolExecutor(cfg.workers or len(os.sched_getaffinity(0))) as pool:
         made = pool.map(lambda job: job[1](), jobs)
         for (name, _), picture in zip(
             jobs, logs.progress_bar(made, desc="icons", total=len(jobs), unit="image"), strict=True
@@ -224,17 +228,18 @@ def _image(name: str, folder: ImageFolder, size: int, row: Mapping[str, Any]) ->
     if row.get("problem"):
         return verdict_of(row["problem"])
     found = re.match(folder.concept, row["caption"])
-    if found is None:
+    concept = " ".join((found["concept"] or "").split()) if found else ""
+    if not concept:
         return f"{DROPPED}:no_concept"
     try:
         pixels = fit_square(decode_rgb(row["image"]), size)
     except UndecodableError as error:
         return f"{QUARANTINED}:{error}"
-    caption = short_caption(found["concept"], folder.style)
+    caption = short_caption(concept, folder.style)
     captions = {"caption_short": caption, "caption_long": row["caption"]}
-    about = {"set": name, "style": folder.style, "concept": found["concept"], "licence": folder.licence}
+    about = {"set": name, "style": folder.style, "concept": concept, "licence": folder.licence}
     meta = about | captions | {"source": f"{folder.source}#{row['key']}", "keywords": []}
-    return _picture(f"{name}-{row['key']}", pixels, meta)
+    return _picture(f"{name}-{row['shard']}-{row['key']}", pixels, meta)
 
 
 def _picture(key: str, pixels: np.ndarray, meta: dict[str, Any]) -> Picture:

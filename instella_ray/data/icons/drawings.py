@@ -116,7 +116,10 @@ def read_iconify(name: str, entry: IconSet, folder: Path, vocabulary: Vocabulary
             if not about.keys() - {"parent"}:
                 yield f"{DROPPED}:further_name", None
                 continue
-            about = {**data["icons"][about["parent"]], **about}
+            parent = about["parent"]
+            while parent:  # an alias may be another one's
+                above = data["icons"].get(parent) or aliases[parent]
+                about, parent = {**above, **about}, above.get("parent")
         names = [*([entry.names[icon]] if icon in entry.names else []), icon, *sorted(others[icon])]
         emoji = vocabulary.find(sorted(codes[icon]), names)
         if reason := _reason(icon, codes[icon], emoji, about):
@@ -128,8 +131,19 @@ def read_iconify(name: str, entry: IconSet, folder: Path, vocabulary: Vocabulary
             yield f"{DROPPED}:same_drawing", None
             continue
         seen.add((emoji.concept, svg))
-        made = (name, icon, entry.style, emoji.concept, svg, entry.licence, f"{entry.label}#{icon}", emoji.keywords)
-        yield KEPT, Drawing(*made)
+        yield (
+            KEPT,
+            Drawing(
+                set=name,
+                name=icon,
+                style=entry.style,
+                concept=emoji.concept,
+                svg=svg,
+                licence=entry.licence,
+                source=f"{entry.label}#{icon}",
+                keywords=emoji.keywords,
+            ),
+        )
 
 
 def read_clip_art(name: str, entry: IconSet, folder: Path) -> Iterator[Found]:
@@ -147,23 +161,27 @@ def read_clip_art(name: str, entry: IconSet, folder: Path) -> Iterator[Found]:
         elif not _TITLE.fullmatch(title):
             yield f"{DROPPED}:no_title", None
         else:
-            made = (
-                name,
-                icon.replace("/", "-"),
-                entry.style,
-                title,
-                svg,
-                entry.licence,
-                f"{entry.label}#{icon}",
-                keywords,
+            yield (
+                KEPT,
+                Drawing(
+                    set=name,
+                    name=icon,
+                    style=entry.style,
+                    concept=title,
+                    svg=svg,
+                    licence=entry.licence,
+                    source=f"{entry.label}#{icon}",
+                    keywords=keywords,
+                ),
             )
-            yield KEPT, Drawing(*made)
 
 
 def _reason(icon: str, codes: list[str], emoji: Emoji | None, about: Mapping[str, Any]) -> str | None:
     """Return the reason to leave an icon out; None: it is used."""
     if about.get("hidden"):
         return "hidden"
+    if about.get("rotate"):
+        return "rotated"
     if _TONE.search(icon) or any(TONES.intersection(code.split("-")) for code in codes):
         return SKIN_TONE
     if _FLAG.search(icon):

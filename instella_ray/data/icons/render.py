@@ -8,6 +8,7 @@ stops what merely takes long, so a drawing is parsed and may be refused here fir
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,8 +24,8 @@ Box = tuple[float, float, float, float]
 SVG = "http://www.w3.org/2000/svg"
 MAX_BYTES, MAX_ELEMENTS, MAX_ASPECT = 1 << 20, 20_000, 50.0
 """Limits of a drawing: bytes; elements, counted again for each reference to them; longer over shorter side."""
-REFUSED = frozenset({"image", "feImage", "script", "foreignObject", "feTurbulence", "text", "animate", "set"})
-"""Elements that read files, run for any time, or look different on every machine (fonts)."""
+REFUSED = frozenset({"image", "feImage", "script", "foreignObject", "feTurbulence", "text", "animate", "set", "marker"})
+"""Elements that read files, run for any time (markers are drawn at each point of a path), or need fonts."""
 FILL = 0.9
 """Share of the image's side that the longer side of a drawing fills."""
 SOUGHT = 64
@@ -33,7 +34,7 @@ FAINT = 8
 """Opacity (of 255) up to which a pixel is not part of a drawing."""
 
 _URL = re.compile(r"url\(\s*['\"]?(#?)([^)'\"]*)")
-_NUMBER = re.compile(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)")
+_NUMBER = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\d.])")
 
 
 class RefusedDrawingError(Exception):
@@ -71,6 +72,13 @@ def render(svg: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     :func:`parse_drawing`, and for drawings that show nothing or only white.
     """
     root, box = parse_drawing(svg)
+    try:
+        return _centred(root, box, size)
+    except RecursionError:  # writing the document recurses as parsing does
+        raise RefusedDrawingError("nested_too_deep") from None
+
+
+def _centred(root: ElementTree.Element, box: Box, size: int) -> tuple[np.ndarray, np.ndarray]:
     side = max(box[2:])
     frame = (box[0] + box[2] / 2 - side / 2, box[1] + box[3] / 2 - side / 2, side, side)
     found = _draw(root, box, frame, SOUGHT).getchannel("A").point(lambda opacity: 255 * (opacity > FAINT)).getbbox()
@@ -129,15 +137,22 @@ def _local(name: str) -> str:
 
 
 class _Weights:
-    """Numbers of elements that a drawing has when each reference is replaced by what it refers to."""
+    """Numbers of elements that a drawing has when each reference is replaced by what it refers to.
+
+    A paint, clip or mask counts for each element inside of the one that names it, as paints are inherited.
+    """
 
     def __init__(self, root: ElementTree.Element) -> None:
         self.root = root
-        self.by_id = {identity: each for each in root.iter() if (identity := each.get("id"))}
+        named = [(identity, each) for each in root.iter() if (identity := each.get("id"))]
+        self.by_id = dict(named)
+        self.doubled = len(self.by_id) < len(named)
         self.known: dict[int, int | None] = {}
 
     def check(self) -> None:
-        """Raise RefusedDrawingError for more than :data:`MAX_ELEMENTS`, and for an element that contains itself."""
+        """Raise RefusedDrawingError for more than :data:`MAX_ELEMENTS`, an element in itself, and ids that repeat."""
+        if self.doubled:
+            raise RefusedDrawingError("repeated_id")
         if self._of(self.root) > MAX_ELEMENTS:
             raise RefusedDrawingError("too_many_elements")
 
@@ -147,11 +162,14 @@ class _Weights:
                 raise RefusedDrawingError("circular")
             return known
         self.known[id(element)] = None
-        targets = [target for value in element.attrib.values() for _, target in _URL.findall(value)]
-        targets += [value[1:] for name, value in element.attrib.items() if _local(name) == "href"]
-        parts = [*element, *(self.by_id[target] for target in targets if target in self.by_id)]
-        self.known[id(element)] = total = 1 + sum(map(self._of, parts))
+        paints = [target for value in element.attrib.values() for _, target in _URL.findall(value)]
+        copies = [value[1:] for name, value in element.attrib.items() if _local(name) == "href"]
+        inside = 1 + sum(map(self._of, [*element, *self._named(copies)]))
+        self.known[id(element)] = total = inside * (1 + sum(map(self._of, self._named(paints))))
         return total
+
+    def _named(self, targets: Iterable[str]) -> list[ElementTree.Element]:
+        return [self.by_id[target.strip()] for target in targets if target.strip() in self.by_id]
 
 
 def _view_box(root: ElementTree.Element) -> Box:

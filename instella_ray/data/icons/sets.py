@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import yaml
 from pydantic import Field
@@ -30,8 +31,9 @@ CLIP_ART = "usr/share/openclipart/svg"
 class IconPackage(Config):
     """Package of a registry, at a version."""
 
+    registry: Literal["npm", "debian"] = "npm"
     package: str
-    """Name at the registry; npm's, or Debian's for Open Clip Art."""
+    """Name at the registry."""
     version: str
     digest: str
     """SHA-256 of the list of the files that are read, each with its own (:func:`package_digest`)."""
@@ -46,13 +48,9 @@ class IconPackage(Config):
     def label(self) -> str:
         return f"{self.package}@{self.version}"
 
-    @property
-    def is_debian(self) -> bool:
-        return not self.package.startswith("@") and self.package.endswith("-svg")
-
     def files(self, folder: Path) -> list[str]:
         """Return the names of the files to read in the unpacked package, relative to ``folder``."""
-        if self.is_debian:
+        if self.registry == "debian":
             return sorted(path.relative_to(folder).as_posix() for path in (folder / CLIP_ART).rglob("*.svg"))
         return list(ICONS if self.package.startswith("@iconify-json/") else WORDS)
 
@@ -150,13 +148,18 @@ def package_digest(package: IconPackage, folder: Path) -> str:
 
 def _fetch(package: IconPackage, folder: Path) -> Path:
     """Fetch and unpack a package into ``folder`` with the client of its registry; returns the folder of its files."""
-    if package.is_debian:
+    if package.registry == "debian":
         _run(["apt-get", "download", f"{package.package}={package.version}"], folder)
         _run(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "files"], folder)
         return folder / "files"
     _run(["npm", "pack", package.label], folder)
-    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, "gztar", filter="data")
-    return folder / "package"
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        for name in package.files(folder):
+            found = archive.extractfile(f"package/{name}")
+            assert found is not None
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(found.read())
+    return folder
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -167,5 +170,8 @@ def _run(command: list[str], folder: Path) -> None:
             f"{command[0]}: not installed, and sources is not set; expected it, or a folder of unpacked packages in sources"
         ) from None
     if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{' '.join(command)}: {last}")
+        # The last line of npm says where its log is.
+        said = [line for line in done.stderr.splitlines() if line.strip() and "complete log" not in line]
+        raise UserError(
+            f"{' '.join(command)}: {said[-1] if said else 'no message'}; sources: a folder of unpacked packages"
+        )

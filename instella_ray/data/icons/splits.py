@@ -1,8 +1,8 @@
 """Splits by name: whole concepts held out, pairs of style and concept, single drawings; copies never on both sides.
 
 Each drawing's split follows from hashes of its names alone, so that it is the same whatever other sets are built with it.
-Two rules look at the others: a pair is held out only where training shows its concept in another style and its style with
-another concept; and a training drawing that is a near duplicate of a held-out one is left out.
+Two rules look at the others, and leave drawings out: those of a held-out pair, unless training shows its concept in another
+style and its style with another concept; and training drawings that are near duplicates of held-out ones.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ class StyledConcept(NamedTuple):
 
 
 def split_by_names(drawing: Named, shares: HoldOutConfig) -> Split:
-    """Return the split of a drawing by its names alone."""
-    if _hash("concept", drawing.concept) < shares.concepts:
+    """Return the split of a drawing by its names alone; capital letters make no other concept."""
+    place = _place(drawing)
+    if _hash("concept", place.concept) < shares.concepts:
         return "held-out-concepts"
-    if _hash("pair", drawing.style, drawing.concept) < shares.pairs:
+    if _hash("pair", *place) < shares.pairs:
         return PAIRS
-    if _hash("drawing", drawing.style, drawing.concept, drawing.key) < shares.drawings:
+    if _hash("drawing", *place, drawing.key) < shares.drawings:
         return "held-out"
     return TRAIN
 
@@ -73,18 +74,18 @@ def split_all(
     drawings: Sequence[Named], prints: Fingerprints, shares: HoldOutConfig, same: DuplicateConfig
 ) -> list[str]:
     """Return the split of each drawing, or the verdict with which it is left out (:data:`COPY`, :data:`ALONE`)."""
-    places = [StyledConcept(drawing.style, drawing.concept) for drawing in drawings]
+    places = [_place(drawing) for drawing in drawings]
     found: list[str] = [split_by_names(drawing, shares) for drawing in drawings]
-    shown = _Shown(place for place, split in zip(places, found, strict=True) if split == TRAIN)
-    found = [
-        TRAIN if split == PAIRS and place not in shown else split for place, split in zip(places, found, strict=True)
-    ]
     for number in _copies([split != TRAIN for split in found], prints, same):
         found[number] = COPY
     shown = _Shown(place for place, split in zip(places, found, strict=True) if split == TRAIN)
     return [
         ALONE if split == PAIRS and place not in shown else split for place, split in zip(places, found, strict=True)
     ]
+
+
+def _place(drawing: Named) -> StyledConcept:
+    return StyledConcept(drawing.style, drawing.concept.casefold())
 
 
 class _Shown:

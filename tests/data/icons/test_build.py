@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from instella_ray.config import load_config
+from instella_ray.data.formats.png import write_png
+from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.icons import build
 from instella_ray.data.icons.build import IconsConfig, run_icons
@@ -141,6 +144,43 @@ def test_an_unfinished_build_is_begun_again_and_a_finished_one_is_left_alone(cfg
     assert run_icons(cfg(mode="resume")).kept == 5 and len(samples(str(folder / "train"))) == 5
 
 
+def test_a_build_that_keeps_nothing_is_no_finished_one(cfg: Callable[..., IconsConfig]) -> None:
+    everything = {"concepts": 0, "pairs": 0.999999, "drawings": 0}
+    for mode in ("new", "resume"):
+        with pytest.raises(UserError, match="no drawing was kept"):
+            run_icons(cfg(mode=mode, hold_out=everything))
+
+
+def test_folders_of_images_may_repeat_names_and_lack_concepts(cfg: Callable[..., IconsConfig], tmp_path: Path) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    for shard, captions in {
+        "a": ["a drawing of a tree", "a drawing of "],
+        "b": ["a drawing of a house", "a photo"],
+    }.items():
+        rows = [
+            (str(n), write_png(np.full((16, 16, 3), 40 * n + ord(shard), np.uint8), {}), c, {})
+            for n, c in enumerate(captions)
+        ]
+        list(write_webdataset(iter(rows), str(mine / shard), 10))
+    about = {
+        "style": "crayon",
+        "licence": "MIT",
+        "attribution": "a",
+        "source": "b",
+        "concept": "(a drawing of (?P<concept>.*))?",
+    }
+    given = cfg(sets=(), images={"mine": {"path": f"{mine}/*/*.tar", **about}})
+    assert run_icons(given).dropped == {"no_concept": 2}
+    found = samples(f"{given.output}/train")
+    assert sorted(row["concept"] for row in found.values()) == ["a house", "a tree"]
+    identities = [each["identity"] for each in json.loads((Path(given.output) / "run.json").read_text())["inputs"]]
+    write(mine, {"more.txt": "a"})
+    (mine / "b" / "00000.tar").unlink()
+    with pytest.raises(UserError, match="inputs"):
+        run_icons(given.model_copy(update={"mode": "resume"}))
+    assert len(identities) == 2
+
+
 def test_a_folder_of_another_kind_is_not_touched(cfg: Callable[..., IconsConfig]) -> None:
     write(Path(cfg().output), {"mine.txt": "a"})
     with pytest.raises(UserError, match="not made by this job"):
@@ -196,5 +236,5 @@ def test_clip_art_needs_a_title_and_a_public_domain_licence(tmp_path: Path) -> N
     found = list(read_clip_art("openclipart", set_list().sets["openclipart"], tmp_path))
     assert [verdict for verdict, _ in found] == ["kept", "dropped:no_title", "dropped:licence", "dropped:flag"]
     drawing = found[0][1]
-    assert drawing is not None and (drawing.key, drawing.concept) == ("openclipart-a-car", "red car")
+    assert drawing is not None and (drawing.key, drawing.concept) == ("openclipart-a/car", "red car")
     assert drawing.keywords == ("vehicle",)

@@ -67,6 +67,10 @@ def test_no_file_is_read(href: str, tmp_path: Path) -> None:
         ("<html/>", "not_svg"),
         (svg("<rect/>", "0 0 0 0"), "no_size"),
         (svg("<rect/>", "0 0 1 1e9"), "no_size"),
+        (svg("<rect/>", "0 0 1.2.3 4"), "no_size"),
+        (svg('<marker id="m"><rect width="1" height="1"/></marker><path marker-mid="url(#m)"/>'), "element_marker"),
+        (svg('<g id="a"/><rect id="a" width="1" height="1"/>'), "repeated_id"),
+        (svg('<pattern id="p"><rect fill="url( #p )"/></pattern>'), "circular"),
         (svg(""), "blank"),
         (svg('<rect width="5" height="5" fill="white"/>'), "blank"),
     ],
@@ -80,6 +84,15 @@ def test_references_that_multiply_are_counted_as_what_they_draw() -> None:
     levels = "".join(f'<g id="l{n}">' + f'<use href="#l{n - 1}"/>' * 10 + "</g>" for n in range(1, 12))
     with pytest.raises(RefusedDrawingError, match="too_many_elements"):
         render(svg(f'<g id="l0"><rect width="1" height="1"/></g>{levels}'), 16)
+
+
+def test_a_paint_counts_for_each_element_that_inherits_it() -> None:
+    def pattern(number: int) -> str:
+        paint = f' fill="url(#p{number - 1} )"' if number else ""
+        return f'<pattern id="p{number}" width="1" height="1"><g{paint}>' + "<path/>" * 10 + "</g></pattern>"
+
+    with pytest.raises(RefusedDrawingError, match="too_many_elements"):
+        render(svg("".join(map(pattern, range(12))) + '<rect width="9" height="9" fill="url(#p11)"/>'), 16)
 
 
 def test_metadata_of_editors_is_ignored() -> None:

@@ -65,7 +65,10 @@ class Classifier(nn.Module):
         self.width = 2 * sum(LITE_SCALES) + HEAD_WIDTH + sum(n * (n - 1) // 2 for n in LITE_SCALES[:FINE])
         self.register_buffer("shift", torch.zeros(self.width))
         self.register_buffer("scale", torch.ones(self.width))
-        self.heads = nn.ModuleDict({name: nn.Linear(self.width, len(values)) for name, values in cfg.labels.items()})
+        # Fitted in one go: random values would only be drawn from the global generator.
+        self.heads = nn.ModuleDict(
+            {name: nn.utils.skip_init(nn.Linear, self.width, len(values)) for name, values in cfg.labels.items()}
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """Compute features ``[B, D]`` of images."""

@@ -9,7 +9,6 @@ import yaml
 
 from .. import storage
 from ..errors import UserError
-from .bundled import bundled_folder, bundled_names
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -23,12 +22,9 @@ DEMO_GENERATOR = "runs/diffusion"
 def find_model(path: str) -> str:
     """Return the absolute path or URL of a model folder, which may be given as :func:`named_checkpoint`.
 
-    The folder of a demo stands for its diffusion generator; ``DEMO/runs/ar/latest`` is the other one. The names of
-    :func:`.bundled.bundled_names` are models of the package, unless a model folder has that path. Raises UserError for a
-    name that no checkpoint has, and for a run directory, which holds several models.
+    The folder of a demo stands for its diffusion generator; ``DEMO/runs/ar/latest`` is the other one. Raises UserError
+    for a name that no checkpoint has, and for a run directory, which holds several models.
     """
-    if path in bundled_names() and not storage.exists(storage.join(path, RUN_CONFIG)):
-        return str(bundled_folder(path))
     found = storage.absolute(named_checkpoint(path))
     if storage.exists(storage.join(found, CHECKPOINTS)):
         names = [LATEST] + [BEST] * storage.exists(storage.join(_validation_of(found), BEST_FILE))

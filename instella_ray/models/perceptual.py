@@ -7,9 +7,9 @@ averaged over positions; the distance is the sum over layers (the mean without h
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..packages import optional_import
 from ..storage import file_sha256
 
+T = TypeVar("T")
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
 WeightsFile = Annotated[str, PathKind(names=(PUBLISHED, RANDOM))]
@@ -127,9 +128,7 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     asker = f"perceptual loss {network}"
     path = None if weights == RANDOM else _weights_file(network, weights, asker)
     kind = "_random" if path is None else "" if file_sha256(str(path)).startswith(HASHES[network]) else "_unverified"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        trunk = VGGTrunk() if network == "vgg" else new_lite_trunk(asker)
+    trunk = _seeded(VGGTrunk, seed) if network == "vgg" else new_lite_trunk(asker, seed)
     if path is not None:
         trunk.load(_read_state(path, asker), f"{asker}: {path}")
     if network == "vgg":
@@ -137,9 +136,17 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     return PerceptualDistance(f"{network}{kind}", trunk, None)
 
 
-def new_lite_trunk(asker: str) -> LiteTrunk:
-    """Create a trunk of random weights; UserError if its package is not installed, which ``asker`` needs."""
-    return LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES))
+def new_lite_trunk(asker: str, seed: int = 0) -> LiteTrunk:
+    """Create a trunk of random weights from ``seed``; UserError if its package is not installed, which ``asker`` needs."""
+    package = optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES)
+    return _seeded(lambda: LiteTrunk(package), seed)
+
+
+def _seeded(create: Callable[[], T], seed: int) -> T:
+    """Return what ``create`` draws from ``seed``; the state of the global generator stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create()
 
 
 def load_lite_trunk(weights: str, asker: str) -> LiteTrunk:

@@ -55,3 +55,7 @@ def test_the_file_is_read_as_prompts_with_labels(tmp_path: Path, capsys: pytest.
     labels = {name: row[name] for name in ("split", *LABELS)}
     assert first == Prompt("held-out-0000", row["prompt"], "held-out", labels)
     assert cli.main(command) == 2 and "exists; choose another name" in capsys.readouterr().err
+    assert (
+        cli.main([*command[:-1], str(tmp_path / "new.jsonl"), "--labels", "prompt"]) == 2
+        and "--labels prompt: a field" in capsys.readouterr().err
+    )

@@ -47,7 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         held_out_share=0.2,
         threads=1,
     )
-    torch.manual_seed(0)
     run_classifier(cfg)
     return folder
 
@@ -61,6 +60,12 @@ def test_it_finds_what_is_plain_to_see_and_counts_unknown_values_apart(trained: 
     assert style["top1"]["low"] < style["top1"]["value"] <= style["top1"]["high"]
     rows = accuracy_rows({"new": {"concept": {"count": 0, "unknown": 4}}})
     assert rows == [{"images": "new", "label": "concept", "top 1": "–", "top 5": "–", "count": 0, "unknown": 4}]
+
+
+def test_loading_leaves_the_global_generator_alone(trained: Path) -> None:
+    before = torch.get_rng_state()
+    load_classifier(trained / "model")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_it_is_loaded_with_the_labels_and_data_that_it_was_written_with(trained: Path, tmp_path: Path) -> None:

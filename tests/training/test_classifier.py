@@ -15,7 +15,7 @@ from instella_ray.data.loading.labelled import read_labelled
 from instella_ray.errors import UserError
 from instella_ray.evaluation.metrics.labels import rank
 from instella_ray.models.checkpoint import CONFIG
-from instella_ray.models.classifier import load_classifier
+from instella_ray.models.classifier import ClassifierConfig, load_classifier, new_classifier
 from instella_ray.training.classifier import (
     OWN,
     ClassifierRunConfig,
@@ -47,7 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         held_out_share=0.2,
         threads=1,
     )
-    torch.manual_seed(0)
     run_classifier(cfg)
     return folder
 
@@ -73,6 +72,22 @@ def test_it_is_loaded_with_the_labels_and_data_that_it_was_written_with(trained:
     (tmp_path / CONFIG).write_text(text.replace("- framed\n    - plain", "- plain\n    - framed"))
     with pytest.raises(UserError, match=r"config\.yaml is not the one that model\.safetensors was written with"):
         load_classifier(tmp_path)
+
+
+def test_making_and_loading_it_draw_nothing_from_the_generator(trained: Path) -> None:
+    before, cfg = torch.get_rng_state(), ClassifierConfig(labels={"style": ("a", "b")})
+    new_classifier(cfg, "random", 1)
+    load_classifier(trained / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_weights_are_those_of_the_seed() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason=LITE)
+    cfg = ClassifierConfig(labels={"style": ("a", "b")})
+    one, same, other = (new_classifier(cfg, "random", seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    for name in ("trunk.network._conv_stem.weight", "heads.style.weight"):
+        assert not torch.equal(one[name], other[name])
 
 
 def test_a_finished_output_is_not_overwritten(trained: Path) -> None:

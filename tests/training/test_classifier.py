@@ -95,6 +95,13 @@ def test_a_finished_output_is_not_overwritten(trained: Path) -> None:
         run_classifier(ClassifierRunConfig(data=str(trained / "train"), output=str(trained / "model")))
 
 
+def test_a_part_has_the_hash_of_its_own_rows(tmp_path: Path) -> None:
+    images = read_labelled(write_labelled(tmp_path, 1), ("style",), 32)
+    one, other = images.part(np.array([0])), images.part(np.array([1]))
+    assert len({images.sha256, one.sha256, other.sha256}) == 3
+    assert images.part(np.arange(len(images))).sha256 == images.sha256
+
+
 def test_samples_without_a_label_are_named(tmp_path: Path) -> None:
     rows = [(key, image, text, meta if key[-1] == "0" else {}) for key, image, text, meta in labelled_rows(2)]
     write_tar(str(tmp_path / "a.tar"), rows)

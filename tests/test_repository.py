@@ -60,7 +60,7 @@ JOB_OF = {
     "tokenizer": ("train_tokenizer", []),
     "generator": ("train_generator", []),
     "icons/classifier": ("train_classifier", ["output=a"]),
-    "icons/sample": ("sample", []),
+    "icons/sample": ("sample", ["sample.model=a", "sample.output=b"]),
     "icons/evaluate": ("evaluate", ["samples=a", "output=b"]),
     "serve": ("serve", []),
     "sample": ("sample", []),

@@ -43,8 +43,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray prompts") 
     check_output_file(args.output)
     if storage.exists(args.output):
         raise UserError(f"--output {args.output}: exists; choose another name")
-    if reserved := sorted({"id", "prompt", "category", "tag", "settings"} & set(args.labels)):
-        raise UserError(f"--labels {reserved[0]}: a field of prompts; expected keys of KEY.json of other names")
     if args.count < 1:
         raise UserError(f"--count {args.count}: expected at least 1")
     pattern = args.pattern[0] if len(args.pattern) == 1 else tuple(args.pattern)

@@ -7,11 +7,11 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 from ..errors import UserError
-from .formats.metadata import json_object
+from .formats.metadata import json_object, required_text
 from .formats.patterns import Pattern, pattern_text
 from .formats.sources import find_images, read_rows
 from .formats.texts import CAPTION_NAMES
-from .prompts import Prompt
+from .prompts import PROMPT_FIELDS, Prompt
 
 
 def grouped_prompts(
@@ -27,8 +27,10 @@ def grouped_prompts(
     A group are the images with the same value of ``by`` in KEY.json, which becomes the prompts' category; ``by`` and
     ``labels`` of an image become their metadata. More prompts of a group begin with fewer ones; ids are ``GROUP-NUMBER``.
     Images without caption are passed over. Raises UserError for an image without one of the labels, for one caption with
-    different labels within a group, and for a group with fewer captions.
+    different labels within a group, for a group with fewer captions, and for labels that are a prompt's own fields.
     """
+    if taken := next((name for name in (by, *labels) if name.lower() in PROMPT_FIELDS), None):
+        raise UserError(f"label '{taken}': a field that prompts have themselves; expected another key of KEY.json")
     source, groups = pattern_text(pattern), dict[str, dict[str, dict[str, str]]]()
     for caption, meta in _captions(pattern, source, [by, *labels], caption_keys):
         before = groups.setdefault(meta[by], {}).setdefault(caption, meta)
@@ -55,9 +57,5 @@ def _captions(
             if row["problem"]:
                 continue
             meta = json_object(row["meta"]) or {}
-            wrong = next((name for name in names if not isinstance(meta.get(name), str) or not meta[name]), None)
-            if wrong is not None:
-                raise UserError(
-                    f"{source}: sample {row['key']}: no text '{wrong}' in its metadata, expected it in KEY.json"
-                )
-            yield row["caption"], {name: meta[name] for name in names}
+            sample = f"{source}: sample {row['key']}"
+            yield row["caption"], {name: required_text(meta, name, sample) for name in names}

@@ -33,6 +33,8 @@ PromptFile = Annotated[str, PathKind(names=(SCENES,))]
 """Path or URL of a prompt file, or ``scenes``."""
 SCENES_PER_CATEGORY = 40
 ID_KEYS = ("id", "key", "prompt_id")
+PROMPT_FIELDS = frozenset({*PROMPT_NAMES, *ID_KEYS, "tag", "category", "settings"})
+"""Names, in any case, of values that a row's prompt, identifier, category and sampling are read from."""
 START = 4096
 """First bytes of a text file that tell its encoding."""
 LONGEST_FIELD = 16 << 20

@@ -25,6 +25,7 @@ from ..config import Config, validate
 from ..errors import UserError
 from .checkpoint import CONFIG, WEIGHTS, misfit, read_checkpoint_config, read_tensors
 from .perceptual import LITE_SCALES, LiteTrunk, WeightsFile, load_lite_trunk, new_lite_trunk
+from .rng import seeded
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 """Name of a field of the metadata that classes images."""
@@ -55,20 +56,18 @@ class ClassifierConfig(Config):
 
 
 class Classifier(nn.Module):
-    """Classifier of images ``[B, 3, S, S]`` in [-1, 1]."""
+    """Classifier of images ``[B, 3, S, S]`` in [-1, 1]; without a ``trunk``, all weights are random by ``seed``."""
 
-    def __init__(self, cfg: ClassifierConfig, trunk: LiteTrunk | None = None) -> None:
+    def __init__(self, cfg: ClassifierConfig, trunk: LiteTrunk | None = None, seed: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        self.trunk = trunk or new_lite_trunk("classifier")
+        self.trunk = trunk or new_lite_trunk("classifier", seed)
         self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
         self.width = 2 * sum(LITE_SCALES) + HEAD_WIDTH + sum(n * (n - 1) // 2 for n in LITE_SCALES[:FINE])
         self.register_buffer("shift", torch.zeros(self.width))
         self.register_buffer("scale", torch.ones(self.width))
-        # Fitted in one go: random values would only be drawn from the global generator.
-        self.heads = nn.ModuleDict(
-            {name: nn.utils.skip_init(nn.Linear, self.width, len(values)) for name, values in cfg.labels.items()}
-        )
+        with seeded(seed):
+            self.heads = nn.ModuleDict({name: nn.Linear(self.width, len(each)) for name, each in cfg.labels.items()})
 
     def features(self, images: Tensor) -> Tensor:
         """Compute features ``[B, D]`` of images."""
@@ -107,9 +106,12 @@ def _covariances(scale: Tensor) -> Tensor:
     return found.sign() * found.abs().sqrt()
 
 
-def new_classifier(cfg: ClassifierConfig, weights: WeightsFile) -> Classifier:
-    """Create a classifier over EfficientNet-Lite0 with ``weights``: ``published``, ``random`` or a local file."""
-    return Classifier(cfg, load_lite_trunk(weights, "classifier")).eval().requires_grad_(False)
+def new_classifier(cfg: ClassifierConfig, weights: WeightsFile, seed: int = 0) -> Classifier:
+    """Create a classifier over EfficientNet-Lite0 with ``weights``; its heads are random by ``seed``.
+
+    The weights are ``published``, ``random`` (by ``seed`` too) or a local file.
+    """
+    return Classifier(cfg, load_lite_trunk(weights, "classifier", seed), seed).eval().requires_grad_(False)
 
 
 def save_classifier(folder: Path, model: Classifier, about: Mapping[str, Any]) -> None:

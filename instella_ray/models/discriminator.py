@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import UserError
 from .perceptual import PUBLISHED, RANDOM, WeightsFile
+from .rng import seeded
 
 
 class DiscriminatorConfig(Config):
@@ -101,8 +102,7 @@ def _load_backbone(cfg: DiscriminatorConfig, seed: int) -> Any:
             raise UserError(f"discriminator: weights {cfg.weights}: expected published, random or a local file")
         source["pretrained_cfg_overlay"] = {"file": cfg.weights}
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = timm.create_model(cfg.backbone, num_classes=0, dynamic_img_size=True, **source)
     except Exception as error:  # timm, the hub and the file readers raise unrelated error types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

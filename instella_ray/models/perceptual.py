@@ -7,9 +7,9 @@ averaged over positions; the distance is the sum over layers (the mean without h
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from ..config import PathKind
 from ..errors import UserError
 from ..packages import optional_import
 from ..storage import file_sha256
+from .rng import seeded
 
-T = TypeVar("T")
 PerceptualNetwork = Literal["vgg", "efficientnet_lite0"]
 PUBLISHED, RANDOM = "published", "random"
 WeightsFile = Annotated[str, PathKind(names=(PUBLISHED, RANDOM))]
@@ -36,13 +36,14 @@ LITE_SCALES = (16, 24, 40, 112, 320)
 
 
 class VGGTrunk(nn.Module):
-    """VGG16 trunk: images ``[B, 3, H, W]`` in [-1, 1] to the five feature maps of LPIPS."""
+    """VGG16 trunk: images ``[B, 3, H, W]`` in [-1, 1] to the five feature maps of LPIPS; random by ``seed``."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
 
-        self.features = make_layers(cfgs["D"], batch_norm=False)[: VGG_LAYERS[-1] + 1]
+        with seeded(seed):
+            self.features = make_layers(cfgs["D"], batch_norm=False)[: VGG_LAYERS[-1] + 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
@@ -60,11 +61,12 @@ class VGGTrunk(nn.Module):
 
 
 class LiteTrunk(nn.Module):
-    """EfficientNet-Lite0 trunk: images ``[B, 3, H, W]`` in [-1, 1] to feature maps at five scales."""
+    """EfficientNet-Lite0 trunk: images ``[B, 3, H, W]`` in [-1, 1] to feature maps at five scales; random by ``seed``."""
 
-    def __init__(self, package: Any) -> None:
+    def __init__(self, package: Any, seed: int = 0) -> None:
         super().__init__()
-        self.network = package.EfficientNet.from_name("efficientnet-lite0")
+        with seeded(seed):
+            self.network = package.EfficientNet.from_name("efficientnet-lite0")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         network, found = self.network, []
@@ -128,7 +130,7 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
     asker = f"perceptual loss {network}"
     path = None if weights == RANDOM else _weights_file(network, weights, asker)
     kind = "_random" if path is None else "" if file_sha256(str(path)).startswith(HASHES[network]) else "_unverified"
-    trunk = _seeded(VGGTrunk, seed) if network == "vgg" else new_lite_trunk(asker, seed)
+    trunk = VGGTrunk(seed) if network == "vgg" else new_lite_trunk(asker, seed)
     if path is not None:
         trunk.load(_read_state(path, asker), f"{asker}: {path}")
     if network == "vgg":
@@ -138,20 +140,15 @@ def load_perceptual(network: PerceptualNetwork, weights: str, seed: int = 0) -> 
 
 def new_lite_trunk(asker: str, seed: int = 0) -> LiteTrunk:
     """Create a trunk of random weights from ``seed``; UserError if its package is not installed, which ``asker`` needs."""
-    package = optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES)
-    return _seeded(lambda: LiteTrunk(package), seed)
+    return LiteTrunk(optional_import("efficientnet_lite_pytorch", asker, LITE_PACKAGES), seed)
 
 
-def _seeded(create: Callable[[], T], seed: int) -> T:
-    """Return what ``create`` draws from ``seed``; the state of the global generator stays."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return create()
+def load_lite_trunk(weights: str, asker: str, seed: int = 0) -> LiteTrunk:
+    """Load EfficientNet-Lite0 with ``weights``.
 
-
-def load_lite_trunk(weights: str, asker: str) -> LiteTrunk:
-    """Load EfficientNet-Lite0 with ``weights``: ``published`` (of an installed package), ``random`` or a local file."""
-    trunk = new_lite_trunk(asker)
+    They are ``published`` (of an installed package), ``random`` (from ``seed``) or a local file.
+    """
+    trunk = new_lite_trunk(asker, seed)
     if weights != RANDOM:
         path = _weights_file("efficientnet_lite0", weights, asker)
         trunk.load(_read_state(path, asker), f"{asker}: {path}")

@@ -6,6 +6,8 @@ retry and in another process.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -15,6 +17,14 @@ from .philox import KEY_STEPS, MASK, MULTIPLIERS, rounds
 
 DIFFUSION, AR, TRAINING = 0, 1, 2
 """Streams of independent random numbers for different purposes. Draws within a stream are numbered."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU within the block, for initial weights; after it, it goes on as if untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

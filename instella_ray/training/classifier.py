@@ -81,7 +81,7 @@ class ClassifierRunConfig(Config):
     threads: int = Field(2, ge=1)
     """CPU threads."""
     seed: int = 0
-    """Seed of the views."""
+    """Seed of the views, and of ``random`` weights."""
 
 
 class FeatureSums:
@@ -164,7 +164,8 @@ def run_classifier(cfg: ClassifierRunConfig) -> dict[str, Any]:
 def fit_classifier(cfg: ClassifierRunConfig, train: LabelledImages) -> Classifier:
     """Fit the heads of a new classifier to the features of ``train`` and of augmented views of it."""
     labels = {name: tuple(sorted(set(values))) for name, values in train.labels.items()}
-    model = new_classifier(validate(ClassifierConfig, {"size": cfg.size, "labels": labels}, train.source), cfg.weights)
+    model_cfg = validate(ClassifierConfig, {"size": cfg.size, "labels": labels}, train.source)
+    model = new_classifier(model_cfg, cfg.weights, cfg.seed)
     places = {name: {value: place for place, value in enumerate(values)} for name, values in labels.items()}
     classes = {name: torch.tensor([places[name][v] for v in values]) for name, values in train.labels.items()}
     sums = FeatureSums(model.width, {name: len(values) for name, values in labels.items()})

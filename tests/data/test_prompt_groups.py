@@ -46,6 +46,15 @@ def test_groups_with_too_few_captions_and_captions_of_several_labels_are_named(t
         grouped_prompts(str(tmp_path / "b"), "split", LABELS, 1)
 
 
+@pytest.mark.parametrize("name", ["prompt", "id", "Category", "tag", "settings", "caption", "prompt_id"])
+def test_labels_that_are_fields_of_prompts_are_refused(name: str) -> None:
+    expected = f"label '{name}': a field that prompts have themselves; expected another key of KEY.json"
+    with pytest.raises(UserError, match=expected):
+        grouped_prompts("nowhere", "split", ("style", name), 1)
+    with pytest.raises(UserError, match=expected):
+        grouped_prompts("nowhere", name, ("style",), 1)
+
+
 def test_the_file_is_read_as_prompts_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders, output = groups(tmp_path), str(tmp_path / "prompts.jsonl")
     command = ["prompts", *folders, "--count", "3", "--output", output]
@@ -55,7 +64,5 @@ def test_the_file_is_read_as_prompts_with_labels(tmp_path: Path, capsys: pytest.
     labels = {name: row[name] for name in ("split", *LABELS)}
     assert first == Prompt("held-out-0000", row["prompt"], "held-out", labels)
     assert cli.main(command) == 2 and "exists; choose another name" in capsys.readouterr().err
-    assert (
-        cli.main([*command[:-1], str(tmp_path / "new.jsonl"), "--labels", "prompt"]) == 2
-        and "--labels prompt: a field" in capsys.readouterr().err
-    )
+    assert cli.main([*command[:-1], str(tmp_path / "new.jsonl"), "--labels", "prompt"]) == 2
+    assert "label 'prompt': a field that prompts have themselves" in capsys.readouterr().err

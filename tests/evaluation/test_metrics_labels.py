@@ -18,6 +18,7 @@ from instella_ray.evaluation.metric_settings import MetricsConfig
 from instella_ray.evaluation.metrics.base import Batch, better
 from instella_ray.evaluation.metrics.images import ImageSettings
 from instella_ray.evaluation.metrics.labels import LabelScorer, label_accuracy
+from instella_ray.evaluation.metrics.rates import RateMetric
 
 from ..kit.evaluation import numbers
 from ..kit.labelled import COLORS, write_labelled
@@ -48,7 +49,7 @@ def batch(*rows: tuple[str, str, str]) -> Batch:
 def test_rates_are_told_by_group_with_what_was_found_instead() -> None:
     metric = label_accuracy(scorer(), "concept", by="split")
     metric.update(
-        batch(("sea", "sea", "seen"), ("sun", "sea", "seen"), ("leaf", "leaf", "new"), ("sea", "rose", "new"))
+        batch(("sea", "sea", "seen"), ("sun", "sea", "seen"), ("leaf", "leaf", "new"), ("sea", "leaf", "new"))
     )
     result = metric.result()
     assert (result.name, result.value, better(result.name)) == ("concept_accuracy", 0.5, "higher")
@@ -58,8 +59,35 @@ def test_rates_are_told_by_group_with_what_was_found_instead() -> None:
     }
     assert all(part.low < 0.5 < part.high and part.count == 2 for part in result.parts)
     assert {name: v.reason for name, v in metric.verdicts().items()} == {
-        **{"0": "", "1": "sun, not sea", "2": "", "3": "sea, not rose (unknown)"}
+        **{"0": "", "1": "sun, not sea", "2": "", "3": "sea, not leaf"}
     }
+    assert "not_counted" not in result.settings
+
+
+def test_values_that_the_classifier_does_not_know_are_counted_apart() -> None:
+    rows = (("sea", "sea", "seen"), ("sun", "rose", "seen"), ("sun", "rose", "new"), ("sea", "moon", "new"))
+    metric = label_accuracy(scorer(), "concept", by="split")
+    metric.update(batch(*rows))
+    for found in (metric, RateMetric.from_state(metric.state())):
+        result = found.result()
+        assert (result.value, result.count, [part.name for part in result.parts]) == (1, 1, ["concept_accuracy/seen"])
+        assert result.settings["not_counted"] == {"new": 2, "seen": 1} and result.settings["groups"] == 1
+        assert set(found.scores()) == set(found.groups()) == set(found.verdicts()) == {"0"}
+
+
+def test_an_accuracy_of_unknown_values_alone_is_not_a_number() -> None:
+    metric = label_accuracy(scorer(), "concept")
+    metric.update(batch(("sea", "rose", "new")))
+    result = metric.result()
+    assert result.to_json()["value"] is None and result.count == 0 and result.settings["not_counted"] == {"all": 1}
+
+
+def test_states_of_verdicts_without_unknown_values_are_read() -> None:
+    metric = label_accuracy(scorer(), "concept")
+    metric.update(batch(("sea", "sea", "a"), ("sun", "sea", "a")))
+    state = metric.state()
+    restored = RateMetric.from_state({**state, "correct": state["correct"].astype(bool)})
+    assert restored.verdicts() == metric.verdicts()
 
 
 def test_the_label_may_be_among_the_likeliest() -> None:

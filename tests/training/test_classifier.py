@@ -15,7 +15,7 @@ from instella_ray.data.loading.labelled import read_labelled
 from instella_ray.errors import UserError
 from instella_ray.evaluation.metrics.labels import rank
 from instella_ray.models.checkpoint import CONFIG
-from instella_ray.models.classifier import load_classifier
+from instella_ray.models.classifier import ClassifierConfig, load_classifier, new_classifier
 from instella_ray.training.classifier import (
     OWN,
     ClassifierRunConfig,
@@ -62,12 +62,6 @@ def test_it_finds_what_is_plain_to_see_and_counts_unknown_values_apart(trained: 
     assert rows == [{"images": "new", "label": "concept", "top 1": "–", "top 5": "–", "count": 0, "unknown": 4}]
 
 
-def test_loading_leaves_the_global_generator_alone(trained: Path) -> None:
-    before = torch.get_rng_state()
-    load_classifier(trained / "model")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_it_is_loaded_with_the_labels_and_data_that_it_was_written_with(trained: Path, tmp_path: Path) -> None:
     model, config = load_classifier(trained / "model")
     assert model.cfg.labels == {"style": ("framed", "plain"), "concept": ("cherry", "leaf", "sea")}
@@ -80,9 +74,32 @@ def test_it_is_loaded_with_the_labels_and_data_that_it_was_written_with(trained:
         load_classifier(tmp_path)
 
 
+def test_making_and_loading_it_draw_nothing_from_the_generator(trained: Path) -> None:
+    before, cfg = torch.get_rng_state(), ClassifierConfig(labels={"style": ("a", "b")})
+    new_classifier(cfg, "random", 1)
+    load_classifier(trained / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_weights_are_those_of_the_seed() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason=LITE)
+    cfg = ClassifierConfig(labels={"style": ("a", "b")})
+    one, same, other = (new_classifier(cfg, "random", seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    for name in ("trunk.network._conv_stem.weight", "heads.style.weight"):
+        assert not torch.equal(one[name], other[name])
+
+
 def test_a_finished_output_is_not_overwritten(trained: Path) -> None:
     with pytest.raises(UserError, match=r"model: exists; choose another folder"):
         run_classifier(ClassifierRunConfig(data=str(trained / "train"), output=str(trained / "model")))
+
+
+def test_a_part_has_the_hash_of_its_own_rows(tmp_path: Path) -> None:
+    images = read_labelled(write_labelled(tmp_path, 1), ("style",), 32)
+    one, other = images.part(np.array([0])), images.part(np.array([1]))
+    assert len({images.sha256, one.sha256, other.sha256}) == 3
+    assert images.part(np.arange(len(images))).sha256 == images.sha256
 
 
 def test_samples_without_a_label_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import UserError
 from ...storage import finite
 from .texts import clean_text
 
@@ -28,6 +29,14 @@ def json_object(text: str) -> dict[str, Any] | None:
         return _lower_names(finite(value)) if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         return None
+
+
+def required_text(meta: Mapping[str, Any], name: str, sample: str, place: str = "KEY.json") -> str:
+    """Return the text under ``name`` of a sample's metadata; UserError names ``sample`` and ``place`` if there is none."""
+    value = meta.get(name)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{sample}: no text '{name}' in its metadata, expected it in {place}")
+    return value
 
 
 def json_text(meta: dict[str, Any], **options: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from ... import logs
 from ...errors import UserError
 from ..formats.images import UndecodableError, decode_rgb, fit_square
-from ..formats.metadata import json_object
+from ..formats.metadata import json_object, required_text
 from ..formats.patterns import Pattern, pattern_text
 from ..formats.sources import find_images, read_rows
 
@@ -33,16 +33,25 @@ class LabelledImages:
     """uint8 ``[N, S, S, 3]``."""
     labels: dict[str, list[str]]
     """Value of each image by label."""
-    sha256: str
-    """Hash of keys, labels and image files of the whole set that was read, in order."""
+    hashes: list[str]
+    """sha256 of each image file."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of keys, labels and image files, in order."""
+        digest = hashlib.sha256()
+        for key, *values, found in zip(self.keys, *self.labels.values(), self.hashes, strict=True):
+            digest.update(json.dumps([key, values, found]).encode())
+        return digest.hexdigest()
+
     def part(self, rows: np.ndarray) -> LabelledImages:
         """Return the images at ``rows [M]``."""
         labels = {name: [values[row] for row in rows] for name, values in self.labels.items()}
-        return LabelledImages(self.source, [self.keys[row] for row in rows], self.images[rows], labels, self.sha256)
+        keys, hashes = ([each[row] for row in rows] for each in (self.keys, self.hashes))
+        return LabelledImages(self.source, keys, self.images[rows], labels, hashes)
 
 
 def read_labelled(pattern: Pattern, labels: Sequence[str], size: int) -> LabelledImages:
@@ -52,7 +61,7 @@ def read_labelled(pattern: Pattern, labels: Sequence[str], size: int) -> Labelle
     image is left.
     """
     source, bad = pattern_text(pattern), Counter[str]()
-    keys, images, digest = list[str](), list[np.ndarray](), hashlib.sha256()
+    keys, images, hashes = list[str](), list[np.ndarray](), list[str]()
     found: dict[str, list[str]] = {name: [] for name in labels}
     with logs.progress_bar(_rows(pattern), desc=f"read {source.rpartition('/')[2]}", unit="image") as rows:
         for key, data, meta in rows:
@@ -63,21 +72,16 @@ def read_labelled(pattern: Pattern, labels: Sequence[str], size: int) -> Labelle
             except UndecodableError as error:
                 bad[str(error)] += 1
                 continue
-            values = [meta.get(name) for name in labels]
-            for name, value in zip(labels, values, strict=True):
-                if not isinstance(value, str) or not value:
-                    raise UserError(
-                        f"{source}: sample {key}: no text '{name}' in its metadata, expected it in KEY.json"
-                    )
-                found[name].append(value)
-            digest.update(json.dumps([key, values, hashlib.sha256(data).hexdigest()]).encode())
+            for name in labels:
+                found[name].append(required_text(meta, name, f"{source}: sample {key}"))
+            hashes.append(hashlib.sha256(data).hexdigest())
             keys.append(key)
             images.append(pixels)
     if bad:
         log.warning("%s: not read: %s", source, ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items())))
     if not keys:
         raise UserError(f"{source}: no usable image")
-    return LabelledImages(source, keys, np.stack(images), found, digest.hexdigest())
+    return LabelledImages(source, keys, np.stack(images), found, hashes)
 
 
 def _rows(pattern: Pattern) -> Iterator[tuple[str, bytes, dict[str, object] | str]]:

@@ -1,7 +1,7 @@
 """Label accuracy: share of images in which a classifier finds the label that their prompt or metadata names.
 
-Named ``LABEL_accuracy``, or ``LABEL_topK`` where it suffices that the label is among the K likeliest. A label that the
-classifier does not know counts as not found.
+Named ``LABEL_accuracy``, or ``LABEL_topK`` where it suffices that the label is among the K likeliest. Images of labels
+that the classifier does not know are counted apart, as in its own accuracy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...data.formats.images import to_tensor
+from ...data.formats.metadata import required_text
 from ...errors import UserError
 from ...models.checkpoint import WEIGHTS
 from ...models.classifier import load_classifier, resized
@@ -22,6 +23,7 @@ from .base import Batch, Info, version_of
 from .images import ImageSettings
 from .rates import RateMetric, SampleVerdict
 
+FILES = "the prompts file or KEY.json"
 ALL = "all"
 """Category of the images of a metric without ``by``."""
 
@@ -71,8 +73,9 @@ def label_accuracy(
 ) -> RateMetric:
     """Create the accuracy of ``label``: among the ``top`` likeliest values is that of the sample's metadata.
 
-    ``by``: key of the metadata whose values are the categories. Raises UserError for a label that ``scorer`` has not, and
-    when measuring for a sample without ``label`` or ``by``.
+    ``by``: key of the metadata whose values are the categories. Images whose label has a value that ``scorer`` does not know
+    are not counted. Raises UserError for a label that ``scorer`` has not, and when measuring for a sample without ``label``
+    or ``by``.
     """
     if label not in scorer.labels:
         raise UserError(f"classifier {scorer.weights}: no label '{label}', expected one of {', '.join(scorer.labels)}")
@@ -83,10 +86,11 @@ def label_accuracy(
         scores = scorer.of_batch(batch, images)[label]
         found = []
         for name, meta, row in zip(batch.ids, batch.need("meta"), scores, strict=True):
-            category = ALL if by is None else text_of(meta, by, name)
-            expected = text_of(meta, label, name)
+            sample = f"sample {name}"
+            category = ALL if by is None else required_text(meta, by, sample, FILES)
+            expected = required_text(meta, label, sample, FILES)
             place = places.get(expected)
-            correct = place is not None and rank(row, place) < top
+            correct = None if place is None else rank(row, place) < top
             said = "" if correct else f"{values[int(row.argmax())]}, not {expected}{' (unknown)' * (place is None)}"
             found.append(SampleVerdict(category, correct, said))
         return found
@@ -102,13 +106,3 @@ def label_accuracy(
 def rank(scores: np.ndarray, place: int) -> int:
     """Return how many of ``scores [values]`` come before that at ``place``: larger ones, and equal ones before it."""
     return int((scores > scores[place]).sum() + (scores[:place] == scores[place]).sum())
-
-
-def text_of(meta: Mapping[str, Any], name: str, sample: str) -> str:
-    """Return the text of a sample's label; UserError if it has none."""
-    value = meta.get(name)
-    if not isinstance(value, str) or not value:
-        raise UserError(
-            f"sample {sample}: no text '{name}' in its metadata, expected it in the prompts file or KEY.json"
-        )
-    return value

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...models.checkpoint import weight_hash
+from ...models.rng import seeded
 from ...storage import file_sha256
 from .base import Batch, Info, version_of
 from .diversity import Diversity, image_diversity
@@ -60,10 +61,8 @@ def load_lpips(trunk: str | None, *, net: Net = "vgg", device: str = "cpu", seed
     expected = "torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth"
     path = None if trunk is None else local_weights(trunk, "lpips", expected)
     import lpips
-    import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
     if path is None:
         return Lpips(f"lpips_{net}_random_trunk", None, weight_hash(network), network.to(device), device)

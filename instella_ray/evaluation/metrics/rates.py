@@ -1,7 +1,8 @@
-"""Metrics that are rates of correct images by category: GenEval and the scene score."""
+"""Metrics that are rates of correct images by category: GenEval, the scene score and label accuracy."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ class SampleVerdict(NamedTuple):
     """Evaluation of one image."""
 
     category: str
-    correct: bool
+    correct: bool | None
+    """None if that cannot be told: the image is not counted."""
     reason: str
     """Reason for an incorrect image; empty if correct."""
 
@@ -25,6 +27,8 @@ VerdictsOf = Callable[[Batch], Sequence[SampleVerdict]]
 
 class RateMetric(Metric):
     """Share of correct images in each category, and their unweighted mean, which is the score.
+
+    Images without a verdict have no part in scores, groups, verdicts and rates; their number is told.
 
     Intervals are Wilson's over groups: a bootstrap of a category with all images correct, or none, would have zero width.
     """
@@ -43,24 +47,26 @@ class RateMetric(Metric):
 
     def scores(self) -> dict[str, float]:
         """Return 1 (correct) or 0 by sample id."""
-        return {name: float(verdict.correct) for name, (_, verdict) in sorted(self._rows.items())}
+        return {name: float(bool(verdict.correct)) for name, (_, verdict) in self._counted()}
 
     def groups(self) -> dict[str, str]:
         """Return the group by sample id."""
-        return {name: group for name, (group, _) in sorted(self._rows.items())}
+        return {name: group for name, (group, _) in self._counted()}
 
     def verdicts(self) -> dict[str, SampleVerdict]:
         """Return the verdict by sample id."""
-        return {name: verdict for name, (_, verdict) in sorted(self._rows.items())}
+        return {name: verdict for name, (_, verdict) in self._counted()}
 
     def result(self, confidence: float = 0.95, seed: int = 0) -> MetricResult:
         """Compute the mean over categories, with each category in ``parts``.
 
-        Settings include the number of prompts, and of prompts with at least one correct image.
+        Settings include the number of prompts, and of prompts with at least one correct image; and, if there are any,
+        ``not_counted``: images without a verdict by category.
         """
+        counted = self._counted()
         by_category: dict[str, list[tuple[str, bool]]] = {}
-        for _, (group, verdict) in sorted(self._rows.items()):
-            by_category.setdefault(verdict.category, []).append((group, verdict.correct))
+        for _, (group, verdict) in counted:
+            by_category.setdefault(verdict.category, []).append((group, bool(verdict.correct)))
         about: dict[str, Any] = {"interval": statistics.WILSON, "confidence": confidence}
         rates, parts = [], []
         for category, rows in sorted(by_category.items()):
@@ -69,11 +75,13 @@ class RateMetric(Metric):
             part = self.make_result(*rates[-1][:3], len(rows), groups=len(set(groups)), **about)
             parts.append(MetricResult(**{**vars(part), "name": f"{self.info.name}/{category}"}))
         prompts: dict[str, bool] = {}
-        for group, verdict in self._rows.values():
-            prompts[group] = prompts.get(group, False) or verdict.correct
+        for _, (group, verdict) in counted:
+            prompts[group] = prompts.get(group, False) or bool(verdict.correct)
         about |= {"groups": len(prompts), "groups_with_a_correct_image": sum(prompts.values())}
+        without = Counter(verdict.category for _, verdict in self._rows.values() if verdict.correct is None)
+        about |= {"not_counted": dict(sorted(without.items()))} if without else {}
         overall = statistics.mean_of_rates(rates, confidence=confidence)
-        return self.make_result(*overall[:3], len(self._rows), parts=tuple(parts), **about)
+        return self.make_result(*overall[:3], len(counted), parts=tuple(parts), **about)
 
     def arrays(self) -> dict[str, np.ndarray]:
         rows = sorted(self._rows.items())
@@ -81,14 +89,21 @@ class RateMetric(Metric):
             "ids": text_array([name for name, _ in rows]),
             "groups": text_array([group for _, (group, _) in rows]),
             "categories": text_array([verdict.category for _, (_, verdict) in rows]),
-            "correct": np.array([verdict.correct for _, (_, verdict) in rows], bool),
+            "correct": np.array(
+                [-1 if verdict.correct is None else verdict.correct for _, (_, verdict) in rows], np.int8
+            ),
             "reasons": text_array([verdict.reason for _, (_, verdict) in rows]),
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        columns = (arrays[name].tolist() for name in ("categories", "correct", "reasons"))
-        verdicts = [SampleVerdict(*row) for row in zip(*columns, strict=True)]
+        categories, correct, reasons = (arrays[name].tolist() for name in ("categories", "correct", "reasons"))
+        told = (None if value < 0 else bool(value) for value in correct)
+        verdicts = [SampleVerdict(*row) for row in zip(categories, told, reasons, strict=True)]
         self._add(arrays["ids"].tolist(), arrays["groups"].tolist(), verdicts)
+
+    def _counted(self) -> list[tuple[str, tuple[str, SampleVerdict]]]:
+        """Return id, group and verdict of the counted samples, by id."""
+        return [row for row in sorted(self._rows.items()) if row[1][1].correct is not None]
 
     def _add(self, ids: Sequence[str], groups: Sequence[str], verdicts: Sequence[SampleVerdict]) -> None:
         self.claim(ids)

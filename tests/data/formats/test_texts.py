@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instella_ray.data.formats.metadata import column_name, json_object, json_text, json_value, number, score
+from instella_ray.data.formats.metadata import (
+    column_name,
+    json_object,
+    json_text,
+    json_value,
+    number,
+    required_text,
+    score,
+)
 from instella_ray.data.formats.texts import (
     TextError,
     both_captions,
@@ -23,6 +31,7 @@ from instella_ray.data.formats.texts import (
     text_of,
     trimmed,
 )
+from instella_ray.errors import UserError
 
 from ...kit.shards import image_bytes
 
@@ -156,3 +165,10 @@ def test_metadata_has_no_nan_and_names_of_laion_in_lower_case_whatever_comes_in(
 @pytest.mark.parametrize("text", ["[1]", "", "{", '{"a": "\\ud83d"}', "[" * 100_000])
 def test_metadata_is_an_object_or_nothing(text: str) -> None:
     assert json_object(text) is None and json_object(json.dumps({"a": 1})) == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [None, "", 3, ["flat"]])
+def test_a_text_that_metadata_must_have_is_named(value: object) -> None:
+    assert required_text({"style": "flat"}, "style", "sample a") == "flat"
+    with pytest.raises(UserError, match=r"^sample a: no text 'style' in its metadata, expected it in KEY\.json$"):
+        required_text({"style": value}, "style", "sample a")

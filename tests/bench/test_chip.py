@@ -308,6 +308,7 @@ def test_a_run_that_was_killed_goes_on_with_what_it_lacks(tmp_path: Path, how: s
     assert after["bits"] == before["bits"] and len(after["mixed"]["rows"]) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_part_over_its_limit_keeps_its_rows_and_one_that_fails_stops_no_other(

@@ -208,6 +208,7 @@ def test_a_killed_run_resumes_without_repeating_a_step(
     assert {row["claim"] for row in result.rows} == {"tokens", "steps", "spikes"}
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_steps_run_on_ray_after_those_that_they_need(tmp_path: Path, ray_session: None) -> None:
     bench = TINY.model_copy(update={"claims": (STEPS,), "seeds": (0,), "local": False})

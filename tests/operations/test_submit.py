@@ -191,6 +191,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, trial: 
     assert wait_until(lambda: head.client.get_job_status(order.job) == "SUCCEEDED", 60)
 
 
+@pytest.mark.nightly
 def test_rays_own_command_submits_it_too(head: Head, trial: list[str]) -> None:
     """Without the checks beforehand: the same script on the same working directory, by ``ray job submit``."""
     command = [*RAY, "job", "submit", "--address", head.address, *trial, "--set", "code=3"]

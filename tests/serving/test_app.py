@@ -54,6 +54,7 @@ def test_damaged_weights_and_other_tokens_are_refused(
         build(serve_args(folders, models={"ar": ModelArgs(path=wide)}))
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_what_cannot_be_placed_and_a_second_endpoint_are_refused(
     ray_session: None, folders: dict[str, str], serve_url: str

@@ -75,7 +75,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     nasty = [
         "<script>alert(1)</script>",
         '"><img src=http://evil.example/x.png>',
-        "{{ 7 * 7 }} {% raw %}",
+        "{{ 7919 * 7907 }} {% raw %}",
         "&lt;b&gt; '\"",
     ]
     prompts = [Prompt(f"<i>{i}</i>", text, category=f"<u>{i}</u>") for i, text in enumerate(nasty)]
@@ -83,8 +83,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "s", prompts, noise(4, 2), tokenizer, model="<b>model</b>")
     page, _ = report(tmp_path / "o", samples=samples, tokenizer=tokenizer)
     assert page.count("<script") == 1 and not re.search(r"<img src=http|<b>model|<i>|<u>", page)
-    main = re.search(r"<main.*</main>", page, re.S)
-    assert main and not re.search(r"(?<![\d.])49(?![\d.])", re.sub(r"base64,[^\"]*", "", main[0]))  # 7 * 7, evaluated
+    assert str(7919 * 7907) not in page  # evaluated
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S)
     assert {unescape(caption) for caption in captions} == set(nasty)
 

@@ -80,7 +80,7 @@ class IconsConfig(Config):
     """Threads that render; null: one a core."""
 
 
-class Picture(NamedTuple):
+class IconImage(NamedTuple):
     """Rendered drawing."""
 
     set: str
@@ -118,8 +118,10 @@ def run_icons(cfg: IconsConfig) -> Ledger:
     }
     packages = {name: {"package": each.label, "digest": each.digest} for name, each in sets.items()}
     settings["packages"] = {"vocabulary": listed.vocabulary.digest} | {n: p["digest"] for n, p in packages.items()}
-    images = [each for name, folder in cfg.images.items() for each in shard_provenance(f"images {name}", folder.path)]
-    settings["inputs"] = [each.identity for each in images]
+    folder_inputs = [
+        each for name, folder in cfg.images.items() for each in shard_provenance(f"images {name}", folder.path)
+    ]
+    settings["inputs"] = [each.identity for each in folder_inputs]
     if open_output(cfg.output, cfg.mode, settings):
         if storage.exists(storage.join(cfg.output, LEDGER)):
             return Ledger.of([storage.read_json(storage.join(cfg.output, LEDGER))])
@@ -129,19 +131,19 @@ def run_icons(cfg: IconsConfig) -> Ledger:
         Provenance(role="drawings", kind="files", path=each.label, identity=each.digest)
         for each in (listed.vocabulary, *sets.values())
     ]
-    inputs += images
+    inputs += folder_inputs
     with recorded(cfg.output, "icons", cfg, inputs) as outputs:
-        verdicts, pictures = _pictures(cfg, listed, sets)
-        splits = split_all(pictures, _fingerprints(pictures), cfg.hold_out, cfg.duplicates) if pictures else []
-        for picture, verdict in zip(pictures, splits, strict=True):
-            verdicts[picture.set][KEPT if verdict in SPLITS else verdict] += 1
+        verdicts, images = _icon_images(cfg, listed, sets)
+        splits = split_all(images, _fingerprints(images), cfg.hold_out, cfg.duplicates) if images else []
+        for image, verdict in zip(images, splits, strict=True):
+            verdicts[image.set][KEPT if verdict in SPLITS else verdict] += 1
         ledgers = {name: Ledger().count(counts.elements()) for name, counts in verdicts.items()}
         table = {
-            name: about[name] | packages.get(name, {}) | ledger.to_json() | {"splits": _counts(name, pictures, splits)}
+            name: about[name] | packages.get(name, {}) | ledger.to_json() | {"splits": _counts(name, images, splits)}
             for name, ledger in ledgers.items()
         }
         for split in SPLITS:
-            chosen = [picture for picture, of in zip(pictures, splits, strict=True) if of == split]
+            chosen = [image for image, of in zip(images, splits, strict=True) if of == split]
             _write(cfg, split, chosen)
         ledger = Ledger.of(each.to_json() for each in ledgers.values())
         if not ledger.kept:
@@ -167,12 +169,12 @@ def _check_folders(cfg: IconsConfig, listed: SetList) -> None:
             raise UserError(f"images.{name}.concept: no group named concept; expected (?P<concept>...)")
 
 
-def _pictures(
+def _icon_images(
     cfg: IconsConfig, listed: SetList, sets: Mapping[str, IconSet]
-) -> tuple[dict[str, Counter[str]], list[Picture]]:
-    """Return the pictures of all sets, and by set the verdicts on what did not become one."""
+) -> tuple[dict[str, Counter[str]], list[IconImage]]:
+    """Return the images of all sets, and by set the verdicts on what did not become one."""
     verdicts: dict[str, Counter[str]] = {name: Counter() for name in (*sets, *cfg.images)}
-    drawings, pictures = list[Drawing](), list[Picture]()
+    drawings, images = list[Drawing](), list[IconImage]()
     needs_words = any(entry.registry != "debian" for entry in sets.values())
     packages = [*([listed.vocabulary] if needs_words else []), *sets.values()]
     with unpacked(packages, cfg.sources) as folders:
@@ -192,17 +194,17 @@ def _pictures(
     jobs += [(name, each) for name, folder in cfg.images.items() for each in _images(name, folder, cfg.size)]
     with ThreadPoolExecutor(cfg.workers or len(os.sched_getaffinity(0))) as pool:
         made = pool.map(lambda job: job[1](), jobs)
-        for (name, _), picture in zip(
+        for (name, _), image in zip(
             jobs, logs.progress_bar(made, desc="icons", total=len(jobs), unit="image"), strict=True
         ):
-            if isinstance(picture, str):
-                verdicts[name][picture] += 1
+            if isinstance(image, str):
+                verdicts[name][image] += 1
             else:
-                pictures.append(picture)
-    return verdicts, pictures
+                images.append(image)
+    return verdicts, images
 
 
-def _rendered(drawing: Drawing, size: int) -> Picture | str:
+def _rendered(drawing: Drawing, size: int) -> IconImage | str:
     """Render and caption a drawing; returns its verdict if it is refused."""
     try:
         pixels, opacity = render(drawing.svg, size)
@@ -214,17 +216,17 @@ def _rendered(drawing: Drawing, size: int) -> Picture | str:
     }
     about = {name: getattr(drawing, name) for name in ("set", "style", "concept", "licence", "source")}
     meta = about | captions | {"keywords": list(drawing.keywords)}
-    return _picture(drawing.key, pixels, meta)
+    return _icon_image(drawing.key, pixels, meta)
 
 
 def _images(name: str, folder: ImageFolder, size: int) -> Iterator[Any]:
-    """Yield a function for each image of a folder that returns its picture or verdict."""
+    """Yield a function for each image of a folder that returns its image or verdict."""
     for url, label in find_images(folder.path).items():
         for row in read_rows(url, label):
             yield partial(_image, name, folder, size, row)
 
 
-def _image(name: str, folder: ImageFolder, size: int, row: Mapping[str, Any]) -> Picture | str:
+def _image(name: str, folder: ImageFolder, size: int, row: Mapping[str, Any]) -> IconImage | str:
     if row.get("problem"):
         return verdict_of(row["problem"])
     found = re.match(folder.concept, row["caption"])
@@ -239,18 +241,18 @@ def _image(name: str, folder: ImageFolder, size: int, row: Mapping[str, Any]) ->
     captions = {"caption_short": caption, "caption_long": row["caption"]}
     about = {"set": name, "style": folder.style, "concept": concept, "licence": folder.licence}
     meta = about | captions | {"source": f"{folder.source}#{row['key']}", "keywords": []}
-    return _picture(f"{name}-{row['shard']}-{row['key']}", pixels, meta)
+    return _icon_image(f"{name}-{row['shard']}-{row['key']}", pixels, meta)
 
 
-def _picture(key: str, pixels: np.ndarray, meta: dict[str, Any]) -> Picture:
+def _icon_image(key: str, pixels: np.ndarray, meta: dict[str, Any]) -> IconImage:
     png = write_png(pixels, {})
     height, width, _ = pixels.shape
     names = (meta["set"], key, meta["style"], meta["concept"])
-    return Picture(*names, png, meta | {"width": width, "height": height}, fingerprint(png))
+    return IconImage(*names, png, meta | {"width": width, "height": height}, fingerprint(png))
 
 
-def _fingerprints(pictures: Sequence[Picture]) -> Fingerprints:
-    prints = [picture.print for picture in pictures]
+def _fingerprints(images: Sequence[IconImage]) -> Fingerprints:
+    prints = [image.print for image in images]
     return Fingerprints(
         exact=np.array([each["exact"] for each in prints], "S16"),
         near=np.array([each["near"] for each in prints], np.uint64),
@@ -259,14 +261,14 @@ def _fingerprints(pictures: Sequence[Picture]) -> Fingerprints:
     )
 
 
-def _counts(name: str, pictures: Sequence[Picture], splits: Sequence[str]) -> dict[str, int]:
-    found = Counter(split for picture, split in zip(pictures, splits, strict=True) if picture.set == name)
+def _counts(name: str, images: Sequence[IconImage], splits: Sequence[str]) -> dict[str, int]:
+    found = Counter(split for image, split in zip(images, splits, strict=True) if image.set == name)
     return {split: found[split] for split in SPLITS}
 
 
-def _write(cfg: IconsConfig, split: str, pictures: Sequence[Picture]) -> None:
+def _write(cfg: IconsConfig, split: str, images: Sequence[IconImage]) -> None:
     """Write the tars of a split, in an order that mixes sets and concepts."""
-    ordered = sorted(pictures, key=lambda picture: hashlib.sha256(picture.key.encode()).digest())
+    ordered = sorted(images, key=lambda image: hashlib.sha256(image.key.encode()).digest())
     samples: Iterator[Sample] = (
         (each.key, each.png, each.meta["caption_short"], each.meta | {"key": each.key, "split": split})
         for each in ordered

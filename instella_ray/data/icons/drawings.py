@@ -131,19 +131,7 @@ def read_iconify(name: str, entry: IconSet, folder: Path, vocabulary: Vocabulary
             yield f"{DROPPED}:same_drawing", None
             continue
         seen.add((emoji.concept, svg))
-        yield (
-            KEPT,
-            Drawing(
-                set=name,
-                name=icon,
-                style=entry.style,
-                concept=emoji.concept,
-                svg=svg,
-                licence=entry.licence,
-                source=f"{entry.label}#{icon}",
-                keywords=emoji.keywords,
-            ),
-        )
+        yield KEPT, _drawing(name, entry, icon, emoji.concept, svg, emoji.keywords)
 
 
 def read_clip_art(name: str, entry: IconSet, folder: Path) -> Iterator[Found]:
@@ -161,19 +149,21 @@ def read_clip_art(name: str, entry: IconSet, folder: Path) -> Iterator[Found]:
         elif not _TITLE.fullmatch(title):
             yield f"{DROPPED}:no_title", None
         else:
-            yield (
-                KEPT,
-                Drawing(
-                    set=name,
-                    name=icon,
-                    style=entry.style,
-                    concept=title,
-                    svg=svg,
-                    licence=entry.licence,
-                    source=f"{entry.label}#{icon}",
-                    keywords=keywords,
-                ),
-            )
+            yield KEPT, _drawing(name, entry, icon, title, svg, keywords)
+
+
+def _drawing(name: str, entry: IconSet, icon: str, concept: str, svg: str, keywords: tuple[str, ...]) -> Drawing:
+    source = f"{entry.label}#{icon}"
+    return Drawing(
+        set=name,
+        name=icon,
+        style=entry.style,
+        concept=concept,
+        svg=svg,
+        licence=entry.licence,
+        source=source,
+        keywords=keywords,
+    )
 
 
 def _reason(icon: str, codes: list[str], emoji: Emoji | None, about: Mapping[str, Any]) -> str | None:

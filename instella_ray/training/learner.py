@@ -48,7 +48,7 @@ class Learner:
         if ranks()[1] > 1 or self.shards_one_rank:
             broadcast(model)
             self._forward = self._distributed()
-        self.optimizers = build_optimizers(model, cfg)
+        self.optimizers = build_optimizers(model, cfg, dtype)
 
     def _distributed(self) -> nn.Module:
         """Return the step module wrapped for several ranks."""

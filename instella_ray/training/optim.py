@@ -50,8 +50,10 @@ class Optimizers:
             member.zero_grad(set_to_none=True)
 
 
-def build_optimizers(model: nn.Module, cfg: OptimizerConfig) -> Optimizers:
+def build_optimizers(model: nn.Module, cfg: OptimizerConfig, dtype: torch.dtype = torch.float32) -> Optimizers:
     """Build AdamW for all trainable parameters; with ``muon``, Muon for the matrices inside the blocks.
+
+    ``dtype`` is that of Muon's matrix products.
 
     Weights of linear and convolutional layers decay, norms, biases, positions, learned tokens and the quantizer's vectors of
     bits do not: those are added or scale as they are, and decay would only draw them to zero.
@@ -69,7 +71,9 @@ def build_optimizers(model: nn.Module, cfg: OptimizerConfig) -> Optimizers:
         ]
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, cfg.lr, betas=cfg.betas, eps=1e-8, weight_decay=0.0, fused=True)
-    return Optimizers([adamw, Muon(matrices, cfg.matrix_lr, weight_decay=cfg.weight_decay)] if matrices else [adamw])
+    if not matrices:
+        return Optimizers([adamw])
+    return Optimizers([adamw, Muon(matrices, cfg.matrix_lr, weight_decay=cfg.weight_decay, dtype=dtype)])
 
 
 def _is_inner(name: str) -> bool:
@@ -133,7 +137,8 @@ class Muon(torch.optim.Optimizer):
     ``W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) O``, with O approximately the nearest orthogonal matrix to the
     momentum.
     Matrices must not be sharded, because a shard has different singular values. The default is three iterations
-    instead of the usual five: as accurate for matrices of the demo's size, and cheaper.
+    instead of the usual five: as accurate for matrices of the demo's size, and cheaper. ``dtype`` is that of the
+    iterations' products.
     """
 
     def __init__(
@@ -144,7 +149,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         iterations: int = 3,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         defaults = {"lr": lr, "momentum": momentum, "iterations": iterations, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -158,7 +165,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for (rows, columns), parameters in by_shape.items():
                 directions = [self._nesterov(parameter, group["momentum"]) for parameter in parameters]
-                updates = orthogonalize(torch.stack(directions), group["iterations"])
+                updates = orthogonalize(torch.stack(directions), group["iterations"], self.dtype)
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 if group["weight_decay"]:
                     torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -173,13 +180,14 @@ class Muon(torch.optim.Optimizer):
         return torch.lerp(parameter.grad, state["momentum"], momentum)
 
 
-def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Return ``matrices [N, R, C]`` with singular values near 1 and unchanged singular vectors."""
+def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``matrices [N, R, C]`` with singular values near 1 and unchanged singular vectors; products in ``dtype``."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrices.dtype)
     return x.mT if tall else x

@@ -279,6 +279,17 @@ def test_set_and_cleared_bits_learn_alike(size: float) -> None:
     assert right == pytest.approx([-value for value in wrong], rel=0.015)
 
 
+def test_attention_of_a_training_step_is_computed_in_float32_on_cpus() -> None:
+    module = Attention(16, 2)
+    nn.init.eye_(module.o_proj.weight)
+    q, k, v = (draw(4, 2, 6, 8).bfloat16().requires_grad_() for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = module.attend(q, k, v)
+    exact = module.attend(q.float(), k.float(), v.float())
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made, exact.bfloat16(), atol=0, rtol=0)
+
+
 def test_bits_are_exact_under_autocast() -> None:
     module, x = BinaryQuantizer(32, 64, normalized_tokens=8).train(), torch.randn(16, 8, 32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -39,6 +39,8 @@ class Job(Generic[C]):
     """Override with which the job continues an interrupted run of the same configuration."""
     folder: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None
     """Help of an optional folder, and the function that returns the dotted keys for which it stands, with their values."""
+    default_folder: str | None = None
+    """Folder that stands where neither one nor a configuration file is given."""
 
     def parser(self, prog: str | None = None) -> ArgumentParser:
         """Return the parser of the job's command line; its help lists all keys of the configuration."""
@@ -68,7 +70,8 @@ class Job(Generic[C]):
         given = {flag: getattr(args, flag.replace("-", "_")) for flag in (*self.flags, *self.switches)}
         overrides = [f"{key}={given[flag]}" for flag, key in self.flags.items() if given[flag] is not None]
         overrides += [f"{key}=true" for flag, key in self.switches.items() if given[flag]]
-        keys = self.folder[1](args.folder) if self.folder and args.folder else {}
+        folder = args.folder or (None if args.config else self.default_folder) if self.folder else None
+        keys = self.folder[1](folder) if self.folder and folder else {}
         return load_config(self.config, args.config, [*args.overrides, *overrides], flags=keys)
 
     def main(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -27,6 +27,8 @@ from .engine.slots import EngineOptions
 from .engine.weights import serving_dtype
 from .errors import UserError
 from .models.bit import BIT
+from .models.bundled import TOKENIZER
+from .models.card import GeneratorCard
 from .models.checkpoint import CONFIG, load_expected, load_model, read_checkpoint_config, weight_hash
 from .models.folders import find_model
 from .models.generator import ARGenerator, DiffusionGenerator
@@ -34,8 +36,8 @@ from .models.sampling import SamplingConfig, SamplingParams
 from .models.text_encoder import TextEncoder, TextEncoderConfig
 
 OutputType = Literal["pil", "np", "pt", "codes"]
-TOKENIZER, TEXT_ENCODER = "tokenizer", "text_encoder"
-"""Folders within a saved pipeline."""
+TEXT_ENCODER = "text_encoder"
+"""Folder within a saved pipeline, as is :data:`.models.bundled.TOKENIZER`."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ class InstellaPipeline:
         batch_size: int = 8,
         compilation: Compilation = "none",
         source: Path | None = None,
+        card: GeneratorCard | None = None,
     ) -> None:
         """``transformer`` generates codes, ``batch_size`` images at once; ``source`` is its model folder.
+
+        ``card`` has the sampling settings that stand for those that a call leaves out.
 
         The engine caches what it computes from the weights of ``transformer``, which must not change afterwards.
         Raises UserError if its codes do not have the size that ``tokenizer`` decodes.
@@ -90,6 +95,7 @@ class InstellaPipeline:
             made, read = (f"{tokens} tokens of {bits} bits" for tokens, bits in sizes)
             raise UserError(f"transformer: generates codes of {made}, the tokenizer decodes {read}")
         self.transformer, self.tokenizer, self.text_encoder, self.source = transformer, tokenizer, text_encoder, source
+        self.card = card or GeneratorCard()
         options = EngineOptions(batch_size, text_encoder.cfg.max_length, compilation)
         self.engine: StepEngine = build_engine(transformer, text_encoder.encode_prompt(""), options)
 
@@ -106,6 +112,8 @@ class InstellaPipeline:
         compilation: Compilation = "none",
     ) -> InstellaPipeline:
         """Load a pipeline from a generator's model folder (``RUN_DIR/latest``), a saved pipeline, or a repository of the hub.
+
+        ``icons`` and ``icons/ar`` are generators that come with the package.
 
         ``tokenizer`` and ``text_encoder`` replace those that the folder names. Raises UserError if a part is missing,
         naming what to pass, and for a tokenizer other than the one that the generator was trained with.
@@ -128,6 +136,7 @@ class InstellaPipeline:
             batch_size=batch_size,
             compilation=compilation,
             source=folder,
+            card=GeneratorCard.of(config, str(folder / CONFIG)),
         )
 
     @property
@@ -154,8 +163,8 @@ class InstellaPipeline:
         first of consecutive ones; without it they are drawn, from ``generator`` if given. ``callback_on_step_end(pipe,
         image, step, {"codes": ...})`` is called after every step of an image. ``sampling`` are the fields of
         :class:`.models.sampling.SamplingConfig`: ``num_inference_steps``, ``guidance_scale``, ``temperature``, ``rho``,
-        ``sampler``, ``redraw``, ``final_draw``. Raises UserError for values out of range and sizes that the tokenizer cannot
-        decode.
+        ``sampler``, ``redraw``, ``final_draw``; the others are those of ``self.card``. Raises UserError for values out of
+        range and sizes that the tokenizer cannot decode.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
@@ -189,7 +198,7 @@ class InstellaPipeline:
         Other arguments as in :meth:`__call__`.
         """
         size = self._size(height, width)
-        steps = _config(sampling).num_inference_steps
+        steps = self.sampling(sampling).num_inference_steps
         for _, event in self._events([prompt], _seeds(seed, None, 1), sampling, every=preview_every):
             if isinstance(event, Progress):
                 steps, step, codes = event.steps, event.step, event.estimate.numpy()
@@ -228,6 +237,13 @@ class InstellaPipeline:
         images = self._decoded(bits if bits.ndim == 3 else bits[None], *self._size(height, width), output_type)
         return images if bits.ndim == 3 else images[0]
 
+    def sampling(self, given: Mapping[str, Any]) -> SamplingConfig:
+        """Return the sampling settings of a call with the arguments ``given``; UserError for an unknown or wrong one."""
+        if unknown := set(given) - set(SamplingConfig.model_fields):
+            expected = ", ".join(SamplingConfig.model_fields)
+            raise UserError(f"{min(unknown)}: unknown argument, expected one of {expected}")
+        return self.card.defaults(validate(SamplingConfig, given))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Save generator, tokenizer and text encoder into one new folder that :meth:`from_pretrained` loads anywhere.
 
@@ -263,7 +279,7 @@ class InstellaPipeline:
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any], *, every: int
     ) -> Iterator[tuple[int, Event]]:
         """Run the engine over all prompts; yields the number of an image and its event."""
-        settings = _config(sampling).model_dump()
+        settings = self.sampling(sampling).model_dump()
         with closing(self.engine.run(self._requests(prompts, seeds, settings, every))) as events:
             yield from ((int(event.id), event) for event in events)
 
@@ -300,12 +316,6 @@ class InstellaPipeline:
             return images.clamp(-1, 1)
         pixels = to_pixels(images)
         return pixels if output_type == "np" else [Image.fromarray(each) for each in pixels]
-
-
-def _config(sampling: Mapping[str, Any]) -> SamplingConfig:
-    if unknown := set(sampling) - set(SamplingConfig.model_fields):
-        raise UserError(f"{min(unknown)}: unknown argument, expected one of {', '.join(SamplingConfig.model_fields)}")
-    return validate(SamplingConfig, sampling)
 
 
 def _seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> list[int]:
@@ -345,9 +355,10 @@ def _local_folder(name: str | Path) -> Path:
 
 
 def _tokenizer_folder(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Find the tokenizer of a generator: within its folder, or where it was when the generator was trained."""
-    if (folder / TOKENIZER / CONFIG).is_file():
-        return folder / TOKENIZER
+    """Find the tokenizer of a generator: within its folder or beside it, or where it was when the generator was trained."""
+    for place in (folder / TOKENIZER, folder.parent / TOKENIZER):
+        if (place / CONFIG).is_file():
+            return place
     inputs = (config.get("lineage") or {}).get("inputs") or ()
     paths = [each["path"] for each in inputs if each.get("role") == "tokenizer"]
     if paths and Path(paths[0], CONFIG).is_file():

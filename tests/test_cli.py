@@ -18,6 +18,7 @@ from instella_ray import __version__, cli
 from instella_ray.commands import NAMES
 from instella_ray.config import recipes
 from instella_ray.data.formats.images import read_metadata
+from instella_ray.models.checkpoint import add_section
 
 from .kit.models import make_generator, make_tokenizer
 from .kit.project import JOBS, PACKAGE, ROOT
@@ -97,7 +98,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of a random generator and its tokenizer."""
     root = tmp_path_factory.mktemp("models")
     tokenizer_hash = make_tokenizer(root / "bit")
-    return make_generator(root / "ar", tokenizer_hash, "ar"), str(root / "bit")
+    generator = make_generator(root / "ar", tokenizer_hash, "ar")
+    add_section(generator, "card", {"sampling": {"guidance_scale": 2.0, "temperature": 0.5}})
+    return generator, str(root / "bit")
 
 
 def generate(models: tuple[str, str], output: Path, *more: str) -> int:
@@ -118,6 +121,9 @@ def test_generate_writes_files_that_say_what_made_them(
     assert (about["guidance_scale"], about["temperature"], about["size"]) == (2.0, 0.5, [32, 48])
     assert generate(models, tmp_path / "again.png", "--seed", "8", "--size", "32x48") == 0
     assert (tmp_path / "again.png").read_bytes() == data
+    assert generate(models, tmp_path / "other.png", "--seed", "8", "--temperature", "0") == 0
+    about = read_metadata((tmp_path / "other.png").read_bytes())
+    assert about is not None and (about["guidance_scale"], about["temperature"]) == (2.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ..bulk.sample_set import library_versions
 from ..config import ArgumentParser, check_output_file
 from ..data.formats.images import OPTIONS, encode_image
 from ..errors import UserError
+from ..models.bundled import DEFAULT, TOKENIZER, bundled_names
 from ..pipeline import InstellaPipeline
 
 ENDINGS = {"jpg": "jpeg", **{name: name for name in OPTIONS}}
@@ -18,18 +19,25 @@ ENDINGS = {"jpg": "jpeg", **{name: name for name in OPTIONS}}
 
 
 def parser(prog: str = "instella-ray generate") -> ArgumentParser:
+    generators = [name for name in bundled_names() if not name.endswith(f"/{TOKENIZER}")]
     parser = ArgumentParser(prog=prog, description="Generate images of a prompt, without Ray, and write them to files.")
     parser.add_argument("prompt", help="text to draw")
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="model folder of a generator, folder of a demo, or hub name"
+        "--model",
+        default=DEFAULT,
+        metavar="MODEL",
+        help="model folder of a generator, folder of a demo, hub name, or a model that comes with the package: "
+        f"{', '.join(generators)} ({DEFAULT})",
     )
     parser.add_argument("-o", "--output", default="out.png", metavar="FILE", help="file: .png, .jpg or .webp (out.png)")
     parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="images; files get a number (1)")
     parser.add_argument("--size", metavar="WxH", help="width and height in pixels (default: the tokenizer's)")
     parser.add_argument("--seed", type=int, help="seed of the first image; the others count on (default: random)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of a diffusion generator (20)")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, metavar="X", help="0 is without guidance (2)")
-    parser.add_argument("--temperature", type=float, default=0.5, metavar="X", help="0 is greedy (0.5)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of a diffusion generator (default: the model's)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="0 is without guidance (default: the model's)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer, if the model's own is elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     return parser
@@ -43,14 +51,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
         raise UserError(f"--size {args.size}: expected WIDTHxHEIGHT, such as 64x64")
     files = _files(Path(args.output), args.count)
     pipe = InstellaPipeline.from_pretrained(args.model, tokenizer=args.tokenizer, device=args.device)
-    steps = args.steps if pipe.transformer.cfg.kind == "diffusion" else pipe.transformer.cfg.num_tokens
+    names = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "temperature": args.temperature}
+    given = {name: value for name, value in names.items() if value is not None}
+    settings = pipe.sampling(given).model_dump()
+    steps = (
+        settings["num_inference_steps"] if pipe.transformer.cfg.kind == "diffusion" else pipe.transformer.cfg.num_tokens
+    )
     total = args.count * steps
-    settings = {
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "temperature": args.temperature,
-        "versions": library_versions(),
-    }
     with logs.progress_bar(total=total, desc="generate", unit="step") as bar:
         output = pipe(
             args.prompt,
@@ -58,15 +65,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray generate")
             seed=args.seed,
             width=int(size[1]) if size else None,
             height=int(size[2]) if size else None,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            temperature=args.temperature,
             output_type="np",
             callback_on_step_end=lambda *_: bar.update(),
+            **given,
         )
         bar.update(total - bar.n)
     for file, pixels, seed in zip(files, output.images, output.seeds, strict=True):
-        about = {"prompt": args.prompt, "seed": seed, "model": str(args.model), **settings, "size": pixels.shape[1::-1]}
+        about = {"prompt": args.prompt, "seed": seed, "model": str(args.model), **settings}
+        about |= {"size": pixels.shape[1::-1], "versions": library_versions()}
         file.write_bytes(encode_image(pixels, ENDINGS[file.suffix[1:].lower()], about))
         print(f"{file}: {pixels.shape[1]}x{pixels.shape[0]}, seed {seed}")
     return 0

@@ -92,10 +92,13 @@ def assemble(cfg: ModelConfig, state: Mapping[str, Tensor], source: str | Path) 
 
 
 def load_model(folder: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> Model:
-    """Load the model of a folder in eval mode, with EMA weights if it has them and ``ema`` is true."""
+    """Load the model of a folder in eval mode, with EMA weights if it has them and ``ema`` is true.
+
+    Weights are float32, whatever the file's precision.
+    """
     cfg = parse_model(read_checkpoint_config(folder)["model"], str(Path(folder) / CONFIG))
     path = _weights_file(folder, ema)
-    return assemble(cfg, read_tensors(path, device), path)
+    return assemble(cfg, read_tensors(path, device), path).float()
 
 
 def load_expected(folder: str | Path, kind: type[M], *, ema: bool = True, device: str | torch.device = "cpu") -> M:
@@ -135,7 +138,10 @@ def _complete(path: str | Path) -> Iterator[None]:
 
 
 def weight_hash(source: str | Path | nn.Module, *, ema: bool = True) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes of the weights that :func:`load_model` would load."""
+    """Return the sha256 over names, dtypes, shapes and bytes of the weights that :func:`load_model` would load.
+
+    Files of less precision have the hash of their values as float32.
+    """
     if isinstance(source, nn.Module):
         state = source.state_dict()
     else:
@@ -143,6 +149,7 @@ def weight_hash(source: str | Path | nn.Module, *, ema: bool = True) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import yaml
 
 from .. import storage
 from ..errors import UserError
+from .bundled import bundled_folder
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -22,8 +23,9 @@ DEMO_GENERATOR = "runs/diffusion"
 def find_model(path: str) -> str:
     """Return the absolute path or URL of a model folder, which may be given as :func:`named_checkpoint`.
 
-    The folder of a demo stands for its diffusion generator; ``DEMO/runs/ar/latest`` is the other one. Raises UserError
-    for a name that no checkpoint has, and for a run directory, which holds several models.
+    The folder of a demo stands for its diffusion generator; ``DEMO/runs/ar/latest`` is the other one. The names of
+    :func:`.bundled.bundled_names` are models of the package, unless a model folder or demo has that path. Raises
+    UserError for a name that no checkpoint has, and for a run directory, which holds several models.
     """
     found = storage.absolute(named_checkpoint(path))
     if storage.exists(storage.join(found, CHECKPOINTS)):
@@ -31,7 +33,10 @@ def find_model(path: str) -> str:
         expected = " or ".join(storage.join(path, name) for name in names)
         raise UserError(f"{path}: a run directory, not a model folder; expected {expected}, or one of its checkpoints")
     run = storage.join(found, DEMO_GENERATOR)
-    return latest_checkpoint(run) if storage.exists(storage.join(run, CHECKPOINTS)) else found
+    if storage.exists(storage.join(run, CHECKPOINTS)):
+        return latest_checkpoint(run)
+    bundled = None if storage.exists(storage.join(found, RUN_CONFIG)) else bundled_folder(path)
+    return found if bundled is None else str(bundled)
 
 
 def named_checkpoint(path: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from ..config import Config, PathValue, path_values
 from ..data.formats.patterns import expand_part, split_pattern
 from ..errors import UserError
+from ..models.bundled import bundled_names
 from ..training.stages import TokenizerStagesConfig
 from ..urls import is_local, is_relative
 from .packing import Package
@@ -38,8 +39,9 @@ def require_packed_inputs(config: Config, package: Package) -> None:
         if path.kind.written:
             continue
         for part in split_pattern(path.value):
-            # package:MODULE/FILE is part of an installed package.
-            if is_relative(part) and not part.startswith("package:") and not _is_packed(part, package):
+            # package:MODULE/FILE is part of an installed package, and some models are part of this one.
+            installed = part.startswith("package:") or part in bundled_names()
+            if is_relative(part) and not installed and not _is_packed(part, package):
                 raise UserError(
                     f"{path.key}={part}: is not among the files to pack from {package.root}; {_examples(path, part)}"
                 )

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
 from ..errors import UserError
+from ..models.card import GeneratorCard
 from ..rendering import render
 from .access import OPEN_PATHS, BodyLimit, KeyCheck
 from .admission import Gate
@@ -53,6 +54,8 @@ class Served:
     kinds: dict[str, str]
     """``diffusion`` or ``ar``, by model name."""
     tokenizer_hash: str
+    cards: dict[str, GeneratorCard]
+    """What the models know, by their names."""
 
 
 def _caller(request: Request) -> Caller:
@@ -153,6 +156,8 @@ class Service:
         """Return OpenAI's entry of a model, with its settings and limits under the additional key ``instella_ray``."""
         about = {
             "kind": self.served.kinds[self._model(name, caller)],
+            "about": self.served.cards[name].about,
+            "prompts": list(self.served.cards[name].prompts),
             "defaults": self.args.models[name].defaults.model_dump(),
             "sizes": list(self.args.sizes),
             "limits": self.args.limits.model_dump(),

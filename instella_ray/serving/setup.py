@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from ..engine.weights import Identity
 from ..errors import UserError
 from ..models.bit import BIT, BITConfig
+from ..models.card import GeneratorCard
 from ..models.checkpoint import check_weights, load_expected, read_checkpoint_config, weight_hash
 from ..models.folders import find_model
 from ..models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
@@ -41,6 +43,8 @@ class Setup:
         args = located(args)
         keys = ApiKeys.load(args.api_keys_file, args.models)
         served, text_config = _read_folders(args)
+        args = _with_defaults(args, served.cards)
+        args.check()
         # Longer prompts are truncated, with a warning, to the length of a slot.
         limit = min(text_config.max_length, args.text_length)
         text_config = text_config.model_copy(update={"max_length": limit})
@@ -121,6 +125,13 @@ def one_text_encoder(args: ServeArgs) -> TextEncoderConfig:
     return encoders[0]
 
 
+def _with_defaults(args: ServeArgs, cards: Mapping[str, GeneratorCard]) -> ServeArgs:
+    """Return ``args`` with the sampling settings of the models' cards where it sets none."""
+    defaults = {name: cards[name].defaults(model.defaults) for name, model in args.models.items()}
+    models = {name: model.model_copy(update={"defaults": defaults[name]}) for name, model in args.models.items()}
+    return args.model_copy(update={"models": models})
+
+
 def _empty_prompt(cfg: TextEncoderConfig) -> np.ndarray:
     return TextEncoder.from_config(cfg).encode_prompt("").numpy()
 
@@ -140,7 +151,7 @@ def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
     bit = load_expected(args.tokenizer, BIT)
     bit_hash = weight_hash(bit)
     check_sizes(args, bit.cfg)
-    kinds = {}
+    kinds, cards = {}, {}
     for name, model in args.models.items():
         config = read_checkpoint_config(model.path)
         if config.get("tokenizer_hash") != bit_hash:
@@ -154,5 +165,6 @@ def _read_folders(args: ServeArgs) -> tuple[Served, TextEncoderConfig]:
                 f"models.{name}: {model.path} generates {generator.num_tokens} tokens of {generator.bits_per_token} bits, "
                 f"tokenizer {args.tokenizer} has {bit.cfg.num_tokens} of {bit.cfg.bits_per_token}"
             )
-        kinds[name] = str(config["model"].get("kind"))
-    return Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash), one_text_encoder(args)
+        kinds[name], cards[name] = str(config["model"].get("kind")), GeneratorCard.of(config, model.path)
+    served = Served(bit.cfg.num_tokens, bit.cfg.bits_per_token, kinds, bit_hash, cards)
+    return served, one_text_encoder(args)

@@ -25,6 +25,7 @@ from ..data.provenance import data_provenance, shard_provenance
 from ..errors import UserError
 from ..flops import TextEncoderSizes, generator_training, text_encoder_forward
 from ..models.bit import BIT, BITConfig
+from ..models.card import GeneratorCard
 from ..models.checkpoint import Model, load_expected, weight_hash
 from ..models.diffusion import TimeDistribution
 from ..models.folders import find_model
@@ -97,7 +98,10 @@ class GeneratorRunConfig(TrainingRun):
     """Recompute block activations in the backward pass: larger micro-batches, slower steps (auto, true or false).
 
     auto recomputes only where the planned memory of a micro-batch does not fit the GPU; never on a CPU."""
+    about: str = ""
+    """A sentence about what the model draws, for those who use it: the endpoint's page shows it."""
     preview: PreviewConfig = PreviewConfig()
+    """Also the examples and the default sampling settings of those who use the model."""
     validation: GeneratorValidation | None = None
     """Evaluation of checkpoints during training; None disables it."""
 
@@ -106,6 +110,12 @@ class GeneratorRunConfig(TrainingRun):
         if (self.codes is None) == (self.images is None):
             raise ValueError("codes, images: expected exactly one of them, the other null")
         return self
+
+    @property
+    def card(self) -> GeneratorCard:
+        """Card of the trained model."""
+        sampling = SamplingConfig(**self.preview.model_dump(include=set(SamplingConfig.model_fields)))
+        return GeneratorCard(about=self.about, prompts=tuple(filter(None, self.preview.prompts)), sampling=sampling)
 
     @property
     def sources(self) -> tuple[CodesSource, ...]:
@@ -276,7 +286,8 @@ class GeneratorTask:
 
     def extra(self) -> Mapping[str, Any]:
         encoder = self.cfg.text_encoder.model_dump(mode="json")
-        return {"text_encoder": encoder, "tokenizer_hash": self.tokenizer_hash}
+        card = self.cfg.card.model_dump(mode="json")
+        return {"text_encoder": encoder, "tokenizer_hash": self.tokenizer_hash, "card": card}
 
 
 def open_codes(cfg: GeneratorRunConfig) -> list[CodesReader]:

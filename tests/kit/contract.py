@@ -26,6 +26,12 @@ from .asgi import listening
 PAGE = render(Path(instella_ray.serving.__file__).with_name("playground.html"))
 POLICY = "default-src 'self' 'unsafe-inline' data:"
 STEPS = 8
+CARDS = {
+    "diffusion": {
+        "about": "Shapes in one colour, on white.",
+        "prompts": [f"a {color} circle" for color in ("red", "green", "blue", "black", "grey", "pink", "brown")],
+    }
+}
 
 
 def error_body(message: str, *, param: str | None = None, kind: str = "invalid_request_error") -> dict[str, Any]:
@@ -139,7 +145,12 @@ def application(contract: Contract) -> FastAPI:
         defaults = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "temperature": 0.5, "sampler": "simplified"}
         given = {"diffusion": defaults, "big": {**defaults, "guidance_scale": 1.0}, "ar": defaults}
         about = {
-            name: {"kind": "ar" if name == "ar" else "diffusion", "defaults": defaults, "sizes": [64, 128]}
+            name: {
+                "kind": "ar" if name == "ar" else "diffusion",
+                "defaults": defaults,
+                "sizes": [64, 128],
+                **CARDS.get(name, {}),
+            }
             for name, defaults in given.items()
         }
         data = [{"id": name, "object": "model", "instella_ray": about[name]} for name in about]

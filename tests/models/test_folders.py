@@ -16,7 +16,7 @@ from instella_ray.bulk.sample import run_sample
 from instella_ray.data.encode import EncodeConfig, run_encode
 from instella_ray.errors import UserError
 from instella_ray.evaluation.evaluate import EvaluateConfig, run_evaluate
-from instella_ray.models.checkpoint import weight_hash
+from instella_ray.models.checkpoint import add_section, weight_hash
 from instella_ray.models.folders import checkpoint_name, find_model, named_checkpoint
 from instella_ray.models.published import import_published
 from instella_ray.operations.doctor import check_model
@@ -189,3 +189,21 @@ def test_the_newest_checkpoint_is_what_is_read(run: Path, shard: Path) -> None:
     assert serve_tokenizer(f"{run}/latest", shard.parent).decoder()["path"] == str(newest)
     assert check_model(f"{run}/latest", "--models").level == "ok"
     assert "a run directory" in check_model(str(run), "--models").found
+
+
+def test_settings_that_an_endpoint_leaves_out_are_those_of_the_models_card(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "bit")
+    generator = make_generator(tmp_path / "generator", weight_hash(tmp_path / "bit"))
+    add_section(generator, "card", {"about": "Circles.", "prompts": ["a circle"], "sampling": {"temperature": 0.25}})
+    model = {"path": generator, "defaults": {"guidance_scale": 3.0}}
+    args = {"tokenizer": f"{tmp_path}/bit", "models": {"one": model, "two": {"path": generator}}, "sizes": [32]}
+    setup = Setup.of(ServeArgs.model_validate(args))
+    one, two = (each.defaults for each in setup.args.models.values())
+    assert (one.guidance_scale, one.temperature) == (3.0, 0.25) and (two.guidance_scale, two.temperature) == (7.5, 0.25)
+    assert (setup.served.cards["one"].about, setup.served.cards["one"].prompts) == ("Circles.", ("a circle",))
+    add_section(generator, "card", {"sampling": {"num_inference_steps": 5000}})
+    with pytest.raises(UserError, match=r"models.one.defaults.num_inference_steps: more than limits.steps 1000"):
+        Setup.of(ServeArgs.model_validate(args))
+    add_section(generator, "card", {"about": 3})
+    with pytest.raises(UserError, match=r"generator: 'about' = 3"):
+        Setup.of(ServeArgs.model_validate(args))

@@ -20,6 +20,7 @@ NO_PATHS = {
     *(f"{cls}.caption_keys" for cls in ("CurateConfig", "RecaptionConfig", "EncodeConfig", "EvaluateConfig")),
     *("DownloadConfig.user_agent", "Language.languages", "EncodeConfig.source", "Question.prompt"),
     *("BestConfig.metric", "TokenizerValidation.best_by", "GeneratorValidation.best_by", "PreviewConfig.prompts"),
+    "GeneratorRunConfig.about",
     *("EvaluateConfig.preset", "ServeJobConfig.host", "GpuBenchConfig.device", "DiscriminatorConfig.backbone"),
     *(
         "IconsConfig.sets",

@@ -237,6 +237,7 @@ def test_models_say_what_they_are_and_take(client: httpx.Client) -> None:
     about = ar["instella_ray"]
     assert client.get("/v1/models/ar").json() == ar and client.get("/v1/models/dalle").status_code == 404
     assert about["kind"] == "ar" and about["sizes"] == [32, 64] and about["limits"]["n"] == 16
+    assert (about["about"], about["prompts"]) == ("", [])
     assert about["defaults"]["num_inference_steps"] == 20 and about["tokens"] * about["bits"] == 24
 
 

@@ -14,7 +14,7 @@ import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ..kit.browser import CONTROL, Browser, Page
-from ..kit.contract import PAGE, Contract, codes_of, drawing, error_body, running
+from ..kit.contract import CARDS, PAGE, Contract, codes_of, drawing, error_body, running
 from ..kit.playground import SHOWN, ask, complaint, shown, wait_for_images
 
 NASTY = """it's <img src=x onerror="window.hacked=1"> "$HOME" `id` \\ $(id) & été 猫"""
@@ -328,3 +328,16 @@ def test_it_fits_the_window_and_everything_has_a_name(page: Page, server: Contra
     assert [n["role"]["value"] for n in controls if not n.get("name", {}).get("value")] == []
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 20, 22)") is (width == 390)
+
+
+@pytest.mark.process
+def test_the_model_tells_what_it_knows_and_its_examples_can_be_taken(page: Page, server: Contract) -> None:
+    card = CARDS["diffusion"]
+    assert page.text("#about") == card["about"]
+    buttons = "[...document.querySelectorAll('#examples button')].map((one) => one.textContent)"
+    assert page.js(buttons) == card["prompts"][:6] and len(card["prompts"]) > 6
+    page.click("#examples button")
+    assert page.js("document.querySelector('[name=prompt]').value") == card["prompts"][0]
+    assert page.js("document.activeElement.name") == "prompt" and server.bodies() == []
+    page.js("(one => { one.value = 'ar'; one.onchange(); })(document.querySelector('[name=model]'))")
+    assert page.js("document.querySelector('#about').hidden && document.querySelector('#examples').hidden")

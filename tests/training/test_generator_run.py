@@ -16,6 +16,7 @@ import torch
 from instella_ray.config import dump_yaml, load_config
 from instella_ray.data.formats.codes import write_codes_file
 from instella_ray.errors import UserError
+from instella_ray.models.card import GeneratorCard
 from instella_ray.models.checkpoint import load_model, read_checkpoint_config
 from instella_ray.models.generator import ARGenerator, DiffusionGenerator
 from instella_ray.models.text_encoder import TextEncoder, TextEncoderConfig, resolve_name
@@ -70,15 +71,16 @@ def test_a_stopped_run_goes_on_and_its_figures_images_and_model_are_all_there(
         assert (first.width, second.step) == (second.width, 6) and second.height > first.height + 128
     model = load_model(folder)
     assert isinstance(model, KINDS[kind]) and (model.cfg.num_tokens, model.cfg.layers) == (4, 2)
-    assert read_checkpoint_config(folder)["text_encoder"] == going_on.text_encoder.model_dump(mode="json")
+    config = read_checkpoint_config(folder)
+    assert config["text_encoder"] == going_on.text_encoder.model_dump(mode="json")
+    card = GeneratorCard.of(config, folder)
+    assert card == going_on.card and card.prompts == ("image number 1",)
     previews = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
     assert previews == ["step-0000003.png", "step-0000006.png"]
-    # The images of the same prompts that the checkpoint gives anywhere else.
-    settings = going_on.preview.model_dump()
-    prompts = settings.pop("prompts")
-    images = InstellaPipeline.from_pretrained(folder, device="cpu")(
-        prompts, seed=range(len(prompts)), output_type="np", **settings
-    ).images
+    # The images of the same prompts that the checkpoint gives anywhere else, with the same settings unless others are given.
+    prompts = going_on.preview.prompts
+    pipe = InstellaPipeline.from_pretrained(folder, device="cpu")
+    images = pipe(prompts, seed=range(len(prompts)), output_type="np").images
     preview = decode_preview((tmp_path / "run" / "previews" / previews[-1]).read_bytes())
     assert preview is not None and preview.labels == prompts and list(preview.rows) == ["EMA", "raw weights"]
     assert np.array_equal(preview.rows["EMA"], np.stack(images))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +20,7 @@ from instella_ray.commands import NAMES
 from instella_ray.config import recipes
 from instella_ray.data.formats.images import read_metadata
 from instella_ray.models.checkpoint import add_section
+from instella_ray.sheet import MARGIN, TILE
 
 from .kit.models import make_generator, make_tokenizer
 from .kit.project import JOBS, PACKAGE, ROOT
@@ -126,6 +128,22 @@ def test_generate_writes_files_that_say_what_made_them(
     assert about is not None and (about["guidance_scale"], about["temperature"]) == (2.0, 0.0)
 
 
+def test_generate_draws_many_prompts_into_files_or_on_one_sheet(
+    models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more.txt").write_text("a blue cross\n\n")
+    asked = ("--prompts", str(tmp_path / "more.txt"), "-n", "2", "--seed", "3", "--size", "32x32")
+    assert generate(models, tmp_path / "out.png", *asked) == 0
+    files = [tmp_path / f"out-{number}.png" for number in range(4)]
+    abouts = [read_metadata(file.read_bytes()) for file in files]
+    found = [(about["prompt"], about["seed"]) for about in abouts if about is not None]
+    assert found == [("a red circle", 3), ("a red circle", 4), ("a blue cross", 5), ("a blue cross", 6)]
+    assert generate(models, tmp_path / "sheet.png", *asked, "--sheet", "2") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'sheet.png'}: 4 images, seeds 3 to 6"
+    sheet, first = (np.asarray(Image.open(file)) for file in (tmp_path / "sheet.png", files[0]))
+    assert np.array_equal(sheet[MARGIN:][:TILE:4, MARGIN:][:, :TILE:4], first)
+
+
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
@@ -136,6 +154,7 @@ def test_generate_writes_files_that_say_what_made_them(
         ("out.png", ("--size", "32"), "--size 32: expected WIDTHxHEIGHT"),
         ("out.png", ("--size", "33x32"), "height 32, width 33: expected multiples of 8"),
         ("out.png", ("-n", "0"), "--count 0: expected at least 1"),
+        ("out.png", ("--sheet", "0"), "--sheet 0: expected at least 1 image a row"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors", "retries", "lru"},
     {"transient", "urls"},
     {"storage"},
-    {"config", "packages", "accelerator", "rendering", "resources"},
+    {"config", "packages", "accelerator", "rendering", "sheet", "resources"},
     {"models", "runs", "job"},
     {"flops", "engine"},
     {"data"},

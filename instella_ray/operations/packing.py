@@ -18,7 +18,7 @@ from ..training.run_dir import CONFIG, METRICS
 
 EXCLUDES = (
     *(".git", ".venv", ".uv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "node_modules"),
-    *("/demo*/", "/runs*/", "/build/", "/dist/"),
+    *("/demo*/", "/runs*/", "/build/", "/dist/", "/instella_ray/bundled/"),
     *("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx"),
     *("*.tar", "*.tar.*", "*.tgz", "*.zip", "*.parquet", "*.arrow"),
 )

@@ -15,6 +15,9 @@ from ..training.stages import TokenizerStagesConfig
 from ..urls import is_local, is_relative
 from .packing import Package
 
+CODE = "instella_ray/__init__.py"
+"""File by which a package holds this one's code, without the weights that come with it."""
+
 
 def require_lasting_outputs(config: Config) -> None:
     """Require that the job of ``config`` writes to no relative path.
@@ -39,8 +42,10 @@ def require_packed_inputs(config: Config, package: Package) -> None:
         if path.kind.written:
             continue
         for part in split_pattern(path.value):
-            # package:MODULE/FILE is part of an installed package, and some models are part of this one.
-            installed = part.startswith("package:") or part in bundled_names()
+            # package:MODULE/FILE is part of an installed package, and some models are part of this one, unless its packed
+            # code comes before the installed one.
+            bundled = part in bundled_names() and CODE not in package.sizes
+            installed = part.startswith("package:") or bundled
             if is_relative(part) and not installed and not _is_packed(part, package):
                 raise UserError(
                     f"{path.key}={part}: is not among the files to pack from {package.root}; {_examples(path, part)}"

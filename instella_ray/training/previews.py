@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .. import storage
 from ..data.formats.images import METADATA_LIMIT, decode_rgb, encode_image, read_metadata
+from ..sheet import TILE, Sheet, left_edges
 
 FOLDER = "previews"
 ORIGINALS, AVERAGED, RAW = "originals", "EMA", "raw weights"
 """Names of a preview's rows: what was to be reconstructed, and what the two sets of weights make."""
-TILE = 128
-"""Side in pixels that small images of a strip are enlarged to at least, and those of a grid reduced to at most."""
-MARGIN = 6
-"""Pixels between images, and around texts."""
-LABEL_LINES = 4
-"""Lines of a label; a longer one is cut."""
 SHOWN_STEPS = 24
 """Largest number of steps in a grid: of more, these are spread evenly, the first and the last among them."""
-PAPER, INK = (255, 255, 255), (40, 40, 40)
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class PreviewInputs(NamedTuple):
@@ -67,14 +59,19 @@ def draw_strip(preview: TrainingPreview) -> np.ndarray:
     return sheet.drawn()
 
 
-def _strip(preview: TrainingPreview) -> tuple[_Sheet, dict[str, int]]:
+def _strip(preview: TrainingPreview) -> tuple[Sheet, dict[str, int]]:
     """Lay out the rows of a strip; returns the sheet, and where the images of each row begin."""
-    sheet, tops = _Sheet(preview, _factor(preview)), {}
+    sheet, tops = _sheet_of(preview), {}
     for name, images in preview.rows.items():
         sheet.text(name)
         tops[name] = sheet.height
         sheet.images(images)
     return sheet, tops
+
+
+def _sheet_of(preview: TrainingPreview) -> Sheet:
+    images = next(iter(preview.rows.values()))
+    return Sheet(*images.shape[:3])
 
 
 def draw_grid(previews: Mapping[int, TrainingPreview]) -> np.ndarray:
@@ -84,7 +81,7 @@ def draw_grid(previews: Mapping[int, TrainingPreview]) -> np.ndarray:
     """
     steps = alike(previews)
     last = previews[steps[-1]]
-    sheet = _Sheet(last, _factor(last))
+    sheet = _sheet_of(last)
     if ORIGINALS in last.rows:
         sheet.text(ORIGINALS)
         sheet.images(last.rows[ORIGINALS])
@@ -142,7 +139,7 @@ def decode_preview(data: bytes) -> TrainingPreview | None:
         name: np.stack(
             [
                 pixels[top : top + height, left : left + width][::factor, ::factor]
-                for left in _lefts(len(facts["labels"]), width)
+                for left in left_edges(len(facts["labels"]), width)
             ]
         )
         for name, top in facts["tops"].items()
@@ -161,93 +158,6 @@ def read_previews(run_dir: str, until: int) -> dict[int, TrainingPreview]:
 def joined(images: np.ndarray) -> np.ndarray:
     """Place images ``[N, H, W, 3]`` side by side."""
     return np.concatenate(list(images), axis=1)
-
-
-class _Sheet:
-    """A drawing that grows downwards."""
-
-    def __init__(self, preview: TrainingPreview, factor: int) -> None:
-        images = next(iter(preview.rows.values()))
-        self.factor = factor
-        self.size = (images.shape[1] * factor, images.shape[2] * factor)
-        """Height and width of an image as it is drawn."""
-        self.lefts = _lefts(len(images), self.size[1])
-        self.font = _font(max(13, self.size[1] // 32))
-        self.line = sum(self.font.getmetrics()) if isinstance(self.font, ImageFont.FreeTypeFont) else 14
-        self.height = MARGIN
-        self.pasted: list[tuple[Image.Image, tuple[int, int]]] = []
-        self.written: list[tuple[tuple[int, int], str]] = []
-
-    def text(self, line: str) -> None:
-        """Write a heading for the images below."""
-        self.written.append(((MARGIN, self.height), line))
-        self.height += self.line + MARGIN // 2
-
-    def images(self, images: np.ndarray) -> None:
-        """Place a row of images."""
-        for left, image in zip(self.lefts, images, strict=True):
-            enlarged = image.repeat(self.factor, axis=0).repeat(self.factor, axis=1)
-            self.pasted.append((Image.fromarray(enlarged), (left, self.height)))
-        self.height += self.size[0] + MARGIN
-
-    def labels(self, labels: Sequence[str]) -> None:
-        """Write a text under each column."""
-        wrapped = [wrap(label or "(no prompt)", self.font, self.size[1]) for label in labels]
-        for left, lines in zip(self.lefts, wrapped, strict=True):
-            self.written += [((left, self.height + i * self.line), line) for i, line in enumerate(lines)]
-        self.height += self.line * max(map(len, wrapped)) + MARGIN
-
-    def drawn(self) -> np.ndarray:
-        """Return the drawing, uint8 ``[H, W, 3]``."""
-        sheet = Image.new("RGB", (self.lefts[-1] + self.size[1] + MARGIN, self.height), PAPER)
-        for image, place in self.pasted:
-            sheet.paste(image, place)
-        draw = ImageDraw.Draw(sheet)
-        for place, line in self.written:
-            draw.text(place, line, fill=INK, font=self.font)
-        return np.asarray(sheet)
-
-
-def wrap(text: str, font: Font, width: int, lines: int = LABEL_LINES) -> list[str]:
-    """Break ``text`` into at most ``lines`` lines of ``width`` pixels, between words where they fit; … marks a cut."""
-    found: list[str] = []
-    rest = " ".join(text.split())
-    while rest and len(found) < lines:
-        end = _fitting(rest, font, width)
-        if end < len(rest) and len(found) == lines - 1:
-            end = _fitting(rest, font, width - int(font.getlength("…")))
-            return [*found, rest[:end].rstrip() + "…"]
-        if end < len(rest) and (space := rest.rfind(" ", 0, end + 1)) > 0:
-            end = space
-        found.append(rest[:end])
-        rest = rest[end:].lstrip()
-    return found
-
-
-def _fitting(text: str, font: Font, width: int) -> int:
-    """Return how many characters of ``text`` fit into ``width`` pixels, at least one."""
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
-    return low
-
-
-@lru_cache
-def _font(size: int) -> Font:
-    """Return DejaVu Sans, which has most scripts, if the system has it, else Pillow's own font."""
-    try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
-
-
-def _factor(preview: TrainingPreview) -> int:
-    return max(1, -(-TILE // next(iter(preview.rows.values())).shape[2]))
-
-
-def _lefts(count: int, width: int) -> list[int]:
-    return [MARGIN + i * (width + MARGIN) for i in range(count)]
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:

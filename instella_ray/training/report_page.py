@@ -16,8 +16,9 @@ from .. import storage
 from ..data.formats.patterns import pattern_text
 from ..models.folders import checkpoint_step, finished_checkpoints
 from ..rendering import flat, render, svg_curves, thumbnail
+from ..sheet import TILE
 from .checkpoints import best_checkpoint, scores
-from .previews import AVERAGED, ORIGINALS, TILE, TrainingPreview, alike, joined
+from .previews import AVERAGED, ORIGINALS, TrainingPreview, alike, joined
 from .run_dir import CONFIG
 from .settings import HELD_OUT, TrainConfig
 

@@ -198,6 +198,15 @@ def test_names_that_stand_for_no_file_are_not_taken_for_inputs(tmp_path: Path) -
         dry_run(tmp_path, "sample", *GIVEN["sample"], "sample.output=/o", "sample.prompts=prompts.txt")
 
 
+def test_models_of_the_package_are_on_all_nodes_unless_its_code_is_packed_without_them(tmp_path: Path) -> None:
+    given = ("encode", "input=/i", "output=/o", "tokenizer=icons/tokenizer")
+    dry_run(tmp_path, *given)
+    (code := tmp_path / "instella_ray").mkdir()
+    (code / "__init__.py").touch()
+    with pytest.raises(UserError, match=r"^tokenizer=icons/tokenizer: is not among the files to pack"):
+        dry_run(tmp_path, *given)
+
+
 def test_paths_are_found_in_dicts_lists_and_optional_sections() -> None:
     class Inner(Config):
         place: OutputPath | None = None

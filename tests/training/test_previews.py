@@ -12,13 +12,12 @@ from PIL import ImageFont
 
 from instella_ray import storage
 from instella_ray.rendering import encode_png
+from instella_ray.sheet import MARGIN, TILE, draw_sheet, wrap
 from instella_ray.training.previews import (
     AVERAGED,
-    MARGIN,
     ORIGINALS,
     RAW,
     SHOWN_STEPS,
-    TILE,
     TrainingPreview,
     alike,
     decode_preview,
@@ -28,7 +27,6 @@ from instella_ray.training.previews import (
     preview_file,
     read_previews,
     spread,
-    wrap,
 )
 
 
@@ -102,3 +100,16 @@ def test_a_resumed_run_reads_the_previews_up_to_its_checkpoint_reduced(tmp_path:
     found = read_previews(str(tmp_path), 40)
     assert list(found) == [10, 20, 30, 40] and found[10].rows[AVERAGED].shape == (2, TILE, TILE, 3)
     assert list(found[10].rows) == [AVERAGED] and len(read_previews(str(tmp_path), 10**6)) <= SHOWN_STEPS
+
+
+def test_a_sheet_has_rows_of_images_each_above_its_label() -> None:
+    images = np.random.default_rng(0).integers(0, 200, (5, TILE, TILE, 3), np.uint8)
+    drawn = draw_sheet(images, [f"image {number}" for number in range(5)], columns=3)
+    assert drawn.shape[1] == 3 * (TILE + MARGIN) + MARGIN
+    tops = [MARGIN, drawn.shape[0] // 2 + MARGIN // 2]
+    for number, image in enumerate(images):
+        top, left = tops[number // 3], MARGIN + number % 3 * (TILE + MARGIN)
+        assert np.array_equal(drawn[top : top + TILE, left : left + TILE], image)
+        assert (drawn[top + TILE : top + TILE + 20, left : left + TILE] < 128).any()
+    assert (drawn[tops[1] :, MARGIN + 2 * (TILE + MARGIN) :] == 255).all()
+    assert draw_sheet(images[:2], "ab", columns=6).shape[1] == 2 * (TILE + MARGIN) + MARGIN

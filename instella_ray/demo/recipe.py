@@ -72,7 +72,7 @@ ICONS: dict[str, Any] = {
     "steps": {"tokenizer": 3400, "diffusion": 2500, "ar": 2500},
     "precision": "auto",
     "sampling": {
-        "diffusion": {"num_inference_steps": 20, "guidance_scale": 3.0, "temperature": 0.6},
+        "diffusion": {"guidance_scale": 3.0, "temperature": 0.6},
         "ar": {"guidance_scale": 3.0, "temperature": 0.6},
     },
 }

@@ -73,7 +73,7 @@ ICONS: dict[str, Any] = {
     "precision": "auto",
     "sampling": {
         "diffusion": {"guidance_scale": 3.0, "temperature": 0.6},
-        "ar": {"guidance_scale": 3.0, "temperature": 0.6},
+        "ar": {"guidance_scale": 1.5, "temperature": 0.3},
     },
 }
 """Defaults of ``data: icons`` that differ: drawings of thousands of things need more bits and steps than scenes."""

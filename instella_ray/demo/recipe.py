@@ -69,7 +69,7 @@ ICONS: dict[str, Any] = {
     "width": 192,
     "generator_width": 160,
     "target": "x0",
-    "steps": {"tokenizer": 3400, "diffusion": 1600, "ar": 1350},
+    "steps": {"tokenizer": 3200, "diffusion": 1500, "ar": 1300},
     "precision": "auto",
     "sampling": {
         "diffusion": {"guidance_scale": 3.0, "temperature": 0.6},

@@ -70,7 +70,7 @@ def write_scenes(demo: DemoConfig) -> Facts:
 
 
 def build_icons(demo: DemoConfig, mode: Mode) -> Facts:
-    """Build the icons and return what :func:`..data.icons.build.run_icons` says of each set; UserError if none is held out."""
+    """Build the icons and return the facts of each set (``sets.json``); UserError if no single drawing is held out."""
     cfg = icons_config(demo).model_copy(update={"mode": mode})
     print(run_icons(cfg).summary())
     sets = storage.read_json(storage.join(cfg.output, SET_TABLE))

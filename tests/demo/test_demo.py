@@ -32,7 +32,6 @@ from ..kit.icons import write_sets
 from ..kit.project import ROOT
 from ..kit.serve_process import rest_until_the_end, serve_process
 
-
 OF_SETS = "import sys; from tests.kit.icons import use_sets; use_sets(sys.argv.pop(1)); from instella_ray import cli; "
 """The command line, with the sets in a folder that is its first argument in the place of those that npm fetches."""
 

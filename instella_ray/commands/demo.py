@@ -23,13 +23,20 @@ log = logging.getLogger(__name__)
 def parser(prog: str = "instella-ray demo") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        description="Draw captioned scenes, or take your own images, curate them, train a tokenizer and two generators, "
-        "serve them, sample over HTTP, evaluate, and write report.html. Takes about eight minutes on two CPU cores.",
+        description="Draw captioned scenes, build icons, or take your own images, curate them, train a tokenizer and two "
+        "generators, serve them, sample over HTTP, evaluate, and write report.html. On two CPU cores that takes about eight "
+        "minutes with scenes, and half an hour with icons.",
         epilog="configuration keys:\n" + "\n".join(describe(DemoConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", help="output folder (default: demo)")
     parser.add_argument("--size", type=int, help="side of the images in pixels (default: 64)")
+    parser.add_argument(
+        "--data",
+        choices=("scenes", "icons"),
+        help="images: scenes, which are drawn (default), or icons, which are built from packages that npm fetches, as by "
+        "instella-ray icons, with a larger recipe",
+    )
     parser.add_argument(
         "--shards", help="captioned WebDataset tars to use instead of the scenes (path or glob); the last are held out"
     )
@@ -62,13 +69,13 @@ def parser(prog: str = "instella-ray demo") -> ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> int:
     args = parser(prog).parse_args(argv)
     logs.begin_job("demo")
-    names = ("folder", "size", "shards", "images", "seed")
+    names = ("folder", "size", "data", "shards", "images", "seed")
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = load_config(DemoConfig, args.config, args.overrides, flags={**(TINY if args.tiny else {}), **flags})
     if args.table and not args.seeds:
         raise UserError("--table: tabulates the demos of --seeds, such as --seeds 0-4")
     if args.table and not config.draws_scenes:
-        raise UserError("--table: only images of the scenes are scored, expected neither shards nor images")
+        raise UserError("--table: only images of the scenes are scored, expected neither icons nor shards nor images")
     if args.seeds:
         seeds = parse_seeds(args.seeds)
         run_seeds(config, seeds, _flags(args), "fresh" if args.fresh else "new")
@@ -88,7 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "instella-ray demo") -> 
 def _flags(args: argparse.Namespace) -> list[str]:
     """Return the flags that every seed's demo has in common."""
     flags = ["--tiny"] * args.tiny
-    for name in ("config", "size", "shards", "images"):
+    for name in ("config", "size", "data", "shards", "images"):
         if (value := getattr(args, name)) is not None:
             flags += [f"--{name}", str(value)]
     return flags + [word for override in args.overrides for word in ("--set", override)]

@@ -17,6 +17,7 @@ from ..data.formats.parts import KEPT, Ledger
 from ..data.formats.patterns import Pattern, pattern_text
 from ..data.formats.sources import find_images, read_rows, require_captions
 from ..data.formats.tar_source import read_samples
+from ..data.icons.splits import HELD_OUT, TRAIN
 from ..data.loading.image_data import require_images
 from ..data.scenes import scene_prompts
 from ..errors import UserError
@@ -41,10 +42,12 @@ class HeldOutImages(NamedTuple):
 
 def written_images(demo: DemoConfig) -> HeldOutImages:
     """Read the held-out images that the demo has written, scenes or others, and return them with the training shards."""
-    held_out = find_shards(demo.path("shards", "held_out"))
-    return _images(
-        demo.path("shards", "*.tar"), [image for url in held_out for image in _usable(url, demo)][: demo.held_out]
-    )
+    return _images(demo.path("shards", "*.tar"), _usable_of(demo.path("shards", "held_out"), demo))
+
+
+def icon_images(demo: DemoConfig) -> HeldOutImages:
+    """Read the held-out single drawings of the icons that the demo has built, and return them with the training shards."""
+    return _images(demo.path("icons", TRAIN, "*.tar"), _usable_of(demo.path("icons", HELD_OUT), demo))
 
 
 def image_shards(demo: DemoConfig) -> dict[str, str]:
@@ -118,6 +121,11 @@ def demo_prompts(demo: DemoConfig, images: HeldOutImages) -> list[tuple[str, str
     if demo.draws_scenes:
         return [(e.caption, e.category) for e in scene_prompts(demo.prompts_per_category, demo.seed)]
     return [(caption, "captions") for caption in islice(dict.fromkeys(images.captions), demo.prompts_per_category)]
+
+
+def _usable_of(folder: str, demo: DemoConfig) -> list[tuple[str, np.ndarray]]:
+    """Return the first ``demo.held_out`` of :func:`_usable` in the tars of a folder."""
+    return list(islice((image for url in find_shards(folder) for image in _usable(url, demo)), demo.held_out))
 
 
 def _usable(url: str, demo: DemoConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -33,7 +33,8 @@ def write_report(demo: DemoConfig, prompts: Prompts, results: dict[str, dict[str
     page = render(
         TEMPLATE,
         demo=demo,
-        pattern=pattern_text(demo.shards or demo.images or ""),
+        source=_source(demo),
+        sets=results["icons"]["sets"] if demo.data == "icons" else {},
         results=results,
         pages={"Curation": f"curated/{CURATION}"},
         goals=goals(demo, results),
@@ -73,6 +74,13 @@ def goals(demo: DemoConfig, results: dict[str, dict[str, Any]]) -> list[Goal]:
         Goal("ar: scene score", ar["overall"], 0.85, ">="),
         Goal("ar: lowest category", min(ar[name] for name in CATEGORIES), 0.6, ">="),
     ]
+
+
+def _source(demo: DemoConfig) -> str:
+    """Return words for where the images are from."""
+    if demo.data == "icons":
+        return f"{len(demo.icons.sets)} sets of icons"
+    return pattern_text(demo.shards or demo.images or "the procedural scenes")
 
 
 def _series(metrics: dict[str, list[dict[str, Any]]], run: str, key: str) -> list[tuple[float, float]]:

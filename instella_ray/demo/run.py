@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import dump_yaml
+from ..data.icons.build import check_icons
 from ..data.provenance import shard_provenance
 from ..errors import UserError
 from ..runs import recorded
@@ -20,8 +21,8 @@ from ..serving.serve_settings import set_up_serve
 from ..training.generator import try_text_encoder
 from ..training.ray_train import check_resources
 from . import stages
-from .images import HeldOutImages, demo_prompts, held_out_boundary, own_images, written_images
-from .recipe import DemoConfig
+from .images import HeldOutImages, demo_prompts, held_out_boundary, icon_images, own_images, written_images
+from .recipe import DemoConfig, icons_config
 from .report import goals, write_report
 from .state import DemoState, Mode
 
@@ -65,7 +66,10 @@ def _run_stages(
     """Run the stages that are not finished; returns the prompts whose images they have generated."""
     resume = state.mode == "resume"
     again: Mode = "resume" if resume else "new"
-    if images is None:
+    if demo.data == "icons":
+        state.run("icons", lambda: stages.build_icons(demo, again))
+        images = icon_images(demo)
+    elif images is None:
         if demo.images is None:
             state.run("scenes", lambda: stages.write_scenes(demo))
         else:
@@ -96,6 +100,8 @@ def _check_input(demo: DemoConfig, state: DemoState) -> tuple[HeldOutImages | No
     check_resources(demo.workers, {"CPU": _cpus(), "GPU": torch.cuda.device_count()})
     images = None if demo.shards is None else own_images(demo)
     boundary = None if demo.images is None or "images" in state.stages else held_out_boundary(demo)
+    if demo.data == "icons" and "icons" not in state.stages:
+        check_icons(icons_config(demo))
     try_text_encoder(demo.text_encoder)
     return images, boundary
 

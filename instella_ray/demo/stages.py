@@ -22,8 +22,11 @@ from ..data.formats.images import decode_rgb, to_pixels, to_tensor
 from ..data.formats.parts import Mode
 from ..data.formats.patterns import Pattern
 from ..data.formats.shards import write_webdataset
+from ..data.icons.build import SET_TABLE, run_icons
+from ..data.icons.splits import HELD_OUT
 from ..data.scene_score import score_images
 from ..data.scenes import parse_caption, scene_rows
+from ..errors import UserError
 from ..models.bit import BIT
 from ..models.checkpoint import build_model, load_expected
 from ..models.folders import checkpoint_step, finished_checkpoints
@@ -40,6 +43,7 @@ from .recipe import (
     curate_config,
     encode_config,
     generator_config,
+    icons_config,
     serve_args,
     tokenizer_config,
 )
@@ -63,6 +67,16 @@ def write_scenes(demo: DemoConfig) -> Facts:
         for _, count in write_webdataset(held_out, demo.path("shards", "held_out"), demo.held_out):
             bar.update(count)
     return {"images": demo.scenes, "held_out": demo.held_out}
+
+
+def build_icons(demo: DemoConfig, mode: Mode) -> Facts:
+    """Build the icons and return the facts of each set (``sets.json``); UserError if no single drawing is held out."""
+    cfg = icons_config(demo).model_copy(update={"mode": mode})
+    print(run_icons(cfg).summary())
+    sets = storage.read_json(storage.join(cfg.output, SET_TABLE))
+    if not any(about["splits"][HELD_OUT] for about in sets.values()):
+        raise UserError(f"{cfg.output}: no single drawing is held out; expected more or larger sets in icons.sets")
+    return {"sets": sets}
 
 
 def write_images(demo: DemoConfig, boundary: str) -> Facts:

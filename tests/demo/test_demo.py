@@ -28,14 +28,20 @@ from instella_ray.serving.setup import Setup
 
 from ..kit.chain import below
 from ..kit.head import free_port
+from ..kit.icons import write_sets
+from ..kit.project import ROOT
 from ..kit.serve_process import rest_until_the_end, serve_process
 
+OF_SETS = "import sys; from tests.kit.icons import use_sets; use_sets(sys.argv.pop(1)); from instella_ray import cli; "
+"""The command line, with the sets in a folder that is its first argument in the place of those that npm fetches."""
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "instella_ray", "demo", "--tiny", "--folder", str(folder), *flags]
+
+def start(folder: Path, *flags: str, packages: Path | None = None) -> subprocess.Popen[str]:
+    program = ["-m", "instella_ray"] if packages is None else ["-c", f"{OF_SETS}sys.exit(cli.main())", str(packages)]
+    command = [sys.executable, *program, "demo", "--tiny", "--folder", str(folder), *flags]
     # A session of its own, so that Ctrl-C can be sent to it as a terminal does, and its processes be found.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT
     )
 
 
@@ -146,6 +152,31 @@ def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> N
                 assert client.post("/v1/images/generations", json=body).status_code == 200
         endpoint.send_signal(signal.SIGTERM)
         rest_until_the_end(endpoint)
+
+
+@pytest.mark.nightly
+@pytest.mark.ray
+def test_icons_are_built_and_end_in_a_report(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py", reason="the extra 'icons' is not installed")
+    folder, packages = tmp_path / "first" / "seed-0", tmp_path / "packages"
+    write_sets(packages, "one", "two", drawings=90)
+    flags = [f"icons.sources={packages}", "icons.sets=[one,two]", "workers.count=0"]
+    flags += [f"steps.{name}=2" for name in ("tokenizer", "diffusion", "ar")]
+    arguments = ["--data", "icons", *(word for flag in flags for word in ("--set", flag))]
+    demo = start(folder, *arguments, packages=packages)
+    output, _ = demo.communicate(timeout=900)
+    assert demo.returncode == 0, output
+    state = storage.read_json(str(folder / "state.json"))["stages"]
+    page = (folder / "report.html").read_text()
+    held_out = state["tokenizer quality"]["images"]
+    assert page.count("data:image/png;base64,") == 2 * min(held_out, 16) + 2 * 2 and "https://" not in page
+    for words in (", style one style", "PSNR", "2 sets of icons", "someone", "MIT", "256 bytes"):
+        assert words in page
+    assert "scene score" not in page and state["score"].keys() == {"seconds"}
+    assert held_out == sum(about["splits"]["held-out"] for about in state["icons"]["sets"].values())
+    image = trace(str(folder / "samples" / "ar" / "0000.png"), [str(folder / "runs")])
+    assert below(image, "generator", "codes", "shards", "shards").path == str(folder / "icons" / "train" / "*.tar")
+    assert find_package(folder.parent).sizes == {}
 
 
 @pytest.mark.nightly

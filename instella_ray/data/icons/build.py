@@ -30,7 +30,7 @@ from ..provenance import output_provenance, shard_provenance
 from .captions import long_caption, short_caption
 from .drawings import Drawing, Found, Vocabulary, read_clip_art, read_iconify
 from .render import RefusedDrawingError, render
-from .sets import IconSet, SetList, set_list, unpacked
+from .sets import IconSet, SetList, require_available, set_list, unpacked
 from .splits import SPLITS, HoldOutConfig, split_all
 
 SET_TABLE = "sets.json"
@@ -101,10 +101,8 @@ def run_icons(cfg: IconsConfig) -> Ledger:
     does not allow it.
     """
     cfg = cfg.model_copy(update={"output": storage.absolute(cfg.output)})
-    extra_import("resvg_py", "icons", "icons")
     listed = set_list()
-    sets = listed.choose(cfg.sets)
-    _check_folders(cfg, listed)
+    sets = _sets(cfg, listed)
     settings = cfg.model_dump(mode="json", exclude={"output", "mode", "sources", "workers"})
     known: dict[str, IconSet | ImageFolder] = {**sets, **cfg.images}
     about = {
@@ -155,8 +153,20 @@ def run_icons(cfg: IconsConfig) -> Ledger:
         return ledger
 
 
-def _check_folders(cfg: IconsConfig, listed: SetList) -> None:
-    """Raise UserError for image folders whose licence does not allow their use, or whose names or patterns are wrong."""
+def check_icons(cfg: IconsConfig) -> None:
+    """Raise UserError for what can be known to fail in :func:`run_icons` before anything is fetched, read or written."""
+    listed = set_list()
+    require_available(listed.packages(_sets(cfg, listed)), cfg.sources)
+
+
+def _sets(cfg: IconsConfig, listed: SetList) -> dict[str, IconSet]:
+    """Return the sets of ``cfg`` by name.
+
+    Raises UserError if the renderer is missing, for an unknown set, and for image folders whose licence does not allow
+    their use, or whose names or patterns are wrong.
+    """
+    extra_import("resvg_py", "icons", "icons")
+    sets = listed.choose(cfg.sets)
     for name, folder in cfg.images.items():
         listed.check_licence(f"images.{name}", folder.licence)
         if name in cfg.sets:
@@ -167,6 +177,7 @@ def _check_folders(cfg: IconsConfig, listed: SetList) -> None:
             raise UserError(f"images.{name}.concept: not a regular expression ({error})") from None
         if "concept" not in groups:
             raise UserError(f"images.{name}.concept: no group named concept; expected (?P<concept>...)")
+    return sets
 
 
 def _icon_images(
@@ -175,10 +186,8 @@ def _icon_images(
     """Return the images of all sets, and by set the verdicts on what did not become one."""
     verdicts: dict[str, Counter[str]] = {name: Counter() for name in (*sets, *cfg.images)}
     drawings, images = list[Drawing](), list[IconImage]()
-    needs_words = any(entry.registry != "debian" for entry in sets.values())
-    packages = [*([listed.vocabulary] if needs_words else []), *sets.values()]
-    with unpacked(packages, cfg.sources) as folders:
-        vocabulary = Vocabulary(folders[0]) if needs_words else None
+    with unpacked(listed.packages(sets), cfg.sources) as folders:
+        vocabulary = Vocabulary(folders[0]) if len(folders) > len(sets) else None
         for (name, entry), folder in zip(sets.items(), folders[len(folders) - len(sets) :], strict=True):
             found: Iterable[Found]
             if vocabulary is None or entry.registry == "debian":

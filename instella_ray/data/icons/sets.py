@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -98,6 +99,11 @@ class SetList(Config):
             self.check_licence(name, self.sets[name].licence)
         return {name: self.sets[name] for name in names}
 
+    def packages(self, sets: Mapping[str, IconSet]) -> list[IconPackage]:
+        """Return the packages of ``sets``, after that of the vocabulary, which only those of Debian do without."""
+        of_emoji = any(entry.registry != "debian" for entry in sets.values())
+        return [*([self.vocabulary] if of_emoji else []), *sets.values()]
+
     def check_licence(self, name: str, licence: str) -> None:
         """Raise UserError unless ``licence`` is known to allow training and passing on."""
         known = self.licences.get(licence)
@@ -115,6 +121,15 @@ def set_list() -> SetList:
     return validate(SetList, yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
 
 
+def require_available(packages: Sequence[IconPackage], sources: str | None) -> None:
+    """Raise UserError unless all ``packages`` are in ``sources``, or, if that is None, their registries' clients are here."""
+    for package in packages:
+        if sources is None:
+            _require_client("npm" if package.registry == "npm" else "apt-get")
+        else:
+            _source(package, sources)
+
+
 @contextmanager
 def unpacked(packages: Sequence[IconPackage], sources: str | None) -> Iterator[list[Path]]:
     """Yield the folders of unpacked ``packages``: those in ``sources``, or else fetched ones for the block's time.
@@ -127,11 +142,7 @@ def unpacked(packages: Sequence[IconPackage], sources: str | None) -> Iterator[l
             if sources is None:
                 folder = _fetch(package, Path(stack.enter_context(TemporaryDirectory(prefix="instella-icons-"))))
             else:
-                folder = Path(sources, package.package)
-                if not folder.is_dir():
-                    raise UserError(
-                        f"sources {sources}: no folder {package.package}; expected unpacked packages as in node_modules"
-                    )
+                folder = _source(package, sources)
             found = package_digest(package, folder)
             if found != package.digest:
                 raise UserError(f"{folder}: digest {found}, expected {package.digest} of {package.label}")
@@ -143,6 +154,23 @@ def package_digest(package: IconPackage, folder: Path) -> str:
     """Return the SHA-256 of the list of a package's files, a line "SHA-256  NAME" each; UserError if one is missing."""
     lines = [f"{storage.file_sha256(str(folder / name))}  {name}\n" for name in package.files(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _source(package: IconPackage, sources: str) -> Path:
+    """Return the folder of a package in ``sources``; UserError if there is none."""
+    folder = Path(sources, package.package)
+    if not folder.is_dir():
+        raise UserError(
+            f"sources {sources}: no folder {package.package}; expected unpacked packages as in node_modules"
+        )
+    return folder
+
+
+def _require_client(command: str) -> None:
+    if shutil.which(command) is None:
+        raise UserError(
+            f"{command}: not installed, and sources is not set; expected it, or a folder of unpacked packages in sources"
+        )
 
 
 def _fetch(package: IconPackage, folder: Path) -> Path:
@@ -158,12 +186,8 @@ def _fetch(package: IconPackage, folder: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]}: not installed, and sources is not set; expected it, or a folder of unpacked packages in sources"
-        ) from None
+    _require_client(command[0])
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         # The last line of npm says where its log is.
         said = [line for line in done.stderr.splitlines() if line.strip() and "complete log" not in line]

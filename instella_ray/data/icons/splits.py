@@ -23,7 +23,8 @@ from ..formats.parts import DROPPED
 Split = Literal["train", "held-out-concepts", "held-out-pairs", "held-out"]
 TRAIN: Split = "train"
 PAIRS: Split = "held-out-pairs"
-SPLITS: tuple[Split, ...] = (TRAIN, "held-out-concepts", PAIRS, "held-out")
+HELD_OUT: Split = "held-out"
+SPLITS: tuple[Split, ...] = (TRAIN, "held-out-concepts", PAIRS, HELD_OUT)
 COPY, ALONE = f"{DROPPED}:copy_of_held_out", f"{DROPPED}:pair_without_its_concept"
 """Verdicts on a training drawing that is a near duplicate of a held-out one, and on a held-out pair whose concept or style
 has no training drawing left."""
@@ -66,7 +67,7 @@ def split_by_names(drawing: Named, shares: HoldOutConfig) -> Split:
     if _hash("pair", *place) < shares.pairs:
         return PAIRS
     if _hash("drawing", *place, drawing.key) < shares.drawings:
-        return "held-out"
+        return HELD_OUT
     return TRAIN
 
 

@@ -15,10 +15,12 @@ from instella_ray.data.formats.png import write_png
 from instella_ray.data.formats.shards import write_webdataset
 from instella_ray.data.formats.tar_source import read_samples
 from instella_ray.data.icons import build
-from instella_ray.data.icons.build import IconsConfig, run_icons
+from instella_ray.data.icons.build import IconsConfig, check_icons, run_icons
 from instella_ray.data.icons.drawings import Vocabulary, concept_of, read_clip_art
-from instella_ray.data.icons.sets import CLIP_ART, WORDS, IconPackage, IconSet, SetList, package_digest, set_list
+from instella_ray.data.icons.sets import CLIP_ART, SetList, set_list
 from instella_ray.errors import UserError
+
+from ...kit.icons import INFO, listed, write_files, write_vocabulary
 
 LABELS = {
     "1f345": "tomato",
@@ -27,7 +29,6 @@ LABELS = {
     "1f431": "cat face",
     "1f1e6": "regional indicator A",
 }
-ABOUT = {"licence": "MIT", "attribution": "someone", "source": "https://example.org", "version": "1.0.0"}
 
 
 def shape(number: int) -> str:
@@ -36,23 +37,13 @@ def shape(number: int) -> str:
     return f'<g fill="#{37 * number % 256:02x}40c0">{bars}</g>'
 
 
-def write(folder: Path, files: dict[str, Any]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-
-
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """Unpacked packages: the vocabulary and two sets."""
     folder = tmp_path / "packages"
     entries = [{"label": label, "hexcode": code.upper(), "group": 4} for code, label in LABELS.items()]
     entries[-1] = {"label": LABELS["1f1e6"], "hexcode": "1F1E6"}
-    codes = {name: {} for name in WORDS if "shortcodes" in name}
-    codes["en/shortcodes/github.json"] = {"1F431": "kitty"}
-    groups = {"groups": {"4": "food-drink"}, "subgroups": {}}
-    write(folder / "emojibase-data", {"en/data.json": entries, "meta/groups.json": groups, **codes})
-    info = {"license": {"spdx": "MIT"}}
+    write_vocabulary(folder, entries, {"1F431": "kitty"})
     icons = {
         "tomato": {"body": shape(1)},
         "apple": {"body": shape(2)},
@@ -65,24 +56,18 @@ def sources(tmp_path: Path) -> Path:
         "grapes": {"body": '<image href="/etc/passwd" width="9" height="9"/>'},
     }
     data = {"icons": icons, "aliases": {"tomate": {"parent": "tomato"}}, "width": 10, "height": 10}
-    files = {"icons.json": data, "chars.json": {"1f34e": "apple"}, "info.json": info}
-    write(folder / "@iconify-json/one", files)
+    files = {"icons.json": data, "chars.json": {"1f34e": "apple"}, "info.json": INFO}
+    write_files(folder / "@iconify-json/one", files)
     plain = {"icons": {"tomato": {"body": shape(9)}, "redapple": {"body": shape(10)}}, "width": 10, "height": 10}
-    write(folder / "@iconify-json/two", {"icons.json": plain, "chars.json": {}, "info.json": info})
+    write_files(folder / "@iconify-json/two", {"icons.json": plain, "chars.json": {}, "info.json": INFO})
     return folder
 
 
 @pytest.fixture
 def cfg(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., IconsConfig]:
     pytest.importorskip("resvg_py", reason="the extra 'icons' is not installed")
-
-    def described(package: str, kind: type[IconPackage], **more: str) -> Any:
-        entry = kind(package=package, digest="", **ABOUT, **more)
-        return entry.model_copy(update={"digest": package_digest(entry, sources / package)})
-
-    sets = {name: described(f"@iconify-json/{name}", IconSet, style=f"style {name}") for name in ("one", "two")}
-    listed = set_list().model_copy(update={"sets": sets, "vocabulary": described("emojibase-data", IconPackage)})
-    monkeypatch.setattr(build, "set_list", lambda: listed)
+    here = listed(sources)
+    monkeypatch.setattr(build, "set_list", lambda: here)
     folders = {"sources": str(sources), "output": str(tmp_path / "icons"), "sets": ("one", "two"), "size": 16}
     return lambda **more: IconsConfig(**folders | {"hold_out": {"concepts": 0, "pairs": 0, "drawings": 0}} | more)
 
@@ -174,7 +159,7 @@ def test_folders_of_images_may_repeat_names_and_lack_concepts(cfg: Callable[...,
     found = samples(f"{given.output}/train")
     assert sorted(row["concept"] for row in found.values()) == ["a house", "a tree"]
     identities = [each["identity"] for each in json.loads((Path(given.output) / "run.json").read_text())["inputs"]]
-    write(mine, {"more.txt": "a"})
+    write_files(mine, {"more.txt": "a"})
     (mine / "b" / "00000.tar").unlink()
     with pytest.raises(UserError, match="inputs"):
         run_icons(given.model_copy(update={"mode": "resume"}))
@@ -182,14 +167,14 @@ def test_folders_of_images_may_repeat_names_and_lack_concepts(cfg: Callable[...,
 
 
 def test_a_folder_of_another_kind_is_not_touched(cfg: Callable[..., IconsConfig]) -> None:
-    write(Path(cfg().output), {"mine.txt": "a"})
+    write_files(Path(cfg().output), {"mine.txt": "a"})
     with pytest.raises(UserError, match="not made by this job"):
         run_icons(cfg(mode="fresh"))
     assert (Path(cfg().output) / "mine.txt").read_text() == "a"
 
 
 def test_a_package_with_other_files_is_named_with_both_digests(cfg: Callable[..., IconsConfig], sources: Path) -> None:
-    write(sources / "@iconify-json/two", {"chars.json": {"1f345": "tomato"}})
+    write_files(sources / "@iconify-json/two", {"chars.json": {"1f345": "tomato"}})
     with pytest.raises(UserError, match=r"two: digest [0-9a-f]{64}, expected [0-9a-f]{64} of @iconify-json/two@1.0.0"):
         run_icons(cfg())
 
@@ -197,6 +182,19 @@ def test_a_package_with_other_files_is_named_with_both_digests(cfg: Callable[...
 def test_a_missing_package_is_named(cfg: Callable[..., IconsConfig], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder emojibase-data"):
         run_icons(cfg(sources=str(tmp_path)))
+
+
+def test_missing_packages_and_clients_are_known_before_anything_is_written(
+    cfg: Callable[..., IconsConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_icons(cfg())
+    with pytest.raises(UserError, match="no folder emojibase-data"):
+        check_icons(cfg(sources=str(tmp_path)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm: not installed, and sources is not set"):
+        check_icons(cfg(sources=None))
+    with pytest.raises(UserError, match="npm: not installed, and sources is not set"):
+        run_icons(cfg(sources=None))
 
 
 def test_unknown_and_closed_sets_are_refused() -> None:
@@ -232,7 +230,7 @@ def test_clip_art_needs_a_title_and_a_public_domain_licence(tmp_path: Path) -> N
     free = '<cc:license rdf:resource="http://web.resource.org/cc/PublicDomain"/>'
     named = "<dc:title>Red  Car</dc:title><rdf:li>vehicle</rdf:li>"
     files = {"a/car": free + named, "b/b": free + "<dc:title>fc_08</dc:title>", "c/c": named, "flags/d": free + named}
-    write(tmp_path / CLIP_ART, {f"{name}.svg": f"<svg>{text}</svg>" for name, text in files.items()})
+    write_files(tmp_path / CLIP_ART, {f"{name}.svg": f"<svg>{text}</svg>" for name, text in files.items()})
     found = list(read_clip_art("openclipart", set_list().sets["openclipart"], tmp_path))
     assert [verdict for verdict, _ in found] == ["kept", "dropped:no_title", "dropped:licence", "dropped:flag"]
     drawing = found[0][1]

@@ -82,6 +82,8 @@ class GeneratorRunConfig(TrainingRun):
     tokenizer: InputPath
     """Model folder of the BIT that encodes the data and decodes the previews."""
     text_encoder: TextEncoderConfig = TextEncoderConfig()
+    text_cache_bytes: int = Field(1 << 30, ge=0)
+    """Maximum bytes of captions' features that each worker keeps on its device; captions beyond them are encoded again."""
     start_from: InputPath | None = None
     """Model folder of the same sizes whose (EMA) weights initialize the model, for fine-tuning: a checkpoint, or imported
     released weights. None means random initialization."""
@@ -156,7 +158,8 @@ class GeneratorTask:
         mixed = len(self.sources) > 1
         self.data: Data = Mixture(self.sources, weights, cfg.train.seed) if mixed else self.sources[0]
         self.device = device
-        self.text = TextFeatureCache(TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype))
+        encoder = TextEncoder.from_config(cfg.text_encoder, device=device, dtype=dtype)
+        self.text = TextFeatureCache(encoder, cfg.text_cache_bytes)
         self.captions = CaptionTokenizer(self.text.encoder, quiet=ranks()[0] > 0)
         self.encoded: Counter[int] = Counter()
         """Number of the current step's captions that the text encoder has processed, by length with padding."""

@@ -18,7 +18,7 @@ from ..config import InputPath
 from ..data.formats.codes import dead_bits
 from ..data.formats.images import channels_first, normalized, to_pixels, to_tensor
 from ..data.formats.patterns import Pattern, absolute_pattern
-from ..data.loading.image_data import ImageBatch, ImageData, ViewConfig, require_images
+from ..data.loading.image_data import ImageBatch, ImageData, require_images
 from ..data.loading.loader import Data
 from ..data.loading.split import FileData
 from ..data.provenance import shard_provenance
@@ -64,8 +64,6 @@ class TokenizerConfig(TrainingRun):
     """Curated WebDataset tars (path or glob, or several separated by commas)."""
     start_from: InputPath | None = None
     """Model folder of the same sizes whose (EMA) weights initialize the model; none means random initialization."""
-    views: ViewConfig = ViewConfig()
-    """Augmentation of small datasets: without it, a model that sees its images tens of times learns them by heart."""
     output_sizes: tuple[int, ...] = ()
     """Output sizes in pixels, of which each step uses one (512, 768 and 1024 in the paper's second stage); none means
     the model's image_size."""
@@ -180,7 +178,7 @@ class TokenizerTask:
         sizes = sorted({cfg.model.image_size, *cfg.sizes})
 
         def load(data: Pattern) -> FileData:
-            return ImageData(data, sizes, cfg.train.seed, decoders=cfg.train.workers.decoders, views=cfg.views)
+            return ImageData(data, sizes, cfg.train.seed, decoders=cfg.train.workers.decoders)
 
         (data,), held_out = hold_out([load(cfg.data)], [1], cfg.train.held_out, load)
         self.data = cast(SizedImages, data)  # all of the images, or those that are not held out

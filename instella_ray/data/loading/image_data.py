@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field
 
 from ... import logs, storage
-from ...config import Config
 from ...errors import UserError
 from ...lru import LRUCache
 from ..formats.images import UndecodableError, crop_square, decode_rgb, fit_square, shrink_shorter_edge
@@ -34,15 +32,6 @@ PROGRESS_BAR_TARS = 20
 """Minimum number of tars to count for which a progress bar is shown."""
 
 
-class ViewConfig(Config):
-    """Random views of training images, drawn anew in each epoch; the default is the square crop alone."""
-
-    mirror: bool = False
-    """Mirror half of the images, left to right."""
-    least_crop: float = Field(1.0, gt=0, le=1)
-    """Least side of a crop as a share of the image's shorter edge; between it and 1, all are equally likely."""
-
-
 class ImageBatch(NamedTuple):
     """Training batch of a tokenizer."""
 
@@ -53,8 +42,6 @@ class ImageBatch(NamedTuple):
 
 class ImageData:
     """Dataset of images, each cropped to a square at a random position along the longer side, at one or more sizes.
-
-    ``views`` adds smaller crops and mirrored ones.
 
     Lists of shards of curated folders contain the numbers of images; other tars are read once to count them. A batch
     reads only the bytes of its images, by the indexes of the tars (:mod:`..formats.tar_index`). Decoded images are cached
@@ -72,7 +59,6 @@ class ImageData:
         cache_bytes: int = 2 << 30,
         window: int = 256,
         decoders: int = DECODERS,
-        views: ViewConfig = ViewConfig(),
     ) -> None:
         """Open the shards of ``pattern``; ``captions`` includes captions in :meth:`column`.
 
@@ -82,7 +68,7 @@ class ImageData:
         """
         self.sizes, self.largest, self.seed, self.window = tuple(sizes), max(sizes), seed, window
         shards = find_files(pattern)
-        self.urls, self.views = [shard.url for shard in shards], views
+        self.urls = [shard.url for shard in shards]
         self._indexes: LRUCache[int, pa.Table] = LRUCache(lambda table: table.nbytes, 256 << 20)
         self._captions = captions
         uncounted = sum(shard.rows is None for shard in shards)
@@ -110,19 +96,14 @@ class ImageData:
         Only the given ``sizes`` are made, of those of the dataset; None: all.
         """
         epochs, index = split_epochs(len(self), epoch, samples)
-        chance = sample_uniforms(self.seed, epochs, index)
+        offsets = sample_uniforms(self.seed, epochs, index)[:, :2]
         with self._reading:
             items = self._pixels.many(index.tolist(), self._decoded)
         pixels = {size: np.empty((len(items), size, size, 3), np.uint8) for size in sizes or self.sizes}
 
         def crop(number: int) -> None:
-            dx, dy, scale, side = chance[number]
+            dx, dy = offsets[number]
             square = _square(items[number][1], self.largest, (dx, dy))
-            if self.views.least_crop < 1:
-                edge = round(self.largest * (1 - scale * (1 - self.views.least_crop)))
-                square = _resized(crop_square(square, edge, (dx, dy)), self.largest)
-            if self.views.mirror and side < 0.5:
-                square = square[:, ::-1]
             for size, rows in pixels.items():
                 rows[number] = _resized(square, size)
 
@@ -130,9 +111,9 @@ class ImageData:
         return ImageBatch(pixels, [key for key, _ in items])
 
     def with_seed(self, seed: int) -> ImageData:
-        """Return the same images as held-out ones, with other crops and no further views; both share a cache."""
+        """Return the same images, with other crops; both share a cache."""
         other = copy(self)
-        other.seed, other.views = seed, ViewConfig()
+        other.seed = seed
         return other
 
     def column(self, index: Sequence[int] | np.ndarray, name: str) -> list[str]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from instella_ray.data.formats.codes import CodesReader
 from instella_ray.data.formats.shards import write_tar
 from instella_ray.data.formats.tar_index import read_index, scan_index
-from instella_ray.data.loading.image_data import ImageData, ViewConfig
+from instella_ray.data.loading.image_data import ImageData
 from instella_ray.data.loading.loader import CaptionChoice, CodesData, Mixture, Prefetcher
 from instella_ray.data.loading.order import BatchPlan, EpochOrder, FileOrder, SampleOrder, sample_uniforms, split_epochs
 from instella_ray.errors import UserError
@@ -205,21 +205,6 @@ def test_one_crop_comes_in_every_asked_size(tmp_path: Path) -> None:
     assert np.array_equal(batch.pixels[32], largest.batch(1, np.arange(5)).pixels[32])
     blocks = batch.pixels[32].reshape(5, 8, 4, 8, 4, 3).mean((2, 4))
     assert np.abs(blocks - batch.pixels[8]).mean() < 3
-
-
-def test_views_are_drawn_anew_in_each_epoch_and_held_out_images_have_none(tmp_path: Path) -> None:
-    folder, index = image_folder(tmp_path, 40), np.arange(41)
-    plain, mirroring = ImageData(folder, (16,), 0), ImageData(folder, (16,), 0, views=ViewConfig(mirror=True))
-    turned = []
-    for epoch in (0, 1):
-        whole, found = (data.batch(epoch, index).pixels[16] for data in (plain, mirroring))
-        turned.append([np.array_equal(view, image[:, ::-1]) for view, image in zip(found, whole, strict=True)])
-        assert all(map(np.array_equal, found, (x[:, ::-1] if t else x for x, t in zip(whole, turned[-1], strict=True))))
-        assert 8 < sum(turned[-1]) < 33
-    assert turned[0] != turned[1]
-    cropped = ImageData(folder, (16,), 0, views=ViewConfig(least_crop=0.5)).batch(0, index).pixels[16]
-    assert cropped.shape == (41, 16, 16, 3) and not any(map(np.array_equal, cropped, plain.batch(0, index).pixels[16]))
-    assert np.array_equal(mirroring.with_seed(0).batch(1, index).pixels[16], plain.batch(1, index).pixels[16])
 
 
 def test_an_index_beside_a_tar_saves_reading_it(tmp_path: Path) -> None:

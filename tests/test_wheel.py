@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 import signal
@@ -12,12 +14,10 @@ import zipfile
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
-import yaml
+from PIL import Image
 
-from instella_ray.serving.config import ModelArgs
-
-from .kit.endpoint import HEADERS, generate, make_folders, serve_args
 from .kit.head import free_port
 from .kit.project import PACKAGE, ROOT, tracked
 from .kit.serve_process import rest_until_the_end, serve_process
@@ -97,24 +97,27 @@ def test_shards_are_curated_by_a_recipe_and_images_generated(command: str, tmp_p
     given = ("--set", "input=*.tar", "--set", "output=curated", "--set", "filters.resolution.target_size=32", "--local")
     assert "curated: " in run(command, tmp_path, "curate", "--config", "data/curate", *given)
     assert list((tmp_path / "curated").glob("*.tar")) and (tmp_path / "curated" / "curation.html").is_file()
-    make_folders(tmp_path)
-    models = ("--model", "ar", "--tokenizer", "bit", "--device", "cpu", "--size", "32x32")
-    assert run(command, tmp_path, "generate", "a red circle", *models).startswith("out.png: 32x32, seed ")
-    assert (tmp_path / "out.png").is_file()
+    assert run(command, tmp_path, "generate", "a red heart, flat style", "--seed", "0") == "out.png: 96x96, seed 0\n"
+    image = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+    middle, corner = image[32:64, 32:64].mean((0, 1)), image[:8, :8].mean((0, 1))
+    assert middle[0] > middle[1] + 100 and middle[0] > middle[2] + 100 and corner.min() > 240
 
 
 @pytest.mark.process
-def test_a_model_is_served(command: str, tmp_path: Path) -> None:
-    folders, port = make_folders(tmp_path), free_port()
-    args = serve_args(folders, api_keys_file=folders["keys"], models={"ar": ModelArgs(path=folders["ar"])})
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"app": args.model_dump(mode="json"), "port": port}))
+def test_the_models_of_the_package_are_served_without_any_path(command: str, tmp_path: Path) -> None:
+    port = free_port()
     # In one process, which starts sooner: tests/serving/test_job.py has the same command on Ray.
-    with serve_process([command, "serve", "--config", "serve.yaml", "--local"], environment(), tmp_path) as (
-        serve,
-        said,
-    ):
+    serving = [command, "serve", "--local", "--set", f"port={port}"]
+    with serve_process(serving, environment(), tmp_path) as (serve, said):
         assert said.startswith("listening on ")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=HEADERS) as client:
-            assert generate(client, size="32x32").status_code == 200
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            diffusion, ar = client.get("/v1/models").json()["data"]
+            assert (diffusion["id"], ar["id"]) == ("diffusion", "ar") and diffusion["instella_ray"]["sizes"] == [96]
+            assert client.get("/").text.startswith("<!doctype html>")
+            for model in (diffusion, ar):
+                asked = {"model": model["id"], "prompt": model["instella_ray"]["prompts"][0], "seed": 1}
+                answer = client.post("/v1/images/generations", json={**asked, "response_format": "b64_json"})
+                file = base64.b64decode(answer.json()["data"][0]["b64_json"])
+                assert Image.open(io.BytesIO(file)).size == (96, 96)
         serve.send_signal(signal.SIGTERM)
         rest_until_the_end(serve)

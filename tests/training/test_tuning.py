@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +23,11 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'eval' is not
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+    """Images in light of various brightness, which is most of what differs between them."""
     folder = write_labelled(tmp_path_factory.mktemp("tuning"), 4)
-    return read_labelled(folder, ("style", "concept"), 32)
+    found = read_labelled(folder, ("style", "concept"), 32)
+    light = np.random.default_rng(0).uniform(0.2, 1, (len(found), 1, 1, 1))
+    return replace(found, images=(found.images * light).astype(np.uint8))
 
 
 def classes(images: LabelledImages) -> dict[str, Tensor]:
@@ -53,10 +58,11 @@ def separation(model: Classifier, images: LabelledImages) -> float:
 
 
 def test_features_of_classes_are_further_apart_than_those_of_random_weights(images: LabelledImages) -> None:
-    model, cfg = untuned(), TuningConfig(epochs=10, dropout=0, label_smoothing=0)
+    model, cfg = untuned(), TuningConfig(epochs=20, dropout=0, label_smoothing=0)
     before = separation(model, images)
-    tune(model, images, classes(images), cfg, 16, 0, lambda views, _: views)
-    assert separation(model, images) > before + 0.03
+    tune(model, images, classes(images), cfg, 8, 0, lambda views, _: views)
+    after = separation(model, images)
+    assert after > before + 0.1, (before, after)
 
 
 @pytest.mark.parametrize("steps", (1, 2, 9, 10, 11, 200))

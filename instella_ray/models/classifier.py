@@ -74,9 +74,12 @@ class Classifier(nn.Module):
         scales = self.trunk(images.contiguous(memory_format=torch.channels_last))
         parts = [scale.mean((2, 3)) for scale in scales]
         parts += [(scale.var((2, 3), unbiased=False) + SPREAD).sqrt() for scale in scales]
+        return torch.cat([*parts, self.embed(scales), *(_covariances(scale) for scale in scales[:FINE])], 1)
+
+    def embed(self, scales: list[Tensor]) -> Tensor:
+        """Compute the features ``[B, HEAD_WIDTH]`` of the whole network from those of its scales."""
         network = self.trunk.network
-        parts.append(network._swish(network._bn1(network._conv_head(scales[-1]))).mean((2, 3)))
-        return torch.cat([*parts, *(_covariances(scale) for scale in scales[:FINE])], 1)
+        return network._swish(network._bn1(network._conv_head(scales[-1]))).mean((2, 3))
 
     def classify(self, features: Tensor) -> dict[str, Tensor]:
         """Compute the logits ``[B, values]`` of each label from ``features [B, D]``."""

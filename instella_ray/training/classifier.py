@@ -1,4 +1,4 @@
-"""Training of a classifier of labelled images, on the CPU in minutes: features of views, then linear discriminants."""
+"""Training of a classifier of labelled images, on the CPU in minutes: a tuned trunk, linear discriminants of its features."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..evaluation.statistics import rate
 from ..models.classifier import Classifier, ClassifierConfig, Label, new_classifier, save_classifier
 from ..models.perceptual import PUBLISHED, WeightsFile
 from ..runs import recorded
+from .tuning import TuningConfig, tune
 
 OWN = "own share"
 """Name of the share of the data that is not trained on."""
@@ -73,8 +74,10 @@ class ClassifierRunConfig(Config):
     """Side to which images are resized (px)."""
     weights: WeightsFile = PUBLISHED
     """Weights of EfficientNet-Lite0: those of the installed package, ``random``, or a file."""
+    tuning: TuningConfig | None = None
+    """Tuning of these weights to the images; without it they stay."""
     views: int = Field(2, ge=1)
-    """Views of each image: itself, and augmented ones; the time is proportional to it."""
+    """Views of each image that the heads are fitted to: itself, and augmented ones; the time is proportional to it."""
     shrinkage: float = Field(0.3, gt=0)
     """Share of the features' own variances that is added to their covariance within classes."""
     batch_size: int = Field(64, ge=1)
@@ -162,12 +165,14 @@ def run_classifier(cfg: ClassifierRunConfig) -> dict[str, Any]:
 
 
 def fit_classifier(cfg: ClassifierRunConfig, train: LabelledImages) -> Classifier:
-    """Fit the heads of a new classifier to the features of ``train`` and of augmented views of it."""
+    """Tune a new classifier as configured, and fit its heads to the features of ``train`` and of augmented views of it."""
     labels = {name: tuple(sorted(set(values))) for name, values in train.labels.items()}
     model_cfg = validate(ClassifierConfig, {"size": cfg.size, "labels": labels}, train.source)
     model = new_classifier(model_cfg, cfg.weights, cfg.seed)
     places = {name: {value: place for place, value in enumerate(values)} for name, values in labels.items()}
     classes = {name: torch.tensor([places[name][v] for v in values]) for name, values in train.labels.items()}
+    if cfg.tuning is not None:
+        tune(model, train, classes, cfg.tuning, cfg.batch_size, cfg.seed, augmented)
     sums = FeatureSums(model.width, {name: len(values) for name, values in labels.items()})
     generator = torch.Generator().manual_seed(cfg.seed)
     starts = [(view, start) for view in range(cfg.views) for start in range(0, len(train), cfg.batch_size)]

@@ -20,7 +20,7 @@ FOLDER = re.compile(r"(?<![\w/])icons(?:-\w+)?/[\w*.-]+")
 WRITTEN = {
     *(f"icons/{split}" for split in SPLITS),
     "icons-curated/*.tar",
-    "icons/tokenizer",  # comes with the package
+    *(f"icons/{name}" for name in ("tokenizer", "diffusion", "ar")),  # come with the package
     *(f"icons-runs/{name}" for name in ("tokenizer", "diffusion", "ar", "classifier")),
 }
 

@@ -84,13 +84,16 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply softmax attention, merge and project the heads: ``[B, Sq, width]``. ``mask`` is true for visible keys."""
-        if q.requires_grad and q.device.type == "cpu" and v.dtype != torch.float32:
-            # The backward pass of PyTorch's attention on CPUs takes four times as long in bfloat16 as in float32.
-            with without_autocast(q):
-                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(v.dtype)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Apply softmax attention to ``[B, heads, S, D]``; in float32 for training on CPUs, and else in the inputs' dtype."""
+    if q.requires_grad and q.device.type == "cpu" and v.dtype != torch.float32:
+        # The backward pass of PyTorch's attention on CPUs takes four times as long in bfloat16 as in float32.
+        with without_autocast(q):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class SwiGLU(nn.Module):

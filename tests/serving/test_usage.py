@@ -223,8 +223,14 @@ def test_a_running_endpoint_takes_a_changed_file(tmp_path: Path) -> None:
             assert wait_until(exchanged, 20)
             with pytest.raises(openai.AuthenticationError):
                 alice.models.list()
-        audited = [line for line in map(json.loads, log.read_text().splitlines()) if line["logger"] == AUDIT]
-    seen = [(line["key"], line["status"]) for line in audited]
+
+        def audited() -> list[tuple[str | None, int]]:
+            lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["logger"] == AUDIT]
+            return [(line["key"], line["status"]) for line in lines]
+
+        # A line is written after its answer is sent.
+        assert wait_until(lambda: audited()[-1] == (None, 401), 20)
+    seen = audited()
     assert seen[:4] == [("alice", 200), ("alice", 404), ("alice", 200), ("alice", 429)]
     assert seen[-2:] == [("bob", 200), (None, 401)]
     assert "a circle" not in log.read_text() and key_of("alice") not in log.read_text()

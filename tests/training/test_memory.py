@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from instella_ray.models import layers
 from instella_ray.models.bit import BIT, BITConfig
 from instella_ray.models.generator import GeneratorConfig, build_generator
 from instella_ray.training.generator import GeneratorTask, complete_config
@@ -28,6 +30,12 @@ from instella_ray.training.tokenizer import TokenizerLoss
 
 from ..kit.models import BIT_SIZES
 from ..kit.training import generator_config
+
+
+@pytest.fixture(autouse=True)
+def attention_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is planned for GPUs, where attention keeps the inputs' dtype."""
+    monkeypatch.setattr(layers, "softmax_attention", F.scaled_dot_product_attention)
 
 
 def saved_bytes(module: nn.Module, inputs: dict[str, Any], *, bf16: bool) -> float:

@@ -111,6 +111,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(folder, output.strip().splitlines())
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path: Path) -> None:
     assert_complete(finished.folder)
@@ -120,6 +121,7 @@ def test_the_demo_ends_with_a_report_and_no_process(finished: Finished, tmp_path
     assert cli.main([*command[:-1], str(tmp_path / "out.png")]) == 0 and (tmp_path / "out.png").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_finished_demos_of_several_seeds_are_tabulated(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--tiny", "--set", "workers.count=0", "--folder", str(finished.folder.parent)]
@@ -137,6 +139,7 @@ def test_finished_demos_of_several_seeds_are_tabulated(finished: Finished, capsy
     assert "contains a demo" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_a_demos_folder_is_served_as_it_says_at_its_end(finished: Finished) -> None:
     assert finished.command("serve") == ["serve", str(finished.folder)]

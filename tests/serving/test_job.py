@@ -51,7 +51,7 @@ def killed_ingress_loses_nothing(client: httpx.Client, pid: int, steps: dict[str
     "local",
     [
         pytest.param(True, marks=pytest.mark.process, id="in-one-process"),
-        pytest.param(False, marks=[pytest.mark.ray, pytest.mark.slow], id="on-ray"),
+        pytest.param(False, marks=[pytest.mark.ray, pytest.mark.slow, pytest.mark.nightly], id="on-ray"),
     ],
 )
 def test_the_job_listens_where_it_says_and_ends_after_its_last_request(tmp_path: Path, local: bool) -> None:
